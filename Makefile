@@ -1,0 +1,49 @@
+# `make train` and `make test` do everything on a fresh machine: Python >= 3.10, a C++ compiler, make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train reproduce-toy test bench lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja numpy torch
+	ENTROPY_KERNELS_SKIP_CPP=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(CSRC)
+	$(PIP) install -q -c constraints.txt --no-build-isolation --no-deps -e .
+	touch $@
+
+setup: $(VENV)/.built ## create .venv and build the C++ extension
+
+train: setup ## train a tiny model under GRPO, Clip-Cov and KL-Cov; writes runs/quickstart/report.html
+	$(BIN)/python -m entropy_kernels.trainer quickstart --out runs/quickstart
+
+reproduce-toy: setup ## three seeds with the random-token controls (about 25 minutes)
+	$(BIN)/python -m entropy_kernels.trainer reproduce --out runs/reproduce-toy
+
+test: setup ## the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: setup ## measure ours and peers on this machine; writes benchmarks/results/<machine>/
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+lint: setup ## ruff and mypy, pinned
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## let ruff rewrite the sources
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove build outputs, keep .venv and runs
+	rm -rf build dist *.egg-info entropy_kernels/*.so

@@ -1,0 +1,98 @@
+"""Which backend implements which op here, and the reason where one does not."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("torch", "triton", "cpu", "cuda")
+
+# op -> the kernel functions that a backend must have to serve it
+OPS: dict[str, tuple[str, ...]] = {
+    "token_stats": ("token_stats_forward", "token_stats_backward"),
+    "token_covariance": ("token_covariance",),
+    "clip_cov_mask": ("clip_cov_mask",),
+    "kl_cov_mask": ("kl_cov_mask",),
+}
+# op -> file stem of its kernels in eager/ and triton/
+_STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_cov_mask": "selection"}
+_STEM["kl_cov_mask"] = "selection"
+
+# Rows of the table behind "auto": (device type, op) -> backends in order of preference. A row is there because a
+# measurement or, where no hardware run exists yet, the absence of one put it there (see benchmarks/results).
+_AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "torch"),
+    # Neither the Triton nor the CUDA kernels have run on hardware yet: torch until they are verified.
+    "cuda": ("torch",),
+}
+
+
+def _module_name(op: str, backend: str) -> str:
+    if backend in ("cpu", "cuda"):
+        return "entropy_kernels.backends.native"
+    folder = {"torch": "eager", "triton": "triton"}[backend]
+    return f"entropy_kernels.backends.{folder}.{_STEM[op]}"
+
+
+@functools.cache
+def unavailable(op: str, backend: str) -> str | None:
+    """None if ``backend`` can run ``op`` in this process, else the reason why not."""
+    if backend == "cuda":
+        return "the CUDA kernels are not part of this build"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'entropy_kernels[triton]')"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
+            return "no GPU here; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests"
+    if backend == "cpu":
+        from entropy_kernels.backends import native
+
+        if native.load_error is not None:
+            return native.load_error
+    try:
+        module = importlib.import_module(_module_name(op, backend))
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    missing = [name for name in OPS[op] if not hasattr(module, name)]
+    return f"no kernel {', '.join(missing)} in {module.__name__}" if missing else None
+
+
+@functools.cache
+def kernel(op: str, name: str, backend: str) -> Callable:
+    """Kernel function ``name`` of ``op``; raises RuntimeError with the reason if the backend cannot run here."""
+    reason = unavailable(op, backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
+    return getattr(importlib.import_module(_module_name(op, backend)), name)
+
+
+@functools.cache
+def _auto(op: str, device_type: str) -> str:
+    for backend in _AUTO.get(device_type, ("torch",)):
+        if unavailable(op, backend) is None:
+            return backend
+    return "torch"
+
+
+def resolve(op: str, backend: str, device: torch.device) -> str:
+    """Name of the backend that serves ``op`` on ``device``; raises if the one asked for cannot."""
+    if backend == "auto":
+        return _auto(op, device.type)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
+    if (backend == "cpu" and device.type != "cpu") or (backend == "cuda" and device.type != "cuda"):
+        raise ValueError(f"backend: expected one that runs on {device.type} tensors, got {backend!r}")
+    reason = unavailable(op, backend)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
+    return backend
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """``{op: {backend: "available" or the reason why not}}`` for this process."""
+    return {op: {name: unavailable(op, name) or "available" for name in BACKENDS} for op in OPS}

@@ -1,0 +1,1 @@
+"""Drop-ins, one small file per trainer."""

@@ -1,0 +1,1 @@
+"""Operator contracts: schema, fake and autograd of each op in one file."""
