@@ -1,6 +1,13 @@
 """Fused log-prob, entropy, covariance and Clip-Cov / KL-Cov kernels for RL on language models."""
 
 from entropy_kernels.backends.registry import backends
+from entropy_kernels.functional import LogprobEntropy, TokenStats, logprob_entropy, token_stats
 
-__all__ = ["backends"]
+__all__ = [
+    "LogprobEntropy",
+    "TokenStats",
+    "backends",
+    "logprob_entropy",
+    "token_stats",
+]
 __version__ = "0.1.0"

@@ -34,9 +34,7 @@ def token_stats_forward(
     vocab_size: int,
     want: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _ops.token_stats_forward(
-        logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want
-    )
+    return _ops.token_stats_forward(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
 
 
 def token_stats_backward(

@@ -63,15 +63,6 @@ def unavailable(op: str, backend: str) -> str | None:
 
 
 @functools.cache
-def kernel(op: str, name: str, backend: str) -> Callable:
-    """Kernel function ``name`` of ``op``; raises RuntimeError with the reason if the backend cannot run here."""
-    reason = unavailable(op, backend)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
-    return getattr(importlib.import_module(_module_name(op, backend)), name)
-
-
-@functools.cache
 def _auto(op: str, device_type: str) -> str:
     for backend in _AUTO.get(device_type, ("torch",)):
         if unavailable(op, backend) is None:
@@ -79,18 +70,37 @@ def _auto(op: str, device_type: str) -> str:
     return "torch"
 
 
-def resolve(op: str, backend: str, device: torch.device) -> str:
-    """Name of the backend that serves ``op`` on ``device``; raises if the one asked for cannot."""
+@functools.cache
+def resolve(op: str, backend: str, device_type: str) -> str:
+    """Name of the backend that serves ``op`` on a device type; raises if the one asked for cannot."""
     if backend == "auto":
-        return _auto(op, device.type)
+        return _auto(op, device_type)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
-    if (backend == "cpu" and device.type != "cpu") or (backend == "cuda" and device.type != "cuda"):
-        raise ValueError(f"backend: expected one that runs on {device.type} tensors, got {backend!r}")
+    if backend in ("cpu", "cuda") and backend != device_type:
+        raise ValueError(f"backend: expected one that runs on {device_type} tensors, got {backend!r}")
     reason = unavailable(op, backend)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
     return backend
+
+
+@functools.cache
+def _kernel(op: str, name: str, backend: str, device_type: str) -> Callable:
+    module = importlib.import_module(_module_name(op, resolve(op, backend, device_type)))
+    return getattr(module, name)
+
+
+def kernel(op: str, name: str, backend: str, device: torch.device) -> Callable:
+    """Kernel function ``name`` of ``op`` for tensors on ``device``.
+
+    Called inside the op, so that a compiled graph holds the backend's name and no look-up.
+
+    Raises:
+        ValueError: no such backend, or one that does not run on this device type.
+        RuntimeError: the backend cannot run here, with the reason.
+    """
+    return _kernel(op, name, backend, device.type)
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -1,0 +1,67 @@
+"""The mergeable softmax state in torch: merge over parts of the vocabulary, and the statistics that it yields.
+
+A state is a tensor of shape (K, N), K = 4 or 6, rows ``m, s, w, x_y[, s2, w2]`` (docs/math.md): ``m`` is the largest
+logit and ``x_y`` the target's, both after softcap but before the division by the temperature, so that bf16 maxima are
+exact; the sums are over ``x = (z - m) / T``. Parts merge by rescaling to the larger ``m`` and adding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE = 1, 2, 4, 8
+SECOND_ORDER = COLLISION | VOCAB_COVARIANCE  # outputs that need s2 and w2
+
+
+def state_rows(want: int) -> int:
+    """Rows of the state that the outputs in the bitmask ``want`` need."""
+    return 6 if want & SECOND_ORDER else 4
+
+
+def merge(states: Tensor, temperature: Tensor) -> Tensor:
+    """Merge states (R, K, N) of R parts of the vocabulary into one (K, N); ``temperature`` has 1 or N elements."""
+    m = states[:, 0]  # (R, N)
+    top = m.amax(0)  # NaN wins, so a poisoned part poisons the whole
+    # A part without a finite element is the identity; its (m - top) would be inf - inf.
+    empty = m == -torch.inf
+    delta = torch.where(empty, 0, (top - m) / temperature)  # >= 0
+    scale = torch.where(empty, 0, torch.exp(-delta))
+    merged = torch.empty_like(states[0])
+    merged[0] = top
+    merged[1] = (scale * states[:, 1]).sum(0)
+    # exp(-delta) underflows before delta overflows to inf: 0 * inf would be NaN
+    delta = torch.where(scale == 0, 0, delta)
+    merged[2] = (scale * (states[:, 2] + delta * states[:, 1])).sum(0)
+    merged[3] = states[:, 3].amax(0)
+    if states.shape[1] == 6:
+        square = scale * scale
+        merged[4] = (square * states[:, 4]).sum(0)
+        merged[5] = (square * (states[:, 5] + delta * states[:, 4])).sum(0)
+    return merged
+
+
+def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, invalid: Tensor) -> list[Tensor]:
+    """The four statistics (N,) of a state; an empty tensor for each one that ``want`` leaves out.
+
+    ``ignored`` rows give 0, ``invalid`` rows (label out of range) NaN; both are bool (N,).
+    """
+    m, s, w, x_y = state[:4]
+    log_s = torch.log(s)
+    logprob = (x_y - m) / temperature - log_s
+    entropy = log_s + w / s
+    outputs = [logprob, entropy]
+    if want & SECOND_ORDER:
+        s2, w2 = state[4:]
+        collision = s2 / (s * s)
+        q = -(w2 + log_s * s2) / (s * s)  # sum of p² log p
+        p_y = torch.exp(logprob)
+        own = torch.where(p_y == 0, 0, p_y * (logprob + entropy))
+        outputs += [collision, own - (q + entropy * collision)]
+    bad = invalid | ~(temperature > 0)
+    empty = state.new_empty(0)
+    results = []
+    for bit, value in zip((LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE), (*outputs, empty, empty), strict=False):
+        keep = want & bit
+        results.append(torch.where(ignored, 0, torch.where(bad, torch.nan, value)) if keep else empty.clone())
+    return results

@@ -1,0 +1,137 @@
+"""Statistics of softmax rows in plain torch, a chunk of rows at a time (no V-sized fp32 copy of the whole batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.backends.eager.softmax_state import SECOND_ORDER, finalize, state_rows
+
+_CHUNK_ELEMENTS = 1 << 22  # 16 MB of fp32 per temporary
+
+
+def _chunks(rows: int, vocab: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // max(1, vocab))
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
+
+
+def _rows(logits: Tensor, part: slice, dtype: torch.dtype, columns: int) -> Tensor:
+    """Rows ``part`` of (B, L, V) logits, counted over (B, L), as a (rows, columns) tensor of ``dtype``."""
+    length = logits.shape[1]
+    if logits.shape[0] == 1:
+        return logits[0, part, :columns].to(dtype)
+    if length == 1:
+        return logits[part, 0, :columns].to(dtype)
+    index = torch.arange(part.start, part.stop, device=logits.device)
+    return logits[index // length, index % length, :columns].to(dtype)
+
+
+def _capped(z: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """Softcapped logits and tanh(z / softcap), or the logits as they are and None."""
+    if not softcap:
+        return z, None
+    tanh = torch.tanh(z / softcap)
+    return softcap * tanh, tanh
+
+
+def _per_row(temperature: Tensor, part: slice) -> Tensor:
+    return (temperature if temperature.numel() == 1 else temperature[part]).unsqueeze(-1)
+
+
+def token_stats_forward(
+    logits: Tensor,  # (B, L, V)
+    target: Tensor,  # (N,), N = B * L
+    temperature: Tensor,  # (1,) or (N,)
+    softcap: float,
+    ignore_index: int,
+    vocab_start: int,
+    vocab_size: int,
+    want: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, vocab = target.numel(), logits.shape[2]
+    dtype = temperature.dtype
+    columns = max(0, min(vocab, vocab_size - vocab_start))
+    state = logits.new_empty((state_rows(want), rows), dtype=dtype)  # (K, N)
+    ignored = target == ignore_index
+    local = target.long() - vocab_start
+    here = (local >= 0) & (local < columns) & ~ignored
+    for part in _chunks(rows, vocab):
+        z, _ = _capped(_rows(logits, part, dtype, columns), softcap)
+        minus_inf = torch.full((z.shape[0], 1), -torch.inf, dtype=dtype, device=z.device)
+        m = z.amax(-1, keepdim=True) if columns else minus_inf
+        # All -inf: keep the differences at -inf, so that every sum is 0 (the identity state)
+        d = (z - torch.where(m == -torch.inf, 0, m)) / _per_row(temperature, part)
+        e = torch.exp(d)
+        d.masked_fill_(d == -torch.inf, 0)  # an impossible entry adds 0, not 0 * inf
+        state[0, part] = m[:, 0]
+        state[1, part] = e.sum(-1)
+        state[2, part] = -(d * e).sum(-1)
+        if columns:
+            picked = z.gather(-1, local[part].clamp(0, columns - 1).unsqueeze(-1))
+            state[3, part] = torch.where(here[part].unsqueeze(-1), picked, minus_inf)[:, 0]
+        else:
+            state[3, part] = -torch.inf
+        if want & SECOND_ORDER:
+            e.square_()
+            state[4, part] = e.sum(-1)
+            state[5, part] = -(d * e).sum(-1)
+    neutral = torch.tensor([0, 1, 0, 0, 1, 0], dtype=dtype, device=state.device)[: state.shape[0], None]
+    state = torch.where(ignored, neutral, state)
+    invalid = ((target < 0) | (target >= vocab_size)) & ~ignored
+    logprob, entropy, collision, covariance = finalize(state, temperature, want, ignored, invalid)
+    return logprob, entropy, collision, covariance, state
+
+
+def token_stats_backward(
+    grad_logprob: Tensor | None,  # (N,)
+    grad_entropy: Tensor | None,  # (N,)
+    grad_collision: Tensor | None,  # (N,)
+    logits: Tensor,  # (B, L, V)
+    target: Tensor,  # (N,)
+    temperature: Tensor,  # (1,) or (N,)
+    state: Tensor,  # (K, N)
+    softcap: float,
+    ignore_index: int,
+    vocab_start: int,
+    vocab_size: int,
+    inplace: bool,
+) -> Tensor:
+    length, vocab = logits.shape[1:]
+    dtype = temperature.dtype
+    columns = max(0, min(vocab, vocab_size - vocab_start))
+    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    m, s, w = state[:3]
+    log_s = torch.log(s)
+    entropy = log_s + w / s
+    collision = state[4] / (s * s) if grad_collision is not None else None
+    ignored = target == ignore_index
+    local = target.long() - vocab_start
+    here = (local >= 0) & (local < columns) & ~ignored
+    for part in _chunks(target.numel(), vocab):
+        z, tanh = _capped(_rows(logits, part, dtype, columns), softcap)
+        t = _per_row(temperature, part)
+        logp = (z - m[part, None]) / t - log_s[part, None]
+        p = torch.exp(logp)
+        slope = torch.zeros_like(p)  # d loss / d log p, without the target's own term
+        if grad_logprob is not None:
+            slope -= grad_logprob[part, None]
+        if grad_entropy is not None:
+            slope -= grad_entropy[part, None] * (logp + entropy[part, None])
+        if grad_collision is not None and collision is not None:
+            slope += 2 * grad_collision[part, None] * (p - collision[part, None])
+        grad = torch.where(p == 0, 0, slope * p)
+        if grad_logprob is not None and columns:
+            own = torch.where(here[part], grad_logprob[part], 0).to(dtype)
+            grad.scatter_add_(-1, local[part].clamp(0, columns - 1).unsqueeze(-1), own.unsqueeze(-1))
+        grad /= t
+        if tanh is not None:
+            grad *= 1 - tanh * tanh
+        grad = torch.where(ignored[part, None], 0, grad)
+        if columns < vocab:
+            grad = torch.nn.functional.pad(grad, (0, vocab - columns))
+        index = torch.arange(part.start, part.stop, device=logits.device)
+        dlogits[index // length, index % length] = grad.to(logits.dtype)
+    return dlogits

@@ -1,0 +1,213 @@
+"""Public functions on logits: validate, call the op."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.ops import token_stats as op
+
+
+class LogprobEntropy(NamedTuple):
+    """Log-probability of the target and entropy of the distribution, per token, in nats."""
+
+    logprob: Tensor
+    entropy: Tensor
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics; see :func:`token_stats`."""
+
+    logprob: Tensor
+    entropy: Tensor
+    collision: Tensor
+    vocab_covariance: Tensor
+
+
+def logprob_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> LogprobEntropy:
+    """Log-prob of ``target`` and entropy H = -Σ p log p of softmax(logits / temperature), from one read of the logits.
+
+    Both are differentiable with respect to ``logits``; probabilities are never materialised (docs/math.md).
+
+    Args:
+        logits: (..., V) bf16, fp16, fp32 or, on the CPU, fp64, with any strides.
+        target: (...) int32 or int64 token ids; global ids under ``vocab_group``.
+        temperature: a number > 0, or a tensor broadcastable to ``target``'s shape; it carries no gradient.
+        softcap: if given, logits become ``softcap * tanh(logits / softcap)`` before the temperature.
+        ignore_index: tokens with this label give 0, have gradient 0, and their rows are not read.
+        inplace_backward: write the gradient over the logits (the caller promises not to need them any more);
+            a second backward pass then raises. Under torch.compile the compiler plans the memory and this is ignored.
+        vocab_group: torch.distributed process group over vocabulary shards; ``logits`` is this rank's shard.
+            Results are replicated; upstream gradients must be the same on all ranks.
+        vocab_start: first global id of this rank's shard; by default all shards are as wide as this one.
+        vocab_size: ids at or beyond it are padding and count as -inf; by default there is none.
+        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+
+    Returns:
+        ``LogprobEntropy(logprob, entropy)``, each of ``target``'s shape, fp32 (fp64 for fp64 logits), in nats.
+        A row with NaN or +inf, or with nothing but -inf, gives NaN; a target at -inf gives logprob -inf.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
+        IndexError: a label out of range (CPU; on a GPU the token's outputs are NaN, and
+            ENTROPY_KERNELS_DEBUG=1 makes it an error there too, at the price of a sync).
+    """
+    outputs = _token_stats(
+        logits, target, temperature, softcap, ignore_index, inplace_backward, vocab_group, vocab_start, vocab_size,
+        backend, op.LOGPROB | op.ENTROPY,
+    )  # fmt: skip
+    return LogprobEntropy(*outputs[:2])
+
+
+def token_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """:func:`logprob_entropy` and two more statistics from the same read; arguments, dtypes and errors as there.
+
+    Returns:
+        ``TokenStats(logprob, entropy, collision, vocab_covariance)``, each of ``target``'s shape:
+        ``collision`` S₂ = Σ p² (Rényi-2 entropy is -log S₂), differentiable;
+        ``vocab_covariance`` C = Cov_{a~π}(log π(a), 1[a=y] - π(a)), without gradient: the first-order entropy change of
+        the policy-gradient step on this token is -(η g / T²)·C
+        (Theorem 1 of arXiv 2505.22617 for the sampled step; :func:`entropy_kernels.predicted_entropy_change`).
+    """
+    outputs = _token_stats(
+        logits, target, temperature, softcap, ignore_index, inplace_backward, vocab_group, vocab_start, vocab_size,
+        backend, op.LOGPROB | op.ENTROPY | op.COLLISION | op.VOCAB_COVARIANCE,
+    )  # fmt: skip
+    return TokenStats(*outputs[:4])
+
+
+def _token_stats(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    inplace_backward: bool,
+    vocab_group: Any,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    backend: str,
+    want: int,
+) -> list[Tensor]:
+    _validate_logits(logits, target)
+    shape, vocab = target.shape, logits.shape[-1]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    start, size, group = _vocabulary(vocab, vocab_group, vocab_start, vocab_size)
+    if inplace_backward and torch.compiler.is_compiling():
+        inplace_backward = False
+    outputs = op.token_stats(
+        _as_3d(logits),
+        target.reshape(-1),
+        _temperature(temperature, target, dtype),
+        _softcap(softcap),
+        ignore_index,
+        start,
+        size,
+        want,
+        inplace_backward,
+        group,
+        backend,
+    )
+    return [output.view(shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
+
+
+def _validate_logits(logits: Tensor, target: Tensor) -> None:
+    for name, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise TypeError(f"logits: expected dtype bfloat16, float16, float32 or float64, got {logits.dtype}")
+    if target.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"target: expected dtype int32 or int64, got {target.dtype}")
+    if logits.dim() < 1 or logits.shape[:-1] != target.shape:
+        raise ValueError(
+            f"target: expected the shape of logits without its last dimension, {tuple(logits.shape[:-1])} "
+            f"for logits of shape {tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
+    if logits.device != target.device:
+        raise ValueError(f"target: expected on the device of logits, {logits.device}, got {target.device}")
+
+
+def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """A (1,) or (N,) tensor: a Python number below the op would recompile for every value."""
+    if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, (int, float, torch.SymFloat, torch.SymInt)) or isinstance(temperature, bool):
+            raise TypeError(f"temperature: expected a number or a torch.Tensor, got {type(temperature).__name__}")
+        return torch.full((1,), temperature, dtype=dtype, device=target.device)
+    if temperature.requires_grad:
+        raise ValueError("temperature: expected a tensor that does not require grad (no gradient flows to it)")
+    if not temperature.is_floating_point() and temperature.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
+    if temperature.device != target.device and temperature.dim() > 0:
+        raise ValueError(f"temperature: expected on the device of target, {target.device}, got {temperature.device}")
+    if temperature.numel() == 1:
+        return temperature.to(device=target.device, dtype=dtype).reshape(1)
+    try:
+        expanded = temperature.expand(target.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"temperature: expected a shape broadcastable to target's {tuple(target.shape)}, "
+            f"got {tuple(temperature.shape)}"
+        ) from None
+    return expanded.to(dtype).reshape(-1).contiguous()
+
+
+def _softcap(softcap: float | None) -> float:
+    if softcap is None:
+        return 0.0
+    if not softcap > 0 or softcap == float("inf"):
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
+    return float(softcap)
+
+
+def _vocabulary(vocab: int, vocab_group: Any, vocab_start: int | None, vocab_size: int | None) -> tuple[int, int, str]:
+    """(first global id of this shard, number of ids that exist, name of the group or "")."""
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size: expected >= 1, got {vocab_size}")
+    if vocab_group is None:
+        if vocab_start:
+            raise ValueError(f"vocab_start: expected None without a vocab_group, got {vocab_start}")
+        if vocab_size is not None and vocab_size > vocab:
+            raise ValueError(f"vocab_size: expected <= {vocab}, the width of logits, got {vocab_size}")
+        return 0, vocab if vocab_size is None else vocab_size, ""
+    if vocab_start is not None:
+        if vocab_start < 0:
+            raise ValueError(f"vocab_start: expected >= 0, got {vocab_start}")
+        return vocab_start, op.UNBOUNDED if vocab_size is None else vocab_size, vocab_group.group_name
+    size = vocab * vocab_group.size() if vocab_size is None else vocab_size
+    return vocab * vocab_group.rank(), size, vocab_group.group_name
+
+
+def _as_3d(logits: Tensor) -> Tensor:
+    """(B, L, V) view of logits; more batch dimensions are flattened (a copy only where strides forbid a view)."""
+    if logits.dim() == 3:
+        return logits
+    if logits.dim() < 3:
+        return logits.reshape((1, -1, logits.shape[-1])) if logits.dim() == 1 else logits.unsqueeze(0)
+    return logits.flatten(0, -3)

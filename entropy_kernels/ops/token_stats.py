@@ -1,0 +1,204 @@
+"""``entropy_kernels::token_stats``: the statistics of softmax rows, from one read of the logits.
+
+Schema, fake and autograd of the operator. The functions in :mod:`entropy_kernels.functional` are its public face.
+The last output is the softmax state (K, N) that the backward pass starts from; it is no statistic.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entropy_kernels.backends import registry
+from entropy_kernels.backends.eager.softmax_state import (
+    COLLISION,
+    ENTROPY,
+    LOGPROB,
+    VOCAB_COVARIANCE,
+    finalize,
+    merge,
+    state_rows,
+)
+
+__all__ = ["COLLISION", "ENTROPY", "LOGPROB", "UNBOUNDED", "VOCAB_COVARIANCE", "token_stats"]
+
+UNBOUNDED = 1 << 40  # vocab_size of a vocabulary-parallel call that leaves it open: no padded columns
+_STATE = 4  # index of the state among the outputs
+
+_library = torch.library.Library("entropy_kernels", "FRAGMENT")
+_library.define(
+    "token_stats(Tensor logits, Tensor target, Tensor temperature, float softcap, int ignore_index, "
+    "SymInt vocab_start, SymInt vocab_size, int want, bool inplace_backward, str group, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_BACKWARD_ARGUMENTS = (
+    "Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_collision, {logits}, Tensor target, "
+    "Tensor temperature, Tensor state, float softcap, int ignore_index, SymInt vocab_start, SymInt vocab_size, "
+    "str backend"
+)
+_library.define(
+    f"token_stats_backward({_BACKWARD_ARGUMENTS.format(logits='Tensor logits')}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"token_stats_backward_({_BACKWARD_ARGUMENTS.format(logits='Tensor(a!) logits')}) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Errors that need the values: on the CPU always, elsewhere (it costs a sync) with ENTROPY_KERNELS_DEBUG=1."""
+    if target.device.type != "cpu" and os.environ.get("ENTROPY_KERNELS_DEBUG", "0") != "1":
+        return
+    if target.numel() == 0:
+        return
+    wrong = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
+    if wrong.any():
+        value = int(target[wrong][0])
+        raise IndexError(
+            f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, got {value} "
+            f"({int(wrong.sum())} such of {target.numel()})"
+        )
+    if not (temperature > 0).all():
+        raise ValueError(f"temperature: expected values > 0, got {float(temperature[~(temperature > 0)][0])}")
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    ignore_index: int,
+    vocab_start: int,
+    vocab_size: int,
+    want: int,
+    inplace_backward: bool,
+    group: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_values(target, temperature, ignore_index, vocab_size)
+    kernel = registry.kernel("token_stats", "token_stats_forward", backend, logits.device)
+    outputs = kernel(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
+    if not group:
+        return outputs
+    return _merge_shards(
+        outputs[_STATE], logits, target, temperature, ignore_index, vocab_start, vocab_size, want, group
+    )
+
+
+def _merge_shards(
+    state: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    ignore_index: int,
+    vocab_start: int,
+    vocab_size: int,
+    want: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One all-gather of the packed state, then merge and finalize: the same on every rank of the group."""
+    name: Any = group  # newer torch wraps the name in a type of its own
+    process_group = dist.distributed_c10d._resolve_process_group(name)
+    # A row with the shard's end travels along: where no vocab_size was given, the largest one bounds the labels.
+    end = state.new_full((1, state.shape[1]), vocab_start + logits.shape[2])
+    packed = torch.cat([state, end])  # (K + 1, N)
+    gathered = packed.new_empty((process_group.size(), *packed.shape))
+    dist.all_gather_into_tensor(gathered.view(-1, packed.shape[1]), packed, group=process_group)
+    ends = gathered[:, -1].amax(0).clamp(max=vocab_size)
+    ignored = target == ignore_index
+    invalid = ((target < 0) | (target >= ends)) & ~ignored
+    if target.device.type == "cpu" and invalid.any():
+        # every rank sees the same labels and ends, so every rank raises
+        raise IndexError(
+            f"target: expected ids in [0, {int(ends[0])}) or ignore_index={ignore_index}, got {int(target[invalid][0])}"
+        )
+    merged = merge(gathered[:, :-1], temperature)
+    logprob, entropy, collision, covariance = finalize(merged, temperature, want, ignored, invalid)
+    return logprob, entropy, collision, covariance, merged
+
+
+def _run_backward(*arguments: Any, inplace: bool) -> Tensor:
+    *tensors_and_numbers, backend = arguments
+    kernel = registry.kernel("token_stats", "token_stats_backward", backend, arguments[3].device)
+    return kernel(*tensors_and_numbers, inplace)
+
+
+def _backward(*arguments: Any) -> Tensor:
+    return _run_backward(*arguments, inplace=False)
+
+
+def _backward_(*arguments: Any) -> None:
+    _run_backward(*arguments, inplace=True)
+    torch.autograd.graph.increment_version(arguments[3])
+
+
+_library.impl("token_stats", _forward, "CompositeExplicitAutograd")
+_library.impl("token_stats_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("token_stats_backward_", _backward_, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("entropy_kernels::token_stats", lib=_library)
+def _fake(logits: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    want = rest[4]
+    rows = target.shape[0]
+    sizes = [rows if want & bit else 0 for bit in (LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE)]
+    outputs = [logits.new_empty(size, dtype=temperature.dtype) for size in sizes]
+    return (*outputs, logits.new_empty((state_rows(want), rows), dtype=temperature.dtype))
+
+
+@torch.library.register_fake("entropy_kernels::token_stats_backward", lib=_library)
+def _fake_backward(grad_logprob: Any, grad_entropy: Any, grad_collision: Any, logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("entropy_kernels::token_stats_backward_", lib=_library)
+def _fake_backward_(*arguments: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    logits, target, temperature, *numbers, want, ctx.inplace, _group, backend = inputs
+    ctx.save_for_backward(logits, target, temperature, output[_STATE])
+    ctx.numbers = (*numbers, backend)
+    ctx.overwritten = False
+    ctx.set_materialize_grads(False)  # an output that was not used costs nothing
+    unwanted = [output[i] for i in range(3) if not want & (1 << i)]
+    ctx.mark_non_differentiable(*unwanted, output[3], output[_STATE])
+
+
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.overwritten:
+        raise RuntimeError(
+            "inplace_backward: the first backward pass wrote the gradient over the logits, so there can be no second; "
+            "call with inplace_backward=False to use retain_graph=True"
+        )
+    none = (None,) * 10
+    grads = grads[:3]
+    if all(grad is None for grad in grads):
+        return (None, *none)
+    logits, target, temperature, state = ctx.saved_tensors
+    if ctx.inplace:
+        ctx.overwritten = True
+        logits = logits.detach()
+        torch.ops.entropy_kernels.token_stats_backward_(*grads, logits, target, temperature, state, *ctx.numbers)
+        return (logits, *none)
+    arguments = (*grads, logits, target, temperature, state, *ctx.numbers)
+    return (torch.ops.entropy_kernels.token_stats_backward(*arguments), *none)
+
+
+torch.library.register_autograd("entropy_kernels::token_stats", _autograd, setup_context=_setup_context, lib=_library)
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("logprob_entropy / token_stats: double backward (create_graph=True) is not supported")
+
+
+torch.library.register_autograd("entropy_kernels::token_stats_backward", _no_double_backward, lib=_library)
+
+token_stats = torch.ops.entropy_kernels.token_stats.default
