@@ -1,0 +1,69 @@
+"""First-order entropy change of a policy-gradient step, from the vocabulary covariance of one read of the logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def predicted_entropy_change(
+    vocab_covariance: Tensor,
+    advantages: Tensor | float,
+    *,
+    step_size: Tensor | float,
+    temperature: Tensor | float = 1.0,
+    ratio: Tensor | float | None = None,
+) -> Tensor:
+    """ΔH ≈ -(η·g/T²)·C of each row, to first order in the step size η (arXiv 2505.22617, Lemma 1).
+
+    The step is that of the logits themselves, Δz = (η·g/T)·(e_y - p), with g = advantage × ratio: one gradient-descent
+    step on -g·log p(y), as if the row's logits were free parameters. H is the entropy of softmax(z/T), and C the
+    covariance that ``token_stats`` returns, Cov_{a~p}(log p(a), 1[a=y] - p(a)). Averaged over y ~ p with advantages of
+    mean 0 this is the paper's Theorem 1, -η·Cov_{a~p}(log p, p·A). Through a network the rows share parameters, and
+    the prediction is a trend rather than a value.
+
+    With a softcap the identity holds for a step in the *capped* logits only, softcap·tanh(z/softcap): C does not hold
+    the weights (1 - tanh²)² that a step in the raw logits would need, and no raw-logit prediction is offered.
+
+    Args:
+        vocab_covariance: any shape, floating point: C at the same temperature.
+        advantages: broadcastable to it: the A of each sampled token, as the loss uses it.
+        step_size: η > 0, a number or broadcastable: the learning rate times *everything the loss multiplies a token's
+            -g·log p by*, so 1/N for a token mean over N tokens. 0 and negative values are taken as they are.
+        temperature: T > 0 of the softmax, a number or broadcastable.
+        ratio: p_new/p_old of each token, broadcastable; None is 1 (the first update after a rollout). A token whose
+            gradient the PPO clip or Clip-Cov removes has ratio 0 here.
+
+    Returns:
+        Nats, shape of ``vocab_covariance``, float32 (float64 if that is float64), on its device. Differentiable in
+        ``advantages`` and ``ratio``.
+
+    Raises:
+        ValueError: an argument does not broadcast to the shape of ``vocab_covariance``; a temperature that is not
+            positive (checked for numbers and CPU tensors; on an accelerator it gives inf or NaN without a sync).
+        TypeError: ``vocab_covariance`` is not a floating-point tensor.
+    """
+    if not isinstance(vocab_covariance, Tensor) or not vocab_covariance.dtype.is_floating_point:
+        got = vocab_covariance.dtype if isinstance(vocab_covariance, Tensor) else type(vocab_covariance).__name__
+        raise TypeError(f"vocab_covariance: expected a floating-point tensor, got {got}")
+    shape, device = vocab_covariance.shape, vocab_covariance.device
+    dtype = torch.float64 if vocab_covariance.dtype == torch.float64 else torch.float32
+
+    def operand(value: Tensor | float, name: str) -> Tensor:
+        tensor = torch.as_tensor(value, device=device).to(dtype)
+        try:
+            return tensor.expand(shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(tensor.shape)}"
+            ) from None
+
+    t = operand(temperature, "temperature")
+    # On an accelerator reading the values would be a host sync, so only values that live on the host are checked.
+    on_host = not isinstance(temperature, Tensor) or temperature.device.type == "cpu"
+    if on_host and not bool((torch.as_tensor(temperature) > 0).all()):
+        raise ValueError(f"temperature: expected > 0, got {torch.as_tensor(temperature).min().item():g}")
+    g = operand(advantages, "advantages")
+    if ratio is not None:
+        g = g * operand(ratio, "ratio")
+    return -(operand(step_size, "step_size") * g / (t * t)) * vocab_covariance.to(dtype)

@@ -1,0 +1,150 @@
+"""Colours, axes and seed averaging that every figure shares. No pyplot: nothing here touches global state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from entropy_kernels.analysis._require import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+INK = "#222222"
+MUTED = "#767676"
+GRID = "#e4e4e4"
+
+# Okabe-Ito, which stays apart under the three common colour deficiencies and in grey-scale print.
+_BASELINE, _BLUE, _VERMILION, _GREEN, _PURPLE = "#3b3b3b", "#0072b2", "#d55e00", "#009e73", "#aa4499"
+_SPARE = ("#56b4e9", "#b8860b", "#882255", "#44aa99", "#999933")
+
+# (pattern on the lower-cased name with - and space as _, colour, label). First match wins.
+_METHODS = (
+    (r"clip_?higher", _GREEN, "Clip-higher"),
+    (r"clip_?cov", _BLUE, "Clip-Cov"),
+    (r"kl_?cov", _VERMILION, "KL-Cov"),
+    (r"entropy_?(bonus|coef|reg)", _PURPLE, "Entropy bonus"),
+    (r"^(baseline|grpo|ppo|rloo)$", _BASELINE, "Baseline"),
+)
+
+
+@dataclass(frozen=True)
+class MethodStyle:
+    """How a run is drawn everywhere: one colour per method, controls dashed in their method's colour."""
+
+    color: str
+    linestyle: str
+    label: str
+    control: bool
+
+    def line(self) -> dict[str, Any]:
+        """Keyword arguments of ``Axes.plot``."""
+        return {
+            "color": self.color,
+            "linestyle": (0, (4, 2)) if self.control else self.linestyle,
+            "linewidth": 1.4 if self.control else 2.0,
+            "alpha": 0.75 if self.control else 1.0,
+            "label": self.label,
+        }
+
+
+def method_style(name: str, position: int = 0) -> MethodStyle:
+    """Style of a run by its name: "clip_cov", "KL-Cov", "kl_cov_random", "baseline", … ; others by ``position``.
+
+    A name with "random" or "control" in it is a control: its method's colour, dashed and thinner.
+    """
+    key = re.sub(r"[\s-]+", "_", name.strip().lower())
+    control = bool(re.search(r"random|control", key))
+    for pattern, color, label in _METHODS:
+        if re.search(pattern, key):
+            return MethodStyle(
+                color, "-", f"{label}, random tokens" if control else _display(name, key, label), control
+            )
+    return MethodStyle(_SPARE[position % len(_SPARE)], "-", name, control)
+
+
+def _display(name: str, key: str, label: str) -> str:
+    """The method's own spelling for a bare method name; the run's name where it says more ("clip_cov r=.05")."""
+    bare = re.sub(r"[^a-z]", "", key)
+    return label if bare == re.sub(r"[^a-z]", "", label.lower()) else name
+
+
+def styles(names: Sequence[str]) -> dict[str, MethodStyle]:
+    """Styles of several runs; runs of unknown methods get different spare colours."""
+    unknown = 0
+    result = {}
+    for name in names:
+        result[name] = method_style(name, unknown)
+        unknown += result[name].color in _SPARE
+    return result
+
+
+def figure(rows: int, columns: int, size: tuple[float, float], **keywords: Any) -> tuple[Figure, Any]:
+    """Figure with a (rows, columns) array of axes in the house style; ``size`` in inches."""
+    module = require("matplotlib.figure", "a plot")
+    fig = module.Figure(figsize=size, layout="constrained", facecolor="white")
+    axes = fig.subplots(rows, columns, squeeze=False, **keywords)
+    for ax in axes.flat:
+        decorate(ax)
+    return fig, axes
+
+
+def decorate(ax: Axes) -> None:
+    """Two spines, a light grid below the data, muted ticks."""
+    ax.set_facecolor("white")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color("#b0b0b0")
+    ax.grid(True, color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=MUTED, labelsize=9, length=3)
+    ax.xaxis.label.set(color=INK, fontsize=10)
+    ax.yaxis.label.set(color=INK, fontsize=10)
+
+
+def title(ax: Axes, text: str, note: str | None = None) -> None:
+    """Left-aligned title, with a muted line below it."""
+    ax.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=19 if note else 8)
+    if note:
+        ax.annotate(
+            note, (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8.5, color=MUTED
+        )
+
+
+def legend(target: Any, **keywords: Any) -> None:
+    """Frameless legend of an axes or, given ``handles``, of a figure."""
+    target.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=2.2, **keywords)
+
+
+def seeds(run: DataFrame | Sequence[DataFrame]) -> list[DataFrame]:
+    """A run is one log or one log per seed: the list of logs."""
+    return list(run) if isinstance(run, Sequence) else [run]
+
+
+def curve(run: DataFrame | Sequence[DataFrame], column: str, step: str = "step") -> DataFrame:
+    """``mean``, ``low`` and ``high`` over the seeds, indexed by step; empty if no log has the column."""
+    pd = require("pandas", "a plot")
+    series = [
+        log.loc[log[column].notna(), [step, column]].groupby(step)[column].last()
+        for log in seeds(run)
+        if column in log.columns
+    ]
+    if not series:
+        return pd.DataFrame(columns=["mean", "low", "high"], dtype=float)
+    # inner: a step that a seed has not reached would make the mean jump
+    table = pd.concat(series, axis=1, join="inner").astype(float)
+    return pd.DataFrame({"mean": table.mean(axis=1), "low": table.min(axis=1), "high": table.max(axis=1)})
+
+
+def check_runs(runs: Mapping[str, Any], columns: Sequence[str]) -> None:
+    """ValueError with the columns that exist if ``runs`` is empty or no run has any of ``columns``."""
+    if not runs:
+        raise ValueError("runs: expected at least one run, got none")
+    present = sorted({str(column) for run in runs.values() for log in seeds(run) for column in log.columns})
+    if not any(column in present for column in columns):
+        raise ValueError(f"runs: expected a column among {list(columns)}, got {present}")

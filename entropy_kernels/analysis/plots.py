@@ -1,0 +1,376 @@
+"""Figures of the entropy analysis: functions from DataFrames to a matplotlib Figure.
+
+``runs`` is everywhere a mapping from a run's name to its log, a DataFrame with a ``step`` column, or to a list of logs,
+one per seed (drawn as their mean with the band of smallest to largest). Names choose the colours: see
+:func:`entropy_kernels.analysis.plot_style.method_style`. Figures are made without pyplot, so they need no display, and
+belong to the caller: ``figure.savefig(path)`` or :func:`png`.
+
+Column names of the reference trainer's logs, the defaults here: ``step``, ``entropy``, ``val_pass1``, ``val_pass8``,
+``predicted_dh``, ``measured_dh``.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from entropy_kernels.analysis import plot_style as style
+from entropy_kernels.analysis._require import require
+from entropy_kernels.analysis.entropy_law import EntropyLaw, fit_entropy_law
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame, Series
+
+    Run = DataFrame | Sequence[DataFrame]
+
+# Mean covariance of the top fractions of tokens at step 1 of Qwen2.5-7B: arXiv 2505.22617, table 1.
+PAPER_COVARIANCE = {0.0002: 5.654, 0.002: 3.112, 0.02: 1.385, 0.2: 0.351, 0.5: 0.152, 1.0: 0.003}
+
+
+def png(figure: Figure, *, dpi: int = 150) -> bytes:
+    """The figure as PNG bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
+
+
+def img_tag(figure: Figure, alt: str, *, dpi: int = 150) -> str:
+    """``<img>`` with the PNG inside it, for a self-contained page."""
+    data = base64.b64encode(png(figure, dpi=dpi)).decode("ascii")
+    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+
+
+def entropy_figure(runs: Mapping[str, Run], *, column: str = "entropy", log_scale: bool = False) -> Figure:
+    """Policy entropy over training steps, one line per run."""
+    style.check_runs(runs, [column])
+    fig, axes = style.figure(1, 1, (7.2, 4.2))
+    ax = axes[0, 0]
+    _curves(ax, runs, column)
+    ax.set(xlabel="training step", ylabel="policy entropy (nats per token)")
+    if log_scale:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
+    style.title(ax, "Policy entropy", _seed_note(runs))
+    style.legend(ax)
+    return fig
+
+
+def performance_figure(
+    runs: Mapping[str, Run], *, columns: Mapping[str, str] | None = None, title: str = "Validation"
+) -> Figure:
+    """Validation performance over steps, one panel per column; ``columns`` maps a column to its panel's title.
+
+    The default is pass@1 beside pass@8. Columns that no run has are left out; at least one must be there.
+    """
+    columns = {"val_pass1": "pass@1", "val_pass8": "pass@8"} if columns is None else columns
+    style.check_runs(runs, list(columns))
+    present = {
+        column: name for column, name in columns.items() if any(len(style.curve(r, column)) for r in runs.values())
+    }
+    fig, axes = style.figure(1, len(present), (4.6 * len(present) + 0.4, 4.4))
+    for ax, (column, name) in zip(axes[0], present.items(), strict=True):
+        _curves(ax, runs, column)
+        ax.set(xlabel="training step", ylabel=name)
+        style.title(ax, f"{title}: {name}", _seed_note(runs))
+    _shared_legend(fig, axes[0, 0], len(runs))
+    return fig
+
+
+def law_figure(
+    runs: Mapping[str, Run],
+    *,
+    entropy: str = "entropy",
+    performance: str = "val_pass1",
+    laws: Mapping[str, EntropyLaw] | None = None,
+) -> Figure:
+    """R against H, one panel per run on common axes: points, the law, a straight line in H and the ceiling.
+
+    Points are the rows in which both columns are there (see :func:`entropy_kernels.analysis.logs.pairs` for logs in
+    which they are not); darker points are later. Seeds of a run are fitted together. ``laws`` gives laws that are
+    already fitted; runs without one are fitted here, and runs with fewer than three points show the points alone.
+    """
+    style.check_runs(runs, [performance])
+    fig, axes = style.figure(1, len(runs), (3.5 * len(runs) + 0.8, 4.1), sharex=True, sharey=True)
+    looks = style.styles(list(runs))
+    for ax, (name, run) in zip(axes[0], runs.items(), strict=True):
+        points = [
+            log[[entropy, performance]].dropna().to_numpy(float) for log in style.seeds(run) if performance in log
+        ]
+        h, r = np.concatenate(points).T if points else np.empty((2, 0))
+        age = np.concatenate([np.linspace(0.25, 1.0, len(p)) for p in points]) if points else None
+        law = (laws or {}).get(name)
+        if law is None and len(h) >= 3 and np.ptp(h) > 0:
+            law = fit_entropy_law(h, r)
+        ax.scatter(h, r, s=22, color=looks[name].color, alpha=age, edgecolors="none", zorder=3)
+        note = "too few points for a fit"
+        if law is not None:
+            _law_lines(ax, law, looks[name].color)
+            note = f"R² {law.r2:.3f}, RMSE {law.rmse:.3f}   straight line: {law.r2_linear:.3f}, {law.rmse_linear:.3f}"
+        style.title(ax, looks[name].label, note)
+        ax.set(xlabel="policy entropy H (nats)")
+    axes[0, 0].set_ylabel(f"validation {_pretty(performance)}")
+    axes[0, 0].set_xlim(left=0)
+    style.legend(axes[0, 0], loc="lower left")
+    return fig
+
+
+def fit_figure(
+    entropy: Any,
+    performance: Any,
+    law: EntropyLaw,
+    *,
+    steps: Any = None,
+    extrapolated: EntropyLaw | None = None,
+    entropy_name: str = "policy entropy H (nats)",
+    performance_name: str = "validation performance R",
+    title: str = "Entropy law",
+) -> Figure:
+    """One run's R against H: points coloured by step, the law with its prediction band, the straight line, the
+    ceiling with its interval at H = 0 and, if given, the law of the first points only (``extrapolated``)."""
+    h, r = np.asarray(entropy, float), np.asarray(performance, float)
+    keep = ~(np.isnan(h) | np.isnan(r))
+    order = np.arange(len(h)) if steps is None else np.asarray(steps)
+    fig, axes = style.figure(1, 1, (7.4, 4.9))
+    ax = axes[0, 0]
+    grid = np.linspace(0, max(law.entropy_range[1], float(h[keep].max())) * 1.04, 200)
+    low, high = law.interval(grid)
+    ax.fill_between(
+        grid, low, high, color="#0072b2", alpha=0.10, linewidth=0, label=f"{law.confidence:.0%} prediction band"
+    )
+    _law_lines(ax, law, "#0072b2")
+    if extrapolated is not None:
+        label = f"law of the first {extrapolated.n} points"
+        ax.plot(grid, extrapolated.predict(grid), color="#d55e00", linewidth=1.6, linestyle=(0, (5, 2)), label=label)
+        ax.scatter(
+            h[keep][: extrapolated.n],
+            r[keep][: extrapolated.n],
+            s=70,
+            facecolors="none",
+            edgecolors="#d55e00",
+            zorder=4,
+        )
+    marks = ax.scatter(
+        h[keep], r[keep], c=order[keep], cmap="viridis", s=26, zorder=5, edgecolors="white", linewidths=0.4
+    )
+    bar = fig.colorbar(marks, ax=ax, pad=0.02, fraction=0.05)
+    bar.set_label("step" if steps is not None else "measurement", fontsize=9, color=style.INK)
+    bar.ax.tick_params(colors=style.MUTED, labelsize=8)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bottom, top = law.ceiling_interval
+    ax.errorbar(
+        [0], [law.ceiling], yerr=[[law.ceiling - bottom], [top - law.ceiling]], color="#0072b2", fmt="D", markersize=6,
+        capsize=4, clip_on=False, zorder=6, label=f"ceiling {law.ceiling:.3g} [{bottom:.3g}, {top:.3g}]",
+    )  # fmt: skip
+    ax.set(xlabel=entropy_name, ylabel=performance_name)
+    ax.set_xlim(left=0)
+    note = f"{_equation(law)}    R² {law.r2:.3f}, RMSE {law.rmse:.3g}"
+    note += f"    straight line in H: {law.r2_linear:.3f}, {law.rmse_linear:.3g}"
+    style.title(ax, title, note)
+    style.legend(ax, loc="best")
+    return fig
+
+
+def entropy_change_figure(
+    panels: Mapping[str, Any],
+    *,
+    predicted: str = "predicted_dh",
+    measured: str = "measured_dh",
+) -> Figure:
+    """Measured against predicted ΔH, one panel per entry, with y = x, correlation, slope and share of equal signs.
+
+    An entry is a pair (predicted, measured) of n numbers each, or a log with these two columns. The slope is that of
+    the least-squares line through the origin: 1 where the prediction has the right size.
+    """
+    if not panels:
+        raise ValueError("panels: expected at least one entry, got none")
+    fig, axes = style.figure(1, len(panels), (3.7 * len(panels) + 0.4, 4.1))
+    looks = style.styles(list(panels))
+    for ax, (name, panel) in zip(axes[0], panels.items(), strict=True):
+        x, y = (panel[predicted], panel[measured]) if hasattr(panel, "columns") else panel
+        x, y = np.asarray(x, float), np.asarray(y, float)
+        if x.shape != y.shape:
+            raise ValueError(f"panels[{name!r}]: expected equal shapes, got {x.shape} and {y.shape}")
+        keep = np.isfinite(x) & np.isfinite(y)
+        x, y = x[keep], y[keep]
+        x, y, unit = _scaled(x, y)
+        bound = 1.08 * max(np.abs(np.concatenate([x, y])).max(initial=0.0), 1e-12)
+        ax.plot(
+            [-bound, bound], [-bound, bound], color=style.MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="y = x"
+        )
+        ax.scatter(x, y, s=16, color=looks[name].color, alpha=0.55, edgecolors="none", zorder=3)
+        if (x @ x) > 0:
+            slope = float(x @ y / (x @ x))
+            reach = np.array([x.min(), x.max()])
+            ax.plot(reach, slope * reach, color=looks[name].color, linewidth=1.8, label=f"slope {slope:.3g}")
+        ax.set(
+            xlabel=f"predicted ΔH ({unit})", ylabel=f"measured ΔH ({unit})", xlim=(-bound, bound), ylim=(-bound, bound)
+        )
+        ax.set_aspect("equal")
+        style.title(ax, looks[name].label, _agreement(x, y))
+        style.legend(ax, loc="upper left")
+    return fig
+
+
+def covariance_table(
+    runs: Mapping[str, Run], columns: Mapping[float, str], *, step: int | None = None, paper: bool = True
+) -> DataFrame:
+    """Mean covariance of the top fractions of tokens: a row per run, a column per fraction (as the paper's table 1).
+
+    Args:
+        runs: logs; with seeds, their mean.
+        columns: fraction of the tokens → the log's column that holds the mean covariance of that top fraction.
+        step: the step to show; None is each log's first row that has the columns.
+        paper: add the paper's row (Qwen2.5-7B, step 1) for the fractions that it has.
+    """
+    pd = require("pandas", "the covariance table")
+    fractions = sorted(columns)
+    rows: dict[str, list[float]] = {}
+    for name, run in runs.items():
+        found = [_covariance_row(log, [columns[f] for f in fractions], step) for log in style.seeds(run)]
+        rows[style.method_style(name).label] = np.mean(found, axis=0).tolist()
+    if paper:
+        rows["Qwen2.5-7B (paper)"] = [PAPER_COVARIANCE.get(f, np.nan) for f in fractions]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=[_fraction(f) for f in fractions])
+    table.columns.name = "top share of tokens"
+    return table
+
+
+def covariance_figure(table: DataFrame, *, title: str = "Mean covariance of the top tokens") -> Figure:
+    """A covariance table as a figure: the numbers on a colour scale that is linear near 0 and logarithmic above."""
+    colors = require("matplotlib.colors", "a plot")
+    values = table.to_numpy(float)
+    fig, axes = style.figure(1, 1, (1.15 * values.shape[1] + 2.6, 0.48 * values.shape[0] + 1.5))
+    ax = axes[0, 0]
+    ax.grid(False)
+    bound = max(np.nanmax(np.abs(values), initial=0.0), 1e-6)
+    norm = colors.SymLogNorm(linthresh=min(0.05, bound), vmin=-bound, vmax=bound)
+    # the middle half of the map only: text stays readable on every cell
+    cmap = colors.LinearSegmentedColormap.from_list("covariance", ["#8db8d9", "#ffffff", "#f2b38a"])
+    ax.imshow(np.nan_to_num(values), cmap=cmap, norm=norm, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        ax.text(j, i, _number(value), ha="center", va="center", fontsize=10, color=style.INK)
+    ax.set_xticks(range(values.shape[1]), [str(c) for c in table.columns], color=style.INK)
+    ax.set_yticks(range(values.shape[0]), [str(i) for i in table.index], color=style.INK)
+    ax.tick_params(length=0, labelsize=9.5)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set_xlabel("top share of tokens, by covariance")
+    style.title(ax, title)
+    return fig
+
+
+def html_table(table: DataFrame, *, caption: str = "", digits: int = 3) -> str:
+    """Any DataFrame of numbers as a plain HTML table (class ``data``), text escaped, NaN as –."""
+    name = html.escape(str(table.columns.name or ""))
+    head = "".join(f"<th scope='col'>{html.escape(str(c))}</th>" for c in table.columns)
+    body = "".join(
+        f"<tr><th scope='row'>{html.escape(str(index))}</th>"
+        + "".join(f"<td>{html.escape(_number(value, digits))}</td>" for value in row)
+        + "</tr>"
+        for index, row in zip(table.index, table.to_numpy(dtype=object), strict=True)
+    )
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    head = f"<thead><tr><th scope='col'>{name}</th>{head}</tr></thead>"
+    return f"<table class='data'>{title}{head}<tbody>{body}</tbody></table>"
+
+
+def _curves(ax: Axes, runs: Mapping[str, Run], column: str) -> None:
+    looks = style.styles(list(runs))
+    for name, run in runs.items():
+        line = style.curve(run, column)
+        if len(line) == 0:
+            continue
+        steps = line.index.to_numpy(float)
+        dots = "o" if len(line) <= 60 else ""
+        ax.plot(steps, line["mean"], marker=dots, markersize=3, **looks[name].line())
+        if len(style.seeds(run)) > 1:
+            ax.fill_between(steps, line["low"], line["high"], color=looks[name].color, alpha=0.13, linewidth=0)
+
+
+def _law_lines(ax: Axes, law: EntropyLaw, color: str) -> None:
+    """The law from H = 0 to the largest H of its fit, the straight line on the same points, and the ceiling."""
+    grid = np.linspace(0, law.entropy_range[1] * 1.04, 200)
+    ax.plot(grid, law.predict(grid), color=color, linewidth=2.0, label="law  −a·e$^H$ + b", zorder=2)
+    ax.plot(
+        grid,
+        law.predict_linear(grid),
+        color=style.MUTED,
+        linewidth=1.3,
+        linestyle=(0, (1, 1.5)),
+        label="straight line in H",
+    )
+    ax.axhline(law.ceiling, color=color, linewidth=0.9, linestyle=(0, (6, 3)), alpha=0.6)
+    ax.annotate(
+        f"ceiling {law.ceiling:.3g}", (1, law.ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color=color,
+    )  # fmt: skip
+
+
+def _shared_legend(fig: Figure, ax: Axes, entries: int) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    style.legend(fig, handles=handles, labels=labels, loc="outside lower center", ncols=min(entries, 5))
+
+
+def _seed_note(runs: Mapping[str, Run]) -> str | None:
+    count = max(len(style.seeds(run)) for run in runs.values())
+    return f"mean of {count} seeds; band: smallest to largest" if count > 1 else None
+
+
+def _scaled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+    """Both in a power of ten of nats that gives short tick labels, and that unit's name."""
+    largest = np.abs(np.concatenate([x, y])).max(initial=0.0)
+    power = int(np.floor(np.log10(largest))) if largest > 0 else 0
+    if power >= -1:
+        return x, y, "nats"
+    return x * 10.0**-power, y * 10.0**-power, f"10$^{{{power}}}$ nats"
+
+
+def _agreement(x: np.ndarray, y: np.ndarray) -> str:
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return f"n {len(x)}"
+    moved = (x != 0) & (y != 0)
+    sign = float(np.mean(np.sign(x[moved]) == np.sign(y[moved]))) if moved.any() else float("nan")
+    return f"correlation {np.corrcoef(x, y)[0, 1]:.4f}, same sign {sign:.0%}, n {len(x)}"
+
+
+def _covariance_row(log: DataFrame, columns: list[str], step: int | None) -> list[float]:
+    missing = [column for column in columns if column not in log.columns]
+    if missing:
+        raise ValueError(f"columns: expected columns of the log, got {missing}; it has {[str(c) for c in log.columns]}")
+    rows = log.dropna(subset=columns)
+    if step is not None:
+        rows = rows[rows["step"] == step]
+    if len(rows) == 0:
+        raise ValueError(
+            f"step: expected a step with covariance values, got {'an empty log' if step is None else step}"
+        )
+    first: Series = rows.iloc[0]
+    return [float(first[column]) for column in columns]
+
+
+def _equation(law: EntropyLaw) -> str:
+    return f"R = {'−' if law.a >= 0 else ''}{abs(law.a):.3g}·e$^H$ + {law.b:.3g}"
+
+
+def _fraction(value: float) -> str:
+    return "all" if value >= 1 else f"{value * 100:g} %"
+
+
+def _pretty(column: str) -> str:
+    return {"val_pass1": "pass@1", "val_pass8": "pass@8"}.get(column, column)
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    if not isinstance(value, (int, float, np.number)):
+        return str(value)
+    if np.isnan(value):
+        return "–"
+    return f"{value:d}" if isinstance(value, (int, np.integer)) else f"{value:.{digits}f}"
