@@ -1,0 +1,87 @@
+"""Fixtures of the whole suite: where a test runs, poisoned memory, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is decorated, so it has to be set before anything imports triton. Without a GPU its
+# interpreter runs the kernels on CPU tensors; tests that compile ahead of time do so in a subprocess without it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import entropy_kernels as ek
+
+
+@dataclass(frozen=True)
+class Place:
+    """A backend and the device that it runs on."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return self.backend if self.device == "cpu" else f"{self.backend}-{self.device}"
+
+    @property
+    def interpreted(self) -> bool:
+        """Runs in Triton's interpreter: thousands of times slower than a kernel, so sizes have to be small."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Logit dtypes that the contract promises here (fp64 is a CPU dtype)."""
+        half = [torch.bfloat16, torch.float16, torch.float32]
+        return [*half, torch.float64] if self.device == "cpu" else half
+
+
+def places(op: str = "token_stats") -> list:
+    """pytest parameters: every backend of ``op`` on every device here, skipped with the reason where it cannot run."""
+    on_gpu = [Place(name, "cuda") for name in ("torch", "triton", "cuda")] if torch.cuda.is_available() else []
+    interpreted = [] if torch.cuda.is_available() else [Place("triton", "cpu")]
+    params = []
+    for place in (Place("torch", "cpu"), Place("cpu", "cpu"), *interpreted, *on_gpu):
+        reason = ek.backends()[op][place.backend]
+        marks = [] if reason == "available" else [pytest.mark.skip(reason=f"backend {place.backend}: {reason}")]
+        if place.device == "cuda":
+            marks.append(pytest.mark.gpu)
+        params.append(pytest.param(place, marks=marks, id=str(place)))
+    return params
+
+
+@pytest.fixture(params=places())
+def place(request: pytest.FixtureRequest) -> Place:
+    """Backend × device of the statistics ops."""
+    return request.param
+
+
+def pytest_report_header() -> list[str]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (tests on a GPU are not collected)"
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, gpu: {gpu}"]
+    for op, backends in ek.backends().items():
+        lines.append(f"{op}: " + "; ".join(f"{name} {state}" for name, state in backends.items()))
+    return lines
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty and its relatives return with NaN (integers: the largest), so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    # torch fills only in deterministic mode; warn_only, because it is the filling that is wanted and not the mode
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """No test depends on which others ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,294 @@
+"""Gradients of the statistics: which outputs are used, how the upstream gradient lies in memory, in place, twice."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from calls import bound, check, run, same_bits, upstream
+from cases import Sample, normal, plain
+from conftest import Place
+from reference import DIFFERENTIABLE
+
+COMBINATIONS = [c for n in (1, 2, 3) for c in itertools.combinations(DIFFERENTIABLE, n)]
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64), ids=str)
+def test_through_every_combination(names: tuple[str, ...], dtype: torch.dtype, place: Place) -> None:
+    if dtype not in place.dtypes:
+        pytest.skip(f"{dtype} is not promised on {place}")
+    check(plain(dtype, place.device, vocab=1500, temperature=0.6), place, *names)
+    if "collision" not in names:
+        check(plain(dtype, place.device, temperature=0.6), place, *names, function="logprob_entropy")
+
+
+def test_gradients_add_up(place: Place) -> None:
+    """Two backward passes accumulate to what one pass through the sum gives."""
+    sample = plain(torch.float32, place.device)
+    logits = sample.logits.clone().requires_grad_()
+    outputs = ek.token_stats(logits, sample.target, backend=place.backend)
+    outputs.logprob.sum().backward(retain_graph=True)
+    (2 * outputs.entropy).sum().backward()
+    ones = torch.ones(5, device=place.device)
+    assert logits.grad is not None
+    _, together = run(sample, place, grads={"logprob": ones, "entropy": 2 * ones})
+    torch.testing.assert_close(logits.grad, together)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_expanded_upstream(name: str, place: Place) -> None:
+    """.sum() hands over a gradient of stride 0; a kernel that assumes stride 1 reads beyond its only element."""
+    sample = plain(torch.float32, place.device, rows=6)
+    logits = sample.logits.clone().requires_grad_()
+    getattr(ek.token_stats(logits, sample.target, backend=place.backend), name).sum().backward()
+    assert logits.grad is not None
+    bound(sample).check_gradient(logits.grad, **{name: torch.ones(6, device=place.device)})
+
+
+def test_strided_upstream(place: Place) -> None:
+    """Upstream gradients that are columns of a wider buffer, a transposed matrix, and reversed by flip's copy."""
+    sample = Sample(
+        normal(3, 4, 97, dtype=torch.float32, device=place.device),
+        torch.arange(12, device=place.device).view(3, 4),
+    )
+    wide = torch.full((3, 4, 5), torch.nan, device=place.device)
+    wide[..., 2] = torch.randn(3, 4, device=place.device)
+    grads = {
+        "logprob": wide[..., 2],
+        "entropy": torch.randn(4, 3, device=place.device).t(),
+        "collision": torch.randn(4, device=place.device).expand(3, 4),
+    }
+    _, dlogits = run(sample, place, grads=grads)
+    assert dlogits is not None
+    bound(sample).check_gradient(dlogits, **grads)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+def test_upstream_of_another_layout_and_dtype(dtype: torch.dtype, place: Place) -> None:
+    """A loss in bf16 or fp64 sends its gradient through autograd's cast, so the op sees fp32."""
+    sample = plain(torch.float32, place.device)
+    logits = sample.logits.clone().requires_grad_()
+    weight = torch.randn(5, device=place.device).to(dtype)
+    (ek.logprob_entropy(logits, sample.target, backend=place.backend).logprob.to(dtype) * weight).sum().backward()
+    assert logits.grad is not None
+    bound(sample).check_gradient(logits.grad, logprob=weight.float())
+
+
+def test_zero_and_infinite_upstream(place: Place) -> None:
+    """A token whose weight is 0 gets a gradient of exactly 0; an infinite weight is not hidden."""
+    sample = plain(torch.float32, place.device, rows=3)
+    grads = {name: torch.tensor([0.0, 1.0, 2.0], device=place.device) for name in DIFFERENTIABLE}
+    _, dlogits = run(sample, place, grads=grads)
+    assert dlogits is not None and not dlogits[0].any() and dlogits[1:].all()
+    grads["logprob"][1] = torch.inf
+    _, dlogits = run(sample, place, grads=grads)
+    assert dlogits is not None and not dlogits[1].isfinite().any() and dlogits[[0, 2]].isfinite().all()
+
+
+def test_nothing_is_computed_without_a_gradient(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No output used, or only vocab_covariance, or a frozen input: the backward kernel does not run."""
+    from entropy_kernels.backends import registry
+
+    calls: list[str] = []
+    original = registry.kernel
+
+    def spy(op: str, name: str, *rest: object):
+        calls.append(name)
+        return original(op, name, *rest)
+
+    monkeypatch.setattr(registry, "kernel", spy)
+    sample = plain(torch.float32, place.device)
+    frozen = ek.token_stats(sample.logits, sample.target, backend=place.backend)
+    assert calls == ["token_stats_forward"]
+    assert not any(value.requires_grad for value in frozen)
+
+    logits = sample.logits.clone().requires_grad_()
+    other = torch.ones(5, device=place.device, requires_grad=True)
+    ek.token_stats(logits, sample.target, backend=place.backend)
+    other.sum().backward()
+    assert logits.grad is None and calls.count("token_stats_backward") == 0
+    with torch.no_grad():
+        assert not ek.token_stats(logits, sample.target, backend=place.backend).logprob.requires_grad
+    with torch.inference_mode():
+        ek.token_stats(sample.logits, sample.target, backend=place.backend)
+    assert calls.count("token_stats_backward") == 0
+    ek.token_stats(logits, sample.target, backend=place.backend).entropy.sum().backward()
+    assert calls.count("token_stats_backward") == 1
+
+
+def test_only_wanted_statistics_are_computed(place: Place) -> None:
+    """logprob_entropy asks for two statistics and the kernel makes two: the others are empty, the state is small."""
+    sample = plain(torch.float32, place.device)
+    temperature = torch.ones(1, device=place.device)
+    for want in range(1, 16):
+        op = torch.ops.entropy_kernels.token_stats
+        *outputs, state = op(
+            sample.logits[None], sample.target, temperature, 0.0, -100, 0, 97, want, False, "", place.backend
+        )
+        assert [x.numel() for x in outputs] == [5 if want & bit else 0 for bit in (1, 2, 4, 8)]
+        assert state.shape == (6 if want & 12 else 4, 5)
+
+
+def test_vocab_covariance_carries_no_gradient(place: Place) -> None:
+    sample = plain(torch.float32, place.device)
+    outputs = ek.token_stats(sample.logits.clone().requires_grad_(), sample.target, backend=place.backend)
+    assert outputs.logprob.requires_grad and outputs.entropy.requires_grad and outputs.collision.requires_grad
+    assert not outputs.vocab_covariance.requires_grad
+
+
+def test_double_backward_is_a_clear_error(place: Place) -> None:
+    sample = plain(torch.float32, place.device)
+    logits = sample.logits.clone().requires_grad_()
+    outputs = ek.logprob_entropy(logits, sample.target, backend=place.backend)
+    (gradient,) = torch.autograd.grad(outputs.entropy.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("kwargs", ({}, {"temperature": 0.5}, {"softcap": 2.0}, {"vocab_size": 5}), ids=str)
+def test_gradcheck(kwargs: dict, place: Place) -> None:
+    if torch.float64 not in place.dtypes:
+        pytest.skip("gradcheck needs fp64")
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, device=place.device, requires_grad=True)
+    target = torch.tensor([[0, 4, 2], [-100, 3, 1]], device=place.device)
+
+    def values(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ek.token_stats(z, target, **kwargs, backend=place.backend)[:3]
+
+    assert torch.autograd.gradcheck(values, (logits,), nondet_tol=0.0)
+
+
+def test_label_at_probability_zero_still_pulls(place: Place) -> None:
+    """At logprob -200 the label's gradient is 1 (SPEC §2): in fp32 its p is 0, and a factor p would hide it."""
+    logits = torch.zeros(1, 97, device=place.device)
+    logits[0, 3] = -200
+    sample = Sample(logits, torch.tensor([3], device=place.device))
+    for names in (("logprob",), ("logprob", "entropy", "collision")):
+        _, dlogits = run(sample, place, grads={name: torch.ones(1, device=place.device) for name in names})
+        assert dlogits is not None and dlogits[0, 3].item() == pytest.approx(1.0, abs=1e-6)
+
+
+# ---- in place -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("function", ("logprob_entropy", "token_stats"))
+def test_inplace_gradient_is_the_same_in_the_same_storage(function: str, dtype: torch.dtype, place: Place) -> None:
+    sample = plain(dtype, place.device, rows=6, vocab=1500, temperature=0.7)
+    sample.target[2] = -100
+    grads = upstream(sample, "logprob", "entropy")
+    _, expected = run(sample, place, function, grads)
+    assert expected is not None
+    leaf = sample.logits.clone().requires_grad_()
+    logits = leaf * 1  # as after a matmul: nobody else needs it
+    outputs = getattr(ek, function)(
+        logits, sample.target, **sample.kwargs, inplace_backward=True, backend=place.backend
+    )
+    kept: list[torch.Tensor] = []
+    logits.register_hook(kept.append)
+    torch.autograd.backward([getattr(outputs, name) for name in grads], list(grads.values()))
+    assert kept[0].data_ptr() == logits.data_ptr()
+    assert leaf.grad is not None and same_bits(leaf.grad, expected)
+    assert same_bits(logits.detach(), expected)
+    assert same_bits(leaf.detach(), sample.logits)
+
+
+@pytest.mark.parametrize("layout", ("sliced", "transposed", "columns", "four", "vector"))
+def test_inplace_in_any_layout(layout: str, place: Place) -> None:
+    buffer = normal(4, 6, 130, dtype=torch.float32, device=place.device)
+    views = {
+        "sliced": lambda b: b[:, 1:-1, :97],
+        "transposed": lambda b: b.transpose(0, 1)[..., 1:98],
+        "columns": lambda b: b[..., ::2],
+        "four": lambda b: b.view(2, 2, 6, 130).permute(1, 2, 0, 3)[..., :97],
+        "vector": lambda b: b[0, 0, 3:100],
+    }
+    view = views[layout]
+    target = torch.randint(0, 65, view(buffer).shape[:-1], device=place.device)
+    sample = Sample(view(buffer), target)
+    grads = upstream(sample, "logprob", "entropy")
+    _, expected = run(sample, place, "logprob_entropy", grads)
+    leaf = buffer.clone().requires_grad_()
+    work = leaf * 1
+    outputs = ek.logprob_entropy(view(work), target, inplace_backward=True, backend=place.backend)
+    torch.autograd.backward(list(outputs), list(grads.values()))
+    assert leaf.grad is not None and expected is not None and same_bits(view(leaf.grad), expected)
+    # what lies between the view's elements is not the op's to touch
+    outside = torch.ones_like(buffer, dtype=torch.bool)
+    view(outside)[...] = False
+    assert same_bits(work.detach()[outside], buffer[outside])
+    assert not leaf.grad[outside].any()
+
+
+def test_inplace_with_aliasing_rows(place: Place) -> None:
+    """Rows that share storage (stride 0) cannot hold their gradients there: an error, or a gradient of their own."""
+    row = normal(1, 97, dtype=torch.float32, device=place.device)
+    target = torch.arange(4, device=place.device)
+    sample = Sample(row.expand(4, 97), target)
+    grads = upstream(sample, "logprob", "entropy")
+    leaf = row.clone().requires_grad_()
+    try:
+        outputs = ek.logprob_entropy((leaf * 1).expand(4, 97), target, inplace_backward=True, backend=place.backend)
+        torch.autograd.backward(list(outputs), list(grads.values()))
+    except (ValueError, RuntimeError) as error:
+        assert "inplace_backward" in str(error)
+        return
+    _, expected = run(sample, place, "logprob_entropy", grads)
+    assert expected is not None and leaf.grad is not None
+    torch.testing.assert_close(leaf.grad, expected.sum(0, keepdim=True))
+
+
+def test_second_backward_after_inplace_is_a_clear_error(place: Place) -> None:
+    sample = plain(torch.float32, place.device)
+    logits = sample.logits.clone().requires_grad_() * 1
+    outputs = ek.logprob_entropy(logits, sample.target, inplace_backward=True, backend=place.backend)
+    outputs.logprob.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace_backward"):
+        outputs.entropy.sum().backward()
+
+
+def test_two_calls_on_logits_that_the_first_overwrote(place: Place) -> None:
+    """Another op that saved the same logits must not silently read the gradient in their place."""
+    sample = plain(torch.float32, place.device)
+    logits = sample.logits.clone().requires_grad_() * 1
+    inplace = ek.logprob_entropy(logits, sample.target, inplace_backward=True, backend=place.backend)
+    plain_call = ek.token_stats(logits, sample.target, backend=place.backend)
+    inplace.logprob.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"inplace|in-place"):
+        plain_call.entropy.sum().backward()
+
+
+def test_inplace_without_a_backward_changes_nothing(place: Place) -> None:
+    sample = plain(torch.float32, place.device)
+    before = sample.logits.clone()
+    logits = sample.logits.requires_grad_()
+    ek.logprob_entropy(logits, sample.target, inplace_backward=True, backend=place.backend)
+    with torch.no_grad():
+        ek.logprob_entropy(logits, sample.target, inplace_backward=True, backend=place.backend)
+    assert same_bits(logits.detach(), before)
+
+
+def test_gradient_reaches_a_leaf_through_a_linear_layer(place: Place) -> None:
+    """The way it is used: hidden states, a head, in-place gradient; against float64 autograd of the dense formula."""
+    import reference
+
+    hidden = torch.randn(6, 16, device=place.device, dtype=torch.double)
+    weight = torch.randn(97, 16, device=place.device, dtype=torch.double)
+    target = torch.randint(0, 97, (6,), device=place.device)
+    expected = []
+    for function in ("ours", "dense"):
+        dtype = torch.float32 if function == "ours" else torch.float64
+        h, w = (x.detach().to(dtype).requires_grad_() for x in (hidden, weight))
+        logits = h @ w.t()
+        if function == "ours":
+            out = ek.logprob_entropy(logits, target, temperature=0.8, inplace_backward=True, backend=place.backend)
+        else:
+            out = reference.differentiable(logits, target, 0.8, None)  # type: ignore[assignment]
+        (out[0] + 0.3 * out[1]).sum().backward()
+        expected.append((h.grad, w.grad))
+    for ours, dense in zip(*expected, strict=True):
+        torch.testing.assert_close(ours.double(), dense, rtol=1e-4, atol=1e-5)
