@@ -119,11 +119,12 @@ def _token_stats(
     shape, vocab = target.shape, logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     start, size, group = _vocabulary(vocab, vocab_group, vocab_start, vocab_size)
-    if inplace_backward and torch.compiler.is_compiling():
-        inplace_backward = False
+    if inplace_backward:
+        _validate_inplace(logits)
+        inplace_backward = not torch.compiler.is_compiling()
     outputs = op.token_stats(
         _as_3d(logits),
-        target.reshape(-1),
+        target.reshape(-1).contiguous(),
         _temperature(temperature, target, dtype),
         _softcap(softcap),
         ignore_index,
@@ -154,6 +155,14 @@ def _validate_logits(logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"target: expected on the device of logits, {logits.device}, got {target.device}")
 
 
+def _validate_inplace(logits: Tensor) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(
+            "inplace_backward: expected logits whose elements do not share memory (the gradient is written over them), "
+            f"got an expanded view of shape {tuple(logits.shape)} with strides {logits.stride()}"
+        )
+
+
 def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """A (1,) or (N,) tensor: a Python number below the op would recompile for every value."""
     if not isinstance(temperature, Tensor):
@@ -181,6 +190,8 @@ def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype
 def _softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap: expected a number or None, got {type(softcap).__name__}")
     if not softcap > 0 or softcap == float("inf"):
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     return float(softcap)
