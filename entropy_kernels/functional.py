@@ -116,6 +116,7 @@ def _token_stats(
     want: int,
 ) -> list[Tensor]:
     _validate_logits(logits, target)
+    _validate_options(ignore_index, inplace_backward, vocab_group, vocab_start, vocab_size, backend)
     shape, vocab = target.shape, logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     start, size, group = _vocabulary(vocab, vocab_group, vocab_start, vocab_size)
@@ -155,6 +156,21 @@ def _validate_logits(logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"target: expected on the device of logits, {logits.device}, got {target.device}")
 
 
+def _validate_options(
+    ignore_index: Any, inplace_backward: Any, vocab_group: Any, vocab_start: Any, vocab_size: Any, backend: Any
+) -> None:
+    integers = (("ignore_index", ignore_index), ("vocab_start", vocab_start), ("vocab_size", vocab_size))
+    for name, value in integers:
+        if not isinstance(value, (int, torch.SymInt)) and not (value is None and name != "ignore_index"):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not isinstance(inplace_backward, bool):
+        raise TypeError(f"inplace_backward: expected a bool, got {type(inplace_backward).__name__}")
+    if vocab_group is not None and not hasattr(vocab_group, "group_name"):
+        raise TypeError(f"vocab_group: expected a torch.distributed.ProcessGroup, got {type(vocab_group).__name__}")
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+
+
 def _validate_inplace(logits: Tensor) -> None:
     if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(
@@ -170,7 +186,9 @@ def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype
             raise TypeError(f"temperature: expected a number or a torch.Tensor, got {type(temperature).__name__}")
         return torch.full((1,), temperature, dtype=dtype, device=target.device)
     if temperature.requires_grad:
-        raise ValueError("temperature: expected a tensor that does not require grad (no gradient flows to it)")
+        raise ValueError(
+            "temperature: expected a tensor without grad (no gradient flows to it), got requires_grad=True"
+        )
     if not temperature.is_floating_point() and temperature.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
     if temperature.device != target.device and temperature.dim() > 0:

@@ -1,0 +1,209 @@
+"""Data flows one way: functional → ops → registry → kernels; the layers above use only public functions (DESIGN)."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import entropy_kernels
+
+PACKAGE = Path(entropy_kernels.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Rank of each room, the lowest first; a module imports from its own rank and from below.
+ROOMS = {
+    "backends": 0,
+    "ops": 1,
+    "functional": 2,
+    "selection": 2,
+    "losses": 3,
+    "analysis": 3,
+    "trainer": 4,
+    "integrations": 4,
+    "__init__": 5,
+    "cli": 6,
+    "doctor": 6,
+}
+ABOVE_THE_PUBLIC_FUNCTIONS = 3
+# Private parts that the rooms above may not touch: they use what `entropy_kernels` exports.
+PRIVATE = ("entropy_kernels.ops", "entropy_kernels.backends", "entropy_kernels._C")
+OPTIONAL = ("triton", "transformers", "matplotlib", "scipy", "pandas", "statsmodels", "tyro", "rich", "tensorboard",
+            "verl", "trl", "gguf", "reasoning_gym", "jinja2")  # fmt: skip
+
+
+def room(module: str) -> str:
+    """``entropy_kernels.ops.token_stats`` → ``ops``; the package itself → ``__init__``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def module_name(path: Path) -> str:
+    parts = [PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path, top_level_only: bool = False) -> list[str]:
+    """Full names of the modules that ``path`` imports; relative ones and ``from package import module`` resolved."""
+    tree = ast.parse(path.read_text())
+    found = []
+    nodes = list(ast.walk(tree))
+    if top_level_only:
+        inside = {
+            id(child)
+            for node in nodes
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or _is_type_checking(node)
+            for child in ast.walk(node)
+        }
+        nodes = [node for node in nodes if id(node) not in inside]
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module_name(path).split(".")
+                package = package if path.name == "__init__.py" else package[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                is_module = (PACKAGE.parent / full.replace(".", "/")).with_suffix(".py").exists() or (
+                    PACKAGE.parent / full.replace(".", "/")
+                ).is_dir()
+                found.append(full if is_module else base)
+    return found
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def ours(names: list[str]) -> list[str]:
+    return [name for name in names if name.split(".")[0] == PACKAGE.name]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_nothing_imports_upward(path: Path) -> None:
+    own = room(module_name(path))
+    assert own in ROOMS, f"{path}: a new room; give it a rank in ROOMS"
+    for name in ours(imports(path)):
+        other = room(name)
+        if own in ("losses", "analysis", "trainer", "integrations") and name == PACKAGE.name:
+            continue  # the public names themselves
+        assert ROOMS[other] <= ROOMS[own], f"{module_name(path)} imports {name}: {other} is above {own}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if ROOMS.get(room(module_name(p)), 0) >= ABOVE_THE_PUBLIC_FUNCTIONS], ids=module_name
+)
+def test_rooms_above_use_only_public_functions(path: Path) -> None:
+    if room(module_name(path)) in ("__init__", "cli", "doctor"):
+        pytest.skip("the front door names what is behind it")
+    wrong = [name for name in imports(path) if name.startswith(PRIVATE)]
+    assert not wrong, f"{module_name(path)} imports {wrong}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_optional_libraries_are_imported_where_they_are_used(path: Path) -> None:
+    """At module level only by Triton's own kernels, which nothing imports before they are asked for."""
+    if path.is_relative_to(PACKAGE / "backends" / "triton"):
+        pytest.skip("the registry imports these modules after it has looked for triton")
+    wrong = [name for name in imports(path, top_level_only=True) if name.split(".")[0] in OPTIONAL]
+    own = room(module_name(path))
+    if own in ("trainer", "integrations", "analysis"):
+        wrong = [name for name in wrong if module_name(path) in _reached_at_import()]
+    assert not wrong, f"{module_name(path)} imports {wrong} at module level"
+
+
+def python(code: str, **env: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)} | env,
+        cwd=PACKAGE.parent,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+_loaded: list[str] = []
+
+
+def _reached_at_import() -> list[str]:
+    """Modules that are loaded after ``import entropy_kernels``, beyond those that torch brings."""
+    if not _loaded:
+        _loaded.extend(
+            python(
+                """
+                import sys
+                import torch
+                before = set(sys.modules)
+                import entropy_kernels
+                print("\\n".join(sorted(set(sys.modules) - before)))
+                """
+            ).split()
+        )
+    return _loaded
+
+
+def test_import_loads_no_optional_library() -> None:
+    loaded = {name.split(".")[0] for name in _reached_at_import()}
+    assert not loaded & set(OPTIONAL), sorted(loaded & set(OPTIONAL))
+
+
+def test_import_is_cheap_and_silent() -> None:
+    """Nothing compiles, prints or warns at import."""
+    code = """
+    import torch, time
+    start = time.process_time()
+    import entropy_kernels
+    print("seconds", time.process_time() - start)
+    """
+    out = python(code, PYTHONWARNINGS="error")
+    assert out.startswith("seconds") and len(out.splitlines()) == 1
+    assert float(out.split()[1]) < 2.0
+
+
+def test_public_names_exist() -> None:
+    for name in entropy_kernels.__all__:
+        assert hasattr(entropy_kernels, name), name
+    assert {"logprob_entropy", "token_stats", "backends"} <= set(entropy_kernels.__all__)
+
+
+# None in sys.modules is Python's own way to say that a module cannot be imported.
+BLOCK = "import sys; sys.modules.update(dict.fromkeys({missing!r}))\n"
+
+
+def test_everything_on_torch_works_without_the_optional_libraries() -> None:
+    code = BLOCK.format(missing=OPTIONAL) + textwrap.dedent(
+        """
+        import torch
+        import entropy_kernels as ek
+        logits = torch.randn(3, 11, requires_grad=True)
+        out = ek.token_stats(logits, torch.arange(3))
+        (out.logprob + out.entropy).sum().backward()
+        assert logits.grad.isfinite().all()
+        print(ek.backends()["token_stats"]["triton"])
+        """
+    )
+    assert "entropy_kernels[triton]" in python(code)
+
+
+def test_missing_triton_names_the_extra() -> None:
+    code = BLOCK.format(missing=("triton",)) + textwrap.dedent(
+        """
+        import torch
+        import entropy_kernels as ek
+        try:
+            ek.token_stats(torch.randn(3, 11), torch.arange(3), backend="triton")
+        except RuntimeError as error:
+            print(error)
+        """
+    )
+    assert "entropy_kernels[triton]" in python(code)

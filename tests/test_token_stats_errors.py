@@ -1,0 +1,225 @@
+"""Errors of the statistics functions: each names the argument, what was expected and what came (STYLE 7)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from conftest import Place
+
+N, V = 4, 11
+
+
+def call(**changes: Any) -> Any:
+    arguments = {"logits": torch.randn(N, V), "target": torch.arange(N)} | changes
+    logits, target = arguments.pop("logits"), arguments.pop("target")
+    return ek.token_stats(logits, target, **arguments)
+
+
+# name -> (what is passed, exception, argument that must be named, what must be said of what came)
+ERRORS: dict[str, tuple[dict[str, Any], tuple[type[Exception], ...], str, str]] = {
+    "logits a list": ({"logits": [[1.0]]}, (TypeError,), "logits", "list"),
+    "logits of integers": ({"logits": torch.ones(N, V, dtype=torch.int64)}, (TypeError,), "logits", "int64"),
+    "logits complex": ({"logits": torch.ones(N, V, dtype=torch.complex64)}, (TypeError,), "logits", "complex64"),
+    "logits fp8": ({"logits": torch.ones(N, V).to(torch.float8_e4m3fn)}, (TypeError,), "logits", "float8"),
+    "logits 0-d": ({"logits": torch.tensor(1.0), "target": torch.tensor(0)}, (ValueError,), "logits|target", r"\(\)"),
+    "target a list": ({"target": [0, 1, 2, 3]}, (TypeError,), "target", "list"),
+    "target float": ({"target": torch.zeros(N)}, (TypeError,), "target", "float32"),
+    "target bool": ({"target": torch.zeros(N, dtype=torch.bool)}, (TypeError,), "target", "bool"),
+    "target int16": ({"target": torch.zeros(N, dtype=torch.int16)}, (TypeError,), "target", "int16"),
+    "target too short": ({"target": torch.arange(N - 1)}, (ValueError,), "target", r"\(3,\)"),
+    "target (N, 1)": ({"target": torch.arange(N)[:, None]}, (ValueError,), "target", r"\(4, 1\)"),
+    "target (N, V)": ({"target": torch.zeros(N, V, dtype=torch.long)}, (ValueError,), "target", r"\(4, 11\)"),
+    "target 0-d for a batch": ({"target": torch.tensor(1)}, (ValueError,), "target", r"\(\)"),
+    "target on meta": ({"target": torch.zeros(N, dtype=torch.long, device="meta")}, (ValueError,), "target", "meta"),
+    "label V": ({"target": torch.tensor([0, V, 1, 2])}, (IndexError, ValueError), "target", "11"),
+    "label -1": ({"target": torch.tensor([0, -1, 1, 2])}, (IndexError, ValueError), "target", "-1"),
+    "label -100 with another ignore_index": (
+        {"target": torch.tensor([0, -100, 1, 2]), "ignore_index": -1},
+        (IndexError, ValueError),
+        "target",
+        "-100",
+    ),
+    "label huge": ({"target": torch.tensor([0, 2**40, 1, 2])}, (IndexError, ValueError), "target", str(2**40)),
+    "label int32 minimum": (
+        {"target": torch.tensor([0, -(2**31), 1, 2], dtype=torch.int32)},
+        (IndexError, ValueError),
+        "target",
+        str(-(2**31)),
+    ),
+    "label in the padding": (
+        {"target": torch.tensor([0, 7, 1, 2]), "vocab_size": 7},
+        (IndexError, ValueError),
+        "target",
+        "7",
+    ),
+    "no vocabulary": ({"logits": torch.empty(N, 0)}, (ValueError, IndexError), "logits|target", "0"),
+    "temperature 0": ({"temperature": 0.0}, (ValueError,), "temperature", "0"),
+    "temperature int 0": ({"temperature": 0}, (ValueError,), "temperature", "0"),
+    "temperature negative": ({"temperature": -1.0}, (ValueError,), "temperature", "-1"),
+    "temperature NaN": ({"temperature": float("nan")}, (ValueError,), "temperature", "nan"),
+    "temperature tensor with 0": (
+        {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])},
+        (ValueError,),
+        "temperature",
+        "0",
+    ),
+    "temperature tensor with NaN": (
+        {"temperature": torch.tensor([1.0, float("nan"), 1.0, 1.0])},
+        (ValueError,),
+        "temperature",
+        "nan",
+    ),
+    "temperature requires grad": (
+        {"temperature": torch.ones((), requires_grad=True)},
+        (ValueError, TypeError),
+        "temperature",
+        "grad",
+    ),
+    "temperature of a wrong shape": ({"temperature": torch.ones(3)}, (ValueError,), "temperature", r"\(3,\)"),
+    "temperature of more dimensions": ({"temperature": torch.ones(2, N)}, (ValueError,), "temperature", r"\(2, 4\)"),
+    "temperature per column": ({"temperature": torch.ones(N, 1)}, (ValueError,), "temperature", r"\(4, 1\)"),
+    "temperature a string": ({"temperature": "1"}, (TypeError,), "temperature", "str"),
+    "temperature None": ({"temperature": None}, (TypeError,), "temperature", "None"),
+    "temperature bool": ({"temperature": True}, (TypeError,), "temperature", "bool"),
+    "temperature bool tensor": ({"temperature": torch.tensor(True)}, (TypeError,), "temperature", "bool"),
+    "temperature complex tensor": ({"temperature": torch.tensor(1j)}, (TypeError,), "temperature", "complex"),
+    "softcap 0": ({"softcap": 0.0}, (ValueError,), "softcap", "0"),
+    "softcap negative": ({"softcap": -30.0}, (ValueError,), "softcap", "-30"),
+    "softcap NaN": ({"softcap": float("nan")}, (ValueError,), "softcap", "nan"),
+    "softcap inf": ({"softcap": float("inf")}, (ValueError,), "softcap", "inf"),
+    "softcap a string": ({"softcap": "30"}, (TypeError,), "softcap", "str"),
+    "softcap a tensor": ({"softcap": torch.tensor(30.0)}, (TypeError,), "softcap", "Tensor"),
+    "ignore_index None": ({"ignore_index": None}, (TypeError,), "ignore_index", "None"),
+    "ignore_index float": ({"ignore_index": 1.5}, (TypeError,), "ignore_index", "float"),
+    "vocab_size 0": ({"vocab_size": 0}, (ValueError,), "vocab_size", "0"),
+    "vocab_size beyond the columns": ({"vocab_size": V + 1}, (ValueError,), "vocab_size", "12"),
+    "vocab_size float": ({"vocab_size": 5.0}, (TypeError,), "vocab_size", "float"),
+    "vocab_start without a group": ({"vocab_start": 3}, (ValueError,), "vocab_start|vocab_group", "3"),
+    "vocab_group a number": ({"vocab_group": 2}, (TypeError,), "vocab_group", "int"),
+    "backend unknown": ({"backend": "numpy"}, (ValueError,), "backend", "numpy"),
+    "backend of another device": ({"backend": "cuda"}, (ValueError, RuntimeError), "backend", "cuda"),
+    "backend None": ({"backend": None}, (TypeError, ValueError), "backend", "None"),
+    "inplace_backward a string": ({"inplace_backward": "yes"}, (TypeError,), "inplace_backward", "str"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_error_names_argument_expected_and_got(name: str) -> None:
+    changes, exceptions, argument, got = ERRORS[name]
+    with pytest.raises(exceptions) as caught:
+        call(**changes)
+    message = str(caught.value)
+    assert re.search(argument, message), message
+    assert "expected" in message, message
+    assert re.search(rf"got.*{got}|{got}", message, re.DOTALL), message
+    assert "got" in message or "cannot run" in message, message
+
+
+def test_both_functions_share_the_validator() -> None:
+    for changes, exceptions, argument, _ in ERRORS.values():
+        arguments = {"logits": torch.randn(N, V), "target": torch.arange(N)} | changes
+        with pytest.raises(exceptions, match=argument):
+            ek.logprob_entropy(arguments.pop("logits"), arguments.pop("target"), **arguments)
+
+
+def test_options_are_keyword_only() -> None:
+    with pytest.raises(TypeError):
+        ek.logprob_entropy(torch.randn(N, V), torch.arange(N), 0.7)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("temperature", (0.0, -1.0, float("nan")))
+def test_temperature_is_checked_on_every_backend(temperature: float, place: Place) -> None:
+    """SPEC §4.11: an error on the CPU; NaN, without a sync, on a GPU."""
+    logits, target = torch.randn(N, V, device=place.device), torch.arange(N, device=place.device)
+    values = torch.tensor([1.0, temperature, 1.0, 1.0], device=place.device)
+    if place.device == "cpu":
+        with pytest.raises(ValueError, match="temperature"):
+            ek.token_stats(logits, target, temperature=values, backend=place.backend)
+        return
+    for output in ek.token_stats(logits, target, temperature=values, backend=place.backend):
+        assert output.isnan().tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("label", (V, -1, 2**31 - 1, -(2**31)))
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_labels_are_checked_on_every_backend(label: int, dtype: torch.dtype, place: Place) -> None:
+    """SPEC §4.9: an error on the CPU; NaN, without a sync, on a GPU."""
+    logits = torch.randn(N, V, device=place.device)
+    target = torch.tensor([0, label, 1, -100], dtype=dtype, device=place.device)
+    if place.device == "cpu":
+        with pytest.raises((IndexError, ValueError), match=str(label)):
+            ek.token_stats(logits, target, backend=place.backend)
+        return
+    for output in ek.token_stats(logits, target, backend=place.backend):
+        assert output.isnan().tolist() == [False, True, False, False]
+
+
+def test_kernels_give_nan_where_the_cpu_checks_raise(place: Place) -> None:
+    """What a GPU returns in place of an error, from the kernels themselves, forward and backward, beside good rows."""
+    from entropy_kernels.backends import registry
+
+    arguments = ("token_stats", "token_stats_forward", place.backend)
+    forward: Callable = registry.kernel(*arguments, torch.device(place.device))
+    logits = torch.randn(1, 6, V, device=place.device)
+    target = torch.tensor([0, V, -1, 2, 3, -100], device=place.device)
+    temperature = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=place.device)
+    *outputs, _ = forward(logits, target, temperature, 0.0, -100, 0, V, 15)
+    for output in outputs:
+        assert output.isnan().tolist() == [False, True, True, True, True, False]
+        assert output[5] == 0
+
+
+def test_two_wrong_labels_are_counted() -> None:
+    with pytest.raises((IndexError, ValueError), match=r"11.*2 "):
+        call(target=torch.tensor([0, V, V + 5, 1]))
+
+
+def test_import_without_the_extension_names_the_reason() -> None:
+    """A backend that is not there is an error that says why, and auto goes on without it."""
+    for backend, state in ek.backends()["token_stats"].items():
+        if state == "available":
+            continue
+        with pytest.raises((RuntimeError, ValueError), match="backend"):
+            call(backend=backend)
+    call(backend="auto")
+
+
+@pytest.mark.slow
+def test_ignored_rows_are_not_read(place: Place) -> None:
+    """SPEC §4.9, literally: the ignored row lies on a page that may not be read; reading it kills the process."""
+    if place.device != "cpu":
+        pytest.skip("needs memory protection of the CPU")
+    if place.backend == "torch":
+        pytest.skip("plain torch reads whole chunks of rows and drops the ignored ones")
+    code = f"""
+import ctypes, mmap, torch
+import entropy_kernels as ek
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 3 * page)
+flat = torch.frombuffer(memory, dtype=torch.float32)
+flat.copy_(torch.randn(flat.numel()))
+logits = flat.view(3, page // 4)
+address = logits.data_ptr()
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0) == 0
+target = torch.tensor([1, -100, 2])
+logits.requires_grad_()
+out = ek.token_stats(logits, target, backend={place.backend!r})
+(out.logprob + out.entropy + out.collision).sum().backward()
+assert logits.grad[[0, 2]].isfinite().all() and not logits.grad[1].any()
+print("alive", out.logprob.tolist())
+import os, sys
+sys.stdout.flush(); os._exit(0)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0 and "alive" in result.stdout, (result.returncode, result.stderr[-2000:])
