@@ -3,14 +3,164 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_EPILOG = "entropy-kernels COMMAND --help explains the options of a command."
+
+# Commands whose options belong to another program: command -> (module, what to say where it is not there).
+_DISPATCH = {
+    "train": (
+        "entropy_kernels.trainer.__main__",
+        "the trainer needs packages that are not installed: pip install 'entropy_kernels[train]'",
+    ),
+    "bench": (
+        "benchmarks.run",
+        "the benchmarks are part of a source checkout, not of the installed package: "
+        "run this in the checkout's root (or python -m benchmarks.run there)",
+    ),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point of the ``entropy-kernels`` command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="entropy-kernels", description=__doc__)
-    parser.parse_args(argv)
+    """Entry point of the ``entropy-kernels`` command; returns the exit code: 0, 1 (a check failed) or 2 (usage)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in _DISPATCH:
+        return _dispatch(argv[0], argv[1:])
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:
+        # `| head` closed the pipe: not an error of ours, and there is nowhere left to print to
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        # Expected failures (a wrong path, a column that is not there) are one line; a bug keeps its traceback.
+        print(f"entropy-kernels {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="entropy-kernels",
+        description="Fused log-prob, entropy and covariance kernels: checks, training, benchmarks, the entropy law.",
+        epilog=_EPILOG,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="versions, CPU and GPU, available backends and why others are not, a self-check of a few seconds",
+        description="Print versions, hardware, the backends of each op with the reason where one is not available, "
+        "what backend='auto' chooses, and compare each available backend with float64 on small random data. "
+        "Exit code 1 if a check fails.",
+    )
+    doctor.add_argument("--no-check", action="store_true", help="only print, do not run the self-check")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    doctor.set_defaults(run=_doctor)
+
+    for name, text in (
+        ("train", "train a small language model with PPO, Clip-Cov, KL-Cov (python -m entropy_kernels.trainer)"),
+        ("bench", "measure ours and others' implementations (a source checkout only)"),
+    ):
+        commands.add_parser(name, help=text, add_help=False)
+
+    _add_fit(commands)
+    return parser
+
+
+def _add_fit(commands: argparse._SubParsersAction) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="fit the entropy law R = -a·e^H + b to a trainer's log",
+        description="Fit the entropy law R = -a·e^H + b (arXiv 2505.22617) to the log of a run: print a and b with "
+        "standard errors, R², RMSE, the ceiling R(H=0) with its interval and the share of it that is reached, the "
+        "straight line in H beside it, and how well the first part of the run predicts the rest; save a plot.",
+        epilog="The metric names of verl, TRL, SkyRL and this package's trainer are found by themselves.",
+    )
+    fit.add_argument(
+        "log",
+        type=Path,
+        metavar="LOG",
+        help="CSV (also a W&B export), JSON lines (also verl's file logger), trainer_state.json, verl's console "
+        "output, a TensorBoard event file, or a directory with one of these",
+    )
+    fit.add_argument(
+        "--entropy", metavar="NAME", help="entropy column (nats per token), or a pattern with * to average"
+    )
+    fit.add_argument("--performance", metavar="NAME", help="performance column, or a pattern with * to average")
+    fit.add_argument(
+        "--fit-fraction",
+        type=float,
+        default=0.15,
+        metavar="X",
+        help="share of the points, from the start, that the extrapolation is fitted on (default: %(default)s)",
+    )
+    fit.add_argument(
+        "--align",
+        choices=("last", "mean"),
+        default="last",
+        help="pair an evaluation with the latest entropy, or with the mean of those since the evaluation before it "
+        "(default: %(default)s)",
+    )
+    fit.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
+    fit.add_argument(
+        "--standard-errors",
+        choices=("ols", "hac"),
+        default="ols",
+        help="ols: independent residuals; hac: Newey-West, allows for serial correlation (default: %(default)s)",
+    )
+    fit.add_argument("--output", type=Path, metavar="PLOT", help="where the plot goes (default: beside the log)")
+    fit.add_argument("--no-plot", action="store_true", help="do not save a plot")
+    fit.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    fit.set_defaults(run=_fit)
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    from entropy_kernels.analysis import report
+
+    fit = report.fit_log(
+        arguments.log,
+        entropy=arguments.entropy,
+        performance=arguments.performance,
+        fit_fraction=arguments.fit_fraction,
+        align=arguments.align,
+        confidence=arguments.confidence,
+        standard_errors=arguments.standard_errors,
+    )
+    plot = None if arguments.no_plot else arguments.output or report.default_plot(arguments.log)
+    if plot is not None:
+        report.save_plot(fit, plot)
+    if arguments.json:
+        print(json.dumps({**report.as_dict(fit), "plot": None if plot is None else str(plot)}, indent=2))
+        return 0
+    report.print_report(fit)
+    if plot is not None:
+        print(f"plot: {plot}")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from entropy_kernels import doctor
+
+    return doctor.run(check=not arguments.no_check, as_json=arguments.json)
+
+
+def _dispatch(command: str, argv: list[str]) -> int:
+    """Hand ``argv`` to the program behind ``command``, or say why it is not there."""
+    module, advice = _DISPATCH[command]
+    if command == "bench":
+        # The console script's path holds its own directory, not the working directory as `python -m` would.
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        entry: Callable[[list[str]], int | None] = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        print(f"entropy-kernels {command}: error: {advice} (no module {error.name})", file=sys.stderr)
+        return 2
+    return entry(argv) or 0
 
 
 if __name__ == "__main__":
