@@ -62,9 +62,14 @@ def unavailable(op: str, backend: str) -> str | None:
     return f"no kernel {', '.join(missing)} in {module.__name__}" if missing else None
 
 
+def preference(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends that "auto" tries for ``op`` on a device type, in order."""
+    return _AUTO.get(device_type, ("torch",))
+
+
 @functools.cache
 def _auto(op: str, device_type: str) -> str:
-    for backend in _AUTO.get(device_type, ("torch",)):
+    for backend in preference(op, device_type):
         if unavailable(op, backend) is None:
             return backend
     return "torch"
