@@ -11,18 +11,8 @@ from pathlib import Path
 
 _EPILOG = "entropy-kernels COMMAND --help explains the options of a command."
 
-# Commands whose options belong to another program: command -> (module, what to say where it is not there).
-_DISPATCH = {
-    "train": (
-        "entropy_kernels.trainer.__main__",
-        "the trainer needs packages that are not installed: pip install 'entropy_kernels[train]'",
-    ),
-    "bench": (
-        "benchmarks.run",
-        "the benchmarks are part of a source checkout, not of the installed package: "
-        "run this in the checkout's root (or python -m benchmarks.run there)",
-    ),
-}
+# Commands whose options belong to another program: command -> (module, extra with its dependencies).
+_DISPATCH = {"train": ("entropy_kernels.trainer.__main__", "train"), "bench": ("benchmarks.run", "bench")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,15 +140,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _dispatch(command: str, argv: list[str]) -> int:
-    """Hand ``argv`` to the program behind ``command``, or say why it is not there."""
-    module, advice = _DISPATCH[command]
+    """Hand ``argv`` to the program behind ``command``, or say in one line why it is not there."""
+    module, extra = _DISPATCH[command]
     if command == "bench":
-        # The console script's path holds its own directory, not the working directory as `python -m` would.
+        # The console script's path holds its own directory, not the working directory as that of `python -m` does.
         sys.path.insert(0, str(Path.cwd()))
     try:
         entry: Callable[[list[str]], int | None] = importlib.import_module(module).main
     except ModuleNotFoundError as error:
-        print(f"entropy-kernels {command}: error: {advice} (no module {error.name})", file=sys.stderr)
+        if error.name is not None and module.startswith(error.name):
+            reason = f"{module} is not part of the installed package"
+            if command == "bench":
+                reason += ": run this in the root of a source checkout"
+        else:
+            reason = f"{error.name} is not installed: pip install 'entropy_kernels[{extra}]'"
+        print(f"entropy-kernels {command}: error: {reason}", file=sys.stderr)
         return 2
     return entry(argv) or 0
 

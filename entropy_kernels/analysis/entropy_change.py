@@ -50,7 +50,10 @@ def predicted_entropy_change(
     dtype = torch.float64 if vocab_covariance.dtype == torch.float64 else torch.float32
 
     def operand(value: Tensor | float, name: str) -> Tensor:
-        tensor = torch.as_tensor(value, device=device).to(dtype)
+        # a Python number straight into dtype: through the default float32 it would lose half its digits
+        tensor = (
+            value.to(device, dtype) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=dtype, device=device)
+        )
         try:
             return tensor.expand(shape)
         except RuntimeError:

@@ -22,6 +22,7 @@ import numpy as np
 from entropy_kernels.analysis import plot_style as style
 from entropy_kernels.analysis._require import require
 from entropy_kernels.analysis.entropy_law import EntropyLaw, fit_entropy_law
+from entropy_kernels.analysis.logs import pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,16 +94,20 @@ def law_figure(
 ) -> Figure:
     """R against H, one panel per run on common axes: points, the law, a straight line in H and the ceiling.
 
-    Points are the rows in which both columns are there (see :func:`entropy_kernels.analysis.logs.pairs` for logs in
-    which they are not); darker points are later. Seeds of a run are fitted together. ``laws`` gives laws that are
-    already fitted; runs without one are fitted here, and runs with fewer than three points show the points alone.
+    Each evaluation is paired with the entropy of its step, or else the latest before it
+    (:func:`entropy_kernels.analysis.logs.pairs`); darker points are later. Seeds of a run are fitted together. ``laws``
+    gives laws that are already fitted; runs without one are fitted here, and runs with fewer than three points show
+    the points alone.
     """
+    style.check_runs(runs, [entropy])
     style.check_runs(runs, [performance])
     fig, axes = style.figure(1, len(runs), (3.5 * len(runs) + 0.8, 4.1), sharex=True, sharey=True)
     looks = style.styles(list(runs))
     for ax, (name, run) in zip(axes[0], runs.items(), strict=True):
         points = [
-            log[[entropy, performance]].dropna().to_numpy(float) for log in style.seeds(run) if performance in log
+            pairs(log, entropy, performance)[["entropy", "performance"]].to_numpy(float)
+            for log in style.seeds(run)
+            if entropy in log and performance in log
         ]
         h, r = np.concatenate(points).T if points else np.empty((2, 0))
         age = np.concatenate([np.linspace(0.25, 1.0, len(p)) for p in points]) if points else None
