@@ -1,0 +1,275 @@
+"""The ``entropy-kernels`` command as its users run it: a process, its output and its exit code."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from entropy_kernels import cli, doctor
+from entropy_kernels.analysis.entropy_law import fit_entropy_law
+from entropy_kernels.backends import registry
+
+
+def command(*arguments):
+    """The command in a process of its own, with the packages of this one."""
+    return subprocess.run(
+        [sys.executable, "-m", "entropy_kernels.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+    )
+
+
+def entropy_at(step):
+    return 0.15 + 0.8 * math.exp(-step / 20)
+
+
+def performance_at(step):
+    # a wiggle that no law of e^H follows, so that errors are not 0
+    return 0.6 - 0.15 * math.exp(entropy_at(step)) + 0.004 * math.sin(step)
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(101):
+            row = {"step": step, "entropy": entropy_at(step), "loss": 0.0}
+            if step % 4 == 0:
+                row["val_pass1"] = performance_at(step)
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def law_of_log():
+    steps = range(0, 101, 4)
+    return fit_entropy_law([entropy_at(s) for s in steps], [performance_at(s) for s in steps])
+
+
+def test_fit_prints_the_law_and_saves_the_plot(log):
+    result = command("fit", log)
+    assert result.returncode == 0, result.stderr
+    law, text = law_of_log(), " ".join(result.stdout.split())
+    low, high = law.ceiling_interval
+    for part in (
+        f"a {law.a:.5g} ± {law.a_se:.2g}",
+        f"b {law.b:.5g} ± {law.b_se:.2g}",
+        f"R² {law.r2:.4f}",
+        f"RMSE {law.rmse:.4g}",
+        f"straight line in H R² {law.r2_linear:.4f}, RMSE {law.rmse_linear:.4g}",
+        f"{law.ceiling:.4g}, 95% interval [{low:.4g}, {high:.4g}]",
+        f"{performance_at(100) / law.ceiling:.1%} of the ceiling",
+        "fitted on 3 points",
+        "error on the rest RMSE",
+        "final step measured",
+    ):
+        assert part in text, part
+    plot = log.with_name("metrics.entropy-law.png")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert str(plot) in result.stdout
+
+
+def test_fit_json_equals_the_library(log, tmp_path, capsys):
+    plot = tmp_path / "other.svg"
+    assert cli.main(["fit", str(log), "--json", "--fit-fraction", "0.4", "--output", str(plot)]) == 0
+    report, law = json.loads(capsys.readouterr().out), law_of_log()
+    assert report["law"]["a"] == pytest.approx(law.a)
+    assert report["law"]["ceiling_interval"] == pytest.approx(list(law.ceiling_interval))
+    assert report["law"]["covariance"][0] == pytest.approx(law.covariance[0].tolist())
+    assert report["fraction_of_ceiling"] == pytest.approx(performance_at(100) / law.ceiling)
+    assert report["law_of_first_part"]["n"] == 10
+    assert report["law_of_first_part"]["extrapolation"]["n"] == 16
+    assert report["steps"] == list(range(0, 101, 4))
+    assert (report["entropy"], report["performance"]) == (["entropy"], ["val_pass1"])
+    assert report["plot"] == str(plot)
+    assert "<svg" in plot.read_text()
+
+
+def test_fit_of_named_columns_in_csv(tmp_path, capsys):
+    path = tmp_path / "log.csv"
+    lines = ["iteration,H,acc_a,acc_b", *(f"{s},{entropy_at(s)},{performance_at(s)},0.5" for s in range(40))]
+    path.write_text("\n".join(lines))
+    names = ["--entropy", "H", "--performance", "acc_*"]
+    assert cli.main(["fit", str(path), *names, "--no-plot", "--standard-errors", "hac", "--align", "mean"]) == 0
+    out = capsys.readouterr().out
+    assert "mean of acc_a, acc_b" in out
+    assert "Newey–West" in out
+    assert "note: no step column" in out
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_fit_of_a_tensorboard_directory(tmp_path, capsys):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(60):
+            writer.add_scalar("actor/entropy", entropy_at(step), step + 1)
+            if step % 3 == 0:
+                writer.add_scalar("val-core/openai/gsm8k/acc/mean@1", performance_at(step), step + 1)
+    assert cli.main(["fit", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["performance"] == ["val-core/openai/gsm8k/acc/mean@1"]
+    assert report["law"]["n"] == 20
+    assert (tmp_path / "entropy-law.png").exists()
+
+
+def test_fit_says_what_to_doubt(tmp_path, capsys):
+    path = tmp_path / "log.csv"
+    # training reward only, in per cent, falling while entropy falls
+    rows = [f"{s},{entropy_at(s)},{10 + 40 * entropy_at(s)}" for s in range(12)]
+    path.write_text("\n".join(["step,entropy,reward", *rows]))
+    assert cli.main(["fit", str(path), "--no-plot"]) == 0
+    out = capsys.readouterr().out
+    assert "no known validation metric" in out
+    assert "a is negative" in out
+    assert "performance exceeds 1" in out
+    assert "skipped" in out
+    assert "--fit-fraction 0.25 or more would do" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (None, [], "no such file or directory"),
+        ("", [], "is empty"),
+        ("step,entropy\n0,0.5\n", [], "no known performance metric in the log; name one with --performance: it has e"),
+        ("step,H,reward\n0,0.5,0.1\n", [], "no known entropy metric in the log; name one with --entropy"),
+        ("step,entropy,reward\n0,0.5,0.1\n", ["--entropy", "nope"], "--entropy: no column 'nope'"),
+        ("step,entropy,reward\n0,0.5,0.1\n", [], "expected at least 3 steps with both entropy and reward, got 1"),
+        ("step,entropy,reward\n0,.5,.1\n1,.5,.2\n2,.5,.3\n", [], "entropy: expected values that differ"),
+        ("step,entropy,reward\n0,900,.1\n1,800,.2\n2,.5,.3\n", [], "entropy: expected nats per token"),
+        ("step,entropy,reward\n0,.5,.1\n1,.4,.2\n2,.3,.3\n", ["--fit-fraction", "15"], "fit_fraction: expected a"),
+        ("step,entropy,reward\n0,.5,.1\n1,.4,.2\n2,.3,.3\n", ["--output", "no/such/dir/x.png"], "no/such/dir"),
+        ("step,entropy,reward\n0,.5,.1\n1,.4,.2\n2,.3,.3\n", ["--output", "x.unknown"], "unknown"),
+    ],
+)  # fmt: skip
+def test_fit_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, content, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "log.csv"
+    if content is not None:
+        path.write_text(content)
+    assert cli.main(["fit", str(path), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("entropy-kernels fit: error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_errors_of_a_process_have_no_traceback(tmp_path):
+    result = command("fit", tmp_path / "nope.csv")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_missing_package_names_the_extra(log, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert cli.main(["fit", str(log)]) == 2
+    assert "pandas, which is not installed: pip install 'entropy_kernels[analysis]'" in capsys.readouterr().err
+
+
+def test_usage_errors_and_help(capsys):
+    for arguments in ([], ["nonsense"], ["fit"], ["fit", "x", "--align", "nearest"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 2
+    for arguments in (["--help"], ["fit", "--help"], ["doctor", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for part in ("doctor", "train", "bench", "--fit-fraction", "--no-check"):
+        assert part in out
+
+
+def test_dispatch_passes_arguments_and_exit_code(monkeypatch):
+    seen = []
+
+    class Program:
+        @staticmethod
+        def main(argv):
+            seen.append(argv)
+            return 3
+
+    for name, module in (("train", "entropy_kernels.trainer.__main__"), ("bench", "benchmarks.run")):
+        monkeypatch.setitem(sys.modules, module.rpartition(".")[0], Program)
+        monkeypatch.setitem(sys.modules, module, Program)
+        assert cli.main([name, "--help", "x"]) == 3
+    assert seen == [["--help", "x"]] * 2
+
+
+def test_bench_outside_a_checkout_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    assert cli.main(["bench"]) == 2
+    assert "checkout" in capsys.readouterr().err
+
+
+def test_train_without_its_packages_names_the_extra(monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    assert cli.main(["train"]) == 2
+    assert "tyro is not installed: pip install 'entropy_kernels[train]'" in capsys.readouterr().err
+
+
+def test_doctor_prints_everything_and_passes(capsys):
+    code, out = cli.main(["doctor"]), capsys.readouterr().out
+    assert code == 0, out
+    for part in ("torch", torch.__version__.partition("+")[0], "CPU capability", "token_stats", "OK", "checks passed"):
+        assert part in out, part
+    assert "the CUDA kernels" in out
+    assert "FAIL" not in out
+
+
+def test_doctor_without_rich_prints_the_same_facts(capsys, monkeypatch):
+    monkeypatch.setattr("entropy_kernels._console.importlib.util.find_spec", lambda name: None)
+    doctor.print_table("Title", [("a", "b"), ("longer", "c")], ("one", "two"))
+    assert capsys.readouterr().out == "Title\n  one     two\n  a       b\n  longer  c\n\n"
+
+
+def test_doctor_json(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"]
+    assert set(report["backends"]) == set(registry.OPS)
+    assert {row["op"] for row in report["auto"]} == set(registry.OPS)
+    checked = {(c["op"], c["backend"]) for c in report["checks"]}
+    available = {(op, b) for op, states in report["backends"].items() for b, s in states.items() if s == "available"}
+    assert checked == available
+    assert all(c["ok"] for c in report["checks"])
+    assert cli.main(["doctor", "--json", "--no-check"]) == 0
+    assert json.loads(capsys.readouterr().out)["checks"] == []
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda stats: stats._replace(entropy=stats.entropy * 1.001),
+        lambda stats: stats._replace(logprob=stats.logprob.detach() + 0 * stats.entropy),
+        lambda stats: stats._replace(vocab_covariance=-stats.vocab_covariance),
+        lambda stats: stats._replace(collision=stats.collision * float("nan")),
+    ],
+)
+def test_doctor_finds_a_wrong_backend(monkeypatch, capsys, break_it):
+    right = doctor.ek.token_stats
+    monkeypatch.setattr(doctor.ek, "token_stats", lambda *a, **k: break_it(right(*a, **k)))
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL" in out
+    assert "checks failed" in out
+
+
+def test_doctor_reports_a_backend_that_raises(monkeypatch, capsys):
+    def broken(*arguments, **keywords):
+        raise RuntimeError("no kernel\nimage")
+
+    monkeypatch.setattr(doctor.ek, "token_stats", broken)
+    assert cli.main(["doctor"]) == 1
+    assert "RuntimeError: no kernel image" in " ".join(capsys.readouterr().out.split())
