@@ -58,7 +58,7 @@ def native_build() -> dict:
     import pybind11
 
     headers = sources("csrc/**/*.h")
-    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-g0"]
     extensions = [
         CppExtension(
             "entropy_kernels._ops",

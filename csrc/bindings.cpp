@@ -1,11 +1,20 @@
 // The pybind11 module _C: what Python asks of the native half beside its operators.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <vector>
+
+#include "common/softmax_state.h"
+#include "cpu/capability.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using entropy_kernels::SoftmaxState;
+using State = std::array<double, 6>;  // m, s, w, x_y, s2, w2
 
 py::dict build_info() {
   py::dict info;
@@ -14,9 +23,59 @@ py::dict build_info() {
   return info;
 }
 
+py::dict cpu_capability() {
+  using namespace entropy_kernels::cpu;
+  const Capability detected = detected_capability();
+  std::vector<std::string> available;
+  for (int i = 0; i <= static_cast<int>(detected); ++i) available.emplace_back(kCapabilityNames[i]);
+  py::dict info;
+  info["detected"] = std::string(capability_name(detected));
+  info["selected"] = std::string(capability_name(selected_capability()));
+  info["available"] = available;
+  return info;
+}
+
+template <typename T>
+SoftmaxState<T> unpack(const State& f) {
+  return {T(f[0]), T(f[1]), T(f[2]), T(f[3]), T(f[4]), T(f[5])};
+}
+
+template <typename T>
+State merge(const State& a, const State& b, double temperature) {
+  const SoftmaxState<T> r = entropy_kernels::merge(unpack<T>(a), unpack<T>(b), T(temperature));
+  return {r.m, r.s, r.w, r.x_y, r.s2, r.w2};
+}
+
+template <typename T>
+std::array<double, 4> finalize(const State& state, double temperature) {
+  const auto r = entropy_kernels::finalize(unpack<T>(state), T(temperature));
+  return {r.logprob, r.entropy, r.collision, r.vocab_covariance};
+}
+
+template <typename T>
+std::array<double, 3> gradient_coefficients(const State& state, double temperature, double grad_logprob,
+                                            double grad_entropy, double grad_collision) {
+  const auto r = entropy_kernels::gradient_coefficients(unpack<T>(state), T(temperature), T(grad_logprob),
+                                                        T(grad_entropy), T(grad_collision));
+  return {r.constant, r.linear, r.quadratic};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information and test primitives of entropy_kernels' native half.";
   m.def("build_info", &build_info, "Compiler and language version of this build.");
+  m.def("cpu_capability", &cpu_capability,
+        "Instruction sets of the CPU kernels: 'detected' (the best this CPU has), 'available' (all it has), and "
+        "'selected': detected, unless ENTROPY_KERNELS_CPU_CAPABILITY names another. Raises RuntimeError if that names "
+        "one which is not available.");
+  // The primitives of csrc/common/softmax_state.h in double and in float, for tests; states are (m, s, w, x_y, s2, w2).
+  m.def("merge", &merge<double>, py::arg("a"), py::arg("b"), py::arg("temperature"));
+  m.def("merge_float", &merge<float>, py::arg("a"), py::arg("b"), py::arg("temperature"));
+  m.def("finalize", &finalize<double>, py::arg("state"), py::arg("temperature"));
+  m.def("finalize_float", &finalize<float>, py::arg("state"), py::arg("temperature"));
+  m.def("gradient_coefficients", &gradient_coefficients<double>, py::arg("state"), py::arg("temperature"),
+        py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_collision"));
+  m.def("gradient_coefficients_float", &gradient_coefficients<float>, py::arg("state"), py::arg("temperature"),
+        py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_collision"));
 }

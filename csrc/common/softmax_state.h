@@ -1,0 +1,105 @@
+// The state of a softmax row over any part of the vocabulary, its merge, and what a finished state yields.
+//
+// z are the logits after softcap, T the temperature, x = (z - m) / T <= 0 their distances from the largest one:
+//   m   max z                 untempered, so that a bf16 maximum is exact
+//   s   Σ e^x                 s2  Σ e^2x
+//   w   Σ -x e^x   >= 0       w2  Σ -x e^2x   >= 0
+//   x_y the target's z, -inf if the target lies elsewhere
+// Lanes of a vector, blocks of columns, parts of a row, and ranks of a vocabulary-parallel group all merge by the same
+// rule: rescale both sides to the larger maximum, then add. docs/math.md derives every line.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "host_device.h"
+
+namespace entropy_kernels {
+
+template <typename T>
+struct SoftmaxState {
+  T m, s, w, x_y, s2, w2;
+
+  // The neutral element of merge: a part without columns, or with nothing but -inf in it.
+  static EK_HOST_DEVICE SoftmaxState identity() {
+    const T infinity = std::numeric_limits<T>::infinity();
+    return {-infinity, 0, 0, -infinity, 0, 0};
+  }
+};
+
+template <typename T>
+struct TokenStats {
+  T logprob, entropy, collision, vocab_covariance;
+};
+
+template <typename T>
+EK_HOST_DEVICE bool is_nan(T value) {
+  return value != value;
+}
+
+// The larger of two; NaN if either is (unlike fmax).
+template <typename T>
+EK_HOST_DEVICE T max_or_nan(T a, T b) {
+  return (a > b || is_nan(a)) ? a : b;
+}
+
+// Restates the sums for a maximum that is larger by delta = (m' - m) / T >= 0.
+template <typename T>
+EK_HOST_DEVICE void rescale(SoftmaxState<T>& state, T delta) {
+  const T scale = std::exp(-delta);
+  // e^-delta underflows long before delta overflows, and 0 * inf would be NaN; what is NaN already stays NaN.
+  const T shift = scale == 0 ? T(0) : delta;
+  state.w = scale * (state.w + shift * state.s);
+  state.w2 = scale * scale * (state.w2 + shift * state.s2);
+  state.s *= scale;
+  state.s2 *= scale * scale;
+}
+
+template <typename T>
+EK_HOST_DEVICE SoftmaxState<T> merge(SoftmaxState<T> a, SoftmaxState<T> b, T temperature) {
+  const T lowest = -std::numeric_limits<T>::infinity();
+  const T x_y = max_or_nan(a.x_y, b.x_y);
+  const T m = max_or_nan(a.m, b.m);
+  // A side that saw nothing but -inf is all zeros: there is nothing to rescale, and its delta would be inf - inf.
+  if (a.m != lowest) rescale(a, (m - a.m) / temperature);
+  if (b.m != lowest) rescale(b, (m - b.m) / temperature);
+  return {m, a.s + b.s, a.w + b.w, x_y, a.s2 + b.s2, a.w2 + b.w2};
+}
+
+// The four statistics. Entropy is L + w/s: both terms are >= 0, so nothing cancels as the distribution collapses.
+template <typename T>
+EK_HOST_DEVICE TokenStats<T> finalize(const SoftmaxState<T>& state, T temperature) {
+  const T log_s = std::log(state.s);
+  const T logprob = (state.x_y - state.m) / temperature - log_s;
+  const T entropy = log_s + state.w / state.s;
+  const T square = state.s * state.s;
+  const T collision = state.s2 / square;
+  const T q = -(state.w2 + log_s * state.s2) / square;  // Σ p² log p
+  const T p_y = std::exp(logprob);
+  const T own = p_y == 0 ? T(0) : p_y * (logprob + entropy);  // 0 * -inf is a target that cannot occur
+  return {logprob, entropy, collision, own - (q + entropy * collision)};
+}
+
+// The gradient with respect to the logits after softcap, without the target's own term g_logprob / T:
+//   dz_j = e_j (constant + linear x_j + quadratic e_j),   x_j = (z_j - m) / T,   e_j = e^{x_j}.
+// log p_j + H is x_j + w/s, so the terms need neither the logarithm of s nor a difference of large numbers.
+template <typename T>
+struct GradientCoefficients {
+  T constant, linear, quadratic;
+};
+
+template <typename T>
+EK_HOST_DEVICE GradientCoefficients<T> gradient_coefficients(const SoftmaxState<T>& state, T temperature,
+                                                             T grad_logprob, T grad_entropy, T grad_collision) {
+  const T inv_s = T(1) / state.s;
+  const T scale = inv_s / temperature;  // p_j / T = scale * e_j
+  T constant = grad_logprob + grad_entropy * state.w * inv_s;
+  T quadratic = 0;
+  if (grad_collision != 0) {  // without it the state may have no s2
+    constant += 2 * grad_collision * (state.s2 * inv_s * inv_s);
+    quadratic = 2 * grad_collision * inv_s * scale;
+  }
+  return {-constant * scale, -grad_entropy * scale, quadratic};
+}
+
+}  // namespace entropy_kernels
