@@ -232,6 +232,7 @@ def test_missing_and_empty_paths(tmp_path):
     ("columns", "training"),
     [
         ("entropy val_pass1 val_pass8 reward", False),
+        ("train/entropy train/val_pass1 train/val_pass8 train/reward train/val_entropy", False),
         (
             "actor/entropy val-core/aime/acc/mean@32 actor/entropy_loss critic/score/mean "
             "val-core/aime/acc/best@32/mean val-core/aime/acc/maj@32/mean val-aux/aime/reward/mean@32",

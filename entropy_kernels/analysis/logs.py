@@ -113,7 +113,7 @@ def _in_directory(path: Path) -> Path:
         return path
     nested = sorted({event.parent for event in path.rglob("*tfevents*")})
     files = sorted(p for pattern in ("*.jsonl", "*.csv", "trainer_state.json") for p in path.glob(pattern))
-    # A file beside event files holds the same rows and is quicker to read.
+    # A file at the top holds the run's rows; event files below it are a copy for TensorBoard.
     for candidates in (files, nested):
         if len(candidates) == 1:
             return candidates[0]

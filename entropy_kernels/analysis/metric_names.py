@@ -32,6 +32,7 @@ ENTROPY = (
 )
 VALIDATION = (
     "val_pass1",
+    "train/val_pass1",
     "val-core/*/acc/mean*",
     "val-core/*/reward/mean*",
     "val-core/*/mean*",
