@@ -48,9 +48,12 @@ def test_one_colour_per_method_and_dashes_for_controls():
     )
     assert len({style(n).color for n in ("baseline", "clip_cov", "kl_cov", "clip_higher", "entropy_bonus")}) == 5
     assert style("grpo").color == style("baseline").color
+    assert style("grpo").label == "GRPO"
     assert style("kl_cov_random").control
     assert style("random_control_kl-cov").control
     assert not style("kl_cov").control
+    assert (style("random_dropped").color, style("random_dropped").control) == (style("clip_cov").color, True)
+    assert (style("random_penalized").color, style("random_penalized").control) == (style("kl_cov").color, True)
     assert style("kl_cov").line()["linestyle"] != style("kl_cov_random").line()["linestyle"]
     assert [style(n).label for n in ("clip_cov", "KL_COV", "baseline")] == ["Clip-Cov", "KL-Cov", "Baseline"]
     assert style("kl_cov k=.05").label == "kl_cov k=.05"

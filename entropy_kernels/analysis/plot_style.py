@@ -28,7 +28,15 @@ _METHODS = (
     (r"clip_?cov", _BLUE, "Clip-Cov"),
     (r"kl_?cov", _VERMILION, "KL-Cov"),
     (r"entropy_?(bonus|coef|reg)", _PURPLE, "Entropy bonus"),
-    (r"^(baseline|grpo|ppo|rloo)$", _BASELINE, "Baseline"),
+    (r"^baseline$", _BASELINE, "Baseline"),
+    (r"^grpo$", _BASELINE, "GRPO"),
+    (r"^rloo$", _BASELINE, "RLOO"),
+    (r"^ppo$", _BASELINE, "PPO"),
+)
+# Controls that are named by what they do: dropping is Clip-Cov's treatment, the penalty KL-Cov's.
+_CONTROLS = (
+    (r"drop", _BLUE, "Random tokens dropped"),
+    (r"penal", _VERMILION, "Random tokens penalised"),
 )
 
 
@@ -37,7 +45,6 @@ class MethodStyle:
     """How a run is drawn everywhere: one colour per method, controls dashed in their method's colour."""
 
     color: str
-    linestyle: str
     label: str
     control: bool
 
@@ -45,7 +52,7 @@ class MethodStyle:
         """Keyword arguments of ``Axes.plot``."""
         return {
             "color": self.color,
-            "linestyle": (0, (4, 2)) if self.control else self.linestyle,
+            "linestyle": (0, (4, 2)) if self.control else "-",
             "linewidth": 1.4 if self.control else 2.0,
             "alpha": 0.75 if self.control else 1.0,
             "label": self.label,
@@ -61,10 +68,12 @@ def method_style(name: str, position: int = 0) -> MethodStyle:
     control = bool(re.search(r"random|control", key))
     for pattern, color, label in _METHODS:
         if re.search(pattern, key):
-            return MethodStyle(
-                color, "-", f"{label}, random tokens" if control else _display(name, key, label), control
-            )
-    return MethodStyle(_SPARE[position % len(_SPARE)], "-", name, control)
+            return MethodStyle(color, f"{label}, random tokens" if control else _display(name, key, label), control)
+    if control:
+        for pattern, color, label in _CONTROLS:
+            if re.search(pattern, key):
+                return MethodStyle(color, label, control)
+    return MethodStyle(_SPARE[position % len(_SPARE)], name, control)
 
 
 def _display(name: str, key: str, label: str) -> str:
