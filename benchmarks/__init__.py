@@ -1,0 +1,1 @@
+"""Benchmark suite: one registry of implementations, a correctness gate before every timing, JSON, tables, plots."""

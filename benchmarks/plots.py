@@ -1,0 +1,127 @@
+"""Figures of a run: time per implementation and error per implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.measure import Record
+from entropy_kernels.analysis import plot_style as style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOR = {"ours": "#0072b2", "peer": "#9a9a9a", "limit": "#e0c080"}
+_ROLE = {"ours": "entropy_kernels", "peer": "peers", "limit": "limits of the machine"}
+_ERRORS = {"logprob (nats)": "o", "entropy (nats)": "D"}
+_NOISE = 1e-8  # errors below it are drawn there: they are rounding of the reference's own conversion
+
+Panel = tuple[str, list[Record]]
+
+
+def time_figure(groups: Sequence[tuple[str, Sequence[Record]]], note: str) -> Figure | None:
+    """Median time of every implementation with p10 to p90, a panel per group and dtype; None if nothing was timed."""
+    panels: list[Panel] = []
+    for title, records in groups:
+        for dtype in dict.fromkeys(record.dtype for record in records):
+            timed = [record for record in records if record.summary and record.dtype == dtype]
+            if timed:
+                panels.append((f"{title}, {dtype}" if "logits" in title else title, timed))
+    if not panels:
+        return None
+    columns = 1 if len(panels) == 1 else 2
+    lines = [
+        max(len(panels[i + j][1]) for j in range(columns) if i + j < len(panels))
+        for i in range(0, len(panels), columns)
+    ]
+    figure, axes = style.figure(
+        len(lines), columns, (7.4 * columns, sum(lines) * 0.27 + 1.2 * len(lines)), height_ratios=[n + 3 for n in lines]
+    )
+    for ax, (title, records) in zip(axes.flat, panels, strict=False):
+        _time_panel(ax, title, records)
+    for ax in list(axes.flat)[len(panels) :]:
+        ax.set_visible(False)
+    _roles(figure, [record for _, records in panels for record in records], note)
+    return figure
+
+
+def _time_panel(ax: Axes, title: str, records: list[Record]) -> None:
+    several = len({record.op for record in records}) > 1
+    order = list(dict.fromkeys(record.op for record in records))
+    records = sorted(records, key=lambda r: (order.index(r.op), r.summary["median"]))
+    scale, unit = _unit(max(record.summary["median"] for record in records))
+    for position, record in enumerate(records):
+        median, p10, p90 = (record.summary[key] / scale for key in ("median", "p10", "p90"))
+        ax.barh(position, median, color=_COLOR[record.role], height=0.72)
+        ax.plot([p10, p90], [position, position], color=style.INK, linewidth=1.2, solid_capstyle="butt")
+        ax.annotate(
+            f"{median:.3g}", (max(median, p90), position), xytext=(4, 0), textcoords="offset points", va="center",
+            fontsize=8, color=style.MUTED,
+        )  # fmt: skip
+    labels = [f"{_short(r.op)}  {r.implementation}" if several else r.implementation for r in records]
+    ax.set_yticks(range(len(records)), labels, fontsize=8.5)
+    ax.invert_yaxis()
+    ax.margins(x=0.1, y=0.02)
+    ax.set_xlim(left=0)
+    ax.grid(False, axis="y")
+    ax.set_xlabel(f"time ({unit}): median, line from p10 to p90")
+    style.title(ax, title)
+
+
+def error_figure(groups: Sequence[tuple[str, Sequence[Record]]], note: str) -> Figure | None:
+    """Largest error of log-prob and entropy against float64 per implementation, a panel per dtype; None without any."""
+    found: dict[str, dict[str, Record]] = {}
+    for _, records in groups:
+        for record in records:
+            if record.op == "logprob_entropy" and record.errors and record.cache != "host":
+                found.setdefault(record.dtype, {}).setdefault(record.implementation, record)
+    if not found:
+        return None
+    lines = max(len(records) for records in found.values())
+    figure, axes = style.figure(1, len(found), (6.2 * len(found) + 0.6, 0.36 * lines + 1.9), sharex=True)
+    for ax, (dtype, by_name) in zip(axes[0], found.items(), strict=True):
+        records = sorted(by_name.values(), key=lambda record: max(record.errors.values()))
+        for position, record in enumerate(records):
+            for name, marker in _ERRORS.items():
+                error = max(record.errors[name], _NOISE)
+                ax.plot(
+                    error, position, marker, color=_COLOR[record.role], markersize=8, markeredgecolor="white",
+                    fillstyle="full" if marker == "o" else "none" if record.role == "limit" else "full",
+                )  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(records)), [record.implementation for record in records], fontsize=9)
+        ax.set_ylim(len(records) - 0.4, -0.6)
+        ax.set_xlabel("largest error of the checked rows (nats)")
+        style.title(ax, f"Error against float64, {dtype} logits", "circle: log-prob, diamond: entropy")
+    _roles(figure, [record for by_name in found.values() for record in by_name.values()], note)
+    return figure
+
+
+def save(figure: Figure | None, path: Path) -> Path | None:
+    """Write a figure as PNG; None where there is none."""
+    if figure is None:
+        return None
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _unit(seconds: float) -> tuple[float, str]:
+    for name, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return scale, name
+    return 1e-6, "µs"
+
+
+def _short(op: str) -> str:
+    return {"logits_floor": "limit", "tokens_floor": "limit"}.get(op, op)
+
+
+def _roles(figure: Figure, records: Sequence[Record], note: str) -> None:
+    from matplotlib.patches import Patch
+
+    present = [role for role in _COLOR if any(record.role == role for record in records)]
+    handles = [Patch(color=_COLOR[role], label=_ROLE[role]) for role in present]
+    style.legend(figure, handles=handles, loc="outside lower left", ncols=len(handles))
+    figure.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=7.5, color=style.MUTED)

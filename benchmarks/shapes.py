@@ -1,0 +1,180 @@
+"""What is measured: problem sizes, their inputs, and the sizes that each preset runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+DISTRIBUTIONS = ("normal", "band", "equal")
+
+
+@dataclass(frozen=True)
+class LogitsShape:
+    """Logits (rows, vocab): ``rows`` tokens over a vocabulary of ``vocab``."""
+
+    rows: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}×{self.vocab}"
+
+
+@dataclass(frozen=True)
+class TokensShape:
+    """A batch of ``tokens`` tokens whose covariance follows ``distribution``.
+
+    "normal": N(0, 1), about a sixth of the tokens in Clip-Cov's band (1, 5); "band": all of them inside it;
+    "equal": all inside it and equal, so that every comparison is a tie.
+    """
+
+    tokens: int
+    distribution: str = "normal"
+
+    def __str__(self) -> str:
+        return f"{self.tokens} {self.distribution}"
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """A training batch (sequences, length) for the losses."""
+
+    sequences: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{self.sequences}×{self.length} batch"
+
+
+Shape = LogitsShape | TokensShape | BatchShape
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: a shape, the dtype of the logits (fp32 for selection and losses), a device, and the seed."""
+
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
+
+    @property
+    def dtype_name(self) -> str:
+        """Short name as on the command line: fp32, bf16, …"""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.shape} {self.dtype_name} {self.device.type}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Shapes of a run, and how often each is timed."""
+
+    logits: tuple[LogitsShape, ...]
+    tokens: tuple[TokensShape, ...]
+    batches: tuple[BatchShape, ...]
+    repeats: int
+
+
+# Sizes at which the CPU bars are stated: 311 MB of fp32 logits, ten times any cache of the machines in question, and
+# 4 Mi tokens, a large batch over all ranks.
+BARS = Plan(
+    logits=(LogitsShape(512, 151936),),
+    tokens=tuple(TokensShape(1 << 22, distribution) for distribution in DISTRIBUTIONS),
+    batches=(BatchShape(512, 128),),
+    repeats=9,
+)
+QUICK = Plan(
+    logits=(LogitsShape(128, 151936),),
+    tokens=tuple(TokensShape(1 << 20, distribution) for distribution in DISTRIBUTIONS),
+    batches=(BatchShape(64, 128),),
+    repeats=7,
+)
+# So small that the arithmetic is a few microseconds and what is left is the cost of the call.
+TINY_LOGITS = LogitsShape(4, 64)
+TINY_TOKENS = TokensShape(64)
+
+
+def parse_logits(text: str) -> LogitsShape:
+    """``"512,151936"`` -> 512 rows of 151936; ValueError for anything else."""
+    parts = text.replace("x", ",").replace("×", ",").split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--shape: expected N,V with N and V > 0, for example 512,151936, got {text!r}")
+    return LogitsShape(int(parts[0]), int(parts[1]))
+
+
+Inputs = dict[str, Tensor]
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Inputs of a case, made on its device from its seed; the same for every implementation."""
+    generator = torch.Generator(case.device).manual_seed(case.seed)
+    maker: Callable[..., Inputs] = _MAKERS[type(case.shape)]
+    return maker(case.shape, case, generator)
+
+
+def _logits_inputs(shape: LogitsShape, case: Case, generator: torch.Generator) -> Inputs:
+    """Rows from flat (entropy near log V) to peaked (below 1 nat): an error that only shows at one end must show."""
+    options: dict[str, Any] = {"device": case.device}
+    logits = torch.randn(shape.rows, shape.vocab, generator=generator, **options)
+    logits.mul_(torch.linspace(0.5, 8.0, shape.rows, **options)[:, None])
+    logits = logits.to(case.dtype)
+    target = torch.randint(shape.vocab, (shape.rows,), generator=generator, **options)
+    # every other token is the likeliest one, as in a converged policy; a random id is nearly always improbable
+    target[::2] = logits[::2].argmax(-1)
+    return {
+        "logits": logits,
+        "target": target,
+        # upstream gradients of log-prob and entropy, as a loss with an entropy bonus sends them
+        "grad_logprob": torch.randn(shape.rows, generator=generator, **options),
+        "grad_entropy": torch.randn(shape.rows, generator=generator, **options) * 0.1,
+    }
+
+
+def _tokens_inputs(shape: TokensShape, case: Case, generator: torch.Generator) -> Inputs:
+    options: dict[str, Any] = {"device": case.device}
+    if shape.distribution == "normal":
+        covariance = torch.randn(shape.tokens, generator=generator, **options)
+    elif shape.distribution == "band":
+        covariance = torch.rand(shape.tokens, generator=generator, **options) * 3.9 + 1.05
+    elif shape.distribution == "equal":
+        covariance = torch.full((shape.tokens,), 2.0, **options)
+    else:
+        raise ValueError(f"distribution: expected one of {DISTRIBUTIONS}, got {shape.distribution!r}")
+    return {
+        "covariance": covariance,
+        "logprob": -torch.rand(shape.tokens, generator=generator, **options).exp(),
+        "advantages": torch.randn(shape.tokens, generator=generator, **options),
+        "mask": torch.rand(shape.tokens, generator=generator, **options) < 0.9,
+    }
+
+
+def _batch_inputs(shape: BatchShape, case: Case, generator: torch.Generator) -> Inputs:
+    """Log-probs a minibatch update apart from the old ones, one advantage per sequence, right-padded responses."""
+    options: dict[str, Any] = {"device": case.device}
+    size = (shape.sequences, shape.length)
+    old_logprob = -torch.randn(size, generator=generator, **options).exp()
+    lengths = torch.randint(shape.length // 2, shape.length + 1, (shape.sequences, 1), generator=generator, **options)
+    return {
+        "logprob": old_logprob + 0.1 * torch.randn(size, generator=generator, **options),
+        "old_logprob": old_logprob,
+        "advantages": torch.randn(shape.sequences, 1, generator=generator, **options).expand(size).contiguous(),
+        "mask": torch.arange(shape.length, **options) < lengths,
+    }
+
+
+_MAKERS: dict[type, Callable[..., Inputs]] = {
+    LogitsShape: _logits_inputs,
+    TokensShape: _tokens_inputs,
+    BatchShape: _batch_inputs,
+}
