@@ -168,7 +168,7 @@ def _register_statistics(
     copies: float,
     backward_copies: float,
 ) -> None:
-    """Register a peer's log-prob + entropy, alone and with backward; ``copies``: fp32 temporaries of the logits' size."""
+    """Register a peer, alone and with backward; ``copies``: its fp32 temporaries in sizes of the logits."""
     for op, make, size in (
         ("logprob_entropy", _make_forward, copies),
         ("logprob_entropy_fwdbwd", _make_forward_backward, backward_copies),
@@ -327,12 +327,12 @@ def eager_kl_cov_mask(covariance: Tensor) -> Tensor:
     return mask
 
 
-def _plain(function: types.FunctionType, case: Case) -> Callable[..., Any]:
+def _plain(function: Callable[..., Any], case: Case) -> Callable[..., Any]:
     return function
 
 
-def _compiled(function: types.FunctionType, case: Case) -> Callable[..., Any]:
-    """torch.compile of a copy of ``function``: a code object of its own, so that cases do not share recompilations."""
+def _compiled(function: Any, case: Case) -> Callable[..., Any]:
+    """torch.compile of a copy of a plain function: with a code object of its own, a case shares no recompilation."""
     copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(copy, dynamic=False)
 

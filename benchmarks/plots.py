@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 _COLOR = {"ours": "#0072b2", "peer": "#9a9a9a", "limit": "#e0c080"}
 _ROLE = {"ours": "entropy_kernels", "peer": "peers", "limit": "limits of the machine"}
-_ERRORS = {"logprob (nats)": "o", "entropy (nats)": "D"}
-_NOISE = 1e-8  # errors below it are drawn there: they are rounding of the reference's own conversion
+# marker, and a shift that keeps equal errors apart
+_ERRORS = {"logprob (nats)": ("o", -0.14), "entropy (nats)": ("D", 0.14)}
+_NOISE = 1e-8  # smaller errors, zero among them, are drawn here
 
 Panel = tuple[str, list[Record]]
 
@@ -39,15 +40,16 @@ def time_figure(groups: Sequence[tuple[str, Sequence[Record]]], note: str) -> Fi
     figure, axes = style.figure(
         len(lines), columns, (7.4 * columns, sum(lines) * 0.27 + 1.2 * len(lines)), height_ratios=[n + 3 for n in lines]
     )
-    for ax, (title, records) in zip(axes.flat, panels, strict=False):
-        _time_panel(ax, title, records)
+    for position, (ax, (title, records)) in enumerate(zip(axes.flat, panels, strict=False)):
+        _time_panel(ax, title, records, lines[position // columns])
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
     _roles(figure, [record for _, records in panels for record in records], note)
     return figure
 
 
-def _time_panel(ax: Axes, title: str, records: list[Record]) -> None:
+def _time_panel(ax: Axes, title: str, records: list[Record], lines: int) -> None:
+    """``lines``: the most bars of a panel in this row of the figure, so that all bars are equally thick."""
     several = len({record.op for record in records}) > 1
     order = list(dict.fromkeys(record.op for record in records))
     records = sorted(records, key=lambda r: (order.index(r.op), r.summary["median"]))
@@ -62,8 +64,8 @@ def _time_panel(ax: Axes, title: str, records: list[Record]) -> None:
         )  # fmt: skip
     labels = [f"{_short(r.op)}  {r.implementation}" if several else r.implementation for r in records]
     ax.set_yticks(range(len(records)), labels, fontsize=8.5)
-    ax.invert_yaxis()
-    ax.margins(x=0.1, y=0.02)
+    ax.set_ylim(lines - 0.4, -0.6)
+    ax.margins(x=0.1)
     ax.set_xlim(left=0)
     ax.grid(False, axis="y")
     ax.set_xlabel(f"time ({unit}): median, line from p10 to p90")
@@ -84,12 +86,9 @@ def error_figure(groups: Sequence[tuple[str, Sequence[Record]]], note: str) -> F
     for ax, (dtype, by_name) in zip(axes[0], found.items(), strict=True):
         records = sorted(by_name.values(), key=lambda record: max(record.errors.values()))
         for position, record in enumerate(records):
-            for name, marker in _ERRORS.items():
+            for name, (marker, shift) in _ERRORS.items():
                 error = max(record.errors[name], _NOISE)
-                ax.plot(
-                    error, position, marker, color=_COLOR[record.role], markersize=8, markeredgecolor="white",
-                    fillstyle="full" if marker == "o" else "none" if record.role == "limit" else "full",
-                )  # fmt: skip
+                ax.plot(error, position + shift, marker, color=_COLOR[record.role], markersize=7)
         ax.set_xscale("log")
         ax.set_yticks(range(len(records)), [record.implementation for record in records], fontsize=9)
         ax.set_ylim(len(records) - 0.4, -0.6)

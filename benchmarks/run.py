@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import bars, machine, plots, tables
 from benchmarks.implementations import OPS, names
-from benchmarks.measure import Group, Record, Settings, groups, run_group, steps
+from benchmarks.measure import Group, Record, Settings, candidates, groups, run_group, steps
 from benchmarks.shapes import BARS, DISTRIBUTIONS, DTYPES, QUICK, LogitsShape, Plan, TokensShape, parse_logits
 from benchmarks.traffic import measure_bandwidth
 from entropy_kernels.analysis._require import require
@@ -175,8 +175,8 @@ def _run(
         progress_module.TextColumn("{task.description}"),
     )
     measured = []
-    # one thread draws ten times a second: too little to disturb the timing, enough to look alive
-    with progress_module.Progress(*columns, console=console, refresh_per_second=2) as progress:
+    # drawn twice a second: too little to disturb the timing, enough to look alive
+    with progress_module.Progress(*columns, console=console, refresh_per_second=2, transient=True) as progress:
         task = progress.add_task("bandwidth", total=sum(steps(group, settings) for group in work) + 1)
         bandwidth = measure_bandwidth(device)
         done = 1
@@ -218,8 +218,6 @@ def _write(
 
 
 def _list(work: Sequence[Group], settings: Settings) -> None:
-    from benchmarks.measure import candidates
-
     for group in work:
         print(group.title)
         for implementation, case in candidates(group, settings):

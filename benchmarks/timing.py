@@ -24,7 +24,7 @@ CALLS_PER_ROUND = 8
 
 
 class Clock(Protocol):
-    """Times one call in seconds, with the caches as ``cache`` says; ``timed`` False runs it without the clock."""
+    """Seconds of one call, after its reset."""
 
     def time(self, prepared: Prepared) -> float: ...
 

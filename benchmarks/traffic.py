@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.implementations import Prepared
 from benchmarks.shapes import Case, LogitsShape, TokensShape
-from benchmarks.timing import clock_for
+from benchmarks.timing import cache_bytes, clock_for
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,9 @@ class Bandwidth:
     buffer_bytes: int
 
 
-def measure_bandwidth(device: torch.device, *, buffer_bytes: int = 256 << 20, repeats: int = 9) -> Bandwidth:
-    """Read (integer sum) and copy rate over a buffer far larger than the caches; medians."""
+def measure_bandwidth(device: torch.device, *, repeats: int = 9) -> Bandwidth:
+    """Read (integer sum) and copy rate, medians, over a buffer eight times the last-level cache (256 MiB at least)."""
+    buffer_bytes = max(256 << 20, 8 * cache_bytes(device))
     source = torch.ones(buffer_bytes // 8, dtype=torch.int64, device=device)
     destination = torch.zeros_like(source)
     clock = clock_for(device, "hot")
@@ -93,10 +94,10 @@ def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 
         raise ValueError(f"tries: expected >= 1, got {tries}")
     measure = _peak_cuda if device.type == "cuda" else _peak_resident if _resets_high_water() else _peak_profiler
     peaks = []
+    gc.collect()
     for _ in range(tries):
         if prepared.reset is not None:
             prepared.reset()
-        gc.collect()
         peaks.append(measure(prepared.call, device))
     return Peak(max(0, min(peak.bytes for peak in peaks)), peaks[0].method)
 
