@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import statistics
 import sys
 from collections.abc import Callable
@@ -94,7 +93,6 @@ def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 
         raise ValueError(f"tries: expected >= 1, got {tries}")
     measure = _peak_cuda if device.type == "cuda" else _peak_resident if _resets_high_water() else _peak_profiler
     peaks = []
-    gc.collect()
     for _ in range(tries):
         if prepared.reset is not None:
             prepared.reset()
