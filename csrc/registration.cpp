@@ -11,4 +11,26 @@ STABLE_TORCH_LIBRARY(entropy_kernels_native, m) {
       "token_stats_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_collision, Tensor logits, "
       "Tensor target, Tensor temperature, Tensor state, float softcap, int ignore_index, int vocab_start, "
       "int vocab_size, Tensor(a!) dlogits) -> ()");
+  m.def("token_covariance(Tensor logprob, Tensor advantages, Tensor? mask) -> Tensor");
+  m.def(
+      "clip_cov_mask(Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index, Tensor seed, float ratio, "
+      "int k, bool at_least_one, float low, float high, bool quantile, bool closed) -> Tensor");
+  m.def(
+      "kl_cov_mask(Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index, float ratio, int k, "
+      "bool at_least_one) -> Tensor");
+  // The same in steps, for batches spread over ranks.
+  m.def("covariance_extremes(Tensor logprob, Tensor advantages, Tensor? mask) -> Tensor");
+  m.def("covariance_sums(Tensor logprob, Tensor advantages, Tensor? mask, Tensor scales) -> Tensor");
+  m.def("covariance_apply(Tensor logprob, Tensor advantages, Tensor? mask, Tensor means) -> Tensor");
+  m.def("selection_value_keys(Tensor covariance, Tensor? mask, Tensor? exclude) -> Tensor");
+  m.def(
+      "selection_random_keys(Tensor value_keys, Tensor band, Tensor? token_index, Tensor offset, Tensor seed) "
+      "-> Tensor");
+  m.def("selection_key_histogram(Tensor keys, Tensor state, int shift, int bits) -> Tensor");
+  m.def(
+      "selection_index_histogram(Tensor keys, Tensor? token_index, Tensor offset, Tensor key_state, Tensor state, "
+      "int shift, int bits, int known) -> Tensor");
+  m.def(
+      "selection_mask(Tensor keys, Tensor? token_index, Tensor offset, Tensor threshold, Tensor last_index) "
+      "-> Tensor");
 }

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from entropy_kernels.backends import radix_select
+from entropy_kernels.backends.radix_select import Band, Count
 
 
 def _load() -> str | None:
@@ -57,3 +61,54 @@ def token_stats_backward(
         softcap, ignore_index, vocab_start, vocab_size, dlogits,
     )  # fmt: skip
     return dlogits
+
+
+class _SelectionSteps:
+    """The C++ steps of :mod:`..radix_select`; finding a digit in 2048 bins is left to torch."""
+
+    find_digit = staticmethod(radix_select.find_digit)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_ops, name)
+
+
+_steps = cast(radix_select.Steps, _SelectionSteps())
+
+
+def token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str) -> Tensor:
+    if group:
+        return radix_select.token_covariance(_steps, logprob, advantages, mask, group)
+    return _ops.token_covariance(logprob, advantages, mask)
+
+
+def clip_cov_mask(
+    covariance: Tensor,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    token_index: Tensor | None,
+    seed: Tensor,
+    count: Count,
+    band: Band,
+    group: str,
+) -> Tensor:
+    if group:
+        return radix_select.clip_cov_mask(_steps, covariance, mask, exclude, token_index, seed, count, band, group)
+    return _ops.clip_cov_mask(covariance, mask, exclude, token_index, seed, *_count(count), *band)
+
+
+def kl_cov_mask(
+    covariance: Tensor,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    token_index: Tensor | None,
+    count: Count,
+    group: str,
+) -> Tensor:
+    if group:
+        return radix_select.kl_cov_mask(_steps, covariance, mask, exclude, token_index, count, group)
+    return _ops.kl_cov_mask(covariance, mask, exclude, token_index, *_count(count))
+
+
+def _count(count: Count) -> tuple[float, int, bool]:
+    """-1 for the one of ratio and k that is not given."""
+    return -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k, count.at_least_one

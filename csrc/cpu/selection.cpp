@@ -1,0 +1,350 @@
+// Clip-Cov and KL-Cov masks over one process's batch. Both are "the n largest of 32-bit keys among the candidates":
+// random keys for Clip-Cov, covariances in their order for KL-Cov. A threshold that is very likely just below the
+// n-th largest key is guessed from a sample; one pass over the tokens counts them and keeps the few keys above it, and
+// the exact selection is made among those. A wrong guess costs a second pass, never the result.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "common/radix_select.h"
+#include "cpu/selection_scan.h"
+#include "cpu/selection_view.h"
+
+namespace ek {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr Band kAllValues{-kInfinity, kInfinity};  // everything but NaN
+constexpr int64_t kChunksPerTask = 8;
+constexpr int64_t kSampleSize = 4096;
+
+// How many tokens are to be selected: a share of those that count, or k if it is given (>= 0).
+struct Request {
+  double ratio;
+  int64_t k;
+  bool at_least_one;
+
+  int64_t count(int64_t valid) const {
+    if (valid == 0) {
+      return 0;
+    }
+    if (k >= 0) {
+      return k;
+    }
+    return std::max<int64_t>(at_least_one, static_cast<int64_t>(std::floor(ratio * static_cast<double>(valid))));
+  }
+};
+
+// Keys of KL-Cov and of quantiles: the covariance itself.
+struct ValueKeys {
+  static constexpr uint32_t kLowest = 0x007fffffu;  // ordered_key(-inf)
+
+  Band above(Band, uint32_t threshold) const { return {key_value(threshold), kInfinity}; }
+  void operator()(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count,
+                  uint32_t* keys) const {
+    for (int64_t i = 0; i < count; ++i) {
+      keys[i] = ordered_key(view.covariance[begin + positions[i]]);
+    }
+  }
+};
+
+// Keys of Clip-Cov.
+struct RandomKeys {
+  static constexpr uint32_t kLowest = 0;
+  uint64_t seed;
+
+  Band above(Band band, uint32_t) const { return band; }
+  void operator()(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count,
+                  uint32_t* keys) const {
+    scan_kernels().random_keys(view, begin, positions, count, seed, 0, keys);
+  }
+};
+
+// What one pass leaves of the candidates: those above the threshold, and where those equal to it are.
+struct Collected {
+  std::vector<uint32_t> keys;
+  std::vector<int64_t> positions;
+  std::vector<int64_t> equal_chunks;  // first token of each chunk that has any
+  int64_t equal = 0;
+  int64_t valid = 0;
+
+  int64_t above() const { return static_cast<int64_t>(keys.size()); }
+
+  void merge(Collected&& other) {
+    keys.insert(keys.end(), other.keys.begin(), other.keys.end());
+    positions.insert(positions.end(), other.positions.begin(), other.positions.end());
+    equal_chunks.insert(equal_chunks.end(), other.equal_chunks.begin(), other.equal_chunks.end());
+    equal += other.equal;
+    valid += other.valid;
+  }
+};
+
+// Positions and keys of one chunk's candidates.
+struct Chunk {
+  uint32_t positions[kChunk + kChunkSlack];
+  uint32_t keys[kChunk + kChunkSlack];
+
+  template <class Keys>
+  ChunkCount fill(const TokenView& view, Band band, const Keys& key_source, int64_t begin) {
+    const int64_t end = std::min(begin + kChunk, view.tokens);
+    const ChunkCount count = scan_kernels().candidates(view, begin, end, band, positions);
+    key_source(view, begin, positions, count.candidates, keys);
+    return count;
+  }
+};
+
+// Runs body(begin of chunk, private Collected) for all chunks on torch's threads and merges what they collected.
+template <class Body>
+Collected over_chunks(int64_t tokens, const Body& body) {
+  Collected all;
+  std::mutex lock;
+  torch::stable::parallel_for(0, (tokens + kChunk - 1) / kChunk, kChunksPerTask, [&](int64_t first, int64_t last) {
+    Collected mine;
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      body(chunk * kChunk, mine);
+    }
+    const std::lock_guard<std::mutex> guard(lock);
+    all.merge(std::move(mine));
+  });
+  return all;
+}
+
+// One pass. `selected`, unless null, is zeroed on the way, so that its bytes are written once.
+template <class Keys>
+Collected collect(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold, uint8_t* selected) {
+  band = key_source.above(band, threshold);
+  return over_chunks(view.tokens, [&](int64_t begin, Collected& mine) {
+    Chunk chunk;
+    const ChunkCount count = chunk.fill(view, band, key_source, begin);
+    mine.valid += count.valid;
+    int64_t equal = 0;
+    for (int64_t i = 0; i < count.candidates; ++i) {
+      if (chunk.keys[i] > threshold) {
+        mine.keys.push_back(chunk.keys[i]);
+        mine.positions.push_back(begin + chunk.positions[i]);
+      }
+      equal += chunk.keys[i] == threshold;
+    }
+    if (equal) {
+      mine.equal += equal;
+      mine.equal_chunks.push_back(begin);
+    }
+    if (selected) {
+      std::memset(selected + begin, 0, static_cast<size_t>(std::min(kChunk, view.tokens - begin)));
+    }
+  });
+}
+
+// Marks the `count` of these positions that have the lowest token index.
+void mark_lowest(const TokenView& view, std::vector<int64_t>& positions, int64_t count, uint8_t* selected) {
+  if (count < static_cast<int64_t>(positions.size())) {
+    if (view.index) {
+      std::vector<int64_t> indices(positions.size());
+      std::transform(positions.begin(), positions.end(), indices.begin(), [&](int64_t p) { return view.index[p]; });
+      std::nth_element(indices.begin(), indices.begin() + count, indices.end());
+      const int64_t bound = indices[count];
+      positions.erase(
+          std::remove_if(positions.begin(), positions.end(), [&](int64_t p) { return view.index[p] >= bound; }),
+          positions.end());
+    } else {
+      std::nth_element(positions.begin(), positions.begin() + count, positions.end());
+      positions.resize(count);
+    }
+  }
+  for (const int64_t position : positions) {
+    selected[position] = 1;
+  }
+}
+
+// Marks, of the candidates whose key is the threshold, the `count` with the lowest token index.
+template <class Keys>
+void mark_equal(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold, Collected& collected,
+                int64_t count, uint8_t* selected) {
+  band = key_source.above(band, threshold);
+  std::sort(collected.equal_chunks.begin(), collected.equal_chunks.end());
+  std::vector<int64_t> ties;
+  Chunk chunk;
+  for (const int64_t begin : collected.equal_chunks) {
+    const ChunkCount found = chunk.fill(view, band, key_source, begin);
+    for (int64_t i = 0; i < found.candidates; ++i) {
+      if (chunk.keys[i] == threshold) {
+        ties.push_back(begin + chunk.positions[i]);
+      }
+    }
+    if (!view.index && static_cast<int64_t>(ties.size()) >= count) {
+      break;  // by default, order of position is order of index
+    }
+  }
+  mark_lowest(view, ties, count, selected);
+}
+
+// Writes the whole mask: the requested number of candidates with the largest keys.
+template <class Keys>
+void select(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold, const Request& request,
+            uint8_t* selected) {
+  Collected collected = collect(view, band, key_source, threshold, selected);
+  const int64_t wanted = request.count(collected.valid);
+  if (collected.above() + collected.equal < wanted && threshold > Keys::kLowest) {
+    threshold = Keys::kLowest;
+    collected = collect(view, band, key_source, threshold, nullptr);
+  }
+  const int64_t need = std::min(wanted, collected.above() + collected.equal);
+  if (need <= 0) {
+    return;
+  }
+  if (need > collected.above()) {
+    for (const int64_t position : collected.positions) {
+      selected[position] = 1;
+    }
+    mark_equal(view, band, key_source, threshold, collected, need - collected.above(), selected);
+    return;
+  }
+  const KeyThreshold nth = radix_threshold(collected.keys.data(), collected.above(), need);
+  std::vector<int64_t> ties;
+  for (int64_t i = 0; i < collected.above(); ++i) {
+    if (collected.keys[i] > nth.key) {
+      selected[collected.positions[i]] = 1;
+    } else if (collected.keys[i] == nth.key) {
+      ties.push_back(collected.positions[i]);
+    }
+  }
+  mark_lowest(view, ties, nth.need, selected);
+}
+
+// A spread-out sample (multiples of the golden ratio, modulo 1: no stride that could fall in step with the rows).
+struct Sample {
+  double scale = 0.0;         // tokens per sampled token; 0: batch too small to be worth sampling
+  int64_t valid = 0;          // of the sample
+  std::vector<uint32_t> keys;  // ordered values of the sampled candidates
+
+  Sample(const TokenView& view, Band band) {
+    if (view.tokens < 4 * kSampleSize) {
+      return;
+    }
+    scale = static_cast<double>(view.tokens) / kSampleSize;
+    keys.reserve(kSampleSize);
+    double fraction = 0.0;
+    for (int64_t i = 0; i < kSampleSize; ++i) {
+      fraction += 0.6180339887498949;
+      fraction -= fraction >= 1.0;
+      const auto position = static_cast<int64_t>(fraction * static_cast<double>(view.tokens));
+      if (view.mask && !view.mask[position]) {
+        continue;
+      }
+      ++valid;
+      const float value = view.covariance[position];
+      if (!(view.exclude && view.exclude[position]) && value >= band.low && value <= band.high) {
+        keys.push_back(ordered_key(value));
+      }
+    }
+  }
+
+  int64_t expected_valid() const { return static_cast<int64_t>(valid * scale); }
+};
+
+// A value that is very likely below the need-th largest: six standard deviations of the sample's count below it.
+uint32_t guess_value(Sample& sample, double need) {
+  if (sample.scale == 0.0) {
+    return ValueKeys::kLowest;
+  }
+  const double expected = need / sample.scale;
+  const double rank = expected + 6.0 * std::sqrt(expected) + 16.0;
+  if (!(rank < static_cast<double>(sample.keys.size()))) {
+    return ValueKeys::kLowest;
+  }
+  const auto nth = sample.keys.begin() + static_cast<int64_t>(rank);
+  std::nth_element(sample.keys.begin(), nth, sample.keys.end(), std::greater<uint32_t>());
+  return *nth;
+}
+
+// The same for random keys, which are uniform: only the number of candidates has to be guessed.
+uint32_t guess_random(const Sample& sample, double need) {
+  const auto hits = static_cast<double>(sample.keys.size());
+  const double candidates = (hits - 6.0 * std::sqrt(hits) - 6.0) * sample.scale;
+  const double share = (need + 6.0 * std::sqrt(need) + 16.0) / candidates;
+  if (!(candidates > 0.0) || share >= 1.0) {
+    return RandomKeys::kLowest;
+  }
+  return static_cast<uint32_t>((1.0 - share) * 4294967296.0);
+}
+
+// Band between the lower order statistics at quantiles low and high of all candidates.
+Band quantile_band(const TokenView& view, double low, double high, bool closed) {
+  std::vector<int64_t> per_chunk((view.tokens + kChunk - 1) / kChunk);
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(per_chunk.size()), kChunksPerTask, [&](int64_t first, int64_t last) {
+        uint32_t positions[kChunk + kChunkSlack];
+        for (int64_t chunk = first; chunk < last; ++chunk) {
+          const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, view.tokens);
+          per_chunk[chunk] = scan_kernels().candidates(view, begin, end, kAllValues, positions).candidates;
+        }
+      });
+  int64_t total = 0;
+  for (const int64_t count : per_chunk) {
+    total += count;
+  }
+  if (total == 0) {
+    return {kInfinity, -kInfinity};
+  }
+  const auto from_above = [&](double q) {
+    return total - static_cast<int64_t>(std::floor(q * static_cast<double>(total - 1)));
+  };
+  const int64_t need_low = from_above(low), need_high = from_above(high);
+  Sample sample(view, kAllValues);
+  uint32_t threshold = guess_value(sample, static_cast<double>(need_low));
+  Collected collected = collect(view, kAllValues, ValueKeys{}, threshold, nullptr);
+  if (collected.above() + collected.equal < need_low) {
+    threshold = ValueKeys::kLowest;
+    collected = collect(view, kAllValues, ValueKeys{}, threshold, nullptr);
+  }
+  const auto nth_key = [&](int64_t need) {
+    return need > collected.above() ? threshold
+                                    : radix_threshold(collected.keys.data(), collected.above(), need).key;
+  };
+  return inclusive_band(nth_key(need_low), nth_key(need_high), closed);
+}
+
+Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
+                     std::optional<Tensor> token_index, const Tensor& seed, double ratio, int64_t k,
+                     bool at_least_one, double low, double high, bool quantile, bool closed) {
+  const TokenView view = token_view(covariance, mask, exclude, token_index);
+  const Request request{ratio, k, at_least_one};
+  const Band band = quantile ? quantile_band(view, low, high, closed)
+                             : inclusive_band(ordered_key(static_cast<float>(low)),
+                                              ordered_key(static_cast<float>(high)), closed);
+  Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
+  const Sample sample(view, band);
+  const uint32_t threshold = guess_random(sample, static_cast<double>(request.count(sample.expected_valid())));
+  const RandomKeys keys{static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()))};
+  select(view, band, keys, threshold, request, static_cast<uint8_t*>(selected.mutable_data_ptr()));
+  return selected;
+}
+
+Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
+                   std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one) {
+  const TokenView view = token_view(covariance, mask, exclude, token_index);
+  const Request request{ratio, k, at_least_one};
+  Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
+  Sample sample(view, kAllValues);
+  const uint32_t threshold = guess_value(sample, static_cast<double>(request.count(sample.expected_valid())));
+  select(view, kAllValues, ValueKeys{}, threshold, request, static_cast<uint8_t*>(selected.mutable_data_ptr()));
+  return selected;
+}
+
+}  // namespace
+}  // namespace ek
+
+STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CPU, m) {
+  m.impl("clip_cov_mask", TORCH_BOX(&ek::clip_cov_mask));
+  m.impl("kl_cov_mask", TORCH_BOX(&ek::kl_cov_mask));
+}

@@ -1,0 +1,174 @@
+#include "cpu/selection_scan.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "common/philox.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define EK_AVX2 1
+#include <immintrin.h>
+#else
+#define EK_AVX2 0
+#endif
+
+namespace ek {
+namespace portable {
+
+// Candidates of [i, end), appended to those already counted.
+ChunkCount append(const TokenView& view, int64_t begin, int64_t i, int64_t end, Band band, uint32_t* positions,
+                  ChunkCount count) {
+  for (; i < end; ++i) {
+    const bool valid = !view.mask || view.mask[i];
+    const bool kept = !view.exclude || !view.exclude[i];
+    const float value = view.covariance[i];
+    positions[count.candidates] = static_cast<uint32_t>(i - begin);  // overwritten by the next unless it is one
+    count.candidates += valid & kept & (value >= band.low) & (value <= band.high);
+    count.valid += valid;
+  }
+  return count;
+}
+
+ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band band, uint32_t* positions) {
+  return append(view, begin, begin, end, band, positions, {0, 0});
+}
+
+void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
+                 int64_t offset, uint32_t* keys) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t position = begin + positions[i];
+    const int64_t index = view.index ? view.index[position] : position + offset;
+    keys[i] = token_key(static_cast<uint64_t>(index), seed);
+  }
+}
+
+constexpr ScanKernels kernels{"default", candidates, random_keys};
+
+}  // namespace portable
+
+#if EK_AVX2
+// Only the functions below are compiled for AVX2: nothing shared with other files may be inlined here and then be
+// picked by the linker for a CPU without it.
+#pragma GCC push_options
+#pragma GCC target("avx2,popcnt")
+namespace avx2 {
+
+// byte b -> the positions of its set bits, in ascending order, as eight bytes
+struct CompressTable {
+  uint64_t entry[256];
+  constexpr CompressTable() : entry() {
+    for (int byte = 0; byte < 256; ++byte) {
+      int slot = 0;
+      for (int bit = 0; bit < 8; ++bit) {
+        if (byte >> bit & 1) {
+          entry[byte] |= static_cast<uint64_t>(bit) << (8 * slot++);
+        }
+      }
+    }
+  }
+};
+constexpr CompressTable kCompress{};
+
+uint32_t nonzero_bytes(const uint8_t* bytes) {
+  const __m256i block = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(block, _mm256_setzero_si256())));
+}
+
+ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band band, uint32_t* positions) {
+  const __m256 low = _mm256_set1_ps(band.low), high = _mm256_set1_ps(band.high);
+  ChunkCount count{0, 0};
+  int64_t i = begin;
+  for (; i + 32 <= end; i += 32) {
+    const uint32_t valid = view.mask ? nonzero_bytes(view.mask + i) : ~0u;
+    const uint32_t excluded = view.exclude ? nonzero_bytes(view.exclude + i) : 0u;
+    uint32_t inside = 0;
+    for (int part = 0; part < 4; ++part) {
+      const __m256 value = _mm256_loadu_ps(view.covariance + i + 8 * part);
+      const __m256 hit = _mm256_and_ps(_mm256_cmp_ps(value, low, _CMP_GE_OQ), _mm256_cmp_ps(value, high, _CMP_LE_OQ));
+      inside |= static_cast<uint32_t>(_mm256_movemask_ps(hit)) << (8 * part);
+    }
+    inside &= valid & ~excluded;
+    count.valid += __builtin_popcount(valid);
+    for (int32_t base = static_cast<int32_t>(i - begin); inside; inside >>= 8, base += 8) {
+      const uint32_t byte = inside & 0xff;
+      const __m128i packed = _mm_cvtsi64_si128(static_cast<int64_t>(kCompress.entry[byte]));
+      const __m256i position = _mm256_add_epi32(_mm256_cvtepu8_epi32(packed), _mm256_set1_epi32(base));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions + count.candidates), position);
+      count.candidates += __builtin_popcount(byte);
+    }
+  }
+  return portable::append(view, begin, i, end, band, positions, count);
+}
+
+// First output word of Philox4x32-10 for counter (index, 0, 0), one token per 64-bit lane. A word is the low half of
+// its lane; the high half is garbage that _mm256_mul_epu32 ignores and the caller drops.
+__m256i first_word(__m256i index, uint64_t seed) {
+  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  // Round 1 with c2 = c3 = 0: its second product is 0.
+  __m256i product0 = _mm256_mul_epu32(index, m0);
+  __m256i c0 = _mm256_xor_si256(_mm256_srli_epi64(index, 32), _mm256_set1_epi64x(key0));
+  __m256i c1 = _mm256_setzero_si256();
+  __m256i c2 = _mm256_xor_si256(_mm256_srli_epi64(product0, 32), _mm256_set1_epi64x(key1));
+  __m256i c3 = product0;
+  for (int round = 1; round < kPhiloxRounds - 1; ++round) {
+    key0 += kPhiloxW0;
+    key1 += kPhiloxW1;
+    product0 = _mm256_mul_epu32(c0, m0);
+    const __m256i product1 = _mm256_mul_epu32(c2, m1);
+    c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), _mm256_set1_epi64x(key0));
+    c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), _mm256_set1_epi64x(key1));
+    c1 = product1;
+    c3 = product0;
+  }
+  // The last round needs one product for the one word that is kept.
+  const __m256i high = _mm256_srli_epi64(_mm256_mul_epu32(c2, m1), 32);
+  return _mm256_xor_si256(_mm256_xor_si256(high, c1), _mm256_set1_epi64x(key0 + kPhiloxW0));
+}
+
+// (low half of each lane of a, low half of each lane of b) -> eight 32-bit words in order
+__m256i low_words(__m256i a, __m256i b) {
+  const __m256 mixed = _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88);
+  return _mm256_permute4x64_epi64(_mm256_castps_si256(mixed), 0xD8);
+}
+
+void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
+                 int64_t offset, uint32_t* keys) {
+  const __m256i base = _mm256_set1_epi64x(begin + offset);
+  const long long* indices = view.index ? reinterpret_cast<const long long*>(view.index + begin) : nullptr;
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(positions + i));
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(positions + i + 4));
+    __m256i first, second;
+    if (indices) {
+      first = _mm256_i32gather_epi64(indices, low, 8);
+      second = _mm256_i32gather_epi64(indices, high, 8);
+    } else {
+      first = _mm256_add_epi64(_mm256_cvtepu32_epi64(low), base);
+      second = _mm256_add_epi64(_mm256_cvtepu32_epi64(high), base);
+    }
+    const __m256i words = low_words(first_word(first, seed), first_word(second, seed));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys + i), words);
+  }
+  portable::random_keys(view, begin, positions + i, count - i, seed, offset, keys + i);
+}
+
+constexpr ScanKernels kernels{"avx2", candidates, random_keys};
+
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+const ScanKernels& scan_kernels() {
+#if EK_AVX2
+  const char* cap = std::getenv("ENTROPY_KERNELS_CPU_CAPABILITY");
+  const bool capped = cap && std::strcmp(cap, "default") == 0;
+  if (!capped && __builtin_cpu_supports("avx2")) {
+    return avx2::kernels;
+  }
+#endif
+  return portable::kernels;
+}
+
+}  // namespace ek

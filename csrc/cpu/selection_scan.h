@@ -1,0 +1,50 @@
+// The two inner loops of selection over a chunk of tokens: which tokens are candidates, and what their random keys are.
+// AVX2 or portable, chosen at run time; both give the same integers.
+#pragma once
+
+#include <cstdint>
+
+namespace ek {
+
+// A chunk is what one scan call sees; its positions fit in 32 bits and its buffers in the first-level cache.
+constexpr int64_t kChunk = 4096;
+// Vector loops store whole vectors: buffers of positions and keys are this much longer than a chunk.
+constexpr int64_t kChunkSlack = 8;
+
+// One flat batch. mask and exclude are bool bytes (0 = false); a null mask: all tokens count; a null exclude: none
+// is excluded; a null index: the token index is the position.
+struct TokenView {
+  const float* covariance;
+  const uint8_t* mask;
+  const uint8_t* exclude;
+  const int64_t* index;
+  int64_t tokens;
+
+  int64_t token_index(int64_t position) const { return index ? index[position] : position; }
+};
+
+// Both ends belong to the band; NaN never does, nor does anything if low > high.
+struct Band {
+  float low;
+  float high;
+};
+
+struct ChunkCount {
+  int64_t valid;       // tokens that count
+  int64_t candidates;  // positions written
+};
+
+struct ScanKernels {
+  const char* name;
+  // Positions (relative to begin, ascending) of the tokens of [begin, end) that count, are not excluded and lie in
+  // the band; end - begin <= kChunk.
+  ChunkCount (*candidates)(const TokenView& view, int64_t begin, int64_t end, Band band, uint32_t* positions);
+  // Random keys of `count` such positions; `offset` is added to the default index.
+  void (*random_keys)(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
+                      int64_t offset, uint32_t* keys);
+};
+
+// The fastest that this CPU runs; the environment variable ENTROPY_KERNELS_CPU_CAPABILITY=default|avx2 caps it.
+const ScanKernels& scan_kernels();
+
+}  // namespace ek

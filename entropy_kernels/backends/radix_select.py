@@ -1,0 +1,303 @@
+"""Selection in steps: exact over any number of ranks, without a value ever read back by the host.
+
+A backend gives the steps (:class:`Steps`); the order of steps, and the reductions between them, are here, once.
+Tokens are flat: (N,). Keys are int64, 0 .. 2³² - 1, or -1 for a token that is no candidate; the selection is the n
+largest keys, ties to the lower token index. The n-th largest key is found digit by digit: a histogram of the next 11
+bits of the keys that share the digits found so far, added over the ranks, tells the next digit. Order statistics
+of the quantile band and the tie-break on the 64-bit token index use the same rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RADIX_BINS = 2048
+KEY_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of each round
+INDEX_DIGITS = ((53, 11), (42, 11), (31, 11), (20, 11), (9, 11), (0, 9))
+# Default token indices are positions and stay below 2⁴⁴ (a batch of 17 T tokens): four rounds do.
+POSITION_DIGITS = ((33, 11), (22, 11), (11, 11), (0, 11))
+
+NO_KEY = 1 << 32  # a threshold that no key reaches
+LAST_INDEX = (1 << 63) - 1
+
+# Columns of a (rows, 3) int64 search state: digits found so far, how many of the keys that share them are still
+# needed, how many there are.
+PREFIX, NEED, EQUAL = range(3)
+
+# csrc/common/fixed_point.h derives these
+_TERM_BITS = 51
+_SUM_BITS = 62
+_LARGEST_EXPONENT = 1000
+
+
+class Count(NamedTuple):
+    """How many tokens to select: ``k``, or a share of those that count."""
+
+    ratio: float | None
+    k: int | None
+    at_least_one: bool
+
+    def of(self, valid: Tensor) -> Tensor:
+        """() int64 from the () int64 number of tokens that count."""
+        if self.k is not None:
+            wanted = torch.full_like(valid, self.k)
+        else:
+            assert self.ratio is not None
+            wanted = (valid.double() * self.ratio).floor().long().clamp(min=int(self.at_least_one))
+        return torch.where(valid > 0, wanted, 0)
+
+
+class Band(NamedTuple):
+    """Range of covariance of Clip-Cov's candidates; ``quantile``: low and high are shares in [0, 1]."""
+
+    low: float
+    high: float
+    quantile: bool
+    closed: bool
+
+
+class Steps(Protocol):
+    """What a backend implements. All tensors are contiguous and on one device; masks are bool, None = all / none."""
+
+    def covariance_extremes(self, logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> Tensor:
+        """(3,) float64: max |logprob|, max |advantages|, number of tokens, over mask; inf for a non-finite value."""
+
+    def covariance_sums(self, logprob: Tensor, advantages: Tensor, mask: Tensor | None, scales: Tensor) -> Tensor:
+        """(2,) int64: sums of logprob and advantages times their power of two, each term rounded half to even."""
+
+    def covariance_apply(self, logprob: Tensor, advantages: Tensor, mask: Tensor | None, means: Tensor) -> Tensor:
+        """(N,) fp32: product of the deviations from the (2,) float64 means, in float64, rounded once; 0 off mask."""
+
+    def selection_value_keys(self, covariance: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
+        """(N,) keys in the order of the fp32 covariance (-0 = +0); -1 for NaN, masked and excluded tokens."""
+
+    def selection_random_keys(
+        self, value_keys: Tensor, band: Tensor, token_index: Tensor | None, offset: Tensor, seed: Tensor
+    ) -> Tensor:
+        """(N,) Philox keys of the tokens whose value key lies in the (2,) inclusive band, -1 for the others."""
+
+    def selection_key_histogram(self, keys: Tensor, state: Tensor, shift: int, bits: int) -> Tensor:
+        """(rows, 2048) int64: digits of the keys that share each row's prefix."""
+
+    def selection_index_histogram(
+        self,
+        keys: Tensor,
+        token_index: Tensor | None,
+        offset: Tensor,
+        key_state: Tensor,
+        state: Tensor,
+        shift: int,
+        bits: int,
+        known: int,
+    ) -> Tensor:
+        """(1, 2048) int64: digits of the reversed token index, of the tokens whose key is ``key_state``'s prefix and
+        whose ``known`` bits above the digit are ``state``'s."""
+
+    def selection_mask(
+        self, keys: Tensor, token_index: Tensor | None, offset: Tensor, threshold: Tensor, last_index: Tensor
+    ) -> Tensor:
+        """(N,) bool: key above the threshold, or equal to it and token index at most ``last_index``."""
+
+    def find_digit(self, histogram: Tensor, state: Tensor, bits: int) -> Tensor:
+        """The next search state."""
+
+
+class Group:
+    """The reductions over a process group, or over this process alone (name "")."""
+
+    def __init__(self, name: str) -> None:
+        key: Any = name  # newer torch wraps the name in a type of its own
+        self.group = dist.distributed_c10d._resolve_process_group(key) if name else None
+
+    def gather(self, value: Tensor) -> Tensor:
+        """(ranks, *value.shape)."""
+        if self.group is None:
+            return value.unsqueeze(0)
+        gathered = value.new_empty((self.group.size(), *value.shape))
+        dist.all_gather_into_tensor(gathered.view(-1), value.view(-1), group=self.group)
+        return gathered
+
+    def sum(self, value: Tensor) -> Tensor:
+        if self.group is not None:
+            value = value.contiguous()
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def offset(self, like: Tensor) -> Tensor:
+        """() int64: number of positions on lower ranks."""
+        if self.group is None:
+            return torch.zeros((), dtype=torch.int64, device=like.device)
+        counts = self.gather(torch.full((1,), like.numel(), dtype=torch.int64, device=like.device))
+        return counts[: self.group.rank()].sum()
+
+
+def find_digit(histogram: Tensor, state: Tensor, bits: int) -> Tensor:
+    """Digit of the need-th largest key of each row, in torch; the step that most backends share."""
+    need = state[:, NEED : NEED + 1]
+    at_least = histogram.flip(1).cumsum(1).flip(1)  # keys with this digit or a larger one
+    digit = ((at_least >= need).sum(1, keepdim=True) - 1).clamp(min=0)
+    equal = histogram.gather(1, digit)
+    above = at_least.gather(1, digit) - equal
+    return torch.cat([(state[:, :1] << bits) | digit, need - above, equal], 1)
+
+
+def ordered_key(value: float) -> int:
+    """Key of a float rounded to fp32 (overflow goes to infinity), as in csrc/common/radix_select.h."""
+    try:
+        (bits,) = struct.unpack("<I", struct.pack("<f", value + 0.0))
+    except OverflowError:
+        return ordered_key(math.copysign(math.inf, value))
+    return bits ^ 0xFFFFFFFF if bits & 0x80000000 else bits | 0x80000000
+
+
+def token_covariance(steps: Steps, logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str) -> Tensor:
+    ranks = Group(group)
+    by_rank = ranks.gather(steps.covariance_extremes(logprob, advantages, mask))
+    largest, count = by_rank[:, :2].amax(0), by_rank[:, 2].sum()
+    exponent = _fixed_point_exponent(largest, count)
+    sums = ranks.sum(steps.covariance_sums(logprob, advantages, mask, _power_of_two(exponent)))
+    means = sums.double() * _power_of_two(-exponent) / count
+    means = torch.where(largest.isinf(), math.nan, means)
+    return steps.covariance_apply(logprob, advantages, mask, means)
+
+
+def _exponent_above(value: Tensor) -> Tensor:
+    return ((value.view(torch.int64) >> 52) & 0x7FF) - 1022
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    # from the bits: exp2 and pow need not be exact on every device
+    return ((exponent + 1023) << 52).view(torch.float64)
+
+
+def _fixed_point_exponent(largest: Tensor, count: Tensor) -> Tensor:
+    room = (_SUM_BITS - _exponent_above(count)).clamp(max=_TERM_BITS)
+    return (room - _exponent_above(largest)).clamp(max=_LARGEST_EXPONENT)
+
+
+def clip_cov_mask(
+    steps: Steps,
+    covariance: Tensor,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    token_index: Tensor | None,
+    seed: Tensor,
+    count: Count,
+    band: Band,
+    group: str,
+) -> Tensor:
+    ranks = Group(group)
+    offset = _offset(ranks, covariance, token_index)
+    values = steps.selection_value_keys(covariance, mask, exclude)
+    bounds = _quantiles(steps, ranks, values, band) if band.quantile else _bounds(band, covariance.device)
+    if not band.closed:
+        bounds = bounds + torch.stack([torch.ones_like(bounds[0]), -torch.ones_like(bounds[0])])
+    keys = steps.selection_random_keys(values, bounds, token_index, offset, seed)
+    return _largest(steps, ranks, keys, token_index, offset, _valid(covariance, mask), count)
+
+
+def kl_cov_mask(
+    steps: Steps,
+    covariance: Tensor,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    token_index: Tensor | None,
+    count: Count,
+    group: str,
+) -> Tensor:
+    ranks = Group(group)
+    offset = _offset(ranks, covariance, token_index)
+    keys = steps.selection_value_keys(covariance, mask, exclude)
+    return _largest(steps, ranks, keys, token_index, offset, _valid(covariance, mask), count)
+
+
+def _offset(ranks: Group, covariance: Tensor, token_index: Tensor | None) -> Tensor:
+    if token_index is not None:
+        return torch.zeros((), dtype=torch.int64, device=covariance.device)
+    return ranks.offset(covariance)
+
+
+def _valid(covariance: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.full((), covariance.numel(), dtype=torch.int64, device=covariance.device)
+    return mask.sum()
+
+
+def _bounds(band: Band, device: torch.device) -> Tensor:
+    # two fills: torch.tensor(list) would copy from the host, and wait for it
+    keys = [torch.full((), ordered_key(bound), dtype=torch.int64, device=device) for bound in (band.low, band.high)]
+    return torch.stack(keys)
+
+
+def _quantiles(steps: Steps, ranks: Group, values: Tensor, band: Band) -> Tensor:
+    """(2,) value keys of the lower order statistics number floor(q·(M - 1)) of the M candidates of the group."""
+    total = ranks.sum((values >= 0).sum())
+    shares = torch.stack([torch.full((), q, dtype=torch.float64, device=values.device) for q in (band.low, band.high)])
+    need = (total - (shares * (total - 1)).floor().long()).clamp(min=0)
+    state = _start(values, need)
+    histogram = ranks.sum(steps.selection_key_histogram(values, state, *KEY_DIGITS[0]))
+    return _finish(steps, ranks, values, histogram, state)[:, PREFIX]
+
+
+def _start(keys: Tensor, need: Tensor) -> Tensor:
+    state = torch.zeros((need.numel(), 3), dtype=torch.int64, device=keys.device)
+    state[:, NEED] = need
+    return state
+
+
+def _finish(steps: Steps, ranks: Group, keys: Tensor, histogram: Tensor, state: Tensor) -> Tensor:
+    """State of the search for the need-th largest keys of the group, from the histogram of their first digits."""
+    state = steps.find_digit(histogram, state, KEY_DIGITS[0][1])
+    for shift, bits in KEY_DIGITS[1:]:
+        histogram = ranks.sum(steps.selection_key_histogram(keys, state, shift, bits))
+        state = steps.find_digit(histogram, state, bits)
+    return state
+
+
+def _largest(
+    steps: Steps,
+    ranks: Group,
+    keys: Tensor,
+    token_index: Tensor | None,
+    offset: Tensor,
+    valid: Tensor,
+    count: Count,
+) -> Tensor:
+    """(N,) bool: the group's n largest keys, ties to the lower token index."""
+    histogram = steps.selection_key_histogram(keys, _start(keys, valid.new_zeros(1)), *KEY_DIGITS[0])
+    # The number of tokens that count, from which n follows, travels with the first histogram.
+    packed = ranks.sum(torch.cat([histogram.view(-1), valid.view(1)]))
+    histogram = packed[:-1].view(1, -1)
+    need = torch.minimum(count.of(packed[-1:]), histogram.sum(1))
+    key_state = _finish(steps, ranks, keys, histogram, _start(keys, need))
+    # An empty selection has a threshold that no key reaches; only there a need of 0 is left.
+    need, equal = key_state[0, NEED], key_state[0, EQUAL]
+    threshold = torch.where(need > 0, key_state[0, PREFIX], NO_KEY)
+    if keys.device.type == "cpu" and bool((need == 0) | (need == equal)):
+        last_index = torch.full_like(threshold, LAST_INDEX)  # all ties belong to it; every rank sees that alike
+    else:
+        last_index = _last_index(steps, ranks, keys, token_index, offset, key_state)
+    return steps.selection_mask(keys, token_index, offset, threshold, last_index)
+
+
+def _last_index(
+    steps: Steps, ranks: Group, keys: Tensor, token_index: Tensor | None, offset: Tensor, key_state: Tensor
+) -> Tensor:
+    """() int64: of the tokens with the threshold's key, the last token index that is selected."""
+    digits = POSITION_DIGITS if token_index is None else INDEX_DIGITS
+    width = digits[0][0] + digits[0][1]
+    state = key_state.clone()
+    state[:, PREFIX] = 0
+    for shift, bits in digits:
+        histogram = steps.selection_index_histogram(
+            keys, token_index, offset, key_state, state, shift, bits, width - shift - bits
+        )
+        state = steps.find_digit(ranks.sum(histogram), state, bits)
+    # reversed order: largest first = lowest index first
+    return state[0, PREFIX] ^ (LAST_INDEX if width == 64 else (1 << width) - 1)

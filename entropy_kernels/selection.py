@@ -1,0 +1,413 @@
+"""Public functions on the batch: which tokens drive entropy down, and which of them Clip-Cov and KL-Cov act on.
+
+Selection stands between the statistics and the loss: over the whole batch (all micro-batches, all ranks of a group),
+without gradient and without a value read back by the host. Method: arXiv 2505.22617, §4.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.ops import selection as op
+
+__all__ = ["SelectionBatch", "clip_cov_mask", "kl_cov_mask", "token_covariance"]
+
+CLIP_COV_RATIO = 2e-4
+KL_COV_RATIO = 2e-3
+
+
+def token_covariance(
+    logprob: Tensor, advantages: Tensor, mask: Tensor | None = None, *, batch_group: Any = None, backend: str = "auto"
+) -> Tensor:
+    """Covariance of each token's log-prob with its advantage, (lp - mean lp)·(A - mean A); arXiv 2505.22617, Eq. 10.
+
+    The means are over the tokens of ``mask``, on all ranks of ``batch_group``; advantages are raw, never scaled by
+    1/N. Means and product are computed in float64, from sums that do not depend on the order of their terms: the
+    result is the same, bit for bit, on every backend and for every split of the batch over ranks or micro-batches
+    (:class:`SelectionBatch`).
+
+    Args:
+        logprob: log-probs of the sampled tokens in nats, any floating-point dtype, shape and strides; often (B, L).
+        advantages: of ``logprob``'s shape, or with size 1 where one value serves all: (B, 1) for one per sequence.
+        mask: bool, int or float 0/1, shaped like advantages; True = counts. None: all tokens count.
+        batch_group: torch.distributed process group over the ranks that share the batch; shapes may differ between
+            ranks, and a rank may have no tokens.
+        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+
+    Returns:
+        fp32, ``logprob``'s shape, without gradient; 0 where masked, whatever stands there. A non-finite value in a
+        token that counts makes a mean, and so the covariance of every token that counts, NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
+    """
+    _check_float("logprob", logprob)
+    _check_float("advantages", advantages)
+    advantages = _expand("advantages", advantages, "logprob", logprob)
+    mask = _boolean("mask", mask, "logprob", logprob)
+    return op.token_covariance(logprob.detach(), advantages.detach(), mask, _group_name(batch_group), backend)
+
+
+def clip_cov_mask(
+    covariance: Tensor,
+    mask: Tensor | None = None,
+    *,
+    seed: int | Tensor,
+    ratio: float | None = None,
+    k: int | None = None,
+    low: float = 1.0,
+    high: float = 5.0,
+    band: Literal["absolute", "quantile"] = "absolute",
+    closed: bool = False,
+    at_least_one: bool = True,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+    batch_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Tokens that Clip-Cov drops: n drawn uniformly among those whose covariance lies in a band; Eq. 11.
+
+    n = max(1, floor(float64(ratio) · N)), N the number of tokens of ``mask`` over all ranks; fewer if there are fewer
+    candidates, 0 if N = 0. The draw is the n largest random keys among the candidates, the key of a token being the
+    first word of Philox4x32-10 for counter (token index, 0, 0) and key ``seed``; ties go to the lower token index. It
+    depends on nothing else: not on shape, padding, ranks or backend.
+
+    Args:
+        covariance: from :func:`token_covariance`; any floating-point dtype and strides, compared in fp32.
+        mask: bool, int or float 0/1, ``covariance``'s shape or size 1 per dimension; None: all tokens count.
+        seed: an int of at most 64 bits, or a 0-d int64 tensor, which a CUDA graph reads anew at each replay.
+        ratio: share of N to select, in (0, 1]; a fraction: 2e-4 (the default) is 0.02 %.
+        k: number of tokens to select instead of a ratio, >= 0.
+        low, high: bounds of the band, low < high, rounded to fp32.
+        band: "absolute": bounds are covariances. "quantile": they are shares in [0, 1], and stand for the
+            covariances number floor(share · (M - 1)) in ascending order of the M candidates of the whole group.
+        closed: whether the bounds belong to the band.
+        at_least_one: False: n = floor(ratio · N), which may be 0; k is taken as it is either way.
+        exclude: like mask; True = counts in N but is no candidate.
+        token_index: int64, ``covariance``'s shape, distinct over the batch where ``mask`` is True. Default: flat
+            row-major position plus the number of positions on lower ranks. Whoever pads or splits a batch in
+            different ways passes it, and the selection stays the same.
+        batch_group: torch.distributed process group over the ranks that share the batch.
+        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+
+    Returns:
+        bool, ``covariance``'s shape. NaN is never selected.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; both ratio and k.
+    """
+    _check_float("covariance", covariance)
+    ratio, k = _count(ratio, k, CLIP_COV_RATIO)
+    low, high = _band(low, high, band)
+    return op.clip_cov_mask(
+        covariance.detach(),
+        _boolean("mask", mask, "covariance", covariance),
+        _boolean("exclude", exclude, "covariance", covariance),
+        _token_index(token_index, "covariance", covariance),
+        _seed(seed, covariance.device),
+        ratio,
+        k,
+        bool(at_least_one),
+        low,
+        high,
+        band == "quantile",
+        bool(closed),
+        _group_name(batch_group),
+        backend,
+    )
+
+
+def kl_cov_mask(
+    covariance: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float | None = None,
+    k: int | None = None,
+    at_least_one: bool = True,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+    batch_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Tokens that KL-Cov penalises: the n of largest covariance, of any sign; Eq. 12.
+
+    n = max(1, floor(float64(ratio) · N)) as in :func:`clip_cov_mask`, with a default ratio of 2e-3. Covariances are
+    compared in fp32, -0 equals +0, ties go to the lower token index, NaN is never selected.
+
+    Args, returns, raises: as :func:`clip_cov_mask`.
+    """
+    _check_float("covariance", covariance)
+    ratio, k = _count(ratio, k, KL_COV_RATIO)
+    return op.kl_cov_mask(
+        covariance.detach(),
+        _boolean("mask", mask, "covariance", covariance),
+        _boolean("exclude", exclude, "covariance", covariance),
+        _token_index(token_index, "covariance", covariance),
+        ratio,
+        k,
+        bool(at_least_one),
+        _group_name(batch_group),
+        backend,
+    )
+
+
+class SelectionBatch:
+    """Selection over a whole batch that is processed in micro-batches: collect, select, then compute the losses.
+
+    ``add`` every micro-batch (the order counts only through the default token index), then ask for the masks. Their
+    union is the same, bit for bit, for every way to split the batch, on every number of ranks; also for every padding
+    if ``token_index`` is given.
+
+        batch = SelectionBatch()
+        for micro in micro_batches:                      # no gradient, or old log-probs: no extra forward
+            batch.add(micro.logprob, micro.advantages, micro.mask)
+        for micro, dropped in zip(micro_batches, batch.clip_cov(seed=step)):
+            clip_cov_loss(..., dropped=dropped).loss.backward()
+
+    Args:
+        batch_group: torch.distributed process group over the ranks that share the batch. Every rank calls the same
+            methods; the numbers of micro-batches may differ.
+        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+    """
+
+    def __init__(self, batch_group: Any = None, *, backend: str = "auto") -> None:
+        _group_name(batch_group)
+        self._group = batch_group
+        self._backend = backend
+        self._shapes: list[torch.Size] = []
+        self._logprob: list[Tensor] = []
+        self._advantages: list[Tensor] = []
+        self._mask: list[Tensor | None] = []
+        self._token_index: list[Tensor] = []
+        self._exclude: list[Tensor | None] = []
+        self._covariance: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of micro-batches added."""
+        return len(self._shapes)
+
+    def add(
+        self,
+        logprob: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None,
+        token_index: Tensor | None = None,
+        *,
+        exclude: Tensor | None = None,
+    ) -> None:
+        """Add a micro-batch: arguments as in :func:`token_covariance` and :func:`clip_cov_mask`.
+
+        Tensors are kept by reference, detached: leave them unchanged until the masks are there. ``token_index`` is
+        given for all micro-batches or for none; the default continues where the last micro-batch ended.
+        """
+        _check_float("logprob", logprob)
+        _check_float("advantages", advantages)
+        if self._logprob and logprob.device != self._logprob[0].device:
+            raise ValueError(
+                f"logprob: expected on the device of the earlier micro-batches, {self._logprob[0].device}, "
+                f"got {logprob.device}"
+            )
+        advantages = _expand("advantages", advantages, "logprob", logprob)
+        mask = _boolean("mask", mask, "logprob", logprob)
+        exclude = _boolean("exclude", exclude, "logprob", logprob)
+        token_index = _token_index(token_index, "logprob", logprob)
+        if self._shapes and (token_index is not None) != bool(self._token_index):
+            got = "one" if token_index is not None else "none"
+            raise ValueError(
+                f"token_index: expected for all micro-batches or for none, got {got} for number {len(self)}, "
+                "other than for those before"
+            )
+        self._shapes.append(logprob.shape)
+        self._logprob.append(logprob.detach())
+        self._advantages.append(advantages.detach())
+        self._mask.append(mask)
+        self._exclude.append(exclude)
+        if token_index is not None:
+            self._token_index.append(token_index)
+        self._covariance = None
+
+    def covariance(self) -> list[Tensor]:
+        """:func:`token_covariance` over the whole batch: one fp32 tensor per micro-batch, of its shape."""
+        return self._split(self._whole_covariance())
+
+    def clip_cov(self, *, seed: int | Tensor, **options: Any) -> list[Tensor]:
+        """One mask per micro-batch added; ``options`` as in :func:`clip_cov_mask` (ratio, k, low, high, band, ...)."""
+        return self._select(clip_cov_mask, {"seed": seed, **options})
+
+    def kl_cov(self, **options: Any) -> list[Tensor]:
+        """One mask per micro-batch added; ``options`` as in :func:`kl_cov_mask` (ratio, k, at_least_one)."""
+        return self._select(kl_cov_mask, options)
+
+    def _select(self, function: Any, options: dict[str, Any]) -> list[Tensor]:
+        for name in ("mask", "exclude", "token_index", "batch_group"):
+            if name in options:
+                raise TypeError(f"{name}: expected in add() or SelectionBatch(), got it as an option of the selection")
+        options.setdefault("backend", self._backend)
+        return self._split(
+            function(
+                self._whole_covariance(),
+                self._cat_masks(self._mask, True),
+                exclude=self._cat_masks(self._exclude, False),
+                token_index=_cat(self._token_index) if self._token_index else None,
+                batch_group=self._group,
+                **options,
+            )
+        )
+
+    def _whole_covariance(self) -> Tensor:
+        """(N,) over all micro-batches of this rank."""
+        if self._covariance is None:
+            if not self._shapes:
+                # a rank without micro-batches still takes part in the reductions
+                nothing = torch.zeros(0, device=_group_device(self._group))
+                logprob, advantages = nothing, nothing
+            else:
+                logprob, advantages = _cat(self._logprob), _cat(self._advantages)
+            self._covariance = token_covariance(
+                logprob,
+                advantages,
+                self._cat_masks(self._mask, True),
+                batch_group=self._group,
+                backend=self._backend,
+            )
+        return self._covariance
+
+    def _cat_masks(self, masks: list[Tensor | None], default: bool) -> Tensor | None:
+        if all(mask is None for mask in masks):
+            return None
+        device = self._logprob[0].device
+        return _cat(
+            [
+                torch.full(shape, default, device=device) if mask is None else mask
+                for mask, shape in zip(masks, self._shapes, strict=True)
+            ]
+        )
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([shape.numel() for shape in self._shapes]) if self._shapes else ()
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _group_device(group: Any) -> torch.device:
+    if group is None:
+        return torch.device("cpu")
+    return torch.device(torch.distributed.distributed_c10d._get_pg_default_device(group))
+
+
+def _check_float(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+
+
+def _expand(name: str, value: Tensor, like_name: str, like: Tensor) -> Tensor:
+    """``value`` in ``like``'s shape: equal, or of size 1 in some dimensions, or 0-d."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected on the device of {like_name}, {like.device}, got {value.device}")
+    if value.shape == like.shape:
+        return value
+    # Fewer dimensions are refused: (B,) would silently run along the tokens of a (B, B) batch.
+    fits = value.dim() == 0 or (
+        value.dim() == like.dim() and all(a in (1, b) for a, b in zip(value.shape, like.shape, strict=True))
+    )
+    if not fits:
+        raise ValueError(
+            f"{name}: expected {like_name}'s shape {tuple(like.shape)}, or size 1 where one value serves all, "
+            f"got {tuple(value.shape)}"
+        )
+    return value.expand(like.shape)
+
+
+def _boolean(name: str, value: Any, like_name: str, like: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(value).__name__}")
+    if value.is_complex():
+        raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}")
+    value = _expand(name, value.detach(), like_name, like)
+    return value if value.dtype == torch.bool else value != 0
+
+
+def _token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"token_index: expected a torch.Tensor or None, got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"token_index: expected dtype torch.int64, got {value.dtype}")
+    if value.shape != like.shape:
+        raise ValueError(f"token_index: expected {like_name}'s shape {tuple(like.shape)}, got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"token_index: expected on the device of {like_name}, {like.device}, got {value.device}")
+    return value
+
+
+def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A 0-d tensor: a Python int below the op would recompile for every value."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise TypeError(
+                f"seed: expected an int or a 0-d int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
+            )
+        return seed.to(device, non_blocking=True)
+    if isinstance(seed, bool):
+        raise TypeError("seed: expected an int or a 0-d int64 tensor, got bool")
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {type(seed).__name__}") from None
+    if not -(1 << 63) <= value < 1 << 64:
+        raise ValueError(f"seed: expected at most 64 bits, got {value}")
+    if value >= 1 << 63:
+        value -= 1 << 64  # the same 64 bits
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def _count(ratio: float | None, k: int | None, default: float) -> tuple[float | None, int | None]:
+    if k is not None:
+        if ratio is not None:
+            raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
+        if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+            raise TypeError(f"k: expected an int, got {type(k).__name__}")
+        if k < 0:
+            raise ValueError(f"k: expected >= 0, got {k}")
+        return None, k
+    if ratio is None:
+        return default, None
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, torch.SymFloat)):
+        raise TypeError(f"ratio: expected a number, got {type(ratio).__name__}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio: expected a fraction in (0, 1], got {ratio}")
+    return float(ratio), None
+
+
+def _band(low: float, high: float, band: str) -> tuple[float, float]:
+    if band not in ("absolute", "quantile"):
+        raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")
+    for name, value in (("low", low), ("high", high)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if band == "quantile" and not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a share in [0, 1] with band='quantile', got {value}")
+    if not low < high:
+        raise ValueError(f"low: expected < high, got low={low}, high={high}")
+    return float(low), float(high)
+
+
+def _group_name(group: Any) -> str:
+    if group is None:
+        return ""
+    name = getattr(group, "group_name", None)
+    if name is None:
+        raise TypeError(f"batch_group: expected a torch.distributed process group or None, got {type(group).__name__}")
+    return name
