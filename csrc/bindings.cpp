@@ -3,9 +3,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdint>
 #include <string>
 #include <vector>
 
+#include "common/philox.h"
 #include "common/softmax_state.h"
 #include "cpu/capability.h"
 
@@ -60,6 +62,12 @@ std::array<double, 3> gradient_coefficients(const State& state, double temperatu
   return {r.constant, r.linear, r.quadratic};
 }
 
+std::array<uint32_t, 4> philox4x32_10(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+  const entropy_kernels::Philox4x32 words{{counter[0], counter[1], counter[2], counter[3]}};
+  const entropy_kernels::Philox4x32 out = entropy_kernels::philox4x32_10(words, key[0], key[1]);
+  return {out.word[0], out.word[1], out.word[2], out.word[3]};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -78,4 +86,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_collision"));
   m.def("gradient_coefficients_float", &gradient_coefficients<float>, py::arg("state"), py::arg("temperature"),
         py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_collision"));
+  m.def("philox4x32_10", &philox4x32_10, "Four output words of Philox4x32-10 for four counter and two key words.",
+        py::arg("counter"), py::arg("key"));
 }

@@ -85,3 +85,9 @@ def poisoned_memory() -> Iterator[None]:
 def fixed_seed() -> None:
     """No test depends on which others ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=places("clip_cov_mask"))
+def selection_place(request: pytest.FixtureRequest) -> Place:
+    """Backend × device of the selection ops."""
+    return request.param

@@ -9,7 +9,7 @@
 
 #include "common/host_device.h"
 
-namespace ek {
+namespace entropy_kernels {
 
 // The smallest e with |value| < 2^e, or -1022 for anything smaller than the smallest normal double.
 EK_HOST_DEVICE int64_t exponent_above(double value) {
@@ -44,4 +44,4 @@ EK_HOST_DEVICE int64_t to_fixed_point(double value, double scale) {
   return bits - kRoundingMagicBits;
 }
 
-}  // namespace ek
+}  // namespace entropy_kernels

@@ -5,7 +5,7 @@
 
 #include "common/host_device.h"
 
-namespace ek {
+namespace entropy_kernels {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u;
 constexpr uint32_t kPhiloxM1 = 0xCD9E8D57u;
@@ -39,4 +39,4 @@ EK_HOST_DEVICE uint32_t token_key(uint64_t index, uint64_t seed) {
   return philox4x32_10(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)).word[0];
 }
 
-}  // namespace ek
+}  // namespace entropy_kernels

@@ -8,7 +8,7 @@
 
 #include "common/host_device.h"
 
-namespace ek {
+namespace entropy_kernels {
 
 constexpr int kRadixBits = 11;
 constexpr int kRadixBins = 1 << kRadixBits;
@@ -84,4 +84,4 @@ inline KeyThreshold radix_threshold(const uint32_t* keys, int64_t count, int64_t
   return {prefix, need, equal};
 }
 
-}  // namespace ek
+}  // namespace entropy_kernels

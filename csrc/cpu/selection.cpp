@@ -18,14 +18,14 @@
 #include "cpu/selection_scan.h"
 #include "cpu/selection_view.h"
 
-namespace ek {
+namespace entropy_kernels::cpu {
 namespace {
 
 using torch::stable::Tensor;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr Band kAllValues{-kInfinity, kInfinity};  // everything but NaN
-constexpr int64_t kChunksPerTask = 8;
+constexpr int64_t kChunksPerTask = 16;
 constexpr int64_t kSampleSize = 4096;
 
 // How many tokens are to be selected: a share of those that count, or k if it is given (>= 0).
@@ -66,7 +66,7 @@ struct RandomKeys {
   Band above(Band band, uint32_t) const { return band; }
   void operator()(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count,
                   uint32_t* keys) const {
-    scan_kernels().random_keys(view, begin, positions, count, seed, 0, keys);
+    view.scan->random_keys(view, begin, positions, count, seed, keys);
   }
 };
 
@@ -97,7 +97,7 @@ struct Chunk {
   template <class Keys>
   ChunkCount fill(const TokenView& view, Band band, const Keys& key_source, int64_t begin) {
     const int64_t end = std::min(begin + kChunk, view.tokens);
-    const ChunkCount count = scan_kernels().candidates(view, begin, end, band, positions);
+    const ChunkCount count = view.scan->candidates(view, begin, end, band, positions);
     key_source(view, begin, positions, count.candidates, keys);
     return count;
   }
@@ -127,16 +127,13 @@ Collected collect(const TokenView& view, Band band, const Keys& key_source, uint
     Chunk chunk;
     const ChunkCount count = chunk.fill(view, band, key_source, begin);
     mine.valid += count.valid;
-    int64_t equal = 0;
-    for (int64_t i = 0; i < count.candidates; ++i) {
-      if (chunk.keys[i] > threshold) {
-        mine.keys.push_back(chunk.keys[i]);
-        mine.positions.push_back(begin + chunk.positions[i]);
-      }
-      equal += chunk.keys[i] == threshold;
+    const KeyCount found = view.scan->compress_above(threshold, chunk.keys, chunk.positions, count.candidates);
+    mine.keys.insert(mine.keys.end(), chunk.keys, chunk.keys + found.above);
+    for (int64_t i = 0; i < found.above; ++i) {
+      mine.positions.push_back(begin + chunk.positions[i]);
     }
-    if (equal) {
-      mine.equal += equal;
+    if (found.equal) {
+      mine.equal += found.equal;
       mine.equal_chunks.push_back(begin);
     }
     if (selected) {
@@ -151,10 +148,10 @@ void mark_lowest(const TokenView& view, std::vector<int64_t>& positions, int64_t
     if (view.index) {
       std::vector<int64_t> indices(positions.size());
       std::transform(positions.begin(), positions.end(), indices.begin(), [&](int64_t p) { return view.index[p]; });
-      std::nth_element(indices.begin(), indices.begin() + count, indices.end());
-      const int64_t bound = indices[count];
+      std::nth_element(indices.begin(), indices.begin() + (count - 1), indices.end());
+      const int64_t last = indices[count - 1];
       positions.erase(
-          std::remove_if(positions.begin(), positions.end(), [&](int64_t p) { return view.index[p] >= bound; }),
+          std::remove_if(positions.begin(), positions.end(), [&](int64_t p) { return view.index[p] > last; }),
           positions.end());
     } else {
       std::nth_element(positions.begin(), positions.begin() + count, positions.end());
@@ -286,7 +283,7 @@ Band quantile_band(const TokenView& view, double low, double high, bool closed) 
         uint32_t positions[kChunk + kChunkSlack];
         for (int64_t chunk = first; chunk < last; ++chunk) {
           const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, view.tokens);
-          per_chunk[chunk] = scan_kernels().candidates(view, begin, end, kAllValues, positions).candidates;
+          per_chunk[chunk] = view.scan->candidates(view, begin, end, kAllValues, positions).candidates;
         }
       });
   int64_t total = 0;
@@ -342,9 +339,9 @@ Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::op
 }
 
 }  // namespace
-}  // namespace ek
+}  // namespace entropy_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CPU, m) {
-  m.impl("clip_cov_mask", TORCH_BOX(&ek::clip_cov_mask));
-  m.impl("kl_cov_mask", TORCH_BOX(&ek::kl_cov_mask));
+  m.impl("clip_cov_mask", TORCH_BOX(&entropy_kernels::cpu::clip_cov_mask));
+  m.impl("kl_cov_mask", TORCH_BOX(&entropy_kernels::cpu::kl_cov_mask));
 }

@@ -13,7 +13,7 @@
 #include "common/radix_select.h"
 #include "cpu/selection_view.h"
 
-namespace ek {
+namespace entropy_kernels::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -125,12 +125,12 @@ Tensor selection_mask(const Tensor& keys, std::optional<Tensor> token_index, con
 }
 
 }  // namespace
-}  // namespace ek
+}  // namespace entropy_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CPU, m) {
-  m.impl("selection_value_keys", TORCH_BOX(&ek::selection_value_keys));
-  m.impl("selection_random_keys", TORCH_BOX(&ek::selection_random_keys));
-  m.impl("selection_key_histogram", TORCH_BOX(&ek::selection_key_histogram));
-  m.impl("selection_index_histogram", TORCH_BOX(&ek::selection_index_histogram));
-  m.impl("selection_mask", TORCH_BOX(&ek::selection_mask));
+  m.impl("selection_value_keys", TORCH_BOX(&entropy_kernels::cpu::selection_value_keys));
+  m.impl("selection_random_keys", TORCH_BOX(&entropy_kernels::cpu::selection_random_keys));
+  m.impl("selection_key_histogram", TORCH_BOX(&entropy_kernels::cpu::selection_key_histogram));
+  m.impl("selection_index_histogram", TORCH_BOX(&entropy_kernels::cpu::selection_index_histogram));
+  m.impl("selection_mask", TORCH_BOX(&entropy_kernels::cpu::selection_mask));
 }

@@ -1,9 +1,7 @@
 #include "cpu/selection_scan.h"
 
-#include <cstdlib>
-#include <cstring>
-
 #include "common/philox.h"
+#include "cpu/capability.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define EK_AVX2 1
@@ -12,7 +10,7 @@
 #define EK_AVX2 0
 #endif
 
-namespace ek {
+namespace entropy_kernels::cpu {
 namespace portable {
 
 // Candidates of [i, end), appended to those already counted.
@@ -34,15 +32,29 @@ ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band ba
 }
 
 void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
-                 int64_t offset, uint32_t* keys) {
+                 uint32_t* keys) {
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t position = begin + positions[i];
-    const int64_t index = view.index ? view.index[position] : position + offset;
-    keys[i] = token_key(static_cast<uint64_t>(index), seed);
+    keys[i] = token_key(static_cast<uint64_t>(view.token_index(begin + positions[i])), seed);
   }
 }
 
-constexpr ScanKernels kernels{"default", candidates, random_keys};
+KeyCount append_above(uint32_t threshold, uint32_t* keys, uint32_t* positions, int64_t i, int64_t count,
+                      KeyCount found) {
+  for (; i < count; ++i) {
+    const uint32_t key = keys[i], position = positions[i];
+    keys[found.above] = key;
+    positions[found.above] = position;
+    found.above += key > threshold;
+    found.equal += key == threshold;
+  }
+  return found;
+}
+
+KeyCount compress_above(uint32_t threshold, uint32_t* keys, uint32_t* positions, int64_t count) {
+  return append_above(threshold, keys, positions, 0, count, {0, 0});
+}
+
+constexpr ScanKernels kernels{candidates, random_keys, compress_above};
 
 }  // namespace portable
 
@@ -69,6 +81,11 @@ struct CompressTable {
 };
 constexpr CompressTable kCompress{};
 
+// The set bits' numbers, in the first lanes.
+__m256i compress_order(uint32_t byte) {
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kCompress.entry[byte])));
+}
+
 uint32_t nonzero_bytes(const uint8_t* bytes) {
   const __m256i block = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
   return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(block, _mm256_setzero_si256())));
@@ -91,8 +108,7 @@ ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band ba
     count.valid += __builtin_popcount(valid);
     for (int32_t base = static_cast<int32_t>(i - begin); inside; inside >>= 8, base += 8) {
       const uint32_t byte = inside & 0xff;
-      const __m128i packed = _mm_cvtsi64_si128(static_cast<int64_t>(kCompress.entry[byte]));
-      const __m256i position = _mm256_add_epi32(_mm256_cvtepu8_epi32(packed), _mm256_set1_epi32(base));
+      const __m256i position = _mm256_add_epi32(compress_order(byte), _mm256_set1_epi32(base));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions + count.candidates), position);
       count.candidates += __builtin_popcount(byte);
     }
@@ -133,8 +149,8 @@ __m256i low_words(__m256i a, __m256i b) {
 }
 
 void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
-                 int64_t offset, uint32_t* keys) {
-  const __m256i base = _mm256_set1_epi64x(begin + offset);
+                 uint32_t* keys) {
+  const __m256i base = _mm256_set1_epi64x(begin);
   const long long* indices = view.index ? reinterpret_cast<const long long*>(view.index + begin) : nullptr;
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
@@ -151,10 +167,36 @@ void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions
     const __m256i words = low_words(first_word(first, seed), first_word(second, seed));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys + i), words);
   }
-  portable::random_keys(view, begin, positions + i, count - i, seed, offset, keys + i);
+  portable::random_keys(view, begin, positions + i, count - i, seed, keys + i);
 }
 
-constexpr ScanKernels kernels{"avx2", candidates, random_keys};
+KeyCount compress_above(uint32_t threshold, uint32_t* keys, uint32_t* positions, int64_t count) {
+  const __m256i sign = _mm256_set1_epi32(INT32_MIN);  // there is only a signed comparison
+  const __m256i bound = _mm256_set1_epi32(static_cast<int32_t>(threshold));
+  const __m256i signed_bound = _mm256_xor_si256(bound, sign);
+  KeyCount found{0, 0};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i));
+    const __m256i above = _mm256_cmpgt_epi32(_mm256_xor_si256(key, sign), signed_bound);
+    const __m256i equal = _mm256_cmpeq_epi32(key, bound);
+    const auto above_bits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(above)));
+    const auto equal_bits = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(equal)));
+    if (above_bits) {
+      const __m256i order = compress_order(above_bits);
+      const __m256i position = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(positions + i));
+      // In place: what is written never reaches beyond what has been read.
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys + found.above), _mm256_permutevar8x32_epi32(key, order));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(positions + found.above),
+                          _mm256_permutevar8x32_epi32(position, order));
+      found.above += __builtin_popcount(above_bits);
+    }
+    found.equal += __builtin_popcount(equal_bits);
+  }
+  return portable::append_above(threshold, keys, positions, i, count, found);
+}
+
+constexpr ScanKernels kernels{candidates, random_keys, compress_above};
 
 }  // namespace avx2
 #pragma GCC pop_options
@@ -162,13 +204,11 @@ constexpr ScanKernels kernels{"avx2", candidates, random_keys};
 
 const ScanKernels& scan_kernels() {
 #if EK_AVX2
-  const char* cap = std::getenv("ENTROPY_KERNELS_CPU_CAPABILITY");
-  const bool capped = cap && std::strcmp(cap, "default") == 0;
-  if (!capped && __builtin_cpu_supports("avx2")) {
+  if (selected_capability() >= Capability::kAvx2) {
     return avx2::kernels;
   }
 #endif
   return portable::kernels;
 }
 
-}  // namespace ek
+}  // namespace entropy_kernels::cpu

@@ -1,13 +1,13 @@
-// The two inner loops of selection over a chunk of tokens: which tokens are candidates, and what their random keys are.
+// The inner loops of selection over a chunk of tokens: which are candidates, their random keys, which keys are large.
 // AVX2 or portable, chosen at run time; both give the same integers.
 #pragma once
 
 #include <cstdint>
 
-namespace ek {
+namespace entropy_kernels::cpu {
 
 // A chunk is what one scan call sees; its positions fit in 32 bits and its buffers in the first-level cache.
-constexpr int64_t kChunk = 4096;
+constexpr int64_t kChunk = 2048;
 // Vector loops store whole vectors: buffers of positions and keys are this much longer than a chunk.
 constexpr int64_t kChunkSlack = 8;
 
@@ -19,6 +19,7 @@ struct TokenView {
   const uint8_t* exclude;
   const int64_t* index;
   int64_t tokens;
+  const struct ScanKernels* scan;
 
   int64_t token_index(int64_t position) const { return index ? index[position] : position; }
 };
@@ -34,17 +35,23 @@ struct ChunkCount {
   int64_t candidates;  // positions written
 };
 
+struct KeyCount {
+  int64_t above;
+  int64_t equal;
+};
+
 struct ScanKernels {
-  const char* name;
   // Positions (relative to begin, ascending) of the tokens of [begin, end) that count, are not excluded and lie in
   // the band; end - begin <= kChunk.
   ChunkCount (*candidates)(const TokenView& view, int64_t begin, int64_t end, Band band, uint32_t* positions);
-  // Random keys of `count` such positions; `offset` is added to the default index.
+  // Random keys of `count` such positions.
   void (*random_keys)(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
-                      int64_t offset, uint32_t* keys);
+                      uint32_t* keys);
+  // Moves the keys above the threshold, and their positions, to the front.
+  KeyCount (*compress_above)(uint32_t threshold, uint32_t* keys, uint32_t* positions, int64_t count);
 };
 
-// The fastest that this CPU runs; the environment variable ENTROPY_KERNELS_CPU_CAPABILITY=default|avx2 caps it.
+// For the instruction set of capability.h; throws where that does.
 const ScanKernels& scan_kernels();
 
-}  // namespace ek
+}  // namespace entropy_kernels::cpu

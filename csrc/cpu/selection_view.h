@@ -8,7 +8,7 @@
 #include "common/radix_select.h"
 #include "cpu/selection_scan.h"
 
-namespace ek {
+namespace entropy_kernels::cpu {
 
 template <class T>
 const T* data_or_null(const std::optional<torch::stable::Tensor>& tensor) {
@@ -19,7 +19,7 @@ inline TokenView token_view(const torch::stable::Tensor& covariance, const std::
                             const std::optional<torch::stable::Tensor>& exclude,
                             const std::optional<torch::stable::Tensor>& token_index) {
   return {static_cast<const float*>(covariance.const_data_ptr()), data_or_null<uint8_t>(mask),
-          data_or_null<uint8_t>(exclude), data_or_null<int64_t>(token_index), covariance.numel()};
+          data_or_null<uint8_t>(exclude), data_or_null<int64_t>(token_index), covariance.numel(), &scan_kernels()};
 }
 
 // Ordered keys of the bounds -> values that both belong to the band. The key next to an infinity's is a NaN: nothing
@@ -32,4 +32,4 @@ inline Band inclusive_band(uint32_t low, uint32_t high, bool closed) {
   return {key_value(low + 1), key_value(high == kZero ? kZero - 2 : high - 1)};
 }
 
-}  // namespace ek
+}  // namespace entropy_kernels::cpu

@@ -14,7 +14,7 @@
 #include "common/fixed_point.h"
 #include "cpu/selection_view.h"
 
-namespace ek {
+namespace entropy_kernels::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -191,11 +191,11 @@ Tensor covariance_apply(const Tensor& logprob, const Tensor& advantages, std::op
 }
 
 }  // namespace
-}  // namespace ek
+}  // namespace entropy_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CPU, m) {
-  m.impl("token_covariance", TORCH_BOX(&ek::token_covariance));
-  m.impl("covariance_extremes", TORCH_BOX(&ek::covariance_extremes));
-  m.impl("covariance_sums", TORCH_BOX(&ek::covariance_sums));
-  m.impl("covariance_apply", TORCH_BOX(&ek::covariance_apply));
+  m.impl("token_covariance", TORCH_BOX(&entropy_kernels::cpu::token_covariance));
+  m.impl("covariance_extremes", TORCH_BOX(&entropy_kernels::cpu::covariance_extremes));
+  m.impl("covariance_sums", TORCH_BOX(&entropy_kernels::cpu::covariance_sums));
+  m.impl("covariance_apply", TORCH_BOX(&entropy_kernels::cpu::covariance_apply));
 }

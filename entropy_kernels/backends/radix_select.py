@@ -242,7 +242,7 @@ def _quantiles(steps: Steps, ranks: Group, values: Tensor, band: Band) -> Tensor
     need = (total - (shares * (total - 1)).floor().long()).clamp(min=0)
     state = _start(values, need)
     histogram = ranks.sum(steps.selection_key_histogram(values, state, *KEY_DIGITS[0]))
-    return _finish(steps, ranks, values, histogram, state)[:, PREFIX]
+    return _finish(steps, ranks, values, histogram, state)[:, PREFIX].contiguous()
 
 
 def _start(keys: Tensor, need: Tensor) -> Tensor:

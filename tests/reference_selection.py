@@ -1,0 +1,114 @@
+"""Covariance and selection as SPEC defines them: float64, Python integers and sorting, one token after the other.
+
+Shares no code with the library; Philox is written from the paper (Salmon et al., SC 2011).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def philox4x32_10(counter: list[int], key: list[int]) -> list[int]:
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 % 2**32, p0 >> 32 ^ c3 ^ k1, p0 % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+def random_key(index: int, seed: int) -> int:
+    index, seed = index % 2**64, seed % 2**64
+    return philox4x32_10([index % 2**32, index >> 32, 0, 0], [seed % 2**32, seed >> 32])[0]
+
+
+def covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
+    """float64; means by exact (fsum) summation."""
+    logprob, advantages = logprob.double(), advantages.double().expand(logprob.shape)
+    mask = torch.ones(logprob.shape, dtype=torch.bool) if mask is None else mask.expand(logprob.shape) != 0
+    count = int(mask.sum())
+    if count == 0:
+        return torch.zeros_like(logprob)
+    means = [math.fsum(value[mask].tolist()) / count for value in (logprob, advantages)]
+    return torch.where(mask, (logprob - means[0]) * (advantages - means[1]), 0.0)
+
+
+def wanted(valid: int, ratio: float | None, k: int | None, at_least_one: bool) -> int:
+    if valid == 0:
+        return 0
+    if k is not None:
+        return k
+    return max(int(at_least_one), math.floor(ratio * valid))
+
+
+def _flat(value: Tensor | None, like: Tensor, default: bool) -> list[bool]:
+    if value is None:
+        return [default] * like.numel()
+    return (value.expand(like.shape).reshape(-1) != 0).tolist()
+
+
+def _top(order: list[tuple], n: int, like: Tensor) -> Tensor:
+    """Mask of the first n of (sort key, token index, position)."""
+    selected = torch.zeros(like.numel(), dtype=torch.bool)
+    for *_, position in sorted(order)[:n]:
+        selected[position] = True
+    return selected.view(like.shape)
+
+
+def kl_cov(
+    covariance: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float | None = None,
+    k: int | None = None,
+    at_least_one: bool = True,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+) -> Tensor:
+    if ratio is None and k is None:
+        ratio = 2e-3
+    values = covariance.float().reshape(-1).tolist()
+    valid, excluded = _flat(mask, covariance, True), _flat(exclude, covariance, False)
+    index = list(range(len(values))) if token_index is None else token_index.reshape(-1).tolist()
+    order = [
+        (-values[i], index[i], i)
+        for i in range(len(values))
+        if valid[i] and not excluded[i] and not math.isnan(values[i])
+    ]
+    return _top(order, wanted(sum(valid), ratio, k, at_least_one), covariance)
+
+
+def clip_cov(
+    covariance: Tensor,
+    mask: Tensor | None = None,
+    *,
+    seed: int,
+    ratio: float | None = None,
+    k: int | None = None,
+    low: float = 1.0,
+    high: float = 5.0,
+    band: str = "absolute",
+    closed: bool = False,
+    at_least_one: bool = True,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+) -> Tensor:
+    if ratio is None and k is None:
+        ratio = 2e-4
+    values = covariance.float().reshape(-1).tolist()
+    valid, excluded = _flat(mask, covariance, True), _flat(exclude, covariance, False)
+    index = list(range(len(values))) if token_index is None else token_index.reshape(-1).tolist()
+    pool = [i for i in range(len(values)) if valid[i] and not excluded[i] and not math.isnan(values[i])]
+    if band == "quantile":
+        ordered = sorted(values[i] for i in pool)
+        last = len(ordered) - 1
+        low, high = (ordered[math.floor(q * last)] for q in (low, high)) if pool else (0.0, 0.0)
+    else:
+        low, high = torch.tensor([low, high], dtype=torch.float32).tolist()
+    pool = [i for i in pool if low < values[i] < high or (closed and values[i] in (low, high))]
+    order = [(-random_key(index[i], seed), index[i], i) for i in pool]
+    return _top(order, wanted(sum(valid), ratio, k, at_least_one), covariance)
