@@ -1,0 +1,118 @@
+"""The mergeable softmax state of docs/math.md §2 in Triton: the one place that rescales, merges and finalizes.
+
+A state in registers is (m, s, w, s2, w2): m in logits after softcap, before the division by the temperature. Exponents
+are binary, so that one exp2 serves an element: ``scale`` = log2(e) / T turns a difference of logits into bits, and w and
+w2 are counted in bits until :func:`finalize` or :func:`to_nats`. Without second-order statistics s2 and w2 are carried
+unchanged, and the compiler drops them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# exp2 of this is 0 in fp32 and in fp64, yet 0 times it is 0: what an entry at -inf is raised to
+_FLOOR = tl.constexpr(-2000.0)
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, correctly rounded: `/` is an approximation in fp32. For what is done once per row."""
+    a, b = tl.broadcast(a, b)
+    if b.dtype == tl.float64:
+        quotient = a / b
+    else:
+        quotient = tl.div_rn(a, b)
+    return quotient
+
+
+@triton.jit
+def bits_per_logit(temperature):
+    """log2(e) / T, the factor from differences of logits to bits; NaN for T <= 0 or NaN, which poisons the row."""
+    one = temperature * 0 + LOG2E
+    return tl.where(temperature > 0, divide(one, temperature), float("nan"))
+
+
+@triton.jit
+def finite_top(m):
+    """The maximum to subtract: 0 in place of -inf, so that an empty part meets x - 0 = -inf and not inf - inf."""
+    return tl.where(m == -float("inf"), 0.0, m)
+
+
+@triton.jit
+def bits_below(z, top, scale):
+    """(z - top)·scale, at least _FLOOR. NaN stays, and so does the NaN of inf - inf: both poison the sums.
+
+    The maximum is subtracted *before* scaling: at logits near 1000 the other order costs 1e-4 nats in fp32.
+    """
+    return tl.maximum((z - top) * scale, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def log2_probability(z, m, scale, log2_s):
+    """log2 of the probability of z in a finished state with sum s; floored and poisoned as in bits_below."""
+    return tl.maximum((z - m) * scale - log2_s, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def raise_top(m, s, w, s2, w2, top, scale, SECOND_ORDER: tl.constexpr):
+    """Sums of the state (m, s, w, s2, w2) relative to ``top`` >= m instead of m."""
+    t = bits_below(m, finite_top(top), scale)  # -δ in bits
+    decay = tl.exp2(t)
+    if SECOND_ORDER:
+        square = decay * decay
+        w2 = square * (w2 - t * s2)
+        s2 = square * s2
+    w = decay * (w - t * s)
+    s = decay * s
+    return s, w, s2, w2
+
+
+@triton.jit
+def add_tile(z, m, s, w, s2, w2, scale, SECOND_ORDER: tl.constexpr):
+    """Add logits z (STEPS, WARPS, LANES) to one state per warp and sums per lane.
+
+    m is (WARPS, 1), the sums (WARPS, LANES): a column of z is added in the registers of its thread, and the maximum
+    moves within a warp only, once per tile, so the loop over tiles has no barrier.
+    """
+    top = tl.maximum(m, tl.max(tl.max(z, axis=0), axis=1, keep_dims=True))
+    s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, scale, SECOND_ORDER)
+    t = bits_below(z, finite_top(top)[None, :, :], scale)
+    e = tl.exp2(t)
+    te = t * e
+    s += tl.sum(e, axis=0)
+    w -= tl.sum(te, axis=0)
+    if SECOND_ORDER:
+        s2 += tl.sum(e * e, axis=0)
+        w2 -= tl.sum(te * e, axis=0)
+    return top, s, w, s2, w2
+
+
+@triton.jit
+def merge_lanes(m, s, w, s2, w2, scale, SECOND_ORDER: tl.constexpr):
+    """One scalar state from m (WARPS, 1) and sums (WARPS, LANES)."""
+    top = tl.max(m)
+    s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, scale, SECOND_ORDER)
+    if SECOND_ORDER:
+        s2 = tl.sum(s2)
+        w2 = tl.sum(w2)
+    return top, tl.sum(s), tl.sum(w), s2, w2
+
+
+@triton.jit
+def finalize(m, s, w, s2, w2, x_y, temperature, SECOND_ORDER: tl.constexpr):
+    """(logprob, entropy, collision, vocabulary covariance) in nats; the last two are 0 without SECOND_ORDER."""
+    log_s = tl.log(s)
+    logprob = divide(x_y - m, temperature) - log_s
+    entropy = log_s + divide(w * LN2, s)
+    collision = s * 0
+    covariance = s * 0
+    if SECOND_ORDER:
+        collision = divide(divide(s2, s), s)
+        q = -divide(divide(w2 * LN2 + log_s * s2, s), s)  # Σ p² log p
+        p_y = tl.exp(logprob)
+        own = tl.where(p_y == 0, 0.0, p_y * (logprob + entropy))
+        covariance = own - (q + entropy * collision)
+    return logprob, entropy, collision, covariance

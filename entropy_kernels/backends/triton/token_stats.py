@@ -1,0 +1,593 @@
+"""Statistics of softmax rows in Triton: one read forward; one read and one write backward.
+
+Forward: a program owns a row, or one of several parts of a row when rows are few; it walks over tiles of
+(STEPS, WARPS, LANES) logits with the next tile's loads in flight and keeps one state per warp (softmax_state.py), merged
+once at the end. Parts of a row leave their states in a buffer that a second, tiny kernel merges. Backward: a program owns
+a stretch of a row. Nothing here is autotuned yet: the tables below were chosen from instruction and register counts.
+
+Values that differ from call to call are plain arguments, never constexpr; those whose alignment or equality to 1 says
+nothing about the code are excluded from Triton's automatic specialisation too, so that they do not recompile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from entropy_kernels.backends.eager.softmax_state import state_rows
+from entropy_kernels.backends.triton.softmax_state import (
+    LN2,
+    add_tile,
+    bits_per_logit,
+    divide,
+    finalize,
+    log2_probability,
+    merge_lanes,
+    raise_top,
+)
+
+MAX_SPLITS = 128  # parts of one row; the merge kernel reads them as one vector
+
+# tanh(u)/u - 1 over u², a least-maximum fit on |u| <= _TANH_SERIES: relative error of tanh 1e-9 there
+_TANH_SERIES = tl.constexpr(0.55)
+_TANH_0 = tl.constexpr(-0.33333317559645936)
+_TANH_1 = tl.constexpr(0.13332586137946617)
+_TANH_2 = tl.constexpr(-0.05385230987290323)
+_TANH_3 = tl.constexpr(0.021071678954632377)
+_TANH_4 = tl.constexpr(-0.006274239435707777)
+
+
+@triton.jit
+def _cap(z, softcap, SOFTCAP: tl.constexpr):
+    """(softcap·tanh(z / softcap), e^{-2|z / softcap|}), or z and 0 without a cap.
+
+    tanh comes from exp2: there is no device library in the interpreter, nor the same one on every GPU.
+    """
+    q = z * 0
+    if SOFTCAP:
+        u = z * (1 / softcap)
+        size = tl.abs(u)
+        q = tl.exp2(size * -2.8853900817779268)  # 2·log2(e)
+        tanh = (1 - q) / (1 + q)
+        if z.dtype == tl.float32:
+            # 1 - q cancels where tanh is small
+            square = size * size
+            series = _TANH_3 + square * _TANH_4
+            series = _TANH_2 + square * series
+            series = _TANH_1 + square * series
+            series = _TANH_0 + square * series
+            tanh = tl.where(size < _TANH_SERIES, size + size * (square * series), tanh)
+        z = softcap * tl.where(u < 0, -tanh, tanh)
+    return z, q
+
+
+@triton.jit
+def _row_offset(row, length, stride_b, stride_l):
+    """Offset of row b·length + l; 64 bits before the product with a stride, as rows·V may exceed 2³¹."""
+    return (row // length).to(tl.int64) * stride_b + (row % length).to(tl.int64) * stride_l
+
+
+@triton.jit
+def _all_or_none(like, tile, end):
+    """Mask of ``like``'s shape, the same everywhere (so that it allows wide loads): tile < end."""
+    return tl.full(like.shape, tile, tl.int32) < end
+
+
+@triton.jit
+def _write_row(
+    row,
+    rows,
+    m, s, w, s2, w2, x_y,
+    target,
+    temperature,
+    ignore_index,
+    vocab_size,
+    logprob_ptr,  # (N,), or empty if WANT lacks it; so are the next three
+    entropy_ptr,
+    collision_ptr,
+    covariance_ptr,
+    state_ptr,  # (K, N)
+    WANT: tl.constexpr,
+    SECOND: tl.constexpr,
+):  # fmt: skip
+    """Results and state of one finished row, in nats."""
+    ignored = target == ignore_index
+    logprob, entropy, collision, covariance = finalize(m, s, w, s2, w2, x_y, temperature, SECOND)
+    invalid = (target < 0) | (target >= vocab_size) | (temperature <= 0)
+    nan = float("nan")
+    if WANT & 1:
+        tl.store(logprob_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, logprob)))
+    if WANT & 2:
+        tl.store(entropy_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, entropy)))
+    if WANT & 4:
+        tl.store(collision_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, collision)))
+    if WANT & 8:
+        tl.store(covariance_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, covariance)))
+    state_ptr += row
+    rows = rows.to(tl.int64)
+    # NaN marks m too: the maximum itself skips NaN, and whoever merges shards may skip a shard at -inf
+    tl.store(state_ptr, tl.where(ignored, 0.0, tl.where(s != s, nan, m)))
+    tl.store(state_ptr + rows, tl.where(ignored, 1.0, s))
+    tl.store(state_ptr + 2 * rows, tl.where(ignored, 0.0, w * LN2))
+    tl.store(state_ptr + 3 * rows, tl.where(ignored, 0.0, x_y))
+    if SECOND:
+        tl.store(state_ptr + 4 * rows, tl.where(ignored, 1.0, s2))
+        tl.store(state_ptr + 5 * rows, tl.where(ignored, 0.0, w2 * LN2))
+
+
+_ROW_ARGUMENTS = ["rows", "length", "temperature_stride", "ignore_index", "vocab_start", "vocab_size"]
+_ROW_POINTERS = ["target_ptr", "temperature_ptr"]
+
+
+@triton.jit(
+    do_not_specialize=[*_ROW_ARGUMENTS, "tiles_per_part", "softcap"],
+    do_not_specialize_on_alignment=_ROW_POINTERS,
+)
+def forward_kernel(
+    logits_ptr,  # row n = b·length + l starts at b·stride_b + l·stride_l, column j lies j·stride_v further
+    target_ptr,  # (N,), global ids
+    temperature_ptr,  # (1,) with temperature_stride 0, or (N,)
+    logprob_ptr,
+    entropy_ptr,
+    collision_ptr,
+    covariance_ptr,
+    state_ptr,  # (K, N); with PARTS the buffer (6, N, parts) of unmerged states
+    rows,  # N
+    length,
+    stride_b,
+    stride_l,
+    stride_v,
+    columns,  # those of this shard that exist: min(V, vocab_size - vocab_start)
+    temperature_stride,
+    softcap: tl.float64,
+    ignore_index: tl.int64,
+    vocab_start: tl.int64,
+    vocab_size: tl.int64,
+    tiles_per_part,
+    WANT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
+    WARPS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Grid (N, parts): the state of one row or of one part of it, and its results if it is the whole."""
+    TILE: tl.constexpr = STEPS * WARPS * LANES
+    SECOND: tl.constexpr = WANT >= 4
+    ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    row = tl.program_id(0)
+    part = tl.program_id(1)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    scale = bits_per_logit(temperature)
+    softcap = tl.cast(softcap, ACC)
+    row_ptr = logits_ptr + _row_offset(row, length, stride_b, stride_l)
+
+    limit = tl.where(target == ignore_index, 0, columns)  # an ignored row is not read
+    whole_tiles = limit // TILE
+    first = part * tiles_per_part
+    last = tl.minimum(first + tiles_per_part, whole_tiles)
+
+    step = tl.arange(0, STEPS)[:, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    column = (step * WARPS + warp) * LANES + lane  # (STEPS, WARPS, LANES)
+    pointers = row_ptr + column.to(tl.int64) * stride_v
+    jump = tl.cast(stride_v, tl.int64) * TILE
+
+    m = tl.full((WARPS, 1), -float("inf"), ACC)
+    s = tl.zeros((WARPS, LANES), ACC)
+    w = tl.zeros((WARPS, LANES), ACC)
+    s2 = tl.zeros((WARPS, LANES), ACC)
+    w2 = tl.zeros((WARPS, LANES), ACC)
+
+    # Whole tiles are loaded without a mask per element: with one, loads of 16 bytes would need columns % 8 == 0.
+    pointers += first.to(tl.int64) * jump
+    following = tl.load(pointers, mask=_all_or_none(column, first, last))
+    for tile in range(first, last):
+        current = following
+        pointers += jump
+        following = tl.load(pointers, mask=_all_or_none(column, tile + 1, last))
+        z, _ = _cap(current.to(ACC), softcap, SOFTCAP)
+        m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, SECOND)
+
+    if (whole_tiles >= first) & (whole_tiles < first + tiles_per_part) & (whole_tiles * TILE < limit):
+        exists = column < limit - whole_tiles * TILE
+        rest = tl.load(row_ptr + (column.to(tl.int64) + whole_tiles * TILE) * stride_v, mask=exists, other=0.0)
+        z, _ = _cap(rest.to(ACC), softcap, SOFTCAP)
+        z = tl.where(exists, z, -float("inf"))
+        m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, SECOND)
+
+    top, sum_s, sum_w, sum_s2, sum_w2 = merge_lanes(m, s, w, s2, w2, scale, SECOND)
+    local = target - vocab_start
+    here = (local >= 0) & (local < limit) & (part == 0)
+    x_y = tl.load(row_ptr + local * stride_v, mask=here, other=0.0).to(ACC)
+    x_y, _ = _cap(x_y, softcap, SOFTCAP)
+    x_y = tl.where(here, x_y, -float("inf"))
+    if PARTS:
+        parts = tl.num_programs(1)
+        plane = rows.to(tl.int64) * parts
+        state_ptr += row.to(tl.int64) * parts + part
+        tl.store(state_ptr, top)
+        tl.store(state_ptr + plane, sum_s)
+        tl.store(state_ptr + 2 * plane, sum_w)
+        tl.store(state_ptr + 3 * plane, x_y)
+        if SECOND:
+            tl.store(state_ptr + 4 * plane, sum_s2)
+            tl.store(state_ptr + 5 * plane, sum_w2)
+    else:
+        _write_row(
+            row, rows, top, sum_s, sum_w, sum_s2, sum_w2, x_y, target, temperature, ignore_index, vocab_size,
+            logprob_ptr, entropy_ptr, collision_ptr, covariance_ptr, state_ptr, WANT, SECOND,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["rows", "parts", "temperature_stride", "ignore_index", "vocab_size"],
+    do_not_specialize_on_alignment=_ROW_POINTERS,
+)
+def merge_kernel(
+    parts_ptr,  # (6, N, parts): m, s, w, x_y, s2, w2, the w in bits
+    target_ptr,  # (N,)
+    temperature_ptr,  # (1,) or (N,)
+    logprob_ptr,
+    entropy_ptr,
+    collision_ptr,
+    covariance_ptr,
+    state_ptr,  # (K, N)
+    rows,
+    parts,
+    temperature_stride,
+    ignore_index: tl.int64,
+    vocab_size: tl.int64,
+    WANT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (N,): merge the parts of one row and write its results."""
+    SECOND: tl.constexpr = WANT >= 4
+    row = tl.program_id(0)
+    target = tl.load(target_ptr + row).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    part = tl.arange(0, BLOCK)
+    exists = part < parts
+    plane = rows.to(tl.int64) * parts
+    pointers = parts_ptr + row.to(tl.int64) * parts + part
+    m = tl.load(pointers, mask=exists, other=-float("inf"))
+    s = tl.load(pointers + plane, mask=exists, other=0.0)
+    w = tl.load(pointers + 2 * plane, mask=exists, other=0.0)
+    x_y = tl.max(tl.load(pointers + 3 * plane, mask=exists, other=-float("inf")))
+    s2 = s
+    w2 = w
+    if SECOND:
+        s2 = tl.load(pointers + 4 * plane, mask=exists, other=0.0)
+        w2 = tl.load(pointers + 5 * plane, mask=exists, other=0.0)
+    top = tl.max(m)
+    s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, bits_per_logit(temperature), SECOND)
+    _write_row(
+        row, rows, top, tl.sum(s), tl.sum(w), tl.sum(s2), tl.sum(w2), x_y, target, temperature, ignore_index,
+        vocab_size, logprob_ptr, entropy_ptr, collision_ptr, covariance_ptr, state_ptr, WANT, SECOND,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gradient(z, local, m, scale, log2_s, constant, slope, curve, own, softcap,
+              SOFTCAP: tl.constexpr, COLLISION: tl.constexpr):  # fmt: skip
+    """dL/dz of a tile z (TILE,): p·(constant + slope·log2 p + curve·p), plus ``own`` at position ``local``."""
+    z, q = _cap(z, softcap, SOFTCAP)
+    log2_p = log2_probability(z, m, scale, log2_s)
+    p = tl.exp2(log2_p)
+    factor = constant + slope * log2_p
+    if COLLISION:
+        factor += curve * p
+    gradient = p * factor
+    size: tl.constexpr = z.shape[0]
+    if (local >= 0) & (local < size):  # one tile of the row holds the target; in fp32, before the rounding
+        gradient += tl.where(tl.arange(0, size) == local, own, 0.0)
+    if SOFTCAP:
+        gradient *= 4 * q / ((1 + q) * (1 + q))  # 1 - tanh²
+    return gradient
+
+
+@triton.jit(
+    do_not_specialize=[
+        *_ROW_ARGUMENTS, "logprob_stride", "entropy_stride", "collision_stride", "parts", "tiles_per_part", "softcap",
+    ],
+    do_not_specialize_on_alignment=[
+        *_ROW_POINTERS, "grad_logprob_ptr", "grad_entropy_ptr", "grad_collision_ptr", "state_ptr",
+    ],
+)  # fmt: skip
+def backward_kernel(
+    grad_logprob_ptr,  # (N,) with a stride that may be 0; not read unless its flag is set, as for the next two
+    grad_entropy_ptr,
+    grad_collision_ptr,
+    logits_ptr,  # addressed as in the forward
+    dlogits_ptr,  # may be logits_ptr: a program reads each tile before it writes it
+    target_ptr,  # (N,)
+    temperature_ptr,  # (1,) or (N,)
+    state_ptr,  # (K, N)
+    rows,
+    length,
+    stride_b,
+    stride_l,
+    stride_v,
+    out_b,
+    out_l,
+    out_v,
+    width,  # V
+    columns,  # those that exist; the rest gets 0
+    logprob_stride,
+    entropy_stride,
+    collision_stride,
+    temperature_stride,
+    softcap: tl.float64,
+    ignore_index: tl.int64,
+    vocab_start: tl.int64,
+    parts,
+    tiles_per_part,
+    LOGPROB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    COLLISION: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid (N·parts,), the parts of a row side by side: the gradient of a stretch of one row."""
+    ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    OUT: tl.constexpr = dlogits_ptr.dtype.element_ty
+    row = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    target = tl.load(target_ptr + row).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
+    plane = rows.to(tl.int64)
+    m = tl.load(state_ptr + row)
+    s = tl.load(state_ptr + plane + row)
+    w = tl.load(state_ptr + 2 * plane + row)
+    softcap = tl.cast(softcap, ACC)
+    log_s = tl.log(s)
+
+    # docs/math.md §2, with log p = ln 2 · log2 p, sorted by powers of p
+    wide = row.to(tl.int64)
+    own = s * 0
+    constant = own
+    slope = own
+    curve = own
+    silent = target == ignore_index
+    quiet = True  # every upstream gradient is 0
+    if LOGPROB:
+        own = tl.load(grad_logprob_ptr + wide * logprob_stride).to(ACC)
+        constant -= own
+        quiet = quiet & (own == 0)
+    if ENTROPY:
+        g = tl.load(grad_entropy_ptr + wide * entropy_stride).to(ACC)
+        constant -= g * (log_s + divide(w, s))
+        slope -= g * LN2
+        quiet = quiet & (g == 0)
+    if COLLISION:
+        g = tl.load(grad_collision_ptr + wide * collision_stride).to(ACC)
+        constant -= 2 * g * divide(divide(tl.load(state_ptr + 4 * plane + row), s), s)
+        curve += 2 * g
+        quiet = quiet & (g == 0)
+    own = divide(own, temperature)
+    constant = divide(constant, temperature)
+    slope = divide(slope, temperature)
+    curve = divide(curve, temperature)
+    scale = bits_per_logit(temperature)
+    log2_s = tl.log2(s)
+
+    # A row that is ignored, or on which nothing depends, is not read: its gradient is 0 whatever it holds.
+    limit = tl.where(silent | quiet, 0, columns)
+    local = target - vocab_start
+    local = tl.where((local >= 0) & (local < limit), local, -1)
+    row_ptr = logits_ptr + _row_offset(row, length, stride_b, stride_l)
+    out_ptr = dlogits_ptr + _row_offset(row, length, out_b, out_l)
+    first = part * tiles_per_part
+    last = tl.minimum(first + tiles_per_part, tl.cdiv(width, TILE))
+    whole_end = tl.minimum(last, limit // TILE)
+
+    column = tl.arange(0, TILE).to(tl.int64)
+    pointers = row_ptr + column * stride_v + first.to(tl.int64) * TILE * stride_v
+    outputs = out_ptr + column * out_v + first.to(tl.int64) * TILE * out_v
+    following = tl.load(pointers, mask=_all_or_none(column, first, whole_end))
+    for tile in range(first, whole_end):
+        current = following
+        pointers += tl.cast(stride_v, tl.int64) * TILE
+        following = tl.load(pointers, mask=_all_or_none(column, tile + 1, whole_end))
+        gradient = _gradient(
+            current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
+            SOFTCAP, COLLISION,
+        )  # fmt: skip
+        tl.store(outputs, gradient.to(OUT))
+        outputs += tl.cast(out_v, tl.int64) * TILE
+
+    # What is left: the tile in which the existing columns end, padded columns, rows without a gradient.
+    for tile in range(tl.maximum(first, whole_end), last):
+        place = column + tl.cast(tile, tl.int64) * TILE
+        exists = place < limit
+        rest = tl.load(row_ptr + place * stride_v, mask=exists, other=0.0)
+        gradient = _gradient(
+            rest.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
+            SOFTCAP, COLLISION,
+        )  # fmt: skip
+        gradient = tl.where(exists, gradient, 0.0)
+        tl.store(out_ptr + place * out_v, gradient.to(OUT), mask=place < width)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts a row: a tile is ``steps`` times one load of 16 bytes per thread."""
+
+    steps: int
+    warps: int
+    lanes: int  # elements that one warp loads at once
+
+    @property
+    def tile(self) -> int:
+        return self.steps * self.warps * self.lanes
+
+
+def tiling(itemsize: int, columns: int, warp_size: int) -> Tiling:
+    """Tiling of the forward kernel for logits of ``itemsize`` bytes.
+
+    Long rows: 8 warps with 64 bytes (fp32: 128) in flight per thread, so that the two to three programs that fit an SM
+    cover the ~40 KB in flight that its share of the bandwidth times the latency asks for. Short rows: less of a tile
+    would be empty with fewer warps, and many programs per SM hide the latency instead.
+    """
+    lanes = warp_size * (16 // itemsize)
+    steps = {2: 4, 4: 8, 8: 4}[itemsize]
+    for warps in (1, 4):
+        if columns <= 2 * steps * warps * lanes:
+            return Tiling(steps, warps, lanes)
+    return Tiling(steps, 8, lanes)
+
+
+def split_count(rows: int, tiles: int, programs: int) -> int:
+    """In how many parts to cut each row, for a GPU that runs ``programs`` programs at a time.
+
+    The cheapest power of two under: a program costs its tiles plus 2 (start, merge of lanes), programs run in waves, and
+    the second kernel costs as much as 4 tiles (about 4 µs).
+    """
+
+    def cost(parts: int) -> int:
+        waves = -(-rows * parts // programs)
+        return waves * (-(-tiles // parts) + 2) + (4 if parts > 1 else 0)
+
+    choices = [parts for parts in (1, 2, 4, 8, 16, 32, 64, MAX_SPLITS) if parts <= max(1, tiles)]
+    return min(choices, key=cost)
+
+
+def _hardware(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, threads per warp); one and 32 for the interpreter."""
+    if device.type != "cuda":
+        return 1, 32
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.warp_size
+
+
+def _rows_of(tensor: Tensor) -> tuple[int, int, int, int]:
+    """(L, stride of B, stride of L, stride of V) of a (B, L, V) tensor, evenly spaced rows as one batch of length N.
+
+    So strides of dimensions of size 1, which mean nothing, neither recompile nor hide that rows are aligned.
+    """
+    batch, length, width = tensor.shape
+    stride_b, stride_l, stride_v = tensor.stride()
+    stride_v = stride_v if width > 1 else 1
+    if length == 1:
+        return batch, 0, stride_b, stride_v
+    if batch == 1 or stride_b == length * stride_l:
+        return batch * length, 0, stride_l, stride_v
+    return length, stride_b, stride_l, stride_v
+
+
+def token_stats_forward(
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    ignore_index: int,
+    vocab_start: int,
+    vocab_size: int,
+    want: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Statistics and softmax state of each row, from one read of the logits.
+
+    Args:
+        logits: (B, L, V) bf16, fp16, fp32 or fp64, any strides.
+        target: (N,) int32 or int64 global ids, contiguous, N = B·L.
+        temperature: (1,) or (N,), contiguous, fp32 (fp64 for fp64 logits).
+        softcap: 0.0 for none.
+        ignore_index: rows with this target give 0 and are not read.
+        vocab_start: global id of column 0.
+        vocab_size: columns whose global id is at or beyond it count as -inf.
+        want: bitmask of outputs, 1 log-prob, 2 entropy, 4 collision, 8 vocabulary covariance.
+
+    Returns:
+        (logprob, entropy, collision, vocab_covariance, state): (N,) each, or (0,) where not wanted; state (K, N).
+    """
+    batch, length, width = logits.shape
+    rows, dtype, device = batch * length, temperature.dtype, logits.device
+    outputs = [torch.empty(rows if want & (1 << i) else 0, dtype=dtype, device=device) for i in range(4)]
+    state = torch.empty((state_rows(want), rows), dtype=dtype, device=device)
+    if rows == 0:
+        return outputs[0], outputs[1], outputs[2], outputs[3], state
+    columns = max(0, min(width, vocab_size - vocab_start))
+    multiprocessors, warp_size = _hardware(device)
+    cut = tiling(logits.element_size(), columns, warp_size)
+    tiles = max(1, -(-columns // cut.tile))
+    # registers allow 64 K / (threads · 128) programs per multiprocessor
+    parts = split_count(rows, tiles, multiprocessors * max(1, 16 // cut.warps))
+    tiles_per_part = -(-tiles // parts)
+    temperature_stride = 0 if temperature.numel() == 1 else 1
+    split = torch.empty((6, rows, parts), dtype=dtype, device=device) if parts > 1 else state
+    with torch.cuda.device_of(logits):
+        forward_kernel[(rows, parts)](
+            logits, target, temperature, *outputs, split, rows, *_rows_of(logits), columns, temperature_stride,
+            softcap, ignore_index, vocab_start, vocab_size, tiles_per_part,
+            WANT=want, SOFTCAP=softcap != 0, PARTS=parts > 1, STEPS=cut.steps, WARPS=cut.warps, LANES=cut.lanes,
+            num_warps=cut.warps, num_stages=1,
+        )  # fmt: skip
+        if parts > 1:
+            merge_kernel[(rows,)](
+                split, target, temperature, *outputs, state, rows, parts, temperature_stride, ignore_index, vocab_size,
+                WANT=want, BLOCK=MAX_SPLITS, num_warps=1,
+            )  # fmt: skip
+    return outputs[0], outputs[1], outputs[2], outputs[3], state
+
+
+# elements of a tile of the backward kernel, and its warps, for short and for long rows: 32 (fp64: 16) per thread
+_BACKWARD_SHORT = (1024, 1)
+_BACKWARD_LONG = (4096, 4)
+_BACKWARD_TILES = 4  # tiles per program: enough to have the next loads in flight, few enough for an even end
+
+
+def token_stats_backward(
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_collision: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    temperature: Tensor,
+    state: Tensor,
+    softcap: float,
+    ignore_index: int,
+    vocab_start: int,
+    vocab_size: int,
+    inplace: bool,
+) -> Tensor:
+    """Gradient with respect to the logits, from one read and one write.
+
+    Args:
+        grad_logprob, grad_entropy, grad_collision: (N,) with any stride, or None.
+        logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size: as in the forward.
+        state: (K, N), merged over all shards; K = 4 suffices without grad_collision.
+        inplace: write over the logits.
+
+    Returns:
+        logits itself if ``inplace``, else a contiguous (B, L, V) tensor of its dtype. Rows that are ignored or whose
+        upstream gradients are all 0 are not read and get 0, so NaN in padding does not leak.
+    """
+    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    batch, length, width = logits.shape
+    rows = batch * length
+    if dlogits.numel() == 0:
+        return dlogits
+    columns = max(0, min(width, vocab_size - vocab_start))
+    tile, warps = _BACKWARD_LONG if width > 2048 else _BACKWARD_SHORT
+    parts = -(-width // (tile * _BACKWARD_TILES))
+    grads = (grad_logprob, grad_entropy, grad_collision)
+    pointers = [state if grad is None else grad for grad in grads]
+    strides = [0 if grad is None else grad.stride(0) for grad in grads]
+    layout, out_layout = _rows_of(logits), _rows_of(dlogits)
+    if layout[0] != out_layout[0]:  # one is evenly spaced and the other is not: address both by (B, L)
+        layout = (length, *logits.stride())
+        out_layout = (length, *dlogits.stride())
+    with torch.cuda.device_of(logits):
+        backward_kernel[(rows * parts,)](
+            *pointers, logits, dlogits, target, temperature, state, rows, *layout, *out_layout[1:], width, columns,
+            *strides, 0 if temperature.numel() == 1 else 1, softcap, ignore_index, vocab_start, parts, _BACKWARD_TILES,
+            LOGPROB=grad_logprob is not None, ENTROPY=grad_entropy is not None, COLLISION=grad_collision is not None,
+            SOFTCAP=softcap != 0, TILE=tile, num_warps=warps, num_stages=1,
+        )  # fmt: skip
+    return dlogits
