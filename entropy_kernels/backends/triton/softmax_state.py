@@ -77,16 +77,17 @@ def add_tile(z, m, s, w, s2, w2, scale, SECOND_ORDER: tl.constexpr):
     m is (WARPS, 1), the sums (WARPS, LANES): a column of z is added in the registers of its thread, and the maximum
     moves within a warp only, once per tile, so the loop over tiles has no barrier.
     """
-    top = tl.maximum(m, tl.max(tl.max(z, axis=0), axis=1, keep_dims=True))
+    highest = tl.max(tl.max(z, axis=3), axis=0)
+    top = tl.maximum(m, tl.max(highest, axis=1, keep_dims=True))
     s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, scale, SECOND_ORDER)
-    t = bits_below(z, finite_top(top)[None, :, :], scale)
+    t = bits_below(z, finite_top(top)[None, :, :, None], scale)
     e = tl.exp2(t)
     te = t * e
-    s += tl.sum(e, axis=0)
-    w -= tl.sum(te, axis=0)
+    s += tl.sum(tl.sum(e, axis=3), axis=0)
+    w -= tl.sum(tl.sum(te, axis=3), axis=0)
     if SECOND_ORDER:
-        s2 += tl.sum(e * e, axis=0)
-        w2 -= tl.sum(te * e, axis=0)
+        s2 += tl.sum(tl.sum(e * e, axis=3), axis=0)
+        w2 -= tl.sum(tl.sum(te * e, axis=3), axis=0)
     return top, s, w, s2, w2
 
 

@@ -30,6 +30,9 @@ from entropy_kernels.backends.triton.softmax_state import (
     raise_top,
 )
 
+# The loops prefetch by themselves (num_stages=1: no copies through shared memory), and sums of products are fused.
+_COMPILE = {"num_stages": 1, "enable_fp_fusion": True}
+
 MAX_SPLITS = 128  # parts of one row; the merge kernel reads them as one vector
 
 # tanh(u)/u - 1 over u², a least-maximum fit on |u| <= _TANH_SERIES: relative error of tanh 1e-9 there
@@ -97,7 +100,7 @@ def _write_row(
     """Results and state of one finished row, in nats."""
     ignored = target == ignore_index
     logprob, entropy, collision, covariance = finalize(m, s, w, s2, w2, x_y, temperature, SECOND)
-    invalid = (target < 0) | (target >= vocab_size) | (temperature <= 0)
+    invalid = (target < 0) | (target >= vocab_size)
     nan = float("nan")
     if WANT & 1:
         tl.store(logprob_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, logprob)))
@@ -154,9 +157,10 @@ def forward_kernel(
     STEPS: tl.constexpr,
     WARPS: tl.constexpr,
     LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Grid (N, parts): the state of one row or of one part of it, and its results if it is the whole."""
-    TILE: tl.constexpr = STEPS * WARPS * LANES
+    TILE: tl.constexpr = STEPS * WARPS * LANES * WIDTH
     SECOND: tl.constexpr = WANT >= 4
     ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0)
@@ -172,11 +176,12 @@ def forward_kernel(
     first = part * tiles_per_part
     last = tl.minimum(first + tiles_per_part, whole_tiles)
 
-    step = tl.arange(0, STEPS)[:, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    column = (step * WARPS + warp) * LANES + lane  # (STEPS, WARPS, LANES)
-    pointers = row_ptr + column.to(tl.int64) * stride_v
+    step = tl.arange(0, STEPS)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    lane = tl.arange(0, LANES)[None, None, :, None]
+    element = tl.arange(0, WIDTH)[None, None, None, :]
+    column = ((step * WARPS + warp) * LANES + lane) * WIDTH + element  # (STEPS, WARPS, LANES, WIDTH)
+    offset = column.to(tl.int64) * stride_v
     jump = tl.cast(stride_v, tl.int64) * TILE
 
     m = tl.full((WARPS, 1), -float("inf"), ACC)
@@ -186,18 +191,18 @@ def forward_kernel(
     w2 = tl.zeros((WARPS, LANES), ACC)
 
     # Whole tiles are loaded without a mask per element: with one, loads of 16 bytes would need columns % 8 == 0.
-    pointers += first.to(tl.int64) * jump
-    following = tl.load(pointers, mask=_all_or_none(column, first, last))
+    tile_ptr = row_ptr + first.to(tl.int64) * jump
+    following = tl.load(tile_ptr + offset, mask=_all_or_none(column, first, last))
     for tile in range(first, last):
         current = following
-        pointers += jump
-        following = tl.load(pointers, mask=_all_or_none(column, tile + 1, last))
+        tile_ptr += jump
+        following = tl.load(tile_ptr + offset, mask=_all_or_none(column, tile + 1, last))
         z, _ = _cap(current.to(ACC), softcap, SOFTCAP)
         m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, SECOND)
 
     if (whole_tiles >= first) & (whole_tiles < first + tiles_per_part) & (whole_tiles * TILE < limit):
         exists = column < limit - whole_tiles * TILE
-        rest = tl.load(row_ptr + (column.to(tl.int64) + whole_tiles * TILE) * stride_v, mask=exists, other=0.0)
+        rest = tl.load(row_ptr + whole_tiles.to(tl.int64) * jump + offset, mask=exists, other=0.0)
         z, _ = _cap(rest.to(ACC), softcap, SOFTCAP)
         z = tl.where(exists, z, -float("inf"))
         m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, SECOND)
@@ -380,67 +385,76 @@ def backward_kernel(
     # A row that is ignored, or on which nothing depends, is not read: its gradient is 0 whatever it holds.
     limit = tl.where(silent | quiet, 0, columns)
     local = target - vocab_start
-    local = tl.where((local >= 0) & (local < limit), local, -1)
+    local = tl.where((local >= 0) & (local < limit), local, -1).to(tl.int32)
     row_ptr = logits_ptr + _row_offset(row, length, stride_b, stride_l)
     out_ptr = dlogits_ptr + _row_offset(row, length, out_b, out_l)
     first = part * tiles_per_part
     last = tl.minimum(first + tiles_per_part, tl.cdiv(width, TILE))
     whole_end = tl.minimum(last, limit // TILE)
 
-    column = tl.arange(0, TILE).to(tl.int64)
-    pointers = row_ptr + column * stride_v + first.to(tl.int64) * TILE * stride_v
-    outputs = out_ptr + column * out_v + first.to(tl.int64) * TILE * out_v
-    following = tl.load(pointers, mask=_all_or_none(column, first, whole_end))
+    column = tl.arange(0, TILE)
+    offset = column.to(tl.int64) * stride_v
+    out_offset = column.to(tl.int64) * out_v
+    jump = tl.cast(stride_v, tl.int64) * TILE
+    out_jump = tl.cast(out_v, tl.int64) * TILE
+    tile_ptr = row_ptr + first.to(tl.int64) * jump
+    following = tl.load(tile_ptr + offset, mask=_all_or_none(column, first, whole_end))
     for tile in range(first, whole_end):
         current = following
-        pointers += tl.cast(stride_v, tl.int64) * TILE
-        following = tl.load(pointers, mask=_all_or_none(column, tile + 1, whole_end))
+        tile_ptr += jump
+        following = tl.load(tile_ptr + offset, mask=_all_or_none(column, tile + 1, whole_end))
         gradient = _gradient(
             current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
             SOFTCAP, COLLISION,
         )  # fmt: skip
-        tl.store(outputs, gradient.to(OUT))
-        outputs += tl.cast(out_v, tl.int64) * TILE
+        tl.store(out_ptr + tile * out_jump + out_offset, gradient.to(OUT))
 
     # What is left: the tile in which the existing columns end, padded columns, rows without a gradient.
     for tile in range(tl.maximum(first, whole_end), last):
-        place = column + tl.cast(tile, tl.int64) * TILE
+        place = column + tile * TILE
         exists = place < limit
-        rest = tl.load(row_ptr + place * stride_v, mask=exists, other=0.0)
+        rest = tl.load(row_ptr + tile * jump + offset, mask=exists, other=0.0)
         gradient = _gradient(
             rest.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
             SOFTCAP, COLLISION,
         )  # fmt: skip
         gradient = tl.where(exists, gradient, 0.0)
-        tl.store(out_ptr + place * out_v, gradient.to(OUT), mask=place < width)
+        tl.store(out_ptr + tile * out_jump + out_offset, gradient.to(OUT), mask=place < width)
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a kernel cuts a row: a tile is ``steps`` times one load of 16 bytes per thread."""
+    """How the forward kernel cuts a row: ``width`` neighbours per thread and load, ``steps`` loads per tile."""
 
     steps: int
     warps: int
-    lanes: int  # elements that one warp loads at once
+    lanes: int
+    width: int
 
     @property
     def tile(self) -> int:
-        return self.steps * self.warps * self.lanes
+        return self.steps * self.warps * self.lanes * self.width
 
 
-def tiling(itemsize: int, columns: int, warp_size: int) -> Tiling:
-    """Tiling of the forward kernel for logits of ``itemsize`` bytes.
+# bytes per logit -> elements per thread and tile. 64 bytes (fp32: 128) in flight per thread and 24
+# warps per multiprocessor cover more than the ~40 KB that its share of the bandwidth times the latency asks for.
+_ELEMENTS = {2: 32, 4: 32, 8: 8}
+_ELEMENTS_UNALIGNED = 16  # single loads keep an address each
 
-    Long rows: 8 warps with 64 bytes (fp32: 128) in flight per thread, so that the two to three programs that fit an SM
-    cover the ~40 KB in flight that its share of the bandwidth times the latency asks for. Short rows: less of a tile
-    would be empty with fewer warps, and many programs per SM hide the latency instead.
+
+def tiling(itemsize: int, columns: int, aligned: bool, warp_size: int) -> Tiling:
+    """Tiling for rows of ``columns`` logits of ``itemsize`` bytes.
+
+    ``aligned`` rows are read 16 bytes at a time, others one element per thread (still whole sectors per warp). With
+    short rows, fewer warps leave less of the tile empty, and there are many programs to hide the latency instead.
     """
-    lanes = warp_size * (16 // itemsize)
-    steps = {2: 4, 4: 8, 8: 4}[itemsize]
-    for warps in (1, 4):
-        if columns <= 2 * steps * warps * lanes:
-            return Tiling(steps, warps, lanes)
-    return Tiling(steps, 8, lanes)
+    elements = _ELEMENTS[itemsize] if aligned else _ELEMENTS_UNALIGNED
+    width = 16 // itemsize if aligned else 1
+    warps = 8
+    for fewer in (4, 1):
+        if columns <= 2 * fewer * warp_size * elements:
+            warps = fewer
+    return Tiling(elements // width, warps, warp_size, width)
 
 
 def split_count(rows: int, tiles: int, programs: int) -> int:
@@ -481,6 +495,11 @@ def _rows_of(tensor: Tensor) -> tuple[int, int, int, int]:
     return length, stride_b, stride_l, stride_v
 
 
+def _aligned(tensor: Tensor, layout: tuple[int, int, int, int]) -> bool:
+    """Whether Triton can prove that rows start on 16 bytes: it looks for base % 16 bytes and strides % 16 elements."""
+    return tensor.data_ptr() % 16 == 0 and layout[1] % 16 == 0 and layout[2] % 16 == 0 and layout[3] == 1
+
+
 def token_stats_forward(
     logits: Tensor,
     target: Tensor,
@@ -506,40 +525,45 @@ def token_stats_forward(
     Returns:
         (logprob, entropy, collision, vocab_covariance, state): (N,) each, or (0,) where not wanted; state (K, N).
     """
-    batch, length, width = logits.shape
+    batch, length, vocab = logits.shape
     rows, dtype, device = batch * length, temperature.dtype, logits.device
     outputs = [torch.empty(rows if want & (1 << i) else 0, dtype=dtype, device=device) for i in range(4)]
     state = torch.empty((state_rows(want), rows), dtype=dtype, device=device)
     if rows == 0:
         return outputs[0], outputs[1], outputs[2], outputs[3], state
-    columns = max(0, min(width, vocab_size - vocab_start))
+    columns = max(0, min(vocab, vocab_size - vocab_start))
     multiprocessors, warp_size = _hardware(device)
-    cut = tiling(logits.element_size(), columns, warp_size)
+    layout = _rows_of(logits)
+    cut = tiling(logits.element_size(), columns, _aligned(logits, layout), warp_size)
     tiles = max(1, -(-columns // cut.tile))
-    # registers allow 64 K / (threads · 128) programs per multiprocessor
-    parts = split_count(rows, tiles, multiprocessors * max(1, 16 // cut.warps))
+    # 24 warps fit a multiprocessor: 64 K registers at about 80 per thread
+    parts = split_count(rows, tiles, multiprocessors * (24 // cut.warps))
     tiles_per_part = -(-tiles // parts)
     temperature_stride = 0 if temperature.numel() == 1 else 1
     split = torch.empty((6, rows, parts), dtype=dtype, device=device) if parts > 1 else state
     with torch.cuda.device_of(logits):
         forward_kernel[(rows, parts)](
-            logits, target, temperature, *outputs, split, rows, *_rows_of(logits), columns, temperature_stride,
+            logits, target, temperature, *outputs, split, rows, *layout, columns, temperature_stride,
             softcap, ignore_index, vocab_start, vocab_size, tiles_per_part,
             WANT=want, SOFTCAP=softcap != 0, PARTS=parts > 1, STEPS=cut.steps, WARPS=cut.warps, LANES=cut.lanes,
-            num_warps=cut.warps, num_stages=1,
+            WIDTH=cut.width, num_warps=cut.warps, **_COMPILE,
         )  # fmt: skip
         if parts > 1:
             merge_kernel[(rows,)](
                 split, target, temperature, *outputs, state, rows, parts, temperature_stride, ignore_index, vocab_size,
-                WANT=want, BLOCK=MAX_SPLITS, num_warps=1,
+                WANT=want, BLOCK=MAX_SPLITS, num_warps=1, **_COMPILE,
             )  # fmt: skip
     return outputs[0], outputs[1], outputs[2], outputs[3], state
 
 
-# elements of a tile of the backward kernel, and its warps, for short and for long rows: 32 (fp64: 16) per thread
-_BACKWARD_SHORT = (1024, 1)
-_BACKWARD_LONG = (4096, 4)
-_BACKWARD_TILES = 4  # tiles per program: enough to have the next loads in flight, few enough for an even end
+_BACKWARD_TILES = 8  # tiles per program: enough to have the next loads in flight, few enough for an even end
+
+
+def backward_tiling(itemsize: int, width: int, warp_size: int) -> tuple[int, int]:
+    """(elements per tile, warps) of the backward kernel: 16 per thread (fp64: 8), one warp for short rows."""
+    elements = 8 if itemsize == 8 else 16
+    warps = 4 if width > 4 * warp_size * elements else 1
+    return elements * warps * warp_size, warps
 
 
 def token_stats_backward(
@@ -574,7 +598,7 @@ def token_stats_backward(
     if dlogits.numel() == 0:
         return dlogits
     columns = max(0, min(width, vocab_size - vocab_start))
-    tile, warps = _BACKWARD_LONG if width > 2048 else _BACKWARD_SHORT
+    tile, warps = backward_tiling(logits.element_size(), width, _hardware(logits.device)[1])
     parts = -(-width // (tile * _BACKWARD_TILES))
     grads = (grad_logprob, grad_entropy, grad_collision)
     pointers = [state if grad is None else grad for grad in grads]
@@ -588,6 +612,6 @@ def token_stats_backward(
             *pointers, logits, dlogits, target, temperature, state, rows, *layout, *out_layout[1:], width, columns,
             *strides, 0 if temperature.numel() == 1 else 1, softcap, ignore_index, vocab_start, parts, _BACKWARD_TILES,
             LOGPROB=grad_logprob is not None, ENTROPY=grad_entropy is not None, COLLISION=grad_collision is not None,
-            SOFTCAP=softcap != 0, TILE=tile, num_warps=warps, num_stages=1,
+            SOFTCAP=softcap != 0, TILE=tile, num_warps=warps, **_COMPILE,
         )  # fmt: skip
     return dlogits
