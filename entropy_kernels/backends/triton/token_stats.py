@@ -33,6 +33,8 @@ from entropy_kernels.backends.triton.softmax_state import (
 # The loops prefetch by themselves (num_stages=1: no copies through shared memory), and sums of products are fused.
 _COMPILE = {"num_stages": 1, "enable_fp_fusion": True}
 
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
 MAX_SPLITS = 128  # parts of one row; the merge kernel reads them as one vector
 
 # tanh(u)/u - 1 over u², a least-maximum fit on |u| <= _TANH_SERIES: relative error of tanh 1e-9 there
@@ -279,6 +281,19 @@ def merge_kernel(
 
 
 @triton.jit
+def _rounded(x, OUT: tl.constexpr):
+    """x in dtype OUT, rounded to nearest even."""
+    if _INTERPRETED and OUT == tl.bfloat16:
+        # a cast in Triton's interpreter truncates, where the hardware rounds
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+        y = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        y = x.to(OUT)
+    return y
+
+
+@triton.jit
 def _gradient(z, local, m, scale, log2_s, constant, slope, curve, own, softcap,
               SOFTCAP: tl.constexpr, COLLISION: tl.constexpr):  # fmt: skip
     """dL/dz of a tile z (TILE,): p·(constant + slope·log2 p + curve·p), plus ``own`` at position ``local``."""
@@ -407,7 +422,7 @@ def backward_kernel(
             current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
             SOFTCAP, COLLISION,
         )  # fmt: skip
-        tl.store(out_ptr + tile * out_jump + out_offset, gradient.to(OUT))
+        tl.store(out_ptr + tile * out_jump + out_offset, _rounded(gradient, OUT))
 
     # What is left: the tile in which the existing columns end, padded columns, rows without a gradient.
     for tile in range(tl.maximum(first, whole_end), last):
@@ -419,7 +434,7 @@ def backward_kernel(
             SOFTCAP, COLLISION,
         )  # fmt: skip
         gradient = tl.where(exists, gradient, 0.0)
-        tl.store(out_ptr + tile * out_jump + out_offset, gradient.to(OUT), mask=place < width)
+        tl.store(out_ptr + tile * out_jump + out_offset, _rounded(gradient, OUT), mask=place < width)
 
 
 @dataclass(frozen=True)
@@ -473,9 +488,9 @@ def split_count(rows: int, tiles: int, programs: int) -> int:
 
 
 def _hardware(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, threads per warp); one and 32 for the interpreter."""
+    """(multiprocessors, threads per warp). The interpreter pays per operation and not per element: wide warps."""
     if device.type != "cuda":
-        return 1, 32
+        return 1, 256
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.warp_size
 
