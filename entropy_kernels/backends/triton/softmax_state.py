@@ -1,9 +1,9 @@
 """The mergeable softmax state of docs/math.md §2 in Triton: the one place that rescales, merges and finalizes.
 
 A state in registers is (m, s, w, s2, w2): m in logits after softcap, before the division by the temperature. Exponents
-are binary, so that one exp2 serves an element: ``scale`` = log2(e) / T turns a difference of logits into bits, and w and
-w2 are counted in bits until :func:`finalize` or :func:`to_nats`. Without second-order statistics s2 and w2 are carried
-unchanged, and the compiler drops them.
+are binary, so that one exp2 serves an element: ``scale`` = log2(e) / T turns a difference of logits into bits, and w
+and w2 are counted in bits until a row is finished. Without second-order statistics s2 and w2 are carried unchanged, and
+the compiler drops them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,7 @@ _FLOOR = tl.constexpr(-2000.0)
 def divide(a, b):
     """a / b, correctly rounded: `/` is an approximation in fp32. For what is done once per row."""
     a, b = tl.broadcast(a, b)
-    if b.dtype == tl.float64:
-        quotient = a / b
-    else:
-        quotient = tl.div_rn(a, b)
-    return quotient
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit

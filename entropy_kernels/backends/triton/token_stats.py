@@ -1,9 +1,10 @@
 """Statistics of softmax rows in Triton: one read forward; one read and one write backward.
 
 Forward: a program owns a row, or one of several parts of a row when rows are few; it walks over tiles of
-(STEPS, WARPS, LANES) logits with the next tile's loads in flight and keeps one state per warp (softmax_state.py), merged
-once at the end. Parts of a row leave their states in a buffer that a second, tiny kernel merges. Backward: a program owns
-a stretch of a row. Nothing here is autotuned yet: the tables below were chosen from instruction and register counts.
+(STEPS, WARPS, LANES, WIDTH) logits with the next tile's loads in flight and keeps one state per warp, sums per lane
+(softmax_state.py), merged once at the end. Parts of a row leave their states in a buffer that a second, tiny kernel
+merges. Backward: a program owns a stretch of a row. Nothing here is autotuned yet: the tables of tiling.py were chosen
+from instruction and register counts.
 
 Values that differ from call to call are plain arguments, never constexpr; those whose alignment or equality to 1 says
 nothing about the code are excluded from Triton's automatic specialisation too, so that they do not recompile.
@@ -11,14 +12,14 @@ nothing about the code are excluded from Triton's automatic specialisation too, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from entropy_kernels.backends.eager.softmax_state import state_rows
+from entropy_kernels.backends.triton import tiling
+from entropy_kernels.backends.triton.softcap import cap
 from entropy_kernels.backends.triton.softmax_state import (
     LN2,
     add_tile,
@@ -31,43 +32,9 @@ from entropy_kernels.backends.triton.softmax_state import (
 )
 
 # The loops prefetch by themselves (num_stages=1: no copies through shared memory), and sums of products are fused.
-_COMPILE = {"num_stages": 1, "enable_fp_fusion": True}
+COMPILE = {"num_stages": 1, "enable_fp_fusion": True}
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-
-MAX_SPLITS = 128  # parts of one row; the merge kernel reads them as one vector
-
-# tanh(u)/u - 1 over u², a least-maximum fit on |u| <= _TANH_SERIES: relative error of tanh 1e-9 there
-_TANH_SERIES = tl.constexpr(0.55)
-_TANH_0 = tl.constexpr(-0.33333317559645936)
-_TANH_1 = tl.constexpr(0.13332586137946617)
-_TANH_2 = tl.constexpr(-0.05385230987290323)
-_TANH_3 = tl.constexpr(0.021071678954632377)
-_TANH_4 = tl.constexpr(-0.006274239435707777)
-
-
-@triton.jit
-def _cap(z, softcap, SOFTCAP: tl.constexpr):
-    """(softcap·tanh(z / softcap), e^{-2|z / softcap|}), or z and 0 without a cap.
-
-    tanh comes from exp2: there is no device library in the interpreter, nor the same one on every GPU.
-    """
-    q = z * 0
-    if SOFTCAP:
-        u = z * (1 / softcap)
-        size = tl.abs(u)
-        q = tl.exp2(size * -2.8853900817779268)  # 2·log2(e)
-        tanh = (1 - q) / (1 + q)
-        if z.dtype == tl.float32:
-            # 1 - q cancels where tanh is small
-            square = size * size
-            series = _TANH_3 + square * _TANH_4
-            series = _TANH_2 + square * series
-            series = _TANH_1 + square * series
-            series = _TANH_0 + square * series
-            tanh = tl.where(size < _TANH_SERIES, size + size * (square * series), tanh)
-        z = softcap * tl.where(u < 0, -tanh, tanh)
-    return z, q
 
 
 @triton.jit
@@ -199,13 +166,13 @@ def forward_kernel(
         current = following
         tile_ptr += jump
         following = tl.load(tile_ptr + offset, mask=_all_or_none(column, tile + 1, last))
-        z, _ = _cap(current.to(ACC), softcap, SOFTCAP)
+        z, _ = cap(current.to(ACC), softcap, SOFTCAP)
         m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, SECOND)
 
     if (whole_tiles >= first) & (whole_tiles < first + tiles_per_part) & (whole_tiles * TILE < limit):
         exists = column < limit - whole_tiles * TILE
         rest = tl.load(row_ptr + whole_tiles.to(tl.int64) * jump + offset, mask=exists, other=0.0)
-        z, _ = _cap(rest.to(ACC), softcap, SOFTCAP)
+        z, _ = cap(rest.to(ACC), softcap, SOFTCAP)
         z = tl.where(exists, z, -float("inf"))
         m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, SECOND)
 
@@ -213,7 +180,7 @@ def forward_kernel(
     local = target - vocab_start
     here = (local >= 0) & (local < limit) & (part == 0)
     x_y = tl.load(row_ptr + local * stride_v, mask=here, other=0.0).to(ACC)
-    x_y, _ = _cap(x_y, softcap, SOFTCAP)
+    x_y, _ = cap(x_y, softcap, SOFTCAP)
     x_y = tl.where(here, x_y, -float("inf"))
     if PARTS:
         parts = tl.num_programs(1)
@@ -283,7 +250,7 @@ def merge_kernel(
 @triton.jit
 def _rounded(x, OUT: tl.constexpr):
     """x in dtype OUT, rounded to nearest even."""
-    if _INTERPRETED and OUT == tl.bfloat16:
+    if OUT == tl.bfloat16 and _INTERPRETED:  # noqa: SIM300
         # a cast in Triton's interpreter truncates, where the hardware rounds
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
@@ -297,7 +264,7 @@ def _rounded(x, OUT: tl.constexpr):
 def _gradient(z, local, m, scale, log2_s, constant, slope, curve, own, softcap,
               SOFTCAP: tl.constexpr, COLLISION: tl.constexpr):  # fmt: skip
     """dL/dz of a tile z (TILE,): p·(constant + slope·log2 p + curve·p), plus ``own`` at position ``local``."""
-    z, q = _cap(z, softcap, SOFTCAP)
+    z, q = cap(z, softcap, SOFTCAP)
     log2_p = log2_probability(z, m, scale, log2_s)
     p = tl.exp2(log2_p)
     factor = constant + slope * log2_p
@@ -437,64 +404,6 @@ def backward_kernel(
         tl.store(out_ptr + tile * out_jump + out_offset, _rounded(gradient, OUT), mask=place < width)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How the forward kernel cuts a row: ``width`` neighbours per thread and load, ``steps`` loads per tile."""
-
-    steps: int
-    warps: int
-    lanes: int
-    width: int
-
-    @property
-    def tile(self) -> int:
-        return self.steps * self.warps * self.lanes * self.width
-
-
-# bytes per logit -> elements per thread and tile. 64 bytes (fp32: 128) in flight per thread and 24
-# warps per multiprocessor cover more than the ~40 KB that its share of the bandwidth times the latency asks for.
-_ELEMENTS = {2: 32, 4: 32, 8: 8}
-_ELEMENTS_UNALIGNED = 16  # single loads keep an address each
-
-
-def tiling(itemsize: int, columns: int, aligned: bool, warp_size: int) -> Tiling:
-    """Tiling for rows of ``columns`` logits of ``itemsize`` bytes.
-
-    ``aligned`` rows are read 16 bytes at a time, others one element per thread (still whole sectors per warp). With
-    short rows, fewer warps leave less of the tile empty, and there are many programs to hide the latency instead.
-    """
-    elements = _ELEMENTS[itemsize] if aligned else _ELEMENTS_UNALIGNED
-    width = 16 // itemsize if aligned else 1
-    warps = 8
-    for fewer in (4, 1):
-        if columns <= 2 * fewer * warp_size * elements:
-            warps = fewer
-    return Tiling(elements // width, warps, warp_size, width)
-
-
-def split_count(rows: int, tiles: int, programs: int) -> int:
-    """In how many parts to cut each row, for a GPU that runs ``programs`` programs at a time.
-
-    The cheapest power of two under: a program costs its tiles plus 2 (start, merge of lanes), programs run in waves, and
-    the second kernel costs as much as 4 tiles (about 4 µs).
-    """
-
-    def cost(parts: int) -> int:
-        waves = -(-rows * parts // programs)
-        return waves * (-(-tiles // parts) + 2) + (4 if parts > 1 else 0)
-
-    choices = [parts for parts in (1, 2, 4, 8, 16, 32, 64, MAX_SPLITS) if parts <= max(1, tiles)]
-    return min(choices, key=cost)
-
-
-def _hardware(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, threads per warp). The interpreter pays per operation and not per element: wide warps."""
-    if device.type != "cuda":
-        return 1, 256
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.warp_size
-
-
 def _rows_of(tensor: Tensor) -> tuple[int, int, int, int]:
     """(L, stride of B, stride of L, stride of V) of a (B, L, V) tensor, evenly spaced rows as one batch of length N.
 
@@ -547,13 +456,13 @@ def token_stats_forward(
     if rows == 0:
         return outputs[0], outputs[1], outputs[2], outputs[3], state
     columns = max(0, min(vocab, vocab_size - vocab_start))
-    multiprocessors, warp_size = _hardware(device)
+    multiprocessors, warp_size = tiling.hardware(device)
     layout = _rows_of(logits)
-    cut = tiling(logits.element_size(), columns, _aligned(logits, layout), warp_size)
+    cut = tiling.forward_tiling(logits.element_size(), columns, _aligned(logits, layout), warp_size)
     tiles = max(1, -(-columns // cut.tile))
-    # 24 warps fit a multiprocessor: 64 K registers at about 80 per thread
-    parts = split_count(rows, tiles, multiprocessors * (24 // cut.warps))
+    parts = tiling.split_count(rows, tiles, multiprocessors * tiling.RESIDENT_WARPS[logits.element_size()] // cut.warps)
     tiles_per_part = -(-tiles // parts)
+    parts = -(-tiles // tiles_per_part)
     temperature_stride = 0 if temperature.numel() == 1 else 1
     split = torch.empty((6, rows, parts), dtype=dtype, device=device) if parts > 1 else state
     with torch.cuda.device_of(logits):
@@ -561,24 +470,14 @@ def token_stats_forward(
             logits, target, temperature, *outputs, split, rows, *layout, columns, temperature_stride,
             softcap, ignore_index, vocab_start, vocab_size, tiles_per_part,
             WANT=want, SOFTCAP=softcap != 0, PARTS=parts > 1, STEPS=cut.steps, WARPS=cut.warps, LANES=cut.lanes,
-            WIDTH=cut.width, num_warps=cut.warps, **_COMPILE,
+            WIDTH=cut.width, num_warps=cut.warps, **COMPILE,
         )  # fmt: skip
         if parts > 1:
             merge_kernel[(rows,)](
                 split, target, temperature, *outputs, state, rows, parts, temperature_stride, ignore_index, vocab_size,
-                WANT=want, BLOCK=MAX_SPLITS, num_warps=1, **_COMPILE,
+                WANT=want, BLOCK=tiling.MAX_SPLITS, num_warps=1, **COMPILE,
             )  # fmt: skip
     return outputs[0], outputs[1], outputs[2], outputs[3], state
-
-
-_BACKWARD_TILES = 8  # tiles per program: enough to have the next loads in flight, few enough for an even end
-
-
-def backward_tiling(itemsize: int, width: int, warp_size: int) -> tuple[int, int]:
-    """(elements per tile, warps) of the backward kernel: 16 per thread (fp64: 8), one warp for short rows."""
-    elements = 8 if itemsize == 8 else 16
-    warps = 4 if width > 4 * warp_size * elements else 1
-    return elements * warps * warp_size, warps
 
 
 def token_stats_backward(
@@ -613,20 +512,22 @@ def token_stats_backward(
     if dlogits.numel() == 0:
         return dlogits
     columns = max(0, min(width, vocab_size - vocab_start))
-    tile, warps = backward_tiling(logits.element_size(), width, _hardware(logits.device)[1])
-    parts = -(-width // (tile * _BACKWARD_TILES))
+    tile, warps = tiling.backward_tiling(logits.element_size(), width, tiling.hardware(logits.device)[1])
+    parts = -(-width // (tile * tiling.BACKWARD_TILES))
     grads = (grad_logprob, grad_entropy, grad_collision)
     pointers = [state if grad is None else grad for grad in grads]
     strides = [0 if grad is None else grad.stride(0) for grad in grads]
-    layout, out_layout = _rows_of(logits), _rows_of(dlogits)
+    layout: tuple[int, ...] = _rows_of(logits)
+    out_layout: tuple[int, ...] = _rows_of(dlogits)
     if layout[0] != out_layout[0]:  # one is evenly spaced and the other is not: address both by (B, L)
         layout = (length, *logits.stride())
         out_layout = (length, *dlogits.stride())
     with torch.cuda.device_of(logits):
         backward_kernel[(rows * parts,)](
             *pointers, logits, dlogits, target, temperature, state, rows, *layout, *out_layout[1:], width, columns,
-            *strides, 0 if temperature.numel() == 1 else 1, softcap, ignore_index, vocab_start, parts, _BACKWARD_TILES,
+            *strides, 0 if temperature.numel() == 1 else 1, softcap, ignore_index, vocab_start, parts,
+            tiling.BACKWARD_TILES,
             LOGPROB=grad_logprob is not None, ENTROPY=grad_entropy is not None, COLLISION=grad_collision is not None,
-            SOFTCAP=softcap != 0, TILE=tile, num_warps=warps, **_COMPILE,
+            SOFTCAP=softcap != 0, TILE=tile, num_warps=warps, **COMPILE,
         )  # fmt: skip
     return dlogits

@@ -1,0 +1,173 @@
+"""Compile Triton kernels ahead of time, without a GPU, and print what they use: run by test_triton_aot.py.
+
+    python tests/aot_triton.py sm_90 [NAME ...]     # one JSON object per kernel
+    python tests/aot_triton.py parameters           # which arguments are constants
+
+A process of its own, because TRITON_INTERPRET, which the other tests need, is read when a kernel is decorated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    raise RuntimeError("TRITON_INTERPRET: expected unset or 0 for compiling, got 1")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from entropy_kernels.backends.triton import tiling, token_stats
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+_INT64 = ("ignore_index", "vocab_start", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes; ``spilled`` are bytes of the stack, ``wide`` counts 16-byte global loads."""
+
+    name: str
+    registers: int | None
+    spilled: int
+    shared: int
+    wide: int
+
+
+def _source(kernel: Any, dtype: str, constants: dict[str, Any], aligned: set[str]) -> ASTSource:
+    """The kernel as the launcher would specialise it: ``aligned`` arguments are divisible by 16."""
+    accumulate = "fp64" if dtype == "fp64" else "fp32"
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "target_ptr":
+            signature[name] = "*i64"
+        elif name in ("logits_ptr", "dlogits_ptr"):
+            signature[name] = f"*{dtype}"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{accumulate}"
+        elif name == "softcap":
+            signature[name] = "fp64"
+        else:
+            signature[name] = "i64" if name in _INT64 else "i32"
+    index = kernel.arg_names.index
+    attributes = {(index(name),): [["tt.divisibility", 16]] for name in aligned & set(signature) - set(constants)}
+    return ASTSource(kernel, signature, {(index(name),): value for name, value in constants.items()}, attributes)
+
+
+def forward(
+    target: GPUTarget, dtype: str, *, want: int = 15, softcap: bool = False, parts: bool = False, aligned: bool = True,
+    columns: int = 151_936,
+) -> Any:  # fmt: skip
+    cut = tiling.forward_tiling(_BYTES[dtype], columns, aligned, target.warp_size)
+    constants = {"WANT": want, "SOFTCAP": softcap, "PARTS": parts, "STEPS": cut.steps, "WARPS": cut.warps}
+    constants |= {"LANES": cut.lanes, "WIDTH": cut.width, "stride_v": 1}
+    divisible = {"logits_ptr", "logprob_ptr", "entropy_ptr", "collision_ptr", "covariance_ptr", "state_ptr"}
+    if aligned:
+        divisible |= {"stride_b", "stride_l", "columns"}
+    source = _source(token_stats.forward_kernel, dtype, constants, divisible)
+    return triton.compile(source, target=target, options={"num_warps": cut.warps, **token_stats.COMPILE})
+
+
+def merge(target: GPUTarget, dtype: str, *, want: int = 15) -> Any:
+    constants = {"WANT": want, "BLOCK": tiling.MAX_SPLITS}
+    source = _source(token_stats.merge_kernel, dtype, constants, {"parts_ptr", "state_ptr"})
+    return triton.compile(source, target=target, options={"num_warps": 1, **token_stats.COMPILE})
+
+
+def backward(
+    target: GPUTarget, dtype: str, *, grads: str = "lec", softcap: bool = False, aligned: bool = True,
+    columns: int = 151_936,
+) -> Any:  # fmt: skip
+    tile, warps = tiling.backward_tiling(_BYTES[dtype], columns, target.warp_size)
+    constants = {"LOGPROB": "l" in grads, "ENTROPY": "e" in grads, "COLLISION": "c" in grads, "SOFTCAP": softcap}
+    constants |= {"TILE": tile, "stride_v": 1, "out_v": 1}
+    divisible = {"logits_ptr", "dlogits_ptr"}
+    if aligned:
+        divisible |= {"stride_b", "stride_l", "out_b", "out_l", "width", "columns"}
+    source = _source(token_stats.backward_kernel, dtype, constants, divisible)
+    return triton.compile(source, target=target, options={"num_warps": warps, **token_stats.COMPILE})
+
+
+# Each flag and each dtype with the rest as in the main use: the product of all would be hundreds of kernels.
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "forward-bf16": (forward, {"dtype": "bf16"}),
+    "forward-bf16-entropy": (forward, {"dtype": "bf16", "want": 3}),
+    "forward-fp16": (forward, {"dtype": "fp16"}),
+    "forward-fp32": (forward, {"dtype": "fp32"}),
+    "forward-fp64": (forward, {"dtype": "fp64"}),
+    "forward-fp32-softcap": (forward, {"dtype": "fp32", "softcap": True}),
+    "forward-bf16-parts": (forward, {"dtype": "bf16", "parts": True}),
+    "forward-bf16-unaligned": (forward, {"dtype": "bf16", "aligned": False}),
+    "forward-fp32-short": (forward, {"dtype": "fp32", "columns": 110}),
+    "merge-fp32": (merge, {"dtype": "fp32"}),
+    "backward-bf16": (backward, {"dtype": "bf16"}),
+    "backward-fp16-logprob-entropy": (backward, {"dtype": "fp16", "grads": "le"}),
+    "backward-fp32-logprob": (backward, {"dtype": "fp32", "grads": "l"}),
+    "backward-fp32-softcap": (backward, {"dtype": "fp32", "softcap": True}),
+    "backward-fp64": (backward, {"dtype": "fp64"}),
+    "backward-bf16-unaligned": (backward, {"dtype": "bf16", "aligned": False}),
+    "backward-fp32-short": (backward, {"dtype": "fp32", "columns": 110}),
+}
+
+
+def _nvidia(name: str, kernel: Any) -> Usage:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+        command = [str(tools / "cuobjdump"), "-res-usage", str(binary)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+    wide = len(re.findall(r"ld\.global[.\w:]*\.(?:v4\.b32|v2\.b64)", kernel.asm["ptx"]))
+    return Usage(name, used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"], wide)
+
+
+def _amd(name: str, kernel: Any) -> Usage:
+    text = kernel.asm["amdgcn"]
+
+    def field(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s*(\d+)", text)[-1])
+
+    # scalar registers spilled into lanes of vector registers cost no memory; a private segment is memory
+    spilled = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
+    wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
+    return Usage(name, field("vgpr_count"), spilled, field("group_segment_fixed_size"), wide)
+
+
+def _parameters() -> None:
+    """Which arguments are constants, and which ones Triton may specialise on (alignment, equality to 1)."""
+    for kernel in (token_stats.forward_kernel, token_stats.merge_kernel, token_stats.backward_kernel):
+        constants = [p.name for p in kernel.params if p.is_constexpr]
+        specialised = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
+        print(json.dumps({"kernel": kernel.fn.__name__, "constants": constants, "specialised": specialised}))
+
+
+def main(target_name: str, *names: str) -> None:
+    if target_name == "parameters":
+        _parameters()
+        return
+    target = TARGETS[target_name]
+    for name in names or VARIANTS:
+        build, arguments = VARIANTS[name]
+        usage = _nvidia if target.backend == "cuda" else _amd
+        print(json.dumps(asdict(usage(name, build(target, **arguments)))), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
