@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 import entropy_kernels as ek
@@ -167,6 +169,29 @@ def test_shares_of_the_ceiling():
     negative = ek.fit_entropy_law(H, [v - 1 for v in R])
     with pytest.raises(ValueError, match="positive ceiling"):
         negative.fraction_of_ceiling(0.3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    h=st.lists(st.floats(0.0, 12.0), min_size=4, max_size=30, unique_by=lambda v: round(v, 2)),
+    scale=st.floats(0.01, 100.0),
+    shift=st.floats(-5.0, 5.0),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_equivariant_in_performance_and_blind_to_order(h, scale, shift, seed):
+    rng = np.random.default_rng(seed)
+    h, r = np.array(h), rng.uniform(0, 1, len(h))
+    order = rng.permutation(len(h))
+    law, moved = ek.fit_entropy_law(h, r), ek.fit_entropy_law(h[order], scale * r[order] + shift)
+    assert moved.a == pytest.approx(scale * law.a, rel=1e-6, abs=1e-9 * scale)
+    assert moved.b == pytest.approx(scale * law.b + shift, rel=1e-6, abs=1e-9)
+    assert moved.rmse == pytest.approx(scale * law.rmse, rel=1e-6, abs=1e-9)
+    assert moved.ceiling == pytest.approx(moved.predict(0.0))
+    assert moved.ceiling_interval[0] <= moved.ceiling <= moved.ceiling_interval[1]
+    # least squares: residuals are orthogonal to the design
+    residual = r - law.predict(h)
+    assert abs(residual.sum()) < 1e-8 * len(h)
+    assert abs(residual @ np.exp(h)) < 1e-8 * np.exp(h).sum()
 
 
 def test_the_law_scales_with_the_unit_of_performance():

@@ -165,6 +165,9 @@ def test_covariance_table_figure_and_html():
     assert list(table.columns) == ["0.02 %", "2 %", "all"]
     assert table.loc["Qwen2.5-7B (paper)"].tolist() == [5.654, 1.385, 0.003]
     assert plots.covariance_table(RUNS, FRACTIONS, step=8, paper=False).shape == (4, 3)
+    log = pd.DataFrame({"step": [0, 1, 2], "c": [3.0, 2.0, math.nan]})
+    for step, value in (("first", 3.0), ("last", 2.0), (1, 2.0)):
+        assert plots.covariance_table({"x": log}, {1.0: "c"}, step=step).loc["x"].tolist() == [value]
     page = plots.html_table(table, caption="<b>")
     assert page.count("<tr>") == 1 + len(table)
     assert "<td>5.000</td><td>1.000</td><td>-0.002</td>" in page
@@ -189,7 +192,11 @@ def test_covariance_table_figure_and_html():
         (lambda: plots.entropy_change_figure({}), "panels: expected at least one"),
         (lambda: plots.entropy_change_figure({"a": ([1.0], [1.0, 2.0])}), r"panels\['a'\]: expected equal shapes"),
         (lambda: plots.covariance_table(RUNS, {0.5: "nope"}), r"columns: expected columns of the log, got \['nope'\]"),
-        (lambda: plots.covariance_table(RUNS, FRACTIONS, step=999), "step: expected a step with covariance values"),
+        (
+            lambda: plots.covariance_table(RUNS, FRACTIONS, step=999),
+            "step: expected one with covariance values, got 999",
+        ),
+        (lambda: plots.covariance_table(RUNS, FRACTIONS, step="end"), "step: expected a number, 'first' or 'last'"),
     ],
 )
 def test_clear_errors(call, message):

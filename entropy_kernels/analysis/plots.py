@@ -15,7 +15,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -225,14 +225,19 @@ def entropy_change_figure(
 
 
 def covariance_table(
-    runs: Mapping[str, Run], columns: Mapping[float, str], *, step: int | None = None, paper: bool = True
+    runs: Mapping[str, Run],
+    columns: Mapping[float, str],
+    *,
+    step: int | Literal["first", "last"] = "first",
+    paper: bool = True,
 ) -> DataFrame:
     """Mean covariance of the top fractions of tokens: a row per run, a column per fraction (as the paper's table 1).
 
     Args:
         runs: logs; with seeds, their mean.
         columns: fraction of the tokens → the log's column that holds the mean covariance of that top fraction.
-        step: the step to show; None is each log's first row that has the columns.
+        step: the step to show, or each log's first or last row that has the columns. Runs with one start agree at the
+            first; what a method leaves of the covariance shows at the last.
         paper: add the paper's row (Qwen2.5-7B, step 1) for the fractions that it has.
     """
     pd = require("pandas", "the covariance table")
@@ -346,19 +351,19 @@ def _agreement(x: np.ndarray, y: np.ndarray) -> str:
     return f"correlation {np.corrcoef(x, y)[0, 1]:.4f}, same sign {sign:.0%}, n {len(x)}"
 
 
-def _covariance_row(log: DataFrame, columns: list[str], step: int | None) -> list[float]:
+def _covariance_row(log: DataFrame, columns: list[str], step: int | Literal["first", "last"]) -> list[float]:
     missing = [column for column in columns if column not in log.columns]
     if missing:
         raise ValueError(f"columns: expected columns of the log, got {missing}; it has {[str(c) for c in log.columns]}")
     rows = log.dropna(subset=columns)
-    if step is not None:
+    if not isinstance(step, str):
         rows = rows[rows["step"] == step]
+    elif step not in ("first", "last"):
+        raise ValueError(f"step: expected a number, 'first' or 'last', got {step!r}")
     if len(rows) == 0:
-        raise ValueError(
-            f"step: expected a step with covariance values, got {'an empty log' if step is None else step}"
-        )
-    first: Series = rows.iloc[0]
-    return [float(first[column]) for column in columns]
+        raise ValueError(f"step: expected one with covariance values, got {step!r}")
+    row: Series = rows.iloc[-1 if step == "last" else 0]
+    return [float(row[column]) for column in columns]
 
 
 def _equation(law: EntropyLaw) -> str:
