@@ -5,42 +5,23 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels._console import print_table
 from entropy_kernels.backends import registry
+from entropy_kernels.self_check import Check, device_types, self_check
 
 _PACKAGES = (
     "torch", "numpy", "triton", "scipy", "statsmodels", "pandas", "matplotlib", "tensorboard", "transformers", "rich",
 )  # fmt: skip
 _SWITCHES = ("ENTROPY_KERNELS_", "TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-
-# Largest error allowed, in units of the result's own scale (1 for nats, the row's largest gradient for gradients).
-# fp32 arithmetic on a few hundred terms is good to 1e-6; a wrong term is off by 1e-3 and more.
-TOLERANCE = 2e-5
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison with float64: the largest error of ``what`` and where it came from."""
-
-    op: str
-    backend: str
-    device: str
-    what: str
-    ok: bool
-    detail: str
-    seconds: float
 
 
 def run(*, check: bool = True, as_json: bool = False) -> int:
@@ -94,15 +75,13 @@ def versions() -> list[tuple[str, str]]:
 
 def hardware() -> list[tuple[str, str]]:
     """CPU, GPUs, threads and the environment variables that change what runs."""
-    native = _native()
-    capability = getattr(native, "cpu_capability", None)
     rows = [
         ("machine", f"{platform.machine()}, {platform.system()} {platform.release()}"),
         ("CPU", _cpu_name()),
         ("cores", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable"),
         ("torch threads", str(torch.get_num_threads())),
         ("CPU capability, torch", torch.backends.cpu.get_cpu_capability()),
-        ("CPU capability, ours", str(capability()) if capability else "no native build"),
+        ("CPU capability, ours", _capability()),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -118,7 +97,7 @@ def auto_choices() -> list[tuple[str, str, str, str]]:
     """(op, device type, backend, why) for every device type that is here."""
     rows = []
     for op in registry.OPS:
-        for device in _device_types():
+        for device in device_types():
             order = registry.preference(op, device)
             try:
                 chosen = registry.resolve(op, "auto", device)
@@ -135,89 +114,6 @@ def auto_choices() -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def self_check() -> list[Check]:
-    """Each available backend of each op against float64 on small random data."""
-    checks = []
-    for op, states in ek.backends().items():
-        compare = _CHECKS.get(op)
-        for backend, state in states.items():
-            if state != "available" or compare is None:
-                continue
-            for device in _devices_of(backend):
-                checks += _timed(op, backend, device, compare)
-    return checks
-
-
-def _timed(op: str, backend: str, device: str, compare: Any) -> list[Check]:
-    begin = time.perf_counter()
-    try:
-        errors = compare(backend, device)
-    except Exception as error:  # a backend that raises is a finding to print, and the others are still to be checked
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return [Check(op, backend, device, "runs", False, text, time.perf_counter() - begin)]
-    seconds = (time.perf_counter() - begin) / len(errors)
-    return [
-        Check(op, backend, device, what, error <= TOLERANCE, f"error {error:.1e}, allowed {TOLERANCE:.0e}", seconds)
-        for what, error in errors.items()
-    ]
-
-
-def _check_token_stats(backend: str, device: str) -> dict[str, float]:
-    """Largest scaled errors of values and gradients, fp32 and bf16 logits, odd width, an ignored and a masked entry."""
-    generator = torch.Generator().manual_seed(0)
-    rows, vocab = 24, 257
-    base = torch.randn(rows, vocab, generator=generator) * 3
-    base[1, 5] = -math.inf
-    target = torch.randint(6, vocab, (rows,), generator=generator)
-    target[2] = -100
-    weights = torch.randn(3, rows, generator=generator, dtype=torch.float64)
-    temperature = 0.7
-    errors = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        logits = base.to(device, dtype).requires_grad_()
-        stats = ek.token_stats(logits, target.to(device), temperature=temperature, backend=backend)
-        w = weights.to(device, torch.float32)
-        loss = (stats.logprob * w[0] + stats.entropy * w[1] + stats.collision * w[2]).sum()
-        (gradient,) = torch.autograd.grad(loss, logits)
-        exact, exact_gradient = _token_stats_float64(logits.detach().cpu().double(), target, temperature, weights)
-        name = str(dtype).removeprefix("torch.")
-        values = torch.stack([s.detach().cpu().double() for s in stats])
-        errors[f"{name} values"] = _largest(values - exact, exact.abs().clamp(min=1.0))
-        scale = exact_gradient.abs().amax(-1, keepdim=True).clamp(min=1e-12).expand_as(exact_gradient)
-        # a bf16 gradient is rounded once: half a unit in the last of 8 bits of each element
-        rounding = exact_gradient.abs() * (2.0**-8 if dtype == torch.bfloat16 else 0.0)
-        excess = ((gradient.cpu().double() - exact_gradient).abs() - rounding).clamp(min=0.0)
-        excess[torch.isnan(gradient.cpu())] = math.nan
-        errors[f"{name} gradient"] = _largest(excess, scale)
-    return errors
-
-
-def _token_stats_float64(z: Tensor, target: Tensor, temperature: float, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Dense float64 values (4, N) and the gradient of the weighted sum of the first three, by autograd."""
-    z = z.requires_grad_()
-    valid = target >= 0
-    index = target.clamp(min=0)[:, None]
-    logp = torch.log_softmax(z / temperature, -1)
-    p = logp.exp()
-    # 0·(-inf) of a masked entry counts as 0
-    p_logp = torch.where(p > 0, p * logp.clamp(min=-1e4), 0.0)
-    logprob, entropy, collision = logp.gather(1, index)[:, 0], -p_logp.sum(-1), (p * p).sum(-1)
-    step = torch.zeros_like(p).scatter(1, index, 1.0) - p
-    covariance = (p_logp * step).sum(-1) - p_logp.sum(-1) * (p * step).sum(-1)
-    values = torch.where(valid, torch.stack([logprob, entropy, collision, covariance]), 0.0)
-    (gradient,) = torch.autograd.grad((values[:3] * w).sum(), z)
-    return values.detach(), gradient
-
-
-def _largest(error: Tensor, scale: Tensor) -> float:
-    """Largest scaled error; inf where anything is NaN, so that it fails."""
-    scaled = (error.abs() / scale).amax().item()
-    return scaled if math.isfinite(scaled) else math.inf
-
-
-_CHECKS = {"token_stats": _check_token_stats}
-
-
 def _print_checks(checks: list[Check]) -> None:
     if not checks:
         print("Self-check: no backend is available")
@@ -232,19 +128,6 @@ def _print_checks(checks: list[Check]) -> None:
     print(f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed")
 
 
-def _device_types() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def _devices_of(backend: str) -> list[str]:
-    """Where a backend can be checked; Triton without a GPU is the interpreter, on CPU tensors."""
-    if backend == "torch":
-        return _device_types()
-    if backend == "triton":
-        return ["cuda" if torch.cuda.is_available() else "cpu"]
-    return [backend]
-
-
 def _native() -> Any:
     """The module _C, or the reason why it is not there."""
     try:
@@ -252,6 +135,18 @@ def _native() -> Any:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError)
         return "not built (no compiler, or ENTROPY_KERNELS_SKIP_CPP was set at install)" if missing else str(error)
+
+
+def _capability() -> str:
+    """The instruction set that the C++ kernels use, and those that they could."""
+    native = _native()
+    if isinstance(native, str):
+        return native
+    try:
+        found = native.cpu_capability()
+    except RuntimeError as error:  # ENTROPY_KERNELS_CPU_CAPABILITY asks for one that this CPU lacks
+        return f"error: {error}"
+    return f"{found['selected']} (available: {', '.join(found['available'])})"
 
 
 def _cpu_name() -> str:

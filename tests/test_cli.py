@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from entropy_kernels import cli, doctor
+from entropy_kernels import cli, doctor, self_check
 from entropy_kernels.analysis.entropy_law import fit_entropy_law
 from entropy_kernels.backends import registry
 
@@ -258,8 +258,8 @@ def test_doctor_json(capsys):
     ],
 )
 def test_doctor_finds_a_wrong_backend(monkeypatch, capsys, break_it):
-    right = doctor.ek.token_stats
-    monkeypatch.setattr(doctor.ek, "token_stats", lambda *a, **k: break_it(right(*a, **k)))
+    right = self_check.ek.token_stats
+    monkeypatch.setattr(self_check.ek, "token_stats", lambda *a, **k: break_it(right(*a, **k)))
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "FAIL" in out
@@ -270,6 +270,6 @@ def test_doctor_reports_a_backend_that_raises(monkeypatch, capsys):
     def broken(*arguments, **keywords):
         raise RuntimeError("no kernel\nimage")
 
-    monkeypatch.setattr(doctor.ek, "token_stats", broken)
+    monkeypatch.setattr(self_check.ek, "token_stats", broken)
     assert cli.main(["doctor"]) == 1
     assert "RuntimeError: no kernel image" in " ".join(capsys.readouterr().out.split())
