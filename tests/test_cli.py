@@ -266,6 +266,23 @@ def test_doctor_finds_a_wrong_backend(monkeypatch, capsys, break_it):
     assert "checks failed" in out
 
 
+@pytest.mark.parametrize(
+    ("op", "break_it"),
+    [
+        ("token_covariance", lambda covariance: covariance + 1e-4),
+        ("token_covariance", lambda covariance: torch.where(covariance == 0, math.nan, covariance)),
+        ("kl_cov_mask", lambda mask: mask.roll(1)),
+        ("clip_cov_mask", lambda mask: torch.ones_like(mask)),
+        ("clip_cov_mask", lambda mask: torch.zeros_like(mask)),
+    ],
+)
+def test_doctor_finds_a_wrong_selection(monkeypatch, op, break_it):
+    right = getattr(self_check.ek, op)
+    assert all(c.ok for c in self_check.self_check())
+    monkeypatch.setattr(self_check.ek, op, lambda *a, **k: break_it(right(*a, **k)))
+    assert {c.op for c in self_check.self_check() if not c.ok} == {op}
+
+
 def test_doctor_reports_a_backend_that_raises(monkeypatch, capsys):
     def broken(*arguments, **keywords):
         raise RuntimeError("no kernel\nimage")
