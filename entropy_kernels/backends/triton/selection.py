@@ -22,6 +22,7 @@ __all__ = ["clip_cov_mask", "kl_cov_mask", "token_covariance"]
 BLOCK = 1024
 HISTOGRAM_BLOCK = 4096  # fewer, larger blocks: each adds up to 2048 bins to the global histogram
 
+# Values that change from call to call: a kernel specialised on them would be compiled again and again.
 _RUNTIME = ["tokens", "shift", "bits", "bin_mask", "known_mask"]
 
 
@@ -67,10 +68,10 @@ def _valid(mask_ptr, position, inside):
 
 @triton.jit
 def _token_index(index_ptr, offset_ptr, position, inside):
+    index = position + tl.load(offset_ptr)
     if index_ptr is not None:
-        return tl.load(index_ptr + position, mask=inside, other=0)
-    else:
-        return position + tl.load(offset_ptr)
+        index = tl.load(index_ptr + position, mask=inside, other=0)
+    return index
 
 
 @triton.jit
@@ -339,9 +340,7 @@ def selection_key_histogram(keys: Tensor, state: Tensor, shift: int, bits: int) 
     tokens, rows = keys.numel(), state.shape[0]
     histogram = torch.zeros((rows, RADIX_BINS), dtype=torch.int64, device=keys.device)
     arguments = (keys, state, histogram, tokens, shift, bits, (1 << bits) - 1)
-    _launch(
-        key_histogram_kernel, tokens, HISTOGRAM_BLOCK, rows, *arguments, BINS=RADIX_BINS, BLOCK=HISTOGRAM_BLOCK
-    )
+    _launch(key_histogram_kernel, tokens, HISTOGRAM_BLOCK, rows, *arguments, BINS=RADIX_BINS, BLOCK=HISTOGRAM_BLOCK)
     return histogram
 
 

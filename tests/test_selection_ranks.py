@@ -1,0 +1,138 @@
+"""Selection over ranks of real gloo groups, unequal and empty shards: bit-equal to one process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import entropy_kernels as ek
+from calls import same_bits
+
+WORLD = 4
+TOKENS = 6000
+# Tokens per rank of each group: unequal, with an empty shard in the middle, at the start, one that has nearly all
+SHARDS = {
+    "two": [[2500, 3500], [0, 6000]],
+    "four": [[1000, 2001, 999, 2000], [3, 0, 5990, 7], [0, 0, 0, 6000]],
+}
+BACKENDS = ("torch", "cpu")
+
+
+def batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    values = {
+        "logprob": -3 * torch.rand(TOKENS, generator=generator),
+        "advantages": torch.randn(TOKENS, generator=generator),
+        "mask": torch.rand(TOKENS, generator=generator) < 0.8,
+        "exclude": torch.rand(TOKENS, generator=generator) < 0.1,
+        "token_index": torch.randperm(TOKENS, generator=generator) * 2**40 - 2**50,
+        "ties": (3 * torch.randn(TOKENS, generator=generator)).round(),
+        "bad": -3 * torch.rand(TOKENS, generator=generator),
+    }
+    values["bad"][5990] = float("nan")
+    return values
+
+
+def select(shard: dict[str, Tensor], group: Any, backend: str) -> dict[str, Tensor]:
+    """Everything selection offers, on one rank's tokens."""
+    common: dict[str, Any] = {"batch_group": group, "backend": backend}
+    mask, exclude, index = shard["mask"], shard["exclude"], shard["token_index"]
+    cov = ek.token_covariance(shard["logprob"], shard["advantages"], mask, **common)
+    quantile = {"low": 0.6, "high": 0.95, "band": "quantile"}
+    wide = {"low": -1.0, "high": 2.0}
+    out = {
+        "covariance": cov,
+        "covariance, no mask": ek.token_covariance(shard["logprob"].double(), shard["advantages"].double(), **common),
+        "covariance, nan": ek.token_covariance(shard["bad"], shard["advantages"], **common),
+        "clip": ek.clip_cov_mask(cov, mask, seed=3, ratio=0.01, **wide, **common),
+        "clip, index": ek.clip_cov_mask(cov, mask, seed=3, k=50, **wide, exclude=exclude, token_index=index, **common),
+        "clip, quantile": ek.clip_cov_mask(cov, mask, seed=4, ratio=0.02, exclude=exclude, **quantile, **common),
+        "clip, quantile of ties": ek.clip_cov_mask(shard["ties"], seed=4, k=9, closed=True, **quantile, **common),
+        "clip, empty band": ek.clip_cov_mask(cov, seed=4, low=100, high=101, **common),
+        "kl": ek.kl_cov_mask(cov, mask, **common),
+        "kl, ties": ek.kl_cov_mask(shard["ties"], mask, ratio=0.003, **common),
+        "kl, ties, index": ek.kl_cov_mask(shard["ties"], k=700, exclude=exclude, token_index=index, **common),
+        "kl, all": ek.kl_cov_mask(shard["ties"], mask, ratio=1.0, **common),
+        "kl, none": ek.kl_cov_mask(cov, mask, ratio=1e-6, at_least_one=False, **common),
+        "kl, nothing counts": ek.kl_cov_mask(cov, torch.zeros_like(mask), k=5, **common),
+    }
+    # Micro-batches, as many as the rank's number allows: none at all on an empty shard
+    collected = ek.SelectionBatch(group, backend=backend)
+    for part in range(3):
+        rows = {name: value.tensor_split(3)[part] for name, value in shard.items()}
+        if rows["mask"].numel():
+            collected.add(rows["logprob"], rows["advantages"], rows["mask"])
+    for name, masks in (("clip", collected.clip_cov(seed=3, ratio=0.01, **wide)), ("kl", collected.kl_cov())):
+        out[f"SelectionBatch, {name}"] = torch.cat([torch.zeros(0, dtype=torch.bool), *masks])
+    return out
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    groups = {"two": pairs[rank // 2], "four": dist.group.WORLD}
+    results = {}
+    for name, group in groups.items():
+        place = dist.get_rank(group)
+        for number, sizes in enumerate(SHARDS[name]):
+            shard = {key: value.split(sizes)[place] for key, value in batch().items()}
+            for backend in BACKENDS:
+                if ek.backends()["clip_cov_mask"][backend] == "available":
+                    results[name, number, backend] = select(shard, group, backend)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        mp.spawn(run_rank, args=(str(folder),), nprocs=WORLD)
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    return select(batch(), None, "torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("group", "number"), [(name, i) for name, all_ in SHARDS.items() for i in range(len(all_))])
+def test_equal_to_one_process(
+    by_rank: list[dict], alone: dict[str, Tensor], group: str, number: int, backend: str
+) -> None:
+    if (group, number, backend) not in by_rank[0]:
+        pytest.skip(ek.backends()["clip_cov_mask"][backend])
+    members = [range(4)] if group == "four" else [range(2), range(2, 4)]
+    for ranks in members:
+        for name, expected in alone.items():
+            got = torch.cat([by_rank[rank][group, number, backend][name] for rank in ranks])
+            assert same_bits(got, expected), (name, list(ranks))
+
+
+def test_the_cases_select_something(alone: dict[str, Tensor]) -> None:
+    """Equality of empty masks would prove nothing."""
+    counts = {name: int(value.sum()) for name, value in alone.items() if value.dtype == torch.bool}
+    empty = {"clip, empty band", "kl, none", "kl, nothing counts"}
+    assert {name for name, count in counts.items() if count == 0} == empty
+    valid = int(batch()["mask"].sum())
+    assert counts["clip"] == int(0.01 * valid) and counts["kl"] == int(2e-3 * valid) and counts["clip, index"] == 50
+    assert torch.equal(alone["SelectionBatch, clip"], alone["clip"])
+    assert torch.equal(alone["SelectionBatch, kl"], alone["kl"])
+    assert bool(alone["covariance, nan"].isnan().all())
