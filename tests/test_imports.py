@@ -18,6 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Rank of each room, the lowest first; a module imports from its own rank and from below.
 ROOMS = {
+    "_console": 0,
     "backends": 0,
     "ops": 1,
     "functional": 2,
@@ -27,8 +28,9 @@ ROOMS = {
     "trainer": 4,
     "integrations": 4,
     "__init__": 5,
-    "cli": 6,
+    "self_check": 6,
     "doctor": 6,
+    "cli": 6,
 }
 ABOVE_THE_PUBLIC_FUNCTIONS = 3
 # Private parts that the rooms above may not touch: they use what `entropy_kernels` exports.
