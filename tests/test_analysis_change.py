@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels.backends import registry
 
 V = 11
 
@@ -84,6 +85,23 @@ def test_with_the_covariance_of_token_stats(temperature):
     exact = ek.predicted_entropy_change(c, a, step_size=0.1, temperature=temperature)
     assert predicted.dtype == torch.float32
     torch.testing.assert_close(predicted.double(), exact, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_finite_difference_through_token_stats_in_float64(backend):
+    reason = registry.unavailable("token_stats", backend)
+    if reason is not None:
+        pytest.skip(reason)
+    temperature, eta = 0.8, 1e-5
+    z, y, a, _, step = rows(seed=6, n=12, temperature=temperature)
+    delta = (eta * a / temperature)[:, None] * step
+
+    def stats(logits):
+        return ek.token_stats(logits, y, temperature=temperature, backend=backend)
+
+    measured = (stats(z + delta).entropy - stats(z - delta).entropy) / 2
+    predicted = ek.predicted_entropy_change(stats(z).vocab_covariance, a, step_size=eta, temperature=temperature)
+    torch.testing.assert_close(predicted, measured, rtol=2e-8, atol=2e-8 * eta)
 
 
 def test_under_softcap_it_holds_in_the_capped_logits():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -102,11 +102,11 @@ class EntropyLaw:
         A tensor gives a tensor of its shape, dtype (float32 for integers) and device, a pandas Series a Series with
         the same index, anything else a float64 array. Raises ValueError for an H above 100 nats.
         """
-        return _like(entropy, -self.a * np.exp(_entropy_array(entropy, "entropy")) + self.b)
+        return _like(entropy, -self.a * np.exp(_entropy_array(entropy)) + self.b)
 
     def predict_linear(self, entropy: Any) -> Any:
         """The straight line in H fitted to the same points; types as in :meth:`predict`."""
-        return _like(entropy, self.slope_linear * _entropy_array(entropy, "entropy") + self.intercept_linear)
+        return _like(entropy, self.slope_linear * _entropy_array(entropy) + self.intercept_linear)
 
     def interval(
         self, entropy: Any, *, confidence: float | None = None, kind: Literal["prediction", "mean"] = "prediction"
@@ -118,7 +118,7 @@ class EntropyLaw:
         """
         if kind not in ("prediction", "mean"):
             raise ValueError(f"kind: expected 'prediction' or 'mean', got {kind!r}")
-        h = _entropy_array(entropy, "entropy")
+        h = _entropy_array(entropy)
         x = -np.exp(h)
         # Var(a·x + b) for the row (x, 1) of the design
         variance = x * x * self.covariance[0, 0] + 2 * x * self.covariance[0, 1] + self.covariance[1, 1]
@@ -132,7 +132,7 @@ class EntropyLaw:
 
     def slope(self, entropy: Any) -> Any:
         """dR/dH = -a·e^H, performance per nat; types as in :meth:`predict`."""
-        return _like(entropy, -self.a * np.exp(_entropy_array(entropy, "entropy")))
+        return _like(entropy, -self.a * np.exp(_entropy_array(entropy)))
 
     def fraction_of_ceiling(self, performance: Any) -> Any:
         """performance / ceiling: the share of what the law allows that is already reached; types as in `predict`."""
@@ -168,9 +168,9 @@ class EntropyLaw:
 
     def __str__(self) -> str:
         low, high = self.ceiling_interval
-        return (f"R = -{self.a:.4g}·e^H + {self.b:.4g}" if self.a >= 0 else f"R = {-self.a:.4g}·e^H + {self.b:.4g}") + (
-            f"  (a ± {self.a_se:.2g}, b ± {self.b_se:.2g}, R² {self.r2:.3f}, RMSE {self.rmse:.3g}, n {self.n}; "
-            f"ceiling {self.ceiling:.4g} [{low:.4g}, {high:.4g}])"
+        return (
+            f"R = {-self.a:.4g}·e^H + {self.b:.4g} (a ± {self.a_se:.2g}, b ± {self.b_se:.2g}, R² {self.r2:.3f}, "
+            f"RMSE {self.rmse:.3g}, n {self.n}; ceiling {self.ceiling:.4g} [{low:.4g}, {high:.4g}])"
         )
 
 
@@ -227,8 +227,6 @@ def fit_entropy_law(
             f"got {n_fit} ({fit_fraction:g} of {len(h)}{note})"
         )
     law = _fit(h[:n_fit], r[:n_fit], dropped, confidence, standard_errors)
-    from dataclasses import replace
-
     return replace(law, extrapolation=law.error(h[n_fit:], r[n_fit:]))
 
 
@@ -309,11 +307,12 @@ def _array(values: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name}: expected numbers, got {type(values).__name__} ({error})") from None
 
 
-def _entropy_array(values: Any, name: str) -> np.ndarray:
-    h = _array(values, name)
+def _entropy_array(entropy: Any) -> np.ndarray:
+    """float64 H, refused where e^H would overflow or swamp."""
+    h = _array(entropy, "entropy")
     if np.any(h > MAX_ENTROPY):
         raise ValueError(
-            f"{name}: expected nats per token, at most log(vocabulary) (about 12), got {np.nanmax(h):.6g}: "
+            f"entropy: expected nats per token, at most log(vocabulary) (about 12), got {np.nanmax(h):.6g}: "
             "e^H would overflow; is this a sum over tokens or a perplexity?"
         )
     return h
@@ -331,7 +330,7 @@ def _pairs(entropy: Any, performance: Any) -> tuple[np.ndarray, np.ndarray, int]
         raise ValueError(f"entropy, performance: expected equal lengths, got {len(h)} and {len(r)}")
     keep = ~(np.isnan(h) | np.isnan(r))
     h, r = h[keep], r[keep]
-    _entropy_array(h, "entropy")
+    _entropy_array(h)
     if np.any(h < MIN_ENTROPY):
         raise ValueError(
             f"entropy: expected nats >= 0 (a little below for rounding), got {h.min():.6g}: "
