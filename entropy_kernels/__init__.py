@@ -3,18 +3,34 @@
 from entropy_kernels.analysis import EntropyLaw, fit_entropy_law, predicted_entropy_change
 from entropy_kernels.backends.registry import backends
 from entropy_kernels.functional import LogprobEntropy, TokenStats, logprob_entropy, token_stats
+from entropy_kernels.losses import (
+    ClipCovLoss,
+    KlCovLoss,
+    PolicyLoss,
+    PolicyLossModule,
+    clip_cov_loss,
+    kl_cov_loss,
+    policy_loss,
+)
 from entropy_kernels.selection import SelectionBatch, clip_cov_mask, kl_cov_mask, token_covariance
 
 __all__ = [
+    "ClipCovLoss",
     "EntropyLaw",
+    "KlCovLoss",
     "LogprobEntropy",
+    "PolicyLoss",
+    "PolicyLossModule",
     "SelectionBatch",
     "TokenStats",
     "backends",
+    "clip_cov_loss",
     "clip_cov_mask",
     "fit_entropy_law",
+    "kl_cov_loss",
     "kl_cov_mask",
     "logprob_entropy",
+    "policy_loss",
     "predicted_entropy_change",
     "token_covariance",
     "token_stats",

@@ -1,0 +1,28 @@
+"""Policy losses: PPO's surrogate, Clip-Cov and KL-Cov (arXiv 2505.22617), aggregation, metrics, presets."""
+
+from entropy_kernels.losses.aggregation import AGG_MODES
+from entropy_kernels.losses.functional import clip_cov_loss, kl_cov_loss, policy_loss
+from entropy_kernels.losses.kl import KL_ESTIMATORS, kl_estimate
+from entropy_kernels.losses.metrics import METRICS, metric_table
+from entropy_kernels.losses.modules import ClipCovLoss, KlCovLoss, PolicyLossModule
+from entropy_kernels.losses.presets import CLIP_COV, KL_COV, ClipCovPreset, KlCovPreset
+from entropy_kernels.losses.total import PolicyLoss
+
+__all__ = [
+    "AGG_MODES",
+    "CLIP_COV",
+    "KL_COV",
+    "KL_ESTIMATORS",
+    "METRICS",
+    "ClipCovLoss",
+    "ClipCovPreset",
+    "KlCovLoss",
+    "KlCovPreset",
+    "PolicyLoss",
+    "PolicyLossModule",
+    "clip_cov_loss",
+    "kl_cov_loss",
+    "kl_estimate",
+    "metric_table",
+    "policy_loss",
+]

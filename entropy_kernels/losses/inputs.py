@@ -1,0 +1,173 @@
+"""Validation of what all losses take, once; from here on padding holds zeros and constants carry no gradient."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tokens(NamedTuple):
+    """The tokens of a call; all tensors have ``logprob``'s shape, values 0 where masked."""
+
+    mask: Tensor  # bool, True = counts
+    log_ratio: Tensor  # logprob - old_logprob, differentiable
+    advantages: Tensor
+    poison: Tensor  # 1, or NaN at a valid token with a non-finite input: multiplied in, nothing hides it
+    nonfinite: Tensor  # bool, where poison is NaN
+    entropy: Tensor | None  # differentiable
+    ref_log_ratio: Tensor | None  # logprob - ref_logprob, differentiable
+    raw_logprob: Tensor  # as given, detached: for the selection functions, which mask for themselves
+    raw_advantages: Tensor  # as given, in logprob's shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """fp32, or fp64 for fp64 log-probs."""
+        return self.log_ratio.dtype
+
+
+def prepare(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    entropy: Tensor | None,
+    entropy_coef: float | Tensor,
+    ref_logprob: Tensor | None,
+    ref_kl_coef: float | Tensor,
+) -> Tokens:
+    """Check tensors and coefficients, bring them to one shape and dtype, and take padding out of all of them."""
+    check_tensor("logprob", logprob)
+    if not logprob.is_floating_point():
+        raise TypeError(f"logprob: expected a floating-point dtype, got {logprob.dtype}")
+    if logprob.dim() == 0:
+        raise ValueError("logprob: expected at least one dimension, often (B, L), got a 0-d tensor")
+    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    valid = check_mask("mask", mask, logprob)
+    if valid is None:
+        valid = torch.ones_like(logprob, dtype=torch.bool)
+    old = _like("old_logprob", old_logprob, logprob).detach()
+    ref = None if ref_logprob is None else _like("ref_logprob", ref_logprob, logprob).detach()
+    advantages = _advantages(advantages, logprob)
+    check_coefficient("entropy_coef", entropy_coef)
+    check_coefficient("ref_kl_coef", ref_kl_coef)
+    if ref is None and _used(ref_kl_coef):
+        raise ValueError(f"ref_logprob: expected a tensor with ref_kl_coef={ref_kl_coef}, got None")
+    if entropy is None and _used(entropy_coef):
+        raise ValueError(f"entropy: expected a tensor with entropy_coef={entropy_coef}, got None")
+    if entropy is not None:
+        entropy = _like("entropy", entropy, logprob)
+        _warn_about_lost_gradient(entropy, entropy_coef, logprob)
+        entropy = torch.where(valid, entropy.to(dtype), 0)
+
+    lp = logprob.to(dtype)
+    zero = lp.new_zeros(())
+    finite = torch.isfinite(lp) & torch.isfinite(old) & torch.isfinite(advantages)
+    if ref is not None and _used(ref_kl_coef):
+        finite = finite & torch.isfinite(ref)
+    nonfinite = valid & ~finite
+    return Tokens(
+        mask=valid,
+        log_ratio=torch.where(valid, lp - old.to(dtype), zero),
+        advantages=torch.where(valid, advantages.to(dtype), zero),
+        poison=torch.where(nonfinite, torch.full_like(zero, float("nan")), torch.ones_like(zero)),
+        nonfinite=nonfinite,
+        entropy=entropy,
+        ref_log_ratio=None if ref is None else torch.where(valid, lp - ref.to(dtype), zero),
+        raw_logprob=logprob.detach(),
+        raw_advantages=advantages,
+    )
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def check_mask(name: str, value: Any, logprob: Tensor) -> Tensor | None:
+    """``value`` as bool in ``logprob``'s shape; None stays None."""
+    if value is None:
+        return None
+    check_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name}: expected a bool, int or float 0/1 dtype, got {value.dtype}")
+    _check_device(name, value, logprob)
+    if value.shape != logprob.shape:
+        raise ValueError(f"{name}: expected logprob's shape {tuple(logprob.shape)}, got {tuple(value.shape)}")
+    value = value.detach()
+    return value if value.dtype == torch.bool else value != 0
+
+
+def check_coefficient(name: str, value: Any) -> None:
+    """``value`` is a finite number, or a 0-d tensor (not read back: a schedule on the device stays there)."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.is_complex():
+            raise ValueError(
+                f"{name}: expected a number or a 0-d tensor, got {value.dtype} of shape {tuple(value.shape)}"
+            )
+    else:
+        check_number(name, value)
+
+
+def check_number(name: str, value: Any) -> None:
+    """``value`` is a finite Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if value != value or value in (float("inf"), -float("inf")):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def _used(coefficient: float | Tensor) -> bool:
+    """Whether the term enters the loss; a tensor is not read back, so it always does."""
+    return isinstance(coefficient, Tensor) or coefficient != 0
+
+
+def _like(name: str, value: Any, logprob: Tensor) -> Tensor:
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+    _check_device(name, value, logprob)
+    if value.shape != logprob.shape:
+        raise ValueError(f"{name}: expected logprob's shape {tuple(logprob.shape)}, got {tuple(value.shape)}")
+    return value
+
+
+def _advantages(value: Any, logprob: Tensor) -> Tensor:
+    """(B, L) as given; (B,) or (B, 1): one per sequence; 0-d: one for all."""
+    check_tensor("advantages", value)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"advantages: expected a floating-point dtype, got {value.dtype}")
+    _check_device("advantages", value, logprob)
+    value = value.detach()
+    if not value.is_floating_point():
+        value = value.to(torch.float32)
+    if value.shape == logprob.shape:
+        return value
+    # one per sequence, never one per position: of a square batch (B,) could be read both ways
+    per_sequence = value.unsqueeze(-1) if value.shape == logprob.shape[:-1] else value
+    same_rank = per_sequence.dim() == logprob.dim()
+    if not same_rank or any(a not in (1, b) for a, b in zip(per_sequence.shape, logprob.shape, strict=True)):
+        raise ValueError(
+            f"advantages: expected logprob's shape {tuple(logprob.shape)}, one per sequence "
+            f"{tuple(logprob.shape[:-1])}, or size 1 where one value serves all, got {tuple(value.shape)}"
+        )
+    return per_sequence.expand(logprob.shape)
+
+
+def _check_device(name: str, value: Tensor, logprob: Tensor) -> None:
+    if value.device != logprob.device:
+        raise ValueError(f"{name}: expected on the device of logprob, {logprob.device}, got {value.device}")
+
+
+def _warn_about_lost_gradient(entropy: Tensor, coefficient: float | Tensor, logprob: Tensor) -> None:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _used(coefficient):
+        return
+    if logprob.requires_grad and not entropy.requires_grad:
+        warnings.warn(
+            "entropy: expected a tensor that requires grad where entropy_coef is not 0; without a gradient the bonus "
+            "changes the value of the loss and nothing else (logprob_entropy returns a differentiable entropy)",
+            stacklevel=4,
+        )
