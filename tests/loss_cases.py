@@ -1,0 +1,137 @@
+"""Random batches for the losses, the degenerate ones among them, and the comparison with the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import reference_losses as ref
+from entropy_kernels.losses import AGG_MODES, PolicyLoss
+
+MODES = tuple(AGG_MODES)
+MASK_DTYPES = (torch.bool, torch.int64, torch.float32, torch.int32, torch.float64)
+
+
+@dataclass
+class Batch:
+    """The positional arguments of a loss; ``per_sequence`` advantages are (B, 1)."""
+
+    logprob: Tensor  # (B, L)
+    old_logprob: Tensor
+    advantages: Tensor
+    mask: Tensor
+    name: str
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.logprob, self.old_logprob, self.advantages, self.mask
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """float64, advantages in full; padding is 0."""
+        mask = (self.mask != 0).numpy()
+        advantages = self.advantages.expand(self.logprob.shape)
+        values = [x.detach().double().numpy() for x in (self.logprob, self.old_logprob, advantages)]
+        lp, old, adv = (np.where(mask, x, 0.0) for x in values)
+        return lp, old, adv, mask
+
+
+def random_batch(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
+    """Every eighth batch is a degenerate one."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=g))
+
+    rows, length = integer(1, 8), integer(1, 40)
+    spread = (0.01, 0.2, 1.0)[seed % 3]  # of the log-ratio: on-policy, usual, far off
+    kind = ("one_token", "one_sequence", "equal_advantages", "all_masked", "on_policy", "zero_advantages", "plain")
+    name = kind[seed // 8 % 7] if seed % 8 == 0 else "plain"
+    if name == "one_sequence":
+        rows = 1
+    old = -4 * torch.rand(rows, length, generator=g)
+    logprob = old + spread * torch.randn(rows, length, generator=g)
+    advantages = (0.5, 1.0, 3.0)[seed // 3 % 3] * torch.randn(rows, length, generator=g)
+    if seed % 2 or name == "one_sequence":
+        advantages = advantages[:, :1]
+    mask = torch.arange(length) < torch.randint(0, length + 1, (rows, 1), generator=g)  # fully masked rows among them
+    if seed % 5 == 0:
+        mask = mask & (torch.rand(rows, length, generator=g) < 0.7)
+    if name == "one_token":
+        mask = torch.zeros_like(mask)
+        mask[-1, -1] = True
+    if name == "all_masked":
+        mask = torch.zeros_like(mask)
+    if name == "equal_advantages":
+        advantages = torch.full_like(advantages, 0.7)
+    if name == "zero_advantages":
+        advantages = torch.zeros_like(advantages)
+    if name == "on_policy":
+        logprob = old.clone()
+    # what stands in padding must not matter
+    poison = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])[seed % 4]
+    logprob, old = (torch.where(mask, x, poison) for x in (logprob, old))
+    return Batch(logprob.to(dtype), old.to(dtype), advantages, mask.to(MASK_DTYPES[seed % 5]), name)
+
+
+def random_options(seed: int, mask: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Aggregation options for ours and for the reference."""
+    tokens, rows = int((mask != 0).sum()), mask.shape[0]
+    mode = MODES[seed % len(MODES)]
+    whole: dict[str, Any] = {}
+    if seed % 4 == 1:
+        whole = {"dp_size": 2, "batch_num_tokens": 2 * tokens + 1, "global_batch_size": 2 * rows}
+    elif seed % 4 == 2:
+        whole = {"batch_num_tokens": tokens + 7, "global_batch_size": rows + 3, "loss_scale_factor": 17}
+    return {"loss_agg_mode": mode, **whole}, {"mode": mode, **whole}
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_()
+
+
+def assert_matches(
+    out: PolicyLoss, logprob: Tensor, expected: ref.Reference, entropy: Tensor | None = None, name: str = ""
+) -> None:
+    """Loss, gradients (already computed) and metrics within the rounding of ``out``'s dtype.
+
+    The bound of a token's gradient is relative to the terms it is made of; only r = e^D loses more than an ulp per
+    operation, eps·|D|. The bound of the loss is relative to the sum of absolute values.
+    """
+    eps = torch.finfo(out.loss.dtype).eps
+    input_eps = max(eps, torch.finfo(logprob.dtype).eps)
+    spread = 1 + np.abs(expected.log_ratio)
+    worst = float(spread.max(initial=1.0))
+    size = expected.log_ratio.size
+    assert not out.loss.isnan(), f"{name}: loss is NaN"
+    error = abs(float(out.loss.detach()) - expected.loss)
+    allowed = 8 * eps * worst * expected.absolute * (1 + np.log2(size + 1))
+    assert error <= allowed, (
+        f"{name}: loss {float(out.loss.detach()):.9g}, expected {expected.loss:.9g}, {error=:.3g} > {allowed:.3g}"
+    )
+    assert logprob.grad is not None and logprob.grad.dtype == logprob.dtype
+    _assert_gradient(f"{name}: gradient of logprob", logprob.grad, expected.logprob, expected.size * spread, input_eps)
+    if entropy is not None:
+        assert entropy.grad is not None and expected.entropy is not None
+        _assert_gradient(f"{name}: gradient of entropy", entropy.grad, expected.entropy, np.abs(expected.entropy), eps)
+    for metric, value in expected.metrics.items():
+        got = out.metrics[metric]
+        assert got.dim() == 0 and not got.requires_grad and got.grad_fn is None, metric
+        scale = abs(value) + (expected.absolute if metric == "pg_loss" else 1)
+        if metric in ("cov_mean", "ratio_max", "ratio_mean", "cov_max"):
+            scale = scale * worst + 100
+        assert abs(float(got) - value) <= 16 * eps * worst * scale, f"{name}: {metric} {float(got)}, expected {value}"
+
+
+def _assert_gradient(name: str, actual: Tensor, exact: np.ndarray, size: np.ndarray, eps: float) -> None:
+    got = actual.double().numpy()
+    allowed = 8 * eps * size
+    error = np.abs(got - exact)
+    if not (error <= allowed).all():  # NaN fails too
+        at = np.unravel_index(
+            np.nanargmax(np.where(error <= allowed, 0, np.nan_to_num(error, nan=np.inf))), error.shape
+        )
+        raise AssertionError(f"{name}{list(at)}: got {got[at]:.9g}, expected {exact[at]:.9g} ± {allowed[at]:.3g}")
