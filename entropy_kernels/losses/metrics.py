@@ -58,7 +58,7 @@ METRICS: dict[str, Metric] = {
         lambda t: t.clipped_lower,
     ),
     "ppo_kl": Metric("mean of old_logprob - logprob, nats", "mean", lambda t: -t.log_ratio),
-    "ppo_kl_abs": Metric("mean of |logprob - old_logprob|, nats", "mean", lambda t: t.log_ratio.abs()),
+    "ppo_kl_abs": Metric("mean of abs(logprob - old_logprob), nats", "mean", lambda t: t.log_ratio.abs()),
     "ratio_mean": Metric("mean of r = exp(logprob - old_logprob)", "mean", lambda t: t.ratio),
     "ratio_max": Metric("largest r", "max", lambda t: t.ratio),
     "cov_mean": Metric("mean of token_covariance(logprob, advantages)", "mean", lambda t: t.covariance),

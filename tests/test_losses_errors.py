@@ -1,0 +1,232 @@
+"""Every refused argument is named, with what was expected and what came; the loss modules."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels.losses import AGG_MODES, CLIP_COV, KL_COV, METRICS, kl_estimate, metric_table
+from loss_cases import MODES, leaf
+
+LP = torch.zeros(2, 3)
+MASK = torch.ones(2, 3, dtype=torch.bool)
+FUNCTIONS = {"policy": ek.policy_loss, "clip_cov": ek.clip_cov_loss, "kl_cov": ek.kl_cov_loss}
+
+
+def call(function: Any, **changes: Any) -> ek.PolicyLoss:
+    options: dict[str, Any] = {"seed": 0} if function is ek.clip_cov_loss and "dropped" not in changes else {}
+    positional = {"logprob": LP, "old_logprob": LP, "advantages": LP, "mask": MASK}
+    options.update(positional)
+    options.update(changes)
+    return function(*[options.pop(name) for name in positional], **options)
+
+
+# (changes, error, words of the message); for every loss
+SHARED = [
+    ({"logprob": [0.0]}, TypeError, "logprob: expected a torch.Tensor, got list"),
+    ({"logprob": LP.long()}, TypeError, "logprob: expected a floating-point dtype, got torch.int64"),
+    ({"logprob": torch.tensor(1.0)}, ValueError, "logprob: expected at least one dimension"),
+    ({"old_logprob": None}, TypeError, "old_logprob: expected a torch.Tensor, got NoneType"),
+    ({"old_logprob": LP.long()}, TypeError, "old_logprob: expected a floating-point dtype"),
+    ({"old_logprob": LP[:, :2]}, ValueError, r"old_logprob: expected logprob's shape \(2, 3\), got \(2, 2\)"),
+    ({"old_logprob": LP.to("meta")}, ValueError, "old_logprob: expected on the device of logprob, cpu, got meta"),
+    ({"advantages": 1.0}, TypeError, "advantages: expected a torch.Tensor, got float"),
+    ({"advantages": MASK}, TypeError, "advantages: expected a floating-point dtype, got torch.bool"),
+    ({"advantages": torch.zeros(3)}, ValueError, r"advantages: expected .*one per sequence \(2,\).*got \(3,\)"),
+    ({"advantages": torch.zeros(2, 2)}, ValueError, r"advantages: expected .*got \(2, 2\)"),
+    ({"mask": [1]}, TypeError, "mask: expected a torch.Tensor, got list"),
+    ({"mask": MASK[:1]}, ValueError, r"mask: expected logprob's shape \(2, 3\), got \(1, 3\)"),
+    ({"mask": MASK.to(torch.complex64)}, TypeError, "mask: expected a bool, int or float"),
+    ({"clip_low": -0.1}, ValueError, "clip_low: expected >= 0 or None, got -0.1"),
+    ({"clip_high": float("nan")}, ValueError, "clip_high: expected a finite number, got nan"),
+    ({"dual_clip": 1.0}, ValueError, "dual_clip: expected > 1 or None, got 1.0"),
+    ({"dual_clip": "3"}, TypeError, "dual_clip: expected a number, got str"),
+    ({"entropy_coef": 0.1}, ValueError, "entropy: expected a tensor with entropy_coef=0.1, got None"),
+    ({"entropy_coef": None}, TypeError, "entropy_coef: expected a number, got NoneType"),
+    ({"entropy_coef": torch.zeros(2)}, ValueError, "entropy_coef: expected a number or a 0-d tensor"),
+    ({"entropy": LP[0]}, ValueError, "entropy: expected logprob's shape"),
+    ({"ref_kl_coef": 0.1}, ValueError, "ref_logprob: expected a tensor with ref_kl_coef=0.1, got None"),
+    ({"ref_logprob": LP.t()}, ValueError, "ref_logprob: expected logprob's shape"),
+    ({"kl_estimator": "k4"}, ValueError, "kl_estimator: expected one of .*k3.*got 'k4'"),
+    ({"kl_estimator": "k3++"}, ValueError, r"kl_estimator: .*got 'k3\+\+'"),
+    ({"kl_estimator": None}, ValueError, "kl_estimator: .*got None"),
+    ({"loss_agg_mode": "mean"}, ValueError, "loss_agg_mode: expected one of 'token-mean'.*got 'mean'"),
+    ({"dp_size": 0}, ValueError, "dp_size: expected >= 1, got 0"),
+    ({"dp_size": 2.0}, TypeError, "dp_size: expected an int, got float"),
+    ({"dp_size": 2}, ValueError, "batch_num_tokens: expected the number of the whole batch.*dp_size=2, got None"),
+    ({"dp_size": 2, "loss_agg_mode": "seq-mean-token-sum"}, ValueError, "global_batch_size: expected the number"),
+    ({"batch_num_tokens": -1}, ValueError, "batch_num_tokens: expected >= 0, got -1"),
+    ({"batch_num_tokens": torch.ones(2)}, ValueError, "batch_num_tokens: expected a number or a 0-d tensor"),
+    ({"global_batch_size": "4"}, TypeError, "global_batch_size: expected a number, got str"),
+    ({"loss_scale_factor": 0}, ValueError, "loss_scale_factor: expected > 0, got 0"),
+    ({"batch_group": "world"}, TypeError, "batch_group: expected a torch.distributed process group or None, got str"),
+]  # fmt: skip
+CLIP = [
+    ({"preset": "Paper"}, ValueError, "preset: expected one of 'verl', 'paper', got 'Paper'"),
+    ({"clip_low": "none"}, ValueError, r"clip_low: expected a number, None \(no clip\) or 'preset', got 'none'"),
+    ({"seed": None}, ValueError, "seed: expected an int or a 0-d int64 tensor .or a mask as `dropped`., got None"),
+    ({"seed": 1.5}, TypeError, "seed: expected an int"),
+    ({"ratio": 0.1, "k": 3}, ValueError, "ratio, k: expected one of them"),
+    ({"ratio": 0.0}, ValueError, "ratio: expected a fraction"),
+    ({"ratio": 1.1}, ValueError, "ratio: expected a fraction"),
+    ({"k": -1}, ValueError, "k: expected >= 0, got -1"),
+    ({"low": 5.0}, ValueError, "low: expected < high"),
+    ({"band": "relative"}, ValueError, "band: expected 'absolute' or 'quantile', got 'relative'"),
+    ({"band": "quantile"}, ValueError, r"low, high: expected shares in \[0, 1\] with band='quantile', got low=None"),
+    ({"band": "quantile", "low": 0.1, "high": 2.0}, ValueError, "high: expected a share"),
+    ({"token_index": MASK}, TypeError, "token_index: expected dtype torch.int64"),
+    ({"dropped": MASK, "seed": 0}, ValueError, "dropped: expected no seed, ratio, k, low, high, band.*got seed"),
+    ({"dropped": MASK, "ratio": 0.1, "low": 1.0}, ValueError, "dropped: .*got ratio, low"),
+    ({"dropped": MASK, "k": 1}, ValueError, "dropped: .*got k"),
+    ({"dropped": MASK, "high": 5.0}, ValueError, "dropped: .*got high"),
+    ({"dropped": MASK[0]}, ValueError, r"dropped: expected logprob's shape \(2, 3\), got \(3,\)"),
+]
+KL = [
+    ({"preset": None}, ValueError, "preset: expected one of 'verl', 'paper', got None"),
+    ({"ratio": 0.1, "k": 3}, ValueError, "ratio, k: expected one of them"),
+    ({"ratio": -1.0}, ValueError, "ratio: expected a fraction"),
+    ({"kl_coef": "1"}, TypeError, "kl_coef: expected a number, got str"),
+    ({"penalty_estimator": "l2"}, ValueError, "penalty_estimator: expected one of .*got 'l2'"),
+    ({"penalized": MASK, "ratio": 0.1}, ValueError, "penalized: expected no ratio, k beside it.*got ratio"),
+    ({"penalized": MASK, "k": 0}, ValueError, "penalized: .*got k"),
+    ({"penalized": 3}, TypeError, "penalized: expected a torch.Tensor, got int"),
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize(("changes", "error", "words"), SHARED)
+def test_shared_arguments(function: Any, changes: dict[str, Any], error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        call(function, **changes)
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), CLIP)
+def test_arguments_of_clip_cov(changes: dict[str, Any], error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        call(ek.clip_cov_loss, **changes)
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), KL)
+def test_arguments_of_kl_cov(changes: dict[str, Any], error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        call(ek.kl_cov_loss, **changes)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("seq-")])
+def test_packed_tokens_have_no_sequences(mode: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"logprob: expected \(\.\.\., sequences, tokens\) with loss_agg_mode=.*got shape"
+    ):
+        ek.policy_loss(LP[0], LP[0], LP[0], None, loss_agg_mode=mode)
+
+
+def test_estimator_of_the_function() -> None:
+    with pytest.raises(ValueError, match="estimator: expected one of"):
+        kl_estimate(LP, "full")
+
+
+# ---- signatures, presets, tables ------------------------------------------------------------------------------------
+
+
+def test_the_three_losses_share_their_arguments_and_defaults() -> None:
+    """One signature, extended; only the clips' default differs: the preset decides."""
+    base = inspect.signature(ek.policy_loss).parameters
+    for function in (ek.clip_cov_loss, ek.kl_cov_loss):
+        own = inspect.signature(function).parameters
+        assert list(own)[: len(base)] == list(base)
+        for name, parameter in base.items():
+            expected = "preset" if name in ("clip_low", "clip_high") else parameter.default
+            assert own[name].default == expected and own[name].kind == parameter.kind, name
+
+
+@pytest.mark.parametrize("preset", ["verl", "paper"])
+def test_none_means_the_presets_value(preset: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    lp, old, adv = (2 * torch.randn(8, 64, generator=g) for _ in range(3))
+    chosen = CLIP_COV[preset]
+    named = {"ratio": chosen.ratio, "low": chosen.low, "high": chosen.high, "band": chosen.band,
+             "clip_low": chosen.clip_low, "clip_high": chosen.clip_high}  # fmt: skip
+    a = ek.clip_cov_loss(lp, old, adv, None, preset=preset, seed=3)
+    b = ek.clip_cov_loss(lp, old, adv, None, preset=preset, seed=3, **named)  # type: ignore[arg-type]
+    assert torch.equal(a.loss, b.loss) and float(a.metrics["band_frac"]) > 0
+    a = ek.kl_cov_loss(lp, old, adv, None, preset=preset)
+    b = ek.kl_cov_loss(lp, old, adv, None, preset=preset, ratio=KL_COV[preset].ratio, clip_low=None, clip_high=None)
+    assert torch.equal(a.loss, b.loss)
+    assert torch.equal(a.metrics["selected_frac"], b.metrics["selected_frac"])
+
+
+def test_presets_are_those_of_the_paper_and_of_verl() -> None:
+    paper, verl = CLIP_COV["paper"], CLIP_COV["verl"]
+    assert (paper.ratio, paper.low, paper.high) == (verl.ratio, verl.low, verl.high) == (2e-4, 1.0, 5.0)
+    assert paper.clip_low is paper.clip_high is None and (verl.clip_low, verl.clip_high) == (0.2, 0.2)
+    assert paper.closed and not verl.closed and verl.at_least_one and not paper.at_least_one
+    assert verl.exclude_clipped and not paper.exclude_clipped
+    assert (paper.dropped_value, verl.dropped_value) == ("keep", "zero")
+    assert KL_COV["paper"].ratio == 2e-3 and KL_COV["verl"].ratio == 2e-4
+    assert all(p.clip_low is p.clip_high is None and p.penalty == "abs" for p in KL_COV.values())
+
+
+def test_a_clip_can_be_set_and_removed_in_either_preset() -> None:
+    old, adv = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
+    lp = torch.tensor([[1.0, -1.0]])  # both beyond a clip of .2
+    nothing = torch.zeros(1, 2)
+    for preset in ("verl", "paper"):
+        for function, mask in ((ek.clip_cov_loss, "dropped"), (ek.kl_cov_loss, "penalized")):
+            options: dict[str, Any] = {"preset": preset, mask: nothing}
+            on = function(lp, old, adv, None, clip_low=0.2, clip_high=0.2, **options)
+            off = function(lp, old, adv, None, clip_low=None, clip_high=None, **options)
+            high = function(lp, old, adv, None, clip_low=None, clip_high=0.2, **options)
+            assert [float(out.metrics["clipfrac"]) for out in (on, off, high)] == [1.0, 0.0, 0.5]
+
+
+def test_tables_for_the_docs() -> None:
+    table = metric_table()
+    assert table.splitlines()[0] == "| metric | definition | present |"
+    for name, metric in METRICS.items():
+        assert f"| `{name}` | {metric.definition} | {metric.given} |" in table
+        assert "|" not in metric.definition  # it would end the cell
+    names = "pg_loss clipfrac clipfrac_lower ppo_kl ppo_kl_abs ratio_mean ratio_max cov_mean cov_max band_frac"
+    assert list(METRICS) == [*names.split(), "selected_frac", "entropy", "ref_kl", "nonfinite_tokens"]
+    assert set(AGG_MODES) == set(MODES)
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+MODULES = [
+    (ek.PolicyLossModule, ek.policy_loss, {"clip_high": 0.28, "dual_clip": 3.0}),
+    (ek.ClipCovLoss, ek.clip_cov_loss, {"preset": "paper", "seed": 4, "k": 2, "low": -9.0}),
+    (ek.KlCovLoss, ek.kl_cov_loss, {"kl_coef": 0.5, "k": 2, "loss_agg_mode": "seq-mean-token-mean"}),
+]
+
+
+@pytest.mark.parametrize(("module", "function", "options"), MODULES)
+def test_modules_are_their_functions(module: Any, function: Any, options: dict[str, Any]) -> None:
+    g = torch.Generator().manual_seed(0)
+    lp, old, adv = (torch.randn(3, 5, generator=g) for _ in range(3))
+    criterion = module(**options)
+    assert not list(criterion.parameters()) and not criterion.state_dict()
+    expected = function(lp, old, adv, None, **options)
+    out = criterion(lp, old, adv, None)
+    assert isinstance(out, ek.PolicyLoss) and torch.equal(out.loss, expected.loss)
+    # what is given in the call goes first, and does not stay
+    entropy = leaf(lp)
+    again = criterion(lp, old, adv, None, entropy=entropy, entropy_coef=0.1, loss_agg_mode="token-sum")
+    changed = {**options, "entropy": entropy, "entropy_coef": 0.1, "loss_agg_mode": "token-sum"}
+    assert torch.equal(again.loss, function(lp, old, adv, None, **changed).loss)
+    assert torch.equal(criterion(lp, old, adv, None).loss, expected.loss)
+    for name, value in options.items():
+        assert f"{name}={value!r}" in repr(criterion)
+
+
+@pytest.mark.parametrize(("module", "function", "options"), MODULES)
+def test_modules_refuse_options_their_function_lacks(module: Any, function: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(
+        TypeError, match=rf"{module.__name__}: expected keyword arguments of {function.__name__}.*got epsilon"
+    ):
+        module(epsilon=0.2, **options)
+    with pytest.raises(TypeError, match="got mask"):
+        module(mask=None)

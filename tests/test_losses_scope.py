@@ -1,0 +1,255 @@
+"""One batch, micro-batches and data-parallel ranks give the same loss; compiled code too, and nothing is read back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import entropy_kernels as ek
+from loss_cases import MODES, leaf
+
+ROWS, LENGTH = 8, 12
+SELECTING = {
+    "policy": (ek.policy_loss, None),
+    "clip_cov": (ek.clip_cov_loss, "dropped"),
+    "kl_cov": (ek.kl_cov_loss, "penalized"),
+}
+
+
+def batch() -> dict[str, Tensor]:
+    """Rows of different lengths, an empty one among them; float64, so that only the order of sums differs."""
+    g = torch.Generator().manual_seed(5)
+    old = -3 * torch.rand(ROWS, LENGTH, generator=g, dtype=torch.float64)
+    return {
+        "logprob": old + 0.3 * torch.randn(ROWS, LENGTH, generator=g, dtype=torch.float64),
+        "old_logprob": old,
+        "advantages": 2 * torch.randn(ROWS, 1, generator=g, dtype=torch.float64),
+        "mask": torch.arange(LENGTH) < torch.tensor([12, 3, 0, 7, 1, 12, 5, 9])[:, None],
+        "entropy": 2 * torch.rand(ROWS, LENGTH, generator=g, dtype=torch.float64),
+        "ref_logprob": old + 0.1,
+    }
+
+
+TERMS: dict[str, Any] = {"entropy_coef": 0.02, "ref_kl_coef": 0.05}
+POSITIONAL = ("logprob", "old_logprob", "advantages", "mask")
+
+
+def loss_of(function: Any, data: dict[str, Tensor], **options: Any) -> tuple[ek.PolicyLoss, Tensor, Tensor]:
+    """The loss after backward, and the gradients of logprob and entropy."""
+    data = {**data, "logprob": leaf(data["logprob"]), "entropy": leaf(data["entropy"])}
+    positional = [data[name] for name in POSITIONAL]
+    out = function(*positional, entropy=data["entropy"], ref_logprob=data["ref_logprob"], **TERMS, **options)
+    out.loss.backward()
+    assert data["logprob"].grad is not None and data["entropy"].grad is not None
+    return out, data["logprob"].grad, data["entropy"].grad
+
+
+def masks_of(parts: list[dict[str, Tensor]], argument: str) -> list[Tensor]:
+    """Selection over the whole batch, from its parts."""
+    selection = ek.SelectionBatch()
+    for part in parts:
+        selection.add(*(part[name] for name in ("logprob", "advantages", "mask")))
+    if argument == "dropped":
+        return selection.clip_cov(seed=9, ratio=0.2, low=-9.0, high=9.0)
+    return selection.kl_cov(ratio=0.2)
+
+
+@pytest.mark.parametrize("name", SELECTING)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_micro_batches_add_up_to_the_batch(name: str, mode: str, count: int) -> None:
+    function, argument = SELECTING[name]
+    data = batch()
+    rows = [slice(i, i + ROWS // count) for i in range(0, ROWS, ROWS // count)]
+    parts = [{key: value[part] for key, value in data.items()} for part in rows]
+    whole = {"batch_num_tokens": int(data["mask"].sum()), "global_batch_size": ROWS, "loss_scale_factor": 3}
+    given: list[dict[str, Tensor]] = [{}] * count
+    one: dict[str, Tensor] = {}
+    if argument is not None:
+        given = [{argument: mask} for mask in masks_of(parts, argument)]
+        one = {argument: masks_of([data], argument)[0]}
+        assert one[argument].any()
+    expected = loss_of(function, data, loss_agg_mode=mode, **whole, **one)
+    outs = [loss_of(function, p, loss_agg_mode=mode, **whole, **m) for p, m in zip(parts, given, strict=True)]
+    torch.testing.assert_close(sum(out.loss for out, _, _ in outs), expected[0].loss)
+    torch.testing.assert_close(torch.cat([grad for _, grad, _ in outs]), expected[1])
+    torch.testing.assert_close(torch.cat([grad for _, _, grad in outs]), expected[2])
+    # pg_loss adds up as the loss does
+    torch.testing.assert_close(sum(out.metrics["pg_loss"] for out, _, _ in outs), expected[0].metrics["pg_loss"])
+
+
+def test_without_the_whole_batchs_numbers_micro_batches_do_not_add_up() -> None:
+    """The test above can fail: per-call denominators give another loss."""
+    data = batch()
+    parts = [{key: value[i : i + 4] for key, value in data.items()} for i in (0, 4)]
+    expected = loss_of(ek.policy_loss, data)[0].loss
+    mean = sum(loss_of(ek.policy_loss, part)[0].loss for part in parts) / 2
+    assert not torch.allclose(mean, expected, rtol=1e-3)
+
+
+def test_selecting_per_micro_batch_is_another_selection() -> None:
+    """Why SelectionBatch exists (and what the docstring warns of): 4 calls drop 4 tokens, one call drops 1."""
+    data = batch()
+    options = {"seed": 0, "ratio": 1e-4, "low": -99.0, "high": 99.0, "clip_low": None, "clip_high": None}
+
+    def dropped(part: dict[str, Tensor]) -> int:
+        out = ek.clip_cov_loss(*(part[name] for name in POSITIONAL), **options)  # type: ignore[arg-type]
+        return round(float(out.metrics["selected_frac"] * part["mask"].sum()))
+
+    parts = [{key: value[i : i + 2] for key, value in data.items()} for i in range(0, ROWS, 2)]
+    assert dropped(data) == 1 and sum(map(dropped, parts)) == 4
+
+
+# ---- data-parallel ranks --------------------------------------------------------------------------------------------
+
+# Rows per rank: unequal, with a rank that has none.
+SHARES = {2: [slice(0, 5), slice(5, 8)], 4: [slice(0, 3), slice(3, 4), slice(4, 4), slice(4, 8)]}
+
+
+def selection_options(name: str) -> dict[str, Any]:
+    clip = {"seed": 9, "ratio": 0.2, "low": -9.0, "high": 9.0}
+    quantile = {"seed": 9, "ratio": 0.2, "low": 0.2, "high": 0.8, "band": "quantile"}
+    return {"policy": {}, "clip_cov": clip, "clip_quantile": quantile, "kl_cov": {"ratio": 0.2}}[name]
+
+
+def check_rank(group: Any, size: int) -> None:
+    """Runs on every rank: this rank's share of everything is what one rank computes from the whole batch."""
+    rank = dist.get_rank(group)
+    rows = SHARES[size][rank]
+    data = batch()
+    part = {key: value[rows] for key, value in data.items()}
+    for name in ("policy", "clip_cov", "clip_quantile", "kl_cov"):
+        function = SELECTING["clip_cov" if name.startswith("clip") else name][0]
+        for mode in MODES if name == "policy" else ("token-mean", "seq-mean-token-mean"):
+            options = {"loss_agg_mode": mode, **selection_options(name)}
+            expected, grad, grad_entropy = loss_of(function, data, **options)
+            for dp_size in (1, size):
+                out, own, own_entropy = loss_of(function, part, batch_group=group, dp_size=dp_size, **options)
+                total = out.loss.detach().clone()
+                dist.all_reduce(total, group=group)
+                torch.testing.assert_close(total, expected.loss.detach() * dp_size)
+                torch.testing.assert_close(own, grad[rows] * dp_size)
+                torch.testing.assert_close(own_entropy, grad_entropy[rows] * dp_size)
+                assert out.metrics.keys() == expected.metrics.keys()
+                torch.testing.assert_close(out.metrics, expected.metrics)
+                mine = torch.stack(list(out.metrics.values()))
+                of_all = [torch.empty_like(mine) for _ in range(size)]
+                dist.all_gather(of_all, mine, group=group)
+                assert all(torch.equal(other, mine) for other in of_all)  # bit for bit
+    # given denominators go before the group's
+    out = loss_of(ek.policy_loss, part, batch_group=group, batch_num_tokens=1000)[0]
+    expected = loss_of(ek.policy_loss, part, batch_num_tokens=1000)[0]
+    torch.testing.assert_close(out.loss, expected.loss)
+
+
+def check_compiled_rank(group: Any, size: int) -> None:
+    part = {key: value[SHARES[size][dist.get_rank(group)]] for key, value in batch().items()}
+    compiled = torch.compile(ek.policy_loss, backend="aot_eager", fullgraph=True, dynamic=False)
+    expected, grad, _ = loss_of(ek.policy_loss, part, batch_group=group)
+    out, own, _ = loss_of(compiled, part, batch_group=group)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(own, grad)
+
+
+def _rank_main(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    check_rank(dist.group.WORLD, 4)
+    check_rank(pairs[rank // 2], 2)
+    if rank < 2:
+        check_compiled_rank(pairs[0], 2)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_loss_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real gloo groups of 4 and 2 ranks: loss, gradients and metrics; one of the ranks has no rows."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(ek.__file__).parents[1]), str(Path(__file__).parent)]))
+    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path / "store"),), nprocs=4)
+
+
+# ---- compiled, and without a sync -----------------------------------------------------------------------------------
+
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "policy": (ek.policy_loss, {"dual_clip": 3.0, "kl_estimator": "k3+"}),
+    "clip_cov_verl": (ek.clip_cov_loss, {"seed": torch.tensor(3), "ratio": 0.2, "low": -9.0, "high": 9.0}),
+    "clip_cov_paper": (
+        ek.clip_cov_loss,
+        {"preset": "paper", "seed": torch.tensor(3), "k": 4, "low": -9.0, "high": 9.0},
+    ),
+    "clip_cov_quantile": (ek.clip_cov_loss, {"seed": torch.tensor(3), "band": "quantile", "low": 0.2, "high": 0.9}),
+    "clip_cov_given": (ek.clip_cov_loss, {"dropped": torch.ones(ROWS, LENGTH)}),
+    "kl_cov": (ek.kl_cov_loss, {"ratio": 0.2, "penalty_estimator": "k2"}),
+    "kl_cov_given": (ek.kl_cov_loss, {"penalized": torch.ones(ROWS, LENGTH), "kl_coef": torch.tensor(0.5)}),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+@every_call
+def test_compiled_in_one_graph(name: str) -> None:
+    function, options = CALLS[name]
+    mode = MODES[list(CALLS).index(name) % len(MODES)]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    expected = loss_of(function, batch(), loss_agg_mode=mode, **options)
+    out = loss_of(compiled, batch(), loss_agg_mode=mode, **options)
+    torch.testing.assert_close(out[0].loss, expected[0].loss)
+    torch.testing.assert_close(out[1:], expected[1:])
+    torch.testing.assert_close(dict(out[0].metrics), expected[0].metrics)
+
+
+def test_a_compiled_module_recompiles_for_nothing_that_changes_each_step() -> None:
+    """Seed, counts and coefficients as tensors, new values: one graph."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    criterion = torch.compile(ek.ClipCovLoss(ratio=0.2, low=-9.0, high=9.0), backend=counter, fullgraph=True)
+    data = batch()
+    seen = set()
+    for step in range(4):
+        out = criterion(
+            *(data[key] for key in POSITIONAL), seed=torch.tensor(step), batch_num_tokens=torch.tensor(50 + step),
+            entropy=leaf(data["entropy"]), entropy_coef=torch.tensor(0.01 * step),
+        )  # fmt: skip
+        seen.add(float(out.loss.detach()))
+    assert counter.frame_count == 1 and len(seen) == 4
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuses every operator whose result the host must wait for."""
+
+    FORBIDDEN = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_to_cpu")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.FORBIDDEN or name.startswith("unique"):
+            raise AssertionError(f"host sync: {func}")
+        if name in ("index", "index_put", "index_put_"):
+            indices = [i for i in args[1] if i is not None]
+            if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+                raise AssertionError(f"host sync (mask indexing): {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@every_call
+@pytest.mark.parametrize("mode", MODES)
+def test_no_value_is_read_back_by_the_host(name: str, mode: str) -> None:
+    function, options = CALLS[name]
+    data = batch()
+    with NoHostSync():
+        loss_of(function, data, loss_agg_mode=mode, batch_num_tokens=torch.tensor(40), **options)
+
+
+def test_the_guard_sees_a_sync() -> None:
+    x = torch.ones(3)
+    for sync in (lambda: x.sum().item(), lambda: bool(x.sum() > 0), lambda: x.nonzero(), lambda: x[x > 0]):
+        with pytest.raises(AssertionError, match="host sync"), NoHostSync():
+            sync()
