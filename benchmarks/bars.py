@@ -10,6 +10,9 @@ from benchmarks.implementations import ours_for
 from benchmarks.measure import Record
 from benchmarks.shapes import BARS, Plan
 
+_NOT_ASKED = "was not part of this run"
+FEWEST_SAMPLES = 7
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -23,6 +26,12 @@ class Verdict:
     value: float | None
     best: float | None
     note: str
+    samples: int | None = None  # the fewest that the value rests on
+
+    @property
+    def absent(self) -> bool:
+        """True if what the bar compares was not asked for in this run."""
+        return self.value is None and self.note.endswith(_NOT_ASKED)
 
     @property
     def passed(self) -> bool | None:
@@ -58,7 +67,8 @@ class _Judge:
                 return Verdict(text, shape, sense, limit, "×", None, None, _why(record, op, name))
             pair.append(record.summary)
         value, best = (pair[0][key] / pair[1][key] for key in ("median", "min"))
-        return Verdict(text, shape, sense, limit, "×", value, best, "")
+        samples = min(summary["count"] for summary in pair)
+        return Verdict(text, shape, sense, limit, "×", value, best, "", int(samples))
 
     def logits(self, shape: str) -> list[Verdict]:
         ours = self._ours
@@ -111,7 +121,7 @@ class _Judge:
 
 def _why(record: Record | None, op: str, name: str) -> str:
     if record is None:
-        return f"{name} of {op} was not part of this run"
+        return f"{name} of {op} {_NOT_ASKED}"
     return f"{name} of {op}: {record.reason or record.status}"
 
 

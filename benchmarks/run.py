@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=_listed("dtype", list(DTYPES)), metavar="A,B", help="of the logits; by default fp32,bf16")
     add("--device", default="cpu", help="cpu or cuda[:n]; default %(default)s")
     add("--threads", type=_at_least(1), help="torch's threads; by default torch's own choice")
-    add("--repeats", type=_at_least(1), help="rounds; by default 9, with --quick 7")
+    add("--repeats", type=_at_least(1), help=f"rounds; by default {BARS.repeats}")
     add(
         "--cache", choices=("hot", "cold"), default="hot",
         help="hot: caches as the previous call left them; cold: flushed before each call; default %(default)s",
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured, head["bandwidth"] = _run(work, settings, device)
     head["seconds"] = round(time.perf_counter() - started, 1)
     records = [record for _, part in measured for record in part]
-    verdicts = bars.judge(records, plan, device.type)
+    verdicts = [verdict for verdict in bars.judge(records, plan, device.type) if not verdict.absent]
     folder = output_folder(arguments, device)
     text = tables.markdown(head, verdicts, [(group.title, group.host, part) for group, part in measured])
     _write(folder, head, measured, verdicts, text)

@@ -92,7 +92,7 @@ BARS = Plan(
     logits=(LogitsShape(512, 151936),),
     tokens=tuple(TokensShape(1 << 22, distribution) for distribution in DISTRIBUTIONS),
     batches=(BatchShape(512, 128),),
-    repeats=9,
+    repeats=7,
 )
 QUICK = Plan(
     logits=(LogitsShape(128, 151936),),

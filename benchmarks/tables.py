@@ -7,7 +7,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.bars import Verdict
+from benchmarks.bars import FEWEST_SAMPLES, Verdict
 from benchmarks.measure import Record
 
 
@@ -38,6 +38,8 @@ def bars_table(verdicts: Sequence[Verdict]) -> str:
         unit = verdict.unit if verdict.unit == "×" else f" {verdict.unit}"
         value, best = ("–" if v is None else f"{_significant(v)}{unit}" for v in (verdict.value, verdict.best))
         result = {True: "pass", False: "FAIL", None: f"not measured: {verdict.note}"}[verdict.passed]
+        if verdict.samples is not None and verdict.samples < FEWEST_SAMPLES:
+            result += f", on {verdict.samples} samples only"
         sense = {">=": "≥", "<=": "≤"}[verdict.sense]
         rows.append([verdict.text, verdict.shape, f"{sense} {verdict.limit:g}{unit}", value, best, result])
     headers = ["bar", "shape", "required", "median", "minimum", "verdict"]

@@ -19,6 +19,9 @@ import torch
 from benchmarks.implementations import Prepared
 
 WARM_UP = 2  # calls before the first round, after the checked one
+LONG = 0.2  # seconds; an implementation slower than this is warm after one call
+BUDGET = 12.0  # seconds that one implementation may take of a group's rounds
+FEWEST = 3  # rounds that even a slower one takes part in
 SHORT = 20e-3  # an implementation faster than this is called several times per round
 CALLS_PER_ROUND = 8
 
@@ -107,15 +110,19 @@ def interleave(
 ) -> list[list[float]]:
     """Seconds of every call, as lists parallel to ``calls``: ``repeats`` rounds, a new order in each.
 
-    Short calls are timed several times per round, so that their percentiles rest on more samples.
+    Short calls are timed several times per round, so that their percentiles rest on more samples; calls so long that
+    ``repeats`` of them exceed BUDGET take part in fewer rounds, FEWEST at least.
     ``tick`` is called after each implementation's turn, for a progress bar.
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected >= 1, got {repeats}")
-    turns = []
+    turns, rounds = [], []
     for prepared in calls:
-        warm = min(clock.time(prepared) for _ in range(WARM_UP))
+        warm = clock.time(prepared)
+        for _ in range(WARM_UP - 1 if warm < LONG else 0):
+            warm = min(warm, clock.time(prepared))
         turns.append(max(1, min(CALLS_PER_ROUND, int(SHORT / max(warm, 1e-9)))))
+        rounds.append(max(FEWEST, min(repeats, int(BUDGET / max(warm, 1e-9)))))
         tick()
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
@@ -124,9 +131,11 @@ def interleave(
     gc.collect()
     gc.disable()  # a collection inside a timed call would be charged to whoever happens to run
     try:
-        for _ in range(repeats):
+        for done in range(repeats):
             shuffle(order)
             for index in order:
+                if done >= rounds[index]:
+                    continue
                 samples[index].extend(clock.time(calls[index]) for _ in range(turns[index]))
                 tick()
             gc.collect(1)  # what a round left behind; a full collection takes longer than many a call

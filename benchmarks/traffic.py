@@ -85,6 +85,8 @@ class Peak:
 def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 3) -> Peak:
     """Peak memory that one (warm) call adds. The smallest of ``tries``: other threads can only add to it.
 
+    A peak above 64 MB is taken as it is: what disturbs it is far smaller, and such calls are slow.
+
     On Linux the high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs), which also sees what
     C++ code allocates on its own; the kernel counts it to about 0.1 MB. Elsewhere torch's own allocations, from its
     profiler. On CUDA the allocator's peak.
@@ -97,6 +99,8 @@ def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 
         if prepared.reset is not None:
             prepared.reset()
         peaks.append(measure(prepared.call, device))
+        if peaks[-1].bytes > 64 << 20:
+            break
     return Peak(max(0, min(peak.bytes for peak in peaks)), peaks[0].method)
 
 

@@ -265,6 +265,12 @@ def test_interleave_resets_before_every_call_and_counts_samples() -> None:
     assert min(samples[0]) >= 0.03 and log == ["reset", "call"] * (3 + timing.WARM_UP)
 
 
+def test_long_calls_take_part_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BUDGET", 0.05)
+    samples = timing.interleave([Prepared(lambda: time.sleep(0.03)), Prepared(lambda: None)], timing.CpuClock(), 6)
+    assert [len(series) for series in samples] == [timing.FEWEST, 6 * timing.CALLS_PER_ROUND]
+
+
 def test_cold_clock_flushes_and_times_the_same_call() -> None:
     clock = timing.clock_for(CPU, "cold")
     assert clock.time(Prepared(lambda: time.sleep(0.01))) >= 0.01
@@ -321,7 +327,9 @@ def test_a_name_is_registered_once() -> None:
 
 
 def _record(op: str, name: str, shape: str, dtype: str, median: float, **fields: object) -> Record:
-    record = Record(op, name, "ours", shape, dtype, "cpu", "hot", summary={"min": 0.9 * median, "median": median})
+    record = Record(
+        op, name, "ours", shape, dtype, "cpu", "hot", summary={"count": 7, "min": 0.9 * median, "median": median}
+    )
     return replace(record, **fields)
 
 
@@ -347,6 +355,8 @@ def test_bars_are_judged_by_medians() -> None:
     assert passed("forward, bf16 over fp32") is False
     assert passed("forward, extra memory") is True
     assert passed("forward, faster than torch.compile") is None
+    assert verdicts["forward, faster than torch.compile", shape].absent
+    assert not verdicts["forward, faster than torch eager", shape].absent
     assert passed("clip_cov_mask, faster than torch.topk(cov, 800)", "4194304 normal") is True
     assert passed("kl_cov_mask, host time of a call", "64 normal") is True
     table = tables.bars_table(list(verdicts.values()))
