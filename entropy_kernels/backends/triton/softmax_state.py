@@ -67,23 +67,33 @@ def raise_top(m, s, w, s2, w2, top, scale, SECOND_ORDER: tl.constexpr):
 
 
 @triton.jit
-def add_tile(z, m, s, w, s2, w2, scale, SECOND_ORDER: tl.constexpr):
-    """Add logits z (STEPS, WARPS, LANES) to one state per warp and sums per lane.
+def _per_lane(x, WARPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Sum of x (STEPS, WARPS·LANES·WIDTH) per lane (WARPS, LANES): registers of one thread."""
+    return tl.sum(tl.reshape(tl.sum(x, axis=0), (WARPS, LANES, WIDTH)), axis=2)
 
-    m is (WARPS, 1), the sums (WARPS, LANES): a column of z is added in the registers of its thread, and the maximum
-    moves within a warp only, once per tile, so the loop over tiles has no barrier.
+
+@triton.jit
+def add_tile(
+    z, m, s, w, s2, w2, scale,
+    WARPS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, SECOND_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Add logits z (STEPS, WARPS·LANES·WIDTH) to one state per warp with its sums per lane.
+
+    m is (WARPS, 1), the sums (WARPS, LANES). Sums stay in the registers of a thread and the maximum moves within a
+    warp, once per tile, so the loop over tiles has no barrier.
     """
-    highest = tl.max(tl.max(z, axis=3), axis=0)
+    highest = tl.max(tl.reshape(tl.max(z, axis=0), (WARPS, LANES, WIDTH)), axis=2)
     top = tl.maximum(m, tl.max(highest, axis=1, keep_dims=True))
     s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, scale, SECOND_ORDER)
-    t = bits_below(z, finite_top(top)[None, :, :, None], scale)
+    spread = tl.broadcast_to(finite_top(top)[:, :, None], (WARPS, LANES, WIDTH))
+    t = bits_below(z, tl.reshape(spread, (1, WARPS * LANES * WIDTH)), scale)
     e = tl.exp2(t)
     te = t * e
-    s += tl.sum(tl.sum(e, axis=3), axis=0)
-    w -= tl.sum(tl.sum(te, axis=3), axis=0)
+    s += _per_lane(e, WARPS, LANES, WIDTH)
+    w -= _per_lane(te, WARPS, LANES, WIDTH)
     if SECOND_ORDER:
-        s2 += tl.sum(tl.sum(e * e, axis=3), axis=0)
-        w2 -= tl.sum(tl.sum(te * e, axis=3), axis=0)
+        s2 += _per_lane(e * e, WARPS, LANES, WIDTH)
+        w2 -= _per_lane(te * e, WARPS, LANES, WIDTH)
     return top, s, w, s2, w2
 
 

@@ -1,7 +1,7 @@
 """Statistics of softmax rows in Triton: one read forward; one read and one write backward.
 
 Forward: a program owns a row, or one of several parts of a row when rows are few; it walks over tiles of
-(STEPS, WARPS, LANES, WIDTH) logits with the next tile's loads in flight and keeps one state per warp, sums per lane
+(STEPS, WARPS·LANES·WIDTH) logits with the next tile's loads in flight and keeps one state per warp, sums per lane
 (softmax_state.py), merged once at the end. Parts of a row leave their states in a buffer that a second, tiny kernel
 merges. Backward: a program owns a stretch of a row. Nothing here is autotuned yet: the tables of tiling.py were chosen
 from instruction and register counts.
@@ -145,11 +145,9 @@ def forward_kernel(
     first = part * tiles_per_part
     last = tl.minimum(first + tiles_per_part, whole_tiles)
 
-    step = tl.arange(0, STEPS)[:, None, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    lane = tl.arange(0, LANES)[None, None, :, None]
-    element = tl.arange(0, WIDTH)[None, None, None, :]
-    column = ((step * WARPS + warp) * LANES + lane) * WIDTH + element  # (STEPS, WARPS, LANES, WIDTH)
+    step = tl.arange(0, STEPS)[:, None]
+    place = tl.arange(0, WARPS * LANES * WIDTH)[None, :]
+    column = step * (WARPS * LANES * WIDTH) + place  # (STEPS, WARPS·LANES·WIDTH)
     offset = column.to(tl.int64) * stride_v
     jump = tl.cast(stride_v, tl.int64) * TILE
 
@@ -167,14 +165,14 @@ def forward_kernel(
         tile_ptr += jump
         following = tl.load(tile_ptr + offset, mask=_all_or_none(column, tile + 1, last))
         z, _ = cap(current.to(ACC), softcap, SOFTCAP)
-        m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, SECOND)
+        m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, WARPS, LANES, WIDTH, SECOND)
 
     if (whole_tiles >= first) & (whole_tiles < first + tiles_per_part) & (whole_tiles * TILE < limit):
         exists = column < limit - whole_tiles * TILE
         rest = tl.load(row_ptr + whole_tiles.to(tl.int64) * jump + offset, mask=exists, other=0.0)
         z, _ = cap(rest.to(ACC), softcap, SOFTCAP)
         z = tl.where(exists, z, -float("inf"))
-        m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, SECOND)
+        m, s, w, s2, w2 = add_tile(z, m, s, w, s2, w2, scale, WARPS, LANES, WIDTH, SECOND)
 
     top, sum_s, sum_w, sum_s2, sum_w2 = merge_lanes(m, s, w, s2, w2, scale, SECOND)
     local = target - vocab_start
