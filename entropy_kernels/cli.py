@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +19,23 @@ _DISPATCH = {"train": ("entropy_kernels.trainer.__main__", "train"), "bench": ("
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the ``entropy-kernels`` command; returns the exit code: 0, 1 (a check failed) or 2 (usage)."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in _DISPATCH:
-        return _dispatch(argv[0], argv[1:])
-    arguments = _parser().parse_args(argv)
+    try:
+        elsewhere = bool(argv) and argv[0] in _DISPATCH
+        code = _dispatch(argv[0], argv[1:]) if elsewhere else _run(_parser().parse_args(argv))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `| head` closed the pipe. What is still buffered goes nowhere, without a complaint when the interpreter
+        # flushes it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         return arguments.run(arguments)
     except BrokenPipeError:
-        # `| head` closed the pipe: not an error of ours, and there is nowhere left to print to
-        sys.stderr.close()
-        return 0
+        raise
     except (ValueError, OSError, ImportError) as error:
         # Expected failures (a wrong path, a column that is not there) are one line; a bug keeps its traceback.
         print(f"entropy-kernels {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)

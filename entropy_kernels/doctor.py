@@ -108,9 +108,9 @@ def auto_choices() -> list[tuple[str, str, str, str]]:
             if reason is not None:
                 rows.append((op, device, "none", reason))
                 continue
-            skipped = [f"{b}: {registry.unavailable(op, b)}" for b in order[: order.index(chosen)]]
+            skipped = order[: order.index(chosen)]
             why = f"first available of {', '.join(order)}"
-            rows.append((op, device, chosen, "; ".join([why, *skipped])))
+            rows.append((op, device, chosen, f"{why} (not {', '.join(skipped)}: see above)" if skipped else why))
     return rows
 
 

@@ -64,7 +64,7 @@ def _timed(op: str, backend: str, device: str, compare: Compare) -> list[Check]:
 def _check_token_stats(backend: str, device: str) -> Errors:
     """Largest scaled errors of values and gradients, fp32 and bf16 logits, odd width, an ignored and a masked entry."""
     generator = torch.Generator().manual_seed(0)
-    rows, vocab = 24, 257
+    rows, vocab = 8, 257  # few: Triton's interpreter takes a second for them
     base = torch.randn(rows, vocab, generator=generator) * 3
     base[1, 5] = -math.inf
     target = torch.randint(6, vocab, (rows,), generator=generator)
