@@ -34,7 +34,8 @@ class Case:
     name: str
     reason: str
     build: Callable[[torch.dtype, str], Sample]
-    dtypes: tuple[torch.dtype, ...] = ALL
+    dtypes: tuple[torch.dtype, ...] = ALL  # in which the case exists
+    slow_dtypes: tuple[torch.dtype, ...] = ALL  # in which it has something of its own to show: all that slow places run
 
     def __str__(self) -> str:
         return self.name
@@ -43,11 +44,12 @@ class Case:
 CASES: list[Case] = []
 
 
-def case(reason: str, dtypes: tuple[torch.dtype, ...] = ALL) -> Callable:
-    """Register the builder below as the case of its name."""
+def case(reason: str, dtypes: tuple[torch.dtype, ...] = ALL, numeric: bool = False) -> Callable:
+    """Register the builder below as the case of its name; ``numeric``: the range of the dtype matters to it."""
 
     def register(build: Callable[[torch.dtype, str], Sample]) -> Callable:
-        CASES.append(Case(build.__name__, reason, build, dtypes))
+        slow = ALL if numeric else (torch.bfloat16, torch.float32)
+        CASES.append(Case(build.__name__, reason, build, dtypes, tuple(d for d in slow if d in dtypes)))
         return build
 
     return register
@@ -117,9 +119,9 @@ def one_valid(dtype: torch.dtype, device: str) -> Sample:
 
 @case("a fully masked sequence, and ragged ends, in a batch")
 def masked_sequences(dtype: torch.dtype, device: str) -> Sample:
-    logits, target = normal(3, 4, 97, dtype=dtype, device=device), labels(3, 4, vocab=97, device=device)
-    target[1], target[2, 2:] = IGNORE, IGNORE
-    logits[1], logits[2, 2:] = NAN, -INF
+    logits, target = normal(3, 3, 97, dtype=dtype, device=device), labels(3, 3, vocab=97, device=device)
+    target[1], target[2, 1:] = IGNORE, IGNORE
+    logits[1], logits[2, 1:] = NAN, -INF
     return Sample(logits, target)
 
 
@@ -192,7 +194,7 @@ def poisoned_tiles(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("masking by the dtype's lowest number instead of -inf, under a temperature that overflows it")
+@case("masking by the dtype's lowest number instead of -inf, under a temperature that overflows it", numeric=True)
 def masked_by_lowest(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, temperature=0.25)
     sample.logits[:, 10:90] = torch.finfo(dtype).min
@@ -200,7 +202,7 @@ def masked_by_lowest(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("a row of the dtype's lowest number is uniform; the label on a lowest entry stays finite")
+@case("a row of the dtype's lowest number is uniform; the label on a lowest entry stays finite", numeric=True)
 def lowest_everywhere(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, rows=3)
     sample.logits[0] = torch.finfo(dtype).min
@@ -211,7 +213,7 @@ def lowest_everywhere(dtype: torch.dtype, device: str) -> Sample:
 # ---- 7. magnitudes --------------------------------------------------------------------------------------------------
 
 
-@case("row maxima at +1000 and -1000")
+@case("row maxima at +1000 and -1000", numeric=True)
 def offset(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, rows=6)
     shift = torch.tensor([1000.0, -1000.0, 1000.0, -1000.0, 0.0, 300.0], dtype=dtype, device=device)
@@ -219,14 +221,14 @@ def offset(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("offsets under a temperature that is no power of two: scaling before the subtraction rounds")
+@case("offsets under a temperature that is no power of two: scaling before the subtraction rounds", numeric=True)
 def offset_tempered(dtype: torch.dtype, device: str) -> Sample:
     sample = offset(dtype, device)
     sample.kwargs["temperature"] = 0.7
     return sample
 
 
-@case("fp16's largest and lowest number, one such row, both in one row")
+@case("fp16's largest and lowest number, one such row, both in one row", numeric=True)
 def largest_fp16(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, rows=4)
     sample.logits[0, 5] = 65504
@@ -236,7 +238,7 @@ def largest_fp16(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("the dtype's largest and lowest number in one row: their difference overflows")
+@case("the dtype's largest and lowest number in one row: their difference overflows", numeric=True)
 def largest_both(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, rows=3)
     big = torch.finfo(dtype).max
@@ -247,25 +249,28 @@ def largest_both(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("a nearly deterministic policy: H of 1e-3 to 1e-20, where nothing may cancel; the label on the mode and off it")
+@case(
+    "a nearly deterministic policy: H of 1e-3 to 1e-20, where nothing may cancel; the label on the mode and off it",
+    numeric=True,
+)
 def confident(dtype: torch.dtype, device: str) -> Sample:
-    sample = plain(dtype, device, rows=8, vocab=203)
+    sample = plain(dtype, device, rows=8)
     sample.logits.clamp_(-4, 4)
     top = torch.tensor([10.0, 15, 20, 25, 30, 50, 25, 50], dtype=dtype, device=device)
-    sample.logits[:, 100] = top
-    sample.target[:6] = 100
+    sample.logits[:, 50] = top
+    sample.target[:6] = 50
     sample.target[6:] = 3
     return sample
 
 
-@case("logprob of -200: the gradient at the label is still 1/T")
+@case("logprob of -200: the gradient at the label is still 1/T", numeric=True)
 def improbable_label(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, rows=2)
     sample.logits.scatter_(1, sample.target[:, None], -200.0)
     return sample
 
 
-@case("ties: a constant row, two and three equal maxima")
+@case("ties: a constant row, two and three equal maxima", numeric=True)
 def ties(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, rows=3)
     sample.logits[0] = 1.5
@@ -275,7 +280,7 @@ def ties(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("a maximum that grows in every tile, and one that falls: every merge rescales")
+@case("a maximum that grows in every tile, and one that falls: every merge rescales", numeric=True)
 def monotone(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, rows=2, vocab=9000)
     ramp = torch.linspace(-40, 40, 9000, device=device)
@@ -283,7 +288,7 @@ def monotone(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("-0.0 and 0.0 tie")
+@case("-0.0 and 0.0 tie", numeric=True)
 def signed_zero(dtype: torch.dtype, device: str) -> Sample:
     sample = plain(dtype, device, rows=2)
     sample.logits[0] = -0.0
@@ -346,18 +351,18 @@ def three_dimensions(dtype: torch.dtype, device: str) -> Sample:
 
 @case("(A, B, L, V)")
 def four_dimensions(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(2, 2, 3, 97, dtype=dtype, device=device), labels(2, 2, 3, vocab=97, device=device))
+    return Sample(normal(2, 1, 3, 97, dtype=dtype, device=device), labels(2, 1, 3, vocab=97, device=device))
 
 
 @case("(A, B, L, V) whose leading dimensions cannot be flattened without a copy")
 def four_dimensions_permuted(dtype: torch.dtype, device: str) -> Sample:
-    logits = normal(3, 2, 4, 97, dtype=dtype, device=device).permute(1, 2, 0, 3)
-    return Sample(logits, labels(2, 4, 3, vocab=97, device=device))
+    logits = normal(2, 2, 2, 97, dtype=dtype, device=device).permute(1, 2, 0, 3)
+    return Sample(logits, labels(2, 2, 2, vocab=97, device=device))
 
 
 @case("the response part of a (B, L, V) batch, shifted by one: logits[:, p-1:-1]")
 def sliced_length(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(3, 7, 97, dtype=dtype, device=device)[:, 2:-1], labels(3, 4, vocab=97, device=device))
+    return Sample(normal(2, 6, 97, dtype=dtype, device=device)[:, 2:-1], labels(2, 3, vocab=97, device=device))
 
 
 @case("the first V columns of a padded vocabulary: row stride != V")
@@ -382,7 +387,7 @@ def misaligned_flat(dtype: torch.dtype, device: str) -> Sample:
 
 @case("time-major logits seen batch-major: (L, B, V).transpose(0, 1)")
 def transposed_batch(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(4, 3, 97, dtype=dtype, device=device).transpose(0, 1), labels(3, 4, vocab=97, device=device))
+    return Sample(normal(3, 2, 97, dtype=dtype, device=device).transpose(0, 1), labels(2, 3, vocab=97, device=device))
 
 
 @case("vocabulary-major logits: the last stride is not 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import entropy_kernels as ek
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    import interpreter
+
+    interpreter.repair()
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,8 @@ def fixed_seed() -> None:
 def selection_place(request: pytest.FixtureRequest) -> Place:
     """Backend × device of the selection ops."""
     return request.param
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # numpy remarks on inf - inf and the like in the interpreter; a kernel's NaN are compared, not warned about
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
