@@ -184,6 +184,9 @@ def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, (int, float, torch.SymFloat, torch.SymInt)) or isinstance(temperature, bool):
             raise TypeError(f"temperature: expected a number or a torch.Tensor, got {type(temperature).__name__}")
+        if torch.compiler.is_compiling():
+            # The compiler keeps a number symbolic that multiplies a tensor, and specialises on one that fills it
+            return torch.ones((1,), dtype=dtype, device=target.device) * temperature
         return torch.full((1,), temperature, dtype=dtype, device=target.device)
     if temperature.requires_grad:
         raise ValueError(
