@@ -1,0 +1,80 @@
+"""Real gloo process groups of a few ranks on this machine, for tests of what is distributed."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The fork server has imported torch once and has no threads, so a rank starts in milliseconds and forks safely.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "entropy_kernels"])
+
+TIMEOUT = 120  # seconds that a collective, and a whole run, may take on a busy machine
+
+
+def _rank(rank: int, world: int, store: str, pipe: Connection, function: Callable, arguments: tuple) -> None:
+    try:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # NaN in uninitialised memory, as in conftest.py
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=TIMEOUT),
+        )
+        result = io.BytesIO()
+        torch.save(function(rank, world, *arguments), result)
+        dist.barrier()
+        dist.destroy_process_group()
+        pipe.send((True, result.getvalue()))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        os._exit(0)  # a rank that failed must not wait in a destructor for those that did not
+
+
+def run_ranks(world: int, function: Callable, *arguments: Any) -> list[Any]:
+    """``function(rank, world, *arguments)`` of a module on ``world`` ranks; its results in the order of the ranks.
+
+    Raises AssertionError with the traceback of a rank that failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(world):
+            ours, theirs = _context.Pipe(duplex=False)
+            process = _context.Process(
+                target=_rank, args=(rank, world, os.path.join(folder, "store"), theirs, function, arguments)
+            )
+            process.start()
+            theirs.close()
+            ranks.append((process, ours))
+        results: list[Any] = [None] * world
+        failures = []
+        for rank, (process, pipe) in enumerate(ranks):
+            try:
+                good, result = pipe.recv() if pipe.poll(TIMEOUT) else (False, "no answer in time")
+            except EOFError:
+                good, result = False, f"died with exit code {process.exitcode}"
+            if good:
+                results[rank] = torch.load(io.BytesIO(result), weights_only=False)
+            else:
+                failures.append(f"rank {rank}: {result}")
+        for process, _ in ranks:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+    assert not failures, "\n".join(failures)
+    return results
