@@ -194,7 +194,8 @@ def test_shards_equal_the_whole(name: str, world: int, place: Place) -> None:
 def collectives(rank: int, world: int, backend: str) -> dict[str, Any]:
     """Number of collectives, forward and backward; rank 0 alone runs the backward pass."""
     calls: list[str] = []
-    for name in ("all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "reduce_scatter_tensor", "barrier"):
+    names = ("all_gather_single", "all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "barrier")
+    for name in (name for name in names if hasattr(dist, name)):
         original = getattr(dist, name)
 
         def counted(*args: Any, _name: str = name, _original: Callable = original, **kwargs: Any) -> Any:

@@ -110,7 +110,9 @@ def _merge_shards(
     end = state.new_full((1, state.shape[1]), vocab_start + logits.shape[2])
     packed = torch.cat([state, end])  # (K + 1, N)
     gathered = packed.new_empty((process_group.size(), *packed.shape))
-    dist.all_gather_into_tensor(gathered.flatten(0, 1), packed, group=process_group)
+    # torch 2.13 renamed the function and warns of the old name
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered.flatten(0, 1), packed, group=process_group)
     ends = gathered[:, -1].amax(0).clamp(max=vocab_size)
     ignored = target == ignore_index
     invalid = ((target < 0) | (target >= ends)) & ~ignored
