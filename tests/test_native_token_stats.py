@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -344,6 +348,24 @@ def test_capability_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (_C.cpu_capability, lambda: forward(native, *arguments)):
         with pytest.raises(RuntimeError, match=rf"{VARIABLE}: expected one of default.*got mmx"):
             call()
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="registers of x86-64")
+def test_wide_registers_stay_in_their_namespace() -> None:
+    """An inline function compiled for AVX and shared by the linker would crash the portable path on an older CPU."""
+    library = Path(native.__file__).parent.parent / "_ops.so"
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(library)]
+    function, found = "", {"%ymm": set(), "%zmm": set()}
+    for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines():
+        if line.endswith(">:"):
+            function = line
+        for register, functions in found.items():
+            if register in line:
+                functions.add(function)
+    assert found["%ymm"] and found["%zmm"]
+    assert [f for f in found["%ymm"] if "cpu::avx2::" not in f and "cpu::avx512::" not in f] == []
+    assert [f for f in found["%zmm"] if "cpu::avx512::" not in f] == []
 
 
 def test_errors_name_argument_expected_and_got() -> None:

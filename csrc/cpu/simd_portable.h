@@ -36,8 +36,17 @@ EK_INLINE F32x16 operator+(F32x16 a, F32x16 b) { EK_LANES(a.v[i] + b.v[i]); }
 EK_INLINE F32x16 operator-(F32x16 a, F32x16 b) { EK_LANES(a.v[i] - b.v[i]); }
 EK_INLINE F32x16 operator*(F32x16 a, F32x16 b) { EK_LANES(a.v[i] * b.v[i]); }
 EK_INLINE F32x16 operator/(F32x16 a, F32x16 b) { EK_LANES(a.v[i] / b.v[i]); }
-// Fused only where the target has it (the compiler contracts it); nothing below depends on that.
-EK_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EK_LANES(a.v[i] * b.v[i] + c.v[i]); }
+// Fused where the target has it in hardware; nothing below depends on that.
+EK_INLINE F32x4 fma4(F32x4 a, F32x4 b, F32x4 c) {
+#if defined(__FP_FAST_FMAF)
+  F32x4 r;
+  for (int lane = 0; lane < 4; ++lane) r[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
+EK_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EK_LANES(fma4(a.v[i], b.v[i], c.v[i])); }
 EK_INLINE F32x16 max_or_second(F32x16 a, F32x16 b) { EK_LANES(blend4(a.v[i] > b.v[i], a.v[i], b.v[i])); }
 EK_INLINE F32x16 where_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
   EK_LANES(blend4(a.v[i] < b.v[i], x.v[i], y.v[i]));
