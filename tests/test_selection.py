@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,6 +15,14 @@ import entropy_kernels as ek
 import reference_selection as reference
 from calls import same_bits
 from conftest import Place
+from entropy_kernels.backends.eager import selection as eager
+from entropy_kernels.backends.radix_select import Band, Count
+
+_C: Any
+try:
+    from entropy_kernels import _C
+except ImportError:
+    _C = None
 
 INF, NAN = math.inf, math.nan
 
@@ -301,10 +310,23 @@ def test_count_is_that_of_python(ratio: float) -> None:
             assert bool(selected[-int(selected.sum()) :].all())
 
 
+def capabilities() -> list[str]:
+    """The instruction sets that this CPU can run; AVX-512 CPUs run the AVX2 loops."""
+    return [name for name in _C.cpu_capability()["available"] if name != "avx512"]
+
+
+@pytest.fixture
+def threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads_restored")
 @pytest.mark.parametrize("levels", [None, 1, 1000])
 def test_large_batches(levels: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 16 K tokens on, the C++ backend samples a threshold: the same masks as torch's plain rounds."""
-    if ek.backends()["clip_cov_mask"]["cpu"] != "available":
+    if _C is None:
         pytest.skip("the C++ extension was not built")
     covariance, mask = covariances((50, 1001), levels=levels)
     exclude = covariances((50, 1001), seed=1)[0] > 3
@@ -328,10 +350,11 @@ def test_large_batches(levels: int | None, monkeypatch: pytest.MonkeyPatch) -> N
             ]
             for function, more in calls:
                 expected = function(cov, **options, **more, backend="torch")
-                for capability in ("default", "avx2"):
+                for capability, threads in product(capabilities(), (1, 3)):
                     monkeypatch.setenv("ENTROPY_KERNELS_CPU_CAPABILITY", capability)
+                    torch.set_num_threads(threads)
                     got = function(cov, **options, **more, backend="cpu")
-                    assert torch.equal(got, expected), (capability, function, more)
+                    assert torch.equal(got, expected), (capability, threads, function, more)
 
 
 def test_misleading_sample() -> None:
@@ -381,3 +404,37 @@ def test_seed(selection_place: Place) -> None:
         assert got.cpu().numpy().tobytes() == expected
     unsigned = ek.clip_cov_mask(covariance, mask, seed=2**64 - 1, k=5, backend=selection_place.backend)
     assert unsigned.cpu().numpy().tobytes() == masks[2]
+
+
+def test_covariance_does_not_depend_on_the_threads(threads_restored: None) -> None:
+    logprob, advantages, mask = batch((300, 1001))
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(ek.token_covariance(logprob, advantages, mask))
+    assert same_bits(*results)
+
+
+def test_unknown_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _C is None:
+        pytest.skip("the C++ extension was not built")
+    monkeypatch.setenv("ENTROPY_KERNELS_CPU_CAPABILITY", "sse9")
+    with pytest.raises(RuntimeError, match=r"ENTROPY_KERNELS_CPU_CAPABILITY: expected one of .* got sse9"):
+        ek.kl_cov_mask(torch.zeros(3), backend="cpu")
+
+
+@pytest.mark.parametrize("with_tensors", [False, True])
+def test_no_value_is_read_by_the_host(with_tensors: bool) -> None:
+    """On meta tensors there is no value to read: whatever asks for one raises."""
+    values = torch.zeros(50, device="meta")
+    flags = torch.zeros(50, dtype=torch.bool, device="meta") if with_tensors else None
+    index = torch.zeros(50, dtype=torch.int64, device="meta") if with_tensors else None
+    seed = torch.zeros((), dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError):
+        bool(seed)
+    for count in (Count(0.1, None, True), Count(None, 4, True)):
+        for band in (Band(1.0, 5.0, False, True), Band(0.1, 0.9, True, False)):
+            mask = eager.clip_cov_mask(values, flags, flags, index, seed, count, band, "")
+            assert mask.shape == values.shape and mask.dtype == torch.bool
+        assert eager.kl_cov_mask(values, flags, flags, index, count, "").dtype == torch.bool
+    assert eager.token_covariance(values, values, flags, "").dtype == torch.float32

@@ -116,30 +116,44 @@ ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band ba
   return portable::append(view, begin, i, end, band, positions, count);
 }
 
+// The key words of all rounds, spread over the lanes once instead of in every round of every vector.
+struct KeySchedule {
+  __m256i first[kPhiloxRounds];
+  __m256i second[kPhiloxRounds];
+};
+
+KeySchedule key_schedule(uint64_t seed) {
+  KeySchedule keys;
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round, key0 += kPhiloxW0, key1 += kPhiloxW1) {
+    keys.first[round] = _mm256_set1_epi64x(key0);
+    keys.second[round] = _mm256_set1_epi64x(key1);
+  }
+  return keys;
+}
+
 // First output word of Philox4x32-10 for counter (index, 0, 0), one token per 64-bit lane. A word is the low half of
 // its lane; the high half is garbage that _mm256_mul_epu32 ignores and the caller drops.
-__m256i first_word(__m256i index, uint64_t seed) {
+inline __m256i first_word(__m256i index, const KeySchedule& keys) {
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   // Round 1 with c2 = c3 = 0: its second product is 0.
   __m256i product0 = _mm256_mul_epu32(index, m0);
-  __m256i c0 = _mm256_xor_si256(_mm256_srli_epi64(index, 32), _mm256_set1_epi64x(key0));
+  __m256i c0 = _mm256_xor_si256(_mm256_srli_epi64(index, 32), keys.first[0]);
   __m256i c1 = _mm256_setzero_si256();
-  __m256i c2 = _mm256_xor_si256(_mm256_srli_epi64(product0, 32), _mm256_set1_epi64x(key1));
+  __m256i c2 = _mm256_xor_si256(_mm256_srli_epi64(product0, 32), keys.second[0]);
   __m256i c3 = product0;
+#pragma GCC unroll 8
   for (int round = 1; round < kPhiloxRounds - 1; ++round) {
-    key0 += kPhiloxW0;
-    key1 += kPhiloxW1;
     product0 = _mm256_mul_epu32(c0, m0);
     const __m256i product1 = _mm256_mul_epu32(c2, m1);
-    c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), _mm256_set1_epi64x(key0));
-    c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), _mm256_set1_epi64x(key1));
+    c0 = _mm256_xor_si256(_mm256_xor_si256(c1, keys.first[round]), _mm256_srli_epi64(product1, 32));
+    c2 = _mm256_xor_si256(_mm256_xor_si256(c3, keys.second[round]), _mm256_srli_epi64(product0, 32));
     c1 = product1;
     c3 = product0;
   }
   // The last round needs one product for the one word that is kept.
   const __m256i high = _mm256_srli_epi64(_mm256_mul_epu32(c2, m1), 32);
-  return _mm256_xor_si256(_mm256_xor_si256(high, c1), _mm256_set1_epi64x(key0 + kPhiloxW0));
+  return _mm256_xor_si256(_mm256_xor_si256(c1, keys.first[kPhiloxRounds - 1]), high);
 }
 
 // (low half of each lane of a, low half of each lane of b) -> eight 32-bit words in order
@@ -150,6 +164,7 @@ __m256i low_words(__m256i a, __m256i b) {
 
 void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
                  uint32_t* keys) {
+  const KeySchedule schedule = key_schedule(seed);
   const __m256i base = _mm256_set1_epi64x(begin);
   const long long* indices = view.index ? reinterpret_cast<const long long*>(view.index + begin) : nullptr;
   int64_t i = 0;
@@ -164,7 +179,7 @@ void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions
       first = _mm256_add_epi64(_mm256_cvtepu32_epi64(low), base);
       second = _mm256_add_epi64(_mm256_cvtepu32_epi64(high), base);
     }
-    const __m256i words = low_words(first_word(first, seed), first_word(second, seed));
+    const __m256i words = low_words(first_word(first, schedule), first_word(second, schedule));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys + i), words);
   }
   portable::random_keys(view, begin, positions + i, count - i, seed, keys + i);
