@@ -151,7 +151,8 @@ def check_rank(group: Any, size: int) -> None:
 
 def check_compiled_rank(group: Any, size: int) -> None:
     part = {key: value[SHARES[size][dist.get_rank(group)]] for key, value in batch().items()}
-    compiled = torch.compile(ek.policy_loss, backend="aot_eager", fullgraph=True, dynamic=False)
+    # "eager": that dynamo captures the collective is the point here; aot_eager is tested below on one rank
+    compiled = torch.compile(ek.policy_loss, backend="eager", fullgraph=True, dynamic=False)
     expected, grad, _ = loss_of(ek.policy_loss, part, batch_group=group)
     out, own, _ = loss_of(compiled, part, batch_group=group)
     torch.testing.assert_close(out.loss, expected.loss)
