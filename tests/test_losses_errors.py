@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels.losses import AGG_MODES, CLIP_COV, KL_COV, METRICS, kl_estimate, metric_table
+from entropy_kernels.losses import AGG_MODES, CLIP_COV, KL_COV, KL_ESTIMATORS, METRICS, kl_estimate, metric_table
 from loss_cases import MODES, leaf
 
 LP = torch.zeros(2, 3)
@@ -192,6 +193,12 @@ def test_tables_for_the_docs() -> None:
     names = "pg_loss clipfrac clipfrac_lower ppo_kl ppo_kl_abs ratio_mean ratio_max cov_mean cov_max band_frac"
     assert list(METRICS) == [*names.split(), "selected_frac", "entropy", "ref_kl", "nonfinite_tokens"]
     assert set(AGG_MODES) == set(MODES)
+
+
+def test_the_docs_print_the_tables() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    assert metric_table() in text
+    assert all(f"`{name}`" in text for name in (*AGG_MODES, *KL_ESTIMATORS))
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
