@@ -101,7 +101,7 @@ class Counts(NamedTuple):
     @classmethod
     def of(cls, mask: Tensor) -> Counts:
         """Over this rank's tokens."""
-        return cls(mask.sum(), mask.any(-1).sum())
+        return cls(mask.count_nonzero(), mask.any(-1).count_nonzero())
 
 
 def over_group(sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any, dtype: torch.dtype) -> dict[str, Tensor]:

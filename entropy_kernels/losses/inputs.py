@@ -20,7 +20,7 @@ class Tokens(NamedTuple):
     entropy: Tensor | None  # differentiable
     ref_log_ratio: Tensor | None  # logprob - ref_logprob, differentiable
     raw_logprob: Tensor  # as given, detached: for the selection functions, which mask for themselves
-    raw_advantages: Tensor  # as given, in logprob's shape
+    raw_advantages: Tensor  # not masked, in logprob's shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,22 +62,26 @@ def prepare(
         _warn_about_lost_gradient(entropy, entropy_coef, logprob)
         entropy = torch.where(valid, entropy.to(dtype), 0)
 
-    lp = logprob.to(dtype)
+    raw_advantages = advantages if advantages.is_floating_point() else advantages.to(dtype)
+    lp, advantages = logprob.to(dtype), advantages.to(dtype)
     zero = lp.new_zeros(())
-    finite = torch.isfinite(lp) & torch.isfinite(old) & torch.isfinite(advantages)
-    if ref is not None and _used(ref_kl_coef):
-        finite = finite & torch.isfinite(ref)
+    log_ratio = lp - old.to(dtype)
+    ref_log_ratio = None if ref is None else lp - ref.to(dtype)
+    # a difference is finite only if both sides are
+    finite = torch.isfinite(log_ratio.detach()) & torch.isfinite(advantages)
+    if ref_log_ratio is not None and _used(ref_kl_coef):
+        finite = finite & torch.isfinite(ref_log_ratio.detach())
     nonfinite = valid & ~finite
     return Tokens(
         mask=valid,
-        log_ratio=torch.where(valid, lp - old.to(dtype), zero),
-        advantages=torch.where(valid, advantages.to(dtype), zero),
+        log_ratio=torch.where(valid, log_ratio, zero),
+        advantages=torch.where(valid, advantages, zero),
         poison=torch.where(nonfinite, torch.full_like(zero, float("nan")), torch.ones_like(zero)),
         nonfinite=nonfinite,
         entropy=entropy,
-        ref_log_ratio=None if ref is None else torch.where(valid, lp - ref.to(dtype), zero),
+        ref_log_ratio=None if ref_log_ratio is None else torch.where(valid, ref_log_ratio, zero),
         raw_logprob=logprob.detach(),
-        raw_advantages=advantages,
+        raw_advantages=raw_advantages,
     )
 
 
@@ -142,8 +146,6 @@ def _advantages(value: Any, logprob: Tensor) -> Tensor:
         raise TypeError(f"advantages: expected a floating-point dtype, got {value.dtype}")
     _check_device("advantages", value, logprob)
     value = value.detach()
-    if not value.is_floating_point():
-        value = value.to(torch.float32)
     if value.shape == logprob.shape:
         return value
     # one per sequence, never one per position: of a square batch (B,) could be read both ways

@@ -94,7 +94,8 @@ def local_reductions(values: TokenValues) -> tuple[dict[str, Tensor], dict[str, 
         if per_token is None:
             continue
         if metric.reduce != "max":
-            sums[name] = per_token.sum()
+            boolean = per_token.dtype == torch.bool  # whose sum would first write int64 copies
+            sums[name] = per_token.count_nonzero() if boolean else per_token.sum()
         elif per_token.numel() == 0:
             maxima[name] = per_token.new_full((), -float("inf"))
         else:
