@@ -13,8 +13,9 @@
 
 namespace entropy_kernels::cpu {
 
-// While it lives, this thread's fp32 results below 2^-126 become 0: e^2x of far logits would otherwise be subnormal, which
-// costs an order of magnitude on some CPUs and is nothing beside the maximum's 1. fp16 subnormals are not affected.
+// While it lives, this thread's fp32 results below 2^-126 become 0: e^2x of far logits would otherwise be subnormal,
+// which costs an order of magnitude on some CPUs and is nothing beside the maximum's 1. Conversion to fp16 keeps its
+// subnormals.
 class FlushSubnormals {
  public:
 #if defined(__SSE2__)

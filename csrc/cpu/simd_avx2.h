@@ -108,7 +108,7 @@ EK_INLINE void stream_f16(std::uint16_t* p, F32x16 v) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// d * (c_hi + c_lo) as n + r: returns r, |r| <= 1/2, and sets `biased` to n in the low bits of a float (see exp_scaled).
+// d * (c_hi + c_lo) as n + r: returns r, |r| <= 1/2, and sets `biased` to magic + n (see Exponential).
 EK_INLINE F32x16 split_exponent(F32x16 d, F32x16 c_hi, F32x16 c_lo, F32x16 magic, F32x16& biased) {
   biased = fma(d, c_hi, magic);
   const F32x16 n = biased - magic;

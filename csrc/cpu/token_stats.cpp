@@ -381,8 +381,8 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
     const bool has_target = column >= begin && column < end;
     // before the row may be overwritten
     const double logit = has_target ? load(problem.logits.at(row, column), problem.element) : 0;
-    problem.kernels.gradient(problem.part_of_row(row, part), {gradient.at(row, begin), gradient.column_stride, streaming,
-                                                              s.m, t, softcap, coefficients});
+    const RowGradient out = {gradient.at(row, begin), gradient.column_stride, streaming, s.m, t, softcap, coefficients};
+    problem.kernels.gradient(problem.part_of_row(row, part), out);
     if (has_target) {
       store(gradient.at(row, column), problem.element, target_gradient(problem, s, t, coefficients, lp, logit));
     }

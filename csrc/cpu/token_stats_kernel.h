@@ -1,17 +1,17 @@
-// The row kernels of token_stats, once in sixteen lanes for every instruction set. token_stats_{avx512,avx2,portable}.cpp
-// include this inside their namespace and under their target options, after their simd_*.h: no include guard, and no
-// function here may exist outside that namespace.
+// The row kernels of token_stats, once in sixteen lanes for every instruction set.
+// token_stats_{avx512,avx2,portable}.cpp include this inside their namespace and under their target options, after
+// their simd_*.h: no include guard, and no function here may exist outside that namespace.
 //
-// Forward: blocks of 8 KB. The first pass over a block takes its maximum and pulls it into the L1 cache, the second adds
-// up the exponentials. Only if the block holds a new maximum are the sums rescaled. Partial sums per block keep fp32
-// accurate to about 1e-7 at V = 262144: no lane ever adds more than 256 terms to one number.
+// Forward: blocks of 8 KB. The first pass over a block takes its maximum and pulls it into the L1 cache, the second
+// adds up the exponentials. Only if the block holds a new maximum are the sums rescaled. Partial sums per block keep
+// fp32 accurate to about 1e-7 at V = 262144: no lane ever adds more than 256 terms to one number.
 
 // How many lines make a block, and how many floats a block has at most.
 constexpr std::int64_t kBlockLines = 128;
 constexpr std::int64_t kBlockFloats = 32 * kBlockLines;
 
-// A line is 64 bytes: sixteen fp32 in one vector, or 32 halves in two. Positions inside a line may be permuted (sums and
-// maxima do not care); store undoes what load does.
+// A line is 64 bytes: sixteen fp32 in one vector, or 32 halves in two. Positions inside a line may be permuted (sums
+// and maxima do not care); store undoes what load does.
 struct LineF32 {
   using Element = float;
   static constexpr int kElements = 16, kVectors = 1;
@@ -82,7 +82,8 @@ struct Exponential {
   }
 };
 
-// softcap * tanh(z / softcap), and the derivative 1 - tanh² without its cancellation: 4u / (1 + u)², u = e^{-2|z/softcap|}.
+// softcap * tanh(z / softcap), and the derivative 1 - tanh² without its cancellation: 4u / (1 + u)² with
+// u = e^{-2|z / softcap|}.
 struct Softcap {
   Exponential exponential;
   F32x16 cap;
