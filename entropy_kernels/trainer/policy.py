@@ -1,0 +1,346 @@
+"""The policy: a causal language model of transformers with its tokenizer, and what the trainer asks of the two.
+
+A :class:`Policy` encodes prompts (left-padded), samples completions with a key-value cache, and gives the logits of
+completions for scoring. Sampling and scoring use one distribution: softmax(logits / temperature), with no truncation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.tasks import Task
+
+PAD, BOS = "<pad>", "<bos>"
+#: Label of masked tokens: the ops return 0 for them and do not read their logits.
+IGNORE = -100
+
+
+@dataclass
+class Encoded:
+    """A left-padded batch of prompts: `ids` (B, P) int64, `mask` (B, P) int64, 1 on prompt tokens."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+@dataclass
+class Completions:
+    """Sampled completions: `ids` (B, L) int64 and `mask` (B, L) bool, True up to and including the end token; `logprob`
+    and `entropy` (B, L) float32, of the distributions the tokens were drawn from, in nats, 0 where masked."""
+
+    ids: Tensor
+    mask: Tensor
+    logprob: Tensor
+    entropy: Tensor
+
+
+class OpClock:
+    """Wall-clock seconds spent in the library's own ops: ``with clock: ek.token_stats(...)``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        self._cuda = device.type == "cuda"
+        self._start = 0.0
+
+    def __enter__(self) -> None:
+        self._wait()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds += time.perf_counter() - self._start
+
+    def _wait(self) -> None:
+        # kernels run behind the host's back; without this the time would be that of the launches
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+class Policy:
+    """A causal LM and its tokenizer.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Any model of AutoModelForCausalLM.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        With a pad token. If it has a chat template, prompts are formatted as one user turn.
+    end_id : int or None
+        The token that ends a completion; None for completions of fixed length.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, end_id: int | None) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: expected one with a pad token, got none")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.end_id = end_id
+        self.clock = OpClock(self.device)
+        self.tokenizer.padding_side = "left"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def encode(self, prompts: Sequence[str]) -> Encoded:
+        """Prompts as left-padded ids, through the chat template where the tokenizer has one."""
+        texts = list(prompts)
+        if self.tokenizer.chat_template:
+            texts = [
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+                )
+                for text in texts
+            ]
+        elif self.tokenizer.bos_token:
+            texts = [f"{self.tokenizer.bos_token} {text}" for text in texts]
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        return Encoded(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
+
+    def encode_completions(self, completions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Completions as right-padded ids (B, L) and mask (B, L) bool, with the end token where there is one."""
+        rows = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
+        if self.end_id is not None:
+            rows = [[*row, self.end_id] for row in rows]
+        length = max(len(row) for row in rows)
+        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(length) < lengths[:, None]
+        return ids.to(self.device), mask.to(self.device)
+
+    def decode(self, completions: Completions) -> list[str]:
+        """Text of completions, without special tokens."""
+        ids = completions.ids.masked_fill(~completions.mask, self.tokenizer.pad_token_id)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def completion_logits(self, prompts: Encoded, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits that predict each completion token.
+
+        Parameters
+        ----------
+        prompts : Encoded
+            (B, P).
+        ids, mask : Tensor
+            (B, L) int64 and bool.
+
+        Returns
+        -------
+        Tensor
+            (B, L, V), raw (not divided by the temperature), in the model's dtype; a view that skips one position.
+        """
+        attention = torch.cat([prompts.mask, mask.to(prompts.mask.dtype)], dim=1)
+        positions = (attention.cumsum(1) - 1).clamp_min(0)
+        # a mask of ones is left out: attention then takes its causal fast path
+        output = self.model(
+            input_ids=torch.cat([prompts.ids, ids], dim=1),
+            attention_mask=None if self._full(attention) else attention,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=ids.shape[1] + 1,
+        )
+        return output.logits[:, :-1]
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Encoded, *, max_new_tokens: int, temperature: float, generator: torch.Generator
+    ) -> Completions:
+        """Draw one completion per row from softmax(logits / temperature).
+
+        `generator` must be on the model's device. Sampling ends early when every row has drawn the end token.
+        """
+        from transformers import DynamicCache
+
+        rows = prompts.ids.shape[0]
+        cache = DynamicCache(config=self.model.config)
+        attention, full = prompts.mask, self._full(prompts.mask)
+        positions = (attention.cumsum(1) - 1).clamp_min(0)
+        step_ids, alive = prompts.ids, torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
+        ids, masks, logprobs, entropies = [], [], [], []
+        for _ in range(max_new_tokens):
+            output = self.model(
+                input_ids=step_ids,
+                attention_mask=None if full else attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits = output.logits[:, -1]  # (B, V)
+            probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+            drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
+            if self.end_id is not None:
+                drawn = torch.where(alive[:, None], drawn, self.tokenizer.pad_token_id)
+            with self.clock:
+                scored = ek.logprob_entropy(logits, _target(drawn[:, 0], alive), temperature=temperature)
+            ids.append(drawn)
+            masks.append(alive)
+            logprobs.append(scored.logprob)
+            entropies.append(scored.entropy)
+            if self.end_id is not None:
+                alive = alive & (drawn[:, 0] != self.end_id)
+                if not bool(alive.any()):
+                    break
+            attention = torch.cat([attention, masks[-1][:, None].to(attention.dtype)], dim=1)
+            full = full and self.end_id is None
+            positions = positions[:, -1:] + 1
+            step_ids = drawn
+        logprob, entropy = torch.stack(logprobs, dim=1), torch.stack(entropies, dim=1)
+        return Completions(torch.cat(ids, dim=1), torch.stack(masks, dim=1), logprob, entropy)
+
+    def token_stats(self, logits: Tensor, ids: Tensor, mask: Tensor, *, temperature: float) -> ek.TokenStats:
+        """All four statistics of completion tokens (B, L) under `logits` (B, L, V); masked tokens give 0."""
+        with self.clock:
+            return ek.token_stats(logits, _target(ids, mask), temperature=temperature)
+
+    def logprob_entropy(
+        self, logits: Tensor, ids: Tensor, mask: Tensor, *, temperature: float, inplace_backward: bool = False
+    ) -> ek.LogprobEntropy:
+        """Log-prob and entropy of completion tokens (B, L) under `logits` (B, L, V); masked tokens give 0."""
+        with self.clock:
+            return ek.logprob_entropy(
+                logits, _target(ids, mask), temperature=temperature, inplace_backward=inplace_backward
+            )
+
+    def save(self, directory: Path) -> None:
+        """Write model and tokenizer; the directory appears whole or not at all."""
+        scratch = directory.with_name(directory.name + ".tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        self.model.save_pretrained(scratch)
+        self.tokenizer.save_pretrained(scratch)
+        if directory.exists():
+            old = directory.with_name(directory.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(directory, old)
+            os.replace(scratch, directory)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, directory)
+
+    @staticmethod
+    def _full(mask: Tensor) -> bool:
+        return bool(mask.all())
+
+
+def word_tokenizer(words: Sequence[str]) -> Any:
+    """A word-level tokenizer over `words` (split at white space), with pad and begin tokens.
+
+    It has no unknown token: a word outside the vocabulary is an error, not a silent <unk>.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    transformers = _transformers()
+    if len(set(words)) != len(words):
+        raise ValueError("words: expected distinct words, got repeated ones")
+    vocabulary = {word: i for i, word in enumerate([PAD, BOS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_policy(config: TrainerConfig, task: Task) -> Policy:
+    """The policy a configuration names, before any warm start.
+
+    ``tiny`` is initialised from `config.warm_seed`; every other name is loaded.
+    """
+    transformers = _transformers()
+    dtype = getattr(torch, config.dtype)
+    device = resolve_device(config.device)
+    if config.model == "tiny":
+        model, tokenizer = _tiny(config, task)
+    elif config.model == "smollm2":
+        from entropy_kernels.trainer.smollm2 import load_smollm2
+
+        model, tokenizer = load_smollm2()
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+        model = transformers.AutoModelForCausalLM.from_pretrained(config.model)
+    return _finish(model.to(device=device, dtype=dtype), tokenizer, task)
+
+
+def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
+    """A policy written by :meth:`Policy.save`."""
+    transformers = _transformers()
+    if not (directory / "config.json").exists():
+        raise FileNotFoundError(f"warm_start_from: expected a saved model in {directory}, got no config.json there")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    return _finish(model.to(device=resolve_device(config.device), dtype=getattr(torch, config.dtype)), tokenizer, task)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto or a torch device, got {name!r}") from error
+
+
+def _target(ids: Tensor, mask: Tensor) -> Tensor:
+    return ids.masked_fill(~mask, IGNORE)
+
+
+def _tiny(config: TrainerConfig, task: Task) -> tuple[Any, Any]:
+    transformers = _transformers()
+    words = task.words()
+    if words is None:
+        raise ValueError(
+            f"model: expected a pretrained model for the task {task.name}, got 'tiny', which needs a task with words"
+        )
+    tokenizer = word_tokenizer(words)
+    model_config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=64,
+        initializer_range=1.0 / math.sqrt(config.hidden_size) / 2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.warm_seed)
+        return transformers.LlamaForCausalLM(model_config), tokenizer
+
+
+def _finish(model: Any, tokenizer: Any, task: Task) -> Policy:
+    # eval mode for good: dropout would make the scored distribution differ from the sampled one
+    model.eval()
+    if task.fixed_length:
+        return Policy(model, tokenizer, end_id=None)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model: expected a tokenizer with an end-of-sequence token for {task.name}, got none")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Policy(model, tokenizer, end_id=tokenizer.eos_token_id)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("the trainer needs transformers: pip install 'entropy_kernels[train]'") from error
+    return transformers

@@ -1,0 +1,380 @@
+"""PPO with verifiable rewards under GRPO, Clip-Cov or KL-Cov. One file, top to bottom: :func:`train` is the loop.
+
+Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' code:
+
+1. Scale. 113 k parameters, 7-token answers and 3584 tokens per rollout instead of billions, thousands and millions.
+   The paper's fractions (2e-4, 2e-3) would select less than one token per update; the defaults are .02 (Clip-Cov) and
+   .05 (KL-Cov, beta 2).
+2. The start is a supervised warm start on random walks, not a pretrained model.
+3. Selection sees the whole minibatch, whatever the number of micro-batches; the authors' code selects within each
+   micro-batch. The draw of Clip-Cov is keyed by a seed and the token's position in the rollout, not by a global
+   generator.
+4. Clip-Cov is the authors' code, not the paper's formula: PPO clip inside the surrogate, PPO-clipped tokens are no
+   candidates, open band, at least one token, value and gradient of dropped tokens zeroed while the denominator counts
+   them. KL-Cov likewise: no PPO clip, penalty beta |log p - log p_old|.
+5. The PPO clip is .2 / .2; the authors' scripts for Clip-Cov set it to 1.
+6. No KL to a reference model, no length penalty, no dynamic sampling; groups of equal rewards stay in the batch with
+   advantage 0.
+7. Advantages are divided by the group's standard deviation (the paper's GRPO does this; some of its successors do not).
+8. Sampling and scoring both use temperature 1 with no truncation. Validation samples the same way.
+9. Old log-probs come from a full forward of the sampling weights in the shapes of training, not from the sampling pass.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from entropy_kernels.trainer import checkpoint
+from entropy_kernels.trainer.config import TrainerConfig, check_resumable
+from entropy_kernels.trainer.entropy_change import FirstOrder
+from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog
+from entropy_kernels.trainer.policy import Encoded, Policy, build_policy, load_policy
+from entropy_kernels.trainer.rollout import Rollout, collect, evaluate, mean_over, score
+from entropy_kernels.trainer.selection import Part, select
+from entropy_kernels.trainer.tasks import Task, make_task
+from entropy_kernels.trainer.warm_start import warm_start
+
+Report = Callable[[str, int, int, dict[str, Any]], None]
+
+
+def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
+    """Run one training; returns the run's directory.
+
+    Parameters
+    ----------
+    config : TrainerConfig
+    report : callable, optional
+        ``report(phase, done, total, row)`` after each piece of work; phase is ``"warm start"`` or ``"train"``.
+
+    Raises
+    ------
+    ValueError
+        A setting cannot work, or a checkpoint was made under another configuration.
+    FileNotFoundError
+        ``resume`` without a checkpoint.
+    FileExistsError
+        The directory holds another run, and neither ``resume`` nor ``overwrite`` is set.
+    """
+    config.validate()
+    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+    saved = checkpoint.load_checkpoint(config.out / "checkpoint.pt") if config.resume else None
+    if saved is not None:
+        check_resumable(saved["config"], config)
+    else:
+        prepare_directory(config)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    tell = report or (lambda phase, done, total, row: None)
+
+    # --- the policy: loaded, or built and warm-started --------------------------------------------------------------
+    if config.warm_start_from is not None:
+        policy = load_policy(config.warm_start_from, config, task)
+    else:
+        policy = build_policy(config, task)
+        if config.warm_steps > 0 and saved is None:
+            total = config.warm_steps
+            warm_start(policy, task, config, on_step=lambda step, loss: tell("warm start", step, total, {"loss": loss}))
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(),
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    sampler = torch.Generator(policy.device).manual_seed(config.seed)
+    shuffler = torch.Generator().manual_seed(config.seed)
+    generators = {"sampler": sampler, "shuffler": shuffler}
+    first = 0
+    if saved is not None:
+        first = checkpoint.restore(saved, model=policy.model, optimizer=optimizer, generators=generators)
+    checkpoint.write_json(config.out / "config.json", {**config.to_dict(), "command": sys.argv, "versions": versions()})
+    log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first)
+
+    def save(step: int) -> None:
+        checkpoint.save_checkpoint(
+            config.out / "checkpoint.pt",
+            step=step,
+            config=config.to_dict(),
+            model=policy.model,
+            optimizer=optimizer,
+            generators=generators,
+        )
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+    for step in range(first, config.steps):
+        row: dict[str, Any] = {"step": step}
+        if config.eval_every and step % config.eval_every == 0:
+            row |= validate(policy, task, config, step, config.eval_prompts, config.eval_samples)
+        started, ops_before = time.perf_counter(), policy.clock.seconds
+
+        # 1. sample, verify, score: the policy that the row describes
+        rollout = collect(policy, task, config, step=step, generator=sampler)
+        row |= describe(rollout, config)
+        collected = time.perf_counter()
+        first_order = None
+        if config.first_order_every and step % config.first_order_every == 0:
+            first_order = FirstOrder(policy, rollout, config)
+        prepared = time.perf_counter()
+
+        # 2. several updates per rollout: from the second on, log-probs differ from the old ones
+        dropped = torch.zeros_like(rollout.mask)
+        updates: list[dict[str, float]] = []
+        for _epoch in range(config.epochs):
+            order = torch.randperm(rollout.ids.shape[0], generator=shuffler).to(policy.device)
+            for rows in order.chunk(config.minibatches):
+                seed = (config.seed * 1_000_003 + step) * 10_007 + 2 * len(updates)
+                updates.append(update(policy, optimizer, rollout, rows, config, seed=seed, dropped=dropped))
+        row |= average(updates)
+        updated = time.perf_counter()
+
+        # 3. what the updates did to the entropy, and what theory says they do
+        row["predicted_dh"] = predicted_change(rollout, dropped, config)
+        if config.measure_entropy_change:
+            _, entropy_after, _ = score(policy, config, rollout.prompts, rollout.ids, rollout.mask)
+            row["measured_dh"] = mean_over(entropy_after, rollout.mask) - row["entropy"]
+        if first_order is not None:
+            row["first_order_dh"] = first_order.change()
+        ended = time.perf_counter()
+
+        row["time/rollout"] = collected - started
+        row["time/update"] = updated - prepared
+        row["time/measure"] = (prepared - collected) + (ended - updated)
+        row["time/step"] = ended - started
+        row["time/ops"] = policy.clock.seconds - ops_before
+        row["time/ops_share"] = row["time/ops"] / row["time/step"]
+        row["time/tokens_per_s"] = row["tokens"] / row["time/step"]
+        log.write(row)
+        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+            save(step + 1)
+        tell("train", step + 1, config.steps, row)
+
+    # --- the end: a checkpoint, then the last policy's rollout and its larger validation ----------------------------
+    # saved before the last rollout draws from the sampler, so that a run can be extended bit-identically
+    save(config.steps)
+    policy.save(config.out / "model")
+    rollout = collect(policy, task, config, step=config.steps, generator=sampler)
+    row = {"step": config.steps, **describe(rollout, config)}
+    row |= validate(policy, task, config, config.steps, config.final_eval_prompts, config.final_eval_samples)
+    log.write(row)
+    log.close()
+    tell("train", config.steps, config.steps, row)
+    return config.out
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    rows: Tensor,
+    config: TrainerConfig,
+    *,
+    seed: int,
+    dropped: Tensor,
+) -> dict[str, float]:
+    """One optimizer step on the rollout's `rows` (a minibatch), in micro-batches; returns its metrics.
+
+    Selection and normalisation are those of the whole minibatch. Dropped tokens are marked in `dropped` (B, L).
+    """
+    micro_rows = rows.chunk(config.micro_batches)
+
+    def choose(logprobs: list[Tensor]) -> list[Tensor] | None:
+        parts = [part_of(rollout, r, logprob) for r, logprob in zip(micro_rows, logprobs, strict=True)]
+        with policy.clock:
+            return select(config, parts, seed=seed)
+
+    masks: list[Tensor] | None = None
+    # With several micro-batches the log-probs of all of them are needed before the first loss: either the rollout's own
+    # ("old"), or those of one more forward without gradient. With one, the forward of the update gives them.
+    if config.selection_logprob == "old":
+        masks = choose([rollout.old_logprob[r] for r in micro_rows])
+    elif config.micro_batches > 1 and config.method != "grpo":
+        masks = choose([fresh_logprob(policy, rollout, r, config) for r in micro_rows])
+
+    optimizer.zero_grad(set_to_none=True)
+    tokens = int(rollout.mask[rows].sum())
+    parts: list[tuple[int, dict[str, Tensor]]] = []
+    loss_total, selected = 0.0, 0
+    for i, r in enumerate(micro_rows):
+        ids, mask = rollout.ids[r], rollout.mask[r]
+        logits = policy.completion_logits(Encoded(rollout.prompts.ids[r], rollout.prompts.mask[r]), ids, mask)
+        # The graph is cut at the logits: our backward and the network's run one after the other, so that the time
+        # spent in our ops is measured. The gradient may overwrite the logits: nobody reads them again.
+        leaf = logits.detach().requires_grad_()
+        stats = policy.logprob_entropy(leaf, ids, mask, temperature=config.temperature, inplace_backward=True)
+        if config.micro_batches == 1 and masks is None:
+            masks = choose([stats.logprob.detach()])
+        with policy.clock:
+            result = loss_of(config, stats, rollout, r, None if masks is None else masks[i], tokens, len(rows))
+            result.loss.backward()
+        logits.backward(leaf.grad)
+        loss_total += float(result.loss.detach())
+        parts.append((int(mask.sum()), result.metrics))
+        if masks is not None:
+            selected += int(masks[i].sum())
+            if config.method in ("clip_cov", "random_dropped"):
+                dropped[r] |= masks[i]
+    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.grad_clip or float("inf"))
+    optimizer.step()
+    drops = config.method in ("clip_cov", "random_dropped")
+    counts = {"tokens_dropped": selected if drops else 0, "tokens_penalized": 0 if drops else selected}
+    return {**merge_parts(parts), "loss": loss_total, "grad_norm": float(norm), **counts}
+
+
+def loss_of(
+    config: TrainerConfig,
+    stats: ek.LogprobEntropy,
+    rollout: Rollout,
+    rows: Tensor,
+    selected: Tensor | None,
+    minibatch_tokens: int,
+    minibatch_rows: int,
+) -> ek.PolicyLoss:
+    """The loss of one micro-batch, normalised by its whole minibatch, so that micro-batch losses add up to one."""
+    common: dict[str, Any] = {
+        "entropy": stats.entropy,
+        "entropy_coef": config.entropy_coef,
+        "loss_agg_mode": config.loss_agg_mode,
+        "batch_num_tokens": minibatch_tokens,
+        "global_batch_size": minibatch_rows,
+    }
+    tensors = (stats.logprob, rollout.old_logprob[rows], rollout.advantages[rows], rollout.mask[rows])
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    if config.method == "grpo":
+        return ek.policy_loss(*tensors, **clip, **common)
+    if config.method in ("clip_cov", "random_dropped"):
+        return ek.clip_cov_loss(*tensors, **clip, **common, preset="verl", dropped=selected)
+    return ek.kl_cov_loss(*tensors, **common, preset="verl", kl_coef=config.kl_coef, penalized=selected)
+
+
+def part_of(rollout: Rollout, rows: Tensor, logprob: Tensor) -> Part:
+    """What selection needs of a micro-batch."""
+    length = rollout.ids.shape[1]
+    index = rows[:, None] * length + torch.arange(length, device=rows.device)
+    return Part(logprob, rollout.old_logprob[rows], rollout.advantages[rows], rollout.mask[rows], index)
+
+
+@torch.no_grad()
+def fresh_logprob(policy: Policy, rollout: Rollout, rows: Tensor, config: TrainerConfig) -> Tensor:
+    """(B, L) log-probs of a micro-batch under the current weights: the collect phase of selection."""
+    ids, mask = rollout.ids[rows], rollout.mask[rows]
+    logits = policy.completion_logits(Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows]), ids, mask)
+    return policy.logprob_entropy(logits, ids, mask, temperature=config.temperature).logprob
+
+
+def describe(rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
+    """What a rollout says about the policy that made it: entropy, reward, and the covariance of its tokens."""
+    covariance = ek.token_covariance(rollout.old_logprob, rollout.advantages, rollout.mask)[rollout.mask].double()
+    ordered = covariance.sort(descending=True).values
+    n = len(ordered)
+    low, high = (config.cov_low, config.cov_high) if config.cov_band == "absolute" else (1.0, 5.0)
+    row = {
+        "entropy": mean_over(rollout.entropy, rollout.mask),
+        "reward": float(rollout.rewards.mean()),
+        "groups_mixed": float((rollout.rewards != rollout.rewards[:, :1]).any(dim=1).float().mean()),
+        "tokens": n,
+        "sampling_gap": rollout.sampling_gap,
+        "cov_mean": float(covariance.mean()),
+        "cov_max": float(ordered[0]),
+        "tokens_in_band": int(((covariance > low) & (covariance < high)).sum()),
+    }
+    for fraction, name in COVARIANCE_COLUMNS.items():
+        row[name] = float(ordered[: max(1, int(fraction * n))].mean())
+    return row
+
+
+def predicted_change(rollout: Rollout, dropped: Tensor, config: TrainerConfig) -> float:
+    """Entropy change of a unit policy-gradient step, if every row of logits were free: the mean over tokens, nats.
+
+    Its size means nothing here (AdamW's step in the weights is no step in the logits); its sign and its course over the
+    steps can be compared with the measured change.
+    """
+    advantages = rollout.advantages.masked_fill(dropped, 0.0)
+    change = ek.predicted_entropy_change(
+        rollout.vocab_covariance, advantages, step_size=1.0, temperature=config.temperature
+    )
+    return mean_over(change, rollout.mask)
+
+
+def validate(
+    policy: Policy, task: Task, config: TrainerConfig, step: int, prompts: int, samples: int
+) -> dict[str, float]:
+    """Validation metrics of the current policy, drawn with a generator of their own: training never sees it."""
+    started = time.perf_counter()
+    generator = torch.Generator(policy.device).manual_seed(config.seed * 1_000_003 + step)
+    metrics = evaluate(policy, task, config, prompts=prompts, samples=samples, generator=generator)
+    return {**metrics, "time/eval": time.perf_counter() - started}
+
+
+#: Metrics of the losses that the log keeps.
+_LOSS_METRICS = ("pg_loss", "clipfrac", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens")
+
+
+def merge_parts(parts: list[tuple[int, dict[str, Tensor]]]) -> dict[str, float]:
+    """Metrics of a minibatch from those of its micro-batches (tokens, metrics): maxima, sums, else token means."""
+    merged = {}
+    total = sum(tokens for tokens, _ in parts)
+    for name in _LOSS_METRICS:
+        values = [(tokens, float(metrics[name])) for tokens, metrics in parts if name in metrics]
+        if not values:
+            continue
+        if name.endswith("_max"):
+            merged[name] = max(value for _, value in values)
+        elif name == "nonfinite_tokens" or name == "pg_loss":
+            merged[name] = sum(value for _, value in values)
+        else:
+            merged[name] = sum(tokens * value for tokens, value in values) / max(total, 1)
+    return merged
+
+
+def average(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step from those of all its updates: maxima and counts over them, else their mean."""
+    row = {}
+    for name in updates[0]:
+        values = [metrics[name] for metrics in updates]
+        if name.endswith("_max"):
+            row[name] = max(values)
+        elif name in ("nonfinite_tokens", "tokens_dropped", "tokens_penalized"):
+            row[name] = sum(values)
+        else:
+            row[name] = sum(values) / len(values)
+    return row
+
+
+def prepare_directory(config: TrainerConfig) -> None:
+    """An empty place for the run; an earlier run there is removed only if asked."""
+    metrics = config.out / "metrics.jsonl"
+    if metrics.exists() and not config.overwrite:
+        raise FileExistsError(
+            f"out: expected a directory without a run, got {config.out}, which holds one; pass --resume to continue "
+            "it, --overwrite to replace it, or another --out"
+        )
+    if config.overwrite:
+        # only what a run writes: the directory may hold the user's own files
+        for name in ("metrics.jsonl", "checkpoint.pt", "config.json"):
+            (config.out / name).unlink(missing_ok=True)
+        for name in ("tensorboard", "model"):
+            shutil.rmtree(config.out / name, ignore_errors=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides the configuration."""
+    import platform
+
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "entropy_kernels": ek.__version__,
+        "machine": platform.machine(),
+    }

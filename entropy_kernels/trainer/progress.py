@@ -1,0 +1,95 @@
+"""Progress on the terminal: rich bars with the time left where there is a terminal, plain lines where there is none."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+#: Seconds between plain lines of one run, where no terminal is there to redraw.
+PLAIN_INTERVAL = 20.0
+
+
+class ProgressBoard:
+    """One bar per piece of work. Use as a context manager; call :meth:`update` as often as you like."""
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self._enabled = enabled
+        self._tasks: dict[str, Any] = {}
+        self._last: dict[str, float] = {}
+        if not enabled:
+            return
+        try:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+        except ImportError as error:
+            raise ImportError(
+                "the progress bar needs rich: pip install 'entropy_kernels[train]', or --no-progress"
+            ) from error
+        self._console = Console()
+        self._live = self._console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            disable=not self._live,
+        )
+
+    def __enter__(self) -> ProgressBoard:
+        if self._enabled:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._enabled:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        if self._enabled:
+            self._bars.console.print(text, highlight=False)
+
+    def add(self, name: str, total: int) -> None:
+        """A bar that waits for its first update."""
+        if self._enabled and name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total, start=False, note="")
+
+    def update(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Set a bar; without a terminal, print a line when `PLAIN_INTERVAL` has passed or the work is done."""
+        if not self._enabled:
+            return
+        self.add(name, total)
+        task = self._tasks[name]
+        if self._bars.tasks[task].start_time is None:
+            self._bars.start_task(task)
+        before = self._bars.tasks[task].completed
+        self._bars.update(task, completed=done, total=total, note=note)
+        if self._live or done == before:
+            return
+        now = time.monotonic()
+        if done >= total or now - self._last.get(name, 0.0) >= PLAIN_INTERVAL:
+            self._last[name] = now
+            remaining = self._bars.tasks[task].time_remaining
+            left = f", about {remaining:.0f} s left" if remaining and done < total else ""
+            self.say(f"{name}: {done}/{total}{left}  {note}")
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """The few numbers of a row that fit beside a bar."""
+    shown = (("loss", "loss"), ("entropy", "H"), ("reward", "reward"), ("val_pass1", "pass@1"), ("val_pass8", "pass@8"))
+    keep = shown[1:] if "entropy" in row else shown[:1]
+    return "  ".join(f"{label} {row[name]:.3f}" for name, label in keep if isinstance(row.get(name), float))

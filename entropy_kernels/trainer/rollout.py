@@ -1,0 +1,141 @@
+"""Rollouts and evaluation: prompts from the task, completions from the policy, rewards from the verifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.policy import Completions, Encoded, Policy
+from entropy_kernels.trainer.tasks import Prompt, Task, verify_all
+
+#: Validation uses the same held-out prompts at every step, so that its curve shows the policy and not the prompts.
+VALIDATION_SEED = 0
+
+
+@dataclass
+class Rollout:
+    """One batch of experience. B = prompts * samples rows, L completion positions."""
+
+    prompts: Encoded  # (B, P)
+    ids: Tensor  # (B, L) int64
+    mask: Tensor  # (B, L) bool
+    rewards: Tensor  # (prompts, samples) float32
+    advantages: Tensor  # (B, L) float32, one value per row
+    old_logprob: Tensor  # (B, L) float32, of the policy that sampled
+    entropy: Tensor  # (B, L) float32, nats
+    vocab_covariance: Tensor  # (B, L) float32
+    sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
+
+    @property
+    def tokens(self) -> int:
+        """Valid completion tokens."""
+        return int(self.mask.sum())
+
+
+def mean_over(values: Tensor, mask: Tensor) -> float:
+    """Mean over valid tokens, summed in float64."""
+    return float(values.double()[mask].mean())
+
+
+@torch.no_grad()
+def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, generator: torch.Generator) -> Rollout:
+    """Sample a rollout of the current policy and score it.
+
+    The old log-probs come from a full forward in the same shapes as training, not from the sampling pass: the first
+    update then starts at ratio 1 exactly. How far the two passes differ is reported as `sampling_gap`.
+    """
+    prompts = task.prompts(config.prompts_per_step, seed=config.seed * 1_000_003 + step, split="train")
+    encoded, completions = sample_groups(policy, task, config, prompts, config.samples_per_prompt, generator)
+    rewards = torch.tensor(verify_all(task, prompts, policy.decode(completions)), dtype=torch.float32)
+    rewards = rewards.view(config.prompts_per_step, config.samples_per_prompt).to(policy.device)
+    per_row = group_advantages(rewards, estimator=config.advantage, normalize_std=config.normalize_std)
+    logprob, entropy, covariance = score(policy, config, encoded, completions.ids, completions.mask)
+    return Rollout(
+        prompts=encoded,
+        ids=completions.ids,
+        mask=completions.mask,
+        rewards=rewards,
+        advantages=per_row.reshape(-1, 1).expand(completions.ids.shape).contiguous(),
+        old_logprob=logprob,
+        entropy=entropy,
+        vocab_covariance=covariance,
+        sampling_gap=float((logprob - completions.logprob).abs().max()),
+    )
+
+
+def sample_groups(
+    policy: Policy, task: Task, config: TrainerConfig, prompts: list[Prompt], samples: int, generator: torch.Generator
+) -> tuple[Encoded, Completions]:
+    """`samples` completions for each prompt; rows of one prompt are adjacent."""
+    encoded = policy.encode([prompt.text for prompt in prompts])
+    encoded = Encoded(
+        encoded.ids.repeat_interleave(samples, dim=0).contiguous(),
+        encoded.mask.repeat_interleave(samples, dim=0).contiguous(),
+    )
+    completions = policy.sample(
+        encoded,
+        max_new_tokens=config.max_new_tokens or task.max_new_tokens,
+        temperature=config.temperature,
+        generator=generator,
+    )
+    return encoded, completions
+
+
+def row_slices(config: TrainerConfig, rows: int) -> list[slice]:
+    """Slices of the size of a micro-batch: what the model is known to hold at once."""
+    size = max(1, config.prompts_per_step * config.samples_per_prompt // (config.minibatches * config.micro_batches))
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+@torch.no_grad()
+def score(
+    policy: Policy, config: TrainerConfig, prompts: Encoded, ids: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob, entropy, vocabulary covariance), each (B, L) float32, of completions under the current policy."""
+    parts = []
+    for rows in row_slices(config, ids.shape[0]):
+        part = Encoded(prompts.ids[rows], prompts.mask[rows])
+        logits = policy.completion_logits(part, ids[rows], mask[rows])
+        stats = policy.token_stats(logits, ids[rows], mask[rows], temperature=config.temperature)
+        parts.append((stats.logprob, stats.entropy, stats.vocab_covariance))
+    logprob, entropy, covariance = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logprob, entropy, covariance
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy, task: Task, config: TrainerConfig, *, prompts: int, samples: int, generator: torch.Generator
+) -> dict[str, float]:
+    """Validation on held-out prompts.
+
+    Returns
+    -------
+    dict
+        ``val_pass1``, and ``val_passK`` (unbiased) for K in 8, 32 and `samples` as far as K <= samples;
+        ``val_distinct``: mean number of different right completions per prompt; ``val_entropy``: mean token entropy,
+        nats.
+    """
+    problems = task.prompts(prompts, seed=VALIDATION_SEED, split="validation")
+    at_once = max(1, config.eval_batch // samples)
+    right, distinct, entropy, tokens = [], [], 0.0, 0
+    for start in range(0, prompts, at_once):
+        part = problems[start : start + at_once]
+        _, completions = sample_groups(policy, task, config, part, samples, generator)
+        texts = policy.decode(completions)
+        rewards = verify_all(task, part, texts)
+        for i in range(len(part)):
+            group = range(i * samples, (i + 1) * samples)
+            good = [texts[j] for j in group if rewards[j] >= 1.0]
+            right.append(len(good))
+            distinct.append(len(set(good)))
+        entropy += float(completions.entropy.double().sum())
+        tokens += int(completions.mask.sum())
+    correct = torch.tensor(right)
+    metrics = {f"val_pass{k}": pass_at_k(correct, samples, k) for k in sorted({1, 8, 32, samples}) if k <= samples}
+    metrics["val_distinct"] = sum(distinct) / len(distinct)
+    metrics["val_entropy"] = entropy / max(tokens, 1)
+    return metrics

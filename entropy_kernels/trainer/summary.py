@@ -1,0 +1,153 @@
+"""End values of runs, and the criteria by which a reproduction is judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import entropy_kernels as ek
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+#: The entropy at the end is the mean of this many last rollouts: one rollout is noisy.
+END_ROLLOUTS = 8
+
+
+def end_values(log: DataFrame) -> dict[str, float]:
+    """End values of one run: entropy, validation, the law, the correlations of the entropy change, and cost."""
+    validated = log[log["val_pass1"].notna()] if "val_pass1" in log else log.iloc[:0]
+    values = {
+        "entropy_start": float(log["entropy"].iloc[0]),
+        "entropy_end": float(log["entropy"].iloc[-END_ROLLOUTS:].mean()),
+    }
+    values["entropy_fall"] = 1.0 - values["entropy_end"] / values["entropy_start"]
+    if len(validated):
+        for name in validated.columns:
+            if name.startswith("val_"):
+                values[name] = float(validated[name].iloc[-1])
+    values |= law_values(validated)
+    for name, column in (("logits", "predicted_dh"), ("network", "first_order_dh")):
+        agreement = agree(log, column)
+        values |= {f"{name}_{key}": value for key, value in agreement.items()}
+    if "time/step" in log:
+        values["seconds_per_step"] = float(log["time/step"].median())
+        values["ops_share"] = float(log["time/ops"].sum() / log["time/step"].sum())
+        values["tokens_per_s"] = float(log["tokens"].sum() / log["time/step"].sum())
+    return values
+
+
+def law_values(validated: DataFrame) -> dict[str, float]:
+    """Law and straight line over all validations, and the law of the first third judged at the last validation."""
+    if len(validated) < 6:
+        return {}
+    h, r = validated["entropy"].to_numpy(float), validated["val_pass1"].to_numpy(float)
+    law = ek.fit_entropy_law(h, r)
+    third = ek.fit_entropy_law(h, r, fit_fraction=max(1 / 3, 3.01 / len(h)))
+    assert third.extrapolation is not None
+    return {
+        "law_a": law.a,
+        "law_b": law.b,
+        "law_ceiling": law.ceiling,
+        "law_r2": law.r2,
+        "law_rmse": law.rmse,
+        "line_r2": law.r2_linear,
+        "line_rmse": law.rmse_linear,
+        "third_final_error": third.extrapolation.final_error,
+        "third_rmse": third.extrapolation.rmse,
+    }
+
+
+def agree(log: DataFrame, column: str) -> dict[str, float]:
+    """Correlation, slope through the origin and share of equal signs of measured_dh against `column`."""
+    if column not in log or "measured_dh" not in log:
+        return {}
+    pairs = log[[column, "measured_dh"]].dropna().to_numpy(float)
+    return agreement(pairs[:, 0], pairs[:, 1])
+
+
+def agreement(predicted: Any, measured: Any) -> dict[str, float]:
+    """Correlation, slope of measured on predicted through the origin, share of equal signs, count."""
+    x, y = np.asarray(predicted, float), np.asarray(measured, float)
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return {}
+    return {
+        "correlation": float(np.corrcoef(x, y)[0, 1]),
+        "slope": float(x @ y / (x @ x)),
+        "same_sign": float(np.mean(np.sign(x) == np.sign(y))),
+        "n": len(x),
+    }
+
+
+def over_seeds(runs: Mapping[str, Sequence[DataFrame]]) -> dict[str, dict[str, Any]]:
+    """Per method and end value: the seeds' values, their mean and (with two or more) their standard deviation."""
+    result: dict[str, dict[str, Any]] = {}
+    for method, logs in runs.items():
+        per_seed = [end_values(log) for log in logs]
+        names = [name for name in per_seed[0] if all(name in values for values in per_seed)]
+        result[method] = {
+            name: {
+                "mean": float(np.mean([values[name] for values in per_seed])),
+                "sd": float(np.std([values[name] for values in per_seed], ddof=1)) if len(per_seed) > 1 else math.nan,
+                "seeds": [values[name] for values in per_seed],
+            }
+            for name in names
+        }
+    return result
+
+
+def criteria(
+    summary: Mapping[str, Mapping[str, Any]], experiment: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """The claims of a reproduction: what is claimed, the figure, and whether it holds.
+
+    "By more than the spread of the seeds": the difference of means exceeds the larger of the two standard deviations,
+    and the worst seed of the one is above the best of the other.
+    """
+    checks: list[dict[str, Any]] = []
+
+    def check(claim: str, holds: bool, figure: str) -> None:
+        checks.append({"claim": claim, "holds": bool(holds), "figure": figure})
+
+    base = summary["grpo"]
+    fall = base["entropy_fall"]["mean"]
+    check("the baseline's entropy falls by at least 75 %", fall >= 0.75, f"{fall:.1%}")
+    for method, label, factor in (("clip_cov", "Clip-Cov", 2.0), ("kl_cov", "KL-Cov", 1.6)):
+        if method not in summary:
+            continue
+        ratio = summary[method]["entropy_end"]["mean"] / base["entropy_end"]["mean"]
+        check(f"{label} ends with at least {factor:g} x the baseline's entropy", ratio >= factor, f"{ratio:.2f} x")
+        for other, name in (
+            ("grpo", "the baseline's"),
+            ("random_dropped", "random dropping's"),
+            ("random_penalized", "random penalty's"),
+        ):
+            if other not in summary:
+                continue
+            mine, theirs = summary[method]["val_pass8"], summary[other]["val_pass8"]
+            gap = mine["mean"] - theirs["mean"]
+            spread = max(mine["sd"], theirs["sd"]) if len(mine["seeds"]) > 1 else 0.0
+            apart = min(mine["seeds"]) > max(theirs["seeds"])
+            check(
+                f"{label}'s pass@8 is above {name} by more than the spread of the seeds",
+                gap > spread and apart,
+                f"{mine['mean']:.3f} against {theirs['mean']:.3f}, gap {gap:+.3f}, spread {spread:.3f}",
+            )
+    fit = agreement(experiment["predicted"], experiment["measured"])
+    check(
+        "logits as parameters: measured and predicted entropy change correlate at .999 or better",
+        fit["correlation"] >= 0.999,
+        f"{fit['correlation']:.6f}",
+    )
+    check("logits as parameters: slope within 1 % of 1", abs(fit["slope"] - 1.0) <= 0.01, f"{fit['slope']:.5f}")
+    if "network_correlation" in base:
+        value = min(summary[m]["network_correlation"]["mean"] for m in summary if "network_correlation" in summary[m])
+        check(
+            "through the network: its first order correlates with the measured change at .99 or better, every method",
+            value >= 0.99,
+            f"lowest {value:.4f}",
+        )
+    return checks

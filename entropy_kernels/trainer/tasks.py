@@ -1,0 +1,236 @@
+"""Tasks with exact verifiers: the protocol, the embedded walk, and an adapter for reasoning-gym.
+
+A task hands out prompts from a seed and says whether a completion is right. Both are text, so that any tokenizer and
+any model can be put between them.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is shown, and whatever the verifier needs to know about it."""
+
+    text: str
+    data: Any = None
+
+
+class Task(Protocol):
+    """What the trainer asks of a task."""
+
+    name: str
+    max_new_tokens: int
+    #: True: completions end at `max_new_tokens` only, there is no end-of-sequence token to learn.
+    fixed_length: bool
+
+    def prompts(self, count: int, *, seed: int, split: Split) -> list[Prompt]:
+        """`count` prompts; the same seed and split give the same prompts, and the two splits share none."""
+        ...
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        """Reward of a completion, in [0, 1]; 1 is right."""
+        ...
+
+    def demonstrations(self, count: int, *, seed: int, wrong_fraction: float) -> list[tuple[str, str]]:
+        """`count` pairs of prompt and completion for the warm start, from the training split."""
+        ...
+
+    def words(self) -> list[str] | None:
+        """The words of a word-level tokenizer that covers the task, or None if the task needs a general one."""
+        ...
+
+
+class WalkTask:
+    """Walk from S to T in four moves, writing down the value after each of the first three.
+
+    Prompt ``"12 57"``; ``"x3 36 +8 44 -2 42 +15"`` is one right completion. All values stay in 0..99. The reward is 1
+    if each move is legal, each written value is right and the last move lands on T. A prompt has many right answers
+    (dozens, typically), so a policy that keeps one of them keeps its pass@1 and loses its pass@k.
+
+    Pairs (S, T) are split by a hash of the pair; 1/8 of them are held out for validation.
+    """
+
+    name = "walk"
+    max_new_tokens = 7
+    fixed_length = True
+    moves = ("+1", "+3", "+8", "+15", "-2", "-6", "x2", "x3")
+    limit = 100
+    held_out = 8
+
+    def __init__(self) -> None:
+        # successors[v]: the legal moves from v, with the values they lead to
+        self.successors: list[list[tuple[str, int]]] = [
+            [(move, after) for move in self.moves if 0 <= (after := self.apply(value, move)) < self.limit]
+            for value in range(self.limit)
+        ]
+
+    @staticmethod
+    def apply(value: int, move: str) -> int:
+        """The value after a move."""
+        amount = int(move[1:])
+        return value * amount if move[0] == "x" else value + (amount if move[0] == "+" else -amount)
+
+    def split_of(self, start: int, goal: int) -> Split:
+        """Where a pair belongs; crc32, because Python's hash may change between versions."""
+        return "validation" if zlib.crc32(f"{start} {goal}".encode()) % self.held_out == 0 else "train"
+
+    def prompts(self, count: int, *, seed: int, split: Split) -> list[Prompt]:
+        """Pairs whose goal is the end of a random walk from the start, so that each has an answer."""
+        rng = random.Random(f"walk prompts {split} {seed}")
+        found: list[Prompt] = []
+        while len(found) < count:
+            start = rng.randrange(self.limit)
+            _, goal = self._walk(rng, start)
+            if self.split_of(start, goal) == split:
+                found.append(Prompt(f"{start} {goal}", (start, goal)))
+        return found
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        """1.0 if the completion is four legal moves with the right values between them and ends on the goal."""
+        value, goal = prompt.data
+        words = completion.split()
+        if len(words) != self.max_new_tokens:
+            return 0.0
+        for position in range(0, 7, 2):
+            move = words[position]
+            if move not in self.moves:
+                return 0.0
+            value = self.apply(value, move)
+            if not 0 <= value < self.limit:
+                return 0.0
+            if position < 6 and words[position + 1] != str(value):
+                return 0.0
+        return float(value == goal)
+
+    def demonstrations(self, count: int, *, seed: int, wrong_fraction: float) -> list[tuple[str, str]]:
+        """Random walks; a share of them, `wrong_fraction`, shows the goal of another walk in its prompt."""
+        rng = random.Random(f"walk demonstrations {seed}")
+        rows: list[tuple[int, int, str]] = []
+        while len(rows) < count:
+            start = rng.randrange(self.limit)
+            words, goal = self._walk(rng, start)
+            if self.split_of(start, goal) == "train":
+                rows.append((start, goal, words))
+        wrong = [i for i in range(count) if rng.random() < wrong_fraction]
+        goals = [goal for _, goal, _ in rows]
+        for i, j in zip(wrong, wrong[1:] + wrong[:1], strict=True):
+            # the exchanged pair may fall into the held-out split; it then keeps its own goal
+            if self.split_of(rows[i][0], rows[j][1]) == "train":
+                goals[i] = rows[j][1]
+        return [(f"{start} {goal}", words) for (start, _, words), goal in zip(rows, goals, strict=True)]
+
+    def words(self) -> list[str]:
+        """Values, then moves."""
+        return [str(value) for value in range(self.limit)] + list(self.moves)
+
+    def _walk(self, rng: random.Random, value: int) -> tuple[str, int]:
+        words = []
+        for step in range(4):
+            choices = self.successors[value]
+            move, value = choices[int(rng.random() * len(choices))]
+            words.append(move)
+            if step < 3:
+                words.append(str(value))
+        return " ".join(words), value
+
+
+class ReasoningGymTask:
+    """One of reasoning-gym's generators, with its own scorer.
+
+    The answer is what stands between ``<answer>`` and ``</answer>``, or, if the model never opens the tag, its last
+    line.
+
+    Parameters
+    ----------
+    dataset : str
+        Name of a reasoning-gym dataset, such as ``simple_equations``.
+    max_new_tokens : int
+        Longest completion.
+    options : dict, optional
+        Passed to the generator (its difficulty).
+    """
+
+    fixed_length = False
+    instruction = "Reply with only the answer, between <answer> and </answer>."
+
+    def __init__(self, dataset: str, *, max_new_tokens: int = 24, options: dict[str, Any] | None = None) -> None:
+        try:
+            import reasoning_gym
+        except ImportError as error:
+            raise ImportError(
+                "the reasoning_gym task needs the package reasoning-gym: pip install 'entropy_kernels[smollm2]'"
+            ) from error
+        self.name = f"reasoning_gym:{dataset}"
+        self.max_new_tokens = max_new_tokens
+        self._dataset = dataset
+        self._options = options or {}
+        self._create = reasoning_gym.create_dataset
+        try:
+            self._scorer = self._create(dataset, size=1, seed=0, **self._options)
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"task: expected reasoning_gym:NAME with a dataset of reasoning-gym, got {dataset!r}"
+            ) from error
+
+    def prompts(self, count: int, *, seed: int, split: Split) -> list[Prompt]:
+        """Generated problems; training seeds are even, validation seeds odd."""
+        entries = self._create(self._dataset, size=count, seed=2 * seed + (split == "validation"), **self._options)
+        return [Prompt(f"{entry['question']}\n{self.instruction}", entry) for entry in entries]
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        """reasoning-gym's score of the extracted answer."""
+        return float(self._scorer.score_answer(answer=extract_answer(completion), entry=prompt.data))
+
+    def demonstrations(self, count: int, *, seed: int, wrong_fraction: float) -> list[tuple[str, str]]:
+        """The generator's own answers in the format of the instruction; some of them exchanged between problems."""
+        rng = random.Random(f"{self.name} demonstrations {seed}")
+        prompts = self.prompts(count, seed=seed, split="train")
+        answers = [str(prompt.data["answer"]) for prompt in prompts]
+        wrong = [i for i in range(count) if rng.random() < wrong_fraction]
+        shown = list(answers)
+        for i, j in zip(wrong, wrong[1:] + wrong[:1], strict=True):
+            shown[i] = answers[j]
+        return [(prompt.text, f"<answer>{answer}</answer>") for prompt, answer in zip(prompts, shown, strict=True)]
+
+    def words(self) -> None:
+        """No small vocabulary covers these problems."""
+        return
+
+
+def extract_answer(completion: str) -> str:
+    """The text of the first ``<answer>`` element, or the last non-empty line where there is none."""
+    if "<answer>" in completion:
+        return completion.split("<answer>", 1)[1].split("</answer>", 1)[0].strip()
+    lines = [line.strip() for line in completion.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def make_task(name: str, *, max_new_tokens: int | None = None) -> Task:
+    """The task of a name from the configuration.
+
+    Raises ValueError for a name that is none, ImportError (naming the extra) where reasoning-gym is missing.
+    """
+    if name == "walk":
+        if max_new_tokens not in (None, WalkTask.max_new_tokens):
+            raise ValueError(f"max_new_tokens: expected 7 (or none) for the task walk, got {max_new_tokens}")
+        return WalkTask()
+    kind, _, dataset = name.partition(":")
+    if kind == "reasoning_gym" and dataset:
+        return ReasoningGymTask(dataset, max_new_tokens=max_new_tokens or 24)
+    raise ValueError(f"task: expected walk or reasoning_gym:NAME, got {name!r}")
+
+
+def verify_all(task: Task, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    """Rewards of completions; completion i belongs to prompt i // (completions per prompt)."""
+    if not prompts or len(completions) % len(prompts):
+        raise ValueError(f"completions: expected a multiple of {len(prompts)} prompts, got {len(completions)}")
+    per_prompt = len(completions) // len(prompts)
+    return [task.verify(prompts[i // per_prompt], text) for i, text in enumerate(completions)]
