@@ -30,17 +30,18 @@ def select(config: TrainerConfig, parts: list[Part], *, seed: int) -> list[Tenso
     """
     if config.method == "grpo":
         return None
+    drops = config.method in ("clip_cov", "random_dropped")
     batch = ek.SelectionBatch()
     for part in parts:
-        batch.add(part.logprob, part.advantages, part.mask, token_index=part.token_index)
-    if config.method in ("clip_cov", "random_dropped"):
+        exclude = ppo_clipped(part, config) if drops else None
+        batch.add(part.logprob, part.advantages, part.mask, part.token_index, exclude=exclude)
+    if drops:
         chosen = batch.clip_cov(
             seed=seed,
             ratio=config.selection_ratio,
             low=config.cov_low,
             high=config.cov_high,
             band=config.cov_band,
-            exclude=[ppo_clipped(part, config) for part in parts],
         )
     else:
         chosen = batch.kl_cov(ratio=config.selection_ratio)
@@ -52,7 +53,7 @@ def select(config: TrainerConfig, parts: list[Part], *, seed: int) -> list[Tenso
     uniform = ek.SelectionBatch()
     for part in parts:
         # equal advantages make every covariance 0, so that every valid token is in the band
-        uniform.add(part.logprob, torch.zeros_like(part.advantages), part.mask, token_index=part.token_index)
+        uniform.add(part.logprob, torch.zeros_like(part.advantages), part.mask, part.token_index)
     return uniform.clip_cov(seed=seed + 1, k=count, low=-1.0, high=1.0)
 
 
