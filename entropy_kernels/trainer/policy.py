@@ -273,7 +273,7 @@ def build_policy(config: TrainerConfig, task: Task) -> Policy:
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(config.model)
-    return _finish(model.to(device=device, dtype=dtype), tokenizer, task)
+    return _finish(model.to(device=device, dtype=dtype), tokenizer, config, task)
 
 
 def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
@@ -283,7 +283,9 @@ def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
         raise FileNotFoundError(f"warm_start_from: expected a saved model in {directory}, got no config.json there")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    return _finish(model.to(device=resolve_device(config.device), dtype=getattr(torch, config.dtype)), tokenizer, task)
+    return _finish(
+        model.to(device=resolve_device(config.device), dtype=getattr(torch, config.dtype)), tokenizer, config, task
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -326,7 +328,10 @@ def _tiny(config: TrainerConfig, task: Task) -> tuple[Any, Any]:
         return transformers.LlamaForCausalLM(model_config), tokenizer
 
 
-def _finish(model: Any, tokenizer: Any, task: Task) -> Policy:
+def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Policy:
+    if config.model == "tiny":
+        # ten positions: plain matrix products take 10 to 15 % less time than the fused attention
+        model.set_attn_implementation("eager")
     # eval mode for good: dropout would make the scored distribution differ from the sampled one
     model.eval()
     if task.fixed_length:

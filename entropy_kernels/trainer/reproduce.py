@@ -57,6 +57,8 @@ class Reproduce:
     """RL steps per run."""
     workers: int = 2
     """Runs at the same time, one thread each."""
+    eval_every: int = 16
+    """Steps between validations."""
     warm_steps: int = 800
     """Supervised steps before RL."""
     reuse: bool = False
@@ -86,7 +88,10 @@ def run(options: Reproduce) -> int:
                 warm_steps=options.warm_steps,
                 warm_start_from=start,
                 tensorboard=False,
-                # every seed's methods stand beside each other, so that a stopped reproduction has whole seeds
+                eval_every=options.eval_every,
+                # the controls are there for the end values; their entropy changes are not measured
+                measure_entropy_change=not method.startswith("random"),
+                first_order_every=0 if method.startswith("random") else 8,
             )
             for seed in options.seeds
             for method in options.methods
