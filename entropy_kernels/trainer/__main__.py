@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,5 +80,11 @@ def _parse(kind: type, arguments: list[str], command: str | None) -> Any:
     return tyro.cli(kind, args=arguments, prog=program)
 
 
+def _terminated(number: int, frame: Any) -> None:
+    # as an exception, so that the runs a driver has started are stopped with it
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

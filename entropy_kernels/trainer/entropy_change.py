@@ -47,9 +47,9 @@ def logits_as_parameters(
 
 
 class FirstOrder:
-    """The network's own first-order entropy change of a step: the gradient of H in the weights, times their change.
+    """The network's own first-order entropy change: the gradient of H in the weights, times their change since then.
 
-    Made before the updates of a step, asked after them.
+    Made before the updates of a step; asked after the first of them and after all.
     """
 
     def __init__(self, policy: Policy, rollout: Rollout, config: TrainerConfig) -> None:

@@ -122,7 +122,7 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
         first_order = None
         if config.first_order_every and step % config.first_order_every == 0:
             first_order = FirstOrder(policy, rollout, config)
-        prepared = time.perf_counter()
+        measuring = time.perf_counter() - collected
 
         # 2. several updates per rollout: from the second on, log-probs differ from the old ones
         dropped = torch.zeros_like(rollout.mask)
@@ -132,21 +132,26 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
             for rows in order.chunk(config.minibatches):
                 seed = (config.seed * 1_000_003 + step) * 10_007 + 2 * len(updates)
                 updates.append(update(policy, optimizer, rollout, rows, config, seed=seed, dropped=dropped))
+                if first_order is not None and len(updates) == 1:
+                    probed = time.perf_counter()
+                    row["first_order_dh"] = first_order.change()
+                    row["first_update_dh"] = entropy_now(policy, rollout, config) - row["entropy"]
+                    measuring += time.perf_counter() - probed
         row |= average(updates)
         updated = time.perf_counter()
 
         # 3. what the updates did to the entropy, and what theory says they do
         row["predicted_dh"] = predicted_change(rollout, dropped, config)
         if config.measure_entropy_change:
-            _, entropy_after, _ = score(policy, config, rollout.prompts, rollout.ids, rollout.mask)
-            row["measured_dh"] = mean_over(entropy_after, rollout.mask) - row["entropy"]
+            row["measured_dh"] = entropy_now(policy, rollout, config) - row["entropy"]
         if first_order is not None:
-            row["first_order_dh"] = first_order.change()
+            row["first_order_step_dh"] = first_order.change()
         ended = time.perf_counter()
+        measuring += ended - updated
 
         row["time/rollout"] = collected - started
-        row["time/update"] = updated - prepared
-        row["time/measure"] = (prepared - collected) + (ended - updated)
+        row["time/measure"] = measuring
+        row["time/update"] = ended - collected - measuring
         row["time/step"] = ended - started
         row["time/ops"] = policy.clock.seconds - ops_before
         row["time/ops_share"] = row["time/ops"] / row["time/step"]
@@ -288,6 +293,12 @@ def describe(rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
     for fraction, name in COVARIANCE_COLUMNS.items():
         row[name] = float(ordered[: max(1, int(fraction * n))].mean())
     return row
+
+
+def entropy_now(policy: Policy, rollout: Rollout, config: TrainerConfig) -> float:
+    """Mean entropy of the current policy over the rollout's tokens, nats."""
+    _, entropy, _ = score(policy, config, rollout.prompts, rollout.ids, rollout.mask)
+    return mean_over(entropy, rollout.mask)
 
 
 def predicted_change(rollout: Rollout, dropped: Tensor, config: TrainerConfig) -> float:

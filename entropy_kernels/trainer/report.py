@@ -119,9 +119,9 @@ def draw(runs: Runs, experiment: Mapping[str, Sequence[float]]) -> dict[str, Fig
     base = pd.concat(one["grpo"])
     if {"predicted_dh", "measured_dh"} <= set(base.columns):
         panels["baseline: logits-level prediction (unit step)"] = base
-    if {"first_order_dh", "measured_dh"} <= set(base.columns):
-        pairs = base[["first_order_dh", "measured_dh"]].dropna()
-        panels["baseline: the network's first order"] = (pairs["first_order_dh"], pairs["measured_dh"])
+    if {"first_order_dh", "first_update_dh"} <= set(base.columns):
+        pairs = base[["first_order_dh", "first_update_dh"]].dropna()
+        panels["baseline: the network's first order"] = (pairs["first_order_dh"], pairs["first_update_dh"])
     main = {name: logs for name, logs in one.items() if not method_style(name).control}
     return {
         "entropy": plots.entropy_figure(one),
@@ -189,8 +189,13 @@ def change_lines(summary: Mapping[str, Mapping[str, Any]], experiment: Mapping[s
             )
         if "network_correlation" in v:
             lines.append(
-                f"{label}, the network's own first order: correlation {v['network_correlation']['mean']:.4f}, slope "
-                f"{v['network_slope']['mean']:.3f}."
+                f"{label}, the network's own first order against the measured change of one update: correlation "
+                f"{v['network_correlation']['mean']:.4f}, slope {v['network_slope']['mean']:.3f}."
+            )
+        if "network_step_correlation" in v:
+            lines[-1] += (
+                f" Over all updates of a rollout: {v['network_step_correlation']['mean']:.4f}, slope "
+                f"{v['network_step_slope']['mean']:.3f}."
             )
     return lines
 

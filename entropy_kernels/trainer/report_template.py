@@ -62,8 +62,9 @@ same to random tokens does not.</p>
 and measurement agree to rounding and curvature (first panel). In a network a step for one token moves the logits of
 all others, and AdamW rescales the step of every weight, so a sum of per-token predictions keeps the direction and
 loses the size (second panel; its prediction is for a unit step, so only correlation and sign mean something). The
-gradient of the entropy in the weights, times the change of the weights, contains all of this and is again exact to
-first order (third panel).</p>
+gradient of the entropy in the weights, times the change of the weights in one update, contains all of this and is again
+exact to first order (third panel). Over the four updates of a rollout curvature
+adds up, and the agreement is less close.</p>
 
 <h2>Covariance is heavy-tailed</h2>
 <div class="wide">{{ covariance_table|safe }}</div>

@@ -40,6 +40,8 @@ KEPT_COLUMNS = (
     "predicted_dh",
     "measured_dh",
     "first_order_dh",
+    "first_update_dh",
+    "first_order_step_dh",
 )
 
 

@@ -30,9 +30,12 @@ def end_values(log: DataFrame) -> dict[str, float]:
             if name.startswith("val_"):
                 values[name] = float(validated[name].iloc[-1])
     values |= law_values(validated)
-    for name, column in (("logits", "predicted_dh"), ("network", "first_order_dh")):
-        agreement = agree(log, column)
-        values |= {f"{name}_{key}": value for key, value in agreement.items()}
+    for name, predicted, measured in (
+        ("logits", "predicted_dh", "measured_dh"),
+        ("network", "first_order_dh", "first_update_dh"),
+        ("network_step", "first_order_step_dh", "measured_dh"),
+    ):
+        values |= {f"{name}_{key}": value for key, value in agree(log, predicted, measured).items()}
     if "time/step" in log:
         values["seconds_per_step"] = float(log["time/step"].median())
         values["ops_share"] = float(log["time/ops"].sum() / log["time/step"].sum())
@@ -61,11 +64,11 @@ def law_values(validated: DataFrame) -> dict[str, float]:
     }
 
 
-def agree(log: DataFrame, column: str) -> dict[str, float]:
-    """Correlation, slope through the origin and share of equal signs of measured_dh against `column`."""
-    if column not in log or "measured_dh" not in log:
+def agree(log: DataFrame, predicted: str, measured: str) -> dict[str, float]:
+    """:func:`agreement` of two columns of a log, over the rows that have both; {} if there are none."""
+    if not {predicted, measured} <= set(log.columns):
         return {}
-    pairs = log[[column, "measured_dh"]].dropna().to_numpy(float)
+    pairs = log[[predicted, measured]].dropna().to_numpy(float)
     return agreement(pairs[:, 0], pairs[:, 1])
 
 
@@ -146,7 +149,7 @@ def criteria(
     if "network_correlation" in base:
         value = min(summary[m]["network_correlation"]["mean"] for m in summary if "network_correlation" in summary[m])
         check(
-            "through the network: its first order correlates with the measured change at .99 or better, every method",
+            "through the network: its first order correlates with an update's change at .99 or better, every method",
             value >= 0.99,
             f"lowest {value:.4f}",
         )

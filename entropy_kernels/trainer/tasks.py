@@ -159,6 +159,8 @@ class ReasoningGymTask:
     """
 
     fixed_length = False
+    #: Distance between the seeds of two calls.
+    stride = 1_000_000
     instruction = "Reply with only the answer, between <answer> and </answer>."
 
     def __init__(self, dataset: str, *, max_new_tokens: int = 24, options: dict[str, Any] | None = None) -> None:
@@ -181,8 +183,11 @@ class ReasoningGymTask:
             ) from error
 
     def prompts(self, count: int, *, seed: int, split: Split) -> list[Prompt]:
-        """Generated problems; training seeds are even, validation seeds odd."""
-        entries = self._create(self._dataset, size=count, seed=2 * seed + (split == "validation"), **self._options)
+        """Generated problems. Item i of a dataset is made from seed + i, so the seeds of two calls keep a distance."""
+        if count > self.stride:
+            raise ValueError(f"count: expected at most {self.stride} problems at once, got {count}")
+        first = (2 * seed + (split == "validation")) * self.stride
+        entries = self._create(self._dataset, size=count, seed=first, **self._options)
         return [Prompt(f"{entry['question']}\n{self.instruction}", entry) for entry in entries]
 
     def verify(self, prompt: Prompt, completion: str) -> float:
