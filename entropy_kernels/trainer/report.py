@@ -207,12 +207,8 @@ def limits(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for method, label in (("clip_cov", "Clip-Cov"), ("kl_cov", "KL-Cov")):
         if method in summary and "val_pass1" in summary[method]:
             gap = summary[method]["val_pass1"]["mean"] - base["val_pass1"]["mean"]
-            spread = max(summary[method]["val_pass1"]["sd"], base["val_pass1"]["sd"])
-            seeds = (
-                f"the seeds spread by {spread:.3f}"
-                if spread == spread
-                else "one seed cannot tell this from noise (.01 to .02)"
-            )
+            noise = max(summary[method]["val_pass1"]["sd"] or 0.0, base["val_pass1"]["sd"] or 0.0)
+            seeds = f"the seeds spread by {noise:.3f}" if noise else "one seed cannot tell this from noise (.01 to .02)"
             lines.append(
                 f"pass@1: {label} ends {gap:+.3f} from the baseline; {seeds}. "
                 "The gain that shows here is in pass@k and diversity."
