@@ -244,19 +244,22 @@ def loss_of(
 ) -> ek.PolicyLoss:
     """The loss of one micro-batch, normalised by its whole minibatch, so that micro-batch losses add up to one."""
     common: dict[str, Any] = {
+        "logprob": stats.logprob,
+        "old_logprob": rollout.old_logprob[rows],
+        "advantages": rollout.advantages[rows],
+        "mask": rollout.mask[rows],
         "entropy": stats.entropy,
         "entropy_coef": config.entropy_coef,
         "loss_agg_mode": config.loss_agg_mode,
         "batch_num_tokens": minibatch_tokens,
         "global_batch_size": minibatch_rows,
     }
-    tensors = (stats.logprob, rollout.old_logprob[rows], rollout.advantages[rows], rollout.mask[rows])
-    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    low, high = config.clip_low, config.clip_high
     if config.method == "grpo":
-        return ek.policy_loss(*tensors, **clip, **common)
+        return ek.policy_loss(**common, clip_low=low, clip_high=high)
     if config.method in ("clip_cov", "random_dropped"):
-        return ek.clip_cov_loss(*tensors, **clip, **common, preset="verl", dropped=selected)
-    return ek.kl_cov_loss(*tensors, **common, preset="verl", kl_coef=config.kl_coef, penalized=selected)
+        return ek.clip_cov_loss(**common, clip_low=low, clip_high=high, preset="verl", dropped=selected)
+    return ek.kl_cov_loss(**common, preset="verl", kl_coef=config.kl_coef, penalized=selected)
 
 
 def part_of(rollout: Rollout, rows: Tensor, logprob: Tensor) -> Part:
