@@ -19,6 +19,8 @@ _ROLE = {"ours": "entropy_kernels", "peer": "peers", "limit": "limits of the mac
 _ERRORS = {"logprob (nats)": ("o", -0.14), "entropy (nats)": ("D", 0.14)}
 _NOISE = 1e-8  # smaller errors, zero among them, are drawn here
 
+_WIDE = 20  # ratio of slowest to fastest from which a panel's axis is logarithmic
+
 Panel = tuple[str, list[Record]]
 
 
@@ -54,10 +56,16 @@ def _time_panel(ax: Axes, title: str, records: list[Record], lines: int) -> None
     order = list(dict.fromkeys(record.op for record in records))
     records = sorted(records, key=lambda r: (order.index(r.op), r.summary["median"]))
     scale, unit = _unit(max(record.summary["median"] for record in records))
+    medians = [record.summary["median"] for record in records]
+    logarithmic = max(medians) > _WIDE * min(medians)
     for position, record in enumerate(records):
         median, p10, p90 = (record.summary[key] / scale for key in ("median", "p10", "p90"))
-        ax.barh(position, median, color=_COLOR[record.role], height=0.72)
-        ax.plot([p10, p90], [position, position], color=style.INK, linewidth=1.2, solid_capstyle="butt")
+        if logarithmic:  # a bar's length means nothing on this axis
+            ax.plot([p10, p90], [position, position], color=_COLOR[record.role], linewidth=2)
+            ax.plot(median, position, "o", color=_COLOR[record.role], markersize=7)
+        else:
+            ax.barh(position, median, color=_COLOR[record.role], height=0.72)
+            ax.plot([p10, p90], [position, position], color=style.INK, linewidth=1.2, solid_capstyle="butt")
         ax.annotate(
             f"{median:.3g}", (max(median, p90), position), xytext=(4, 0), textcoords="offset points", va="center",
             fontsize=8, color=style.MUTED,
@@ -66,9 +74,13 @@ def _time_panel(ax: Axes, title: str, records: list[Record], lines: int) -> None
     ax.set_yticks(range(len(records)), labels, fontsize=8.5)
     ax.set_ylim(lines - 0.4, -0.6)
     ax.margins(x=0.1)
-    ax.set_xlim(left=0)
-    ax.grid(False, axis="y")
-    ax.set_xlabel(f"time ({unit}): median, line from p10 to p90")
+    if logarithmic:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+    else:
+        ax.set_xlim(left=0)
+        ax.grid(False, axis="y")
+    ax.set_xlabel(f"time ({unit}{', logarithmic' if logarithmic else ''}): median, line from p10 to p90")
     style.title(ax, title)
 
 
