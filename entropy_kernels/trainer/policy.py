@@ -348,4 +348,6 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError("the trainer needs transformers: pip install 'entropy_kernels[train]'") from error
+    # its bars for loading and saving would tear the trainer's own
+    transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -30,8 +30,9 @@ def load_smollm2() -> tuple[Any, Any]:
     transformers de-quantises the GGUF weights at loading; they are copied into a fresh model, because the loaded one
     keeps a quantisation config that refuses training.
     """
-    if util.find_spec("gguf") is None:
-        raise ImportError(f"model = smollm2 needs the package gguf: {_INSTALL}")
+    for package in ("gguf", "accelerate"):
+        if util.find_spec(package) is None:
+            raise ImportError(f"model = smollm2 needs the package {package}: {_INSTALL}")
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     path = find_gguf()
