@@ -132,28 +132,40 @@ KeySchedule key_schedule(uint64_t seed) {
   return keys;
 }
 
-// First output word of Philox4x32-10 for counter (index, 0, 0), one token per 64-bit lane. A word is the low half of
-// its lane; the high half is garbage that _mm256_mul_epu32 ignores and the caller drops.
-inline __m256i first_word(__m256i index, const KeySchedule& keys) {
+// Vectors of tokens that go through the rounds side by side: one alone would wait for its multiplications.
+constexpr int kStreams = 4;
+constexpr int64_t kTokensAtOnce = 4 * kStreams;
+
+// First output words of Philox4x32-10 for counters (index, 0, 0), in place, one token per 64-bit lane. A word is the low
+// half of its lane; the high half is garbage that _mm256_mul_epu32 ignores and the caller drops.
+inline void first_words(__m256i* index, const KeySchedule& keys) {
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-  // Round 1 with c2 = c3 = 0: its second product is 0.
-  __m256i product0 = _mm256_mul_epu32(index, m0);
-  __m256i c0 = _mm256_xor_si256(_mm256_srli_epi64(index, 32), keys.first[0]);
-  __m256i c1 = _mm256_setzero_si256();
-  __m256i c2 = _mm256_xor_si256(_mm256_srli_epi64(product0, 32), keys.second[0]);
-  __m256i c3 = product0;
+  __m256i c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+    // Round 1 with c2 = c3 = 0: its second product is 0.
+    c3[s] = _mm256_mul_epu32(index[s], m0);
+    c2[s] = _mm256_xor_si256(_mm256_srli_epi64(c3[s], 32), keys.second[0]);
+    c1[s] = _mm256_setzero_si256();
+    c0[s] = _mm256_xor_si256(_mm256_srli_epi64(index[s], 32), keys.first[0]);
+  }
 #pragma GCC unroll 8
   for (int round = 1; round < kPhiloxRounds - 1; ++round) {
-    product0 = _mm256_mul_epu32(c0, m0);
-    const __m256i product1 = _mm256_mul_epu32(c2, m1);
-    c0 = _mm256_xor_si256(_mm256_xor_si256(c1, keys.first[round]), _mm256_srli_epi64(product1, 32));
-    c2 = _mm256_xor_si256(_mm256_xor_si256(c3, keys.second[round]), _mm256_srli_epi64(product0, 32));
-    c1 = product1;
-    c3 = product0;
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      const __m256i product0 = _mm256_mul_epu32(c0[s], m0), product1 = _mm256_mul_epu32(c2[s], m1);
+      c0[s] = _mm256_xor_si256(_mm256_xor_si256(c1[s], keys.first[round]), _mm256_srli_epi64(product1, 32));
+      c2[s] = _mm256_xor_si256(_mm256_xor_si256(c3[s], keys.second[round]), _mm256_srli_epi64(product0, 32));
+      c1[s] = product1;
+      c3[s] = product0;
+    }
   }
-  // The last round needs one product for the one word that is kept.
-  const __m256i high = _mm256_srli_epi64(_mm256_mul_epu32(c2, m1), 32);
-  return _mm256_xor_si256(_mm256_xor_si256(c1, keys.first[kPhiloxRounds - 1]), high);
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+    // The last round needs one product for the one word that is kept.
+    const __m256i high = _mm256_srli_epi64(_mm256_mul_epu32(c2[s], m1), 32);
+    index[s] = _mm256_xor_si256(_mm256_xor_si256(c1[s], keys.first[kPhiloxRounds - 1]), high);
+  }
 }
 
 // (low half of each lane of a, low half of each lane of b) -> eight 32-bit words in order
@@ -167,22 +179,26 @@ void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions
   const KeySchedule schedule = key_schedule(seed);
   const __m256i base = _mm256_set1_epi64x(begin);
   const long long* indices = view.index ? reinterpret_cast<const long long*>(view.index + begin) : nullptr;
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(positions + i));
-    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(positions + i + 4));
-    __m256i first, second;
-    if (indices) {
-      first = _mm256_i32gather_epi64(indices, low, 8);
-      second = _mm256_i32gather_epi64(indices, high, 8);
-    } else {
-      first = _mm256_add_epi64(_mm256_cvtepu32_epi64(low), base);
-      second = _mm256_add_epi64(_mm256_cvtepu32_epi64(high), base);
+  for (int64_t i = 0; i < count; i += kTokensAtOnce) {
+    uint32_t padded[kTokensAtOnce] = {};  // the last tokens, and the chunk's first in place of those that are not there
+    const uint32_t* from = positions + i;
+    if (i + kTokensAtOnce > count) {
+      for (int64_t j = i; j < count; ++j) {
+        padded[j - i] = positions[j];
+      }
+      from = padded;
     }
-    const __m256i words = low_words(first_word(first, schedule), first_word(second, schedule));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys + i), words);
+    __m256i words[kStreams];
+    for (int s = 0; s < kStreams; ++s) {
+      const __m128i four = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 4 * s));
+      words[s] = indices ? _mm256_i32gather_epi64(indices, four, 8)
+                         : _mm256_add_epi64(_mm256_cvtepu32_epi64(four), base);
+    }
+    first_words(words, schedule);
+    for (int s = 0; s < kStreams; s += 2) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(keys + i + 4 * s), low_words(words[s], words[s + 1]));
+    }
   }
-  portable::random_keys(view, begin, positions + i, count - i, seed, keys + i);
 }
 
 KeyCount compress_above(uint32_t threshold, uint32_t* keys, uint32_t* positions, int64_t count) {

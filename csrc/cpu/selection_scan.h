@@ -9,7 +9,7 @@ namespace entropy_kernels::cpu {
 // A chunk is what one scan call sees; its positions fit in 32 bits and its buffers in the first-level cache.
 constexpr int64_t kChunk = 2048;
 // Vector loops store whole vectors: buffers of positions and keys are this much longer than a chunk.
-constexpr int64_t kChunkSlack = 8;
+constexpr int64_t kChunkSlack = 16;
 
 // One flat batch. mask and exclude are bool bytes (0 = false); a null mask: all tokens count; a null exclude: none
 // is excluded; a null index: the token index is the position.
