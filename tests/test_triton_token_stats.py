@@ -316,6 +316,16 @@ def test_entropy_of_a_large_vocabulary(offset: float) -> None:
     close(actual[2], expected[2], atol=0, rtol=5e-6)
 
 
+@pytest.mark.parametrize("gap", (12.0, 15.0))
+def test_collapsed_entropy_over_many_lanes(gap: float) -> None:
+    """Adding lanes of 3e-7 one by one to the 1 of the largest logit would round each time, all in one direction."""
+    logits = torch.zeros(1, 1, 2048, device=DEVICE)
+    logits[..., 7] = gap
+    one = torch.ones(1, device=DEVICE)
+    arguments = (logits, torch.tensor([7], device=DEVICE), one, 0.0, -100, 0, NONE, ALL)
+    close(kernels.token_stats_forward(*arguments)[1], exact(*arguments)[1], atol=2.5e-7, rtol=2e-7)
+
+
 def test_softcap_tanh_is_accurate_near_zero() -> None:
     """(1 - q) / (1 + q) alone loses the digits of small logits, and with them those of nearly uniform rows."""
     z = torch.cat([torch.linspace(-1, 1, 400), torch.logspace(-6, 0, 112)]) * 30

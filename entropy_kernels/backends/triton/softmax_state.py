@@ -98,6 +98,12 @@ def add_tile(
 
 
 @triton.jit
+def total(s):
+    """Sum of s over parts, in fp64: the part with the maximum holds 1 + little, and H ≈ log s lives in the little."""
+    return tl.sum(s.to(tl.float64)).to(s.dtype)
+
+
+@triton.jit
 def merge_lanes(m, s, w, s2, w2, scale, SECOND_ORDER: tl.constexpr):
     """One scalar state from m (WARPS, 1) and sums (WARPS, LANES)."""
     top = tl.max(m)
@@ -105,7 +111,7 @@ def merge_lanes(m, s, w, s2, w2, scale, SECOND_ORDER: tl.constexpr):
     if SECOND_ORDER:
         s2 = tl.sum(s2)
         w2 = tl.sum(w2)
-    return top, tl.sum(s), tl.sum(w), s2, w2
+    return top, total(s), tl.sum(w), s2, w2
 
 
 @triton.jit

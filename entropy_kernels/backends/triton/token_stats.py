@@ -29,6 +29,7 @@ from entropy_kernels.backends.triton.softmax_state import (
     log2_probability,
     merge_lanes,
     raise_top,
+    total,
 )
 
 # The loops prefetch by themselves (num_stages=1: no copies through shared memory), and sums of products are fused.
@@ -240,7 +241,7 @@ def merge_kernel(
     top = tl.max(m)
     s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, bits_per_logit(temperature), SECOND)
     _write_row(
-        row, rows, top, tl.sum(s), tl.sum(w), tl.sum(s2), tl.sum(w2), x_y, target, temperature, ignore_index,
+        row, rows, top, total(s), tl.sum(w), tl.sum(s2), tl.sum(w2), x_y, target, temperature, ignore_index,
         vocab_size, logprob_ptr, entropy_ptr, collision_ptr, covariance_ptr, state_ptr, WANT, SECOND,
     )  # fmt: skip
 
