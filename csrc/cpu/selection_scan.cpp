@@ -136,8 +136,8 @@ KeySchedule key_schedule(uint64_t seed) {
 constexpr int kStreams = 4;
 constexpr int64_t kTokensAtOnce = 4 * kStreams;
 
-// First output words of Philox4x32-10 for counters (index, 0, 0), in place, one token per 64-bit lane. A word is the low
-// half of its lane; the high half is garbage that _mm256_mul_epu32 ignores and the caller drops.
+// First output words of Philox4x32-10 for counters (index, 0, 0), in place, one token per 64-bit lane. A word is
+// the low half of its lane; the high half is garbage that _mm256_mul_epu32 ignores and the caller drops.
 inline void first_words(__m256i* index, const KeySchedule& keys) {
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   __m256i c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
