@@ -90,10 +90,10 @@ def policy_loss(
             argument requires.
     """
     check_clips(clip_low, clip_high, dual_clip)
-    extras, aggregation = _shared(
-        entropy_coef, ref_kl_coef, kl_estimator,
-        Aggregation(loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group),
-    )  # fmt: skip
+    extras = Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator))
+    aggregation = Aggregation(
+        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
+    )
     tokens = prepare(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
     aggregation.check(tokens.mask)
     found = branches(tokens, clip_low, clip_high, dual_clip)
@@ -164,10 +164,10 @@ def clip_cov_loss(
         raise ValueError("seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None")
     if band == "quantile" and (low is None or high is None):
         raise ValueError(f"low, high: expected shares in [0, 1] with band='quantile', got low={low}, high={high}")
-    extras, aggregation = _shared(
-        entropy_coef, ref_kl_coef, kl_estimator,
-        Aggregation(loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group),
-    )  # fmt: skip
+    extras = Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator))
+    aggregation = Aggregation(
+        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
+    )
     tokens = prepare(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
     aggregation.check(tokens.mask)
     selected = check_mask("dropped", dropped, logprob)
@@ -175,7 +175,7 @@ def clip_cov_loss(
     covariance = _covariance(tokens, batch_group)
     in_band = None
     if selected is None:
-        assert seed is not None
+        assert seed is not None  # for the type checker: refused above
         bounds: dict[str, Any] = {
             "low": presets.given_or(low, chosen.low),
             "high": presets.given_or(high, chosen.high),
@@ -255,10 +255,10 @@ def kl_cov_loss(
     check_coefficient("kl_coef", kl_coef)
     estimator = check_estimator("penalty_estimator", presets.given_or(penalty_estimator, chosen.penalty))
     _check_selection("penalized", penalized, ratio=ratio, k=k)
-    extras, aggregation = _shared(
-        entropy_coef, ref_kl_coef, kl_estimator,
-        Aggregation(loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group),
-    )  # fmt: skip
+    extras = Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator))
+    aggregation = Aggregation(
+        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
+    )
     tokens = prepare(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
     aggregation.check(tokens.mask)
     selected = check_mask("penalized", penalized, logprob)
@@ -276,12 +276,6 @@ def kl_cov_loss(
         )
     term = surrogate(tokens, found) + penalty(tokens, selected, kl_coef, estimator)
     return total(tokens, term, extras, aggregation, found, covariance, selected)
-
-
-def _shared(
-    entropy_coef: float | Tensor, ref_kl_coef: float | Tensor, kl_estimator: str, aggregation: Aggregation
-) -> tuple[Extras, Aggregation]:
-    return Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator)), aggregation
 
 
 def _covariance(tokens: Tokens, group: Any) -> Tensor:

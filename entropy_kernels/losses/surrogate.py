@@ -78,6 +78,5 @@ def surrogate(tokens: Tokens, found: Branches, dropped: Tensor | None = None, dr
 
 def penalty(tokens: Tokens, penalized: Tensor, coefficient: float | Tensor, estimator: str) -> Tensor:
     """KL-Cov's penalty on the log-ratio per token, 0 elsewhere (Eq. 13 of arXiv 2505.22617)."""
-    chosen = penalized & tokens.mask
-    distance = kl_estimate(torch.where(chosen, tokens.log_ratio, 0), estimator)
-    return torch.where(chosen, coefficient * distance, 0)
+    distance = kl_estimate(torch.where(penalized, tokens.log_ratio, 0), estimator)  # 0 in padding
+    return torch.where(penalized, coefficient * distance, 0)

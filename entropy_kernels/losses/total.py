@@ -40,7 +40,6 @@ def total(
     in_band: Tensor | None = None,
 ) -> PolicyLoss:
     """loss = [policy term] - entropy_coef·[entropy] + ref_kl_coef·[reference KL], [x] the aggregate of x."""
-    zero = policy_term.new_zeros(())
     token_loss = policy_term
     ref_kl = None
     if tokens.ref_log_ratio is not None:
@@ -75,7 +74,7 @@ def total(
     pg_loss = totals["pg_loss"] / denominator
     if aggregation.group is None:
         pg_loss = pg_loss * aggregation.dp_size
-    return PolicyLoss(loss.to(zero.dtype), metrics.finish(totals, totals["tokens"], pg_loss.to(zero.dtype)))
+    return PolicyLoss(loss.to(tokens.dtype), metrics.finish(totals, totals["tokens"], pg_loss.to(tokens.dtype)))
 
 
 def _enters(coefficient: float | Tensor) -> bool:
