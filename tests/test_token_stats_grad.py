@@ -153,6 +153,8 @@ def test_double_backward_is_a_clear_error(place: Place) -> None:
 def test_gradcheck(kwargs: dict, place: Place) -> None:
     if torch.float64 not in place.dtypes:
         pytest.skip("gradcheck needs fp64")
+    if place.interpreted and kwargs:
+        pytest.skip("a hundred forward passes in the interpreter: once")
     logits = torch.randn(2, 3, 7, dtype=torch.float64, device=place.device, requires_grad=True)
     target = torch.tensor([[0, 4, 2], [-100, 3, 1]], device=place.device)
 
