@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -592,3 +593,25 @@ def test_runs_side_by_side_reports_a_failure(tmp_path: Path) -> None:
         RuntimeError, match=r"run broken: expected exit code 0, got 2; [\s\S]*warm_start_from: expected"
     ):
         drivers.run_side_by_side({"broken": broken}, workers=1, board=ProgressBoard(enabled=False))
+
+
+def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
+    log = pd.DataFrame(
+        {
+            "step": range(8),
+            "entropy": [4.0 - 0.1 * i for i in range(8)],
+            "tokens": 28,
+            "reward": 0.0,
+            "val_pass1": 0.0,
+            "val_pass8": 0.0,
+            "predicted_dh": 0.0,
+            "measured_dh": 0.0,
+            **dict.fromkeys(COVARIANCE_COLUMNS.values(), 0.0),
+        }
+    )
+    page = write_report(
+        tmp_path, {"grpo": [log]}, experiment={"predicted": [], "measured": []}, command="c", seeds=[0], seconds=1.0,
+        title="t",
+    )  # fmt: skip
+    assert "no token had an advantage" in page.read_text()
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))

@@ -176,10 +176,12 @@ def law_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def change_lines(summary: Mapping[str, Mapping[str, Any]], experiment: Mapping[str, float]) -> list[str]:
     """What the three comparisons of the entropy change gave."""
-    lines = [
-        f"Logits as parameters: correlation {experiment['correlation']:.6f}, slope {experiment['slope']:.5f}, "
-        f"{experiment['n']} tokens, step 1e-3."
-    ]
+    lines = ["Logits as parameters: no token had an advantage."]
+    if experiment:
+        lines = [
+            f"Logits as parameters: correlation {experiment['correlation']:.6f}, slope {experiment['slope']:.5f}, "
+            f"{experiment['n']} tokens, step 1e-3."
+        ]
     for method, v in summary.items():
         label = method_style(method).label
         if "logits_correlation" in v:

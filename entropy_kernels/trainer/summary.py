@@ -43,10 +43,10 @@ def end_values(log: DataFrame) -> dict[str, float]:
 
 
 def law_values(validated: DataFrame) -> dict[str, float]:
-    """Law and straight line over all validations, and the law of the first third judged at the last validation."""
-    if len(validated) < 6:
-        return {}
+    """Law and line over all validations, and the law of the first third judged at the last; {} if none can be fitted."""
     h, r = validated["entropy"].to_numpy(float), validated["val_pass1"].to_numpy(float)
+    if len(h) < 6 or np.ptp(h) == 0 or np.ptp(r) == 0:
+        return {}
     law = ek.fit_entropy_law(h, r)
     third = ek.fit_entropy_law(h, r, fit_fraction=max(1 / 3, 3.01 / len(h)))
     assert third.extrapolation is not None
@@ -139,12 +139,18 @@ def criteria(
                 f"{mine['mean']:.3f} against {theirs['mean']:.3f}, gap {gap:+.3f}, spread {noise:.3f}",
             )
     fit = agreement(experiment["predicted"], experiment["measured"])
+    # a start that is never right, or always, has no advantages to step along
+    none = "no token had an advantage"
     check(
         "logits as parameters: measured and predicted entropy change correlate at .999 or better",
-        fit["correlation"] >= 0.999,
-        f"{fit['correlation']:.6f}",
+        bool(fit) and fit["correlation"] >= 0.999,
+        f"{fit['correlation']:.6f}" if fit else none,
     )
-    check("logits as parameters: slope within 1 % of 1", abs(fit["slope"] - 1.0) <= 0.01, f"{fit['slope']:.5f}")
+    check(
+        "logits as parameters: slope within 1 % of 1",
+        bool(fit) and abs(fit["slope"] - 1.0) <= 0.01,
+        f"{fit['slope']:.5f}" if fit else none,
+    )
     if "network_correlation" in base:
         value = min(summary[m]["network_correlation"]["mean"] for m in summary if "network_correlation" in summary[m])
         check(
