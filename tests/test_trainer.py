@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
-from entropy_kernels.trainer import checkpoint, drivers, ppo
+from entropy_kernels.trainer import checkpoint, drivers, ppo, reproduce
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
@@ -615,3 +615,17 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "no token had an advantage" in page.read_text()
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+
+
+def test_reproduction_keeps_complete_runs_and_continues_others(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", steps=2)
+    assert not reproduce.complete(settings) and not reproduce.continuable(settings)
+    ppo.train(settings)
+    longer = dataclasses.replace(settings, steps=3)
+    assert reproduce.complete(settings)
+    assert reproduce.continuable(settings)
+    assert not reproduce.complete(longer) and not reproduce.continuable(longer)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert not reproduce.complete(settings)
+    assert reproduce.continuable(settings)

@@ -82,10 +82,11 @@ def run_side_by_side(runs: dict[str, TrainerConfig], *, workers: int, board: Pro
 
 
 def _start(config: TrainerConfig) -> subprocess.Popen[bytes]:
-    config = dataclasses.replace(config, overwrite=True, progress=False)
-    # an earlier run would be read as this one's progress until it starts
-    shutil.rmtree(config.out, ignore_errors=True)
-    config.out.mkdir(parents=True)
+    config = dataclasses.replace(config, overwrite=not config.resume, progress=False)
+    if not config.resume:
+        # an earlier run would be read as this one's progress until it starts
+        shutil.rmtree(config.out, ignore_errors=True)
+        config.out.mkdir(parents=True)
     checkpoint.write_json(config.out / "request.json", config.to_dict())
     with open(config.out / "run.log", "wb") as log:
         return subprocess.Popen(

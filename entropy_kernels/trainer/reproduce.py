@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import time
@@ -64,7 +65,7 @@ class Reproduce:
     warm_steps: int = 800
     """Supervised steps before RL."""
     reuse: bool = False
-    """Keep runs that are already complete in `out` under the same configuration, instead of training them again."""
+    """Keep runs that are complete in `out` under the same configuration, and continue those that have a checkpoint."""
     progress: bool = True
     """Show progress."""
 
@@ -98,7 +99,10 @@ def run(options: Reproduce) -> int:
             for seed in options.seeds
             for method in options.methods
         }
-        todo = {name: c for name, c in configs.items() if not (options.reuse and complete(c))}
+        todo = configs
+        if options.reuse:
+            waiting = {name: c for name, c in configs.items() if not complete(c)}
+            todo = {name: dataclasses.replace(c, resume=continuable(c)) for name, c in waiting.items()}
         run_side_by_side(todo, workers=options.workers, board=board)
     logs = load_runs({name: c.out for name, c in configs.items()})
     runs = {method: [logs[f"{method}-{seed}"] for seed in options.seeds] for method in options.methods}
@@ -125,16 +129,27 @@ def measured(method: str, seed: int, options: Reproduce) -> bool:
     return seed == options.seeds[0] and not method.startswith("random")
 
 
+def continuable(config: TrainerConfig) -> bool:
+    """Whether a run of exactly this configuration left a checkpoint in its directory."""
+    return same_configuration(config) and (config.out / "checkpoint.pt").exists()
+
+
 def complete(config: TrainerConfig) -> bool:
     """Whether a run of exactly this configuration has finished in its directory."""
+    if not same_configuration(config):
+        return False
+    rows = read_rows(config.out / "metrics.jsonl")
+    return bool(rows) and rows[-1]["step"] == config.steps
+
+
+def same_configuration(config: TrainerConfig) -> bool:
+    """Whether the run in the directory of `config` was made under it."""
     saved, metrics = config.out / "config.json", config.out / "metrics.jsonl"
     if not (saved.exists() and metrics.exists()):
         return False
     values = json.loads(saved.read_text(encoding="utf-8"))
     ignored = {"overwrite", "progress", "resume"}
-    same = all(values.get(k) == v for k, v in config.to_dict().items() if k not in ignored)
-    rows = read_rows(metrics)
-    return same and bool(rows) and rows[-1]["step"] == config.steps
+    return all(values.get(k) == v for k, v in config.to_dict().items() if k not in ignored)
 
 
 def overview(runs: Mapping[str, Sequence[DataFrame]]) -> Figure:

@@ -43,7 +43,7 @@ def end_values(log: DataFrame) -> dict[str, float]:
 
 
 def law_values(validated: DataFrame) -> dict[str, float]:
-    """Law and line over all validations, and the law of the first third judged at the last; {} if none can be fitted."""
+    """Law and line over all validations, and the law of the first third judged at the last; {} without a fit."""
     h, r = validated["entropy"].to_numpy(float), validated["val_pass1"].to_numpy(float)
     if len(h) < 6 or np.ptp(h) == 0 or np.ptp(r) == 0:
         return {}
