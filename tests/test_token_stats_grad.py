@@ -157,6 +157,8 @@ def test_gradcheck(kwargs: dict, place: Place) -> None:
         pytest.skip("a hundred forward passes in the interpreter: once")
     logits = torch.randn(2, 3, 7, dtype=torch.float64, device=place.device, requires_grad=True)
     target = torch.tensor([[0, 4, 2], [-100, 3, 1]], device=place.device)
+    if place.interpreted:
+        logits, target = logits[:, :1].detach().requires_grad_(), target[:, :1]
 
     def values(z: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ek.token_stats(z, target, **kwargs, backend=place.backend)[:3]
