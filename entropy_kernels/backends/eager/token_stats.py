@@ -59,6 +59,8 @@ def token_stats_forward(
     local = target.long() - vocab_start
     here = (local >= 0) & (local < columns) & ~ignored
     for part in _chunks(rows, vocab):
+        if state.device.type == "cpu" and ignored[part].all():
+            continue  # not read; on a GPU to ask would be a sync
         z, _ = _capped(_rows(logits, part, dtype, columns), softcap)
         minus_inf = torch.full((z.shape[0], 1), -torch.inf, dtype=dtype, device=z.device)
         m = z.amax(-1, keepdim=True) if columns else minus_inf
