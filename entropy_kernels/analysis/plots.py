@@ -15,7 +15,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame, Series
 
-    Run = DataFrame | Sequence[DataFrame]
+    Run: TypeAlias = DataFrame | Sequence[DataFrame]
 
 # Mean covariance of the top fractions of tokens at step 1 of Qwen2.5-7B: arXiv 2505.22617, table 1.
 PAPER_COVARIANCE = {0.0002: 5.654, 0.002: 3.112, 0.02: 1.385, 0.2: 0.351, 0.5: 0.152, 1.0: 0.003}
