@@ -60,6 +60,7 @@ def logprob_entropy(
     Returns:
         ``LogprobEntropy(logprob, entropy)``, each of ``target``'s shape, fp32 (fp64 for fp64 logits), in nats.
         A row with NaN or +inf, or with nothing but -inf, gives NaN; a target at -inf gives logprob -inf.
+        Under a softcap infinite logits are finite, ±softcap: mask a vocabulary with ``vocab_size``, not with -inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.

@@ -362,6 +362,9 @@ def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
         return seed.to(device, non_blocking=True)
     if isinstance(seed, bool):
         raise TypeError("seed: expected an int or a 0-d int64 tensor, got bool")
+    if torch.compiler.is_compiling() and isinstance(seed, (int, torch.SymInt)) and -(1 << 63) <= seed < 1 << 63:
+        # The compiler keeps a number symbolic that multiplies a tensor, and specialises on one that fills it
+        return torch.ones((), dtype=torch.int64, device=device) * seed
     try:
         value = operator.index(seed)
     except TypeError:

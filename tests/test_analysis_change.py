@@ -142,6 +142,29 @@ def test_compiles_without_a_graph_break():
     )
 
 
+def test_numbers_that_change_do_not_compile_again():
+    graphs = []
+
+    def count_graphs(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(ek.predicted_entropy_change, fullgraph=True, backend=count_graphs)
+    c, a = torch.randn(4), torch.randn(4)
+    for step in range(1, 5):
+        numbers = {"step_size": 0.1 * step, "temperature": 0.3 * step}
+        torch.testing.assert_close(compiled(c, a, **numbers), ek.predicted_entropy_change(c, a, **numbers))
+    assert len(graphs) == 2  # the numbers of the first call as constants, then any number
+
+
+@pytest.mark.parametrize("temperature", [torch.tensor(0.7), torch.tensor([0.5, 0.7, 1.0, 2.0])])
+def test_compiles_with_a_temperature_tensor(temperature):
+    compiled = torch.compile(ek.predicted_entropy_change, fullgraph=True, backend="eager")
+    c, a = torch.randn(4), torch.randn(4)
+    numbers = {"step_size": 0.1, "temperature": temperature}
+    torch.testing.assert_close(compiled(c, a, **numbers), ek.predicted_entropy_change(c, a, **numbers))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -155,6 +178,7 @@ def test_compiles_without_a_graph_break():
         ({"advantages": torch.ones(2, 3)}, ValueError, "advantages: expected a shape that broadcasts"),
         ({"ratio": torch.ones(2)}, ValueError, "ratio: expected a shape that broadcasts"),
         ({"step_size": torch.ones(2)}, ValueError, "step_size: expected a shape that broadcasts"),
+        ({"advantages": "high"}, TypeError, "advantages: expected a number or a torch.Tensor, got str"),
         ({"temperature": 0.0}, ValueError, "temperature: expected > 0, got 0"),
         ({"temperature": torch.tensor([1.0, -2.0, 1.0])}, ValueError, "temperature: expected > 0, got -2"),
         ({"temperature": float("nan")}, ValueError, "temperature: expected > 0, got nan"),

@@ -72,11 +72,19 @@ def test_compile_fullgraph(selection_place: Place) -> None:
 
 
 def test_compile_int_seed() -> None:
+    """A seed that counts steps must not compile again for each: fullgraph raises at the limit of recompilations."""
     torch._dynamo.reset()
     covariance = torch.linspace(0, 6, 50)
-    compiled = torch.compile(lambda c, s: ek.clip_cov_mask(c, seed=s, k=5), fullgraph=True, backend="aot_eager")
-    for seed in (3, 4, -5, 2**62):
+    graphs = []
+
+    def count_graphs(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    compiled = torch.compile(lambda c, s: ek.clip_cov_mask(c, seed=s, k=5), fullgraph=True, backend=count_graphs)
+    for seed in (3, 4, 5, 6, -5, 2**62):
         assert torch.equal(compiled(covariance, seed), ek.clip_cov_mask(covariance, seed=seed, k=5))
+    assert len(graphs) <= 2, len(graphs)  # the first seed as a constant, then any
 
 
 def test_compile_with_a_group(tmp_path: Any) -> None:

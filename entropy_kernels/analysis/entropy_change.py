@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def predicted_entropy_change(
     Raises:
         ValueError: an argument does not broadcast to the shape of ``vocab_covariance``; a temperature that is not
             positive (checked for numbers and CPU tensors; on an accelerator it gives inf or NaN without a sync).
-        TypeError: ``vocab_covariance`` is not a floating-point tensor.
+        TypeError: ``vocab_covariance`` is not a floating-point tensor, or another argument no number or tensor.
     """
     if not isinstance(vocab_covariance, Tensor) or not vocab_covariance.dtype.is_floating_point:
         got = vocab_covariance.dtype if isinstance(vocab_covariance, Tensor) else type(vocab_covariance).__name__
@@ -50,10 +52,20 @@ def predicted_entropy_change(
     dtype = torch.float64 if vocab_covariance.dtype == torch.float64 else torch.float32
 
     def operand(value: Tensor | float, name: str) -> Tensor:
-        # a Python number straight into dtype: through the default float32 it would lose half its digits
-        tensor = (
-            value.to(device, dtype) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=dtype, device=device)
-        )
+        if isinstance(value, Tensor):
+            tensor = value.to(device, dtype)
+        elif torch.compiler.is_compiling() and isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            # a number that multiplies a tensor stays symbolic; one that fills it would recompile for every value
+            tensor = torch.ones((), dtype=dtype, device=device) * value
+        elif isinstance(value, (int, float)):
+            # straight into dtype: through the default float32 a number would lose half its digits; and a fill, because
+            # a copy from the host would wait for the device
+            tensor = torch.full((), value, dtype=dtype, device=device)
+        else:
+            try:
+                tensor = torch.as_tensor(value, dtype=dtype, device=device)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(f"{name}: expected a number or a torch.Tensor, got {type(value).__name__}") from None
         try:
             return tensor.expand(shape)
         except RuntimeError:
@@ -62,10 +74,14 @@ def predicted_entropy_change(
             ) from None
 
     t = operand(temperature, "temperature")
-    # On an accelerator reading the values would be a host sync, so only values that live on the host are checked.
-    on_host = not isinstance(temperature, Tensor) or temperature.device.type == "cpu"
-    if on_host and not bool((torch.as_tensor(temperature) > 0).all()):
-        raise ValueError(f"temperature: expected > 0, got {torch.as_tensor(temperature).min().item():g}")
+    # On an accelerator, and in a compiled graph, reading the values would be a host sync or a graph break.
+    lowest: Any = temperature
+    if not isinstance(temperature, (int, float, torch.SymInt, torch.SymFloat)):
+        values = torch.as_tensor(temperature)
+        readable = values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()
+        lowest = values.amin().item() if readable else 1.0
+    if not lowest > 0:
+        raise ValueError(f"temperature: expected > 0, got {lowest:g}")
     g = operand(advantages, "advantages")
     if ratio is not None:
         g = g * operand(ratio, "ratio")
