@@ -30,8 +30,9 @@ train: setup ## train a tiny model under GRPO, Clip-Cov and KL-Cov; writes runs/
 reproduce-toy: setup ## three seeds with the random-token controls (about 25 minutes)
 	$(BIN)/python -m entropy_kernels.trainer reproduce --out runs/reproduce-toy
 
+# A process per core with one thread each; loadfile keeps the fixtures of a module in one process.
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 bench: setup ## measure ours and peers on this machine; writes benchmarks/results/<machine>/
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)

@@ -213,8 +213,9 @@ def test_dispatch_passes_arguments_and_exit_code(monkeypatch):
 
 def test_bench_outside_a_checkout_says_so(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setitem(sys.modules, "benchmarks", None)
-    assert cli.main(["bench"]) == 2
+    for name in ("benchmarks", "benchmarks.run"):  # the latter is there if another test has imported it
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["bench", "--list"]) == 2
     assert "checkout" in capsys.readouterr().err
 
 
