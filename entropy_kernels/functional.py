@@ -188,6 +188,8 @@ def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype
         if torch.compiler.is_compiling():
             # The compiler keeps a number symbolic that multiplies a tensor, and specialises on one that fills it
             return torch.ones((1,), dtype=dtype, device=target.device) * temperature
+        if not 0 < temperature <= torch.finfo(dtype).max:
+            raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
         return torch.full((1,), temperature, dtype=dtype, device=target.device)
     if temperature.requires_grad:
         raise ValueError(

@@ -32,7 +32,7 @@ def token_covariance(
 
     Args:
         logprob: log-probs of the sampled tokens in nats, any floating-point dtype, shape and strides; often (B, L).
-        advantages: of ``logprob``'s shape, or with size 1 where one value serves all: (B, 1) for one per sequence.
+        advantages: of ``logprob``'s shape, or (B,) or (B, 1) for one per sequence, or 0-d; floats or integers.
         mask: bool, int or float 0/1, shaped like advantages; True = counts. None: all tokens count.
         batch_group: torch.distributed process group over the ranks that share the batch; shapes may differ between
             ranks, and a rank may have no tokens.
@@ -46,8 +46,7 @@ def token_covariance(
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
     """
     _check_float("logprob", logprob)
-    _check_float("advantages", advantages)
-    advantages = _expand("advantages", advantages, "logprob", logprob)
+    advantages = expand_advantages(advantages, logprob)
     mask = _boolean("mask", mask, "logprob", logprob)
     return op.token_covariance(logprob.detach(), advantages.detach(), mask, _group_name(batch_group), backend)
 
@@ -205,13 +204,12 @@ class SelectionBatch:
         given for all micro-batches or for none; the default continues where the last micro-batch ended.
         """
         _check_float("logprob", logprob)
-        _check_float("advantages", advantages)
         if self._logprob and logprob.device != self._logprob[0].device:
             raise ValueError(
                 f"logprob: expected on the device of the earlier micro-batches, {self._logprob[0].device}, "
                 f"got {logprob.device}"
             )
-        advantages = _expand("advantages", advantages, "logprob", logprob)
+        advantages = expand_advantages(advantages, logprob)
         mask = _boolean("mask", mask, "logprob", logprob)
         exclude = _boolean("exclude", exclude, "logprob", logprob)
         token_index = _token_index(token_index, "logprob", logprob)
@@ -309,7 +307,22 @@ def _check_float(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
 
 
-def _expand(name: str, value: Tensor, like_name: str, like: Tensor) -> Tensor:
+def expand_advantages(value: Any, logprob: Tensor) -> Tensor:
+    """``value`` in ``logprob``'s shape (B, L), detached: as given; (B,) or (B, 1) one per sequence; 0-d one for all."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"advantages: expected a torch.Tensor, got {type(value).__name__}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"advantages: expected a floating-point dtype, got {value.dtype}")
+    value = value.detach()
+    if not value.is_floating_point():
+        value = value.to(torch.float64)
+    # One per sequence, never one per position: of a square batch (B,) could be read both ways
+    if value.dim() > 0 and value.shape != logprob.shape and value.shape == logprob.shape[:-1]:
+        value = value.unsqueeze(-1)
+    return _expand("advantages", value, "logprob", logprob, f", one per sequence {tuple(logprob.shape[:-1])}")
+
+
+def _expand(name: str, value: Tensor, like_name: str, like: Tensor, also: str = "") -> Tensor:
     """``value`` in ``like``'s shape: equal, or of size 1 in some dimensions, or 0-d."""
     if value.device != like.device:
         raise ValueError(f"{name}: expected on the device of {like_name}, {like.device}, got {value.device}")
@@ -321,7 +334,7 @@ def _expand(name: str, value: Tensor, like_name: str, like: Tensor) -> Tensor:
     )
     if not fits:
         raise ValueError(
-            f"{name}: expected {like_name}'s shape {tuple(like.shape)}, or size 1 where one value serves all, "
+            f"{name}: expected {like_name}'s shape {tuple(like.shape)}{also}, or size 1 where one value serves all, "
             f"got {tuple(value.shape)}"
         )
     return value.expand(like.shape)

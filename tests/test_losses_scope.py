@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
@@ -211,7 +212,7 @@ def test_compiled_in_one_graph(name: str) -> None:
 def test_a_compiled_module_recompiles_for_nothing_that_changes_each_step() -> None:
     """Seed, counts and coefficients as tensors, new values: one graph."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     criterion = torch.compile(ek.ClipCovLoss(ratio=0.2, low=-9.0, high=9.0), backend=counter, fullgraph=True)
     data = batch()
     seen = set()

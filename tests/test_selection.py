@@ -438,3 +438,15 @@ def test_no_value_is_read_by_the_host(with_tensors: bool) -> None:
             assert mask.shape == values.shape and mask.dtype == torch.bool
         assert eager.kl_cov_mask(values, flags, flags, index, count, "").dtype == torch.bool
     assert eager.token_covariance(values, values, flags, "").dtype == torch.float32
+
+
+def test_advantages_per_sequence(selection_place):
+    """(B,) is one per sequence, also where B = L would let it run along the positions; integers are advantages too."""
+    logprob = torch.randn(4, 4)
+    per_sequence = torch.tensor([1, -2, 3, 0])
+    expected = ek.token_covariance(logprob, per_sequence.float()[:, None].expand(4, 4), backend=selection_place.backend)
+    for advantages in (per_sequence, per_sequence[:, None], per_sequence.double()):
+        got = ek.token_covariance(logprob, advantages, backend=selection_place.backend)
+        assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="advantages: expected"):
+        ek.token_covariance(logprob, torch.ones(3))

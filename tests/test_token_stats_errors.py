@@ -223,3 +223,17 @@ sys.stdout.flush(); os._exit(0)
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0 and "alive" in result.stdout, (result.returncode, result.stderr[-2000:])
+
+
+@pytest.mark.parametrize("value", [float("inf"), 1e39, float("nan"), 0.0])
+def test_temperature_is_finite_and_positive(value):
+    with pytest.raises(ValueError, match="temperature: expected a finite number > 0, got"):
+        ek.logprob_entropy(torch.randn(2, 5), torch.tensor([0, 1]), temperature=value)
+
+
+def test_temperature_of_an_ignored_token_does_not_matter(place):
+    logits, target = torch.randn(3, 5, device=place.device), torch.tensor([0, -100, 1], device=place.device)
+    temperature = torch.tensor([1.0, 0.0, 1.0], device=place.device)
+    result = ek.logprob_entropy(logits, target, temperature=temperature, backend=place.backend)
+    expected = ek.logprob_entropy(logits, target, backend=place.backend)
+    assert torch.equal(result.logprob, expected.logprob) and torch.equal(result.entropy, expected.entropy)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_kernels.selection import expand_advantages
+
 
 class Tokens(NamedTuple):
     """The tokens of a call; all tensors have ``logprob``'s shape, values 0 where masked."""
@@ -50,7 +52,7 @@ def prepare(
         valid = torch.ones_like(logprob, dtype=torch.bool)
     old = _like("old_logprob", old_logprob, logprob).detach()
     ref = None if ref_logprob is None else _like("ref_logprob", ref_logprob, logprob).detach()
-    advantages = _advantages(advantages, logprob)
+    advantages = expand_advantages(advantages, logprob)
     check_coefficient("entropy_coef", entropy_coef)
     check_coefficient("ref_kl_coef", ref_kl_coef)
     if ref is None and _used(ref_kl_coef):
@@ -62,7 +64,7 @@ def prepare(
         _warn_about_lost_gradient(entropy, entropy_coef, logprob)
         entropy = torch.where(valid, entropy.to(dtype), 0)
 
-    raw_advantages = advantages if advantages.is_floating_point() else advantages.to(dtype)
+    raw_advantages = advantages
     lp, advantages = logprob.to(dtype), advantages.to(dtype)
     zero = lp.new_zeros(())
     log_ratio = lp - old.to(dtype)
@@ -137,26 +139,6 @@ def _like(name: str, value: Any, logprob: Tensor) -> Tensor:
     if value.shape != logprob.shape:
         raise ValueError(f"{name}: expected logprob's shape {tuple(logprob.shape)}, got {tuple(value.shape)}")
     return value
-
-
-def _advantages(value: Any, logprob: Tensor) -> Tensor:
-    """(B, L) as given; (B,) or (B, 1): one per sequence; 0-d: one for all."""
-    check_tensor("advantages", value)
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"advantages: expected a floating-point dtype, got {value.dtype}")
-    _check_device("advantages", value, logprob)
-    value = value.detach()
-    if value.shape == logprob.shape:
-        return value
-    # one per sequence, never one per position: of a square batch (B,) could be read both ways
-    per_sequence = value.unsqueeze(-1) if value.shape == logprob.shape[:-1] else value
-    same_rank = per_sequence.dim() == logprob.dim()
-    if not same_rank or any(a not in (1, b) for a, b in zip(per_sequence.shape, logprob.shape, strict=True)):
-        raise ValueError(
-            f"advantages: expected logprob's shape {tuple(logprob.shape)}, one per sequence "
-            f"{tuple(logprob.shape[:-1])}, or size 1 where one value serves all, got {tuple(value.shape)}"
-        )
-    return per_sequence.expand(logprob.shape)
 
 
 def _check_device(name: str, value: Tensor, logprob: Tensor) -> None:

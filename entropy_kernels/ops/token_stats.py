@@ -65,8 +65,13 @@ def _check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_
                 f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, "
                 f"got {int(target[wrong][0])} ({int(wrong.sum())} such of {target.numel()})"
             )
-    if not temperature.amin().item() > 0:
-        raise ValueError(f"temperature: expected values > 0, got {temperature[~(temperature > 0)][0].item()}")
+    lowest, highest = temperature.aminmax()
+    if not (lowest.item() > 0 and highest.item() < float("inf")):
+        wrong = ~((temperature > 0) & (temperature < float("inf"))) & (target != ignore_index)
+        if wrong.any():
+            raise ValueError(
+                f"temperature: expected finite values > 0, got {temperature.expand_as(wrong)[wrong][0].item()}"
+            )
 
 
 def _forward(
