@@ -213,7 +213,7 @@ ERRORS: list[tuple[str, type[Exception], str, tuple, dict[str, Any]]] = [
     ("clip_cov_mask", ValueError, r"high: expected a share in \[0, 1\]", (COV,), {"seed": 1, "band": "quantile"}),
     ("clip_cov_mask", ValueError, "band: expected 'absolute' or 'quantile'", (COV,), {"seed": 1, "band": "percent"}),
     ("token_covariance", TypeError, "advantages: expected a torch.Tensor, got float", (COV, 1.0), {}),
-    ("token_covariance", ValueError, r"advantages: expected logprob's shape.*got \(2,\)", (COV, torch.ones(2)), {}),
+    ("token_covariance", ValueError, r"advantages: expected logprob's shape.*got \(3,\)", (COV, torch.ones(3)), {}),
     ("token_covariance", TypeError, "logprob: expected a floating-point dtype", (COV.long(), COV), {}),
 ]
 
