@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from typing import cast
@@ -11,39 +12,15 @@ from torch import Tensor
 
 from entropy_kernels.backends import radix_select
 from entropy_kernels.backends.eager.philox import token_key
-from entropy_kernels.backends.radix_select import LAST_INDEX, RADIX_BINS, Band, Count, find_digit
+from entropy_kernels.backends.radix_select import LAST_INDEX, RADIX_BINS, find_digit
 
 __all__ = ["clip_cov_mask", "find_digit", "kl_cov_mask", "token_covariance"]
 
 _STEPS = cast(radix_select.Steps, sys.modules[__name__])
-
-
-def token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str) -> Tensor:
-    return radix_select.token_covariance(_STEPS, logprob, advantages, mask, group)
-
-
-def clip_cov_mask(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    seed: Tensor,
-    count: Count,
-    band: Band,
-    group: str,
-) -> Tensor:
-    return radix_select.clip_cov_mask(_STEPS, covariance, mask, exclude, token_index, seed, count, band, group)
-
-
-def kl_cov_mask(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    count: Count,
-    group: str,
-) -> Tensor:
-    return radix_select.kl_cov_mask(_STEPS, covariance, mask, exclude, token_index, count, group)
+# The kernels of the contract: the shared driver over the steps of this module.
+token_covariance = functools.partial(radix_select.token_covariance, _STEPS)
+clip_cov_mask = functools.partial(radix_select.clip_cov_mask, _STEPS)
+kl_cov_mask = functools.partial(radix_select.kl_cov_mask, _STEPS)
 
 
 def _valid(value: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ index is passed as None, which Triton compiles out.
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_kernels.backends import radix_select
-from entropy_kernels.backends.radix_select import RADIX_BINS, Band, Count
+from entropy_kernels.backends.radix_select import RADIX_BINS
 
 __all__ = ["clip_cov_mask", "kl_cov_mask", "token_covariance"]
 
@@ -379,31 +380,7 @@ def selection_mask(
 
 
 _STEPS = cast(radix_select.Steps, sys.modules[__name__])
-
-
-def token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str) -> Tensor:
-    return radix_select.token_covariance(_STEPS, logprob, advantages, mask, group)
-
-
-def clip_cov_mask(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    seed: Tensor,
-    count: Count,
-    band: Band,
-    group: str,
-) -> Tensor:
-    return radix_select.clip_cov_mask(_STEPS, covariance, mask, exclude, token_index, seed, count, band, group)
-
-
-def kl_cov_mask(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    count: Count,
-    group: str,
-) -> Tensor:
-    return radix_select.kl_cov_mask(_STEPS, covariance, mask, exclude, token_index, count, group)
+# The kernels of the contract: the shared driver over the steps of this module.
+token_covariance = functools.partial(radix_select.token_covariance, _STEPS)
+clip_cov_mask = functools.partial(radix_select.clip_cov_mask, _STEPS)
+kl_cov_mask = functools.partial(radix_select.kl_cov_mask, _STEPS)
