@@ -413,6 +413,7 @@ def test_rows_have_every_promised_number(tmp_path: Path) -> None:
             "predicted_dh",
             "first_order_dh",
             "first_update_dh",
+            "small_update_dh",
             "first_order_step_dh",
             "grad_norm",
             "time/tokens_per_s",
@@ -421,7 +422,7 @@ def test_rows_have_every_promised_number(tmp_path: Path) -> None:
         ),
     }
     assert promised <= rows[0].keys()
-    assert {"val_pass1", "val_pass4"} <= rows[-1].keys()
+    assert {"val_pass1", "val_pass2", "final_pass1", "final_pass4", "final_distinct"} <= rows[-1].keys()
     assert all(defined(name) for row in rows for name in row)
     assert rows[0]["tokens_dropped"] > 0
     assert 0 < rows[0]["time/ops_share"] < 1
@@ -477,6 +478,9 @@ def test_first_order_of_the_network() -> None:
     measured = float(entropy.double()[rollout.mask].mean() - before)
     assert abs(measured) > 1e-7
     assert first_order.change() == pytest.approx(measured, rel=0.05)
+    with first_order.fraction(0.5):
+        half = first_order.change()
+    assert half == pytest.approx(first_order.change() / 2, rel=1e-9)
 
 
 def test_evaluate_counts_distinct_answers() -> None:
@@ -486,9 +490,9 @@ def test_evaluate_counts_distinct_answers() -> None:
 
     policy = policy_of()
     metrics = evaluate(policy, AllRight(), TINY, prompts=3, samples=8, generator=torch.Generator().manual_seed(0))
-    assert metrics["val_pass1"] == metrics["val_pass8"] == 1.0
-    assert metrics["val_distinct"] == 8.0  # an untrained policy never repeats seven tokens
-    assert 4.0 < metrics["val_entropy"] <= math.log(110)
+    assert metrics["pass1"] == metrics["pass8"] == 1.0
+    assert metrics["distinct"] == 8.0  # an untrained policy never repeats seven tokens
+    assert 4.0 < metrics["entropy"] <= math.log(110)
 
 
 # --- configuration and command line ----------------------------------------------------------------------------------
@@ -604,6 +608,7 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
             "reward": 0.0,
             "val_pass1": 0.0,
             "val_pass8": 0.0,
+            "final_pass8": 0.0,
             "predicted_dh": 0.0,
             "measured_dh": 0.0,
             **dict.fromkeys(COVARIANCE_COLUMNS.values(), 0.0),

@@ -165,9 +165,9 @@ class TrainerConfig:
     eval_samples: int = 8
     """Completions per held-out prompt."""
     final_eval_prompts: int = 512
-    """Held-out prompts of the last validation."""
+    """Held-out prompts of the larger validation at the end, logged as final_*."""
     final_eval_samples: int = 32
-    """Completions per prompt of the last validation."""
+    """Completions per prompt of the larger validation at the end."""
     eval_batch: int = 2048
     """Completions generated at once in validation."""
     first_order_every: int = 8

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -67,6 +70,20 @@ class FirstOrder:
             ):
                 total += term
         self._gradient: list[Tensor] = gradient
+
+    @contextmanager
+    def fraction(self, share: float) -> Iterator[None]:
+        """Within: the weights stand at `share` of the way they have gone since then; afterwards where they were."""
+        now = [p.detach().clone() for p in self._parameters]
+        with torch.no_grad():
+            for p, before in zip(self._parameters, self._before, strict=True):
+                p.copy_(torch.lerp(before, p, share))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self._parameters, now, strict=True):
+                    p.copy_(value)
 
     @torch.no_grad()
     def change(self) -> float:

@@ -28,6 +28,7 @@ DEFINITIONS = {
     "val_pass": "held-out prompts: unbiased chance that at least one of K completions is right (val_passK)",
     "val_distinct": "held-out prompts: mean number of different right completions",
     "val_entropy": "policy entropy on held-out prompts, nats",
+    "final_": "the same (final_pass1, final_passK, final_distinct, final_entropy), on the larger validation at the end",
     "cov_mean": "mean token covariance (log-prob minus its mean) x (advantage minus its mean) over the rollout",
     "cov_max": "largest token covariance of the rollout",
     "cov_top_": "mean covariance of the top fraction of the rollout's tokens (cov_top_FRACTION), at least one token",
@@ -47,12 +48,14 @@ DEFINITIONS = {
     "predicted_dh": "mean over tokens of -(A/T^2) C: change for a unit step in the logits, were they free parameters",
     "first_order_dh": "gradient of the mean entropy in the weights, times their change in the first update, nats",
     "first_update_dh": "entropy change of the step's first update on the rollout's tokens, nats",
+    "small_update_dh": "ten times the entropy change of a tenth of that update, nats",
     "first_order_step_dh": "the same gradient, times the weights' change in the whole step, nats",
     "time/step": "seconds of the step",
     "time/rollout": "seconds of sampling and scoring",
     "time/update": "seconds of the updates",
     "time/measure": "seconds of the entropy-change measurements",
-    "time/eval": "seconds of validation",
+    "time/val": "seconds of validation",
+    "time/final": "seconds of the larger validation at the end",
     "time/ops": "seconds in entropy_kernels' ops, forward and backward, validation left out",
     "time/ops_share": "time/ops over time/step without validation",
     "time/tokens_per_s": "completion tokens of the rollout per second of the step without validation",
@@ -61,7 +64,7 @@ DEFINITIONS = {
 
 def defined(name: str) -> bool:
     """Whether a metric's meaning is written down."""
-    return name in DEFINITIONS or name.startswith(("val_pass", "cov_top_"))
+    return name in DEFINITIONS or name.startswith(("val_pass", "final_", "cov_top_"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

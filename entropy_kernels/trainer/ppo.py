@@ -43,6 +43,9 @@ from entropy_kernels.trainer.selection import Part, select
 from entropy_kernels.trainer.tasks import Task, make_task
 from entropy_kernels.trainer.warm_start import warm_start
 
+#: Fraction of an update at which the network's first order must hold: the rest is the step's curvature.
+SMALL = 0.1
+
 Report = Callable[[str, int, int, dict[str, Any]], None]
 
 
@@ -112,7 +115,7 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
     for step in range(first, config.steps):
         row: dict[str, Any] = {"step": step}
         if config.eval_every and step % config.eval_every == 0:
-            row |= validate(policy, task, config, step, config.eval_prompts, config.eval_samples)
+            row |= validate(policy, task, config, step)
         started, ops_before = time.perf_counter(), policy.clock.seconds
 
         # 1. sample, verify, score: the policy that the row describes
@@ -136,6 +139,8 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
                     probed = time.perf_counter()
                     row["first_order_dh"] = first_order.change()
                     row["first_update_dh"] = entropy_now(policy, rollout, config) - row["entropy"]
+                    with first_order.fraction(SMALL):
+                        row["small_update_dh"] = (entropy_now(policy, rollout, config) - row["entropy"]) / SMALL
                     measuring += time.perf_counter() - probed
         row |= average(updates)
         updated = time.perf_counter()
@@ -167,7 +172,8 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
     policy.save(config.out / "model")
     rollout = collect(policy, task, config, step=config.steps, generator=sampler)
     row = {"step": config.steps, **describe(rollout, config)}
-    row |= validate(policy, task, config, config.steps, config.final_eval_prompts, config.final_eval_samples)
+    row |= validate(policy, task, config, config.steps)
+    row |= validate(policy, task, config, config.steps, final=True)
     log.write(row)
     log.close()
     tell("train", config.steps, config.steps, row)
@@ -317,14 +323,19 @@ def predicted_change(rollout: Rollout, dropped: Tensor, config: TrainerConfig) -
     return mean_over(change, rollout.mask)
 
 
-def validate(
-    policy: Policy, task: Task, config: TrainerConfig, step: int, prompts: int, samples: int
-) -> dict[str, float]:
-    """Validation metrics of the current policy, drawn with a generator of their own: training never sees it."""
+def validate(policy: Policy, task: Task, config: TrainerConfig, step: int, *, final: bool = False) -> dict[str, float]:
+    """Validation metrics of the current policy, drawn with a generator of their own: training never sees it.
+
+    The larger one at the end has names of its own: its prompts differ, so it is no point of the course over the steps.
+    """
     started = time.perf_counter()
     generator = torch.Generator(policy.device).manual_seed(config.seed * 1_000_003 + step)
+    prefix, prompts, samples = "val", config.eval_prompts, config.eval_samples
+    if final:
+        prefix, prompts, samples = "final", config.final_eval_prompts, config.final_eval_samples
     metrics = evaluate(policy, task, config, prompts=prompts, samples=samples, generator=generator)
-    return {**metrics, "time/eval": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    return {**{f"{prefix}_{name}": value for name, value in metrics.items()}, f"time/{prefix}": seconds}
 
 
 #: Metrics of the losses that the log keeps.

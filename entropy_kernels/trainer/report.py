@@ -27,10 +27,10 @@ END_COLUMNS = (
     ("entropy_start", "H start", 3),
     ("entropy_end", "H end", 3),
     ("entropy_fall", "fall", 2),
-    ("val_pass1", "pass@1", 3),
-    ("val_pass8", "pass@8", 3),
-    ("val_pass32", "pass@32", 3),
-    ("val_distinct", "distinct right", 2),
+    ("final_pass1", "pass@1", 3),
+    ("final_pass8", "pass@8", 3),
+    ("final_pass32", "pass@32", 3),
+    ("final_distinct", "distinct right", 2),
     ("law_r2", "law R²", 3),
     ("line_r2", "line R²", 3),
     ("law_rmse", "law RMSE", 3),
@@ -194,6 +194,11 @@ def change_lines(summary: Mapping[str, Mapping[str, Any]], experiment: Mapping[s
                 f"{label}, the network's own first order against the measured change of one update: correlation "
                 f"{v['network_correlation']['mean']:.4f}, slope {v['network_slope']['mean']:.3f}."
             )
+        if "network_small_correlation" in v:
+            lines[-1] += (
+                f" Over a tenth of that update: {v['network_small_correlation']['mean']:.5f}, slope "
+                f"{v['network_small_slope']['mean']:.3f}."
+            )
         if "network_step_correlation" in v:
             lines[-1] += (
                 f" Over all updates of a rollout: {v['network_step_correlation']['mean']:.4f}, slope "
@@ -207,9 +212,9 @@ def limits(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     base = summary["grpo"]
     for method, label in (("clip_cov", "Clip-Cov"), ("kl_cov", "KL-Cov")):
-        if method in summary and "val_pass1" in summary[method]:
-            gap = summary[method]["val_pass1"]["mean"] - base["val_pass1"]["mean"]
-            noise = max(summary[method]["val_pass1"]["sd"] or 0.0, base["val_pass1"]["sd"] or 0.0)
+        if method in summary and "final_pass1" in summary[method]:
+            gap = summary[method]["final_pass1"]["mean"] - base["final_pass1"]["mean"]
+            noise = max(summary[method]["final_pass1"]["sd"] or 0.0, base["final_pass1"]["sd"] or 0.0)
             seeds = f"the seeds spread by {noise:.3f}" if noise else "one seed cannot tell this from noise (.01 to .02)"
             lines.append(
                 f"pass@1: {label} ends {gap:+.3f} from the baseline; {seeds}. "

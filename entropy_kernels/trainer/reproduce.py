@@ -30,8 +30,11 @@ KEPT_COLUMNS = (
     "reward",
     "val_pass1",
     "val_pass8",
-    "val_pass32",
     "val_distinct",
+    "final_pass1",
+    "final_pass8",
+    "final_pass32",
+    "final_distinct",
     "cov_mean",
     "tokens_in_band",
     "tokens_dropped",
@@ -42,6 +45,7 @@ KEPT_COLUMNS = (
     "measured_dh",
     "first_order_dh",
     "first_update_dh",
+    "small_update_dh",
     "first_order_step_dh",
 )
 

@@ -115,9 +115,8 @@ def evaluate(
     Returns
     -------
     dict
-        ``val_pass1``, and ``val_passK`` (unbiased) for K in 8, 32 and `samples` as far as K <= samples;
-        ``val_distinct``: mean number of different right completions per prompt; ``val_entropy``: mean token entropy,
-        nats.
+        ``pass1``, and ``passK`` (unbiased) for K in 8, 32 and `samples` as far as K <= samples; ``distinct``: mean
+        number of different right completions per prompt; ``entropy``: mean token entropy, nats.
     """
     problems = task.prompts(prompts, seed=VALIDATION_SEED, split="validation")
     at_once = max(1, config.eval_batch // samples)
@@ -135,7 +134,7 @@ def evaluate(
         entropy += float(completions.entropy.double().sum())
         tokens += int(completions.mask.sum())
     correct = torch.tensor(right)
-    metrics = {f"val_pass{k}": pass_at_k(correct, samples, k) for k in sorted({1, 8, 32, samples}) if k <= samples}
-    metrics["val_distinct"] = sum(distinct) / len(distinct)
-    metrics["val_entropy"] = entropy / max(tokens, 1)
+    metrics = {f"pass{k}": pass_at_k(correct, samples, k) for k in sorted({1, 8, 32, samples}) if k <= samples}
+    metrics["distinct"] = sum(distinct) / len(distinct)
+    metrics["entropy"] = entropy / max(tokens, 1)
     return metrics
