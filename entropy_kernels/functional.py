@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import integer, number
 from entropy_kernels.ops import token_stats as op
 
 
@@ -117,7 +118,8 @@ def _token_stats(
     want: int,
 ) -> list[Tensor]:
     _validate_logits(logits, target)
-    _validate_options(ignore_index, inplace_backward, vocab_group, vocab_start, vocab_size, backend)
+    _validate_options(inplace_backward, vocab_group, backend)
+    ignore_index = integer("ignore_index", ignore_index)
     shape, vocab = target.shape, logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     start, size, group = _vocabulary(vocab, vocab_group, vocab_start, vocab_size)
@@ -157,13 +159,7 @@ def _validate_logits(logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"target: expected on the device of logits, {logits.device}, got {target.device}")
 
 
-def _validate_options(
-    ignore_index: Any, inplace_backward: Any, vocab_group: Any, vocab_start: Any, vocab_size: Any, backend: Any
-) -> None:
-    integers = (("ignore_index", ignore_index), ("vocab_start", vocab_start), ("vocab_size", vocab_size))
-    for name, value in integers:
-        if not isinstance(value, (int, torch.SymInt)) and not (value is None and name != "ignore_index"):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+def _validate_options(inplace_backward: Any, vocab_group: Any, backend: Any) -> None:
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"inplace_backward: expected a bool, got {type(inplace_backward).__name__}")
     if vocab_group is not None and not hasattr(vocab_group, "group_name"):
@@ -183,14 +179,13 @@ def _validate_inplace(logits: Tensor) -> None:
 def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """A (1,) or (N,) tensor: a Python number below the op would recompile for every value."""
     if not isinstance(temperature, Tensor):
-        if not isinstance(temperature, (int, float, torch.SymFloat, torch.SymInt)) or isinstance(temperature, bool):
-            raise TypeError(f"temperature: expected a number or a torch.Tensor, got {type(temperature).__name__}")
+        value = number("temperature", temperature)
         if torch.compiler.is_compiling():
             # The compiler keeps a number symbolic that multiplies a tensor, and specialises on one that fills it
-            return torch.ones((1,), dtype=dtype, device=target.device) * temperature
-        if not 0 < temperature <= torch.finfo(dtype).max:
-            raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-        return torch.full((1,), temperature, dtype=dtype, device=target.device)
+            return torch.ones((1,), dtype=dtype, device=target.device) * value
+        if not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
+            raise ValueError(f"temperature: expected a finite number > 0 whose inverse is finite, got {value}")
+        return torch.full((1,), value, dtype=dtype, device=target.device)
     if temperature.requires_grad:
         raise ValueError(
             "temperature: expected a tensor without grad (no gradient flows to it), got requires_grad=True"
@@ -214,8 +209,7 @@ def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype
 def _softcap(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
-        raise TypeError(f"softcap: expected a number or None, got {type(softcap).__name__}")
+    softcap = number("softcap", softcap)
     if not softcap > 0 or softcap == float("inf"):
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
     return float(softcap)
@@ -223,6 +217,8 @@ def _softcap(softcap: float | None) -> float:
 
 def _vocabulary(vocab: int, vocab_group: Any, vocab_start: int | None, vocab_size: int | None) -> tuple[int, int, str]:
     """(first global id of this shard, number of ids that exist, name of the group or "")."""
+    vocab_start = None if vocab_start is None else integer("vocab_start", vocab_start)
+    vocab_size = None if vocab_size is None else integer("vocab_size", vocab_size)
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"vocab_size: expected >= 1, got {vocab_size}")
     if vocab_group is None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import integer, number
 from entropy_kernels.ops import selection as op
 
 __all__ = ["SelectionBatch", "clip_cov_mask", "kl_cov_mask", "token_covariance"]
@@ -393,15 +394,13 @@ def _count(ratio: float | None, k: int | None, default: float) -> tuple[float | 
     if k is not None:
         if ratio is not None:
             raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
-        if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-            raise TypeError(f"k: expected an int, got {type(k).__name__}")
+        k = integer("k", k)
         if k < 0:
             raise ValueError(f"k: expected >= 0, got {k}")
         return None, k
     if ratio is None:
         return default, None
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float, torch.SymFloat)):
-        raise TypeError(f"ratio: expected a number, got {type(ratio).__name__}")
+    ratio = number("ratio", ratio)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected a fraction in (0, 1], got {ratio}")
     return float(ratio), None
@@ -410,9 +409,8 @@ def _count(ratio: float | None, k: int | None, default: float) -> tuple[float | 
 def _band(low: float, high: float, band: str) -> tuple[float, float]:
     if band not in ("absolute", "quantile"):
         raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")
+    low, high = number("low", low), number("high", high)
     for name, value in (("low", low), ("high", high)):
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         if band == "quantile" and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a share in [0, 1] with band='quantile', got {value}")
     if not low < high:

@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,6 +124,14 @@ def test_packed_tokens_have_no_sequences(mode: str) -> None:
         ValueError, match=r"logprob: expected \(\.\.\., sequences, tokens\) with loss_agg_mode=.*got shape"
     ):
         ek.policy_loss(LP[0], LP[0], LP[0], None, loss_agg_mode=mode)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_numbers_of_numpy_are_numbers(function: Any) -> None:
+    options = {"clip_low": 0.25, "clip_high": 0.5, "dual_clip": 3.0, "dp_size": 2, "batch_num_tokens": 12}
+    from_numpy = {name: np.asarray(value)[()] for name, value in options.items()}
+    assert all(isinstance(value, np.generic) for value in from_numpy.values())
+    assert torch.equal(call(function, **options).loss, call(function, **from_numpy).loss)
 
 
 def test_estimator_of_the_function() -> None:

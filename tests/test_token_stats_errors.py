@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,10 +226,34 @@ sys.stdout.flush(); os._exit(0)
     assert result.returncode == 0 and "alive" in result.stdout, (result.returncode, result.stderr[-2000:])
 
 
-@pytest.mark.parametrize("value", [float("inf"), 1e39, float("nan"), 0.0])
-def test_temperature_is_finite_and_positive(value):
-    with pytest.raises(ValueError, match="temperature: expected a finite number > 0, got"):
-        ek.logprob_entropy(torch.randn(2, 5), torch.tensor([0, 1]), temperature=value)
+@pytest.mark.parametrize("value", [float("inf"), 1e39, float("nan"), 0.0, -1.0, 1e-39])
+def test_temperature_and_its_inverse_are_finite_and_positive(value):
+    logits, target = torch.randn(2, 5), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="temperature: expected a finite number > 0 whose inverse is finite, got"):
+        ek.logprob_entropy(logits, target, temperature=value)
+    with pytest.raises(ValueError, match="temperature: expected finite values > 0 whose inverse is finite, got"):
+        ek.logprob_entropy(logits, target, temperature=torch.tensor([1.0, value]))
+
+
+def test_numbers_of_numpy_are_numbers():
+    logits, target = torch.randn(2, 5), torch.tensor([0, 1])
+    plain = ek.logprob_entropy(logits, target, temperature=0.5, softcap=3.0, ignore_index=1, vocab_size=4)
+    numpy = ek.logprob_entropy(
+        logits,
+        target,
+        temperature=np.float32(0.5),
+        softcap=np.float64(3.0),
+        ignore_index=np.int64(1),
+        vocab_size=np.int32(4),
+    )
+    assert torch.equal(plain.logprob, numpy.logprob) and torch.equal(plain.entropy, numpy.entropy)
+
+
+@pytest.mark.parametrize("name", ["temperature", "softcap", "ignore_index", "vocab_size"])
+@pytest.mark.parametrize("value", [True, "1", np.bool_(True)])
+def test_what_is_no_number_is_refused(name, value):
+    with pytest.raises(TypeError, match=rf"{name}: expected an? (number|int)"):
+        ek.logprob_entropy(torch.randn(2, 5), torch.tensor([0, 1]), **{name: value})
 
 
 def test_temperature_of_an_ignored_token_does_not_matter(place):

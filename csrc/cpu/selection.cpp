@@ -229,19 +229,23 @@ struct Sample {
       return;
     }
     scale = static_cast<double>(view.tokens) / kSampleSize;
-    keys.reserve(kSampleSize);
+    // First the reads, which miss the caches, without a branch that depends on one: they overlap.
+    std::vector<float> values(kSampleSize);
+    std::vector<uint8_t> counts(kSampleSize), excluded(kSampleSize);
     double fraction = 0.0;
     for (int64_t i = 0; i < kSampleSize; ++i) {
       fraction += 0.6180339887498949;
       fraction -= fraction >= 1.0;
       const auto position = static_cast<int64_t>(fraction * static_cast<double>(view.tokens));
-      if (view.mask && !view.mask[position]) {
-        continue;
-      }
-      ++valid;
-      const float value = view.covariance[position];
-      if (!(view.exclude && view.exclude[position]) && value >= band.low && value <= band.high) {
-        keys.push_back(ordered_key(value));
+      values[i] = view.covariance[position];
+      counts[i] = view.mask ? view.mask[position] : 1;
+      excluded[i] = view.exclude ? view.exclude[position] : 0;
+    }
+    keys.reserve(kSampleSize);
+    for (int64_t i = 0; i < kSampleSize; ++i) {
+      valid += counts[i] != 0;
+      if (counts[i] && !excluded[i] && values[i] >= band.low && values[i] <= band.high) {
+        keys.push_back(ordered_key(values[i]));
       }
     }
   }
@@ -249,13 +253,14 @@ struct Sample {
   int64_t expected_valid() const { return static_cast<int64_t>(valid * scale); }
 };
 
-// A value that is very likely below the need-th largest: six standard deviations of the sample's count below it.
+// A value that is very likely below the need-th largest: six standard deviations of the sample's count below it, and
+// some more for the small counts, whose distribution is skewed.
 uint32_t guess_value(Sample& sample, double need) {
   if (sample.scale == 0.0) {
     return ValueKeys::kLowest;
   }
   const double expected = need / sample.scale;
-  const double rank = expected + 6.0 * std::sqrt(expected) + 16.0;
+  const double rank = expected + 6.0 * std::sqrt(expected) + 8.0;
   if (!(rank < static_cast<double>(sample.keys.size()))) {
     return ValueKeys::kLowest;
   }

@@ -235,8 +235,13 @@ constexpr ScanKernels kernels{candidates, random_keys, compress_above};
 
 const ScanKernels& scan_kernels() {
 #if EK_AVX2
-  if (selected_capability() >= Capability::kAvx2) {
-    return avx2::kernels;
+  switch (selected_capability()) {
+    case Capability::kAvx512:
+      return avx512::kernels();
+    case Capability::kAvx2:
+      return avx2::kernels;
+    default:
+      break;
   }
 #endif
   return portable::kernels;

@@ -1,5 +1,5 @@
 // The inner loops of selection over a chunk of tokens: which are candidates, their random keys, which keys are large.
-// AVX2 or portable, chosen at run time; both give the same integers.
+// AVX-512, AVX2 or portable, chosen at run time; all give the same integers.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace entropy_kernels::cpu {
 // A chunk is what one scan call sees; its positions fit in 32 bits and its buffers in the first-level cache.
 constexpr int64_t kChunk = 2048;
 // Vector loops store whole vectors: buffers of positions and keys are this much longer than a chunk.
-constexpr int64_t kChunkSlack = 16;
+constexpr int64_t kChunkSlack = 32;
 
 // One flat batch. mask and exclude are bool bytes (0 = false); a null mask: all tokens count; a null exclude: none
 // is excluded; a null index: the token index is the position.
@@ -53,5 +53,9 @@ struct ScanKernels {
 
 // For the instruction set of capability.h; throws where that does.
 const ScanKernels& scan_kernels();
+
+namespace avx512 {
+const ScanKernels& kernels();
+}
 
 }  // namespace entropy_kernels::cpu

@@ -16,10 +16,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "parallel.h"
 
 namespace entropy_kernels::cpu {
@@ -34,10 +30,8 @@ enum Want : std::int64_t { kLogprob = 1, kEntropy = 2, kCollision = 4, kVocabCov
 // depends on how many threads there are, so results do not either.
 constexpr std::int64_t kFewRows = 256;
 constexpr std::int64_t kPartColumns = 8192;
-// A fresh gradient of this size or more is written past the caches, and backed by huge pages: the faults of 4 KB pages
-// cost more than the gradient itself.
+// A gradient of this size or more that goes into memory of its own is written past the caches.
 constexpr std::int64_t kLargeBytes = std::int64_t(16) << 20;
-constexpr std::uintptr_t kHugePage = std::uintptr_t(2) << 20;
 
 std::string shape_of(const Tensor& tensor) {
   std::string text = "(";
@@ -296,15 +290,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
   return {logprob, entropy, collision, covariance, state};
 }
 
-// Asks for huge pages under fresh memory; only a hint, and no harm to memory that already has its pages.
-void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] std::int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + bytes) & ~(kHugePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // The target's own term makes g_logprob (1 - p_y), in double before the one rounding to the logits' dtype.
 double target_gradient(const Problem& problem, const SoftmaxState<double>& state, double temperature,
                        const GradientCoefficients<double>& c, double grad_logprob, double logit) {
@@ -353,7 +338,6 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
   const Matrix gradient(dlogits, dlogits.mutable_data_ptr());
   const std::int64_t bytes = problem.rows * problem.vocab * gradient.element_size;
   const bool streaming = gradient.data != problem.logits.data && dlogits.is_contiguous() && bytes >= kLargeBytes;
-  if (streaming) advise_huge_pages(gradient.data, bytes);
   const std::int64_t field_stride = state.stride(0);
   const Vector fields = {state.const_data_ptr(), state.stride(1), wide};
   const auto field = [&](int k, std::int64_t row) {

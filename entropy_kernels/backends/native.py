@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from entropy_kernels.backends import radix_select
+from entropy_kernels.backends import radix_select, reused_memory
 from entropy_kernels.backends.radix_select import Band, Count
 
 
@@ -55,7 +55,7 @@ def token_stats_backward(
     vocab_size: int,
     inplace: bool,
 ) -> Tensor:
-    dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
+    dlogits = logits if inplace else reused_memory.empty(logits.shape, logits.dtype)
     _ops.token_stats_backward(
         grad_logprob, grad_entropy, grad_collision, logits, target, temperature, state,
         softcap, ignore_index, vocab_start, vocab_size, dlogits,

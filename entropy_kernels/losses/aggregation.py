@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from entropy_kernels._arguments import all_gather, integer
 from entropy_kernels.losses.inputs import check_number
 
 # L_b: sum of the losses of sequence b over its valid tokens, m_b: their number. The docs print this table.
@@ -39,9 +39,7 @@ class Aggregation(NamedTuple):
         """Values and their combination are valid for ``logprob``'s shape."""
         if self.mode not in AGG_MODES:
             raise ValueError(f"loss_agg_mode: expected one of {', '.join(map(repr, AGG_MODES))}, got {self.mode!r}")
-        if isinstance(self.dp_size, bool) or not isinstance(self.dp_size, (int, torch.SymInt)):
-            raise TypeError(f"dp_size: expected an int, got {type(self.dp_size).__name__}")
-        if self.dp_size < 1:
+        if integer("dp_size", self.dp_size) < 1:
             raise ValueError(f"dp_size: expected >= 1, got {self.dp_size}")
         _check_count("batch_num_tokens", self.batch_num_tokens)
         _check_count("global_batch_size", self.global_batch_size)
@@ -113,7 +111,7 @@ def over_group(sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any, d
     local = torch.stack([value.detach().to(dtype) for value in merged.values()])
     if group is not None:
         gathered = local.new_empty((group.size(), local.numel()))
-        dist.all_gather_into_tensor(gathered.view(-1), local, group=group)
+        all_gather(gathered.view(-1), local, group=group)
         local = torch.cat([gathered[:, : len(sums)].sum(0), gathered[:, len(sums) :].amax(0)])
     return dict(zip(merged, local.unbind(), strict=True))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import number
 from entropy_kernels.selection import expand_advantages
 
 
@@ -119,9 +120,8 @@ def check_coefficient(name: str, value: Any) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """``value`` is a finite Python number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    """``value`` is a finite number."""
+    value = number(name, value)
     if value != value or value in (float("inf"), -float("inf")):
         raise ValueError(f"{name}: expected a finite number, got {value}")
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from entropy_kernels._arguments import all_gather
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import (
     COLLISION,
@@ -66,11 +67,14 @@ def _check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_
                 f"got {int(target[wrong][0])} ({int(wrong.sum())} such of {target.numel()})"
             )
     lowest, highest = temperature.aminmax()
-    if not (lowest.item() > 0 and highest.item() < float("inf")):
-        wrong = ~((temperature > 0) & (temperature < float("inf"))) & (target != ignore_index)
+    # the inverse of a smaller one is infinite
+    tiny = torch.finfo(temperature.dtype).tiny
+    if not (lowest.item() >= tiny and highest.item() < float("inf")):
+        wrong = ~((temperature >= tiny) & (temperature < float("inf"))) & (target != ignore_index)
         if wrong.any():
             raise ValueError(
-                f"temperature: expected finite values > 0, got {temperature.expand_as(wrong)[wrong][0].item()}"
+                "temperature: expected finite values > 0 whose inverse is finite, "
+                f"got {temperature.expand_as(wrong)[wrong][0].item()}"
             )
 
 
@@ -115,8 +119,6 @@ def _merge_shards(
     end = state.new_full((1, state.shape[1]), vocab_start + logits.shape[2])
     packed = torch.cat([state, end])  # (K + 1, N)
     gathered = packed.new_empty((process_group.size(), *packed.shape))
-    # torch 2.13 renamed the function and warns of the old name
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     all_gather(gathered.flatten(0, 1), packed, group=process_group)
     ends = gathered[:, -1].amax(0).clamp(max=vocab_size)
     ignored = target == ignore_index

@@ -1,0 +1,42 @@
+"""What every layer does alike with the plain arguments of a call: numbers of any library, and process groups."""
+
+from __future__ import annotations
+
+import numbers
+import operator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def all_gather(output: torch.Tensor, local: torch.Tensor, group: Any) -> None:
+    """``local`` of every rank, one after the other, into ``output``."""
+    if hasattr(dist, "all_gather_single"):  # torch 2.13 renamed the function and warns of the old name
+        dist.all_gather_single(output, local, group=group)
+    else:
+        dist.all_gather_into_tensor(output, local, group=group)
+
+
+def number(name: str, value: Any) -> Any:
+    """``value`` as a Python number (numpy's are numbers too; a compiler's symbolic one stays as it is).
+
+    Raises TypeError, naming the argument; a bool is no number.
+    """
+    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def integer(name: str, value: Any) -> Any:
+    """``value`` as a Python int (or a compiler's symbolic one); TypeError, naming the argument, for anything else."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, (bool, torch.Tensor)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
