@@ -12,6 +12,7 @@
 #include <limits>
 #include <mutex>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/radix_select.h"
@@ -142,47 +143,79 @@ Collected collect(const TokenView& view, Band band, const Keys& key_source, uint
   });
 }
 
-// Marks the `count` of these positions that have the lowest token index.
-void mark_lowest(const TokenView& view, std::vector<int64_t>& positions, int64_t count, uint8_t* selected) {
-  if (count < static_cast<int64_t>(positions.size())) {
-    if (view.index) {
-      std::vector<int64_t> indices(positions.size());
-      std::transform(positions.begin(), positions.end(), indices.begin(), [&](int64_t p) { return view.index[p]; });
-      std::nth_element(indices.begin(), indices.begin() + (count - 1), indices.end());
-      const int64_t last = indices[count - 1];
-      positions.erase(
-          std::remove_if(positions.begin(), positions.end(), [&](int64_t p) { return view.index[p] > last; }),
-          positions.end());
-    } else {
-      std::nth_element(positions.begin(), positions.begin() + count, positions.end());
-      positions.resize(count);
+// Of the tokens added, the `count` with the lowest index; holds at most twice as many.
+class LowestIndices {
+ public:
+  LowestIndices(const TokenView& view, int64_t count) : index_(view.index), count_(count) {}
+
+  // No token from this position on can still be among them: by default, order of position is order of index.
+  bool complete_before(int64_t position) const { return !index_ && position > bound_.first; }
+
+  void add(int64_t position) {
+    const Entry entry{index_ ? index_[position] : position, position};
+    if (entry < bound_) {
+      entries_.push_back(entry);
+      if (static_cast<int64_t>(entries_.size()) >= 2 * count_ + kChunkSlack) {
+        shrink();
+      }
     }
   }
-  for (const int64_t position : positions) {
-    selected[position] = 1;
+
+  void merge(const LowestIndices& other) {
+    for (const Entry& entry : other.entries_) {
+      add(entry.second);
+    }
   }
-}
+
+  void mark(uint8_t* selected) {
+    shrink();
+    for (const Entry& entry : entries_) {
+      selected[entry.second] = 1;
+    }
+  }
+
+ private:
+  using Entry = std::pair<int64_t, int64_t>;  // index, position
+
+  void shrink() {
+    if (static_cast<int64_t>(entries_.size()) >= count_) {
+      std::nth_element(entries_.begin(), entries_.begin() + (count_ - 1), entries_.end());
+      entries_.resize(count_);
+      bound_ = entries_.back();
+    }
+  }
+
+  const int64_t* index_;
+  int64_t count_;
+  std::vector<Entry> entries_;
+  Entry bound_{std::numeric_limits<int64_t>::max(), std::numeric_limits<int64_t>::max()};
+};
 
 // Marks, of the candidates whose key is the threshold, the `count` with the lowest token index.
 template <class Keys>
 void mark_equal(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold, Collected& collected,
                 int64_t count, uint8_t* selected) {
   band = key_source.above(band, threshold);
-  std::sort(collected.equal_chunks.begin(), collected.equal_chunks.end());
-  std::vector<int64_t> ties;
-  Chunk chunk;
-  for (const int64_t begin : collected.equal_chunks) {
-    const ChunkCount found = chunk.fill(view, band, key_source, begin);
-    for (int64_t i = 0; i < found.candidates; ++i) {
-      if (chunk.keys[i] == threshold) {
-        ties.push_back(begin + chunk.positions[i]);
-      }
-    }
-    if (!view.index && static_cast<int64_t>(ties.size()) >= count) {
-      break;  // by default, order of position is order of index
-    }
-  }
-  mark_lowest(view, ties, count, selected);
+  std::vector<int64_t>& chunks = collected.equal_chunks;
+  std::sort(chunks.begin(), chunks.end());
+  LowestIndices all(view, count);
+  std::mutex lock;
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(chunks.size()), kChunksPerTask, [&](int64_t first, int64_t last) {
+        LowestIndices mine(view, count);
+        Chunk chunk;
+        for (int64_t c = first; c < last && !mine.complete_before(chunks[c]); ++c) {
+          const ChunkCount found = chunk.fill(view, band, key_source, chunks[c]);
+          for (int64_t i = 0; i < found.candidates; ++i) {
+            if (chunk.keys[i] == threshold) {
+              mine.add(chunks[c] + chunk.positions[i]);
+            }
+          }
+        }
+        const std::lock_guard<std::mutex> guard(lock);
+        all.merge(mine);
+      });
+  all.mark(selected);
 }
 
 // Writes the whole mask: the requested number of candidates with the largest keys.
@@ -207,15 +240,15 @@ void select(const TokenView& view, Band band, const Keys& key_source, uint32_t t
     return;
   }
   const KeyThreshold nth = radix_threshold(collected.keys.data(), collected.above(), need);
-  std::vector<int64_t> ties;
+  LowestIndices ties(view, nth.need);
   for (int64_t i = 0; i < collected.above(); ++i) {
     if (collected.keys[i] > nth.key) {
       selected[collected.positions[i]] = 1;
     } else if (collected.keys[i] == nth.key) {
-      ties.push_back(collected.positions[i]);
+      ties.add(collected.positions[i]);
     }
   }
-  mark_lowest(view, ties, nth.need, selected);
+  ties.mark(selected);
 }
 
 // A spread-out sample (multiples of the golden ratio, modulo 1: no stride that could fall in step with the rows).
