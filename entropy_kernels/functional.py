@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ def _token_stats(
     vocab_size: int | None,
     backend: str,
     want: int,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     _validate_logits(logits, target)
     _validate_options(inplace_backward, vocab_group, backend)
     ignore_index = integer("ignore_index", ignore_index)
@@ -139,6 +140,8 @@ def _token_stats(
         group,
         backend,
     )
+    if len(shape) == 1:
+        return outputs
     return [output.view(shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
 
 

@@ -66,7 +66,7 @@ def _check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_
                 f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, "
                 f"got {int(target[wrong][0])} ({int(wrong.sum())} such of {target.numel()})"
             )
-    lowest, highest = temperature.aminmax()
+    lowest, highest = (temperature, temperature) if temperature.numel() == 1 else temperature.aminmax()
     # the inverse of a smaller one is infinite
     tiny = torch.finfo(temperature.dtype).tiny
     if not (lowest.item() >= tiny and highest.item() < float("inf")):
@@ -198,7 +198,15 @@ class _TokenStats(torch.autograd.Function):
         none = (None,) * 10
         if all(grad is None for grad in grads[:3]):
             return (None, *none)
-        logits, target, temperature, state = ctx.saved_tensors
+        try:
+            logits, target, temperature, state = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                "logits: expected as they were in the forward pass, got them overwritten since then, by an in-place "
+                "operation or by the backward pass of another call with inplace_backward=True on the same tensor"
+            ) from error
         if ctx.inplace:
             ctx.overwritten = True
             logits = logits.detach()

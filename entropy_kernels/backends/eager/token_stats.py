@@ -112,6 +112,9 @@ def token_stats_backward(
     ignored = target == ignore_index
     local = target.long() - vocab_start
     here = (local >= 0) & (local < columns) & ~ignored
+    # No gradient comes in: none goes out, whatever the row holds, so NaN in padding does not leak
+    upstream = [g for g in (grad_logprob, grad_entropy, grad_collision) if g is not None]
+    silent = ignored | torch.stack([g == 0 for g in upstream]).all(0)
     for part in _chunks(target.numel(), vocab):
         z, tanh = _capped(_rows(logits, part, dtype, columns), softcap)
         t = _per_row(temperature, part)
@@ -131,7 +134,7 @@ def token_stats_backward(
         grad /= t
         if tanh is not None:
             grad *= 1 - tanh * tanh
-        grad = torch.where(ignored[part, None], 0, grad)
+        grad = torch.where(silent[part, None], 0, grad)
         if columns < vocab:
             grad = torch.nn.functional.pad(grad, (0, vocab - columns))
         index = torch.arange(part.start, part.stop, device=logits.device)
