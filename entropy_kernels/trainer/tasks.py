@@ -6,11 +6,13 @@ any model can be put between them.
 
 from __future__ import annotations
 
+import ast
 import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+from urllib.parse import parse_qsl
 
 Split = Literal["train", "validation"]
 
@@ -181,6 +183,8 @@ class ReasoningGymTask:
             raise ValueError(
                 f"task: expected reasoning_gym:NAME with a dataset of reasoning-gym, got {dataset!r}"
             ) from error
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"task: expected options that {dataset} has, got {self._options} ({error})") from error
 
     def prompts(self, count: int, *, seed: int, split: Split) -> list[Prompt]:
         """Generated problems. Item i of a dataset is made from seed + i, so the seeds of two calls keep a distance."""
@@ -228,9 +232,25 @@ def make_task(name: str, *, max_new_tokens: int | None = None) -> Task:
             raise ValueError(f"max_new_tokens: expected 7 (or none) for the task walk, got {max_new_tokens}")
         return WalkTask()
     kind, _, dataset = name.partition(":")
+    dataset, _, query = dataset.partition("?")
     if kind == "reasoning_gym" and dataset:
-        return ReasoningGymTask(dataset, max_new_tokens=max_new_tokens or 24)
+        return ReasoningGymTask(dataset, max_new_tokens=max_new_tokens or 24, options=task_options(query))
     raise ValueError(f"task: expected walk or reasoning_gym:NAME, got {name!r}")
+
+
+def task_options(query: str) -> dict[str, Any]:
+    """``key=value&key=value``; a value that is no Python literal is a string."""
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ValueError(f"task: expected options as key=value&key=value after the ?, got {query!r}") from error
+    options = {}
+    for key, value in pairs:
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
 
 
 def verify_all(task: Task, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
