@@ -1,0 +1,163 @@
+"""The trainer's configuration, command line, drivers of several runs, and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tyro")
+
+from entropy_kernels.trainer import checkpoint, drivers, ppo, reproduce
+from entropy_kernels.trainer.__main__ import main
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS
+from entropy_kernels.trainer.progress import ProgressBoard
+from entropy_kernels.trainer.report import write_report
+from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
+
+# --- configuration and command line ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature: expected a finite number > 0, got 0.0"),
+        ({"minibatches": 3}, r"minibatches, micro_batches: expected a product that divides .* = 16, got '3 \* 1 = 3'"),
+        ({"cov_low": 5.0}, r"cov_low: expected less than cov_high = 5.0, got 5.0"),
+        ({"cov_band": "quantile"}, r"cov_low, cov_high: expected quantiles in \[0, 1\]"),
+        ({"cov_ratio": 2.0}, r"cov_ratio: expected a fraction in \(0, 1\], got 2.0"),
+        ({"samples_per_prompt": 1}, r"samples_per_prompt: expected at least 2"),
+        ({"method": "clipcov"}, r"method: expected one of grpo, clip_cov.*got 'clipcov'"),
+        ({"num_heads": 3}, r"hidden_size: expected a multiple of num_heads = 3, got 16"),
+        ({"steps": -1}, r"steps: expected an integer >= 0, got -1"),
+        ({"resume": True, "overwrite": True}, r"resume, overwrite: expected at most one"),
+    ],
+)
+def test_config_errors(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes).validate()  # type: ignore[arg-type]
+
+
+def test_config_round_trip() -> None:
+    assert TrainerConfig.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
+    with pytest.raises(ValueError, match=r"config: expected fields of TrainerConfig, got unknown lrr"):
+        TrainerConfig.from_dict({"lrr": 1})
+
+
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "quickstart" in text
+    source = (Path(ppo.__file__).parent / "config.py").read_text()
+    for field in dataclasses.fields(TrainerConfig):
+        assert f"--{field.name.replace('_', '-')}" in text or f"--no-{field.name.replace('_', '-')}" in text, field.name
+        assert re.search(rf'^    {field.name}: [^=]*(\n[^=]*)*?= .*\n    """\w', source, re.M), f"{field.name}: no help"
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint.write_json(tmp_path / "request.json", config(tmp_path / "run", steps=1).to_dict())
+    assert main(["from-config", str(tmp_path / "request.json")]) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert main(["from-config", str(tmp_path / "request.json")]) == 2
+    assert "expected a directory without a run" in capsys.readouterr().err
+    assert main(["from-config", str(tmp_path / "missing.json")]) == 2
+    assert main(["nonsense"]) == 2
+    assert main(["--out", str(tmp_path / "x"), "--temperature", "-1"]) == 2
+    assert "temperature: expected a finite number > 0, got -1.0" in capsys.readouterr().err
+
+
+# --- drivers and report ----------------------------------------------------------------------------------------------
+
+
+def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
+    methods = ("grpo", "clip_cov", "random_dropped")
+    board = ProgressBoard(enabled=False)
+    start = drivers.shared_warm_start(dataclasses.replace(TINY, warm_steps=2, warm_batch=8), tmp_path / "start", board)
+    stamp = os.stat(start / "model.safetensors").st_mtime_ns
+    again = drivers.shared_warm_start(dataclasses.replace(TINY, warm_steps=2, warm_batch=8), tmp_path / "start", board)
+    assert os.stat(again / "model.safetensors").st_mtime_ns == stamp, "an equal warm start was made anew"
+    for method in methods:
+        ppo.train(
+            config(tmp_path / method, method=method, steps=6, eval_every=1, first_order_every=1, eval_samples=8,
+                   final_eval_samples=8, warm_start_from=start)
+        )  # fmt: skip
+    logs = drivers.load_runs({method: tmp_path / method for method in methods})
+    page = write_report(
+        tmp_path / "report",
+        {method: [log] for method, log in logs.items()},
+        experiment=drivers.start_experiment(TINY, start),
+        command="python -m entropy_kernels.trainer quickstart --seed 0",
+        seeds=[0],
+        seconds=61.0,
+        title="A <report>",
+    ).read_text()
+    assert "A &lt;report&gt;" in page
+    assert "python -m entropy_kernels.trainer quickstart --seed 0" in page
+    assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page), "the page refers to something outside itself"
+    assert len(re.findall(r'src="data:image/png;base64,iVBOR', page)) == 5
+    for name in ("entropy", "performance", "law", "entropy_change", "covariance"):
+        assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "report" / "summary.json").read_text())
+    assert record["logits_as_parameters"]["correlation"] > 0.999
+    assert set(record["methods"]) == set(methods)
+    for text in ("What does not show at this scale", "torch", "pass@8", "straight line", "Clip-Cov"):
+        assert text in page
+
+
+def test_report_needs_the_baseline(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"runs: expected the baseline 'grpo' among them, got kl_cov"):
+        write_report(tmp_path, {"kl_cov": []}, experiment={}, command="", seeds=[0], seconds=0.0, title="")
+
+
+def test_runs_side_by_side_reports_a_failure(tmp_path: Path) -> None:
+    broken = config(tmp_path / "broken", warm_start_from=tmp_path / "nowhere")
+    with pytest.raises(
+        RuntimeError, match=r"run broken: expected exit code 0, got 2; [\s\S]*warm_start_from: expected"
+    ):
+        drivers.run_side_by_side({"broken": broken}, workers=1, board=ProgressBoard(enabled=False))
+
+
+def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
+    log = pd.DataFrame(
+        {
+            "step": range(8),
+            "entropy": [4.0 - 0.1 * i for i in range(8)],
+            "tokens": 28,
+            "reward": 0.0,
+            "val_pass1": 0.0,
+            "val_pass8": 0.0,
+            "final_pass8": 0.0,
+            "predicted_dh": 0.0,
+            "measured_dh": 0.0,
+            **dict.fromkeys(COVARIANCE_COLUMNS.values(), 0.0),
+        }
+    )
+    page = write_report(
+        tmp_path, {"grpo": [log]}, experiment={"predicted": [], "measured": []}, command="c", seeds=[0], seconds=1.0,
+        title="t",
+    )  # fmt: skip
+    assert "no token had an advantage" in page.read_text()
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+
+
+def test_reproduction_keeps_complete_runs_and_continues_others(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", steps=2)
+    assert not reproduce.complete(settings) and not reproduce.continuable(settings)
+    ppo.train(settings)
+    longer = dataclasses.replace(settings, steps=3)
+    assert reproduce.complete(settings)
+    assert reproduce.continuable(settings)
+    assert not reproduce.complete(longer) and not reproduce.continuable(longer)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    assert not reproduce.complete(settings)
+    assert reproduce.continuable(settings)

@@ -1,0 +1,61 @@
+"""Tiny settings and an easy task for the tests of the trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tyro")
+
+from entropy_kernels.trainer import drivers, ppo
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.metrics_log import read_rows
+from entropy_kernels.trainer.tasks import Prompt, WalkTask
+
+TINY = TrainerConfig(
+    steps=3,
+    warm_steps=0,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=1,
+    num_heads=2,
+    prompts_per_step=4,
+    samples_per_prompt=4,
+    minibatches=2,
+    eval_every=2,
+    eval_prompts=4,
+    eval_samples=2,
+    final_eval_prompts=4,
+    final_eval_samples=4,
+    first_order_every=2,
+    save_every=0,
+    tensorboard=False,
+    progress=False,
+    lr=3e-3,
+)
+
+
+class EasyTask(WalkTask):
+    """The walk with a reward that even an untrained policy gets half of the time, so that gradients flow."""
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        return float(sum(map(len, completion.split())) % 2)
+
+
+@pytest.fixture(autouse=True)
+def easy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
+    monkeypatch.setattr(drivers, "make_task", lambda name, max_new_tokens=None: EasyTask())
+
+
+def config(out: Path, **changes: object) -> TrainerConfig:
+    return dataclasses.replace(TINY, out=out, **changes)  # type: ignore[arg-type]
+
+
+def rows_without_times(out: Path) -> list[dict[str, object]]:
+    rows = read_rows(out / "metrics.jsonl")
+    assert rows, "no rows were logged"
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
