@@ -186,8 +186,9 @@ def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype
         if torch.compiler.is_compiling():
             # The compiler keeps a number symbolic that multiplies a tensor, and specialises on one that fills it
             return torch.ones((1,), dtype=dtype, device=target.device) * value
-        if not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
-            raise ValueError(f"temperature: expected a finite number > 0 whose inverse is finite, got {value}")
+        least, most = op.temperature_range(dtype)
+        if not least <= value <= most:
+            raise ValueError(f"temperature: expected a number > 0 within [{least:.2g}, {most:.2g}], got {value}")
         return torch.full((1,), value, dtype=dtype, device=target.device)
     if temperature.requires_grad:
         raise ValueError(

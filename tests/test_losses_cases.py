@@ -225,14 +225,17 @@ def test_a_dropped_nonfinite_token_is_not_hidden() -> None:
 
 
 @every_loss
-def test_what_is_not_used_does_not_count(name: str) -> None:
-    """With coefficient 0, entropy and reference are only reported."""
+def test_what_is_not_used_is_reported_and_no_more(name: str) -> None:
+    """With coefficient 0, entropy and reference stay out of the loss; that they are not finite still shows."""
     lp, old, adv, mask = sample()
     bad = torch.full_like(lp, NAN)
     out, gradient = run(name, lp, old, adv, mask, entropy=bad, ref_logprob=bad)
     assert out.loss.isfinite() and gradient.isfinite().all()
-    assert float(out.metrics["nonfinite_tokens"]) == 0
+    assert float(out.metrics["nonfinite_tokens"]) == float(mask.sum())
     assert out.metrics["entropy"].isnan() and out.metrics["ref_kl"].isnan()
+    out, _ = run(name, lp, old, adv, mask, ref_logprob=torch.full_like(lp, -INF))
+    assert out.loss.isfinite() and out.metrics["ref_kl"].isnan()  # which k3's clamps would make 5
+    assert float(out.metrics["nonfinite_tokens"]) == float(mask.sum())
 
 
 # ---- 5. overflow ----------------------------------------------------------------------------------------------------

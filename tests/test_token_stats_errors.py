@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import entropy_kernels as ek
 from conftest import Place
@@ -226,13 +227,30 @@ sys.stdout.flush(); os._exit(0)
     assert result.returncode == 0 and "alive" in result.stdout, (result.returncode, result.stderr[-2000:])
 
 
-@pytest.mark.parametrize("value", [float("inf"), 1e39, float("nan"), 0.0, -1.0, 1e-39])
-def test_temperature_and_its_inverse_are_finite_and_positive(value):
+@pytest.mark.parametrize("value", [float("inf"), 1e39, 8e37, float("nan"), 0.0, -1.0, 1e-39])
+def test_temperature_is_positive_and_its_inverse_is_a_normal_number(value):
     logits, target = torch.randn(2, 5), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="temperature: expected a finite number > 0 whose inverse is finite, got"):
+    with pytest.raises(ValueError, match="temperature: expected a number > 0 within .*, got"):
         ek.logprob_entropy(logits, target, temperature=value)
-    with pytest.raises(ValueError, match="temperature: expected finite values > 0 whose inverse is finite, got"):
+    with pytest.raises(ValueError, match="temperature: expected numbers > 0 within .*, got"):
         ek.logprob_entropy(logits, target, temperature=torch.tensor([1.0, value]))
+
+
+@pytest.mark.parametrize("temperature", [1.2e-38, 1e-30, 1e30, 1.3e36])
+def test_extreme_temperatures(place, temperature):
+    """As cold as it gets, the argmax is certain; as hot as it gets, the distribution is uniform."""
+    logits, target = torch.tensor([[1.0, 2.0, 3.0]], device=place.device), torch.tensor([2], device=place.device)
+    out = ek.token_stats(logits, target, temperature=temperature, backend=place.backend)
+    uniform = temperature > 1
+    assert out.entropy.item() == pytest.approx(np.log(3) if uniform else 0.0, abs=1e-6)
+    assert out.logprob.item() == pytest.approx(-np.log(3) if uniform else 0.0, abs=1e-6)
+    assert out.collision.item() == pytest.approx(1 / 3 if uniform else 1.0, abs=1e-6)
+
+
+def test_forward_mode_is_refused(place):
+    logits, target = torch.randn(2, 5, device=place.device), torch.tensor([0, 1], device=place.device)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        ek.logprob_entropy(forward_ad.make_dual(logits, logits), target, backend=place.backend)
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -209,7 +209,17 @@ def test_resume_errors(tmp_path: Path) -> None:
     ppo.train(config(tmp_path / "run", steps=1))
     with pytest.raises(ValueError, match=r"another configuration; lr: expected 0.003 \(as saved\), got 0.1"):
         ppo.train(config(tmp_path / "run", steps=2, resume=True, lr=0.1))
-    with pytest.raises(FileExistsError, match=r"out: expected a directory without a run"):
+    with pytest.raises(FileExistsError, match=r"out: expected a directory without a run.*--resume to continue"):
+        ppo.train(config(tmp_path / "run", steps=1))
+    ppo.train(config(tmp_path / "run", steps=2, resume=True))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"steps: expected at least the 2 that the checkpoint has finished, got 1"):
+        ppo.train(config(tmp_path / "run", steps=1, resume=True))
+    assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())
+    (tmp_path / "run" / "checkpoint.pt").unlink()  # stopped before the first one
+    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint.*--overwrite"):
+        ppo.train(config(tmp_path / "run", steps=1, resume=True))
+    with pytest.raises(FileExistsError, match=r"which holds one; pass --overwrite to replace it, or another --out"):
         ppo.train(config(tmp_path / "run", steps=1))
     ppo.train(config(tmp_path / "run", steps=1, overwrite=True))
     assert {f.name for f in dataclasses.fields(TrainerConfig)} > RESUMABLE_FIELDS

@@ -37,6 +37,10 @@ from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # no
         ({"method": "clipcov"}, r"method: expected one of grpo, clip_cov.*got 'clipcov'"),
         ({"num_heads": 3}, r"hidden_size: expected a multiple of num_heads = 3, got 16"),
         ({"steps": -1}, r"steps: expected an integer >= 0, got -1"),
+        ({"warm_weight_decay": -1.0}, r"warm_weight_decay: expected a finite number >= 0, got -1.0"),
+        ({"adam_beta1": 1.0}, r"adam_beta1: expected a number in \[0, 1\), got 1.0"),
+        ({"device": "gpu"}, r"device: expected auto or a torch device that is there, got 'gpu'"),
+        ({"device": "cuda:77"}, r"device: expected auto or a torch device that is there, got 'cuda:77'"),
         ({"resume": True, "overwrite": True}, r"resume, overwrite: expected at most one"),
     ],
 )
@@ -69,7 +73,19 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "run" / "metrics.jsonl").exists()
     assert main(["from-config", str(tmp_path / "request.json")]) == 2
     assert "expected a directory without a run" in capsys.readouterr().err
+    # the configuration that a run leaves starts another one, whatever flags it was itself started with
+    assert main(["from-config", str(tmp_path / "run" / "config.json"), "--resume", "--steps", "2"]) == 0
+    assert main(["from-config", str(tmp_path / "run" / "config.json")]) == 2
+    assert main(["from-config", str(tmp_path / "run" / "config.json"), "--out", str(tmp_path / "again")]) == 0
+    assert rows_without_times(tmp_path / "again") == rows_without_times(tmp_path / "run")
+    capsys.readouterr()
     assert main(["from-config", str(tmp_path / "missing.json")]) == 2
+    for text, words in (("{", "expected JSON in"), ("[]", "expected a JSON object"), ('{"steps": "three"}', "steps")):
+        (tmp_path / "bad.json").write_text(text)
+        assert main(["from-config", str(tmp_path / "bad.json")]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["from-config", "--steps", "2"]) == 2
+    assert main(["--out", str(tmp_path / "y"), "--model", str(tmp_path / "no-model")]) == 2
     assert main(["nonsense"]) == 2
     assert main(["--out", str(tmp_path / "x"), "--temperature", "-1"]) == 2
     assert "temperature: expected a finite number > 0, got -1.0" in capsys.readouterr().err

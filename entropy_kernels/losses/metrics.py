@@ -78,7 +78,7 @@ METRICS: dict[str, Metric] = {
     "entropy": Metric("mean of the entropy given, nats", "mean", lambda t: t.entropy, "entropy given"),
     "ref_kl": Metric("mean of the KL estimate to the reference, nats", "mean", lambda t: t.ref_kl, "ref_logprob given"),
     "nonfinite_tokens": Metric(
-        "number of tokens that make the loss non-finite: an input, the ratio or a term of the loss is NaN or infinite",
+        "number of tokens at which an input, the ratio or a term of the loss is NaN or infinite",
         "sum",
         lambda t: t.nonfinite,
     ),

@@ -49,6 +49,16 @@ def total(
     if tokens.entropy is not None and _enters(extras.entropy_coef):
         token_loss = token_loss - extras.entropy_coef * tokens.entropy
 
+    # Counted also where a coefficient of 0 keeps it out of the loss
+    finite = torch.isfinite(token_loss.detach())
+    if tokens.entropy is not None:
+        finite = finite & torch.isfinite(tokens.entropy.detach())
+    if tokens.ref_log_ratio is not None and ref_kl is not None:
+        comparable = torch.isfinite(tokens.ref_log_ratio.detach())
+        finite = finite & comparable
+        # k3 clamps, and would show an infinite ratio as a small divergence
+        ref_kl = torch.where(comparable, ref_kl.detach(), float("nan"))
+
     numerator = aggregation.numerator(token_loss, tokens.mask)
     counts = Counts.of(tokens.mask)
     values = metrics.TokenValues(
@@ -58,11 +68,11 @@ def total(
         clipped=found.clipped,
         clipped_lower=found.clipped_lower,
         covariance=covariance,
-        nonfinite=tokens.mask & ~torch.isfinite(token_loss.detach()),
+        nonfinite=tokens.mask & ~finite,
         in_band=in_band,
         selected=None if selected is None else selected & tokens.mask,
         entropy=None if tokens.entropy is None else tokens.entropy.detach(),
-        ref_kl=None if ref_kl is None else ref_kl.detach(),
+        ref_kl=ref_kl,
     )
     sums, maxima = metrics.local_reductions(values)
     sums["pg_loss"] = aggregation.numerator(policy_term.detach(), tokens.mask)

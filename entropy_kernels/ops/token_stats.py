@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from entropy_kernels._arguments import all_gather
 from entropy_kernels.backends import registry
@@ -52,6 +53,12 @@ _library.define(
 )
 
 
+def temperature_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Temperatures whose inverse, with a small factor, is finite and no subnormal number, which kernels flush to 0."""
+    tiny = torch.finfo(dtype).tiny
+    return tiny, 1 / (64 * tiny)
+
+
 def _check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Errors that need the values: on the CPU always, elsewhere (it costs a sync) with ENTROPY_KERNELS_DEBUG=1."""
     if target.device.type != "cpu" and os.environ.get("ENTROPY_KERNELS_DEBUG", "0") != "1":
@@ -67,13 +74,12 @@ def _check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_
                 f"got {int(target[wrong][0])} ({int(wrong.sum())} such of {target.numel()})"
             )
     lowest, highest = (temperature, temperature) if temperature.numel() == 1 else temperature.aminmax()
-    # the inverse of a smaller one is infinite
-    tiny = torch.finfo(temperature.dtype).tiny
-    if not (lowest.item() >= tiny and highest.item() < float("inf")):
-        wrong = ~((temperature >= tiny) & (temperature < float("inf"))) & (target != ignore_index)
+    least, most = temperature_range(temperature.dtype)
+    if not (least <= lowest.item() and highest.item() <= most):
+        wrong = ~((temperature >= least) & (temperature <= most)) & (target != ignore_index)
         if wrong.any():
             raise ValueError(
-                "temperature: expected finite values > 0 whose inverse is finite, "
+                f"temperature: expected numbers > 0 within [{least:.2g}, {most:.2g}], "
                 f"got {temperature.expand_as(wrong)[wrong][0].item()}"
             )
 
@@ -233,6 +239,8 @@ class _TokenStatsBackward(torch.autograd.Function):
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
     if inputs[0].requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(*inputs)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(inputs[0]).tangent is not None:
+        raise NotImplementedError("logprob_entropy / token_stats: forward-mode differentiation is not supported")
     with torch._C._AutoDispatchBelowAutograd():
         return token_stats(*inputs)
 

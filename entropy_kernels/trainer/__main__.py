@@ -1,23 +1,31 @@
-"""``python -m entropy_kernels.trainer [quickstart | reproduce | from-config FILE | report DIR | flags of one run]``."""
+"""``python -m entropy_kernels.trainer [quickstart | reproduce | from-config FILE] [flags]``."""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 USAGE = """usage: python -m entropy_kernels.trainer [flags]             one run; --help lists the flags
        python -m entropy_kernels.trainer quickstart [flags]  GRPO, Clip-Cov and KL-Cov from one start, and a report
        python -m entropy_kernels.trainer reproduce [flags]   three seeds with the random-token controls, and a verdict
-       python -m entropy_kernels.trainer from-config FILE    one run from the config.json of another
+       python -m entropy_kernels.trainer from-config FILE [flags]  one run from the config.json of another
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code. Errors of the configuration are one line on stderr, not a traceback."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    with _stopped_by_signals():
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     command = arguments[0] if arguments and not arguments[0].startswith("-") else None
     try:
         if command is None:
@@ -32,13 +40,16 @@ def main(argv: list[str] | None = None) -> int:
 
             return reproduce.run(_parse(reproduce.Reproduce, arguments[1:], "reproduce"))
         if command == "from-config":
-            if len(arguments) != 2:
-                raise ValueError(f"from-config: expected one FILE, got {len(arguments) - 1} arguments")
-            return _from_config(Path(arguments[1]))
+            if len(arguments) < 2 or arguments[1].startswith("-"):
+                raise ValueError("from-config: expected a FILE, then flags, got no file")
+            return _from_config(Path(arguments[1]), arguments[2:])
         raise ValueError(f"command: expected quickstart, reproduce or from-config, got {command!r}\n{USAGE}")
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _one_run(arguments: list[str]) -> int:
@@ -49,15 +60,21 @@ def _one_run(arguments: list[str]) -> int:
     return _train(_parse(TrainerConfig, arguments, None))
 
 
-def _from_config(path: Path) -> int:
+def _from_config(path: Path, flags: list[str]) -> int:
     from entropy_kernels.trainer.config import TrainerConfig
 
     if not path.exists():
         raise FileNotFoundError(f"from-config: expected a file, got {path}, which does not exist")
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"from-config: expected JSON in {path}, got {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"from-config: expected a JSON object in {path}, got {type(values).__name__}")
     for name in ("command", "versions"):
         values.pop(name, None)
-    return _train(TrainerConfig.from_dict(values))
+    config = TrainerConfig.from_dict(values)
+    return _train(_parse(TrainerConfig, flags, f"from-config {path}", default=config) if flags else config)
 
 
 def _train(config: Any) -> int:
@@ -71,20 +88,31 @@ def _train(config: Any) -> int:
     return 0
 
 
-def _parse(kind: type, arguments: list[str], command: str | None) -> Any:
+def _parse(kind: type, arguments: list[str], command: str | None, **options: Any) -> Any:
     try:
         import tyro
     except ImportError as error:
         raise ImportError("the trainer's command line needs tyro: pip install 'entropy_kernels[train]'") from error
     program = "python -m entropy_kernels.trainer" + (f" {command}" if command else "")
-    return tyro.cli(kind, args=arguments, prog=program)
+    return tyro.cli(kind, args=arguments, prog=program, **options)
 
 
-def _terminated(number: int, frame: Any) -> None:
-    # as an exception, so that the runs a driver has started are stopped with it
-    sys.exit(128 + number)
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM becomes an exception, so that the runs a driver has started are stopped with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def terminated(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

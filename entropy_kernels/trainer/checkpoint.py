@@ -83,7 +83,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises FileNotFoundError without a checkpoint, ValueError for one of another format.
     """
     if not path.exists():
-        raise FileNotFoundError(f"resume: expected a checkpoint at {path}, got none")
+        raise FileNotFoundError(
+            f"resume: expected a checkpoint at {path}, got none; a run that ended before its first one (save_every) "
+            "starts again with --overwrite"
+        )
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state.get("format") != FORMAT:
         raise ValueError(f"resume: expected a checkpoint of format {FORMAT}, got {state.get('format')!r} in {path}")

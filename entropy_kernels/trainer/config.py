@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 METHODS = ("grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized")
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
@@ -34,6 +36,10 @@ WARM_START_FIELDS = (
     "warm_wrong_fraction",
     "warm_seed",
 )
+
+
+#: Annotation of a field -> what its value in a JSON file may be.
+_JSON_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
 @dataclass
@@ -191,9 +197,12 @@ class TrainerConfig:
         for name in ("temperature", "lr", "warm_lr"):
             value = getattr(self, name)
             _expect(math.isfinite(value) and value > 0, name, "a finite number > 0", value)
-        for name in ("grad_clip", "weight_decay", "kl_coef", "clip_low", "clip_high"):
+        for name in ("grad_clip", "weight_decay", "warm_weight_decay", "kl_coef", "clip_low", "clip_high"):
             value = getattr(self, name)
             _expect(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
+        for name in ("adam_beta1", "adam_beta2"):
+            _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
+        _expect(_usable(self.device), "device", "auto or a torch device that is there", self.device)
         for name, allowed in (
             ("method", METHODS),
             ("advantage", ("grpo", "rloo")),
@@ -255,6 +264,12 @@ class TrainerConfig:
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"config: expected fields of TrainerConfig, got unknown {', '.join(unknown)}")
+        for field in dataclasses.fields(cls):
+            kinds = _JSON_KINDS.get(str(field.type))
+            if kinds and field.name in values:
+                value = values[field.name]
+                fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+                _expect(fits, f"config: {field.name}", str(field.type), value)
         values = dict(values)
         for name in ("out", "warm_start_from"):
             if values.get(name) is not None:
@@ -267,8 +282,8 @@ class TrainerConfig:
         return {name: values[name] for name in WARM_START_FIELDS}
 
 
-def check_resumable(saved: dict[str, Any], now: TrainerConfig) -> None:
-    """Raise ValueError if `now` cannot continue the run saved under `saved`.
+def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int) -> None:
+    """Raise ValueError if `now` cannot continue the run saved under `saved` after `finished` steps.
 
     Only the fields in RESUMABLE_FIELDS may change; every other one would make the second half of the run a different
     experiment from the first.
@@ -281,6 +296,16 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig) -> None:
     ]
     if changed:
         raise ValueError("resume: the checkpoint was made with another configuration; " + "; ".join(changed))
+    _expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
+
+
+def _usable(device: str) -> bool:
+    if device == "auto":
+        return True
+    try:
+        return torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        return False
 
 
 def _expect(holds: bool, name: str, expected: str, got: object) -> None:

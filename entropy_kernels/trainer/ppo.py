@@ -71,7 +71,7 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
     task = make_task(config.task, max_new_tokens=config.max_new_tokens)
     saved = checkpoint.load_checkpoint(config.out / "checkpoint.pt") if config.resume else None
     if saved is not None:
-        check_resumable(saved["config"], config)
+        check_resumable(saved["config"], config, finished=saved["step"])
     else:
         prepare_directory(config)
     torch.set_num_threads(config.threads)
@@ -98,7 +98,9 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
     first = 0
     if saved is not None:
         first = checkpoint.restore(saved, model=policy.model, optimizer=optimizer, generators=generators)
-    checkpoint.write_json(config.out / "config.json", {**config.to_dict(), "command": sys.argv, "versions": versions()})
+    # how the run was started is not part of what it is: from-config starts another one
+    again = {**config.to_dict(), "resume": False, "overwrite": False}
+    checkpoint.write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
     log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first)
 
     def save(step: int) -> None:
@@ -377,9 +379,10 @@ def prepare_directory(config: TrainerConfig) -> None:
     """An empty place for the run; an earlier run there is removed only if asked."""
     metrics = config.out / "metrics.jsonl"
     if metrics.exists() and not config.overwrite:
+        resume = "--resume to continue it, " if (config.out / "checkpoint.pt").exists() else ""
         raise FileExistsError(
-            f"out: expected a directory without a run, got {config.out}, which holds one; pass --resume to continue "
-            "it, --overwrite to replace it, or another --out"
+            f"out: expected a directory without a run, got {config.out}, which holds one; pass {resume}"
+            "--overwrite to replace it, or another --out"
         )
     if config.overwrite:
         # only what a run writes: the directory may hold the user's own files

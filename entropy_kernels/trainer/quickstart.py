@@ -15,7 +15,7 @@ from entropy_kernels.trainer.report import write_report
 
 @dataclass
 class Quickstart:
-    """Train a tiny model under GRPO, Clip-Cov and KL-Cov and write report.html: about four minutes on two cores."""
+    """Train a tiny model under GRPO, Clip-Cov and KL-Cov and write report.html: three to six minutes on two cores."""
 
     out: Path = Path("runs/quickstart")
     """Directory of the report and of the runs below it; earlier quickstart runs there are replaced."""

@@ -215,7 +215,7 @@ def limits(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if method in summary and "final_pass1" in summary[method]:
             gap = summary[method]["final_pass1"]["mean"] - base["final_pass1"]["mean"]
             noise = max(summary[method]["final_pass1"]["sd"] or 0.0, base["final_pass1"]["sd"] or 0.0)
-            seeds = f"the seeds spread by {noise:.3f}" if noise else "one seed cannot tell this from noise (.01 to .02)"
+            seeds = f"the seeds spread by {noise:.3f}" if noise else "seeds spread by .01 to .03, and this is one"
             lines.append(
                 f"pass@1: {label} ends {gap:+.3f} from the baseline; {seeds}. "
                 "The gain that shows here is in pass@k and diversity."
