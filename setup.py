@@ -5,37 +5,17 @@ Without torch or a C++ compiler the package installs pure Python and runs on its
 """
 
 import os
-import shutil
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+from build_backend import skip_reason, torch_is_there  # noqa: E402
+
 # The lowest torch the binary supports; a build on a newer torch must not use newer symbols.
 TORCH_TARGET_VERSION = "0x020a000000000000"
-
-
-def installed_torch() -> bool:
-    """True if torch can be imported; under pip's build isolation, from the environment being installed into."""
-    for path in ("", sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        if path and (Path(path) / "torch" / "__init__.py").exists() and path not in sys.path:
-            sys.path.append(path)
-    try:
-        import torch  # noqa: F401  (only whether it imports matters here)
-    except ImportError:
-        return False
-    return True
-
-
-def skip_reason() -> str | None:
-    if os.environ.get("ENTROPY_KERNELS_SKIP_CPP", "0") not in ("", "0"):
-        return "ENTROPY_KERNELS_SKIP_CPP is set"
-    compiler = os.environ.get("CXX")
-    if not any(shutil.which(c) for c in ([compiler.split()[0]] if compiler else ["c++", "g++", "clang++"])):
-        return f"no C++ compiler found ({compiler or 'c++, g++, clang++'})"
-    return None
 
 
 def sources(*patterns: str) -> list[str]:
@@ -81,12 +61,9 @@ def native_build() -> dict:
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 
-reason = skip_reason()
+reason = skip_reason() or (None if torch_is_there() else "torch is not installed")
 if reason:
     print(f"entropy_kernels: building without C++: {reason}", file=sys.stderr)
     setup()
-elif installed_torch():
-    setup(**native_build())
 else:
-    # The PEP 517 front end reads this as a build requirement, installs torch, and calls us again.
-    setup(setup_requires=["torch>=2.10", "numpy"])
+    setup(**native_build())

@@ -230,9 +230,9 @@ sys.stdout.flush(); os._exit(0)
 @pytest.mark.parametrize("value", [float("inf"), 1e39, 8e37, float("nan"), 0.0, -1.0, 1e-39])
 def test_temperature_is_positive_and_its_inverse_is_a_normal_number(value):
     logits, target = torch.randn(2, 5), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="temperature: expected a number > 0 within .*, got"):
+    with pytest.raises(ValueError, match=r"temperature: expected a number > 0 within .*, got"):
         ek.logprob_entropy(logits, target, temperature=value)
-    with pytest.raises(ValueError, match="temperature: expected numbers > 0 within .*, got"):
+    with pytest.raises(ValueError, match=r"temperature: expected numbers > 0 within .*, got"):
         ek.logprob_entropy(logits, target, temperature=torch.tensor([1.0, value]))
 
 
