@@ -30,8 +30,8 @@ def _significant(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def bars_table(verdicts: Sequence[Verdict]) -> str:
-    """Required against measured, with the verdict."""
+def bars_table(verdicts: Sequence[Verdict], *, stated_sizes: bool = True) -> str:
+    """Required against measured; with the verdict only at the sizes at which the bars are stated."""
     rows = []
     for verdict in verdicts:
         # a space before a unit, none before the multiplication sign
@@ -43,6 +43,8 @@ def bars_table(verdicts: Sequence[Verdict]) -> str:
         sense = {">=": "≥", "<=": "≤"}[verdict.sense]
         rows.append([verdict.text, verdict.shape, f"{sense} {verdict.limit:g}{unit}", value, best, result])
     headers = ["bar", "shape", "required", "median", "minimum", "verdict"]
+    if not stated_sizes:
+        rows, headers = [row[:-1] for row in rows], headers[:-1]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -110,7 +112,7 @@ def markdown(
         parts.append("## Bars")
         if not result["stated_sizes"]:
             parts.append("The bars are stated at other sizes than those of this run: a hint, no verdict.")
-        parts.append(bars_table(verdicts))
+        parts.append(bars_table(verdicts, stated_sizes=result["stated_sizes"]))
     for title, host, records in groups:
         if any(record.summary for record in records):
             parts += [f"## {title}", group_table(records, host=host)]
