@@ -151,7 +151,7 @@ class TrainerConfig:
     entropy_coef: float = 0.0
     """Entropy bonus, with its true gradient."""
     cov_ratio: float | None = None
-    """Fraction of a minibatch to select. None: .02 for Clip-Cov, .05 for KL-Cov, at this scale (paper: 2e-4, 2e-3)."""
+    """Fraction of a minibatch to select. None: .03 for Clip-Cov, .07 for KL-Cov, at this scale (paper: 2e-4, 2e-3)."""
     cov_low: float = 1.0
     """Lower end of Clip-Cov's band: a covariance, or a quantile in [0, 1] when cov_band is quantile."""
     cov_high: float = 5.0
@@ -252,7 +252,7 @@ class TrainerConfig:
             return 0.0
         if self.cov_ratio is not None:
             return self.cov_ratio
-        return 0.02 if self.method in ("clip_cov", "random_dropped") else 0.05
+        return 0.03 if self.method in ("clip_cov", "random_dropped") else 0.07
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""

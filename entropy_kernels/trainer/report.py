@@ -234,6 +234,6 @@ def limits(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
     lines.append(
         "The paper's fractions: 2e-4 and 2e-3 of a minibatch of 896 tokens are 0.2 and 1.8 tokens. The defaults here "
-        "are 100 (Clip-Cov) and 25 (KL-Cov) times larger."
+        "are 150 (Clip-Cov) and 35 (KL-Cov) times larger."
     )
     return lines
