@@ -12,8 +12,12 @@ namespace {
 // Of logits, per block: enough to hide where a block starts, few enough for an even end.
 constexpr int kBlockBytes = 4 * kTileBytes;
 
+// Blocks that have to fit on a multiprocessor together; doubles need more registers than three leave them.
+template <class E>
+constexpr int kBlocks = sizeof(typename E::Accumulator) == 8 ? 2 : 3;
+
 template <class E, bool kSoftcap>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<E>)
     token_stats_backward(const __grid_constant__ BackwardArguments<typename E::Accumulator> arguments) {
   DeviceThread thread;
   backward_block<E, kSoftcap>(thread, arguments);

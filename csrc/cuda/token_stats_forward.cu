@@ -16,9 +16,9 @@ namespace {
 
 constexpr int kMaxCluster = 8;  // what every GPU with clusters can do
 
-// Blocks that have to fit on a multiprocessor together; doubles need more registers than two blocks leave them.
+// Blocks that have to fit on a multiprocessor together; doubles need more registers than two leave them.
 template <class E>
-constexpr int kBlocks = sizeof(typename E::Accumulator) == 8 ? 1 : 2;
+constexpr int kBlocks = sizeof(typename E::Accumulator) == 8 ? 1 : 3;
 
 template <class E, bool kSecondMoments, bool kSoftcap>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<E>)
