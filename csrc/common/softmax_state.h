@@ -10,7 +10,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "host_device.h"
 
@@ -22,8 +21,7 @@ struct SoftmaxState {
 
   // The neutral element of merge: a part without columns, or with nothing but -inf in it.
   static EK_HOST_DEVICE SoftmaxState identity() {
-    const T infinity = std::numeric_limits<T>::infinity();
-    return {-infinity, 0, 0, -infinity, 0, 0};
+    return {-kInfinity<T>, 0, 0, -kInfinity<T>, 0, 0};
   }
 };
 
@@ -43,10 +41,10 @@ EK_HOST_DEVICE T max_or_nan(T a, T b) {
   return (a > b || is_nan(a)) ? a : b;
 }
 
-// Restates the sums for a maximum that is larger by delta = (m' - m) / T >= 0.
+// Restates the sums for a maximum that is larger by delta >= 0, with scale = e^-delta. Any unit of delta will do, so long
+// as w and w2 have it too (device code counts in bits).
 template <typename T>
-EK_HOST_DEVICE void rescale(SoftmaxState<T>& state, T delta) {
-  const T scale = std::exp(-delta);
+EK_HOST_DEVICE void rescale(SoftmaxState<T>& state, T delta, T scale) {
   // e^-delta underflows long before delta overflows, and 0 * inf would be NaN; what is NaN already stays NaN.
   const T shift = scale == 0 ? T(0) : delta;
   state.w = scale * (state.w + shift * state.s);
@@ -55,15 +53,23 @@ EK_HOST_DEVICE void rescale(SoftmaxState<T>& state, T delta) {
   state.s2 *= scale * scale;
 }
 
+// Restates the sums for the maximum m >= state.m.
+template <typename T>
+EK_HOST_DEVICE void raise_maximum(SoftmaxState<T>& state, T m, T temperature) {
+  // A side that saw nothing but -inf is all zeros: there is nothing to rescale, and its delta would be inf - inf.
+  if (state.m != -kInfinity<T>) {
+    const T delta = (m - state.m) / temperature;
+    rescale(state, delta, std::exp(-delta));
+  }
+  state.m = m;
+}
+
 template <typename T>
 EK_HOST_DEVICE SoftmaxState<T> merge(SoftmaxState<T> a, SoftmaxState<T> b, T temperature) {
-  const T lowest = -std::numeric_limits<T>::infinity();
-  const T x_y = max_or_nan(a.x_y, b.x_y);
   const T m = max_or_nan(a.m, b.m);
-  // A side that saw nothing but -inf is all zeros: there is nothing to rescale, and its delta would be inf - inf.
-  if (a.m != lowest) rescale(a, (m - a.m) / temperature);
-  if (b.m != lowest) rescale(b, (m - b.m) / temperature);
-  return {m, a.s + b.s, a.w + b.w, x_y, a.s2 + b.s2, a.w2 + b.w2};
+  raise_maximum(a, m, temperature);
+  raise_maximum(b, m, temperature);
+  return {m, a.s + b.s, a.w + b.w, max_or_nan(a.x_y, b.x_y), a.s2 + b.s2, a.w2 + b.w2};
 }
 
 // The four statistics. Entropy is L + w/s: both terms are >= 0, so nothing cancels as the distribution collapses.

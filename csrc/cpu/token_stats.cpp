@@ -12,10 +12,10 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "../token_stats_arguments.h"
 #include "parallel.h"
 
 namespace entropy_kernels::cpu {
@@ -24,8 +24,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum Want : std::int64_t { kLogprob = 1, kEntropy = 2, kCollision = 4, kVocabCovariance = 8 };
-
 // With fewer rows than this, rows are split into parts of so many columns and their states merged. Neither number
 // depends on how many threads there are, so results do not either.
 constexpr std::int64_t kFewRows = 256;
@@ -33,18 +31,8 @@ constexpr std::int64_t kPartColumns = 8192;
 // A gradient of this size or more that goes into memory of its own is written past the caches.
 constexpr std::int64_t kLargeBytes = std::int64_t(16) << 20;
 
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (std::int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + ")";
-}
-
-const char* dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
-
 Element element_of(const Tensor& logits) {
   switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
     case ScalarType::BFloat16:
       return Element::kBFloat16;
     case ScalarType::Half:
@@ -52,7 +40,7 @@ Element element_of(const Tensor& logits) {
     case ScalarType::Double:
       return Element::kFloat64;
     default:
-      STD_TORCH_CHECK(false, "logits: expected dtype BFloat16, Half, Float or Double, got ", dtype_of(logits));
+      return Element::kFloat32;
   }
 }
 
@@ -133,15 +121,15 @@ struct Problem {
   std::int64_t ignore_index, vocab_start, vocab_size;
   const RowKernels& kernels;
 
-  static const Tensor& three_dimensional(const Tensor& logits) {
-    STD_TORCH_CHECK(logits.dim() == 3, "logits: expected shape (B, L, V), got ", shape_of(logits));
+  static const Tensor& checked(const Tensor& logits) {
+    check_logits(logits);
     return logits;
   }
 
   Problem(const Tensor& logits_, const Tensor& target_, const Tensor& temperature_, double softcap_,
           std::int64_t ignore_index_, std::int64_t vocab_start_, std::int64_t vocab_size_)
-      : element(element_of(three_dimensional(logits_))),
-        result(element == Element::kFloat64 ? ScalarType::Double : ScalarType::Float),
+      : element(element_of(checked(logits_))),
+        result(result_of(logits_)),
         logits(logits_, const_cast<void*>(logits_.const_data_ptr())),
         rows(logits_.size(0) * logits_.size(1)),
         vocab(logits_.size(2)),
@@ -154,23 +142,8 @@ struct Problem {
         vocab_start(vocab_start_),
         vocab_size(vocab_size_),
         kernels(row_kernels(element, selected_capability())) {
-    STD_TORCH_CHECK(wide_target || target_.scalar_type() == ScalarType::Int,
-                    "target: expected dtype Int or Long, got ", dtype_of(target_));
-    STD_TORCH_CHECK(target_.is_cpu() && target_.is_contiguous() && target_.numel() == rows,
-                    "target: expected a contiguous CPU tensor of ", rows, " elements for logits of shape ",
-                    shape_of(logits_), ", got shape ", shape_of(target_));
-    check_result("temperature", temperature_);
-    STD_TORCH_CHECK(temperature_.is_contiguous() && (temperature_.numel() == 1 || temperature_.numel() == rows),
-                    "temperature: expected a contiguous tensor of 1 or ", rows, " elements, got shape ",
-                    shape_of(temperature_));
+    check_arguments(logits_, target_, temperature_, softcap);
     temperature = {temperature_.const_data_ptr(), temperature_.numel() == 1 ? 0 : 1, element == Element::kFloat64};
-    STD_TORCH_CHECK(softcap >= 0, "softcap: expected a number > 0, or 0 for none, got ", softcap);
-  }
-
-  // A tensor of the result's dtype, on the CPU.
-  void check_result(const char* name, const Tensor& tensor) const {
-    STD_TORCH_CHECK(tensor.scalar_type() == result && tensor.is_cpu(), name, ": expected a CPU tensor of dtype ",
-                    torch::headeronly::toString(result), " for these logits, got ", dtype_of(tensor));
   }
 
   std::int64_t label(std::int64_t row) const {
@@ -265,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
     Tensor logits, Tensor target, Tensor temperature, double softcap, std::int64_t ignore_index,
     std::int64_t vocab_start, std::int64_t vocab_size, std::int64_t want) {
   const Problem problem(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size);
-  STD_TORCH_CHECK(want >= 0 && want < 16, "want: expected a bitmask in [0, 16), got ", want);
+  check_want(want);
   const bool second_moments = (want & (kCollision | kVocabCovariance)) != 0;
   const auto output = [&](Want bit) {
     return torch::stable::empty({want & bit ? problem.rows : 0}, problem.result);
@@ -316,24 +289,13 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
   const Problem problem(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size);
   const bool wide = problem.element == Element::kFloat64;
   const auto upstream = [&](const char* name, const std::optional<Tensor>& grad) -> Vector {
-    if (!grad.has_value()) return {};
-    problem.check_result(name, *grad);
-    STD_TORCH_CHECK(grad->dim() == 1 && grad->size(0) == problem.rows, name, ": expected shape (", problem.rows,
-                    ",), got ", shape_of(*grad));
-    return {grad->const_data_ptr(), grad->stride(0), wide};
+    check_upstream(name, grad, logits);
+    return grad.has_value() ? Vector{grad->const_data_ptr(), grad->stride(0), wide} : Vector{};
   };
   const Vector g_logprob = upstream("grad_logprob", grad_logprob);
   const Vector g_entropy = upstream("grad_entropy", grad_entropy);
   const Vector g_collision = upstream("grad_collision", grad_collision);
-  problem.check_result("state", state);
-  const std::int64_t state_rows = grad_collision.has_value() ? 6 : 4;
-  STD_TORCH_CHECK(state.dim() == 2 && state.size(0) >= state_rows && state.size(1) == problem.rows,
-                  "state: expected at least ", state_rows, " rows of ", problem.rows, " elements, got shape ",
-                  shape_of(state));
-  STD_TORCH_CHECK(dlogits.dim() == 3 && shape_of(dlogits) == shape_of(logits), "dlogits: expected shape ",
-                  shape_of(logits), ", got ", shape_of(dlogits));
-  STD_TORCH_CHECK(dlogits.scalar_type() == logits.scalar_type() && dlogits.is_cpu(),
-                  "dlogits: expected a CPU tensor of dtype ", dtype_of(logits), ", got ", dtype_of(dlogits));
+  check_backward(logits, state, grad_collision.has_value(), dlogits);
 
   const Matrix gradient(dlogits, dlogits.mutable_data_ptr());
   const std::int64_t bytes = problem.rows * problem.vocab * gradient.element_size;

@@ -1,0 +1,185 @@
+// The operators token_stats_forward and token_stats_backward on NVIDIA GPUs: arguments, memory, the current stream.
+// What happens on the device is in token_stats_kernels.h.
+#include "token_stats.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "../token_stats_arguments.h"
+#include "launch.h"
+
+namespace entropy_kernels::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr std::int64_t kMaxColumns = std::int64_t(1) << 30;  // columns are counted in 32 bits
+
+Element element_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    case ScalarType::Double:
+      return Element::kFloat64;
+    default:
+      return Element::kFloat32;
+  }
+}
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+Tensor empty_beside(const Tensor& tensor, std::initializer_list<std::int64_t> shape, ScalarType dtype) {
+  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA, tensor.get_device());
+  return torch::stable::empty(shape, dtype, std::nullopt, device);
+}
+
+// Strides of dimensions of size 1 mean nothing: they must not look like ones that differ or are misaligned.
+Rows rows_of(const Tensor& tensor, void* data) {
+  const auto stride = [&](std::int64_t dim, std::int64_t alone) {
+    return tensor.size(dim) > 1 ? tensor.stride(dim) : alone;
+  };
+  return {data, stride(0, 0), stride(1, 0), stride(2, 1)};
+}
+
+template <typename T>
+Problem<T> problem_of(const Tensor& logits, void* data, const Tensor& target, const Tensor& temperature,
+                      double softcap, std::int64_t ignore_index, std::int64_t vocab_start, std::int64_t vocab_size) {
+  const std::int64_t rows = logits.size(0) * logits.size(1), vocab = logits.size(2);
+  STD_TORCH_CHECK(rows <= kMaxBlocks && vocab <= kMaxColumns, "logits: expected at most ", kMaxBlocks, " rows of ",
+                  kMaxColumns, " columns, got shape ", shape_of(logits));
+  return {rows_of(logits, data),
+          static_cast<int>(rows),
+          static_cast<int>(logits.size(1)),
+          static_cast<int>(vocab),
+          static_cast<int>(std::clamp<std::int64_t>(vocab_size - vocab_start, 0, vocab)),
+          target.const_data_ptr(),
+          target.scalar_type() == ScalarType::Long,
+          static_cast<const T*>(temperature.const_data_ptr()),
+          temperature.numel() == 1 ? 0 : 1,
+          static_cast<T>(softcap),
+          ignore_index,
+          vocab_start,
+          vocab_size};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
+    Tensor logits, Tensor target, Tensor temperature, double softcap, std::int64_t ignore_index,
+    std::int64_t vocab_start, std::int64_t vocab_size, std::int64_t want) {
+  check_arguments(logits, target, temperature, softcap);
+  check_want(want);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
+  const ScalarType dtype = result_of(logits);
+  const std::int64_t rows = target.numel();
+  const bool second_moments = (want & (kCollision | kVocabCovariance)) != 0;
+  const auto output = [&](Want bit) { return empty_beside(logits, {want & bit ? rows : 0}, dtype); };
+  Tensor logprob = output(kLogprob), entropy = output(kEntropy);
+  Tensor collision = output(kCollision), covariance = output(kVocabCovariance);
+  Tensor state = empty_beside(logits, {second_moments ? 6 : 4, rows}, dtype);
+  const auto run = [&]<typename T>(T) {
+    const auto pointer = [&](const Tensor& tensor, Want bit) {
+      return want & bit ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
+    };
+    const Problem<T> problem = problem_of<T>(logits, const_cast<void*>(logits.const_data_ptr()), target, temperature,
+                                             softcap, ignore_index, vocab_start, vocab_size);
+    const ForwardArguments<T> arguments = {problem,
+                                           pointer(logprob, kLogprob),
+                                           pointer(entropy, kEntropy),
+                                           pointer(collision, kCollision),
+                                           pointer(covariance, kVocabCovariance),
+                                           static_cast<T*>(state.mutable_data_ptr()),
+                                           1,
+                                           nullptr,
+                                           nullptr};
+    const Element element = element_of(logits);
+    const ForwardPlan plan = plan_forward(element, problem, logits.get_device());
+    // Freed when this returns; the allocator gives it to nothing that runs before the kernel on this stream.
+    std::optional<Tensor> scratch;
+    if (plan.scratch_bytes > 0) {
+      scratch = empty_beside(logits, {static_cast<std::int64_t>(plan.scratch_bytes)}, ScalarType::Byte);
+    }
+    launch_forward(element, plan, arguments, second_moments, scratch ? scratch->mutable_data_ptr() : nullptr,
+                   current_stream(logits));
+  };
+  if (rows > 0) dtype == ScalarType::Double ? run(double{}) : run(float{});
+  return {logprob, entropy, collision, covariance, state};
+}
+
+void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,
+                          std::optional<Tensor> grad_collision, Tensor logits, Tensor target, Tensor temperature,
+                          Tensor state, double softcap, std::int64_t ignore_index, std::int64_t vocab_start,
+                          std::int64_t vocab_size, Tensor dlogits) {
+  check_arguments(logits, target, temperature, softcap);
+  check_upstream("grad_logprob", grad_logprob, logits);
+  check_upstream("grad_entropy", grad_entropy, logits);
+  check_upstream("grad_collision", grad_collision, logits);
+  check_backward(logits, state, grad_collision.has_value(), dlogits);
+  if (logits.numel() == 0) return;
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
+  const auto run = [&]<typename T>(T) {
+    const auto upstream = [](const std::optional<Tensor>& grad) -> Upstream<T> {
+      if (!grad.has_value()) return {nullptr, 0};
+      return {static_cast<const T*>(grad->const_data_ptr()), grad->stride(0)};
+    };
+    const BackwardArguments<T> arguments = {
+        problem_of<T>(logits, const_cast<void*>(logits.const_data_ptr()), target, temperature, softcap, ignore_index,
+                      vocab_start, vocab_size),
+        upstream(grad_logprob),
+        upstream(grad_entropy),
+        upstream(grad_collision),
+        static_cast<const T*>(state.const_data_ptr()),
+        state.stride(0),
+        state.stride(1),
+        rows_of(dlogits, dlogits.mutable_data_ptr()),
+        1,
+        false};
+    launch_backward(element_of(logits), arguments, current_stream(logits));
+  };
+  result_of(logits) == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CUDA, m) {
+  m.impl("token_stats_forward", TORCH_BOX(&token_stats_forward));
+  m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
+}
+
+}  // namespace
+
+// For Python, through ctypes: a line per kernel of name, registers, static shared memory, local memory and PTX version as
+// the current device has them, separated by tabs; or one line that says what went wrong.
+extern "C" __attribute__((visibility("default"))) const char* entropy_kernels_cuda_kernels() {
+  static thread_local std::string report;
+  report.clear();
+  try {
+    std::vector<Kernel> kernels = forward_kernels();
+    for (Kernel& kernel : backward_kernels()) kernels.push_back(std::move(kernel));
+    for (const Kernel& kernel : kernels) {
+      cudaFuncAttributes a;
+      check(cudaFuncGetAttributes(&a, kernel.function), "cudaFuncGetAttributes");
+      report += kernel.name;
+      for (const long value : {long(a.numRegs), long(a.sharedSizeBytes), long(a.localSizeBytes), long(a.ptxVersion)}) {
+        report += "\t" + std::to_string(value);
+      }
+      report += "\n";
+    }
+  } catch (const std::exception& error) {
+    report = error.what();
+  }
+  return report.c_str();
+}
+
+}  // namespace entropy_kernels::cuda

@@ -1,0 +1,395 @@
+// The token_stats kernels as functions of one thread. `Thread` is what a thread can do beside arithmetic: who it is, loads,
+// barriers, shuffles, copies (device_thread.h). Tests run the same functions on the CPU with a Thread of their own.
+#pragma once
+
+#include "problem.h"
+
+namespace entropy_kernels::cuda {
+
+// The states of a warp's lanes merged into one, in every lane: raise all to the largest maximum, then add. The tree of
+// sums is the same each time, and so are the bits.
+template <typename T, bool kSecondMoments, class Thread>
+EK_HOST_DEVICE void merge_warp(Thread& thread, SoftmaxState<T>& state, T temperature) {
+  T m = state.m;
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) m = larger(m, thread.shuffle_xor(m, mask));
+  raise_maximum(state, m, temperature);
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    state.s += thread.shuffle_xor(state.s, mask);
+    state.w += thread.shuffle_xor(state.w, mask);
+    if constexpr (kSecondMoments) {
+      state.s2 += thread.shuffle_xor(state.s2, mask);
+      state.w2 += thread.shuffle_xor(state.w2, mask);
+    }
+  }
+  if constexpr (!kSecondMoments) state.s2 = state.w2 = 0;
+}
+
+// Shared memory of a forward block beside its stages.
+template <typename T>
+struct ForwardShared {
+  SoftmaxState<T> warps[kMaxWarps];
+  SoftmaxState<T> parts[kMaxParts];
+  bool last;
+};
+
+// The block's state, in every lane of the first warp.
+template <typename T, bool kSecondMoments, class Thread>
+EK_HOST_DEVICE SoftmaxState<T> merge_block(Thread& thread, ForwardShared<T>& shared, SoftmaxState<T> state,
+                                           T temperature) {
+  const int warp = thread.index() / kWarp, lane = thread.index() % kWarp;
+  merge_warp<T, kSecondMoments>(thread, state, temperature);
+  if (thread.count() == kWarp) return state;
+  if (lane == 0) shared.warps[warp] = state;
+  thread.barrier();
+  if (warp == 0) {
+    state = lane < thread.count() / kWarp ? shared.warps[lane] : SoftmaxState<T>::identity();
+    merge_warp<T, kSecondMoments>(thread, state, temperature);
+  }
+  return state;
+}
+
+// Adds a tile of vectors to the thread's state. Those from `valid` on are padding, all of it -inf.
+template <class E, bool kSecondMoments, bool kSoftcap, typename T>
+EK_HOST_DEVICE void add_tile(Lane<T, kSecondMoments>& lane, const Words (&words)[kVectors], const bool (&valid)[kVectors],
+                             T softcap) {
+  if constexpr (!kSoftcap) lane.raise(E::top(words));
+  typename Lane<T, kSecondMoments>::Sums sums;
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    T z[E::kPerVector];
+    E::unpack(words[k], z);
+    if constexpr (kSoftcap) {  // a capped -inf is finite, and padding must stay -inf: it is left out
+      if (!valid[k]) break;
+      const Softcap<T> cap(softcap);
+      T top = -kInfinity<T>;
+#pragma unroll
+      for (int i = 0; i < E::kPerVector; ++i) top = larger(top, z[i] = cap(z[i]));
+      lane.raise(top);
+      sums = {};
+    }
+#pragma unroll
+    for (int i = 0; i < E::kPerVector; ++i) sums.add(z[i], lane.base, lane.bits);
+    if constexpr (kSoftcap) lane.add(sums);
+  }
+  if constexpr (!kSoftcap) lane.add(sums);
+}
+
+// The block's share of the single elements.
+template <class E, bool kSecondMoments, bool kSoftcap, typename T>
+EK_HOST_DEVICE void add_singles(Lane<T, kSecondMoments>& lane, const typename E::Storage* row, std::int64_t stride,
+                                const RowCut<E>& cut, int first, int step, T softcap) {
+  for (int begin = first; begin < cut.singles; begin += kSingles * step) {
+    T z[kSingles], top = -kInfinity<T>;
+#pragma unroll
+    for (int k = 0; k < kSingles; ++k) {
+      const int single = begin + k * step;
+      z[k] = -kInfinity<T>;
+      if (single < cut.singles) {
+        z[k] = E::widen(row[cut.column(single) * stride]);
+        if constexpr (kSoftcap) z[k] = Softcap<T>(softcap)(z[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kSingles; ++k) top = larger(top, z[k]);
+    lane.raise(top);
+    typename Lane<T, kSecondMoments>::Sums sums;
+#pragma unroll
+    for (int k = 0; k < kSingles; ++k) sums.add(z[k], lane.base, lane.bits);
+    lane.add(sums);
+  }
+}
+
+// Vectors straight from global memory, the next tile's loads in flight while one is added.
+template <class E, class Thread>
+struct DirectSource {
+  Thread& thread;
+  const Words* row;
+  int end;
+  Words next[kVectors];
+
+  EK_HOST_DEVICE DirectSource(Thread& thread_, const Words* row_, Share share)
+      : thread(thread_), row(row_), end(share.end) {
+    load(share.begin);
+  }
+  EK_HOST_DEVICE void load(int tile) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int vector = tile + k * thread.count() + thread.index();
+      next[k] = vector < end ? thread.read(row + vector) : E::minus_infinity();
+    }
+  }
+  EK_HOST_DEVICE void take(int tile, Words (&words)[kVectors]) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) words[k] = next[k];
+    load(tile + kVectors * thread.count());
+  }
+};
+
+// Vectors through shared memory: one thread has several tiles of kMaxThreads threads in flight, the copy engine moves
+// them. `full` says that a stage has arrived, `empty` that every warp has taken its vectors out of it.
+template <class E, class Thread>
+struct BulkSource {
+  static constexpr int kStages = 4;
+  static constexpr int kTile = kVectors * kMaxThreads;  // vectors
+  using Barrier = typename Thread::Barrier;
+
+  struct Shared {
+    Words stage[kStages][kTile];
+    Barrier full[kStages], empty[kStages];
+  };
+
+  Thread& thread;
+  Shared& shared;
+  const Words* row;
+  Share share;
+  int tiles, taken = 0;
+
+  // Every thread of the block has to pass a barrier between `prepare` and the constructor.
+  static EK_HOST_DEVICE void prepare(Thread& thread, Shared& shared) {
+    if (thread.index() != 0) return;
+    for (int i = 0; i < kStages; ++i) {
+      thread.initialise(shared.full[i], 1);
+      thread.initialise(shared.empty[i], kMaxWarps);
+    }
+    thread.publish_barriers();
+  }
+
+  EK_HOST_DEVICE BulkSource(Thread& thread_, Shared& shared_, const Words* row_, Share share_)
+      : thread(thread_), shared(shared_), row(row_), share(share_), tiles((share.end - share.begin + kTile - 1) / kTile) {
+    if (thread.index() == 0) {
+      for (int i = 0; i < kStages && i < tiles; ++i) request(i);
+    }
+  }
+  EK_HOST_DEVICE void request(int tile) {
+    const int begin = share.begin + tile * kTile, rest = share.end - begin;
+    const int stage = tile % kStages;
+    thread.copy(shared.stage[stage], row + begin, (rest < kTile ? rest : kTile) * int(sizeof(Words)), shared.full[stage]);
+  }
+  EK_HOST_DEVICE void take(int tile_begin, Words (&words)[kVectors]) {
+    // The stage of the tile before this one is refilled now: the other warps have had time to empty it.
+    const int refill = taken - 1 + kStages;
+    if (thread.index() == 0 && taken > 0 && refill < tiles) {
+      thread.wait(shared.empty[(taken - 1) % kStages], (taken - 1) / kStages & 1);
+      request(refill);
+    }
+    const int stage = taken % kStages;
+    thread.wait(shared.full[stage], taken / kStages & 1);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int vector = k * kMaxThreads + thread.index();
+      words[k] = tile_begin + vector < share.end ? shared.stage[stage][vector] : E::minus_infinity();
+    }
+    thread.warp_barrier();
+    if (thread.index() % kWarp == 0) thread.arrive(shared.empty[stage]);
+    ++taken;
+  }
+};
+
+// Writes a row: `stats` where the target and the temperature are what they should be.
+template <typename T>
+EK_HOST_DEVICE void write_row(const ForwardArguments<T>& arguments, int row, const SoftmaxState<T>& state,
+                              const TokenStats<T>& stats, bool second_moments) {
+  const T fields[] = {state.m, state.s, state.w, state.x_y, state.s2, state.w2};
+  const std::int64_t rows = arguments.problem.rows;
+#pragma unroll
+  for (int k = 0; k < 6; ++k) {
+    if (k < 4 || second_moments) arguments.state[k * rows + row] = fields[k];
+  }
+  if (arguments.logprob != nullptr) arguments.logprob[row] = stats.logprob;
+  if (arguments.entropy != nullptr) arguments.entropy[row] = stats.entropy;
+  if (arguments.collision != nullptr) arguments.collision[row] = stats.collision;
+  if (arguments.vocab_covariance != nullptr) arguments.vocab_covariance[row] = stats.vocab_covariance;
+}
+
+// One block's part of one row. Whole = all `parts` of a row, whichever way they find each other.
+template <class E, bool kSecondMoments, bool kSoftcap, bool kBulk, class Thread>
+EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typename E::Accumulator>& arguments,
+                                  ForwardShared<typename E::Accumulator>& shared,
+                                  typename BulkSource<E, Thread>::Shared* stages) {
+  using T = typename E::Accumulator;
+  using Storage = typename E::Storage;
+  const Problem<T>& problem = arguments.problem;
+  const int parts = arguments.parts;
+  const int row = thread.block() / parts, part = thread.block() % parts;
+  const std::int64_t label = problem.label(row);
+  if (label == problem.ignore_index) {  // not read
+    if (thread.index() == 0 && part == 0) write_row<T>(arguments, row, {0, 1, 0, 0, 1, 0}, {0, 0, 0, 0}, kSecondMoments);
+    return;
+  }
+  const T temperature = problem.temperature_of(row);
+  const Storage* logits = problem.logits.template at<const Storage>(row, problem.length);
+  const std::int64_t stride = problem.logits.column_stride;
+  T x_y = -kInfinity<T>;
+  const int column = problem.label_column(label);
+  if (thread.index() == 0 && column >= 0) {
+    x_y = E::widen(logits[column * stride]);
+    if constexpr (kSoftcap) x_y = Softcap<T>(problem.softcap)(x_y);
+  }
+
+  const RowCut<E> cut(logits, problem.columns, stride == 1);
+  const auto* vectors = reinterpret_cast<const Words*>(logits + cut.head);
+  const Share share(cut.vectors, part, parts);
+  Lane<T, kSecondMoments> lane(temperature);
+  const auto add_vectors = [&](auto&& source) {
+    const int step = kVectors * thread.count();
+    for (int tile = share.begin; tile < share.end; tile += step) {
+      Words words[kVectors];
+      source.take(tile, words);
+      bool valid[kVectors];
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) valid[k] = tile + k * thread.count() + thread.index() < share.end;
+      add_tile<E, kSecondMoments, kSoftcap>(lane, words, valid, problem.softcap);
+    }
+  };
+  if constexpr (kBulk) {
+    BulkSource<E, Thread>::prepare(thread, *stages);
+    thread.barrier();
+    if (parts > 1) thread.cluster_arrive();
+    BulkSource<E, Thread> source(thread, *stages, vectors, share);
+    add_singles<E, kSecondMoments, kSoftcap>(lane, logits, stride, cut, part * thread.count() + thread.index(),
+                                             parts * thread.count(), problem.softcap);
+    add_vectors(source);
+  } else {
+    DirectSource<E, Thread> source(thread, vectors, share);
+    add_singles<E, kSecondMoments, kSoftcap>(lane, logits, stride, cut, part * thread.count() + thread.index(),
+                                             parts * thread.count(), problem.softcap);
+    add_vectors(source);
+  }
+
+  SoftmaxState<T> state = merge_block<T, kSecondMoments>(thread, shared, lane.state(), temperature);
+  if (parts > 1) {
+    // Part i goes to lane i, whoever is done first: the order of the sums, and so their bits, are always the same.
+    if constexpr (kBulk) {
+      thread.cluster_wait();  // every block of the cluster runs, so its shared memory is there
+      if (thread.index() == 0) thread.in_block(shared.parts, 0)[part] = state;
+      thread.cluster_arrive();
+      thread.cluster_wait();
+      if (part != 0) return;
+    } else {
+      if (thread.index() == 0) {
+        arguments.part_states[static_cast<std::int64_t>(row) * parts + part] = state;
+        shared.last = thread.count_up(arguments.counters + row) == static_cast<unsigned>(parts) - 1;
+      }
+      thread.barrier();
+      if (!shared.last) return;
+    }
+    if (thread.index() >= kWarp) return;
+    state = SoftmaxState<T>::identity();
+    if (thread.index() < parts) {
+      if constexpr (kBulk) {
+        state = shared.parts[thread.index()];
+      } else {
+        state = thread.read_fresh(arguments.part_states[static_cast<std::int64_t>(row) * parts + thread.index()]);
+      }
+    }
+    merge_warp<T, kSecondMoments>(thread, state, temperature);
+  }
+  if (thread.index() != 0) return;
+  state.x_y = x_y;
+  // The maximum skips NaN, and whoever merges shards may skip one at -inf; +inf stays visible.
+  if (is_nan(state.s) && state.m != kInfinity<T>) state.m = state.s;
+  const bool valid = label >= 0 && label < problem.vocab_size && temperature > 0;
+  const TokenStats<T> nothing = {kNaN<T>, kNaN<T>, kNaN<T>, kNaN<T>};
+  write_row(arguments, row, state, valid ? finalize(state, temperature) : nothing, kSecondMoments);
+}
+
+// One block's part of one row's gradient.
+template <class E, bool kSoftcap, class Thread>
+EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typename E::Accumulator>& arguments) {
+  using T = typename E::Accumulator;
+  using Storage = typename E::Storage;
+  const Problem<T>& problem = arguments.problem;
+  const int parts = arguments.parts;
+  const int row = thread.block() / parts, part = thread.block() % parts;
+  const Storage* logits = problem.logits.template at<const Storage>(row, problem.length);
+  Storage* dlogits = arguments.dlogits.template at<Storage>(row, problem.length);
+  const std::int64_t stride = problem.logits.column_stride, out_stride = arguments.dlogits.column_stride;
+  const RowCut<E> cut(dlogits, problem.columns, arguments.vectors);
+  auto* out = reinterpret_cast<Words*>(dlogits + cut.head);
+  const Share share(cut.vectors, part, parts);
+  const int step = kVectors * thread.count();
+  const int first_single = part * thread.count() + thread.index(), single_step = parts * thread.count();
+  for (int j = problem.columns + first_single; j < problem.vocab; j += single_step) {
+    dlogits[j * out_stride] = E::round(T(0));
+  }
+
+  const std::int64_t label = problem.label(row);
+  const T grad_logprob = arguments.grad_logprob.at(row);
+  const T grad_entropy = arguments.grad_entropy.at(row);
+  const T grad_collision = arguments.grad_collision.at(row);
+  // No gradient comes in: none goes out, and the row is not read, whatever it holds.
+  if (label == problem.ignore_index || (grad_logprob == 0 && grad_entropy == 0 && grad_collision == 0)) {
+    for (int vector = share.begin + thread.index(); vector < share.end; vector += thread.count()) {
+      thread.write(out + vector, Words{});
+    }
+    for (int single = first_single; single < cut.singles; single += single_step) {
+      dlogits[cut.column(single) * out_stride] = E::round(T(0));
+    }
+    return;
+  }
+
+  const auto field = [&](int k) { return arguments.state[k * arguments.field_stride + row * arguments.row_stride]; };
+  const bool collision = arguments.grad_collision.data != nullptr;
+  const SoftmaxState<T> state = {field(0), field(1), field(2), field(3), collision ? field(4) : 0, 0};
+  const LogitGradient<T> gradient(state, problem.temperature_of(row), problem.softcap, grad_logprob, grad_entropy,
+                                  grad_collision);
+  const int column = problem.label_column(label);
+
+  // Loads of a tile come before its stores, and each element is read and written by one thread: dlogits may be logits.
+  const auto* in = reinterpret_cast<const Words*>(logits + cut.head);
+  const auto load = [&](int tile, Words(&words)[kVectors]) {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int vector = tile + k * thread.count() + thread.index();
+      if (vector < share.end) words[k] = thread.read_once(in + vector);
+    }
+  };
+  Words next[kVectors];
+  load(share.begin, next);
+  for (int tile = share.begin; tile < share.end; tile += step) {
+    Words words[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) words[k] = next[k];
+    load(tile + step, next);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const int vector = tile + k * thread.count() + thread.index();
+      if (vector >= share.end) break;
+      T z[E::kPerVector];
+      E::unpack(words[k], z);
+      T dz[E::kPerVector];
+#pragma unroll
+      for (int i = 0; i < E::kPerVector; ++i) dz[i] = gradient.template at<kSoftcap>(z[i]);
+      const int target = column - cut.vector_column(vector);  // its place in this vector, if it is there
+      if (target >= 0 && target < E::kPerVector) {
+        T logit = 0;
+#pragma unroll
+        for (int i = 0; i < E::kPerVector; ++i) logit = i == target ? z[i] : logit;
+        const T own = gradient.template at_target<kSoftcap>(logit);
+#pragma unroll
+        for (int i = 0; i < E::kPerVector; ++i) dz[i] = i == target ? own : dz[i];
+      }
+      thread.write(out + vector, E::pack(dz));
+    }
+  }
+  for (int begin = first_single; begin < cut.singles; begin += kSingles * single_step) {
+    T z[kSingles];
+#pragma unroll
+    for (int k = 0; k < kSingles; ++k) {
+      const int single = begin + k * single_step;
+      if (single < cut.singles) z[k] = E::widen(logits[cut.column(single) * stride]);
+    }
+#pragma unroll
+    for (int k = 0; k < kSingles; ++k) {
+      const int single = begin + k * single_step;
+      if (single >= cut.singles) break;
+      const int j = cut.column(single);
+      const T dz = j == column ? gradient.template at_target<kSoftcap>(z[k]) : gradient.template at<kSoftcap>(z[k]);
+      dlogits[j * out_stride] = E::round(dz);
+    }
+  }
+}
+
+}  // namespace entropy_kernels::cuda

@@ -1,0 +1,133 @@
+"""``make cuda-check``: compile every CUDA kernel for every architecture, without a GPU, and look at what came out.
+
+Compiles against the headers of the torch that is installed (a CPU build will do), links, prints registers, shared
+memory, spills and stack frame of each kernel, and loads the library to see that it registers its operators. Fails on a
+spill or a stack frame: local memory is device memory. Without a toolkit it says so and succeeds.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import cuda_build
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says that one kernel takes on one architecture; bytes but for the registers."""
+
+    kernel: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+    @property
+    def ok(self) -> bool:
+        return self.stack == 0 and self.spilled == 0
+
+
+_ENTRY = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def parse(report: str) -> list[Usage]:
+    """The kernels in a report of ``ptxas -v``. A line that is missing is an error: nothing passes unseen."""
+    usages = []
+    entries = list(_ENTRY.finditer(report))
+    for entry, following in zip(entries, [*entries[1:], None], strict=True):
+        text = report[entry.end() : following.start() if following else len(report)]
+        stack, used, shared = _STACK.search(text), _USED.search(text), _SHARED.search(text)
+        if stack is None or used is None:
+            raise ValueError(f"ptxas says nothing of the stack or the registers of {entry[1]} for {entry[2]}: {text!r}")
+        spilled = int(stack[2]) + int(stack[3])
+        usages.append(
+            Usage(entry[1], entry[2], int(used[1]), int(shared[1]) if shared else 0, int(stack[1]), spilled)
+        )
+    return usages
+
+
+def problems(usages: list[Usage]) -> list[str]:
+    """What is wrong: kernels in local memory, kernels that an architecture lacks, no kernels."""
+    found = [f"{u.kernel} for {u.architecture}: {u.stack} bytes of stack, {u.spilled} spilled" for u in usages if not u.ok]
+    by_architecture = {u.architecture: {v.kernel for v in usages if v.architecture == u.architecture} for u in usages}
+    every = set().union(*by_architecture.values())
+    for architecture, kernels in by_architecture.items():
+        found += [f"{kernel} is missing for {architecture}" for kernel in sorted(every - kernels)]
+    return found if usages else ["no kernels in the compiler's report"]
+
+
+def readable(symbol: str) -> str:
+    """``token_stats_forward<BFloat16Pair, true, false>`` from a mangled name; the name itself without c++filt."""
+    if shutil.which("c++filt") is None:
+        return symbol
+    name = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True).stdout.strip()
+    name = re.sub(r"\w+::|\(anonymous namespace\)::|^void ", "", name)
+    return re.sub(r"Pairs<(\w+)>", r"\1", name.split("(")[0])
+
+
+def table(usages: list[Usage]) -> str:
+    names = {u.kernel: readable(u.kernel) for u in usages}
+    width = max(map(len, names.values()))
+    lines = [f"{'kernel':{width}}  {'target':8} {'registers':>9} {'shared':>7} {'spilled':>8} {'stack':>6}"]
+    for u in sorted(usages, key=lambda u: (names[u.kernel], u.architecture)):
+        row = f"{names[u.kernel]:{width}}  {u.architecture:8} {u.registers:9} {u.shared:7} {u.spilled:8} {u.stack:6}"
+        lines.append(row + ("" if u.ok else "  <- local memory"))
+    return "\n".join(lines)
+
+
+# In a process of its own: symbols are bound when they are first used, so that a CPU build of torch, which lacks the one
+# that gives the current stream, can load the library too.
+_LOAD = """
+import ctypes, os, sys, torch
+operators, library, runtime = sys.argv[1:]
+torch.ops.load_library(operators)
+ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+ctypes.CDLL(library, mode=os.RTLD_LAZY)
+for name in ("token_stats_forward", "token_stats_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("entropy_kernels_native::" + name, "CUDA"), name
+"""
+
+
+def main() -> int:
+    compiler = cuda_build.nvcc()
+    if compiler is None:
+        print("cuda-check: skipped: no CUDA toolkit here (nvcc is neither in CUDA_HOME nor in PATH)")
+        return 0
+    import torch
+
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "_ops_cuda.so"
+        torch_folder, has_cuda = Path(torch.__file__).parent, torch.version.cuda is not None
+        report = cuda_build.build(library, Path(folder), torch_folder, torch_has_cuda=has_cuda, report=True)
+        usages = parse(report)
+        seconds = time.perf_counter() - begin
+        print(table(usages))
+        operators = cuda_build.ROOT / "entropy_kernels" / "_ops.so"
+        runtime = cuda_build.toolkit_root(compiler) / "lib64" / "libcudart.so"
+        command = [sys.executable, "-c", _LOAD, str(operators), str(library), str(runtime)]
+        loaded = subprocess.run(command, capture_output=True, text=True)
+    found = problems(usages)
+    if loaded.returncode != 0:
+        found.append(f"the library does not load: {loaded.stderr.strip().splitlines()[-1]}")
+    architectures = ", ".join(sorted({u.architecture for u in usages}))
+    print(f"{len(usages)} kernels ({architectures}) compiled and linked in {seconds:.0f} s", flush=True)
+    for problem in found:
+        print(f"cuda-check: {problem}", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
