@@ -59,10 +59,9 @@ struct Magnitude {
   }
   // +inf stands for any value that is not finite.
   static EK_HOST_DEVICE double value(Bits bits) {
-    constexpr T kInfinite = std::numeric_limits<T>::infinity();
     T magnitude;
     memcpy(&magnitude, &bits, sizeof(bits));
-    return magnitude < kInfinite ? magnitude : kInfinite;
+    return magnitude < kInfinity<T> ? magnitude : kInfinity<T>;
   }
 };
 
@@ -77,9 +76,8 @@ EK_HOST_DEVICE T value_if(T value, bool valid) {  // 0 otherwise, also for NaN; 
 
 // The mean of `count` terms from their sum at the scale of fixed_point_exponent; NaN if one of them was not finite.
 EK_HOST_DEVICE double fixed_point_mean(int64_t sum, double largest, double count) {
-  constexpr double kInfinite = std::numeric_limits<double>::infinity(), kNan = std::numeric_limits<double>::quiet_NaN();
-  if (largest == kInfinite) {
-    return kNan;
+  if (largest == kInfinity<double>) {
+    return kNaN<double>;
   }
   return static_cast<double>(sum) * power_of_two(-fixed_point_exponent(largest, count)) / count;
 }

@@ -14,7 +14,7 @@ struct CovarianceArguments {
   const T* advantages;
   const uint8_t* mask;  // null: all tokens count
   int64_t tokens;
-  int64_t chunk;  // tokens per block
+  int chunk;  // tokens per block
   float* covariance;
   uint64_t* exchange;  // Grid only: kTeamSlots words
 };
@@ -27,7 +27,7 @@ EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a
     bool counts;
   };
   const TokenShare share(team.thread.block(), a.chunk, a.tokens);
-  const auto load = [&](int64_t i) {
+  const auto load = [&](int i) {
     const int64_t position = share.begin + i;
     return Token{a.logprob[position], a.advantages[position], a.mask == nullptr || a.mask[position] != 0};
   };
@@ -35,7 +35,7 @@ EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a
 
   typename Magnitude<T>::Bits largest_logprob = 0, largest_advantage = 0;
   int64_t counted = 0;
-  for_tokens(team, share.tokens, load, [&](int64_t, const Token& token) {
+  for_tokens(team, share.tokens, load, [&](int, const Token& token) {
     const auto logprob = Magnitude<T>::of(token.logprob, token.counts);
     const auto advantage = Magnitude<T>::of(token.advantage, token.counts);
     largest_logprob = logprob > largest_logprob ? logprob : largest_logprob;
@@ -53,7 +53,7 @@ EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a
   const double logprob_scale = power_of_two(fixed_point_exponent(logprob, count));
   const double advantage_scale = power_of_two(fixed_point_exponent(advantage, count));
   int64_t logprob_sum = 0, advantage_sum = 0;
-  for_tokens(team, share.tokens, load, [&](int64_t, const Token& token) {
+  for_tokens(team, share.tokens, load, [&](int, const Token& token) {
     logprob_sum += to_fixed_point(value_if(token.logprob, token.counts), logprob_scale);
     advantage_sum += to_fixed_point(value_if(token.advantage, token.counts), advantage_scale);
   });
@@ -63,7 +63,7 @@ EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a
   const double logprob_mean = fixed_point_mean(static_cast<int64_t>(totals[kLogprobSum]), logprob, count);
   const double advantage_mean = fixed_point_mean(static_cast<int64_t>(totals[kAdvantagesSum]), advantage, count);
 
-  for_tokens(team, share.tokens, load, [&](int64_t i, const Token& token) {
+  for_tokens(team, share.tokens, load, [&](int i, const Token& token) {
     if (i < share.tokens) {
       a.covariance[share.begin + i] =
           deviation_product(token.logprob, token.advantage, token.counts, logprob_mean, advantage_mean);

@@ -4,6 +4,7 @@
 // tokens fit its shared memory (sm_90 and later), else as a cooperative launch through global memory.
 #include <array>
 #include <atomic>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(Thread::kThreads, 1)
   __shared__ SearchShared search_shared;
   Thread thread;
   Grid<Thread> team(thread, team_shared, arguments.exchange, kSelectionExchange);
-  const int64_t begin = thread.block() * arguments.chunk;
+  const int64_t begin = int64_t{thread.block()} * arguments.chunk;
   const KeyStore store = {arguments.keys + begin, arguments.candidates + begin / kLanes};
   Selector<Grid<Thread>>(team, search_shared, arguments, store).run();
 }
@@ -173,11 +174,15 @@ TeamPlan plan(int64_t tokens, const Limits& limits, bool keys) {
     blocks *= 2;
   }
   if (limits.cluster > 0 && tokens <= kClusterTokens && chunk_of(blocks) <= limits.cluster_tokens_per_block) {
-    const int64_t chunk = chunk_of(blocks);
+    const auto chunk = static_cast<int>(chunk_of(blocks));
     return {true, blocks, chunk, keys ? static_cast<std::size_t>(key_store_bytes(chunk)) : 0};
   }
   blocks = static_cast<int>(wanted < 1 ? 1 : wanted < limits.grid ? wanted : limits.grid);
-  return {false, blocks, chunk_of(blocks), 0};
+  const int64_t chunk = chunk_of(blocks);
+  if (chunk > std::numeric_limits<int>::max() / 2) {
+    throw std::runtime_error("selection: too many tokens");
+  }
+  return {false, blocks, static_cast<int>(chunk), 0};
 }
 
 template <class Arguments>

@@ -15,10 +15,10 @@ namespace entropy_kernels::cuda {
 struct TeamPlan {
   bool cluster;  // else a cooperative launch, and the kernel needs the exchange (and the keys) in global memory
   int blocks;
-  int64_t chunk;  // tokens per block
+  int chunk;  // tokens per block
   std::size_t shared_bytes;  // dynamic, per block
 
-  int64_t tokens() const { return blocks * chunk; }  // with the padding that keys in global memory need
+  int64_t tokens() const { return int64_t{blocks} * chunk; }  // with the padding that keys in global memory need
 };
 
 TeamPlan plan_selection(int64_t tokens, int device);

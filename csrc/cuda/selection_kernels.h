@@ -19,7 +19,7 @@ struct SelectionArguments {
   const uint8_t* exclude;
   const int64_t* index;
   int64_t tokens;
-  int64_t chunk;  // tokens per block, a multiple of kLanes
+  int chunk;  // tokens per block, a multiple of kLanes
   SelectionCount count;
   const int64_t* seed;  // null: the keys are the covariances, no band
   KeyBand band;         // or, if quantile, the order statistics at shares low and high
@@ -123,16 +123,16 @@ class Selector {
   EK_HOST_DEVICE void for_stored(const Use& use) {
     for_tokens(
         team_, share_.tokens,
-        [&](int64_t i) {
+        [&](int i) {
           return Stored{store_.keys[i], (store_.candidates[i / kLanes] >> team_.lane() & 1u) != 0};
         },
         use);
   }
 
-  EK_HOST_DEVICE int64_t token_index(int64_t i) const { return a_.index != nullptr ? a_.index[share_.begin + i] : share_.begin + i; }
+  EK_HOST_DEVICE int64_t token_index(int i) const { return a_.index != nullptr ? a_.index[share_.begin + i] : share_.begin + i; }
 
   // Stores a token's key and counts its first digit.
-  EK_HOST_DEVICE void store(int64_t i, uint32_t key, bool candidate) {
+  EK_HOST_DEVICE void store(int i, uint32_t key, bool candidate) {
     const uint32_t candidates = thread_.ballot(candidate);
     store_.keys[i] = key;  // for a lane beyond the last token, too: there is room for it
     if (team_.lane() == 0) {
@@ -147,13 +147,13 @@ class Selector {
     uint32_t valid = 0;  // of the warp
     for_tokens(
         team_, share_.tokens,
-        [&](int64_t i) {
+        [&](int i) {
           const int64_t position = share_.begin + i;
           const bool counts = a_.mask == nullptr || a_.mask[position] != 0;
           const bool kept = a_.exclude == nullptr || a_.exclude[position] == 0;
           return Token{a_.covariance[position], counts, counts && kept};
         },
-        [&](int64_t i, const Token& token) {
+        [&](int i, const Token& token) {
           uint32_t key = ordered_key(token.value);
           bool candidate = token.candidate && token.value == token.value;
           if (random) {
@@ -170,7 +170,7 @@ class Selector {
 
   // Random keys in place of the covariances of the band.
   EK_HOST_DEVICE void rekey(KeyBand band, uint64_t seed) {
-    for_stored([&](int64_t i, const Stored& stored) {
+    for_stored([&](int i, const Stored& stored) {
       const bool candidate = stored.candidate && band.contains(stored.key);
       store(i, candidate ? token_key(static_cast<uint64_t>(token_index(i)), seed) : 0, candidate);
     });
@@ -234,7 +234,7 @@ class Selector {
 #pragma unroll 1
     for (int round = 1; round < kKeyRounds; ++round) {
       const int shift = round == 1 ? kKeyShift1 : 0, bits = round == 1 ? kKeyBits1 : kKeyBits2;
-      for_stored([&](int64_t, const Stored& stored) {
+      for_stored([&](int, const Stored& stored) {
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
           if (stored.candidate && stored.key >> (shift + bits) == searches[row].prefix) {
@@ -255,7 +255,7 @@ class Selector {
     Search search{0, need, 0};
 #pragma unroll 1
     for (int round = 0; round < order.rounds; ++round) {
-      for_stored([&](int64_t i, const Stored& stored) {
+      for_stored([&](int i, const Stored& stored) {
         if (stored.candidate && stored.key == threshold) {
           const uint64_t tie = order.key(token_index(i));
           if (order.matches(tie, round, search.prefix)) {
@@ -270,7 +270,7 @@ class Selector {
   }
 
   EK_HOST_DEVICE void write(bool any, uint32_t threshold, const TieOrder& order, uint64_t last_tie) {
-    for_stored([&](int64_t i, const Stored& stored) {
+    for_stored([&](int i, const Stored& stored) {
       bool selected = any && stored.candidate && stored.key >= threshold;
       if (selected && stored.key == threshold && last_tie != 0) {
         selected = order.key(token_index(i)) >= last_tie;

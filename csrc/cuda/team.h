@@ -187,11 +187,13 @@ class Grid : public Team<Thread> {
 
 // The tokens of a block: a chunk of the batch.
 struct TokenShare {
-  int64_t begin, tokens;
+  int64_t begin;
+  int tokens;
 
-  EK_HOST_DEVICE TokenShare(int block, int64_t chunk, int64_t all) {
-    begin = block * chunk < all ? block * chunk : all;
-    tokens = all - begin < chunk ? all - begin : chunk;
+  EK_HOST_DEVICE TokenShare(int block, int chunk, int64_t all) {
+    const int64_t first = static_cast<int64_t>(block) * chunk;
+    begin = first < all ? first : all;
+    tokens = all - begin < chunk ? static_cast<int>(all - begin) : chunk;
   }
 };
 
@@ -200,12 +202,12 @@ constexpr int kInFlight = 4;  // tokens that a thread loads before it looks at t
 // use(token, load(token)) for tokens [0, tokens) of a block, a warp's lanes together: use also runs for a lane beyond the
 // last token, with the value-initialised load.
 template <class Team, class Load, class Use>
-EK_HOST_DEVICE void for_tokens(const Team& team, int64_t tokens, const Load& load, const Use& use) {
-  for (int64_t first = team.warp() * kLanes; first < tokens; first += kInFlight * Team::kThreads) {
-    decltype(load(int64_t{})) loaded[kInFlight] = {};
+EK_HOST_DEVICE void for_tokens(const Team& team, int tokens, const Load& load, const Use& use) {
+  for (int first = team.warp() * kLanes; first < tokens; first += kInFlight * Team::kThreads) {
+    decltype(load(0)) loaded[kInFlight] = {};
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      const int64_t i = first + j * Team::kThreads + team.lane();
+      const int i = first + j * Team::kThreads + team.lane();
       if (i < tokens) {
         loaded[j] = load(i);
       }
