@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cuda/cooperating_thread.h"
+#include "cuda/launch.h"
 #include "cuda/selection.h"
 
 namespace entropy_kernels::cuda {
@@ -61,13 +62,6 @@ __global__ void __launch_bounds__(Thread::kThreads, 1)
   Thread thread;
   Grid<Thread> team(thread, team_shared, arguments.exchange, kTeamSlots);
   covariance_block(team, arguments);
-}
-
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    cudaGetLastError();  // or the next call, whoever's it is, would report this one
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-  }
 }
 
 // A launch with one attribute: a cluster of all its blocks, or cooperative.
