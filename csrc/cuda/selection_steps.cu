@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kDigitThreads)
 // out (3,) double, 0: largest |logprob| and |advantage|, number of tokens that count. Doubles >= 0 compare like their
 // bits, and whole numbers below 2^53 add exactly.
 template <class T>
-__global__ void __launch_bounds__(kStepThreads, 4)
+__global__ void __launch_bounds__(kStepThreads, 2)
     extremes_step(const T* logprob, const T* advantages, const uint8_t* mask, int64_t tokens, double* out) {
   typename Magnitude<T>::Bits largest_logprob = 0, largest_advantage = 0;
   int count = 0;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
 
 // sums (2,), 0
 template <class T>
-__global__ void __launch_bounds__(kStepThreads, 4)
+__global__ void __launch_bounds__(kStepThreads, 2)
     sums_step(const T* logprob, const T* advantages, const uint8_t* mask, const double* scales, int64_t tokens,
               int64_t* sums) {
   const double logprob_scale = scales[0], advantage_scale = scales[1];
