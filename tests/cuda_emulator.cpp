@@ -1,0 +1,385 @@
+// The kernels of csrc/cuda on the CPU, for tests (cuda_emulator.py): a fiber per thread, resumed in random order, copies
+// that arrive at random times. A barrier too few, an index too far or a stage refilled too early gives wrong numbers.
+// What it cannot show: memory ordering between threads, the PTX of device_thread.h, and speed.
+#include <ucontext.h>
+
+#include <algorithm>
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda/token_stats_kernels.h"
+
+namespace entropy_kernels::cuda {
+namespace {
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  std::function<void()> body;
+  std::function<bool()> ready;  // empty: at once
+  bool done = false;
+};
+
+// All threads of the blocks that run together: one block, or a cluster.
+class Scheduler {
+ public:
+  explicit Scheduler(std::mt19937_64& random) : random_(random) {}
+
+  void add(std::function<void()> body) {
+    auto fiber = std::make_unique<Fiber>();
+    fiber->stack.reset(new char[kStack]);
+    fiber->body = std::move(body);
+    getcontext(&fiber->context);
+    fiber->context.uc_stack.ss_sp = fiber->stack.get();
+    fiber->context.uc_stack.ss_size = kStack;
+    fiber->context.uc_link = &main_;
+    makecontext(&fiber->context, reinterpret_cast<void (*)()>(&Scheduler::enter), 0);
+    fibers_.push_back(std::move(fiber));
+  }
+  // Called by a fiber: goes on when `ready` says so.
+  void wait(std::function<bool()> ready) {
+    current_->ready = std::move(ready);
+    swapcontext(&current_->context, &main_);
+  }
+  // Something that the hardware does by itself, some time.
+  void later(std::function<void()> event) { events_.push_back(std::move(event)); }
+
+  void run() {
+    std::vector<int> order(fibers_.size());
+    std::iota(order.begin(), order.end(), 0);
+    for (bool all_done = false; !all_done;) {
+      std::shuffle(order.begin(), order.end(), random_);
+      bool progress = false;
+      all_done = true;
+      for (const int i : order) {
+        if (!events_.empty() && random_() % 64 == 0) happen();
+        Fiber& fiber = *fibers_[i];
+        if (fiber.done) continue;
+        all_done = false;
+        if (fiber.ready && !fiber.ready()) continue;
+        fiber.ready = nullptr;
+        running_ = this;
+        current_ = &fiber;
+        swapcontext(&main_, &fiber.context);
+        if (error_) std::rethrow_exception(error_);
+        progress = true;
+      }
+      if (!progress && !all_done) {
+        if (events_.empty()) throw std::runtime_error("deadlock: every thread waits");
+        happen();
+      }
+    }
+    if (!events_.empty()) throw std::runtime_error("a copy is in flight after the last thread has left");
+  }
+
+ private:
+  static constexpr std::size_t kStack = 64 << 10;
+  static inline Scheduler* running_;
+
+  static void enter() {
+    Fiber& fiber = *running_->current_;
+    try {
+      fiber.body();
+    } catch (...) {
+      running_->error_ = std::current_exception();
+    }
+    fiber.done = true;
+  }
+  void happen() {
+    const std::size_t i = random_() % events_.size();
+    const std::function<void()> event = std::move(events_[i]);
+    events_.erase(events_.begin() + i);
+    event();
+  }
+
+  std::mt19937_64& random_;
+  ucontext_t main_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<std::function<void()>> events_;
+  Fiber* current_ = nullptr;
+  std::exception_ptr error_;
+};
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::runtime_error(what);
+}
+
+// Opens a new generation when `count` threads have arrived.
+struct Rendezvous {
+  int count, arrived = 0;
+  long generation = 0;
+
+  long arrive() {
+    const long mine = generation;
+    if (++arrived == count) {
+      arrived = 0;
+      ++generation;
+    }
+    return mine;
+  }
+};
+
+struct Mbarrier {
+  int expected, pending;
+  long bytes;
+  long phase;
+  bool published;
+
+  void settle() {
+    if (pending > 0 || bytes > 0) return;
+    pending = expected;
+    ++phase;
+  }
+};
+
+struct Warp {
+  Rendezvous rendezvous{kWarp};
+  double slots[2][kWarp];
+};
+
+struct Group;
+
+struct Block {
+  Group& group;
+  Rendezvous rendezvous;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;
+
+  Block(Group& group_, int threads, std::size_t shared_bytes)
+      : group(group_), rendezvous{threads}, warps(threads / kWarp), shared(shared_bytes + 16, 0xff) {}
+  unsigned char* memory() {
+    return shared.data() + (16 - reinterpret_cast<std::uintptr_t>(shared.data()) % 16) % 16;
+  }
+};
+
+struct Group {
+  Scheduler scheduler;
+  Rendezvous cluster;
+  std::vector<std::unique_ptr<Block>> blocks;
+
+  Group(std::mt19937_64& random, int blocks_, int threads, std::size_t shared_bytes)
+      : scheduler(random), cluster{blocks_ * threads} {
+    for (int i = 0; i < blocks_; ++i) blocks.push_back(std::make_unique<Block>(*this, threads, shared_bytes));
+  }
+};
+
+class HostThread {
+ public:
+  using Barrier = Mbarrier;
+
+  HostThread(Block& block, int block_index, int index, int count)
+      : block_(block), block_index_(block_index), index_(index), count_(count) {}
+
+  int index() const { return index_; }
+  int count() const { return count_; }
+  int block() const { return block_index_; }
+
+  void barrier() { meet(block_.rendezvous); }
+  void warp_barrier() { meet(warp().rendezvous); }
+  template <typename T>
+  T shuffle_xor(T value, int mask) {
+    double* slots = warp().slots[shuffles_++ % 2];
+    slots[index_ % kWarp] = value;
+    warp_barrier();
+    return static_cast<T>(slots[index_ % kWarp ^ mask]);
+  }
+
+  Words read(const Words* p) const { return read_once(p); }
+  Words read_once(const Words* p) const {
+    require(reinterpret_cast<std::uintptr_t>(p) % 16 == 0, "a vector load from a misaligned address");
+    return *p;
+  }
+  void write(Words* p, Words v) const {
+    require(reinterpret_cast<std::uintptr_t>(p) % 16 == 0, "a vector store to a misaligned address");
+    *p = v;
+  }
+  template <typename T>
+  SoftmaxState<T> read_fresh(const SoftmaxState<T>& s) const {
+    return s;
+  }
+  unsigned count_up(unsigned* counter) const { return (*counter)++; }
+
+  void initialise(Barrier& barrier, int arrivals) const { barrier = {arrivals, arrivals, 0, 0, false}; }
+  void publish_barriers() { published_ = true; }
+  void arrive(Barrier& barrier) const {
+    require(barrier.pending > 0, "more arrivals than the barrier expects");
+    --barrier.pending;
+    barrier.settle();
+  }
+  void wait(Barrier& barrier, int parity) {
+    block_.group.scheduler.wait([&barrier, parity] { return (barrier.phase & 1) != parity; });
+  }
+  void copy(Words* to, const Words* from, int bytes, Barrier& barrier) {
+    require(published_, "a copy before the barriers were published");
+    require(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0 &&
+                reinterpret_cast<std::uintptr_t>(from) % 16 == 0,
+            "a bulk copy of an odd size or from or to a misaligned address");
+    require(barrier.pending > 0, "a second copy into a stage that is not there yet");
+    barrier.bytes += bytes;
+    --barrier.pending;
+    block_.group.scheduler.later([=, &barrier] {
+      memcpy(to, from, bytes);
+      barrier.bytes -= bytes;
+      barrier.settle();
+    });
+  }
+
+  void cluster_arrive() { arrived_at_ = block_.group.cluster.arrive(); }
+  void cluster_wait() {
+    const Rendezvous& cluster = block_.group.cluster;
+    block_.group.scheduler.wait([this, &cluster] { return cluster.generation > arrived_at_; });
+  }
+  template <typename T>
+  T* in_block(T* shared, unsigned rank) {
+    require(block_.group.cluster.generation > 0, "another block's shared memory before it is known to run");
+    const std::ptrdiff_t offset = reinterpret_cast<unsigned char*>(shared) - block_.memory();
+    return reinterpret_cast<T*>(block_.group.blocks[rank]->memory() + offset);
+  }
+
+ private:
+  Warp& warp() { return block_.warps[index_ / kWarp]; }
+  void meet(Rendezvous& rendezvous) {
+    const long mine = rendezvous.arrive();
+    block_.group.scheduler.wait([&rendezvous, mine] { return rendezvous.generation > mine; });
+  }
+
+  Block& block_;
+  int block_index_, index_, count_;
+  unsigned shuffles_ = 0;
+  bool published_ = false;
+  long arrived_at_ = 0;
+};
+
+// Runs body(thread, shared memory) for every thread of the grid, `together` blocks at a time, in random order.
+template <class Body>
+void launch(int blocks, int together, int threads, std::size_t shared_bytes, std::uint64_t seed, const Body& body) {
+  std::mt19937_64 random(seed);
+  std::vector<int> groups(blocks / together);
+  std::iota(groups.begin(), groups.end(), 0);
+  std::shuffle(groups.begin(), groups.end(), random);
+  for (const int g : groups) {
+    Group group(random, together, threads, shared_bytes);
+    std::vector<HostThread> all;
+    all.reserve(together * threads);
+    for (int b = 0; b < together; ++b) {
+      for (int i = 0; i < threads; ++i) {
+        all.emplace_back(*group.blocks[b], g * together + b, i, threads);
+        HostThread& thread = all.back();
+        group.scheduler.add([&thread, &body, memory = group.blocks[b]->memory()] { body(thread, memory); });
+      }
+    }
+    group.scheduler.run();
+  }
+}
+
+template <class E, bool kSecondMoments, bool kSoftcap, bool kBulk>
+void forward(const ForwardArguments<typename E::Accumulator>& arguments, int threads, std::uint64_t seed) {
+  using Shared = ForwardShared<typename E::Accumulator>;
+  using Stages = typename BulkSource<E, HostThread>::Shared;
+  constexpr std::size_t kOffset = (sizeof(Shared) + 15) / 16 * 16;
+  launch(arguments.problem.rows * arguments.parts, kBulk ? arguments.parts : 1, threads,
+         kOffset + (kBulk ? sizeof(Stages) : 0), seed, [&](HostThread& thread, unsigned char* memory) {
+           forward_block<E, kSecondMoments, kSoftcap, kBulk>(thread, arguments, *reinterpret_cast<Shared*>(memory),
+                                                             reinterpret_cast<Stages*>(memory + kOffset));
+         });
+}
+
+struct Call {  // mirrored by cuda_emulator.py
+  std::int32_t element, bulk, second_moments, threads, parts, vectors;
+  std::uint64_t seed;
+  void* logits;
+  std::int64_t batch_stride, length_stride, column_stride;
+  std::int32_t rows, length, vocab, columns;
+  const void* target;
+  std::int32_t wide_target, temperature_stride;
+  const void* temperature;
+  double softcap;
+  std::int64_t ignore_index, vocab_start, vocab_size;
+  void* outputs[4];
+  void* state;
+  std::int64_t field_stride, row_stride;
+  const void* grads[3];
+  std::int64_t grad_strides[3];
+  void* dlogits;
+  std::int64_t out_batch_stride, out_length_stride, out_column_stride;
+};
+
+template <typename T>
+Problem<T> problem_of(const Call& c) {
+  return {{c.logits, c.batch_stride, c.length_stride, c.column_stride},
+          c.rows, c.length, c.vocab, c.columns, c.target, c.wide_target != 0, static_cast<const T*>(c.temperature),
+          c.temperature_stride, static_cast<T>(c.softcap), c.ignore_index, c.vocab_start, c.vocab_size};
+}
+
+template <class E>
+void forward_call(const Call& c) {
+  using T = typename E::Accumulator;
+  std::vector<SoftmaxState<T>> part_states(static_cast<std::size_t>(c.rows) * c.parts);
+  std::vector<unsigned> counters(c.rows, 0);
+  const auto output = [&](int i) { return static_cast<T*>(c.outputs[i]); };
+  const ForwardArguments<T> arguments = {problem_of<T>(c), output(0),          output(1),      output(2), output(3),
+                                         static_cast<T*>(c.state), c.parts, part_states.data(), counters.data()};
+  const auto run = [&]<bool kSecondMoments, bool kSoftcap>() {
+    c.bulk ? forward<E, kSecondMoments, kSoftcap, true>(arguments, c.threads, c.seed)
+           : forward<E, kSecondMoments, kSoftcap, false>(arguments, c.threads, c.seed);
+  };
+  if (c.second_moments) {
+    c.softcap > 0 ? run.template operator()<true, true>() : run.template operator()<true, false>();
+  } else {
+    c.softcap > 0 ? run.template operator()<false, true>() : run.template operator()<false, false>();
+  }
+}
+
+template <class E>
+void backward_call(const Call& c) {
+  using T = typename E::Accumulator;
+  const auto upstream = [&](int i) -> Upstream<T> { return {static_cast<const T*>(c.grads[i]), c.grad_strides[i]}; };
+  const BackwardArguments<T> arguments = {
+      problem_of<T>(c), upstream(0), upstream(1), upstream(2), static_cast<const T*>(c.state), c.field_stride,
+      c.row_stride, {c.dlogits, c.out_batch_stride, c.out_length_stride, c.out_column_stride}, c.parts, c.vectors != 0};
+  launch(c.rows * c.parts, 1, c.threads, 0, c.seed, [&](HostThread& thread, unsigned char*) {
+    c.softcap > 0 ? backward_block<E, true>(thread, arguments) : backward_block<E, false>(thread, arguments);
+  });
+}
+
+template <class Run>
+const char* guarded(const Call& call, const Run& run) {
+  static thread_local std::string error;
+  try {
+    switch (static_cast<Element>(call.element)) {
+      case Element::kFloat32:
+        run(Float32{});
+        break;
+      case Element::kBFloat16:
+        run(BFloat16{});
+        break;
+      case Element::kFloat16:
+        run(Float16{});
+        break;
+      case Element::kFloat64:
+        run(Float64{});
+    }
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace entropy_kernels::cuda
+
+// Both return null, or what went wrong.
+extern "C" const char* emulate_forward(const entropy_kernels::cuda::Call* call) {
+  return entropy_kernels::cuda::guarded(*call, [&]<class E>(E) { entropy_kernels::cuda::forward_call<E>(*call); });
+}
+extern "C" const char* emulate_backward(const entropy_kernels::cuda::Call* call) {
+  return entropy_kernels::cuda::guarded(*call, [&]<class E>(E) { entropy_kernels::cuda::backward_call<E>(*call); });
+}

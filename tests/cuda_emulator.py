@@ -1,0 +1,132 @@
+"""The CUDA kernels of token_stats run on CPU tensors: cuda_emulator.cpp behind the functions that every backend has.
+
+Needs a C++ compiler, no toolkit and no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+COMPILER = os.environ.get("CXX", "g++")
+WARP, VECTORS, MAX_WARPS = 32, 4, 8
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+
+
+class _Call(ctypes.Structure):
+    """``Call`` of cuda_emulator.cpp."""
+
+    _fields_ = (
+        *((name, _I) for name in ("element", "bulk", "second_moments", "threads", "parts", "vectors")),
+        ("seed", ctypes.c_uint64), ("logits", _P),
+        *((name, _L) for name in ("batch_stride", "length_stride", "column_stride")),
+        *((name, _I) for name in ("rows", "length", "vocab", "columns")),
+        ("target", _P), ("wide_target", _I), ("temperature_stride", _I), ("temperature", _P),
+        ("softcap", ctypes.c_double),
+        *((name, _L) for name in ("ignore_index", "vocab_start", "vocab_size")),
+        ("outputs", _P * 4), ("state", _P), ("field_stride", _L), ("row_stride", _L),
+        ("grads", _P * 3), ("grad_strides", _L * 3),
+        ("dlogits", _P), *((name, _L) for name in ("out_batch_stride", "out_length_stride", "out_column_stride")),
+    )  # fmt: skip
+
+
+def compile_library(folder: Path) -> ctypes.CDLL:
+    library = folder / "cuda_emulator.so"
+    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    command = [COMPILER, *flags, f"-I{HERE.parent / 'csrc'}", str(HERE / "cuda_emulator.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(library))
+    for function in (loaded.emulate_forward, loaded.emulate_backward):
+        function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_char_p
+    return loaded
+
+
+def missing() -> str | None:
+    """Why the emulator cannot be compiled here."""
+    return None if shutil.which(COMPILER) else f"no C++ compiler {COMPILER}"
+
+
+def _strides(tensor: Tensor) -> tuple[int, int, int]:
+    """As csrc/cuda/token_stats.cpp has them: 0, and 1 for columns, where a dimension of size 1 makes them meaningless."""
+    alone = (0, 0, 1)
+    return tuple(s if n > 1 else a for n, s, a in zip(tensor.shape, tensor.stride(), alone, strict=True))
+
+
+def _equally_aligned(a: Tensor, b: Tensor) -> bool:
+    (ab, al, ac), (bb, bl, bc) = _strides(a), _strides(b)
+    size = a.element_size()
+    offsets = (a.data_ptr() - b.data_ptr(), (ab - bb) * size, (al - bl) * size)
+    return ac == bc == 1 and all(offset % 16 == 0 for offset in offsets)
+
+
+@dataclass
+class Emulated:
+    """The kernels with a given way to cut rows: whole, in ``parts``, through bulk copies or not."""
+
+    library: ctypes.CDLL
+    bulk: bool = False
+    parts: int = 1
+    seed: int = 0
+    most_warps: int = MAX_WARPS
+
+    def _common(self, logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size) -> _Call:
+        call = _Call(element=_ELEMENTS[logits.dtype], bulk=self.bulk, parts=self.parts, seed=self.seed)
+        call.logits, call.target, call.temperature = logits.data_ptr(), target.data_ptr(), temperature.data_ptr()
+        call.batch_stride, call.length_stride, call.column_stride = _strides(logits)
+        call.rows, call.length, call.vocab = target.numel(), logits.shape[1], logits.shape[2]
+        call.columns = max(0, min(logits.shape[2], vocab_size - vocab_start))
+        call.wide_target, call.temperature_stride = target.dtype == torch.int64, int(temperature.numel() != 1)
+        call.softcap, call.ignore_index = softcap, ignore_index
+        call.vocab_start, call.vocab_size = vocab_start, vocab_size
+        per_warp = WARP * VECTORS * 16 // logits.element_size()
+        warps = MAX_WARPS if self.bulk else max(1, min(self.most_warps, -(-call.columns // per_warp)))
+        call.threads = WARP * warps
+        return call
+
+    @staticmethod
+    def _run(function, call: _Call) -> None:
+        error = function(ctypes.byref(call))
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def token_stats_forward(
+        self, logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        rows, dtype = target.numel(), temperature.dtype
+        outputs = [torch.full((rows if want >> i & 1 else 0,), torch.nan, dtype=dtype) for i in range(4)]
+        state = torch.full((6 if want & 12 else 4, rows), torch.nan, dtype=dtype)
+        if rows:
+            call = self._common(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size)
+            call.second_moments, call.state = want & 12 != 0, state.data_ptr()
+            if logits.element_size() == 8 or call.column_stride != 1:
+                call.bulk = 0
+            for i in range(4):
+                call.outputs[i] = outputs[i].data_ptr() if want >> i & 1 else None
+            self._run(self.library.emulate_forward, call)
+        return (*outputs, state)
+
+    def token_stats_backward(
+        self, grad_logprob, grad_entropy, grad_collision, logits, target, temperature, state,
+        softcap, ignore_index, vocab_start, vocab_size, inplace,
+    ) -> Tensor:  # fmt: skip
+        dlogits = logits if inplace else torch.full(logits.shape, torch.nan, dtype=logits.dtype)
+        if logits.numel():
+            call = self._common(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size)
+            call.vectors = _equally_aligned(logits, dlogits)
+            call.state, (call.field_stride, call.row_stride) = state.data_ptr(), state.stride()
+            for i, grad in enumerate((grad_logprob, grad_entropy, grad_collision)):
+                call.grads[i] = None if grad is None else grad.data_ptr()
+                call.grad_strides[i] = 0 if grad is None else grad.stride(0)
+            call.dlogits = dlogits.data_ptr()
+            call.out_batch_stride, call.out_length_stride, call.out_column_stride = _strides(dlogits)
+            self._run(self.library.emulate_backward, call)
+        return dlogits
