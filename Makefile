@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test bench bench-save bench-compare lint format clean
+.PHONY: help setup train reproduce-toy test bench bench-save bench-compare cuda-check lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ bench-save: setup ## time the regression set and save it as the base of bench-co
 
 bench-compare: setup ## time the regression set; fails if a minimum is 25 % above the last saved run
 	$(BIN)/python -m pytest benchmarks/test_regression.py --benchmark-compare --benchmark-compare-fail=min:25% $(PYTEST_ARGS)
+
+cuda-check: setup ## compile every CUDA kernel for sm_80, sm_90a and sm_100a, without a GPU; fails on a spill
+	$(BIN)/python tools/cuda_check.py
 
 lint: setup ## ruff and mypy, pinned
 	$(BIN)/ruff format --check .

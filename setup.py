@@ -1,6 +1,8 @@
-"""Build of the native half: ``_ops`` (torch's stable ABI, one binary for every torch >= 2.10) and ``_C`` (pybind11).
+"""Build of the native half: ``_ops`` and ``_ops_cuda`` (torch's stable ABI, one binary for every torch >= 2.10) and
+``_C`` (pybind11). ``_ops_cuda`` is built where torch is a CUDA build and its toolkit is there; no GPU is needed.
 
-Switches: ENTROPY_KERNELS_SKIP_CPP=1 builds no C++, CXX names the compiler, MAX_JOBS limits ninja.
+Switches: ENTROPY_KERNELS_SKIP_CPP=1 builds no C++, CXX names the compiler, MAX_JOBS limits parallelism; those of CUDA
+are in tools/cuda_build.py.
 Without torch or a C++ compiler the package installs pure Python and runs on its torch and Triton backends.
 """
 
@@ -10,11 +12,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
-# The lowest torch the binary supports; a build on a newer torch must not use newer symbols.
-TORCH_TARGET_VERSION = "0x020a000000000000"
+sys.path.insert(0, str(ROOT / "tools"))
+import cuda_build  # noqa: E402  (found through the line above)
 
 
 def installed_torch() -> bool:
@@ -42,15 +45,37 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
+def build_cuda() -> bool:
+    """Whether to build the CUDA half; says why not, and with FORCE_CUDA raises instead."""
+    import torch
+
+    reason = cuda_build.skip_reason(torch.version.cuda)
+    if reason and cuda_build.enabled("FORCE_CUDA"):
+        raise RuntimeError(f"FORCE_CUDA: {reason}")
+    if reason:
+        print(f"entropy_kernels: building without CUDA: {reason}", file=sys.stderr)
+    return reason is None
+
+
 def native_build() -> dict:
+    import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
         def get_ext_filename(self, fullname: str) -> str:
-            # _ops holds no Python symbols: its name carries no Python version.
-            if fullname.endswith("_ops"):
+            # _ops and _ops_cuda hold no Python symbols: their names carry no Python version.
+            if fullname.split(".")[-1].startswith("_ops"):
                 return os.path.join(*fullname.split(".")) + ".so"
             return super().get_ext_filename(fullname)
+
+        def build_extension(self, ext: Extension) -> None:
+            if not ext.name.endswith("_ops_cuda"):
+                super().build_extension(ext)
+                return
+            library = Path(self.get_ext_fullpath(ext.name))
+            if self.force or newer_group([*ext.sources, *ext.depends], str(library)):
+                folder = Path(self.build_temp) / "cuda"
+                cuda_build.build(library, folder, Path(torch.__file__).parent, torch_has_cuda=True)
 
         def get_export_symbols(self, ext: object) -> list[str]:
             return []  # _ops has no PyInit; it registers its operators when loaded
@@ -67,7 +92,7 @@ def native_build() -> dict:
             sources("csrc/registration.cpp", "csrc/cpu/*.cpp"),
             include_dirs=[str(ROOT / "csrc")],
             depends=headers,
-            extra_compile_args=[*flags, f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"],
+            extra_compile_args=[*flags, f"-DTORCH_TARGET_VERSION={cuda_build.TORCH_TARGET_VERSION}"],
             py_limited_api=True,
         ),
         CppExtension(
@@ -78,6 +103,11 @@ def native_build() -> dict:
             extra_compile_args=flags,
         ),
     ]
+    if build_cuda():
+        depends = [*headers, "tools/cuda_build.py"]
+        extensions.append(
+            Extension("entropy_kernels._ops_cuda", sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"), depends=depends)
+        )
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 

@@ -56,7 +56,7 @@ def missing() -> str | None:
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    """As csrc/cuda/token_stats.cpp has them: 0, and 1 for columns, where a dimension of size 1 makes them meaningless."""
+    """As csrc/cuda/token_stats.cpp has them: those of dimensions of size 1 are 0, or 1 for columns."""
     alone = (0, 0, 1)
     return tuple(s if n > 1 else a for n, s, a in zip(tensor.shape, tensor.stride(), alone, strict=True))
 

@@ -46,21 +46,22 @@ def parse(report: str) -> list[Usage]:
     """The kernels in a report of ``ptxas -v``. A line that is missing is an error: nothing passes unseen."""
     usages = []
     entries = list(_ENTRY.finditer(report))
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
-        text = report[entry.end() : following.start() if following else len(report)]
+    ends = [entry.start() for entry in entries[1:]] + [len(report)]
+    for entry, end in zip(entries, ends, strict=False):
+        text = report[entry.end() : end]
         stack, used, shared = _STACK.search(text), _USED.search(text), _SHARED.search(text)
         if stack is None or used is None:
             raise ValueError(f"ptxas says nothing of the stack or the registers of {entry[1]} for {entry[2]}: {text!r}")
         spilled = int(stack[2]) + int(stack[3])
-        usages.append(
-            Usage(entry[1], entry[2], int(used[1]), int(shared[1]) if shared else 0, int(stack[1]), spilled)
-        )
+        usages.append(Usage(entry[1], entry[2], int(used[1]), int(shared[1]) if shared else 0, int(stack[1]), spilled))
     return usages
 
 
 def problems(usages: list[Usage]) -> list[str]:
     """What is wrong: kernels in local memory, kernels that an architecture lacks, no kernels."""
-    found = [f"{u.kernel} for {u.architecture}: {u.stack} bytes of stack, {u.spilled} spilled" for u in usages if not u.ok]
+    found = [
+        f"{u.kernel} for {u.architecture}: {u.stack} bytes of stack, {u.spilled} spilled" for u in usages if not u.ok
+    ]
     by_architecture = {u.architecture: {v.kernel for v in usages if v.architecture == u.architecture} for u in usages}
     every = set().union(*by_architecture.values())
     for architecture, kernels in by_architecture.items():
@@ -78,8 +79,9 @@ def readable(symbol: str) -> str:
 
 
 def table(usages: list[Usage]) -> str:
+    """One line per kernel and architecture."""
     names = {u.kernel: readable(u.kernel) for u in usages}
-    width = max(map(len, names.values()))
+    width = max(map(len, names.values()), default=6)
     lines = [f"{'kernel':{width}}  {'target':8} {'registers':>9} {'shared':>7} {'spilled':>8} {'stack':>6}"]
     for u in sorted(usages, key=lambda u: (names[u.kernel], u.architecture)):
         row = f"{names[u.kernel]:{width}}  {u.architecture:8} {u.registers:9} {u.shared:7} {u.spilled:8} {u.stack:6}"
@@ -100,6 +102,15 @@ for name in ("token_stats_forward", "token_stats_backward"):
 """
 
 
+def load_error(library: Path, compiler: str) -> str | None:
+    """Why the library does not load, or does not register its operators."""
+    operators = cuda_build.ROOT / "entropy_kernels" / "_ops.so"
+    runtime = cuda_build.toolkit_root(compiler) / "lib64" / "libcudart.so"
+    command = [sys.executable, "-c", _LOAD, str(operators), str(library), str(runtime)]
+    loaded = subprocess.run(command, capture_output=True, text=True)
+    return None if loaded.returncode == 0 else f"the library does not load: {loaded.stderr.strip().splitlines()[-1]}"
+
+
 def main() -> int:
     compiler = cuda_build.nvcc()
     if compiler is None:
@@ -111,17 +122,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "_ops_cuda.so"
         torch_folder, has_cuda = Path(torch.__file__).parent, torch.version.cuda is not None
-        report = cuda_build.build(library, Path(folder), torch_folder, torch_has_cuda=has_cuda, report=True)
-        usages = parse(report)
+        usages = parse(cuda_build.build(library, Path(folder), torch_folder, torch_has_cuda=has_cuda, report=True))
         seconds = time.perf_counter() - begin
-        print(table(usages))
-        operators = cuda_build.ROOT / "entropy_kernels" / "_ops.so"
-        runtime = cuda_build.toolkit_root(compiler) / "lib64" / "libcudart.so"
-        command = [sys.executable, "-c", _LOAD, str(operators), str(library), str(runtime)]
-        loaded = subprocess.run(command, capture_output=True, text=True)
-    found = problems(usages)
-    if loaded.returncode != 0:
-        found.append(f"the library does not load: {loaded.stderr.strip().splitlines()[-1]}")
+        found = problems(usages)
+        unloadable = load_error(library, compiler)
+    if unloadable is not None:
+        found.append(unloadable)
+    print(table(usages))
     architectures = ", ".join(sorted({u.architecture for u in usages}))
     print(f"{len(usages)} kernels ({architectures}) compiled and linked in {seconds:.0f} s", flush=True)
     for problem in found:

@@ -1,0 +1,237 @@
+"""The CUDA kernels of token_stats without a GPU.
+
+Their functions, run on the CPU (cuda_emulator.cpp), take the place of the C++ kernels, so that whole calls with
+autograd are held to the bound of every backend. On a GPU the kernels themselves run in every test with a `place`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import cuda_emulator
+from calls import check, run, same_bits, upstream
+from cases import CASES, Case, labels, normal, plain
+from conftest import Place
+from cuda_emulator import Emulated
+from entropy_kernels.backends import native, registry
+from entropy_kernels.backends.eager import token_stats as eager
+
+for reason in (native.load_error, cuda_emulator.missing()):
+    if reason is not None:
+        pytest.skip(reason, allow_module_level=True)
+
+# The ways to cut a row. Three parts, which the launcher never chooses, are more irregular than two or four.
+WAYS = {
+    "whole": {},
+    "parts": {"parts": 3},
+    "bulk": {"bulk": True},
+    "cluster": {"bulk": True, "parts": 2},
+}
+ALL = 15
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return cuda_emulator.compile_library(tmp_path_factory.mktemp("cuda_emulator"))
+
+
+@pytest.fixture(params=WAYS)
+def kernels(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Emulated:
+    return Emulated(library, **WAYS[request.param])
+
+
+@pytest.fixture
+def place(kernels: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """Backend "cpu" with the emulated kernels in place of the C++ ones."""
+    for name in registry.OPS["token_stats"]:
+        monkeypatch.setattr(native, name, getattr(kernels, name))
+    registry._kernel.cache_clear()
+    yield Place("cpu", "cpu")
+    registry._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(case: Case, place: Place, kernels: Emulated) -> None:
+    plain_way = not kernels.bulk and kernels.parts == 1
+    for dtype in case.dtypes if plain_way else case.slow_dtypes:
+        check(case.build(dtype, "cpu"), place, "logprob", "entropy", "collision")
+
+
+# Not fp64: over so many terms the float64 reference itself is off by the whole bound.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("vocab", [32_000, 151_936])
+def test_long_rows(vocab: int, softcap: float | None, dtype: torch.dtype, place: Place) -> None:
+    """Every stage of the pipeline is refilled several times; sums of many tiles."""
+    check(plain(dtype, "cpu", rows=2, vocab=vocab, temperature=0.8, softcap=softcap), place, "logprob", "entropy")
+
+
+def test_logprob_entropy_has_no_second_moments(place: Place) -> None:
+    for softcap in (None, 20.0):
+        sample = plain(torch.bfloat16, "cpu", vocab=20_011, softcap=softcap)
+        check(sample, place, "logprob", "entropy", function="logprob_entropy")
+
+
+@pytest.mark.parametrize("width", [1, 8, 9, 31, 127, 1031, 8209])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_any_alignment_and_nothing_beside_the_row(width: int, offset: int, kernels: Emulated) -> None:
+    """Rows of a wider buffer, each misaligned differently; in place writes the row's own elements only."""
+    for dtype in (torch.bfloat16, torch.float32):
+        buffer = torch.full((2, 3, width + 11), 77.0, dtype=dtype)
+        view = buffer[..., offset : offset + width]
+        view.copy_(normal(2, 3, width, dtype=dtype, device="cpu"))
+        target, temperature = labels(6, vocab=width, device="cpu"), torch.rand(6) + 0.5
+        arguments = (target, temperature, 0.0, -100, 0, width)
+        exact = eager.token_stats_forward(view.double(), target, temperature.double(), *arguments[2:], ALL)
+        ours = kernels.token_stats_forward(view, *arguments, ALL)
+        for a, b in zip(ours, exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+        grads = [torch.randn(6) for _ in range(3)]
+        packed = kernels.token_stats_backward(*grads, view, *arguments[:2], ours[4], *arguments[2:], False)
+        expected = eager.token_stats_backward(
+            *[g.double() for g in grads], view.double(), target, temperature.double(), exact[4], *arguments[2:], False
+        )
+        torch.testing.assert_close(packed.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
+        assert kernels.token_stats_backward(*grads, view, *arguments[:2], ours[4], *arguments[2:], True) is view
+        assert torch.equal(view, packed)
+        assert (buffer[..., :offset] == 77).all() and (buffer[..., offset + width :] == 77).all()
+
+
+def test_strided_columns(place: Place) -> None:
+    sample = plain(torch.bfloat16, "cpu", vocab=3001)
+    sample.logits = torch.stack([sample.logits, torch.full_like(sample.logits, math.nan)], -1)[..., 0]
+    check(sample, place, "logprob", "entropy", "collision")
+
+
+def test_bits_do_not_depend_on_the_order_of_threads(library: ctypes.CDLL) -> None:
+    """Whichever part is done first: blocks, threads and copies are scheduled differently for every seed."""
+    sample = plain(torch.float32, "cpu", rows=3, vocab=40_003)
+    logits, temperature = sample.logits[None], torch.ones(1)
+    for way in WAYS.values():
+        results = [
+            Emulated(library, seed=seed, **way).token_stats_forward(
+                logits, sample.target, temperature, 0.0, -100, 0, 40_003, ALL
+            )
+            for seed in range(4)
+        ]
+        for other in results[1:]:
+            assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_more_parts_than_warps(library: ctypes.CDLL) -> None:
+    """As many parts as one warp can merge; some of them get nothing of a short row."""
+    sample = plain(torch.float32, "cpu", rows=2, vocab=301)
+    arguments = (sample.logits[None], sample.target, torch.ones(1), 0.0, -100, 0, 301, ALL)
+    whole, split = (Emulated(library, parts=parts).token_stats_forward(*arguments) for parts in (1, 32))
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_ignored_and_silent_rows_are_not_read(kernels: Emulated) -> None:
+    logits = normal(1, 4, 2000, dtype=torch.float32, device="cpu")
+    logits[0, 1], logits[0, 2] = math.nan, math.nan
+    target, temperature = torch.tensor([5, -100, 7, 9]), torch.ones(1)
+    *outputs, state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, 2000, ALL)
+    assert all(output[1] == 0 and output[2].isnan() and output[3].isfinite() for output in outputs)
+    assert state[:, 1].tolist() == [0, 1, 0, 0, 1, 0]
+    grads = [torch.tensor([1.0, 1.0, 0.0, 1.0])] * 3
+    gradient = kernels.token_stats_backward(*grads, logits, target, temperature, state, 0.0, -100, 0, 2000, False)
+    assert (gradient[0, 1:3] == 0).all() and gradient.isfinite().all() and (gradient[0, [0, 3]] != 0).any(-1).all()
+
+
+def test_what_is_invalid_is_nan(kernels: Emulated) -> None:
+    """Without a sync nobody can raise: labels out of range and temperatures that are not > 0 show in the results."""
+    logits, target = normal(1, 6, 50, dtype=torch.float32, device="cpu"), torch.tensor([50, -1, 3, 3, 3, 3])
+    temperature = torch.tensor([1.0, 1.0, 0.0, -1.0, math.nan, 1.0])
+    *outputs, state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, 50, ALL)
+    assert all(output[:5].isnan().all() and output[5].isfinite() for output in outputs)
+    grad = torch.ones(6)
+    gradient = kernels.token_stats_backward(
+        grad, grad, grad, logits, target, temperature, state, 0.0, -100, 0, 50, False
+    )
+    assert gradient[0, 2:5].isnan().all() and gradient[0, 5].isfinite().all()
+
+
+@pytest.mark.parametrize("where", [0, 40, 8200, 9000])
+@pytest.mark.parametrize("others", [0.0, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_inf_are_found(value: float, others: float, where: int, kernels: Emulated) -> None:
+    """Maxima skip NaN, and a thread that has seen nothing but -inf adds nothing: neither may hide a NaN."""
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = torch.full((1, 2, 9001), others, dtype=dtype)
+        logits[0, :, 5] = 1.0
+        logits[0, 0, where] = value
+        arguments = (torch.tensor([5, 5]), torch.ones(1), 0.0, -100, 0, 9001)
+        *outputs, state = kernels.token_stats_forward(logits, *arguments, ALL)
+        assert all(output[0].isnan() and output[1].isfinite() for output in outputs)
+        assert not state[0, 0].isfinite() and state[:, 1].isfinite().all()
+        grads = [torch.ones(2)] * 3
+        gradient = kernels.token_stats_backward(*grads, logits, *arguments[:2], state, *arguments[2:], False)
+        assert gradient[0, 0].isnan().all() and gradient[0, 1].isfinite().all()
+
+
+def test_shards_merge_to_the_whole(kernels: Emulated) -> None:
+    """States of column shards, also empty and padded ones: what a vocabulary-parallel group gathers."""
+    from entropy_kernels.backends.eager import softmax_state
+
+    logits, vocab = normal(1, 4, 9001, dtype=torch.float32, device="cpu"), 8990
+    target, temperature = torch.tensor([3, 4000, 8989, -100]), torch.rand(4) + 0.5
+
+    def forward(part: Tensor, start: int) -> tuple[Tensor, ...]:
+        return kernels.token_stats_forward(part, target, temperature, 0.0, -100, start, vocab, ALL)
+
+    whole = forward(logits, 0)
+    edges = (0, 9, 4000, 4000, 8995, 9001)
+    spans = list(itertools.pairwise(edges))
+    states = torch.stack([forward(logits[..., a:b], a)[4] for a, b in spans])
+    assert (states[-1, 0, :3] == -math.inf).all() and (states[-1, 1, :3] == 0).all()  # all of it is padding
+    merged = softmax_state.merge(states, temperature)
+    torch.testing.assert_close(merged[:, :3], whole[4][:, :3], rtol=1e-5, atol=1e-5)
+    grads = [torch.randn(4) for _ in range(3)]
+    arguments = (target, temperature, whole[4], 0.0, -100)
+    parts = [kernels.token_stats_backward(*grads, logits[..., a:b], *arguments, a, vocab, False) for a, b in spans]
+    gradient = kernels.token_stats_backward(*grads, logits, *arguments, 0, vocab, False)
+    torch.testing.assert_close(torch.cat(parts, -1), gradient, rtol=1e-6, atol=0)
+    assert (gradient[..., vocab:] == 0).all()
+
+
+def test_unwanted_outputs_are_not_written(kernels: Emulated) -> None:
+    sample = plain(torch.float32, "cpu")
+    arguments = (sample.logits[None], sample.target, torch.ones(1), 0.0, -100, 0, 97)
+    full = kernels.token_stats_forward(*arguments, ALL)
+    for want in range(16):
+        *outputs, state = kernels.token_stats_forward(*arguments, want)
+        assert state.shape == (6 if want & 12 else 4, 5) and not state.isnan().any()
+        for bit, (output, whole) in enumerate(zip(outputs, full, strict=False)):
+            assert same_bits(output, whole) if want >> bit & 1 else output.shape == (0,)
+
+
+def test_missing_and_expanded_upstream(place: Place, kernels: Emulated) -> None:
+    sample = plain(torch.float32, "cpu", vocab=500)
+    for names in (("logprob",), ("entropy",), ("collision",), ("logprob", "entropy")):
+        check(sample, place, *names)
+    state = kernels.token_stats_forward(sample.logits[None], sample.target, torch.ones(1), 0.0, -100, 0, 500, 3)[4]
+    arguments = (sample.logits[None], sample.target.int(), torch.ones(1), state, 0.0, -100, 0, 500, False)
+    one = torch.tensor(0.3)
+    plain_gradient = kernels.token_stats_backward(one.expand(5).clone(), None, None, *arguments)
+    assert torch.equal(kernels.token_stats_backward(one.expand(5), None, None, *arguments), plain_gradient)
+
+
+def test_every_row_is_written_once_per_call(place: Place) -> None:
+    """A batch whose rows lie apart, several of them, with a per-token temperature: offsets of every row."""
+    base = normal(7, 3, 2 * 203, dtype=torch.bfloat16, device="cpu")
+    sample = plain(torch.bfloat16, "cpu")
+    sample.logits, sample.target = base.transpose(0, 1)[..., :203], labels(3, 7, vocab=203, device="cpu")
+    sample.kwargs = {"temperature": torch.rand(3, 7) + 0.5}
+    check(sample, place, "logprob", "entropy", "collision")
+    first, gradient = run(sample, place, grads=upstream(sample, "logprob"))
+    second, again = run(sample, place, grads=upstream(sample, "logprob"))
+    assert gradient is not None and again is not None and same_bits(gradient, again)
+    assert all(same_bits(first[name], second[name]) for name in first)
