@@ -1,4 +1,4 @@
-"""The CUDA selection kernels run on CPU tensors: cuda_selection_emulator.cpp behind the functions that every backend has.
+"""The CUDA selection kernels on CPU tensors: cuda_selection_emulator.cpp behind the functions that every backend has.
 
 Needs a C++ compiler, no toolkit and no GPU.
 """

@@ -1,5 +1,5 @@
-// The single steps of selection, for batches spread over ranks: their histograms are added between the rounds. What each
-// does with one token; host + device. Keys are int64 here: 0 .. 2^32 - 1, or -1 for a token that is no candidate.
+// The single steps of selection, for batches spread over ranks: their histograms are added between the rounds. What
+// each does with one token; host + device. Keys are int64 here: 0 .. 2^32 - 1, or -1 for a token that is no candidate.
 // Columns of a search state: prefix, need, equal (entropy_kernels/backends/radix_select.py).
 #pragma once
 

@@ -129,7 +129,10 @@ class Selector {
         use);
   }
 
-  EK_HOST_DEVICE int64_t token_index(int i) const { return a_.index != nullptr ? a_.index[share_.begin + i] : share_.begin + i; }
+  EK_HOST_DEVICE int64_t token_index(int i) const {
+    const int64_t position = share_.begin + i;
+    return a_.index != nullptr ? a_.index[position] : position;
+  }
 
   // Stores a token's key and counts its first digit.
   EK_HOST_DEVICE void store(int i, uint32_t key, bool candidate) {

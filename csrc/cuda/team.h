@@ -1,5 +1,5 @@
-// Blocks of one launch that work on a batch together: how they add histograms and small sums, which are integers, so that
-// the order in which blocks come does not matter.
+// Blocks of one launch that work on a batch together: how they add histograms and small sums, which are integers, so
+// that the order in which blocks come does not matter.
 //   Cluster  up to 16 blocks that read one another's shared memory (sm_90 and later)
 //   Grid     any number of blocks that are resident together (a cooperative launch), by way of global memory
 // Thread is one thread of the launch: cooperating_thread.h on the device, an emulated one in the tests.
@@ -103,15 +103,15 @@ class Cluster : public Team<Thread> {
   // Combines slots [first, first + maxima) by their maximum, the `sums` after them by addition. No slot twice.
   EK_HOST_DEVICE void combine_slots(int first, int maxima, int sums) {
     thread.cluster_sync();
-    const int slot = first + this->warp(), rank = this->lane();
-    if (this->warp() < maxima + sums) {
-      uint64_t value = rank < thread.blocks() ? *thread.in_block(shared.slots + slot, rank) : 0;
+    const int rank = this->lane();
+    for (int i = this->warp(); i < maxima + sums; i += Thread::kThreads / kLanes) {
+      uint64_t value = rank < thread.blocks() ? *thread.in_block(shared.slots + first + i, rank) : 0;
       for (int mask = kLanes / 2; mask > 0; mask /= 2) {
         const uint64_t other = thread.shuffle_xor(value, mask);
-        value = this->warp() >= maxima ? value + other : other > value ? other : value;
+        value = i >= maxima ? value + other : other > value ? other : value;
       }
       if (rank == 0) {
-        shared.totals[slot] = value;
+        shared.totals[first + i] = value;
       }
     }
     thread.barrier();
@@ -132,7 +132,8 @@ class Grid : public Team<Thread> {
   // `exchange` has `size` words, whatever they hold: kTeamSlots and as many as sum_words will be asked for.
   EK_HOST_DEVICE Grid(Thread& thread_, TeamShared& shared_, uint64_t* exchange, int size)
       : Team<Thread>(thread_, shared_), exchange_(exchange) {
-    for (int i = thread.block() * Thread::kThreads + thread.index(); i < size; i += thread.blocks() * Thread::kThreads) {
+    const int all = thread.blocks() * Thread::kThreads;
+    for (int i = thread.block() * Thread::kThreads + thread.index(); i < size; i += all) {
       exchange[i] = 0;
     }
   }
@@ -199,8 +200,8 @@ struct TokenShare {
 
 constexpr int kInFlight = 4;  // tokens that a thread loads before it looks at the first
 
-// use(token, load(token)) for tokens [0, tokens) of a block, a warp's lanes together: use also runs for a lane beyond the
-// last token, with the value-initialised load.
+// use(token, load(token)) for tokens [0, tokens) of a block, a warp's lanes together: use also runs for a lane beyond
+// the last token, with the value-initialised load.
 template <class Team, class Load, class Use>
 EK_HOST_DEVICE void for_tokens(const Team& team, int tokens, const Load& load, const Use& use) {
   for (int first = team.warp() * kLanes; first < tokens; first += kInFlight * Team::kThreads) {
