@@ -1,12 +1,8 @@
 // The kernels of csrc/cuda on the CPU, for tests (cuda_emulator.py): a fiber per thread, resumed in random order, copies
 // that arrive at random times. A barrier too few, an index too far or a stage refilled too early gives wrong numbers.
 // What it cannot show: memory ordering between threads, the PTX of device_thread.h, and speed.
-#include <ucontext.h>
-
 #include <algorithm>
-
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -15,116 +11,10 @@
 #include <vector>
 
 #include "cuda/token_stats_kernels.h"
+#include "cuda_fibers.h"
 
 namespace entropy_kernels::cuda {
 namespace {
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  std::function<void()> body;
-  std::function<bool()> ready;  // empty: at once
-  bool done = false;
-};
-
-// All threads of the blocks that run together: one block, or a cluster.
-class Scheduler {
- public:
-  explicit Scheduler(std::mt19937_64& random) : random_(random) {}
-
-  void add(std::function<void()> body) {
-    auto fiber = std::make_unique<Fiber>();
-    fiber->stack.reset(new char[kStack]);
-    fiber->body = std::move(body);
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack.get();
-    fiber->context.uc_stack.ss_size = kStack;
-    fiber->context.uc_link = &main_;
-    makecontext(&fiber->context, reinterpret_cast<void (*)()>(&Scheduler::enter), 0);
-    fibers_.push_back(std::move(fiber));
-  }
-  // Called by a fiber: goes on when `ready` says so.
-  void wait(std::function<bool()> ready) {
-    current_->ready = std::move(ready);
-    swapcontext(&current_->context, &main_);
-  }
-  // Something that the hardware does by itself, some time.
-  void later(std::function<void()> event) { events_.push_back(std::move(event)); }
-
-  void run() {
-    std::vector<int> order(fibers_.size());
-    std::iota(order.begin(), order.end(), 0);
-    for (bool all_done = false; !all_done;) {
-      std::shuffle(order.begin(), order.end(), random_);
-      bool progress = false;
-      all_done = true;
-      for (const int i : order) {
-        if (!events_.empty() && random_() % 64 == 0) happen();
-        Fiber& fiber = *fibers_[i];
-        if (fiber.done) continue;
-        all_done = false;
-        if (fiber.ready && !fiber.ready()) continue;
-        fiber.ready = nullptr;
-        running_ = this;
-        current_ = &fiber;
-        swapcontext(&main_, &fiber.context);
-        if (error_) std::rethrow_exception(error_);
-        progress = true;
-      }
-      if (!progress && !all_done) {
-        if (events_.empty()) throw std::runtime_error("deadlock: every thread waits");
-        happen();
-      }
-    }
-    if (!events_.empty()) throw std::runtime_error("a copy is in flight after the last thread has left");
-  }
-
- private:
-  static constexpr std::size_t kStack = 64 << 10;
-  static inline Scheduler* running_;
-
-  static void enter() {
-    Fiber& fiber = *running_->current_;
-    try {
-      fiber.body();
-    } catch (...) {
-      running_->error_ = std::current_exception();
-    }
-    fiber.done = true;
-  }
-  void happen() {
-    const std::size_t i = random_() % events_.size();
-    const std::function<void()> event = std::move(events_[i]);
-    events_.erase(events_.begin() + i);
-    event();
-  }
-
-  std::mt19937_64& random_;
-  ucontext_t main_;
-  std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::vector<std::function<void()>> events_;
-  Fiber* current_ = nullptr;
-  std::exception_ptr error_;
-};
-
-void require(bool condition, const char* what) {
-  if (!condition) throw std::runtime_error(what);
-}
-
-// Opens a new generation when `count` threads have arrived.
-struct Rendezvous {
-  int count, arrived = 0;
-  long generation = 0;
-
-  long arrive() {
-    const long mine = generation;
-    if (++arrived == count) {
-      arrived = 0;
-      ++generation;
-    }
-    return mine;
-  }
-};
 
 struct Mbarrier {
   int expected, pending;

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "common/host_device.h"
 
@@ -42,6 +44,50 @@ EK_HOST_DEVICE int64_t to_fixed_point(double value, double scale) {
   int64_t bits;
   memcpy(&bits, &shifted, sizeof(bits));
   return bits - kRoundingMagicBits;
+}
+
+// Magnitudes compare like their bits, and NaN has larger bits than infinity.
+template <class T>
+struct Magnitude {
+  using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  static constexpr Bits kMask = std::numeric_limits<Bits>::max();
+
+  static EK_HOST_DEVICE Bits of(T value, bool valid) {
+    Bits bits;
+    memcpy(&bits, &value, sizeof(bits));
+    return bits & kMask & -static_cast<Bits>(valid);
+  }
+  // +inf stands for any value that is not finite.
+  static EK_HOST_DEVICE double value(Bits bits) {
+    T magnitude;
+    memcpy(&magnitude, &bits, sizeof(bits));
+    return magnitude < kInfinity<T> ? magnitude : kInfinity<T>;
+  }
+};
+
+template <class T>
+EK_HOST_DEVICE T value_if(T value, bool valid) {  // 0 otherwise, also for NaN; a bit mask vectorises, a branch does not
+  typename Magnitude<T>::Bits bits;
+  memcpy(&bits, &value, sizeof(bits));
+  bits &= -static_cast<typename Magnitude<T>::Bits>(valid);
+  memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// The mean of `count` terms from their sum at the scale of fixed_point_exponent; NaN if one of them was not finite.
+EK_HOST_DEVICE double fixed_point_mean(int64_t sum, double largest, double count) {
+  if (largest == kInfinity<double>) {
+    return kNaN<double>;
+  }
+  return static_cast<double>(sum) * power_of_two(-fixed_point_exponent(largest, count)) / count;
+}
+
+// Product of the deviations from the means, rounded once; 0 for a token that does not count.
+template <class T>
+EK_HOST_DEVICE float deviation_product(T logprob, T advantage, bool valid, double mean_logprob, double mean_advantage) {
+  const double product =
+      (static_cast<double>(logprob) - mean_logprob) * (static_cast<double>(advantage) - mean_advantage);
+  return value_if(static_cast<float>(product), valid);
 }
 
 }  // namespace entropy_kernels

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "common/radix_select.h"
+#include "common/selection.h"
 #include "cpu/selection_scan.h"
 #include "cpu/selection_view.h"
 
@@ -28,23 +29,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr Band kAllValues{-kInfinity, kInfinity};  // everything but NaN
 constexpr int64_t kChunksPerTask = 16;
 constexpr int64_t kSampleSize = 4096;
-
-// How many tokens are to be selected: a share of those that count, or k if it is given (>= 0).
-struct Request {
-  double ratio;
-  int64_t k;
-  bool at_least_one;
-
-  int64_t count(int64_t valid) const {
-    if (valid == 0) {
-      return 0;
-    }
-    if (k >= 0) {
-      return k;
-    }
-    return std::max<int64_t>(at_least_one, static_cast<int64_t>(std::floor(ratio * static_cast<double>(valid))));
-  }
-};
 
 // Keys of KL-Cov and of quantiles: the covariance itself.
 struct ValueKeys {
@@ -220,10 +204,10 @@ void mark_equal(const TokenView& view, Band band, const Keys& key_source, uint32
 
 // Writes the whole mask: the requested number of candidates with the largest keys.
 template <class Keys>
-void select(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold, const Request& request,
-            uint8_t* selected) {
+void select(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold,
+            const SelectionCount& request, uint8_t* selected) {
   Collected collected = collect(view, band, key_source, threshold, selected);
-  const int64_t wanted = request.count(collected.valid);
+  const int64_t wanted = request.of(collected.valid);
   if (collected.above() + collected.equal < wanted && threshold > Keys::kLowest) {
     threshold = Keys::kLowest;
     collected = collect(view, band, key_source, threshold, nullptr);
@@ -331,10 +315,7 @@ Band quantile_band(const TokenView& view, double low, double high, bool closed) 
   if (total == 0) {
     return {kInfinity, -kInfinity};
   }
-  const auto from_above = [&](double q) {
-    return total - static_cast<int64_t>(std::floor(q * static_cast<double>(total - 1)));
-  };
-  const int64_t need_low = from_above(low), need_high = from_above(high);
+  const int64_t need_low = quantile_rank(total, low), need_high = quantile_rank(total, high);
   Sample sample(view, kAllValues);
   uint32_t threshold = guess_value(sample, static_cast<double>(need_low));
   Collected collected = collect(view, kAllValues, ValueKeys{}, threshold, nullptr);
@@ -346,20 +327,20 @@ Band quantile_band(const TokenView& view, double low, double high, bool closed) 
     return need > collected.above() ? threshold
                                     : radix_threshold(collected.keys.data(), collected.above(), need).key;
   };
-  return inclusive_band(nth_key(need_low), nth_key(need_high), closed);
+  return value_band(key_band(nth_key(need_low), nth_key(need_high), closed));
 }
 
 Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
                      std::optional<Tensor> token_index, const Tensor& seed, double ratio, int64_t k,
                      bool at_least_one, double low, double high, bool quantile, bool closed) {
   const TokenView view = token_view(covariance, mask, exclude, token_index);
-  const Request request{ratio, k, at_least_one};
+  const SelectionCount request{ratio, k, at_least_one};
   const Band band = quantile ? quantile_band(view, low, high, closed)
-                             : inclusive_band(ordered_key(static_cast<float>(low)),
-                                              ordered_key(static_cast<float>(high)), closed);
+                             : value_band(key_band(ordered_key(static_cast<float>(low)),
+                                                   ordered_key(static_cast<float>(high)), closed));
   Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
   const Sample sample(view, band);
-  const uint32_t threshold = guess_random(sample, static_cast<double>(request.count(sample.expected_valid())));
+  const uint32_t threshold = guess_random(sample, static_cast<double>(request.of(sample.expected_valid())));
   const RandomKeys keys{static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()))};
   select(view, band, keys, threshold, request, static_cast<uint8_t*>(selected.mutable_data_ptr()));
   return selected;
@@ -368,10 +349,10 @@ Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::
 Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
                    std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one) {
   const TokenView view = token_view(covariance, mask, exclude, token_index);
-  const Request request{ratio, k, at_least_one};
+  const SelectionCount request{ratio, k, at_least_one};
   Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
   Sample sample(view, kAllValues);
-  const uint32_t threshold = guess_value(sample, static_cast<double>(request.count(sample.expected_valid())));
+  const uint32_t threshold = guess_value(sample, static_cast<double>(request.of(sample.expected_valid())));
   select(view, kAllValues, ValueKeys{}, threshold, request, static_cast<uint8_t*>(selected.mutable_data_ptr()));
   return selected;
 }

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "common/radix_select.h"
+#include "common/selection.h"
 #include "cpu/selection_scan.h"
 
 namespace entropy_kernels::cpu {
@@ -22,14 +23,11 @@ inline TokenView token_view(const torch::stable::Tensor& covariance, const std::
           data_or_null<uint8_t>(exclude), data_or_null<int64_t>(token_index), covariance.numel(), &scan_kernels()};
 }
 
-// Ordered keys of the bounds -> values that both belong to the band. The key next to an infinity's is a NaN: nothing
-// lies above +inf or below -inf. The key below +0's would be that of -0, which equals it: one further down.
-inline Band inclusive_band(uint32_t low, uint32_t high, bool closed) {
-  if (closed) {
-    return {key_value(low), key_value(high)};
-  }
-  constexpr uint32_t kZero = 0x80000000u;
-  return {key_value(low + 1), key_value(high == kZero ? kZero - 2 : high - 1)};
+// The band as values. The key next to an infinity's is a NaN: nothing lies above +inf or below -inf. The key below +0's
+// would be that of -0, which equals it: one further down.
+inline Band value_band(KeyBand keys) {
+  constexpr uint32_t kMinusZero = 0x7fffffffu;
+  return {key_value(keys.low), key_value(keys.high == kMinusZero ? kMinusZero - 1 : keys.high)};
 }
 
 }  // namespace entropy_kernels::cpu

@@ -5,11 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <mutex>
 #include <optional>
-#include <type_traits>
 
 #include "common/fixed_point.h"
 #include "cpu/selection_view.h"
@@ -33,33 +30,6 @@ struct Means {
   double logprob;
   double advantages;
 };
-
-// Magnitudes compare like their bits, and NaN has larger bits than infinity.
-template <class T>
-struct Magnitude {
-  using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-  static constexpr Bits kMask = std::numeric_limits<Bits>::max();
-
-  static Bits of(T value, bool valid) {
-    Bits bits;
-    memcpy(&bits, &value, sizeof(bits));
-    return bits & kMask & -static_cast<Bits>(valid);
-  }
-  static double value(Bits bits) {
-    T magnitude;
-    memcpy(&magnitude, &bits, sizeof(bits));
-    return std::isfinite(magnitude) ? magnitude : std::numeric_limits<double>::infinity();
-  }
-};
-
-template <class T>
-T value_if(T value, bool valid) {  // 0 otherwise, also for NaN; a bit mask vectorises where a branch does not
-  typename Magnitude<T>::Bits bits;
-  memcpy(&bits, &value, sizeof(bits));
-  bits &= -static_cast<typename Magnitude<T>::Bits>(valid);
-  memcpy(&value, &bits, sizeof(bits));
-  return value;
-}
 
 template <class T>
 Extremes extremes(const T* logprob, const T* advantages, const uint8_t* mask, int64_t tokens) {
@@ -110,18 +80,9 @@ template <class T>
 void covariance(const T* logprob, const T* advantages, const uint8_t* mask, int64_t tokens, Means means, float* out) {
   torch::stable::parallel_for(0, tokens, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const double product = (static_cast<double>(logprob[i]) - means.logprob) *
-                             (static_cast<double>(advantages[i]) - means.advantages);
-      out[i] = value_if(static_cast<float>(product), !mask || mask[i]);
+      out[i] = deviation_product(logprob[i], advantages[i], !mask || mask[i], means.logprob, means.advantages);
     }
   });
-}
-
-double mean(int64_t sum, double largest, double count) {
-  if (std::isinf(largest)) {
-    return std::numeric_limits<double>::quiet_NaN();
-  }
-  return static_cast<double>(sum) * power_of_two(-fixed_point_exponent(largest, count)) / count;
 }
 
 // Calls body with typed data pointers; both tensors have the dtype of logprob, float or double.
@@ -144,8 +105,8 @@ Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::op
     const Sums sums = fixed_point_sums(lp, adv, valid, tokens,
                                        power_of_two(fixed_point_exponent(largest.logprob, largest.count)),
                                        power_of_two(fixed_point_exponent(largest.advantages, largest.count)));
-    const Means means{mean(sums.logprob, largest.logprob, largest.count),
-                      mean(sums.advantages, largest.advantages, largest.count)};
+    const Means means{fixed_point_mean(sums.logprob, largest.logprob, largest.count),
+                      fixed_point_mean(sums.advantages, largest.advantages, largest.count)};
     covariance(lp, adv, valid, tokens, means, static_cast<float*>(out.mutable_data_ptr()));
   });
   return out;

@@ -1,0 +1,62 @@
+// A thread on the device whose block works with others of its launch: see team.h.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace entropy_kernels::cuda {
+
+struct CooperatingThread {
+  static constexpr int kThreads = 1024;  // per block
+
+  __device__ __forceinline__ int index() const { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ int block() const { return static_cast<int>(blockIdx.x); }
+  __device__ __forceinline__ int blocks() const { return static_cast<int>(gridDim.x); }
+
+  __device__ __forceinline__ void barrier() const { __syncthreads(); }
+  __device__ __forceinline__ uint32_t ballot(bool value) const { return __ballot_sync(kWarp, value); }
+  template <class T>
+  __device__ __forceinline__ T shuffle(T value, int lane) const {
+    return __shfl_sync(kWarp, value, lane);
+  }
+  template <class T>
+  __device__ __forceinline__ T shuffle_up(T value, int distance) const {
+    return __shfl_up_sync(kWarp, value, distance);
+  }
+  template <class T>
+  __device__ __forceinline__ T shuffle_xor(T value, int mask) const {
+    return __shfl_xor_sync(kWarp, value, mask);
+  }
+
+  __device__ __forceinline__ void add(uint32_t* shared, uint32_t value) const { atomicAdd(shared, value); }
+  __device__ __forceinline__ void add(uint64_t* shared, uint64_t value) const { atomicAdd(word(shared), value); }
+  __device__ __forceinline__ void maximum(uint64_t* shared, uint64_t value) const { atomicMax(word(shared), value); }
+  __device__ __forceinline__ void add_global(uint64_t* to, uint64_t value) const { atomicAdd(word(to), value); }
+  __device__ __forceinline__ void maximum_global(uint64_t* to, uint64_t value) const { atomicMax(word(to), value); }
+  // What other blocks of this launch have written: not from this multiprocessor's L1.
+  __device__ __forceinline__ uint64_t read_fresh(const uint64_t* from) const { return __ldcg(word(from)); }
+
+  __device__ __forceinline__ void grid_sync() const { cooperative_groups::this_grid().sync(); }
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __device__ __forceinline__ void cluster_sync() const { cooperative_groups::this_cluster().sync(); }
+  // The same object of this block's shared memory in another block of the cluster, which is the whole grid.
+  template <class T>
+  __device__ __forceinline__ T* in_block(T* shared, int block) const {
+    return cooperative_groups::this_cluster().map_shared_rank(shared, block);
+  }
+#endif
+
+ private:
+  static constexpr unsigned kWarp = 0xffffffffu;
+  // atomics know no uint64_t where that is unsigned long
+  static __device__ __forceinline__ unsigned long long* word(uint64_t* p) {
+    return reinterpret_cast<unsigned long long*>(p);
+  }
+  static __device__ __forceinline__ const unsigned long long* word(const uint64_t* p) {
+    return reinterpret_cast<const unsigned long long*>(p);
+  }
+};
+
+}  // namespace entropy_kernels::cuda

@@ -1,0 +1,75 @@
+// Token covariance in one launch: extremes and count, fixed-point sums, product of the deviations.
+#pragma once
+
+#include <cstdint>
+
+#include "common/fixed_point.h"
+#include "cuda/team.h"
+
+namespace entropy_kernels::cuda {
+
+template <class T>
+struct CovarianceArguments {
+  const T* logprob;
+  const T* advantages;
+  const uint8_t* mask;  // null: all tokens count
+  int64_t tokens;
+  int chunk;  // tokens per block
+  float* covariance;
+  uint64_t* exchange;  // Grid only: kTeamSlots words
+};
+
+template <class T, class Team>
+EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a) {
+  enum Slot { kLogprob, kAdvantages, kCount, kLogprobSum, kAdvantagesSum };
+  struct Token {
+    T logprob, advantage;
+    bool counts;
+  };
+  const TokenShare share(team.thread.block(), a.chunk, a.tokens);
+  const auto load = [&](int i) {
+    const int64_t position = share.begin + i;
+    return Token{a.logprob[position], a.advantages[position], a.mask == nullptr || a.mask[position] != 0};
+  };
+  const uint64_t* totals = team.shared.totals;
+
+  typename Magnitude<T>::Bits largest_logprob = 0, largest_advantage = 0;
+  int64_t counted = 0;
+  for_tokens(team, share.tokens, load, [&](int, const Token& token) {
+    const auto logprob = Magnitude<T>::of(token.logprob, token.counts);
+    const auto advantage = Magnitude<T>::of(token.advantage, token.counts);
+    largest_logprob = logprob > largest_logprob ? logprob : largest_logprob;
+    largest_advantage = advantage > largest_advantage ? advantage : largest_advantage;
+    counted += token.counts;
+  });
+  team.add_maximum(kLogprob, static_cast<uint64_t>(largest_logprob));
+  team.add_maximum(kAdvantages, static_cast<uint64_t>(largest_advantage));
+  team.add_sum(kCount, static_cast<uint64_t>(counted));
+  team.combine_slots(kLogprob, 2, 1);
+  const double logprob = Magnitude<T>::value(static_cast<typename Magnitude<T>::Bits>(totals[kLogprob]));
+  const double advantage = Magnitude<T>::value(static_cast<typename Magnitude<T>::Bits>(totals[kAdvantages]));
+  const double count = static_cast<double>(static_cast<int64_t>(totals[kCount]));
+
+  const double logprob_scale = power_of_two(fixed_point_exponent(logprob, count));
+  const double advantage_scale = power_of_two(fixed_point_exponent(advantage, count));
+  int64_t logprob_sum = 0, advantage_sum = 0;
+  for_tokens(team, share.tokens, load, [&](int, const Token& token) {
+    logprob_sum += to_fixed_point(value_if(token.logprob, token.counts), logprob_scale);
+    advantage_sum += to_fixed_point(value_if(token.advantage, token.counts), advantage_scale);
+  });
+  team.add_sum(kLogprobSum, static_cast<uint64_t>(logprob_sum));
+  team.add_sum(kAdvantagesSum, static_cast<uint64_t>(advantage_sum));
+  team.combine_slots(kLogprobSum, 0, 2);
+  const double logprob_mean = fixed_point_mean(static_cast<int64_t>(totals[kLogprobSum]), logprob, count);
+  const double advantage_mean = fixed_point_mean(static_cast<int64_t>(totals[kAdvantagesSum]), advantage, count);
+
+  for_tokens(team, share.tokens, load, [&](int i, const Token& token) {
+    if (i < share.tokens) {
+      a.covariance[share.begin + i] =
+          deviation_product(token.logprob, token.advantage, token.counts, logprob_mean, advantage_mean);
+    }
+  });
+  team.finish();
+}
+
+}  // namespace entropy_kernels::cuda

@@ -1,0 +1,144 @@
+// The steps of common/selection_steps.h, and the extremes and sums of the covariance, over all tokens.
+#include "common/fixed_point.h"
+#include "common/selection_steps.h"
+#include "cuda/launch.h"
+#include "cuda/selection.h"
+
+namespace entropy_kernels::cuda {
+namespace {
+
+constexpr int kStepThreads = 256;
+constexpr int kDigitThreads = 1024;  // few blocks: each adds up to 2048 bins to the global histogram
+constexpr int kTokensPerThread = 8;
+constexpr int kMaxStepBlocks = 4096;
+
+__device__ int64_t first_token() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+__device__ int64_t token_stride() { return int64_t{gridDim.x} * blockDim.x; }
+
+__device__ unsigned long long* atomic_word(void* p) { return static_cast<unsigned long long*>(p); }
+
+template <class Step>
+__global__ void __launch_bounds__(kStepThreads) token_step(const __grid_constant__ Step step, int64_t tokens) {
+  for (int64_t i = first_token(); i < tokens; i += token_stride()) {
+    step(i);
+  }
+}
+
+// Grid (blocks, rows); bins (rows, kRadixBins), 0.
+template <class Digit>
+__global__ void __launch_bounds__(kDigitThreads)
+    digit_step(const __grid_constant__ Digit digit, int64_t tokens, int64_t* bins) {
+  __shared__ uint32_t mine[kRadixBins];  // a block sees fewer than 2^32 tokens
+  for (int bin = threadIdx.x; bin < kRadixBins; bin += kDigitThreads) {
+    mine[bin] = 0;
+  }
+  __syncthreads();
+  for (int64_t i = first_token(); i < tokens; i += token_stride()) {
+    const int bin = digit(blockIdx.y, i);
+    if (bin >= 0) {
+      atomicAdd(mine + bin, 1u);
+    }
+  }
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < kRadixBins; bin += kDigitThreads) {
+    if (mine[bin] != 0) {
+      atomicAdd(atomic_word(bins + blockIdx.y * kRadixBins + bin), mine[bin]);
+    }
+  }
+}
+
+// out (3,) double, 0: largest |logprob| and |advantage|, number of tokens that count. Doubles >= 0 compare like their
+// bits, and whole numbers below 2^53 add exactly.
+template <class T>
+__global__ void __launch_bounds__(kStepThreads, 2)
+    extremes_step(const T* logprob, const T* advantages, const uint8_t* mask, int64_t tokens, double* out) {
+  typename Magnitude<T>::Bits largest_logprob = 0, largest_advantage = 0;
+  int count = 0;
+  for (int64_t i = first_token(); i < tokens; i += token_stride()) {
+    const bool valid = mask == nullptr || mask[i] != 0;
+    largest_logprob = max(largest_logprob, Magnitude<T>::of(logprob[i], valid));
+    largest_advantage = max(largest_advantage, Magnitude<T>::of(advantages[i], valid));
+    count += valid;
+  }
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
+    largest_logprob = max(largest_logprob, __shfl_xor_sync(0xffffffffu, largest_logprob, lane));
+    largest_advantage = max(largest_advantage, __shfl_xor_sync(0xffffffffu, largest_advantage, lane));
+    count += __shfl_xor_sync(0xffffffffu, count, lane);
+  }
+  if (threadIdx.x % kLanes == 0 && count != 0) {
+    atomicMax(atomic_word(out), __double_as_longlong(Magnitude<T>::value(largest_logprob)));
+    atomicMax(atomic_word(out + 1), __double_as_longlong(Magnitude<T>::value(largest_advantage)));
+    atomicAdd(out + 2, static_cast<double>(count));
+  }
+}
+
+// sums (2,), 0
+template <class T>
+__global__ void __launch_bounds__(kStepThreads, 2)
+    sums_step(const T* logprob, const T* advantages, const uint8_t* mask, const double* scales, int64_t tokens,
+              int64_t* sums) {
+  const double logprob_scale = scales[0], advantage_scale = scales[1];
+  int64_t logprob_sum = 0, advantage_sum = 0;
+  for (int64_t i = first_token(); i < tokens; i += token_stride()) {
+    const bool valid = mask == nullptr || mask[i] != 0;
+    logprob_sum += to_fixed_point(value_if(logprob[i], valid), logprob_scale);
+    advantage_sum += to_fixed_point(value_if(advantages[i], valid), advantage_scale);
+  }
+  for (int lane = kLanes / 2; lane > 0; lane /= 2) {
+    logprob_sum += __shfl_xor_sync(0xffffffffu, logprob_sum, lane);
+    advantage_sum += __shfl_xor_sync(0xffffffffu, advantage_sum, lane);
+  }
+  if (threadIdx.x % kLanes == 0) {
+    atomicAdd(atomic_word(sums), static_cast<unsigned long long>(logprob_sum));
+    atomicAdd(atomic_word(sums + 1), static_cast<unsigned long long>(advantage_sum));
+  }
+}
+
+dim3 step_grid(int64_t tokens, int threads, int64_t rows = 1) {
+  const int64_t per_block = int64_t{threads} * kTokensPerThread;
+  const int64_t blocks = (tokens + per_block - 1) / per_block;
+  return dim3(static_cast<unsigned>(blocks < kMaxStepBlocks ? blocks : kMaxStepBlocks), static_cast<unsigned>(rows));
+}
+
+}  // namespace
+
+template <class Step>
+void launch_token_step(const Step& step, int64_t tokens, cudaStream_t stream) {
+  token_step<<<step_grid(tokens, kStepThreads), kStepThreads, 0, stream>>>(step, tokens);
+  check(cudaGetLastError(), "selection: launch");
+}
+template void launch_token_step(const ValueKeyStep&, int64_t, cudaStream_t);
+template void launch_token_step(const RandomKeyStep&, int64_t, cudaStream_t);
+template void launch_token_step(const MaskStep&, int64_t, cudaStream_t);
+template void launch_token_step(const CovarianceStep<float>&, int64_t, cudaStream_t);
+template void launch_token_step(const CovarianceStep<double>&, int64_t, cudaStream_t);
+
+template <class Digit>
+void launch_digit_step(const Digit& digit, int64_t rows, int64_t tokens, int64_t* bins, cudaStream_t stream) {
+  digit_step<<<step_grid(tokens, kDigitThreads, rows), kDigitThreads, 0, stream>>>(digit, tokens, bins);
+  check(cudaGetLastError(), "selection: launch");
+}
+template void launch_digit_step(const KeyDigitStep&, int64_t, int64_t, int64_t*, cudaStream_t);
+template void launch_digit_step(const IndexDigitStep&, int64_t, int64_t, int64_t*, cudaStream_t);
+
+template <class T>
+void launch_extremes(const T* logprob, const T* advantages, const uint8_t* mask, int64_t tokens, double* out,
+                     cudaStream_t stream) {
+  extremes_step<<<step_grid(tokens, kStepThreads), kStepThreads, 0, stream>>>(logprob, advantages, mask, tokens, out);
+  check(cudaGetLastError(), "selection: launch");
+}
+template void launch_extremes(const float*, const float*, const uint8_t*, int64_t, double*, cudaStream_t);
+template void launch_extremes(const double*, const double*, const uint8_t*, int64_t, double*, cudaStream_t);
+
+template <class T>
+void launch_sums(const T* logprob, const T* advantages, const uint8_t* mask, const double* scales, int64_t tokens,
+                 int64_t* sums, cudaStream_t stream) {
+  sums_step<<<step_grid(tokens, kStepThreads), kStepThreads, 0, stream>>>(logprob, advantages, mask, scales, tokens,
+                                                                          sums);
+  check(cudaGetLastError(), "selection: launch");
+}
+template void launch_sums(const float*, const float*, const uint8_t*, const double*, int64_t, int64_t*, cudaStream_t);
+template void launch_sums(const double*, const double*, const uint8_t*, const double*, int64_t, int64_t*,
+                          cudaStream_t);
+
+}  // namespace entropy_kernels::cuda

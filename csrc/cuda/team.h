@@ -1,0 +1,225 @@
+// Blocks of one launch that work on a batch together: how they add histograms and small sums, which are integers, so
+// that the order in which blocks come does not matter.
+//   Cluster  up to 16 blocks that read one another's shared memory (sm_90 and later)
+//   Grid     any number of blocks that are resident together (a cooperative launch), by way of global memory
+// Thread is one thread of the launch: cooperating_thread.h on the device, an emulated one in the tests.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+#include "common/radix_select.h"
+
+namespace entropy_kernels::cuda {
+
+constexpr int kLanes = 32;
+constexpr int kTeamWords = 2 * kRadixBins;
+constexpr int kTeamSlots = 8;
+
+struct TeamShared {
+  uint32_t words[kTeamWords];   // this block's histograms
+  uint32_t slice[kTeamWords];   // Cluster: those words of all blocks together that this block adds up
+  uint64_t slots[kTeamSlots];   // this block's maxima and sums
+  uint64_t totals[kTeamSlots];  // those of all blocks
+};
+
+// What both have: the block's own shared memory.
+template <class Thread_>
+class Team {
+ public:
+  using Thread = Thread_;
+  static constexpr int kThreads = Thread::kThreads;
+
+  EK_HOST_DEVICE Team(Thread& thread_, TeamShared& shared_) : thread(thread_), shared(shared_) {
+    clear_words(kTeamWords);
+    if (thread.index() < kTeamSlots) {
+      shared.slots[thread.index()] = 0;
+    }
+    thread.barrier();
+  }
+  EK_HOST_DEVICE int lane() const { return thread.index() % kLanes; }
+  EK_HOST_DEVICE int warp() const { return thread.index() / kLanes; }
+
+  EK_HOST_DEVICE void count(int word) { thread.add(shared.words + word, 1u); }
+  // The warp's largest value, and the warp's sum, go to the block's slot.
+  EK_HOST_DEVICE void add_maximum(int slot, uint64_t value) {
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+      const uint64_t other = thread.shuffle_xor(value, mask);
+      value = other > value ? other : value;
+    }
+    if (lane() == 0) {
+      thread.maximum(shared.slots + slot, value);
+    }
+  }
+  EK_HOST_DEVICE void add_sum(int slot, uint64_t value) {
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+      value += thread.shuffle_xor(value, mask);
+    }
+    if (lane() == 0) {
+      thread.add(shared.slots + slot, value);
+    }
+  }
+
+  Thread& thread;
+  TeamShared& shared;
+
+ protected:
+  EK_HOST_DEVICE void clear_words(int count) {
+    for (int i = thread.index(); i < count; i += kThreads) {
+      shared.words[i] = 0;
+    }
+  }
+};
+
+template <class Thread>
+class Cluster : public Team<Thread> {
+ public:
+  using Team<Thread>::shared;
+  using Team<Thread>::thread;
+
+  EK_HOST_DEVICE Cluster(Thread& thread_, TeamShared& shared_) : Team<Thread>(thread_, shared_) {}
+
+  // Adds the first `count` words over the blocks, for `word` to read, and clears them. Who counts again passes a
+  // barrier of the block first.
+  EK_HOST_DEVICE void sum_words(int count) {
+    const int blocks = thread.blocks();
+    slice_ = (count + blocks - 1) / blocks;
+    const int begin = thread.block() * slice_;
+    const int end = begin + slice_ < count ? begin + slice_ : count;
+    thread.cluster_sync();
+    for (int i = begin + thread.index(); i < end; i += Thread::kThreads) {
+      uint32_t sum = 0;
+#pragma unroll 8
+      for (int block = 0; block < blocks; ++block) {
+        sum += *thread.in_block(shared.words + i, block);
+      }
+      shared.slice[i - begin] = sum;
+    }
+    thread.cluster_sync();  // from here on no other block reads the words
+    this->clear_words(count);
+  }
+  EK_HOST_DEVICE int64_t word(int i) const { return *thread.in_block(shared.slice + i % slice_, i / slice_); }
+
+  // Combines slots [first, first + maxima) by their maximum, the `sums` after them by addition. No slot twice.
+  EK_HOST_DEVICE void combine_slots(int first, int maxima, int sums) {
+    thread.cluster_sync();
+    const int rank = this->lane();
+    for (int i = this->warp(); i < maxima + sums; i += Thread::kThreads / kLanes) {
+      uint64_t value = rank < thread.blocks() ? *thread.in_block(shared.slots + first + i, rank) : 0;
+      for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+        const uint64_t other = thread.shuffle_xor(value, mask);
+        value = i >= maxima ? value + other : other > value ? other : value;
+      }
+      if (rank == 0) {
+        shared.totals[first + i] = value;
+      }
+    }
+    thread.barrier();
+  }
+
+  EK_HOST_DEVICE void finish() { thread.cluster_sync(); }  // a block's shared memory ends with it
+
+ private:
+  int slice_ = 1;
+};
+
+template <class Thread>
+class Grid : public Team<Thread> {
+ public:
+  using Team<Thread>::shared;
+  using Team<Thread>::thread;
+
+  // `exchange` has `size` words, whatever they hold: kTeamSlots and as many as sum_words will be asked for.
+  EK_HOST_DEVICE Grid(Thread& thread_, TeamShared& shared_, uint64_t* exchange, int size)
+      : Team<Thread>(thread_, shared_), exchange_(exchange) {
+    const int all = thread.blocks() * Thread::kThreads;
+    for (int i = thread.block() * Thread::kThreads + thread.index(); i < size; i += all) {
+      exchange[i] = 0;
+    }
+  }
+
+  EK_HOST_DEVICE void sum_words(int count) {
+    begin_ = next_;
+    next_ += count;
+    sync_once();
+    for (int i = thread.index(); i < count; i += Thread::kThreads) {
+      if (shared.words[i] != 0) {
+        thread.add_global(exchange_ + begin_ + i, shared.words[i]);
+        shared.words[i] = 0;
+      }
+    }
+    thread.grid_sync();
+  }
+  EK_HOST_DEVICE int64_t word(int i) const { return static_cast<int64_t>(thread.read_fresh(exchange_ + begin_ + i)); }
+
+  EK_HOST_DEVICE void combine_slots(int first, int maxima, int sums) {
+    sync_once();
+    const int slot = first + thread.index();
+    const bool mine = thread.index() < maxima + sums;
+    if (mine && thread.index() < maxima) {
+      thread.maximum_global(exchange_ + slot, shared.slots[slot]);
+    } else if (mine) {
+      thread.add_global(exchange_ + slot, shared.slots[slot]);
+    }
+    thread.grid_sync();
+    if (mine) {
+      shared.totals[slot] = thread.read_fresh(exchange_ + slot);
+    }
+    thread.barrier();
+  }
+
+  EK_HOST_DEVICE void finish() {}
+
+ private:
+  // Before the first addition the whole exchange has to be 0, later on this block's words have to be complete.
+  EK_HOST_DEVICE void sync_once() {
+    if (cleared_) {
+      thread.barrier();
+    } else {
+      thread.grid_sync();
+      cleared_ = true;
+    }
+  }
+
+  uint64_t* exchange_;
+  int begin_ = 0, next_ = kTeamSlots;
+  bool cleared_ = false;
+};
+
+// The tokens of a block: a chunk of the batch.
+struct TokenShare {
+  int64_t begin;
+  int tokens;
+
+  EK_HOST_DEVICE TokenShare(int block, int chunk, int64_t all) {
+    const int64_t first = static_cast<int64_t>(block) * chunk;
+    begin = first < all ? first : all;
+    tokens = all - begin < chunk ? static_cast<int>(all - begin) : chunk;
+  }
+};
+
+constexpr int kInFlight = 4;  // tokens that a thread loads before it looks at the first
+
+// use(token, load(token)) for tokens [0, tokens) of a block, a warp's lanes together: use also runs for a lane beyond
+// the last token, with the value-initialised load.
+template <class Team, class Load, class Use>
+EK_HOST_DEVICE void for_tokens(const Team& team, int tokens, const Load& load, const Use& use) {
+  for (int first = team.warp() * kLanes; first < tokens; first += kInFlight * Team::kThreads) {
+    decltype(load(0)) loaded[kInFlight] = {};
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      const int i = first + j * Team::kThreads + team.lane();
+      if (i < tokens) {
+        loaded[j] = load(i);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      if (first + j * Team::kThreads < tokens) {
+        use(first + j * Team::kThreads + team.lane(), loaded[j]);
+      }
+    }
+  }
+}
+
+}  // namespace entropy_kernels::cuda

@@ -1,0 +1,240 @@
+// The selection kernels of csrc/cuda on the CPU, for tests (cuda_selection_emulator.py): a fiber per thread, resumed in
+// random order. A barrier too few gives wrong numbers; memory ordering, PTX and speed do not show.
+#include <array>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cuda/covariance_kernels.h"
+#include "cuda/selection_kernels.h"
+#include "cuda_fibers.h"
+
+namespace entropy_kernels::cuda {
+namespace {
+
+constexpr int kEmulatedThreads = 64;
+
+struct Warp {
+  Rendezvous rendezvous{kLanes};
+  std::array<std::array<uint64_t, kLanes>, 2> slots;
+};
+
+// A block's shared memory, and behind it room for keys.
+struct Block {
+  Rendezvous rendezvous{kEmulatedThreads};
+  std::array<Warp, kEmulatedThreads / kLanes> warps;
+  std::vector<unsigned char> shared;
+};
+
+struct Launch {
+  Scheduler scheduler;
+  Rendezvous rendezvous;
+  std::vector<Block> blocks;
+
+  Launch(std::mt19937_64& random, int count, std::size_t shared_bytes)
+      : scheduler(random), rendezvous{count * kEmulatedThreads}, blocks(count) {
+    for (Block& block : blocks) block.shared.assign(shared_bytes, 0xff);
+  }
+};
+
+class EmulatedThread {
+ public:
+  static constexpr int kThreads = kEmulatedThreads;
+
+  EmulatedThread(Launch& launch, int block, int index) : launch_(launch), block_(block), index_(index) {}
+
+  int index() const { return index_; }
+  int block() const { return block_; }
+  int blocks() const { return static_cast<int>(launch_.blocks.size()); }
+
+  void barrier() { meet(own().rendezvous); }
+  void cluster_sync() { meet(launch_.rendezvous); }
+  void grid_sync() { meet(launch_.rendezvous); }
+
+  uint32_t ballot(bool value) {
+    const auto& slots = exchange(value);
+    uint32_t bits = 0;
+    for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(slots[lane]) << lane;
+    return bits;
+  }
+  template <class T>
+  T shuffle(T value, int lane) {
+    require(lane >= 0 && lane < kLanes, "a shuffle from no lane");
+    return static_cast<T>(exchange(static_cast<uint64_t>(value))[lane]);
+  }
+  template <class T>
+  T shuffle_up(T value, int distance) {
+    const int lane = index_ % kLanes;
+    return static_cast<T>(exchange(static_cast<uint64_t>(value))[lane < distance ? lane : lane - distance]);
+  }
+  template <class T>
+  T shuffle_xor(T value, int mask) {
+    return static_cast<T>(exchange(static_cast<uint64_t>(value))[index_ % kLanes ^ mask]);
+  }
+
+  template <class T>
+  void add(T* shared, T value) {
+    require_own(shared);
+    *shared += value;
+  }
+  void maximum(uint64_t* shared, uint64_t value) {
+    require_own(shared);
+    *shared = std::max(*shared, value);
+  }
+  void add_global(uint64_t* to, uint64_t value) { *to += value; }
+  void maximum_global(uint64_t* to, uint64_t value) { *to = std::max(*to, value); }
+  uint64_t read_fresh(const uint64_t* from) { return *from; }
+
+  template <class T>
+  T* in_block(T* shared, int block) {
+    require(launch_.rendezvous.generation > 0, "another block's shared memory before it is known to run");
+    require(block >= 0 && block < blocks(), "shared memory of no block");
+    const auto offset = reinterpret_cast<unsigned char*>(shared) - own().shared.data();
+    return reinterpret_cast<T*>(launch_.blocks[block].shared.data() + offset);
+  }
+
+ private:
+  Block& own() { return launch_.blocks[block_]; }
+  void require_own(const void* shared) {
+    const auto offset = static_cast<const unsigned char*>(shared) - own().shared.data();
+    require(offset >= 0 && offset < static_cast<std::ptrdiff_t>(own().shared.size()), "not this block's shared memory");
+  }
+  void meet(Rendezvous& rendezvous) {
+    const long mine = rendezvous.arrive();
+    launch_.scheduler.wait([&rendezvous, mine] { return rendezvous.generation > mine; });
+  }
+  // What all lanes of the warp give. Two sets of slots: a lane may give again before others have read.
+  const std::array<uint64_t, kLanes>& exchange(uint64_t value) {
+    Warp& warp = own().warps[index_ / kLanes];
+    auto& slots = warp.slots[exchanges_++ % 2];
+    slots[index_ % kLanes] = value;
+    meet(warp.rendezvous);
+    return slots;
+  }
+
+  Launch& launch_;
+  int block_, index_;
+  unsigned exchanges_ = 0;
+};
+
+// Runs body(thread, shared memory) in every thread of blocks that are resident together.
+template <class Body>
+void run(int blocks, std::size_t shared_bytes, uint64_t seed, const Body& body) {
+  std::mt19937_64 random(seed);
+  Launch launch(random, blocks, shared_bytes);
+  std::vector<EmulatedThread> threads;
+  threads.reserve(blocks * kEmulatedThreads);
+  for (int block = 0; block < blocks; ++block) {
+    for (int i = 0; i < kEmulatedThreads; ++i) {
+      EmulatedThread& thread = threads.emplace_back(launch, block, i);
+      launch.scheduler.add([&, block] { body(thread, launch.blocks[block].shared.data()); });
+    }
+  }
+  launch.scheduler.run();
+}
+
+struct SelectionShared {
+  TeamShared team;
+  SearchShared search;
+};
+
+struct Call {  // mirrored by cuda_selection_emulator.py
+  int32_t cluster, blocks, chunk;
+  uint64_t order;
+  const void *mask, *exclude, *index, *seed;
+  int64_t tokens;
+  double ratio;
+  int64_t k;
+  int32_t at_least_one, quantile, closed;
+  double low, high;
+  const void *first, *second;  // covariance; or log-probs and advantages
+  int32_t float64;
+  void* out;
+};
+
+void select(const Call& call) {
+  SelectionArguments a = {};
+  a.covariance = static_cast<const float*>(call.first);
+  a.mask = static_cast<const uint8_t*>(call.mask);
+  a.exclude = static_cast<const uint8_t*>(call.exclude);
+  a.index = static_cast<const int64_t*>(call.index);
+  a.tokens = call.tokens;
+  a.chunk = call.chunk;
+  a.count = {call.ratio, call.k, call.at_least_one != 0};
+  a.seed = static_cast<const int64_t*>(call.seed);
+  a.band = key_band(ordered_key(static_cast<float>(call.low)), ordered_key(static_cast<float>(call.high)),
+                    call.closed != 0);
+  a.quantile = call.quantile != 0;
+  a.closed = call.closed != 0;
+  a.low = call.low;
+  a.high = call.high;
+  a.selected = static_cast<uint8_t*>(call.out);
+  if (call.cluster != 0) {
+    run(call.blocks, sizeof(SelectionShared) + key_store_bytes(call.chunk), call.order,
+        [&](EmulatedThread& thread, unsigned char* memory) {
+          auto& shared = *reinterpret_cast<SelectionShared*>(memory);
+          auto* keys = reinterpret_cast<uint32_t*>(memory + sizeof(SelectionShared));
+          Cluster<EmulatedThread> team(thread, shared.team);
+          Selector<Cluster<EmulatedThread>>(team, shared.search, a, {keys, keys + a.chunk}).run();
+        });
+    return;
+  }
+  const int64_t padded = int64_t{call.blocks} * call.chunk;
+  std::vector<uint64_t> exchange(kSelectionExchange, ~uint64_t{0});
+  std::vector<uint32_t> keys(key_store_bytes(padded) / 4, ~0u);
+  run(call.blocks, sizeof(SelectionShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
+    auto& shared = *reinterpret_cast<SelectionShared*>(memory);
+    const int64_t begin = int64_t{thread.block()} * a.chunk;
+    Grid<EmulatedThread> team(thread, shared.team, exchange.data(), kSelectionExchange);
+    const KeyStore store = {keys.data() + begin, keys.data() + padded + begin / kLanes};
+    Selector<Grid<EmulatedThread>>(team, shared.search, a, store).run();
+  });
+}
+
+template <class T>
+void covariance(const Call& call) {
+  std::vector<uint64_t> exchange(kTeamSlots, ~uint64_t{0});
+  const CovarianceArguments<T> a = {static_cast<const T*>(call.first),
+                                    static_cast<const T*>(call.second),
+                                    static_cast<const uint8_t*>(call.mask),
+                                    call.tokens,
+                                    call.chunk,
+                                    static_cast<float*>(call.out),
+                                    exchange.data()};
+  run(call.blocks, sizeof(TeamShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
+    auto& shared = *reinterpret_cast<TeamShared*>(memory);
+    if (call.cluster != 0) {
+      Cluster<EmulatedThread> team(thread, shared);
+      covariance_block(team, a);
+    } else {
+      Grid<EmulatedThread> team(thread, shared, a.exchange, kTeamSlots);
+      covariance_block(team, a);
+    }
+  });
+}
+
+template <class Run>
+const char* guarded(const Run& run) {
+  static thread_local std::string error;
+  try {
+    run();
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace entropy_kernels::cuda
+
+// Both return null, or what went wrong.
+extern "C" const char* emulate_selection(const entropy_kernels::cuda::Call* call) {
+  return entropy_kernels::cuda::guarded([&] { entropy_kernels::cuda::select(*call); });
+}
+extern "C" const char* emulate_covariance(const entropy_kernels::cuda::Call* call) {
+  return entropy_kernels::cuda::guarded([&] {
+    call->float64 ? entropy_kernels::cuda::covariance<double>(*call) : entropy_kernels::cuda::covariance<float>(*call);
+  });
+}

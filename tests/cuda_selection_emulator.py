@@ -1,0 +1,96 @@
+"""The CUDA selection kernels on CPU tensors: cuda_selection_emulator.cpp behind the functions that every backend has.
+
+Needs a C++ compiler, no toolkit and no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cuda_emulator import COMPILER, HERE
+from entropy_kernels.backends.radix_select import Band, Count
+
+LANES = 32
+_P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
+
+
+class _Call(ctypes.Structure):
+    """``Call`` of cuda_selection_emulator.cpp."""
+
+    _fields_ = (
+        ("cluster", _I), ("blocks", _I), ("chunk", _I), ("order", ctypes.c_uint64),
+        ("mask", _P), ("exclude", _P), ("index", _P), ("seed", _P), ("tokens", _L), ("ratio", _D), ("k", _L),
+        ("at_least_one", _I), ("quantile", _I), ("closed", _I), ("low", _D), ("high", _D),
+        ("first", _P), ("second", _P), ("float64", _I), ("out", _P),
+    )  # fmt: skip
+
+
+def compile_library(folder: Path) -> ctypes.CDLL:
+    library = folder / "cuda_selection_emulator.so"
+    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
+    source = HERE / "cuda_selection_emulator.cpp"
+    subprocess.run([COMPILER, *flags, f"-I{HERE.parent / 'csrc'}", str(source), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for function in (loaded.emulate_selection, loaded.emulate_covariance):
+        function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_char_p
+    return loaded
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+@dataclass
+class Emulated:
+    """The kernels with a given team of blocks, its threads resumed in the order that ``order`` seeds."""
+
+    library: ctypes.CDLL
+    cluster: bool
+    blocks: int
+    order: int = 0
+
+    def _call(self, tokens: int, mask: Tensor | None) -> _Call:
+        each = -(-tokens // self.blocks)
+        chunk = -(-each // LANES) * LANES
+        return _Call(
+            cluster=self.cluster, blocks=self.blocks, chunk=chunk, order=self.order, tokens=tokens, mask=_pointer(mask)
+        )
+
+    @staticmethod
+    def _run(function, call: _Call) -> None:
+        error = function(ctypes.byref(call))
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def token_covariance(self, logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> Tensor:
+        out = torch.full(logprob.shape, torch.nan, dtype=torch.float32)
+        call = self._call(logprob.numel(), mask)
+        call.first, call.second, call.out = logprob.data_ptr(), advantages.data_ptr(), out.data_ptr()
+        call.float64 = logprob.dtype == torch.float64
+        self._run(self.library.emulate_covariance, call)
+        return out
+
+    def _select(self, call: _Call, covariance, exclude, token_index, count: Count) -> Tensor:
+        out = torch.full(covariance.shape, 77, dtype=torch.uint8)
+        call.exclude, call.index, call.first = _pointer(exclude), _pointer(token_index), covariance.data_ptr()
+        call.ratio = -1.0 if count.ratio is None else count.ratio
+        call.k = -1 if count.k is None else count.k
+        call.at_least_one, call.out = count.at_least_one, out.data_ptr()
+        self._run(self.library.emulate_selection, call)
+        assert bool((out <= 1).all()), "not every token was written, or not with a bool"
+        return out.view(torch.bool)
+
+    def kl_cov_mask(self, covariance, mask, exclude, token_index, count: Count) -> Tensor:
+        return self._select(self._call(covariance.numel(), mask), covariance, exclude, token_index, count)
+
+    def clip_cov_mask(self, covariance, mask, exclude, token_index, seed, count: Count, band: Band) -> Tensor:
+        call = self._call(covariance.numel(), mask)
+        call.seed, call.low, call.high = seed.data_ptr(), band.low, band.high
+        call.quantile, call.closed = band.quantile, band.closed
+        return self._select(call, covariance, exclude, token_index, count)
