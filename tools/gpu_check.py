@@ -65,7 +65,7 @@ def plan(python: str, out: Path, *, wheels: Path) -> list[Step]:
         Step("tests", (*pytest, "-m", "gpu", "-n", "8", "--dist", "loadfile", "tests"), 200, needs="build"),
         Step("benchmark-quick", _benchmark(python, out / "quick", "--quick"), 100, needs="build"),
     ]
-    # doctor's self-check calls every op of every backend on small data: what a tool that is a hundred times slower allows
+    # doctor's self-check calls every op of every backend on small data: the tools are a hundred times slower
     self_check = (python, "-m", "entropy_kernels.cli", "doctor")
     steps += [
         Step(tool, (*sanitizer, "--tool", tool, *self_check), 60, needs="build")
