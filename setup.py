@@ -73,7 +73,7 @@ def native_build() -> dict:
                 super().build_extension(ext)
                 return
             library = Path(self.get_ext_fullpath(ext.name))
-            if self.force or newer_group([*ext.sources, *ext.depends], str(library)):
+            if self.force or newer_group(ext.depends, str(library)):
                 folder = Path(self.build_temp) / "cuda"
                 cuda_build.build(library, folder, Path(torch.__file__).parent, torch_has_cuda=True)
 
@@ -104,10 +104,9 @@ def native_build() -> dict:
         ),
     ]
     if build_cuda():
-        depends = [*headers, "tools/cuda_build.py"]
-        extensions.append(
-            Extension("entropy_kernels._ops_cuda", sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"), depends=depends)
-        )
+        # no sources: torch would want to compile them itself
+        depends = [*headers, *sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"), "tools/cuda_build.py"]
+        extensions.append(Extension("entropy_kernels._ops_cuda", [], depends=depends))
     return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
 
 

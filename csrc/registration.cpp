@@ -1,4 +1,4 @@
-// Schemas of the native kernels, once. Each csrc/cpu/*.cpp (and later csrc/cuda/*.cu) registers its implementation
+// Schemas of the native kernels, once. Each csrc/cpu/*.cpp and csrc/cuda/*.cpp registers its implementation
 // with STABLE_TORCH_LIBRARY_IMPL. Through torch's stable ABI: one binary serves every torch >= 2.10 and every Python.
 // These are kernels, not public operators: autograd, fakes and argument checks belong to entropy_kernels/ops.
 #include <torch/csrc/stable/library.h>

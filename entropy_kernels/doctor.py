@@ -108,9 +108,11 @@ def auto_choices() -> list[tuple[str, str, str, str]]:
             if reason is not None:
                 rows.append((op, device, "none", reason))
                 continue
-            skipped = order[: order.index(chosen)]
-            why = f"first available of {', '.join(order)}"
-            rows.append((op, device, chosen, f"{why} (not {', '.join(skipped)}: see above)" if skipped else why))
+            why = [f"first of {', '.join(order)} that can run and is verified here"]
+            for skipped in order[: order.index(chosen)]:
+                reason = registry.unavailable(op, skipped) or registry.unverified(op, skipped, device)
+                why.append(f"not {skipped}: {reason}")
+            rows.append((op, device, chosen, "; ".join(why)))
     return rows
 
 

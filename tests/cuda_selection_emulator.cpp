@@ -33,7 +33,7 @@ struct Launch {
   std::vector<Block> blocks;
 
   Launch(std::mt19937_64& random, int count, std::size_t shared_bytes)
-      : scheduler(random), rendezvous{count * kEmulatedThreads}, blocks(count) {
+      : scheduler(random, count, kEmulatedThreads), rendezvous{count * kEmulatedThreads}, blocks(count) {
     for (Block& block : blocks) block.shared.assign(shared_bytes, 0xff);
   }
 };

@@ -118,7 +118,8 @@ def build(library: Path, folder: Path, torch_folder: Path, *, torch_has_cuda: bo
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("no CUDA toolkit found (nvcc; CUDA_HOME)")
-    flags = [*NVCC_FLAGS, *gencode_flags(architectures(toolkit_version(compiler)))]
+    targets = gencode_flags(architectures(toolkit_version(compiler)))
+    flags = [*NVCC_FLAGS, *targets]
     flags += [f"-I{ROOT / 'csrc'}", f"-isystem={torch_folder / 'include'}"]
     if report:
         flags += ["-Xptxas=-v"]  # with several threads the architectures' reports would mix
@@ -133,5 +134,6 @@ def build(library: Path, folder: Path, torch_folder: Path, *, torch_has_cuda: bo
         reports = list(pool.map(_run, commands))
     libraries = ["-ltorch_cpu", *(["-ltorch_cuda"] if torch_has_cuda else []), "-lc10"]
     folders = [f"-L{torch_folder / 'lib'}", f"-L{toolkit_root(compiler) / 'lib64'}"]
-    _run([compiler, "-shared", "-cudart=shared", *objects.values(), *folders, *libraries, "-o", str(library)])
+    link = [compiler, "-shared", "-cudart=shared", *targets, *objects.values(), *folders, *libraries]
+    _run([*link, "-o", str(library)])
     return "".join(reports)

@@ -1,7 +1,12 @@
-"""The C++ kernels of ``_ops.so`` under the names and signatures that every backend shares."""
+"""The C++ kernels of ``_ops.so`` and the CUDA kernels of ``_ops_cuda.so`` under the names that every backend shares.
+
+Both register under the same operators: torch picks by the device of the tensors.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +16,30 @@ from torch import Tensor
 from entropy_kernels.backends import radix_select, reused_memory
 from entropy_kernels.backends.radix_select import Band, Count
 
+_FOLDER = Path(__file__).parent.parent
+_CUDA_LIBRARY = _FOLDER / "_ops_cuda.so"
+
 
 def _load() -> str | None:
     """Load the extension; None, or the reason why it is not there."""
-    library = Path(__file__).parent.parent / "_ops.so"
+    library = _FOLDER / "_ops.so"
     if not library.exists():
         return "the C++ extension was not built (no compiler, or ENTROPY_KERNELS_SKIP_CPP was set at install)"
+    return _load_library(library)
+
+
+def _load_cuda() -> str | None:
+    """The same for the CUDA half, which needs the schemas of the other."""
+    if load_error is not None:
+        return load_error
+    if not _CUDA_LIBRARY.exists():
+        return "built without CUDA (no CUDA torch or toolkit at install, or ENTROPY_KERNELS_SKIP_CUDA was set)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return _load_library(_CUDA_LIBRARY)
+
+
+def _load_library(library: Path) -> str | None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -25,6 +48,7 @@ def _load() -> str | None:
 
 
 load_error = _load()
+cuda_load_error = _load_cuda()
 _ops = torch.ops.entropy_kernels_native
 
 
@@ -55,7 +79,12 @@ def token_stats_backward(
     vocab_size: int,
     inplace: bool,
 ) -> Tensor:
-    dlogits = logits if inplace else reused_memory.empty(logits.shape, logits.dtype)
+    if inplace:
+        dlogits = logits
+    elif logits.is_cpu:
+        dlogits = reused_memory.empty(logits.shape, logits.dtype)
+    else:
+        dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _ops.token_stats_backward(
         grad_logprob, grad_entropy, grad_collision, logits, target, temperature, state,
         softcap, ignore_index, vocab_start, vocab_size, dlogits,
@@ -112,3 +141,42 @@ def kl_cov_mask(
 def _count(count: Count) -> tuple[float, int, bool]:
     """-1 for the one of ratio and k that is not given."""
     return -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k, count.at_least_one
+
+
+def has_cuda_kernel(name: str) -> bool:
+    """Whether the CUDA half that is loaded implements the operator ``name``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"entropy_kernels_native::{name}", "CUDA")
+
+
+@dataclass(frozen=True)
+class CudaKernel:
+    """What one compiled kernel takes on the current device; bytes but for the registers."""
+
+    name: str
+    registers: int
+    shared: int  # static
+    local: int  # spills and stack: 0, or something is wrong
+    ptx_version: int
+
+
+def cuda_kernels() -> list[CudaKernel]:
+    """The statistics kernels as the driver has loaded them for the current CUDA device.
+
+    Raises:
+        RuntimeError: without the CUDA half, or without a device.
+    """
+    if cuda_load_error is not None:
+        raise RuntimeError(cuda_load_error)
+    query = ctypes.CDLL(str(_CUDA_LIBRARY)).entropy_kernels_cuda_kernels
+    query.restype = ctypes.c_char_p
+    return parse_cuda_kernels(query().decode())
+
+
+def parse_cuda_kernels(report: str) -> list[CudaKernel]:
+    kernels = []
+    for line in report.splitlines():
+        name, *numbers = line.split("\t")
+        if len(numbers) != 4:
+            raise RuntimeError(f"CUDA kernels: {report.strip()}")
+        kernels.append(CudaKernel(name, *map(int, numbers)))
+    return kernels

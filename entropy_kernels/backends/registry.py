@@ -23,13 +23,15 @@ OPS: dict[str, tuple[str, ...]] = {
 _STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_cov_mask": "selection"}
 _STEM["kl_cov_mask"] = "selection"
 
-# Rows of the table behind "auto": (device type, op) -> backends in order of preference. A row is there because a
-# measurement or, where no hardware run exists yet, the absence of one put it there (see benchmarks/results).
+# Rows of the table behind "auto": device type -> backends in order of preference. A row is there because a measurement
+# (benchmarks/results) or, where there is none yet, a count of bytes put it there.
 _AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch"),
-    # Neither the Triton nor the CUDA kernels have run on hardware yet: torch until they are verified.
-    "cuda": ("torch",),
+    "cuda": ("cuda", "triton", "torch"),
 }
+# (op, backend) -> architectures, such as "sm_90", on which a hardware run has verified our GPU kernels: "auto" chooses
+# them nowhere else. Empty: no GPU has run any of them yet.
+VERIFIED: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 def _module_name(op: str, backend: str) -> str:
@@ -43,7 +45,7 @@ def _module_name(op: str, backend: str) -> str:
 def unavailable(op: str, backend: str) -> str | None:
     """None if ``backend`` can run ``op`` in this process, else the reason why not."""
     if backend == "cuda":
-        return "the CUDA kernels are not part of this build"
+        return _cuda_unavailable(op)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install 'entropy_kernels[triton]')"
@@ -62,6 +64,35 @@ def unavailable(op: str, backend: str) -> str | None:
     return f"no kernel {', '.join(missing)} in {module.__name__}" if missing else None
 
 
+def _cuda_unavailable(op: str) -> str | None:
+    from entropy_kernels.backends import native
+
+    if native.cuda_load_error is not None:
+        return native.cuda_load_error
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"needs compute capability 8.0 or higher, this GPU is {architecture()}"
+    missing = [name for name in OPS[op] if not native.has_cuda_kernel(name)]
+    return f"no CUDA kernel {', '.join(missing)} yet" if missing else None
+
+
+@functools.cache
+def architecture() -> str:
+    """Of the current GPU: sm_90, gfx942."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def unverified(op: str, backend: str, device_type: str) -> str | None:
+    """Why "auto" does not choose a backend that could run: our GPU kernels, until hardware has verified them."""
+    if device_type == "cpu" or backend == "torch" or architecture() in VERIFIED.get((op, backend), ()):
+        return None
+    return f"no hardware run has verified it on {architecture()} yet; backend={backend!r} runs it all the same"
+
+
 def preference(op: str, device_type: str) -> tuple[str, ...]:
     """The backends that "auto" tries for ``op`` on a device type, in order."""
     return _AUTO.get(device_type, ("torch",))
@@ -70,7 +101,7 @@ def preference(op: str, device_type: str) -> tuple[str, ...]:
 @functools.cache
 def _auto(op: str, device_type: str) -> str:
     for backend in preference(op, device_type):
-        if unavailable(op, backend) is None:
+        if unavailable(op, backend) is None and unverified(op, backend, device_type) is None:
             return backend
     return "torch"
 
