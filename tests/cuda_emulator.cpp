@@ -55,7 +55,7 @@ struct Group {
   std::vector<std::unique_ptr<Block>> blocks;
 
   Group(std::mt19937_64& random, int blocks_, int threads, std::size_t shared_bytes)
-      : scheduler(random), cluster{blocks_ * threads} {
+      : scheduler(random, blocks_, threads), cluster{blocks_ * threads} {
     for (int i = 0; i < blocks_; ++i) blocks.push_back(std::make_unique<Block>(*this, threads, shared_bytes));
   }
 };

@@ -16,6 +16,8 @@
 
 namespace entropy_kernels::cuda {
 
+constexpr int kFibersOfWarp = 32;
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -27,7 +29,8 @@ struct Fiber {
 // All threads of the blocks that run together: one block, or a cluster.
 class Scheduler {
  public:
-  explicit Scheduler(std::mt19937_64& random) : random_(random) {}
+  Scheduler(std::mt19937_64& random, int blocks, int threads)
+      : random_(random), threads_(threads), held_back_(blocks > 1 ? static_cast<int>(random() % blocks) : -1) {}
 
   void add(std::function<void()> body) {
     auto fiber = std::make_unique<Fiber>();
@@ -53,6 +56,8 @@ class Scheduler {
     std::iota(order.begin(), order.end(), 0);
     for (bool all_done = false; !all_done;) {
       std::shuffle(order.begin(), order.end(), random_);
+      if (random_() % 16 == 0) favourite_ = random_() % (fibers_.size() / kFibersOfWarp);
+      const bool all_run = random_() % 16 == 0;
       bool progress = false;
       all_done = true;
       for (const int i : order) {
@@ -60,6 +65,13 @@ class Scheduler {
         Fiber& fiber = *fibers_[i];
         if (fiber.done) continue;
         all_done = false;
+        // mostly one warp runs, so that warps get as far apart as their barriers let them
+        if (!all_run && i / kFibersOfWarp != favourite_) {
+          progress = true;
+          continue;
+        }
+        // one block starts only when the others can do nothing without it
+        if (i / threads_ == held_back_) continue;
         if (fiber.ready && !fiber.ready()) continue;
         fiber.ready = nullptr;
         running_ = this;
@@ -68,9 +80,14 @@ class Scheduler {
         if (error_) std::rethrow_exception(error_);
         progress = true;
       }
-      if (!progress && !all_done) {
-        if (events_.empty()) throw std::runtime_error("deadlock: every thread waits");
-        happen();
+      if (!progress && !all_done) {  // in a pass in which all could run
+        if (!events_.empty()) {
+          happen();
+        } else if (held_back_ >= 0) {
+          held_back_ = -1;
+        } else {
+          throw std::runtime_error("deadlock: every thread waits");
+        }
       }
     }
     if (!events_.empty()) throw std::runtime_error("a copy is in flight after the last thread has left");
@@ -97,10 +114,13 @@ class Scheduler {
   }
 
   std::mt19937_64& random_;
+  int threads_;  // of a block
+  int held_back_;
   ucontext_t main_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<std::function<void()>> events_;
   Fiber* current_ = nullptr;
+  int favourite_ = 0;  // warp
   std::exception_ptr error_;
 };
 

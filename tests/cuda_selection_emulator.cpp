@@ -1,13 +1,13 @@
 // The selection kernels of csrc/cuda on the CPU, for tests (cuda_selection_emulator.py): a fiber per thread, resumed in
 // random order. A barrier too few gives wrong numbers; memory ordering, PTX and speed do not show.
 #include <array>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "cuda/covariance_kernels.h"
-#include "cuda/selection_kernels.h"
+#include "cuda/policy_loss_kernels.h"
 #include "cuda_fibers.h"
 
 namespace entropy_kernels::cuda {
@@ -33,7 +33,7 @@ struct Launch {
   std::vector<Block> blocks;
 
   Launch(std::mt19937_64& random, int count, std::size_t shared_bytes)
-      : scheduler(random), rendezvous{count * kEmulatedThreads}, blocks(count) {
+      : scheduler(random, count, kEmulatedThreads), rendezvous{count * kEmulatedThreads}, blocks(count) {
     for (Block& block : blocks) block.shared.assign(shared_bytes, 0xff);
   }
 };
@@ -61,16 +61,16 @@ class EmulatedThread {
   template <class T>
   T shuffle(T value, int lane) {
     require(lane >= 0 && lane < kLanes, "a shuffle from no lane");
-    return static_cast<T>(exchange(static_cast<uint64_t>(value))[lane]);
+    return std::bit_cast<T>(exchange(std::bit_cast<uint64_t>(value))[lane]);
   }
   template <class T>
   T shuffle_up(T value, int distance) {
     const int lane = index_ % kLanes;
-    return static_cast<T>(exchange(static_cast<uint64_t>(value))[lane < distance ? lane : lane - distance]);
+    return shuffle(value, lane < distance ? lane : lane - distance);
   }
   template <class T>
   T shuffle_xor(T value, int mask) {
-    return static_cast<T>(exchange(static_cast<uint64_t>(value))[index_ % kLanes ^ mask]);
+    return shuffle(value, index_ % kLanes ^ mask);
   }
 
   template <class T>
@@ -84,13 +84,16 @@ class EmulatedThread {
   }
   void add_global(uint64_t* to, uint64_t value) { *to += value; }
   void maximum_global(uint64_t* to, uint64_t value) { *to = std::max(*to, value); }
-  uint64_t read_fresh(const uint64_t* from) { return *from; }
+  template <class T>
+  T read_fresh(const T* from) {
+    return *from;
+  }
 
   template <class T>
   T* in_block(T* shared, int block) {
     require(launch_.rendezvous.generation > 0, "another block's shared memory before it is known to run");
     require(block >= 0 && block < blocks(), "shared memory of no block");
-    const auto offset = reinterpret_cast<unsigned char*>(shared) - own().shared.data();
+    const auto offset = reinterpret_cast<const unsigned char*>(shared) - own().shared.data();
     return reinterpret_cast<T*>(launch_.blocks[block].shared.data() + offset);
   }
 
@@ -153,7 +156,7 @@ struct Call {  // mirrored by cuda_selection_emulator.py
   void* out;
 };
 
-void select(const Call& call) {
+SelectionArguments selection_of(const Call& call) {
   SelectionArguments a = {};
   a.covariance = static_cast<const float*>(call.first);
   a.mask = static_cast<const uint8_t*>(call.mask);
@@ -169,6 +172,11 @@ void select(const Call& call) {
   a.closed = call.closed != 0;
   a.low = call.low;
   a.high = call.high;
+  return a;
+}
+
+void select(const Call& call) {
+  SelectionArguments a = selection_of(call);
   a.selected = static_cast<uint8_t*>(call.out);
   if (call.cluster != 0) {
     run(call.blocks, sizeof(SelectionShared) + key_store_bytes(call.chunk), call.order,
@@ -177,6 +185,7 @@ void select(const Call& call) {
           auto* keys = reinterpret_cast<uint32_t*>(memory + sizeof(SelectionShared));
           Cluster<EmulatedThread> team(thread, shared.team);
           Selector<Cluster<EmulatedThread>>(team, shared.search, a, {keys, keys + a.chunk}).run();
+          team.finish();
         });
     return;
   }
@@ -207,9 +216,70 @@ void covariance(const Call& call) {
     if (call.cluster != 0) {
       Cluster<EmulatedThread> team(thread, shared);
       covariance_block(team, a);
+      team.finish();
     } else {
       Grid<EmulatedThread> team(thread, shared, a.exchange, kTeamSlots);
       covariance_block(team, a);
+    }
+  });
+}
+
+struct PolicyLossCall {  // mirrored by cuda_selection_emulator.py
+  Call selection;
+  const void *old_logprob, *given, *coefficient;
+  double clip_low, clip_high, dual_clip;
+  int32_t selected, select, exclude_clipped, penalty, square_slope;
+  void *covariance, *mask, *slope, *totals;
+};
+
+void policy_loss(const PolicyLossCall& call) {
+  const Call& c = call.selection;
+  std::vector<uint64_t> exchange(kSelectionExchange, ~uint64_t{0});
+  const int64_t padded = int64_t{c.blocks} * c.chunk;
+  std::vector<uint32_t> keys(key_store_bytes(padded) / 4, ~0u);
+  std::vector<double> partials(c.blocks * kPolicySums, NAN);
+  PolicyLossArguments a = {};
+  a.old_logprob = static_cast<const float*>(call.old_logprob);
+  a.clips = {static_cast<float>(call.clip_low), static_cast<float>(call.clip_high), static_cast<float>(call.dual_clip)};
+  a.selected = static_cast<Selected>(call.selected);
+  a.select = call.select != 0;
+  a.exclude_clipped = call.exclude_clipped != 0;
+  a.given = static_cast<const uint8_t*>(call.given);
+  a.penalty = static_cast<Penalty>(call.penalty);
+  a.square_slope = call.square_slope != 0;
+  a.coefficient = static_cast<const float*>(call.coefficient);
+  a.term = static_cast<float*>(c.out);
+  a.slope = static_cast<float*>(call.slope);
+  a.totals = static_cast<double*>(call.totals);
+  a.partials = partials.data();
+  a.covariance = {static_cast<const float*>(c.first),
+                  static_cast<const float*>(c.second),
+                  static_cast<const uint8_t*>(c.mask),
+                  c.tokens,
+                  c.chunk,
+                  static_cast<float*>(call.covariance),
+                  exchange.data()};
+  a.selection = selection_of(c);
+  a.selection.covariance = a.covariance.covariance;
+  a.selection.selected = static_cast<uint8_t*>(call.mask);
+  a.selection.exclude = a.exclude_clipped ? a.selection.selected : nullptr;
+  struct Shared {
+    SelectionShared selection;
+    PolicyLossShared loss;
+  };
+  const std::size_t key_bytes = c.cluster != 0 ? key_store_bytes(c.chunk) : 0;
+  run(c.blocks, sizeof(Shared) + key_bytes, c.order, [&](EmulatedThread& thread, unsigned char* memory) {
+    auto& shared = *reinterpret_cast<Shared*>(memory);
+    if (c.cluster != 0) {
+      auto* own_keys = reinterpret_cast<uint32_t*>(memory + sizeof(Shared));
+      Cluster<EmulatedThread> team(thread, shared.selection.team);
+      policy_loss_block(team, shared.selection.search, shared.loss, a, {own_keys, own_keys + c.chunk});
+      team.finish();
+    } else {
+      const int64_t begin = int64_t{thread.block()} * c.chunk;
+      Grid<EmulatedThread> team(thread, shared.selection.team, exchange.data(), kSelectionExchange);
+      policy_loss_block(team, shared.selection.search, shared.loss, a,
+                        {keys.data() + begin, keys.data() + padded + begin / kLanes});
     }
   });
 }
@@ -229,9 +299,12 @@ const char* guarded(const Run& run) {
 }  // namespace
 }  // namespace entropy_kernels::cuda
 
-// Both return null, or what went wrong.
+// They return null, or what went wrong.
 extern "C" const char* emulate_selection(const entropy_kernels::cuda::Call* call) {
   return entropy_kernels::cuda::guarded([&] { entropy_kernels::cuda::select(*call); });
+}
+extern "C" const char* emulate_policy_loss(const entropy_kernels::cuda::PolicyLossCall* call) {
+  return entropy_kernels::cuda::guarded([&] { entropy_kernels::cuda::policy_loss(*call); });
 }
 extern "C" const char* emulate_covariance(const entropy_kernels::cuda::Call* call) {
   return entropy_kernels::cuda::guarded([&] {

@@ -9,6 +9,7 @@ import ctypes
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from cuda_emulator import COMPILER, HERE
 from entropy_kernels.backends.radix_select import Band, Count
 
 LANES = 32
+POLICY_TOTALS = 13
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 
 
@@ -31,6 +33,27 @@ class _Call(ctypes.Structure):
     )  # fmt: skip
 
 
+class _PolicyLossCall(ctypes.Structure):
+    """``PolicyLossCall`` of cuda_selection_emulator.cpp."""
+
+    _fields_ = (
+        ("selection", _Call), ("old_logprob", _P), ("given", _P), ("coefficient", _P),
+        ("clip_low", _D), ("clip_high", _D), ("dual_clip", _D),
+        *((name, _I) for name in ("selected", "select", "exclude_clipped", "penalty", "square_slope")),
+        *((name, _P) for name in ("covariance", "mask", "slope", "totals")),
+    )  # fmt: skip
+
+
+class PolicyLossOutputs(NamedTuple):
+    """What one launch writes."""
+
+    covariance: Tensor
+    selected: Tensor
+    term: Tensor
+    slope: Tensor
+    totals: Tensor
+
+
 def compile_library(folder: Path) -> ctypes.CDLL:
     library = folder / "cuda_selection_emulator.so"
     flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
@@ -39,6 +62,8 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     for function in (loaded.emulate_selection, loaded.emulate_covariance):
         function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_char_p
+    loaded.emulate_policy_loss.argtypes = [ctypes.POINTER(_PolicyLossCall)]
+    loaded.emulate_policy_loss.restype = ctypes.c_char_p
     return loaded
 
 
@@ -76,12 +101,22 @@ class Emulated:
         self._run(self.library.emulate_covariance, call)
         return out
 
+    @staticmethod
+    def _set_count(call: _Call, count: Count) -> None:
+        call.ratio = -1.0 if count.ratio is None else count.ratio
+        call.k = -1 if count.k is None else count.k
+        call.at_least_one = count.at_least_one
+
+    @staticmethod
+    def _set_band(call: _Call, seed: Tensor, band: Band) -> None:
+        call.seed, call.low, call.high = seed.data_ptr(), band.low, band.high
+        call.quantile, call.closed = band.quantile, band.closed
+
     def _select(self, call: _Call, covariance, exclude, token_index, count: Count) -> Tensor:
         out = torch.full(covariance.shape, 77, dtype=torch.uint8)
         call.exclude, call.index, call.first = _pointer(exclude), _pointer(token_index), covariance.data_ptr()
-        call.ratio = -1.0 if count.ratio is None else count.ratio
-        call.k = -1 if count.k is None else count.k
-        call.at_least_one, call.out = count.at_least_one, out.data_ptr()
+        self._set_count(call, count)
+        call.out = out.data_ptr()
         self._run(self.library.emulate_selection, call)
         assert bool((out <= 1).all()), "not every token was written, or not with a bool"
         return out.view(torch.bool)
@@ -91,6 +126,35 @@ class Emulated:
 
     def clip_cov_mask(self, covariance, mask, exclude, token_index, seed, count: Count, band: Band) -> Tensor:
         call = self._call(covariance.numel(), mask)
-        call.seed, call.low, call.high = seed.data_ptr(), band.low, band.high
-        call.quantile, call.closed = band.quantile, band.closed
+        self._set_band(call, seed, band)
         return self._select(call, covariance, exclude, token_index, count)
+
+    def policy_loss(
+        self, logprob, old_logprob, advantages, mask, token_index, given, coefficient, seed, count: Count | None,
+        band: Band | None, clips: tuple[float, float, float], selected: int, exclude_clipped: bool, penalty: int,
+        square_slope: bool,
+    ) -> PolicyLossOutputs:  # fmt: skip
+        """``count``: select here. ``clips``, ``selected`` and ``penalty`` as in csrc/common/policy_term.h."""
+        tokens = logprob.numel()
+        floats = [torch.full((tokens,), torch.nan) for _ in range(3)]
+        chosen = torch.full((tokens,), 77, dtype=torch.uint8)
+        totals = torch.full((POLICY_TOTALS,), torch.nan, dtype=torch.float64)
+        call = self._call(tokens, mask)
+        call.first, call.second, call.index = logprob.data_ptr(), advantages.data_ptr(), _pointer(token_index)
+        if count is not None:
+            self._set_count(call, count)
+        if band is not None:
+            self._set_band(call, seed, band)
+        covariance, term, slope = floats
+        call.out = term.data_ptr()
+        policy = _PolicyLossCall(
+            selection=call, old_logprob=old_logprob.data_ptr(), given=_pointer(given),
+            coefficient=_pointer(coefficient), clip_low=clips[0], clip_high=clips[1], dual_clip=clips[2],
+            selected=selected, select=count is not None, exclude_clipped=exclude_clipped, penalty=penalty,
+            square_slope=square_slope, covariance=covariance.data_ptr(), mask=chosen.data_ptr(),
+            slope=slope.data_ptr(), totals=totals.data_ptr(),
+        )  # fmt: skip
+        self._run(self.library.emulate_policy_loss, policy)
+        if count is not None:
+            assert bool((chosen <= 1).all()), "not every token was written, or not with a bool"
+        return PolicyLossOutputs(covariance, chosen.view(torch.bool), term, slope, totals)

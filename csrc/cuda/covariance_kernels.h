@@ -19,6 +19,9 @@ struct CovarianceArguments {
   uint64_t* exchange;  // Grid only: kTeamSlots words
 };
 
+constexpr int kCovarianceSlots = 5;
+
+// Writes the covariance of the block's tokens.
 template <class T, class Team>
 EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a) {
   enum Slot { kLogprob, kAdvantages, kCount, kLogprobSum, kAdvantagesSum };
@@ -69,7 +72,6 @@ EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a
           deviation_product(token.logprob, token.advantage, token.counts, logprob_mean, advantage_mean);
     }
   });
-  team.finish();
 }
 
 }  // namespace entropy_kernels::cuda

@@ -78,14 +78,17 @@ class Selector {
       : team_(team), thread_(team.thread), shared_(shared), a_(arguments),
         store_(store), share_(team.thread.block(), a_.chunk, a_.tokens) {}
 
-  EK_HOST_DEVICE void run() {
+  // Writes the mask of the block's tokens; returns the band of random keys' candidates.
+  EK_HOST_DEVICE KeyBand run() {
     const bool random = a_.seed != nullptr;
+    KeyBand band = a_.band;
     const uint64_t seed = random ? static_cast<uint64_t>(*a_.seed) : 0;
     take_tokens(random && !a_.quantile, seed);
     team_.sum_words(kRadixBins + 1);
     const int64_t valid = team_.word(kRadixBins);
     if (random && a_.quantile) {
-      rekey(quantile_band(), seed);
+      band = quantile_band();
+      rekey(band, seed);
       team_.sum_words(kRadixBins);
     }
     Search search{0, 0, 0};
@@ -105,7 +108,7 @@ class Selector {
       }
     }
     write(any, static_cast<uint32_t>(search.prefix), order, last_tie);
-    team_.finish();
+    return band;
   }
 
  private:
