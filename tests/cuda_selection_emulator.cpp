@@ -165,13 +165,7 @@ SelectionArguments selection_of(const Call& call) {
   a.tokens = call.tokens;
   a.chunk = call.chunk;
   a.count = {call.ratio, call.k, call.at_least_one != 0};
-  a.seed = static_cast<const int64_t*>(call.seed);
-  a.band = key_band(ordered_key(static_cast<float>(call.low)), ordered_key(static_cast<float>(call.high)),
-                    call.closed != 0);
-  a.quantile = call.quantile != 0;
-  a.closed = call.closed != 0;
-  a.low = call.low;
-  a.high = call.high;
+  set_band(a, static_cast<const int64_t*>(call.seed), call.low, call.high, call.quantile != 0, call.closed != 0);
   return a;
 }
 

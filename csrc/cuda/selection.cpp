@@ -2,13 +2,13 @@
 // selection_kernels.h and covariance_kernels.h, what happens in the single steps in common/selection_steps.h.
 #include "cuda/selection.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+
+#include "cuda/tensors.h"
 
 namespace entropy_kernels::cuda {
 namespace {
@@ -16,25 +16,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 TokenIndex token_index_of(const std::optional<Tensor>& given, const Tensor& offset) {
   return {data<int64_t>(given), data<int64_t>(offset)};
@@ -48,11 +29,6 @@ void with_type(const Tensor& logprob, const Tensor& advantages, const Body& body
   } else {
     body(data<float>(logprob), data<float>(advantages));
   }
-}
-
-// Memory of a launch, freed when the op returns: the allocator gives it to nothing that runs before on this stream.
-Tensor words(const Tensor& like, int64_t count) {
-  return torch::stable::new_empty(like, {count}, ScalarType::Long);
 }
 
 Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {
@@ -106,13 +82,7 @@ Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::
                      bool at_least_one, double low, double high, bool quantile, bool closed) {
   SelectionArguments arguments = {};
   arguments.count = {ratio, k, at_least_one};
-  arguments.seed = data<int64_t>(seed);
-  arguments.quantile = quantile;
-  arguments.closed = closed;
-  arguments.low = low;
-  arguments.high = high;
-  arguments.band =
-      key_band(ordered_key(static_cast<float>(low)), ordered_key(static_cast<float>(high)), closed);
+  set_band(arguments, data<int64_t>(seed), low, high, quantile, closed);
   return select(arguments, covariance, mask, exclude, token_index);
 }
 

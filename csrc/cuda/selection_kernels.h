@@ -32,6 +32,16 @@ struct SelectionArguments {
   uint64_t* exchange;
 };
 
+EK_HOST_DEVICE void set_band(SelectionArguments& arguments, const int64_t* seed, double low, double high,
+                             bool quantile, bool closed) {
+  arguments.seed = seed;
+  arguments.band = key_band(ordered_key(static_cast<float>(low)), ordered_key(static_cast<float>(high)), closed);
+  arguments.quantile = quantile;
+  arguments.closed = closed;
+  arguments.low = low;
+  arguments.high = high;
+}
+
 // Words that a Grid exchanges at most: three rounds for the quantiles, two searches at a time, three for the keys (the
 // first with the number of tokens that count), and one for each digit of a tie.
 constexpr int kSelectionExchange = kTeamSlots + 2 * (kRadixBins + 1) + 4 * kRadixBins + 2 * kRadixBins + 6 * kRadixBins;
