@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 import cuda_selection_emulator as emulator
+import entropy_kernels as ek
 from calls import same_bits
 from cuda_emulator import missing
+from entropy_kernels.backends import native
 from entropy_kernels.backends.eager import selection as eager
 from entropy_kernels.backends.radix_select import Band, Count
 from entropy_kernels.losses.inputs import prepare
 from entropy_kernels.losses.surrogate import branches, penalty, surrogate
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+REASON = ek.backends()["clip_cov_mask"]["cuda"]
 
 INF, NAN = math.inf, math.nan
 UNCHANGED, DROPPED, DETACHED, PENALISED = range(4)
@@ -39,6 +41,19 @@ class Case(NamedTuple):
     band: Band | None = None
     exclude_clipped: bool = False
     estimator: str = "abs"
+
+    @property
+    def clips(self) -> tuple[float, float, float]:
+        low = -INF if self.clip_low is None else 1 - self.clip_low
+        high = INF if self.clip_high is None else 1 + self.clip_high
+        return low, high, INF if self.dual_clip is None else self.dual_clip
+
+    @property
+    def penalty(self) -> tuple[int, bool]:
+        return PENALTIES.index(self.estimator.removesuffix("+")), self.estimator.endswith("+")
+
+    def given(self, data: dict[str, Tensor]) -> Tensor | None:
+        return data["given"] if self.count is None and self.selected != UNCHANGED else None
 
 
 CLIP = Case(DROPPED, count=Count(0.1, None, True), band=Band(0.05, 2.0, False, False))
@@ -124,6 +139,21 @@ def expect(case: Case, data: dict[str, Tensor], coefficient: Tensor, seed: Tenso
     }
 
 
+def compare(case: Case, got: Any, expected: dict[str, Any], special: str) -> None:
+    covariance, selected, term, slope, totals = got
+    assert same_bits(covariance, expected["covariance"])
+    if case.count is not None:
+        assert torch.equal(selected, expected["selected"])
+        assert bool(selected.any()) == (special != "nonfinite")  # every covariance is NaN then
+    close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
+    torch.testing.assert_close(term, expected["term"], **close)
+    torch.testing.assert_close(slope, expected["slope"], **close)
+    for name, total in zip(SUMS, totals, strict=False):
+        torch.testing.assert_close(total, expected["sums"][name], **{**close, "rtol": 1e-5}, msg=name)
+    torch.testing.assert_close(totals[len(SUMS) :], expected["maxima"], **close)
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize("team", [(True, 1), (True, 4), (False, 3)], ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("special", ["", "overflow", "nonfinite"])
@@ -132,30 +162,34 @@ def test_policy_loss(library: Any, case: Case, team: tuple[bool, int], special: 
     coefficient, seed = torch.tensor(0.7), torch.tensor(5)
     for tokens in (40, 777):
         data = batch(tokens, tokens, special)
-        expected = expect(case, data, coefficient, seed)
-        clips = (
-            -INF if case.clip_low is None else 1 - case.clip_low,
-            INF if case.clip_high is None else 1 + case.clip_high,
-            INF if case.dual_clip is None else case.dual_clip,
-        )
         got = kernels.policy_loss(
             data["logprob"], data["old_logprob"], data["advantages"], data["mask"], data["token_index"],
-            data["given"] if case.count is None and case.selected != UNCHANGED else None, coefficient, seed,
-            case.count, case.band, clips, case.selected, case.exclude_clipped,
-            PENALTIES.index(case.estimator.removesuffix("+")), case.estimator.endswith("+"),
+            case.given(data), coefficient, seed, case.count, case.band, case.clips, case.selected,
+            case.exclude_clipped, *case.penalty,
         )  # fmt: skip
-        assert same_bits(got.covariance, expected["covariance"])
-        if case.count is not None:
-            assert torch.equal(got.selected, expected["selected"])
-            assert bool(got.selected.any()) == (special != "nonfinite")  # every covariance is NaN then
-        close: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6, "equal_nan": True}
-        torch.testing.assert_close(got.term, expected["term"], **close)
-        torch.testing.assert_close(got.slope, expected["slope"], **close)
-        for name, total in zip(SUMS, got.totals, strict=False):
-            torch.testing.assert_close(total, expected["sums"][name], **{**close, "rtol": 1e-5}, msg=name)
-        torch.testing.assert_close(got.totals[len(SUMS) :], expected["maxima"], **close)
+        compare(case, got, expect(case, data, coefficient, seed), special)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("special", ["", "overflow", "nonfinite"])
+def test_operator_on_hardware(case: Case, special: str) -> None:
+    coefficient, seed = torch.tensor(0.7), torch.tensor(5)
+    count, band = case.count or Count(None, 0, True), case.band or Band(0.0, 0.0, False, False)
+    for tokens in (40, 70_000, 600_000):
+        data = batch(tokens, tokens, special)
+        on_gpu = {name: value.cuda() for name, value in data.items()}
+        term, slope, covariance, selected, totals = torch.ops.entropy_kernels_native.policy_loss(
+            on_gpu["logprob"], on_gpu["old_logprob"], on_gpu["advantages"], on_gpu["mask"], case.given(on_gpu),
+            on_gpu["token_index"], seed.cuda() if case.band else None, coefficient.cuda(), *case.clips, case.selected,
+            case.count is not None, case.exclude_clipped, *case.penalty, *native._count(count), *band,
+        )  # fmt: skip
+        got = (x.cpu() for x in (covariance, selected, term, slope, totals))
+        compare(case, got, expect(case, data, coefficient, seed), special)
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_without_valid_tokens(library: Any) -> None:
     data = batch(100, 3)
     nothing = torch.zeros(100, dtype=torch.bool)

@@ -1,6 +1,6 @@
 """The CUDA selection kernels, emulated on the CPU, against the torch backend: equal bits for every team of blocks.
 
-What runs on a GPU itself is in test_selection*.py, whose places include the backend "cuda".
+On a GPU test_selection*.py run on the kernels themselves; what those do not ask of them is at the end here.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 import cuda_selection_emulator as emulator
+import entropy_kernels as ek
 from calls import same_bits
 from cuda_emulator import missing
+from entropy_kernels.backends import native, radix_select
 from entropy_kernels.backends.eager import selection as eager
 from entropy_kernels.backends.radix_select import Band, Count
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+REASON = ek.backends()["clip_cov_mask"]["cuda"]
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}")]
+emulated = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 INF, NAN = math.inf, math.nan
 # (cluster or grid, blocks): alone, two, as many as leave some without tokens
@@ -71,6 +75,7 @@ def check(kernels: emulator.Emulated, tokens: tuple, count: Count, seed: int, ba
     return selected
 
 
+@emulated
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("levels", [None, 1])
 def test_masks(kernels: emulator.Emulated, tokens: int, levels: int | None) -> None:
@@ -85,6 +90,7 @@ def test_masks(kernels: emulator.Emulated, tokens: int, levels: int | None) -> N
     assert selected > tokens
 
 
+@emulated
 @pytest.mark.parametrize("tokens", [5, 3000])
 def test_ties(kernels: emulator.Emulated, tokens: int) -> None:
     """All equal, so the digits of the token index decide: two rounds for 3000 positions, six for given indices."""
@@ -98,6 +104,7 @@ def test_ties(kernels: emulator.Emulated, tokens: int) -> None:
             assert torch.equal(kernels.kl_cov_mask(covariance, None, None, given, Count(None, k, True)), expected)
 
 
+@emulated
 def test_nothing_to_select(kernels: emulator.Emulated) -> None:
     covariance, nothing = torch.randn(100), torch.zeros(100, dtype=torch.bool)
     for tokens in (
@@ -110,6 +117,7 @@ def test_nothing_to_select(kernels: emulator.Emulated) -> None:
     assert check(kernels, (covariance, None, None, None), Count(None, 0, True), 3, BANDS) == 0
 
 
+@emulated
 def test_the_order_of_threads_does_not_matter(library: Any) -> None:
     data = tuple(batch(700, 2, seed=9).values())
     expected = eager.clip_cov_mask(*data, torch.tensor(4), COUNTS[0], BANDS[4], "")
@@ -119,6 +127,7 @@ def test_the_order_of_threads_does_not_matter(library: Any) -> None:
             assert torch.equal(kernels.clip_cov_mask(*data, torch.tensor(4), COUNTS[0], BANDS[4]), expected)
 
 
+@emulated
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_covariance(kernels: emulator.Emulated, tokens: int, dtype: torch.dtype) -> None:
@@ -139,3 +148,74 @@ def test_covariance(kernels: emulator.Emulated, tokens: int, dtype: torch.dtype)
         expected = eager.token_covariance(lp, adv, valid, "")
         got = kernels.token_covariance(lp, adv, valid)
         assert same_bits(got, expected)
+
+
+class TestOnHardware:
+    """Clusters of every size, cooperative grids, and what a stream must not see."""
+
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("tokens", [1, 4096, 4097, 20_000, 65_536, 300_001, 524_288, 524_289, 4_000_003])
+    @pytest.mark.parametrize("levels", [None, 1])
+    def test_masks(self, tokens: int, levels: int | None) -> None:
+        data = {name: value.cuda() for name, value in batch(tokens, levels, seed=tokens).items()}
+        clip = {"seed": 7}
+        quantile = {"seed": 7, "low": 0.4, "high": 0.95, "band": "quantile", "closed": True}
+        for options in (data, {"covariance": data["covariance"]}, {**data, "token_index": None}):
+            for count in ({"ratio": 2e-4}, {"k": 1000}, {"ratio": 0.6}):
+                for function, more in ((ek.kl_cov_mask, {}), (ek.clip_cov_mask, clip), (ek.clip_cov_mask, quantile)):
+                    arguments: dict[str, Any] = {**options, **count, **more}
+                    assert torch.equal(function(**arguments, backend="cuda"), function(**arguments, backend="torch"))
+
+    @pytest.mark.parametrize("tokens", [1, 5000, 65_536, 524_289, 4_000_003])
+    def test_covariance(self, tokens: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        logprob, advantages = (torch.randn(tokens, generator=generator).cuda() for _ in range(2))
+        mask = (torch.rand(tokens, generator=generator) < 0.8).cuda()
+        for lp in (logprob, logprob.double()):
+            expected = ek.token_covariance(lp, advantages, mask, backend="torch")
+            assert same_bits(ek.token_covariance(lp, advantages, mask, backend="cuda"), expected)
+
+    @pytest.mark.parametrize("tokens", [1000, 600_000])
+    def test_steps(self, tokens: int) -> None:
+        """Those for batches over ranks, here of one."""
+        data = {name: value.cuda() for name, value in batch(tokens, 1, seed=2).items()}
+        everything = tuple(data.values())
+        for count in COUNTS:
+            expected = eager.kl_cov_mask(*everything, count, "")
+            assert torch.equal(radix_select.kl_cov_mask(native._steps, *everything, count, ""), expected)
+            for band in BANDS:
+                clip = (*everything, torch.tensor(3, device="cuda"), count, band, "")
+                assert torch.equal(radix_select.clip_cov_mask(native._steps, *clip), eager.clip_cov_mask(*clip))
+        finite = data["covariance"].nan_to_num(posinf=9.0, neginf=-9.0)
+        for values in (finite, finite.double(), data["covariance"]):
+            pair = (values, values.flip(0), data["mask"], "")
+            assert same_bits(radix_select.token_covariance(native._steps, *pair), eager.token_covariance(*pair))
+
+    @pytest.mark.parametrize("tokens", [60_000, 700_000])
+    def test_graph_without_a_sync(self, tokens: int) -> None:
+        """One captured step serves every seed and every batch of its shape."""
+        data = {name: value.cuda() for name, value in batch(tokens, None, seed=3).items()}
+        seed = torch.tensor(1, device="cuda")
+        advantages = data["exclude"].float()
+
+        def step() -> tuple[Tensor, ...]:
+            covariance = ek.token_covariance(data["covariance"], advantages, data["mask"], backend="cuda")
+            clip = ek.clip_cov_mask(data["covariance"], data["mask"], seed=seed, ratio=0.01, backend="cuda")
+            return covariance, clip, ek.kl_cov_mask(data["covariance"], data["mask"], backend="cuda")
+
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for value in (2, 3):
+            seed.fill_(value)
+            data["covariance"].neg_()
+            graph.replay()
+            assert all(same_bits(a, b) for a, b in zip(captured, step(), strict=True))
