@@ -8,6 +8,8 @@
 #include <optional>
 #include <string>
 
+#include "common/element.h"
+
 namespace entropy_kernels {
 
 enum Want : std::int64_t { kLogprob = 1, kEntropy = 2, kCollision = 4, kVocabCovariance = 8 };
@@ -23,6 +25,21 @@ inline const char* dtype_of(const torch::stable::Tensor& tensor) {
 }
 
 inline const char* device_of(const torch::stable::Tensor& tensor) { return tensor.is_cuda() ? "CUDA" : "CPU"; }
+
+// Of logits whose dtype has been checked.
+inline Element element_of(const torch::stable::Tensor& logits) {
+  using torch::headeronly::ScalarType;
+  switch (logits.scalar_type()) {
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    case ScalarType::Double:
+      return Element::kFloat64;
+    default:
+      return Element::kFloat32;
+  }
+}
 
 // Dtype of statistics, state, temperature and upstream gradients.
 inline torch::headeronly::ScalarType result_of(const torch::stable::Tensor& logits) {

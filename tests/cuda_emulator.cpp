@@ -240,9 +240,8 @@ void backward_call(const Call& c) {
 }
 
 template <class Run>
-const char* guarded(const Call& call, const Run& run) {
-  static thread_local std::string error;
-  try {
+const char* for_element(const Call& call, const Run& run) {
+  return guarded([&] {
     switch (static_cast<Element>(call.element)) {
       case Element::kFloat32:
         run(Float32{});
@@ -256,11 +255,7 @@ const char* guarded(const Call& call, const Run& run) {
       case Element::kFloat64:
         run(Float64{});
     }
-  } catch (const std::exception& caught) {
-    error = caught.what();
-    return error.c_str();
-  }
-  return nullptr;
+  });
 }
 
 }  // namespace
@@ -268,8 +263,8 @@ const char* guarded(const Call& call, const Run& run) {
 
 // Both return null, or what went wrong.
 extern "C" const char* emulate_forward(const entropy_kernels::cuda::Call* call) {
-  return entropy_kernels::cuda::guarded(*call, [&]<class E>(E) { entropy_kernels::cuda::forward_call<E>(*call); });
+  return entropy_kernels::cuda::for_element(*call, [&]<class E>(E) { entropy_kernels::cuda::forward_call<E>(*call); });
 }
 extern "C" const char* emulate_backward(const entropy_kernels::cuda::Call* call) {
-  return entropy_kernels::cuda::guarded(*call, [&]<class E>(E) { entropy_kernels::cuda::backward_call<E>(*call); });
+  return entropy_kernels::cuda::for_element(*call, [&]<class E>(E) { entropy_kernels::cuda::backward_call<E>(*call); });
 }

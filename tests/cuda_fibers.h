@@ -11,6 +11,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -142,5 +143,18 @@ struct Rendezvous {
     return mine;
   }
 };
+
+// Null, or what `run` threw.
+template <class Run>
+const char* guarded(const Run& run) {
+  static thread_local std::string error;
+  try {
+    run();
+  } catch (const std::exception& caught) {
+    error = caught.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
 
 }  // namespace entropy_kernels::cuda

@@ -278,18 +278,6 @@ void policy_loss(const PolicyLossCall& call) {
   });
 }
 
-template <class Run>
-const char* guarded(const Run& run) {
-  static thread_local std::string error;
-  try {
-    run();
-  } catch (const std::exception& caught) {
-    error = caught.what();
-    return error.c_str();
-  }
-  return nullptr;
-}
-
 }  // namespace
 }  // namespace entropy_kernels::cuda
 

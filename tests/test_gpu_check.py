@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import tarfile
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-FILE = Path(__file__).parent.parent / "tools" / "gpu_check.py"
-
-
-@pytest.fixture(scope="module")
-def gpu_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+import gpu_check
 
 
 def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-def test_a_failure_does_not_stop_the_rest(gpu_check: ModuleType, tmp_path: Path) -> None:
+def test_a_failure_does_not_stop_the_rest(tmp_path: Path) -> None:
     steps = [
         gpu_check.Step("build", python("print('built')"), 20),
         gpu_check.Step("tests", python("import sys; print('1 failed'); sys.exit(1)"), 20, needs="build"),
@@ -50,7 +38,7 @@ def test_a_failure_does_not_stop_the_rest(gpu_check: ModuleType, tmp_path: Path)
         assert archive.extractfile("last.log").read() == b"done\n"  # type: ignore[union-attr]
 
 
-def test_a_hanging_step_is_ended_with_its_children(gpu_check: ModuleType, tmp_path: Path) -> None:
+def test_a_hanging_step_is_ended_with_its_children(tmp_path: Path) -> None:
     mark = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
@@ -61,13 +49,13 @@ def test_a_hanging_step_is_ended_with_its_children(gpu_check: ModuleType, tmp_pa
     assert not mark.exists()
 
 
-def test_the_deadline_is_for_all(gpu_check: ModuleType, tmp_path: Path) -> None:
+def test_the_deadline_is_for_all(tmp_path: Path) -> None:
     steps = [gpu_check.Step(name, python("import time; time.sleep(1)"), 30) for name in ("one", "two")]
     results = gpu_check.run(steps, tmp_path, deadline=8)
     assert [r.state for r in results] == ["passed", "not run"] and "left" in results[1].note
 
 
-def test_the_plan(gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "some-1.0-py3-none-any.whl").touch()
     names = [step.name for step in gpu_check.plan("python3", tmp_path, wheels=tmp_path)]
     assert names.index("wheels") < names.index("build") < names.index("tests") < names.index("benchmark")

@@ -31,19 +31,6 @@ constexpr std::int64_t kPartColumns = 8192;
 // A gradient of this size or more that goes into memory of its own is written past the caches.
 constexpr std::int64_t kLargeBytes = std::int64_t(16) << 20;
 
-Element element_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    default:
-      return Element::kFloat32;
-  }
-}
-
 double load(const void* p, Element element) {
   switch (element) {
     case Element::kFloat64:

@@ -4,12 +4,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../common/element.h"
 #include "../common/softmax_state.h"
 #include "capability.h"
 
 namespace entropy_kernels::cpu {
-
-enum class Element { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // A row of logits, or a part of one. Strides are in elements.
 struct Row {

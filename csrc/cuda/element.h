@@ -4,12 +4,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../common/element.h"
 #include "../common/host_device.h"
 #include "../common/softmax_state.h"
 
 namespace entropy_kernels::cuda {
-
-enum class Element { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 constexpr int element_size(Element element) {
   return element == Element::kFloat64 ? 8 : element == Element::kFloat32 ? 4 : 2;
@@ -69,6 +68,15 @@ struct Pairs {
   }
 };
 
+// The larger of each half of two pairs, where there is no instruction for it.
+template <class Pair>
+EK_HOST_DEVICE std::uint32_t larger_by_halves(std::uint32_t a, std::uint32_t b) {
+  float a_low, a_high, b_low, b_high;
+  Pair::widen(a, a_low, a_high);
+  Pair::widen(b, b_low, b_high);
+  return Pair::round(larger(a_low, b_low), larger(a_high, b_high));
+}
+
 struct BFloat16Pair {
   static constexpr std::uint32_t kMinusInfinity = 0xff80ff80u;
   static EK_HOST_DEVICE void widen(std::uint32_t pair, float& low, float& high) {
@@ -94,10 +102,7 @@ struct BFloat16Pair {
     asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 #else
-    float a_low, a_high, b_low, b_high;
-    widen(a, a_low, a_high);
-    widen(b, b_low, b_high);
-    return round(cuda::larger(a_low, b_low), cuda::larger(a_high, b_high));
+    return larger_by_halves<BFloat16Pair>(a, b);
 #endif
   }
 };
@@ -131,10 +136,7 @@ struct Float16Pair {
     asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
     return pair;
 #else
-    float a_low, a_high, b_low, b_high;
-    widen(a, a_low, a_high);
-    widen(b, b_low, b_high);
-    return round(cuda::larger(a_low, b_low), cuda::larger(a_high, b_high));
+    return larger_by_halves<Float16Pair>(a, b);
 #endif
   }
 };

@@ -24,19 +24,6 @@ using torch::stable::Tensor;
 
 constexpr std::int64_t kMaxColumns = std::int64_t(1) << 30;  // columns are counted in 32 bits
 
-Element element_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    default:
-      return Element::kFloat32;
-  }
-}
-
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));

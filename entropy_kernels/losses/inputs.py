@@ -56,9 +56,9 @@ def prepare(
     advantages = expand_advantages(advantages, logprob)
     check_coefficient("entropy_coef", entropy_coef)
     check_coefficient("ref_kl_coef", ref_kl_coef)
-    if ref is None and _used(ref_kl_coef):
+    if ref is None and used(ref_kl_coef):
         raise ValueError(f"ref_logprob: expected a tensor with ref_kl_coef={ref_kl_coef}, got None")
-    if entropy is None and _used(entropy_coef):
+    if entropy is None and used(entropy_coef):
         raise ValueError(f"entropy: expected a tensor with entropy_coef={entropy_coef}, got None")
     if entropy is not None:
         entropy = _like("entropy", entropy, logprob)
@@ -72,7 +72,7 @@ def prepare(
     ref_log_ratio = None if ref is None else lp - ref.to(dtype)
     # a difference is finite only if both sides are
     finite = torch.isfinite(log_ratio.detach()) & torch.isfinite(advantages)
-    if ref_log_ratio is not None and _used(ref_kl_coef):
+    if ref_log_ratio is not None and used(ref_kl_coef):
         finite = finite & torch.isfinite(ref_log_ratio.detach())
     nonfinite = valid & ~finite
     return Tokens(
@@ -126,7 +126,7 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
-def _used(coefficient: float | Tensor) -> bool:
+def used(coefficient: float | Tensor) -> bool:
     """Whether the term enters the loss; a tensor is not read back, so it always does."""
     return isinstance(coefficient, Tensor) or coefficient != 0
 
@@ -147,7 +147,7 @@ def _check_device(name: str, value: Tensor, logprob: Tensor) -> None:
 
 
 def _warn_about_lost_gradient(entropy: Tensor, coefficient: float | Tensor, logprob: Tensor) -> None:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _used(coefficient):
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not used(coefficient):
         return
     if logprob.requires_grad and not entropy.requires_grad:
         warnings.warn(

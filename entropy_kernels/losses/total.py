@@ -9,7 +9,7 @@ from torch import Tensor
 
 from entropy_kernels.losses import metrics
 from entropy_kernels.losses.aggregation import Aggregation, Counts, over_group
-from entropy_kernels.losses.inputs import Tokens
+from entropy_kernels.losses.inputs import Tokens, used
 from entropy_kernels.losses.kl import kl_estimate
 from entropy_kernels.losses.surrogate import Branches
 
@@ -44,9 +44,9 @@ def total(
     ref_kl = None
     if tokens.ref_log_ratio is not None:
         ref_kl = kl_estimate(tokens.ref_log_ratio, extras.kl_estimator)
-        if _enters(extras.ref_kl_coef):
+        if used(extras.ref_kl_coef):
             token_loss = token_loss + extras.ref_kl_coef * ref_kl
-    if tokens.entropy is not None and _enters(extras.entropy_coef):
+    if tokens.entropy is not None and used(extras.entropy_coef):
         token_loss = token_loss - extras.entropy_coef * tokens.entropy
 
     # Counted also where a coefficient of 0 keeps it out of the loss
@@ -85,7 +85,3 @@ def total(
     if aggregation.group is None:
         pg_loss = pg_loss * aggregation.dp_size
     return PolicyLoss(loss.to(tokens.dtype), metrics.finish(totals, totals["tokens"], pg_loss.to(tokens.dtype)))
-
-
-def _enters(coefficient: float | Tensor) -> bool:
-    return isinstance(coefficient, Tensor) or coefficient != 0
