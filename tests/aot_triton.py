@@ -124,7 +124,7 @@ TOKEN_KERNELS = [
 ]
 
 
-def over_tokens(target: GPUTarget, kernel: Any, without: tuple[str, ...] = (), **constants: Any) -> Any:
+def over_tokens(target: GPUTarget, kernel: Any, warps: int = 4, without: tuple[str, ...] = (), **constants: Any) -> Any:
     """A kernel of selection.py or policy_loss.py, ``without`` some of its optional tensors."""
     constants |= dict.fromkeys(without)
     signature, attributes = {}, {}
@@ -135,7 +135,11 @@ def over_tokens(target: GPUTarget, kernel: Any, without: tuple[str, ...] = (), *
     if kernel is selection.covariance_sums_kernel:
         signature["partial_ptr"] = "*i64"
     by_index = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return triton.compile(ASTSource(kernel, signature, by_index, attributes), target=target, options=selection.COMPILE)
+    return triton.compile(
+        ASTSource(kernel, signature, by_index, attributes),
+        target=target,
+        options={"num_warps": warps, **selection.COMPILE},
+    )
 
 
 # Each flag and each dtype with the rest as in the main use: the product of all would be hundreds of kernels.
@@ -161,10 +165,15 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 _BLOCK = {"BLOCK": selection.BLOCK}
 _BINS = {"BLOCK": selection.HISTOGRAM_BLOCK, "BINS": selection.RADIX_BINS}
-_TERM: dict[str, Any] = {"kernel": policy_loss.term_kernel, **_BLOCK, "EXCLUDE_CLIPPED": True}
+_TERM: dict[str, Any] = {
+    "kernel": policy_loss.term_kernel,
+    "warps": policy_loss.WARPS,
+    **_BLOCK,
+    "EXCLUDE_CLIPPED": True,
+}
 _TERM |= {"SELECTED_AS": 1, "PENALTY": 0, "SQUARE_SLOPE": False, "without": ("coefficient_ptr",)}
 _PENALISED = {**_TERM, "SELECTED_AS": 3, "EXCLUDE_CLIPPED": False, "without": ("band_ptr",)}
-_CLIPPED = {"kernel": policy_loss.clipped_kernel, **_BLOCK}
+_CLIPPED = {"kernel": policy_loss.clipped_kernel, "warps": policy_loss.WARPS, **_BLOCK}
 VARIANTS |= {
     name: (over_tokens, arguments)
     for name, arguments in {

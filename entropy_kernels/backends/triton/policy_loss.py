@@ -40,6 +40,7 @@ K1, ABS, K2, K3 = (tl.constexpr(i) for i in range(4))
 ) = (tl.constexpr(i) for i in range(13))  # fmt: skip
 TOTALS = 13
 TOTALS_BLOCK = 1024  # partial totals that a program adds at a time
+WARPS = 8  # four tokens per thread: e^x in fp64 takes registers
 
 _RUNTIME = ["tokens", "blocks", "clip_low", "clip_high", "dual_clip"]
 
@@ -131,7 +132,8 @@ def _largest(value, valid):
 
 @triton.jit
 def _count(flag):
-    return tl.sum(flag.to(tl.int32), 0).to(tl.float64)
+    # fp32 is exact up to a block's size; sums of integers LLVM turns into population counts by way of local memory
+    return tl.sum(tl.where(flag, 1.0, 0.0), 0).to(tl.float64)
 
 
 @triton.jit
@@ -306,7 +308,8 @@ def policy_loss(
         exclude = None
         if exclude_clipped:
             exclude = torch.empty(tokens, dtype=torch.bool, device=device)
-            launch(clipped_kernel, tokens, BLOCK, 1, *inputs, as_bytes(exclude), tokens, *clips, BLOCK=BLOCK)
+            arguments = (*inputs, as_bytes(exclude), tokens, *clips)
+            launch(clipped_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK, num_warps=WARPS)
         count = Count(ratio if k < 0 else None, k if k >= 0 else None, at_least_one)
         if seed is None:
             chosen = kl_cov_mask(covariance, mask, exclude, token_index, count, "")
@@ -325,6 +328,7 @@ def policy_loss(
         SELECTED_AS=selected if chosen is not None else UNCHANGED.value,
         EXCLUDE_CLIPPED=exclude_clipped and bounds is not None,
         PENALTY=penalty if penalised else 0, SQUARE_SLOPE=square_slope and penalised, BLOCK=BLOCK,
+        num_warps=WARPS,
     )  # fmt: skip
     launch(totals_kernel, TOTALS, 1, 1, partial, totals, blocks, BLOCK=TOTALS_BLOCK)
     return term, slope, covariance, chosen if select and chosen is not None else nothing, totals
