@@ -164,7 +164,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 _BLOCK = {"BLOCK": selection.BLOCK}
-_BINS = {"BLOCK": selection.HISTOGRAM_BLOCK, "BINS": selection.RADIX_BINS}
+_BINS = {"BLOCK": selection.HISTOGRAM_BLOCK, "BINS": selection.RADIX_BINS, "warps": selection.HISTOGRAM_WARPS}
 _TERM: dict[str, Any] = {
     "kernel": policy_loss.term_kernel,
     "warps": policy_loss.WARPS,

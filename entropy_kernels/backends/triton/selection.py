@@ -22,6 +22,7 @@ __all__ = ["clip_cov_mask", "kl_cov_mask", "token_covariance"]
 
 BLOCK = 1024
 HISTOGRAM_BLOCK = 4096  # fewer, larger blocks: each adds up to 2048 bins to the global histogram
+HISTOGRAM_WARPS = 8  # 16 keys per thread: with 32 the registers do not hold the token indices
 # Products are rounded before they are added, as on the CPU.
 COMPILE = {"enable_fp_fusion": False}
 
@@ -299,6 +300,9 @@ def mask_kernel(
     tl.store(selected_ptr + position, selected.to(tl.int8), mask=inside)
 
 
+_HISTOGRAM = {"BINS": RADIX_BINS, "BLOCK": HISTOGRAM_BLOCK, "num_warps": HISTOGRAM_WARPS}
+
+
 def launch(kernel: Any, tokens: int, block: int, rows: int, *arguments: Any, **constants: Any) -> None:
     """Run a kernel over blocks of tokens."""
     if tokens > 0:
@@ -358,7 +362,7 @@ def selection_key_histogram(keys: Tensor, state: Tensor, shift: int, bits: int) 
     tokens, rows = keys.numel(), state.shape[0]
     histogram = torch.zeros((rows, RADIX_BINS), dtype=torch.int64, device=keys.device)
     arguments = (keys, state, histogram, tokens, shift, bits, (1 << bits) - 1)
-    launch(key_histogram_kernel, tokens, HISTOGRAM_BLOCK, rows, *arguments, BINS=RADIX_BINS, BLOCK=HISTOGRAM_BLOCK)
+    launch(key_histogram_kernel, tokens, HISTOGRAM_BLOCK, rows, *arguments, **_HISTOGRAM)
     return histogram
 
 
@@ -376,7 +380,7 @@ def selection_index_histogram(
     histogram = torch.zeros((1, RADIX_BINS), dtype=torch.int64, device=keys.device)
     masks = ((1 << bits) - 1, (1 << known) - 1)
     arguments = (keys, token_index, offset, key_state, state, histogram, tokens, shift, bits, *masks)
-    launch(index_histogram_kernel, tokens, HISTOGRAM_BLOCK, 1, *arguments, BINS=RADIX_BINS, BLOCK=HISTOGRAM_BLOCK)
+    launch(index_histogram_kernel, tokens, HISTOGRAM_BLOCK, 1, *arguments, **_HISTOGRAM)
     return histogram
 
 
