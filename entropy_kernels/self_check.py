@@ -145,23 +145,26 @@ def _check_clip_cov_mask(backend: str, device: str) -> Errors:
 
 
 def _check_policy_loss(backend: str, device: str) -> Errors:
-    """Clip-Cov's loss and gradient against float64, the dropped tokens being those of the torch backend's mask."""
+    """KL-Cov's loss and gradient against float64, selection included."""
     logprob, advantages, mask = _batch()
     old = torch.nan_to_num(logprob) + 0.2 * torch.randn(1000, generator=torch.Generator().manual_seed(2))
     leaf = logprob.to(device).requires_grad_()
-    loss, metrics = ek.clip_cov_loss(
-        leaf, old.to(device), advantages.to(device), mask.to(device), preset="paper", seed=7, k=_CHOSEN, low=0.2,
-        high=1.5, backend=backend,
-    )  # fmt: skip
+    tokens = old.to(device), advantages.to(device), mask.to(device)
+    loss, metrics = ek.kl_cov_loss(leaf, *tokens, k=_CHOSEN, backend=backend)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    covariance = ek.token_covariance(logprob, advantages, mask, backend="torch")
-    draw = ek.clip_cov_mask(covariance, mask, seed=7, k=_CHOSEN, low=0.2, high=1.5, closed=True, backend="torch")
-    exact = torch.where(mask, -advantages.double() * (logprob.double() - old.double()).exp(), 0.0) / mask.sum()
-    slope = torch.where(draw, 0.0, exact)
+    covariance = torch.where(mask, _covariance_float64(logprob, advantages, mask), -math.inf)
+    chosen = torch.zeros_like(mask).scatter(0, covariance.topk(_CHOSEN).indices, True)
+    difference = torch.where(mask, logprob.double() - old.double(), 0.0)
+    moving = torch.where(mask, -advantages.double() * difference.exp(), 0.0)
+    exact = (moving + chosen * difference.abs()).sum() / mask.sum()
+    slope = (moving + chosen * difference.sign()) / mask.sum()
     return {
-        "loss": (_largest(loss.detach().cpu().double() - exact.sum(), exact.sum().abs().clamp(min=1.0)), TOLERANCE),
-        "gradient": (_largest(gradient.cpu().double() - slope, exact.abs().amax()), TOLERANCE),
-        "tokens dropped": (abs(round(metrics["selected_frac"].item() * int(mask.sum())) - _CHOSEN), 0.0),
+        "loss": (_largest(loss.detach().cpu().double() - exact, exact.abs().clamp(min=1.0)), TOLERANCE),
+        "gradient": (_largest(gradient.cpu().double() - slope, slope.abs().amax()), TOLERANCE),
+        "tokens penalised, wrong number": (
+            float(abs(round(metrics["selected_frac"].item() * int(mask.sum())) - _CHOSEN)),
+            0.0,
+        ),
     }
 
 

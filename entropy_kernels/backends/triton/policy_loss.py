@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from entropy_kernels.backends import radix_select
+from entropy_kernels.backends.policy_names import METRICS, TOTALS
 from entropy_kernels.backends.radix_select import Band, Count
 from entropy_kernels.backends.triton.selection import (
     BLOCK,
@@ -38,7 +39,6 @@ K1, ABS, K2, K3 = (tl.constexpr(i) for i in range(4))
     TERM, CLIPPED, CLIPPED_LOWER, LOG_RATIO, ABSOLUTE_LOG_RATIO, RATIO, COVARIANCE, IN_BAND, SELECTED, NONFINITE,
     TOKENS, LARGEST_RATIO, LARGEST_COVARIANCE,
 ) = (tl.constexpr(i) for i in range(13))  # fmt: skip
-TOTALS = 13
 TOTALS_BLOCK = 1024  # partial totals that a program adds at a time
 WARPS = 8  # four tokens per thread: e^x in fp64 takes registers
 
@@ -248,11 +248,34 @@ def totals_kernel(
     tl.store(totals_ptr + total, result)
 
 
+@triton.jit
+def metrics_kernel(
+    totals_ptr,  # (TOTALS,) float64
+    mean_ptr,  # () fp32
+    metrics_ptr,  # (METRICS,) fp32
+    METRICS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (1,): policy_mean and policy_metric."""
+    index = tl.arange(0, BLOCK)
+    tokens = tl.load(totals_ptr + TOKENS)
+    weight = 1 / tl.where(tokens > 0, tokens, 1.0)
+    source = index + CLIPPED
+    source = tl.where(source > NONFINITE, source + 1, source)  # the number of tokens is no metric
+    value = tl.load(totals_ptr + source, mask=index < METRICS - 1, other=0.0)
+    mean = tl.where(source == LOG_RATIO, 0 - value, value) * weight  # of old - new
+    value = tl.where(source < NONFINITE, mean, value)
+    value = tl.where(index == METRICS - 1, weight, value)
+    tl.store(metrics_ptr + index, value.to(tl.float32), mask=index < METRICS)
+    tl.store(mean_ptr, (tl.load(totals_ptr + TERM) * weight).to(tl.float32))
+
+
 def policy_loss(
     logprob: Tensor,
     old_logprob: Tensor,
     advantages: Tensor,
     mask: Tensor | None,
+    covariance: Tensor | None,
     given: Tensor | None,
     token_index: Tensor | None,
     seed: Tensor | None,
@@ -272,12 +295,13 @@ def policy_loss(
     high: float,
     quantile: bool,
     closed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Term of the policy loss per token, its derivative by logprob, and what the metrics are made of.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Term of the policy loss per token, its derivative by logprob, and the metrics; ops/policy_loss.py.
 
     Args:
         logprob, old_logprob, advantages: (N,) fp32, contiguous, as are the other tensors.
         mask: (N,) bool, True = counts; None: all do.
+        covariance: (N,) fp32; None: it is made here.
         given: (N,) bool, the tokens to act on, unless ``select``; None: none.
         token_index: (N,) int64, or None for the positions.
         seed: () int64 of Clip-Cov's draw; None selects by KL-Cov's rule.
@@ -292,17 +316,28 @@ def policy_loss(
         low, high, quantile, closed: Clip-Cov's band.
 
     Returns:
-        (term, slope, covariance, chosen, totals): (N,) fp32 three times; (N,) bool, or (0,) unless ``select``;
-        (13,) float64, sums and maxima over the valid tokens.
+        (term, slope, covariance, chosen, totals, mean, metrics): (N,) fp32 three times, the covariance (0,) if given;
+        (N,) bool, or (0,) unless ``select``; (13,) float64, sums and maxima over the valid tokens; () and (12,) fp32.
     """
     tokens, device = logprob.numel(), logprob.device
     term, slope = torch.empty_like(logprob), torch.empty_like(logprob)
     nothing = torch.empty(0, dtype=torch.bool, device=device)
     if tokens == 0:
-        return term, slope, torch.empty_like(logprob), nothing, logprob.new_zeros(TOTALS, dtype=torch.float64)
+        totals = logprob.new_zeros(len(TOTALS), dtype=torch.float64)
+        return (
+            term,
+            slope,
+            logprob.new_empty(0),
+            nothing,
+            totals,
+            logprob.new_zeros(()),
+            logprob.new_zeros(len(METRICS)),
+        )
     inputs = (logprob, old_logprob, advantages, as_bytes(mask))
     clips = (clip_low, clip_high, dual_clip)
-    covariance = token_covariance(logprob, advantages, mask, "")
+    own_covariance = logprob.new_empty(0)
+    if covariance is None:
+        covariance = own_covariance = token_covariance(logprob, advantages, mask, "")
     chosen, bounds = given, None
     if select:
         exclude = None
@@ -318,8 +353,8 @@ def policy_loss(
                 STEPS, covariance, mask, exclude, token_index, seed, count, Band(low, high, quantile, closed), ""
             )
     blocks = triton.cdiv(tokens, BLOCK)
-    partial = torch.empty((TOTALS, blocks), dtype=torch.float64, device=device)
-    totals = torch.empty(TOTALS, dtype=torch.float64, device=device)
+    partial = torch.empty((len(TOTALS), blocks), dtype=torch.float64, device=device)
+    totals = torch.empty(len(TOTALS), dtype=torch.float64, device=device)
     penalised = selected == PENALISED.value
     launch(
         term_kernel, tokens, BLOCK, 1, *inputs, covariance, as_bytes(chosen), bounds,
@@ -330,5 +365,7 @@ def policy_loss(
         PENALTY=penalty if penalised else 0, SQUARE_SLOPE=square_slope and penalised, BLOCK=BLOCK,
         num_warps=WARPS,
     )  # fmt: skip
-    launch(totals_kernel, TOTALS, 1, 1, partial, totals, blocks, BLOCK=TOTALS_BLOCK)
-    return term, slope, covariance, chosen if select and chosen is not None else nothing, totals
+    launch(totals_kernel, len(TOTALS), 1, 1, partial, totals, blocks, BLOCK=TOTALS_BLOCK)
+    mean, metrics = logprob.new_empty(()), logprob.new_empty(len(METRICS))
+    launch(metrics_kernel, 1, 1, 1, totals, mean, metrics, METRICS=len(METRICS), BLOCK=16, num_warps=1)
+    return term, slope, own_covariance, chosen if select and chosen is not None else nothing, totals, mean, metrics
