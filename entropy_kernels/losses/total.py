@@ -46,19 +46,15 @@ def total(inputs: Inputs, policy: Policy, evaluated: Evaluated, extras: Extras, 
         found = dict(zip(MEANS_AND_MAXIMA, evaluated.metrics.unbind(), strict=True))
         weight = found["weight"]
         for name, value in terms.sums.items():
-            found[name] = value if name == "nonfinite_tokens" else value * weight
+            found[name] = (value if name == "nonfinite_tokens" else value * weight).to(inputs.dtype)
     else:
         loss, pg_loss, found = _over_ranks(inputs, evaluated, terms, aggregation)
     found["pg_loss"] = pg_loss
-    absent = set()
     if not policy.finds_band:
-        absent.add("band_frac")
+        found.pop("band_frac", None)
     if policy.selected_as == Selected.UNCHANGED:
-        absent.add("selected_frac")
-    return PolicyLoss(
-        loss.to(inputs.dtype),
-        {name: found[name].to(inputs.dtype) for name in metrics.METRICS if name in found and name not in absent},
-    )
+        found.pop("selected_frac", None)
+    return PolicyLoss(loss, {name: found[name] for name in metrics.METRICS if name in found})
 
 
 def _add_extras(inputs: Inputs, evaluated: Evaluated, extras: Extras) -> _Terms:
@@ -99,11 +95,11 @@ def _alone(inputs: Inputs, evaluated: Evaluated, terms: _Terms, aggregation: Agg
         return evaluated.mean, evaluated.mean.detach()
     mask = inputs.valid
     denominator = aggregation.denominator(Counts.of(mask), mask.shape[-1])
-    loss = aggregation.numerator(terms.loss, mask) / denominator * aggregation.dp_size
+    loss = (aggregation.numerator(terms.loss, mask) / denominator * aggregation.dp_size).to(inputs.dtype)
     if terms.plain:
         return loss, loss.detach()
     policy = aggregation.numerator(terms.policy.detach(), mask) / denominator * aggregation.dp_size
-    return loss, policy
+    return loss, policy.to(inputs.dtype)
 
 
 def _over_ranks(
@@ -121,4 +117,5 @@ def _over_ranks(
     totals = over_group(sums, maxima, aggregation.group)
     denominator = aggregation.denominator(Counts(totals["tokens"], totals["sequences"]), mask.shape[-1])
     loss = aggregation.numerator(terms.loss, mask) / denominator * aggregation.dp_size
-    return loss, totals["pg_loss"] / denominator, metrics.finish(totals)
+    found = {name: value.to(inputs.dtype) for name, value in metrics.finish(totals).items()}
+    return loss.to(inputs.dtype), (totals["pg_loss"] / denominator).to(inputs.dtype), found

@@ -29,7 +29,9 @@ for _schema in (
 
 def flat(tensor: Tensor | None) -> Tensor | None:
     """(N,), contiguous."""
-    return None if tensor is None else tensor.reshape(-1).contiguous()
+    if tensor is None or (tensor.dim() == 1 and tensor.is_contiguous()):
+        return tensor
+    return tensor.reshape(-1).contiguous()
 
 
 def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:
