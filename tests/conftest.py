@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import entropy_kernels as ek
+from entropy_kernels.backends import auto_table, registry
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     import interpreter
@@ -91,6 +92,17 @@ def poisoned_memory() -> Iterator[None]:
 def fixed_seed() -> None:
     """No test depends on which others ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forgetful_registry() -> Iterator[None]:
+    """The registry remembers what it found; forget before and after a test that changes what there is to find."""
+    caches = (registry.unavailable, registry.architecture, registry.resolve, registry._kernel, auto_table.load)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.fixture(params=places("clip_cov_mask"))

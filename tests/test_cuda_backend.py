@@ -5,8 +5,6 @@ On a GPU every test with a `place` runs on it too; here is what those do not ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,72 +12,27 @@ import entropy_kernels as ek
 from calls import bound, check, same_bits, upstream
 from cases import plain
 from conftest import Place
-from entropy_kernels import doctor
 from entropy_kernels.backends import native, registry
+from pretended import pretend_gpu
 
 REASON = ek.backends()["token_stats"]["cuda"]
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}")]
 
 
-@pytest.fixture
-def cleared() -> Iterator[None]:
-    """The registry remembers what it found; forget before and after."""
-    caches = (registry.unavailable, registry.architecture, registry.resolve, registry._auto)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, *, gpu: bool, capability: tuple[int, int] = (9, 0)) -> None:
-    """A CUDA half that loads, and a GPU or none."""
-    monkeypatch.setattr(native, "cuda_load_error", None)
-    monkeypatch.setattr(native, "has_cuda_kernel", lambda name: name.startswith("token_stats"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(registry, "architecture", lambda: "sm_{}{}".format(*capability))
-
-
-def test_reasons_why_not(cleared: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, gpu=False)
+def test_reasons_why_not(forgetful_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, gpu=False)
     assert registry.unavailable("token_stats", "cuda") == "no CUDA device"
     registry.unavailable.cache_clear()
-    pretend(monkeypatch, gpu=True)
+    pretend_gpu(monkeypatch, gpu=True)
     assert registry.unavailable("token_stats", "cuda") is None
     assert registry.unavailable("kl_cov_mask", "cuda") == "no CUDA kernel kl_cov_mask yet"
     registry.unavailable.cache_clear()
-    pretend(monkeypatch, gpu=True, capability=(7, 5))
+    pretend_gpu(monkeypatch, gpu=True, capability=(7, 5))
     assert registry.unavailable("token_stats", "cuda") == "needs compute capability 8.0 or higher, this GPU is sm_75"
     registry.unavailable.cache_clear()
     monkeypatch.setattr(native, "cuda_load_error", "built without CUDA")
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run token_stats here: built without CUDA"):
         registry.resolve("token_stats", "cuda", "cuda")
-
-
-def test_auto_waits_for_a_hardware_run(cleared: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert registry.VERIFIED == {}, "an entry needs results of that hardware in benchmarks/results"
-    pretend(monkeypatch, gpu=True)
-    assert registry.resolve("token_stats", "cuda", "cuda") == "cuda"
-    assert registry.resolve("token_stats", "auto", "cuda") == "torch"
-    reason = registry.unverified("token_stats", "cuda", "cuda")
-    assert reason == "no hardware run has verified it on sm_90 yet; backend='cuda' runs it all the same"
-    monkeypatch.setattr(doctor, "device_types", lambda: ["cuda"])
-    rows = {op: (backend, why) for op, _, backend, why in doctor.auto_choices()}
-    assert rows["token_stats"][0] == "torch" and f"not cuda: {reason}" in rows["token_stats"][1]
-    assert "not cuda: no CUDA kernel kl_cov_mask yet" in rows["kl_cov_mask"][1]
-
-
-def test_auto_takes_what_is_verified_where_it_is(cleared: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, gpu=True)
-    monkeypatch.setattr(registry, "VERIFIED", {("token_stats", "cuda"): ("sm_90",)})
-    assert registry.resolve("token_stats", "auto", "cuda") == "cuda"
-    assert registry.resolve("kl_cov_mask", "auto", "cuda") == "torch"
-    assert registry.unverified("token_stats", "torch", "cuda") is None
-    for cached in (registry.resolve, registry._auto):
-        cached.cache_clear()
-    pretend(monkeypatch, gpu=True, capability=(10, 0))
-    assert registry.resolve("token_stats", "auto", "cuda") == "torch"
 
 
 def test_kernel_report_is_read() -> None:

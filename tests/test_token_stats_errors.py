@@ -169,9 +169,8 @@ def test_kernels_give_nan_where_the_cpu_checks_raise(place: Place) -> None:
     """What a GPU returns in place of an error, from the kernels themselves, forward and backward, beside good rows."""
     from entropy_kernels.backends import registry
 
-    arguments = ("token_stats", "token_stats_forward", place.backend)
-    forward: Callable = registry.kernel(*arguments, torch.device(place.device))
     logits = torch.randn(1, 6, V, device=place.device)
+    forward: Callable = registry.kernel("token_stats", "token_stats_forward", place.backend, logits)
     target = torch.tensor([0, V, -1, 2, 3, -100], device=place.device)
     temperature = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=place.device)
     *outputs, _ = forward(logits, target, temperature, 0.0, -100, 0, V, 15)

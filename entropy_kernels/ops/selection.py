@@ -32,9 +32,10 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
 
 
 def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:
-    kernel = registry.kernel("token_covariance", "token_covariance", backend, logprob.device)
     dtype = torch.float64 if torch.float64 in (logprob.dtype, advantages.dtype) else torch.float32
-    covariance = kernel(_flat(logprob.to(dtype)), _flat(advantages.to(dtype)), _flat(mask), group)
+    logprob = logprob.to(dtype)
+    kernel = registry.kernel("token_covariance", "token_covariance", backend, logprob)
+    covariance = kernel(_flat(logprob), _flat(advantages.to(dtype)), _flat(mask), group)
     return covariance.view(logprob.shape)
 
 
@@ -54,9 +55,10 @@ def _clip_cov_mask(
     group: str,
     backend: str,
 ) -> Tensor:
-    kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, covariance.device)
+    covariance = covariance.float()
+    kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, covariance)
     selected = kernel(
-        _flat(covariance.float()),
+        _flat(covariance),
         _flat(mask),
         _flat(exclude),
         _flat(token_index),
@@ -79,8 +81,9 @@ def _kl_cov_mask(
     group: str,
     backend: str,
 ) -> Tensor:
-    kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, covariance.device)
-    tokens = (_flat(covariance.float()), _flat(mask), _flat(exclude), _flat(token_index))
+    covariance = covariance.float()
+    kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, covariance)
+    tokens = (_flat(covariance), _flat(mask), _flat(exclude), _flat(token_index))
     return kernel(*tokens, Count(ratio, k, at_least_one), group).view(covariance.shape)
 
 
