@@ -32,6 +32,14 @@ def verified(op: str, backend: str, architecture: str) -> auto_table.Verified:
     return auto_table.Verified(op, backend, architecture, 100, SOURCE)
 
 
+def serve_auto_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """ "auto" takes ``backend``, verified or not: for what has no argument of that name, such as the losses."""
+    monkeypatch.setattr(registry, "preference", lambda op, *rest: (backend, "torch"))
+    monkeypatch.setattr(registry, "unverified", lambda *_: None)
+    registry.resolve.cache_clear()
+    registry._kernel.cache_clear()
+
+
 def use_table(monkeypatch: pytest.MonkeyPatch, *entries: Any) -> None:
     """The registry finds these rows and verified pairs, and nothing else."""
     rows = [entry for entry in entries if isinstance(entry, auto_table.Row)]

@@ -12,6 +12,7 @@ from torch import Tensor
 import cuda_selection_emulator as emulator
 import entropy_kernels as ek
 from calls import same_bits
+from conftest import on_gpu
 from cuda_emulator import missing
 from entropy_kernels.backends import native
 from entropy_kernels.backends.eager import selection as eager
@@ -170,7 +171,7 @@ def test_policy_loss(library: Any, case: Case, team: tuple[bool, int], special: 
         compare(case, got, expect(case, data, coefficient, seed), special)
 
 
-@pytest.mark.gpu
+@on_gpu("cuda", "policy_loss")
 @pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("special", ["", "overflow", "nonfinite"])
@@ -179,10 +180,10 @@ def test_operator_on_hardware(case: Case, special: str) -> None:
     count, band = case.count or Count(None, 0, True), case.band or Band(0.0, 0.0, False, False)
     for tokens in (40, 70_000, 600_000):
         data = batch(tokens, tokens, special)
-        on_gpu = {name: value.cuda() for name, value in data.items()}
+        there = {name: value.cuda() for name, value in data.items()}
         term, slope, covariance, selected, totals = torch.ops.entropy_kernels_native.policy_loss(
-            on_gpu["logprob"], on_gpu["old_logprob"], on_gpu["advantages"], on_gpu["mask"], case.given(on_gpu),
-            on_gpu["token_index"], seed.cuda() if case.band else None, coefficient.cuda(), *case.clips, case.selected,
+            there["logprob"], there["old_logprob"], there["advantages"], there["mask"], case.given(there),
+            there["token_index"], seed.cuda() if case.band else None, coefficient.cuda(), *case.clips, case.selected,
             case.count is not None, case.exclude_clipped, *case.penalty, *native._count(count), *band,
         )  # fmt: skip
         got = (x.cpu() for x in (covariance, selected, term, slope, totals))

@@ -114,9 +114,17 @@ ERRORS: dict[str, tuple[dict[str, Any], tuple[type[Exception], ...], str, str]] 
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ERRORS)
-def test_error_names_argument_expected_and_got(name: str) -> None:
+def test_error_names_argument_expected_and_got(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, exceptions, argument, got = ERRORS[name]
+    if device == "cuda":
+        if not torch.cuda.is_available() or name == "backend of another device":
+            pytest.skip("no GPU, or no error on one")
+        monkeypatch.setenv("ENTROPY_KERNELS_DEBUG", "1")  # values are not looked at otherwise
+        changes = {"logits": torch.randn(N, V), "target": torch.arange(N)} | changes
+        on_cpu = {k: v for k, v in changes.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+        changes = changes | {k: v.to(device) for k, v in on_cpu.items()}
     with pytest.raises(exceptions) as caught:
         call(**changes)
     message = str(caught.value)
