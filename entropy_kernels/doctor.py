@@ -8,14 +8,14 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 import entropy_kernels as ek
 from entropy_kernels._console import print_table
-from entropy_kernels.backends import registry
+from entropy_kernels.backends import auto_table, registry
 from entropy_kernels.self_check import Check, device_types, self_check
 
 _PACKAGES = (
@@ -32,7 +32,8 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
             "versions": dict(versions()),
             "hardware": dict(hardware()),
             "backends": ek.backends(),
-            "auto": [dict(zip(("op", "device", "backend", "reason"), row, strict=True)) for row in auto_choices()],
+            "architecture": registry.architecture() if "cuda" in device_types() else None,
+            "auto": [{**asdict(choice), "reason": choice.reason} for choice in auto_choices()],
             "checks": [asdict(c) for c in checks],
         }
         print(json.dumps(report, indent=2))
@@ -40,7 +41,8 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
         print_table("Versions", versions())
         print_table("Hardware", hardware())
         print_table("Backends", _backend_rows(), ("backend", "state", "ops"))
-        print_table("What backend='auto' chooses", auto_choices(), ("op", "device", "backend", "why"))
+        print_table("What backend='auto' chooses", _auto_rows(), ("op", "device", "for", "backend", "why"))
+        print(f"{auto_table.SIZE_TEXT}\n")
         if check:
             _print_checks(checks)
     return 0 if all(c.ok for c in checks) else 1
@@ -93,27 +95,90 @@ def hardware() -> list[tuple[str, str]]:
     return rows
 
 
-def auto_choices() -> list[tuple[str, str, str, str]]:
-    """(op, device type, backend, why) for every device type that is here."""
+@dataclass(frozen=True)
+class Choice:
+    """What "auto" serves in one class, and why.
+
+    Attributes:
+        backend: "none" where nothing can run.
+        times: of the backends that were measured, relative to the best; empty where nothing was measured.
+        sources: of that measurement.
+        skipped: backend that would come first -> why it does not.
+    """
+
+    op: str
+    device: str
+    dtype: str
+    size: str
+    backend: str
+    times: dict[str, float]
+    sources: tuple[auto_table.Source, ...]
+    skipped: dict[str, str]
+
+    @property
+    def reason(self) -> str:
+        """Why, without the ratios, which differ from class to class."""
+        if self.sources:
+            best = "best" if next(iter(self.times)) == self.backend else "best that may run"
+            why = [f"{best} of those measured ({'; '.join(map(str, self.sources))})"]
+        else:
+            why = [f"not measured; the first of {', '.join(registry.default_order(self.device))} that may run"]
+        return "; ".join([*why, *(f"not {name}: {reason}" for name, reason in self.skipped.items())])
+
+
+def auto_choices() -> list[Choice]:
+    """One for every op, device type that is here, dtype and size class."""
+    return [
+        _choice(op, device, dtype, size)
+        for op in registry.OPS
+        for device in device_types()
+        for dtype in auto_table.dtypes_of(op, device)
+        for size in auto_table.SIZES
+    ]
+
+
+def _choice(op: str, device: str, dtype: str, size: str) -> Choice:
+    row, chosen = registry.measured(op, device, dtype, size), registry.resolve(op, "auto", device, dtype, size)
+    order = registry.preference(op, device, dtype, size)
+    skipped = dict(row.left_out) if row else {}
+    for name in order[: order.index(chosen)]:
+        skipped[name] = registry.skipped(op, name, device) or ""
+    reason = registry.unavailable(op, chosen)
+    if reason is not None:
+        chosen, skipped = "none", {**skipped, chosen: reason}
+    times = {name: row.times[name] for name in row.order} if row else {}
+    return Choice(op, device, dtype, size, chosen, times, row.sources if row else (), skipped)
+
+
+def _auto_rows() -> list[tuple[str, str, str, str, str]]:
+    """(op, device, classes, backend, why): classes of one choice and one reason share a row."""
+    groups: dict[tuple[str, str, str, str], list[Choice]] = {}
+    for choice in auto_choices():
+        groups.setdefault((choice.op, choice.device, choice.backend, choice.reason), []).append(choice)
     rows = []
-    for op in registry.OPS:
-        for device in device_types():
-            order = registry.preference(op, device)
-            try:
-                chosen = registry.resolve(op, "auto", device)
-            except RuntimeError as error:
-                rows.append((op, device, "none", str(error)))
-                continue
-            reason = registry.unavailable(op, chosen)
-            if reason is not None:
-                rows.append((op, device, "none", reason))
-                continue
-            why = [f"first of {', '.join(order)} that can run and is verified here"]
-            for skipped in order[: order.index(chosen)]:
-                reason = registry.unavailable(op, skipped) or registry.unverified(op, skipped, device)
-                why.append(f"not {skipped}: {reason}")
-            rows.append((op, device, chosen, "; ".join(why)))
+    for (op, device, backend, reason), choices in groups.items():
+        sizes: dict[str, list[str]] = {}  # dtype -> its sizes
+        for choice in choices:
+            sizes.setdefault(choice.dtype, []).append(choice.size)
+        dtypes: dict[str, list[str]] = {}  # sizes -> dtypes that have them
+        for dtype, names in sizes.items():
+            text = "any size" if len(names) == len(auto_table.SIZES) else ", ".join(names)
+            dtypes.setdefault(text, []).append(dtype)
+        classes = "; ".join(f"{', '.join(names)}: {text}" for text, names in dtypes.items())
+        rows.append((op, device, classes, backend, "; ".join(filter(None, [_ratios(choices), reason]))))
     return rows
+
+
+def _ratios(choices: list[Choice]) -> str:
+    """ "torch takes 13–20 times as long as cpu": how far apart the measured backends are in these classes."""
+    parts = []
+    for name in dict.fromkeys(name for choice in choices for name in choice.times if name != choice.backend):
+        ratios = [c.times[name] / c.times[c.backend] for c in choices if {name, c.backend} <= set(c.times)]
+        if ratios:
+            low, high = f"{min(ratios):.3g}", f"{max(ratios):.3g}"
+            span = low if low == high else f"{low}–{high}"
+            parts.append(f"{name} takes {span} times as long as {choices[0].backend}")
+    return ", ".join(parts)
 
 
 def _print_checks(checks: list[Check]) -> None:

@@ -199,7 +199,7 @@ def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype
     if temperature.device != target.device and temperature.dim() > 0:
         raise ValueError(f"temperature: expected on the device of target, {target.device}, got {temperature.device}")
     if temperature.numel() == 1:
-        return temperature.to(device=target.device, dtype=dtype).reshape(1)
+        return temperature.to(device=target.device, dtype=dtype, non_blocking=True).reshape(1)
     try:
         expanded = temperature.expand(target.shape)
     except RuntimeError:

@@ -19,6 +19,12 @@ def upstream(sample: Sample, *names: str, seed: int = 3) -> dict[str, Tensor]:
     return {n: torch.randn(shape, generator=generator).to(sample.logits.device, dtype) for n in names}
 
 
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """``tensor`` as a view of a copy of its whole buffer: unlike ``.to()``, strides and misalignment travel along."""
+    base = tensor if tensor._base is None else tensor._base
+    return base.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal, NaN included."""
     return (

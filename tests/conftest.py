@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -14,8 +17,13 @@ import torch
 # interpreter runs the kernels on CPU tensors; tests that compile ahead of time do so in a subprocess without it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# cuBLAS reads this when it starts; without it the deterministic mode of poisoned_memory warns at every product
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import entropy_kernels as ek
+import loss_cases
+import pretended
+from entropy_kernels.backends import auto_table, registry
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     import interpreter
@@ -45,6 +53,11 @@ class Place:
         return [*half, torch.float64] if self.device == "cpu" else half
 
 
+def on_gpu(backend: str, *ops: str) -> pytest.MarkDecorator:
+    """Marks a test of ``ops`` on a GPU: if it fails, "auto" does not choose ``backend`` for them there."""
+    return pytest.mark.gpu(backend=backend, ops=ops)
+
+
 def places(op: str = "token_stats") -> list:
     """pytest parameters: every backend of ``op`` on every device here, skipped with the reason where it cannot run."""
     on_gpu = [Place(name, "cuda") for name in ("torch", "triton", "cuda")] if torch.cuda.is_available() else []
@@ -54,7 +67,9 @@ def places(op: str = "token_stats") -> list:
         reason = ek.backends()[op][place.backend]
         marks = [] if reason == "available" else [pytest.mark.skip(reason=f"backend {place.backend}: {reason}")]
         if place.device == "cuda":
-            marks.append(pytest.mark.gpu)
+            # ops whose kernels are written together are tested together
+            together = [other for other in registry.OPS if registry._STEM[other] == registry._STEM[op]]
+            marks.append(on_gpu(place.backend, *together))
         params.append(pytest.param(place, marks=marks, id=str(place)))
     return params
 
@@ -87,16 +102,102 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@pytest.fixture
+def undisturbed() -> Iterator[None]:
+    """Without the deterministic mode of :func:`poisoned_memory`, in which torch runs other kernels: as users run it."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture
+def large_memory() -> Iterator[Callable[[float], None]]:
+    """``reserve(gigabytes)`` of the GPU, or skip. One such test at a time, however many processes share the GPU."""
+    with open(os.path.join(tempfile.gettempdir(), f"entropy_kernels-gpu-memory-{os.getuid()}"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def reserve(gigabytes: float) -> None:
+            gc.collect()
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info()[0] / 1e9
+            if free < gigabytes:
+                pytest.skip(f"needs {gigabytes} GB of GPU memory, {free:.0f} are free")
+
+        yield reserve
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """No test depends on which others ran before it."""
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def forgetful_registry() -> Iterator[None]:
+    """The registry remembers what it found; forget before and after a test that changes what there is to find."""
+    caches = (registry.unavailable, registry.architecture, registry.resolve, registry._kernel, auto_table.load)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
 @pytest.fixture(params=places("clip_cov_mask"))
 def selection_place(request: pytest.FixtureRequest) -> Place:
     """Backend × device of the selection ops."""
     return request.param
+
+
+def loss_places() -> list:
+    """Where the losses run: the CPU, and on a GPU each backend that can select there in the place of "auto"."""
+    ops = [op for op in registry.OPS if op != "token_stats"]
+    params = [pytest.param(Place("auto", "cpu"), id="cpu")]
+    for backend in ("torch", "triton", "cuda") if torch.cuda.is_available() else ():
+        marks = [on_gpu(backend, *ops)]
+        reasons = [state for op in ops if (state := ek.backends()[op][backend]) != "available"]
+        if reasons:
+            marks.append(pytest.mark.skip(reason=f"backend {backend}: {reasons[0]}"))
+        params.append(pytest.param(Place(backend, "cuda"), marks=marks, id=f"{backend}-cuda"))
+    return params
+
+
+@pytest.fixture(params=loss_places())
+def loss_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, forgetful_registry: None) -> Place:
+    """Runs a module that imports ``ek`` from loss_cases there too."""
+    place = request.param
+    if place.device == "cuda":
+        pretended.serve_auto_with(monkeypatch, place.backend)
+        monkeypatch.setattr(loss_cases.OnDevice, "device", place.device)
+    return place
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-backend", choices=("cuda", "triton", "rest"), help="of the tests marked gpu only those of this backend"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Write into the report what a test marked gpu is about; leave out those that --gpu-backend does not ask for."""
+    wanted = config.getoption("--gpu-backend")
+    kept, left_out = [], []
+    for item in items:
+        marks = list(item.iter_markers("gpu"))
+        # the nearest one that names a backend: a parameter's goes before that of the module
+        named = next((mark.kwargs for mark in marks if mark.kwargs), {})
+        backend = named.get("backend", "")
+        if marks:
+            item.user_properties.append(("gpu_backend", backend))
+            item.user_properties.append(("gpu_ops", ",".join(named.get("ops", ()))))
+        group = backend if backend in ("cuda", "triton") else "rest"
+        (kept if wanted is None or (marks and group == wanted) else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +11,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import entropy_kernels
 import reference_losses as ref
 from entropy_kernels.losses import AGG_MODES, PolicyLoss
 
 MODES = tuple(AGG_MODES)
 MASK_DTYPES = (torch.bool, torch.int64, torch.float32, torch.int32, torch.float64)
+
+
+class OnDevice:
+    """``entropy_kernels`` for tests that think in CPU tensors: its functions run on copies of them on ``device``.
+
+    Results come back to the CPU, and gradients with them, as a copy is differentiable. Classes and modules are those
+    of the package. The fixture ``loss_place`` sets the device.
+    """
+
+    device = "cpu"
+
+    @functools.cache  # noqa: B019  (one object; a function has to stay the same one)
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(entropy_kernels, name)
+        if not isinstance(function, types.FunctionType):
+            return function
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.device == "cpu":
+                return function(*args, **kwargs)
+            return _copied(function(*_copied(args, self.device), **_copied(kwargs, self.device)), "cpu")
+
+        return call
+
+
+ek: Any = OnDevice()
+
+
+def _copied(value: Any, device: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _copied(item, device) for key, item in value.items()}
+    if isinstance(value, tuple):
+        items = [_copied(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
 
 
 @dataclass

@@ -5,7 +5,7 @@ On a GPU every test with a `place` runs on it too; here is what those do not ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 
 import pytest
 import torch
@@ -13,73 +13,32 @@ import torch
 import entropy_kernels as ek
 from calls import bound, check, same_bits, upstream
 from cases import plain
-from conftest import Place
-from entropy_kernels import doctor
+from conftest import Place, on_gpu
 from entropy_kernels.backends import native, registry
+from entropy_kernels.backends.eager import softmax_state
+from pretended import pretend_gpu
+from reference import NAMES
 
 REASON = ek.backends()["token_stats"]["cuda"]
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}")]
+hardware = [
+    on_gpu("cuda", "token_stats"), pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}")
+]  # fmt: skip
 
 
-@pytest.fixture
-def cleared() -> Iterator[None]:
-    """The registry remembers what it found; forget before and after."""
-    caches = (registry.unavailable, registry.architecture, registry.resolve, registry._auto)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, *, gpu: bool, capability: tuple[int, int] = (9, 0)) -> None:
-    """A CUDA half that loads, and a GPU or none."""
-    monkeypatch.setattr(native, "cuda_load_error", None)
-    monkeypatch.setattr(native, "has_cuda_kernel", lambda name: name.startswith("token_stats"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(registry, "architecture", lambda: "sm_{}{}".format(*capability))
-
-
-def test_reasons_why_not(cleared: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, gpu=False)
+def test_reasons_why_not(forgetful_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch, gpu=False)
     assert registry.unavailable("token_stats", "cuda") == "no CUDA device"
     registry.unavailable.cache_clear()
-    pretend(monkeypatch, gpu=True)
+    pretend_gpu(monkeypatch, gpu=True)
     assert registry.unavailable("token_stats", "cuda") is None
     assert registry.unavailable("kl_cov_mask", "cuda") == "no CUDA kernel kl_cov_mask yet"
     registry.unavailable.cache_clear()
-    pretend(monkeypatch, gpu=True, capability=(7, 5))
+    pretend_gpu(monkeypatch, gpu=True, capability=(7, 5))
     assert registry.unavailable("token_stats", "cuda") == "needs compute capability 8.0 or higher, this GPU is sm_75"
     registry.unavailable.cache_clear()
     monkeypatch.setattr(native, "cuda_load_error", "built without CUDA")
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run token_stats here: built without CUDA"):
         registry.resolve("token_stats", "cuda", "cuda")
-
-
-def test_auto_waits_for_a_hardware_run(cleared: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert registry.VERIFIED == {}, "an entry needs results of that hardware in benchmarks/results"
-    pretend(monkeypatch, gpu=True)
-    assert registry.resolve("token_stats", "cuda", "cuda") == "cuda"
-    assert registry.resolve("token_stats", "auto", "cuda") == "torch"
-    reason = registry.unverified("token_stats", "cuda", "cuda")
-    assert reason == "no hardware run has verified it on sm_90 yet; backend='cuda' runs it all the same"
-    monkeypatch.setattr(doctor, "device_types", lambda: ["cuda"])
-    rows = {op: (backend, why) for op, _, backend, why in doctor.auto_choices()}
-    assert rows["token_stats"][0] == "torch" and f"not cuda: {reason}" in rows["token_stats"][1]
-    assert "not cuda: no CUDA kernel kl_cov_mask yet" in rows["kl_cov_mask"][1]
-
-
-def test_auto_takes_what_is_verified_where_it_is(cleared: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, gpu=True)
-    monkeypatch.setattr(registry, "VERIFIED", {("token_stats", "cuda"): ("sm_90",)})
-    assert registry.resolve("token_stats", "auto", "cuda") == "cuda"
-    assert registry.resolve("kl_cov_mask", "auto", "cuda") == "torch"
-    assert registry.unverified("token_stats", "torch", "cuda") is None
-    for cached in (registry.resolve, registry._auto):
-        cached.cache_clear()
-    pretend(monkeypatch, gpu=True, capability=(10, 0))
-    assert registry.resolve("token_stats", "auto", "cuda") == "torch"
 
 
 def test_kernel_report_is_read() -> None:
@@ -96,7 +55,7 @@ def test_kernel_report_without_the_cuda_half_is_a_clear_error() -> None:
 
 
 class TestOnHardware:
-    pytestmark = on_gpu
+    pytestmark = hardware
     place = Place("cuda", "cuda")
 
     def test_no_kernel_uses_local_memory(self) -> None:
@@ -146,10 +105,13 @@ class TestOnHardware:
         check(plain(torch.bfloat16, "cuda:1", rows=3), self.place, "logprob", "entropy")
         assert torch.cuda.current_device() == 0
 
-    @pytest.mark.parametrize("rows", [1, 300])
-    def test_graph_of_split_rows_can_be_replayed(self, rows: int) -> None:
-        """The counters of the parts are zeroed within the graph."""
+    @pytest.mark.parametrize("columns", ["contiguous", "strided"])
+    @pytest.mark.parametrize("rows", [1, 100])
+    def test_graph_of_split_rows_can_be_replayed(self, rows: int, columns: str, undisturbed: None) -> None:
+        """Strided columns have no bulk copies: their parts meet in memory, by counters that the graph has to zero."""
         sample = plain(torch.float32, "cuda", rows=rows, vocab=151_937)
+        if columns == "strided":
+            sample.logits = sample.logits.t().contiguous().t()
         eager = ek.token_stats(sample.logits, sample.target, backend="cuda")
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -161,7 +123,7 @@ class TestOnHardware:
             graph.replay()
             assert all(same_bits(a, b) for a, b in zip(eager, captured, strict=True))
 
-    def test_invalid_labels_and_temperatures_are_nan_without_a_sync(self) -> None:
+    def test_invalid_labels_and_temperatures_are_nan_without_a_sync(self, undisturbed: None) -> None:
         sample = plain(torch.bfloat16, "cuda", rows=4)
         sample.target[0], sample.target[1] = 97, -1
         temperature = torch.tensor([1.0, 1.0, 0.0, 1.0], device="cuda")
@@ -174,20 +136,17 @@ class TestOnHardware:
         for value in out:
             assert value[:3].isnan().all() and value[3].isfinite()
 
-    def test_more_than_2_31_logits(self) -> None:
-        if torch.cuda.mem_get_info()[0] < 20e9:
-            pytest.skip("needs 20 GB")
-        rows, vocab = 17_000, 131_072
-        logits = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")
-        last = plain(torch.bfloat16, "cuda", rows=1, vocab=vocab)
-        logits[-1] = last.logits[0]
-        target = torch.zeros(rows, dtype=torch.int64, device="cuda")
-        target[-1] = last.target[0]
-        logits.requires_grad_()
-        out = ek.logprob_entropy(logits, target, backend="cuda", inplace_backward=False)
-        (gradient,) = torch.autograd.grad(out.logprob[-1], logits)
-        alone = last.logits.clone().requires_grad_()
-        expected = ek.logprob_entropy(alone, last.target, backend="cuda")
-        assert torch.allclose(out.entropy[-1], expected.entropy[0], rtol=1e-6)
-        (expected_gradient,) = torch.autograd.grad(expected.logprob[0], alone)
-        assert torch.allclose(gradient[-1], expected_gradient[0], rtol=1e-2) and not gradient[:-1].any()
+    @pytest.mark.parametrize("vocab", [300, 40_000])
+    def test_states_of_shards_merge_in_torch(self, vocab: int) -> None:
+        """One definition of the state across languages: CUDA's shards, merged and finalized in torch, give the row."""
+        sample = plain(torch.float32, "cuda", rows=4, vocab=vocab)
+        temperature = torch.tensor([1.0, 0.5, 2.0, 0.7], device="cuda")
+        cuts, states = (0, 100, 101, vocab), []
+        for start, stop in itertools.pairwise(cuts):
+            shard = (sample.logits[None, :, start:stop], sample.target, temperature)
+            states.append(native.token_stats_forward(*shard, 0.0, -100, start, vocab, 15)[4])
+        none = torch.zeros(4, dtype=torch.bool, device="cuda")
+        merged = softmax_state.merge(torch.stack(states), temperature)
+        values = dict(zip(NAMES, softmax_state.finalize(merged, temperature, 15, none, none), strict=True))
+        sample.kwargs["temperature"] = temperature
+        bound(sample).check_values(**values)

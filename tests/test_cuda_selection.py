@@ -15,13 +15,17 @@ from torch import Tensor
 import cuda_selection_emulator as emulator
 import entropy_kernels as ek
 from calls import same_bits
+from conftest import on_gpu
 from cuda_emulator import missing
 from entropy_kernels.backends import native, radix_select
 from entropy_kernels.backends.eager import selection as eager
 from entropy_kernels.backends.radix_select import Band, Count
 
 REASON = ek.backends()["clip_cov_mask"]["cuda"]
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}")]
+hardware = [
+    on_gpu("cuda", "token_covariance", "clip_cov_mask", "kl_cov_mask"),
+    pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}"),
+]
 emulated = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 INF, NAN = math.inf, math.nan
@@ -153,7 +157,7 @@ def test_covariance(kernels: emulator.Emulated, tokens: int, dtype: torch.dtype)
 class TestOnHardware:
     """Clusters of every size, cooperative grids, and what a stream must not see."""
 
-    pytestmark = on_gpu
+    pytestmark = hardware
 
     @pytest.mark.parametrize("tokens", [1, 4096, 4097, 20_000, 65_536, 300_001, 524_288, 524_289, 4_000_003])
     @pytest.mark.parametrize("levels", [None, 1])
@@ -193,7 +197,7 @@ class TestOnHardware:
             assert same_bits(radix_select.token_covariance(native._steps, *pair), eager.token_covariance(*pair))
 
     @pytest.mark.parametrize("tokens", [60_000, 700_000])
-    def test_graph_without_a_sync(self, tokens: int) -> None:
+    def test_graph_without_a_sync(self, tokens: int, undisturbed: None) -> None:
         """One captured step serves every seed and every batch of its shape."""
         data = {name: value.cuda() for name, value in batch(tokens, None, seed=3).items()}
         seed = torch.tensor(1, device="cuda")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
 import reference_losses as ref
 from entropy_kernels.losses import kl_estimate
-from loss_cases import MODES, Batch, assert_matches, leaf, random_batch, random_options
+from loss_cases import MODES, Batch, assert_matches, ek, leaf, random_batch, random_options
+
+pytestmark = pytest.mark.usefixtures("loss_place")
 
 BATCHES = 300
 CLIPS = ((0.2, 0.2), (0.2, 0.28), (1.0, 1.0), (0.05, 0.05))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
-from loss_cases import MASK_DTYPES, MODES, leaf
+from loss_cases import MASK_DTYPES, MODES, ek, leaf
+
+pytestmark = pytest.mark.usefixtures("loss_place")
 
 NAN, INF = float("nan"), float("inf")
 # name -> function and options; the selecting ones pick a fifth of the tokens so that something happens

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import entropy_kernels as ek
 import reference_losses as ref
 from entropy_kernels.losses import METRICS
-from loss_cases import MODES, Batch, assert_matches, leaf
+from loss_cases import MODES, Batch, assert_matches, ek, leaf
+
+pytestmark = pytest.mark.usefixtures("loss_place")
 
 numbers = st.floats(-30, 30, width=32)
 coefficients = st.sampled_from([0.0, 0.01, -0.3, 2.0])
@@ -45,7 +47,9 @@ def options(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"loss_agg_mode": mode, **whole}, {"mode": mode, **whole}
 
 
-few = settings(max_examples=60, deadline=None, derandomize=True)
+few = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def near_a_branch(batch: Batch, *bounds: float | None) -> bool:

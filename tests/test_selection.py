@@ -14,7 +14,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 import reference_selection as reference
-from calls import same_bits
+from calls import moved, same_bits
 from conftest import Place
 from entropy_kernels.backends.eager import selection as eager
 from entropy_kernels.backends.radix_select import Band, Count
@@ -50,12 +50,12 @@ def check(place: Place, function: str, covariance: Tensor, mask: Tensor | None =
     """The public mask on ``place`` equals the reference; inputs unchanged. Returns the mask on the CPU."""
     expected = getattr(reference, function)(covariance, mask, **options)
     tensors = {"covariance": covariance, "mask": mask, **{k: v for k, v in options.items() if isinstance(v, Tensor)}}
-    moved = {k: None if v is None else v.to(place.device) for k, v in tensors.items()}
-    before = {k: None if v is None else v.clone() for k, v in moved.items()}
-    selected = getattr(ek, function + "_mask")(**{**options, **moved}, backend=place.backend)
+    there = {k: None if v is None else moved(v, place.device) for k, v in tensors.items()}
+    before = {k: None if v is None else v.clone() for k, v in there.items()}
+    selected = getattr(ek, function + "_mask")(**{**options, **there}, backend=place.backend)
     assert selected.dtype == torch.bool and selected.shape == covariance.shape
     assert selected.device.type == place.device and selected.is_contiguous()
-    for name, value in moved.items():
+    for name, value in there.items():
         assert value is None or same_bits(value, before[name]), f"{name} was changed"
     assert torch.equal(selected.cpu(), expected), (
         f"{int(selected.sum())} selected, {int(expected.sum())} expected, "
@@ -457,11 +457,11 @@ def test_no_value_is_read_by_the_host(with_tensors: bool) -> None:
 
 def test_advantages_per_sequence(selection_place):
     """(B,) is one per sequence, also where B = L would let it run along the positions; integers are advantages too."""
-    logprob = torch.randn(4, 4)
-    per_sequence = torch.tensor([1, -2, 3, 0])
+    logprob = torch.randn(4, 4, device=selection_place.device)
+    per_sequence = torch.tensor([1, -2, 3, 0], device=selection_place.device)
     expected = ek.token_covariance(logprob, per_sequence.float()[:, None].expand(4, 4), backend=selection_place.backend)
     for advantages in (per_sequence, per_sequence[:, None], per_sequence.double()):
         got = ek.token_covariance(logprob, advantages, backend=selection_place.backend)
         assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="advantages: expected"):
-        ek.token_covariance(logprob, torch.ones(3))
+        ek.token_covariance(logprob, torch.ones(3, device=selection_place.device))

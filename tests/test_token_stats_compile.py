@@ -234,8 +234,7 @@ def on_gpu(place: Place) -> None:
         pytest.skip("needs a GPU")
 
 
-@pytest.mark.gpu
-def test_no_host_sync(place: Place) -> None:
+def test_no_host_sync(place: Place, undisturbed: None) -> None:
     on_gpu(place)
     sample = plain(torch.bfloat16, "cuda", temperature=torch.ones(5, device="cuda"))
     grads = upstream(sample, "logprob", "entropy")
@@ -249,8 +248,7 @@ def test_no_host_sync(place: Place) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
-def test_cuda_graph(place: Place) -> None:
+def test_cuda_graph(place: Place, undisturbed: None) -> None:
     on_gpu(place)
     sample = plain(torch.bfloat16, "cuda")
     temperature = torch.ones(1, device="cuda")
@@ -261,6 +259,7 @@ def test_cuda_graph(place: Place) -> None:
         return out, torch.autograd.grad((out.logprob + out.entropy).sum(), static)[0]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
     torch.cuda.synchronize()

@@ -114,9 +114,17 @@ ERRORS: dict[str, tuple[dict[str, Any], tuple[type[Exception], ...], str, str]] 
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", ERRORS)
-def test_error_names_argument_expected_and_got(name: str) -> None:
+def test_error_names_argument_expected_and_got(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes, exceptions, argument, got = ERRORS[name]
+    if device == "cuda":
+        if not torch.cuda.is_available() or name == "backend of another device":
+            pytest.skip("no GPU, or no error on one")
+        monkeypatch.setenv("ENTROPY_KERNELS_DEBUG", "1")  # values are not looked at otherwise
+        changes = {"logits": torch.randn(N, V), "target": torch.arange(N)} | changes
+        on_cpu = {k: v for k, v in changes.items() if isinstance(v, torch.Tensor) and v.device.type == "cpu"}
+        changes = changes | {k: v.to(device) for k, v in on_cpu.items()}
     with pytest.raises(exceptions) as caught:
         call(**changes)
     message = str(caught.value)
@@ -169,9 +177,8 @@ def test_kernels_give_nan_where_the_cpu_checks_raise(place: Place) -> None:
     """What a GPU returns in place of an error, from the kernels themselves, forward and backward, beside good rows."""
     from entropy_kernels.backends import registry
 
-    arguments = ("token_stats", "token_stats_forward", place.backend)
-    forward: Callable = registry.kernel(*arguments, torch.device(place.device))
     logits = torch.randn(1, 6, V, device=place.device)
+    forward: Callable = registry.kernel("token_stats", "token_stats_forward", place.backend, logits)
     target = torch.tensor([0, V, -1, 2, 3, -100], device=place.device)
     temperature = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=place.device)
     *outputs, _ = forward(logits, target, temperature, 0.0, -100, 0, V, 15)

@@ -10,11 +10,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from calls import same_bits
+from conftest import on_gpu
 from entropy_kernels.backends.triton import policy_loss as kernels
 from test_policy_loss_op import CASES, batch, check
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [on_gpu("triton", "policy_loss")] if DEVICE == "cuda" else []
 
 
 @pytest.mark.parametrize("tokens", [7, 5000])

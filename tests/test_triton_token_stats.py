@@ -14,15 +14,17 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from conftest import on_gpu
 from entropy_kernels.backends.eager import softmax_state as torch_state
 from entropy_kernels.backends.eager import token_stats as eager
 from entropy_kernels.backends.triton import tiling
 from entropy_kernels.backends.triton import token_stats as kernels
 
-# the interpreter is numpy, which warns of the NaN that these tests ask for
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter is numpy, which warns of the NaN that these tests ask for
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+if DEVICE == "cuda":
+    pytestmark.append(on_gpu("triton", "token_stats"))
 ALL = 15
 NONE = 1 << 40  # a vocab_size beyond every column
 BITS = {"logprob": 1, "entropy": 2, "collision": 4, "vocab_covariance": 8}

@@ -9,6 +9,10 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from entropy_kernels.backends import auto_table
+from entropy_kernels.backends.auto_table import Row
 
 BACKENDS = ("torch", "triton", "cpu", "cuda")
 
@@ -24,15 +28,12 @@ OPS: dict[str, tuple[str, ...]] = {
 _STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_cov_mask": "selection"}
 _STEM |= {"kl_cov_mask": "selection", "policy_loss": "policy_loss"}
 
-# Rows of the table behind "auto": device type -> backends in order of preference. A row is there because a measurement
-# (benchmarks/results) or, where there is none yet, a count of bytes put it there.
-_AUTO: dict[str, tuple[str, ...]] = {
+# Device type -> backends in the order that "auto" tries them in where nothing was measured. What was measured, and
+# which GPU kernels a hardware run has verified, is in auto_table.json.
+_DEFAULT_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch"),
     "cuda": ("cuda", "triton", "torch"),
 }
-# (op, backend) -> architectures, such as "sm_90", on which a hardware run has verified our GPU kernels: "auto" chooses
-# them nowhere else. Empty: no GPU has run any of them yet.
-VERIFIED: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 def _module_name(op: str, backend: str) -> str:
@@ -89,29 +90,46 @@ def architecture() -> str:
 
 def unverified(op: str, backend: str, device_type: str) -> str | None:
     """Why "auto" does not choose a backend that could run: our GPU kernels, until hardware has verified them."""
-    if device_type == "cpu" or backend == "torch" or architecture() in VERIFIED.get((op, backend), ()):
+    if device_type == "cpu" or backend == "torch":
+        return None
+    if (op, backend, architecture()) in auto_table.load().verified:
         return None
     return f"no hardware run has verified it on {architecture()} yet; backend={backend!r} runs it all the same"
 
 
-def preference(op: str, device_type: str) -> tuple[str, ...]:
-    """The backends that "auto" tries for ``op`` on a device type, in order."""
-    return _AUTO.get(device_type, ("torch",))
+def measured(op: str, device_type: str, dtype: str | None, size: str | None) -> Row | None:
+    """The table's row for a class on this machine's CPU or current GPU; None where nothing was measured."""
+    if dtype is None or size is None or device_type not in _DEFAULT_ORDER:
+        return None
+    return auto_table.load().rows.get((op, "cpu" if device_type == "cpu" else architecture(), dtype, size))
+
+
+def default_order(device_type: str) -> tuple[str, ...]:
+    """The backends that "auto" tries, in order, where nothing was measured."""
+    return _DEFAULT_ORDER.get(device_type, ("torch",))
+
+
+def preference(op: str, device_type: str, dtype: str | None = None, size: str | None = None) -> tuple[str, ...]:
+    """The backends that "auto" tries for ``op`` on a device type, in order.
+
+    Those that were measured for this dtype ("bf16") and size class ("large") come as the measurement ranks them, the
+    others behind them, and torch, which always can, ends the list.
+    """
+    row, order = measured(op, device_type, dtype, size), default_order(device_type)
+    if row is None:
+        return order
+    ranked = [*row.order, *(name for name in order if name not in row.order and name not in row.left_out), "torch"]
+    return tuple(ranked[: ranked.index("torch") + 1])
 
 
 @functools.cache
-def _auto(op: str, device_type: str) -> str:
-    for backend in preference(op, device_type):
-        if unavailable(op, backend) is None and unverified(op, backend, device_type) is None:
-            return backend
-    return "torch"
+def resolve(op: str, backend: str, device_type: str, dtype: str | None = None, size: str | None = None) -> str:
+    """Name of the backend that serves ``op`` on a device type; raises if the one asked for cannot.
 
-
-@functools.cache
-def resolve(op: str, backend: str, device_type: str) -> str:
-    """Name of the backend that serves ``op`` on a device type; raises if the one asked for cannot."""
+    ``dtype`` and ``size`` (see :mod:`.auto_table`) matter to "auto" only; without them it takes the default order.
+    """
     if backend == "auto":
-        return _auto(op, device_type)
+        return next(name for name in preference(op, device_type, dtype, size) if not skipped(op, name, device_type))
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
     if backend in ("cpu", "cuda") and backend != device_type:
@@ -122,14 +140,21 @@ def resolve(op: str, backend: str, device_type: str) -> str:
     return backend
 
 
+def skipped(op: str, backend: str, device_type: str) -> str | None:
+    """Why "auto" passes over a backend; torch is what is left, and raises by itself where it cannot."""
+    return None if backend == "torch" else unavailable(op, backend) or unverified(op, backend, device_type)
+
+
 @functools.cache
-def _kernel(op: str, name: str, backend: str, device_type: str) -> Callable:
-    module = importlib.import_module(_module_name(op, resolve(op, backend, device_type)))
-    return getattr(module, name)
+def _kernel(
+    op: str, name: str, backend: str, device_type: str, dtype: torch.dtype | None = None, size: str | None = None
+) -> Callable:
+    chosen = resolve(op, backend, device_type, None if dtype is None else auto_table.DTYPES.get(dtype), size)
+    return getattr(importlib.import_module(_module_name(op, chosen)), name)
 
 
-def kernel(op: str, name: str, backend: str, device: torch.device) -> Callable:
-    """Kernel function ``name`` of ``op`` for tensors on ``device``.
+def kernel(op: str, name: str, backend: str, tensor: Tensor) -> Callable:
+    """Kernel function ``name`` of ``op`` for a call on ``tensor``: its logits, or what it has one of per token.
 
     Called inside the op, so that a compiled graph holds the backend's name and no look-up.
 
@@ -137,7 +162,10 @@ def kernel(op: str, name: str, backend: str, device: torch.device) -> Callable:
         ValueError: no such backend, or one that does not run on this device type.
         RuntimeError: the backend cannot run here, with the reason.
     """
-    return _kernel(op, name, backend, device.type)
+    if backend != "auto":
+        return _kernel(op, name, backend, tensor.device.type)
+    size = auto_table.size_class(op, auto_table.amount(op, tensor))
+    return _kernel(op, name, backend, tensor.device.type, tensor.dtype, size)
 
 
 def backends() -> dict[str, dict[str, str]]:

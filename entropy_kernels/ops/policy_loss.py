@@ -59,9 +59,10 @@ def _forward(
         if backend != "auto":
             raise TypeError(f"logprob: expected at most fp32 with backend={backend!r}, got {logprob.dtype}")
         backend = "torch"
-    kernel = registry.kernel("policy_loss", "policy_loss", backend, logprob.device)
+    tokens = logprob.to(dtype)
+    kernel = registry.kernel("policy_loss", "policy_loss", backend, tokens)
     term, slope, _, _, totals, mean, metrics = kernel(
-        *(flat(x.to(dtype)) for x in (logprob, old_logprob, advantages)),
+        *(flat(x.to(dtype)) for x in (tokens, old_logprob, advantages)),
         *(flat(x) for x in (mask, covariance, given, token_index)),
         seed,
         None if coefficient is None else coefficient.to(dtype),

@@ -35,9 +35,10 @@ def flat(tensor: Tensor | None) -> Tensor | None:
 
 
 def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:
-    kernel = registry.kernel("token_covariance", "token_covariance", backend, logprob.device)
     dtype = torch.float64 if torch.float64 in (logprob.dtype, advantages.dtype) else torch.float32
-    covariance = kernel(flat(logprob.to(dtype)), flat(advantages.to(dtype)), flat(mask), group)
+    logprob = logprob.to(dtype)
+    kernel = registry.kernel("token_covariance", "token_covariance", backend, logprob)
+    covariance = kernel(flat(logprob), flat(advantages.to(dtype)), flat(mask), group)
     return covariance.view(logprob.shape)
 
 
@@ -57,9 +58,10 @@ def _clip_cov_mask(
     group: str,
     backend: str,
 ) -> Tensor:
-    kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, covariance.device)
+    covariance = covariance.float()
+    kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, covariance)
     selected = kernel(
-        flat(covariance.float()),
+        flat(covariance),
         flat(mask),
         flat(exclude),
         flat(token_index),
@@ -82,8 +84,9 @@ def _kl_cov_mask(
     group: str,
     backend: str,
 ) -> Tensor:
-    kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, covariance.device)
-    tokens = (flat(covariance.float()), flat(mask), flat(exclude), flat(token_index))
+    covariance = covariance.float()
+    kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, covariance)
+    tokens = (flat(covariance), flat(mask), flat(exclude), flat(token_index))
     return kernel(*tokens, Count(ratio, k, at_least_one), group).view(covariance.shape)
 
 

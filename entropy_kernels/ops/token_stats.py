@@ -97,7 +97,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_values(target, temperature, ignore_index, vocab_size)
-    kernel = registry.kernel("token_stats", "token_stats_forward", backend, logits.device)
+    kernel = registry.kernel("token_stats", "token_stats_forward", backend, logits)
     outputs = kernel(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
     if not group:
         return outputs
@@ -140,7 +140,7 @@ def _merge_shards(
 
 def _run_backward(*arguments: Any, inplace: bool) -> Tensor:
     *tensors_and_numbers, backend = arguments
-    kernel = registry.kernel("token_stats", "token_stats_backward", backend, arguments[3].device)
+    kernel = registry.kernel("token_stats", "token_stats_backward", backend, arguments[3])
     return kernel(*tensors_and_numbers, inplace)
 
 

@@ -80,7 +80,8 @@ def token_stats_forward(
             e.square_()
             state[4, part] = e.sum(-1)
             state[5, part] = -(d * e).sum(-1)
-    neutral = torch.tensor([0, 1, 0, 0, 1, 0], dtype=dtype, device=state.device)[: state.shape[0], None]
+    neutral = state.new_zeros((state.shape[0], 1))  # filled there: a list would be copied from the host, a sync
+    neutral[1::3] = 1  # s and s2
     state = torch.where(ignored, neutral, state)
     invalid = ((target < 0) | (target >= vocab_size)) & ~ignored
     logprob, entropy, collision, covariance = finalize(state, temperature, want, ignored, invalid)
