@@ -228,8 +228,8 @@ struct PolicyLossCall {  // mirrored by cuda_selection_emulator.py
   Call selection;
   const void *old_logprob, *given, *coefficient;
   double clip_low, clip_high, dual_clip;
-  int32_t selected, select, exclude_clipped, penalty, square_slope;
-  void *covariance, *mask, *slope, *totals;
+  int32_t selected, select, exclude_clipped, penalty, square_slope, covariance_given;
+  void *covariance, *mask, *slope, *totals, *mean, *metrics;
 };
 
 void policy_loss(const PolicyLossCall& call) {
@@ -252,6 +252,9 @@ void policy_loss(const PolicyLossCall& call) {
   a.slope = static_cast<float*>(call.slope);
   a.totals = static_cast<double*>(call.totals);
   a.partials = partials.data();
+  a.mean = static_cast<float*>(call.mean);
+  a.metrics = static_cast<float*>(call.metrics);
+  a.covariance_given = call.covariance_given != 0;
   a.covariance = {static_cast<const float*>(c.first),
                   static_cast<const float*>(c.second),
                   static_cast<const uint8_t*>(c.mask),

@@ -18,10 +18,11 @@ OPS: dict[str, tuple[str, ...]] = {
     "token_covariance": ("token_covariance",),
     "clip_cov_mask": ("clip_cov_mask",),
     "kl_cov_mask": ("kl_cov_mask",),
+    "policy_loss": ("policy_loss",),
 }
 # op -> file stem of its kernels in eager/ and triton/
 _STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_cov_mask": "selection"}
-_STEM["kl_cov_mask"] = "selection"
+_STEM |= {"kl_cov_mask": "selection", "policy_loss": "policy_loss"}
 
 # Rows of the table behind "auto": device type -> backends in order of preference. A row is there because a measurement
 # (benchmarks/results) or, where there is none yet, a count of bytes put it there.

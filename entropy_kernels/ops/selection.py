@@ -27,14 +27,17 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(-1).contiguous()
+def flat(tensor: Tensor | None) -> Tensor | None:
+    """(N,), contiguous."""
+    if tensor is None or (tensor.dim() == 1 and tensor.is_contiguous()):
+        return tensor
+    return tensor.reshape(-1).contiguous()
 
 
 def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:
     kernel = registry.kernel("token_covariance", "token_covariance", backend, logprob.device)
     dtype = torch.float64 if torch.float64 in (logprob.dtype, advantages.dtype) else torch.float32
-    covariance = kernel(_flat(logprob.to(dtype)), _flat(advantages.to(dtype)), _flat(mask), group)
+    covariance = kernel(flat(logprob.to(dtype)), flat(advantages.to(dtype)), flat(mask), group)
     return covariance.view(logprob.shape)
 
 
@@ -56,10 +59,10 @@ def _clip_cov_mask(
 ) -> Tensor:
     kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, covariance.device)
     selected = kernel(
-        _flat(covariance.float()),
-        _flat(mask),
-        _flat(exclude),
-        _flat(token_index),
+        flat(covariance.float()),
+        flat(mask),
+        flat(exclude),
+        flat(token_index),
         seed,
         Count(ratio, k, at_least_one),
         Band(low, high, quantile, closed),
@@ -80,7 +83,7 @@ def _kl_cov_mask(
     backend: str,
 ) -> Tensor:
     kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, covariance.device)
-    tokens = (_flat(covariance.float()), _flat(mask), _flat(exclude), _flat(token_index))
+    tokens = (flat(covariance.float()), flat(mask), flat(exclude), flat(token_index))
     return kernel(*tokens, Count(ratio, k, at_least_one), group).view(covariance.shape)
 
 
