@@ -117,8 +117,8 @@ class TestOnHardware:
 
     def test_repeated_runs_are_bitwise_equal(self) -> None:
         """Parts are merged in their order, whichever is done first."""
-        for rows in (1, 40):
-            sample = plain(torch.bfloat16, "cuda", rows=rows, vocab=151_937)
+        for dtype, rows in ((torch.bfloat16, 1), (torch.bfloat16, 40), (torch.float64, 1), (torch.float64, 40)):
+            sample = plain(dtype, "cuda", rows=rows, vocab=151_937)
             first = ek.token_stats(sample.logits, sample.target, backend="cuda")
             for _ in range(20):
                 again = ek.token_stats(sample.logits, sample.target, backend="cuda")
@@ -147,9 +147,10 @@ class TestOnHardware:
         assert torch.cuda.current_device() == 0
 
     @pytest.mark.parametrize("rows", [1, 300])
-    def test_graph_of_split_rows_can_be_replayed(self, rows: int) -> None:
-        """The counters of the parts are zeroed within the graph."""
-        sample = plain(torch.float32, "cuda", rows=rows, vocab=151_937)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_graph_of_split_rows_can_be_replayed(self, dtype: torch.dtype, rows: int) -> None:
+        """The counters of the parts, which only plain loads (fp64) have on every GPU, are zeroed within the graph."""
+        sample = plain(dtype, "cuda", rows=rows, vocab=151_937)
         eager = ek.token_stats(sample.logits, sample.target, backend="cuda")
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
