@@ -1,9 +1,11 @@
 // The selection kernels of csrc/cuda on the CPU, for tests (cuda_selection_emulator.py): a fiber per thread, resumed in
 // random order. A barrier too few gives wrong numbers; memory ordering, PTX and speed do not show.
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -73,14 +75,18 @@ class EmulatedThread {
     return shuffle(value, index_ % kLanes ^ mask);
   }
 
-  template <class T>
-  void add(T* shared, T value) {
+  uint32_t warp_maximum(uint32_t value) {
+    const auto& slots = exchange(value);
+    return static_cast<uint32_t>(*std::max_element(slots.begin(), slots.end()));
+  }
+  uint32_t warp_sum(uint32_t value) {
+    const auto& slots = exchange(value);
+    return static_cast<uint32_t>(std::accumulate(slots.begin(), slots.end(), uint64_t{0}));
+  }
+
+  void add(uint32_t* shared, uint32_t value) {
     require_own(shared);
     *shared += value;
-  }
-  void maximum(uint64_t* shared, uint64_t value) {
-    require_own(shared);
-    *shared = std::max(*shared, value);
   }
   void add_global(uint64_t* to, uint64_t value) { *to += value; }
   void maximum_global(uint64_t* to, uint64_t value) { *to = std::max(*to, value); }
