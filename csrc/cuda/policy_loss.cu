@@ -1,6 +1,7 @@
 // Covariance, selection and policy loss on NVIDIA GPUs in one launch: see policy_loss_kernels.h.
 #include "cuda/policy_loss.h"
 
+#include "cuda/kernels.h"
 #include "cuda/team_launch.h"
 
 namespace entropy_kernels::cuda {
@@ -47,6 +48,10 @@ TeamPlan plan_policy_loss(int64_t tokens, int device) {
 void launch_policy_loss(const TeamPlan& plan, PolicyLossArguments arguments, cudaStream_t stream) {
   arguments.covariance.chunk = arguments.selection.chunk = plan.chunk;
   launch_team(plan, plan.cluster ? pointer(policy_loss_cluster) : pointer(policy_loss_grid), arguments, stream);
+}
+
+std::vector<Kernel> policy_loss_kernels() {
+  return {{"policy_loss_cluster", pointer(policy_loss_cluster)}, {"policy_loss_grid", pointer(policy_loss_grid)}};
 }
 
 }  // namespace entropy_kernels::cuda

@@ -4,6 +4,7 @@
 // tokens fit its shared memory (sm_90 and later), else as a cooperative launch through global memory.
 #include "cuda/selection.h"
 
+#include "cuda/kernels.h"
 #include "cuda/team_launch.h"
 
 namespace entropy_kernels::cuda {
@@ -87,5 +88,14 @@ void launch_covariance(const TeamPlan& plan, CovarianceArguments<T> arguments, c
 }
 template void launch_covariance(const TeamPlan&, CovarianceArguments<float>, cudaStream_t);
 template void launch_covariance(const TeamPlan&, CovarianceArguments<double>, cudaStream_t);
+
+std::vector<Kernel> selection_kernels() {
+  return {{"selection_cluster", pointer(selection_cluster)},
+          {"selection_grid", pointer(selection_grid)},
+          {"covariance_cluster fp32", pointer(covariance_cluster<float>)},
+          {"covariance_cluster fp64", pointer(covariance_cluster<double>)},
+          {"covariance_grid fp32", pointer(covariance_grid<float>)},
+          {"covariance_grid fp64", pointer(covariance_grid<double>)}};
+}
 
 }  // namespace entropy_kernels::cuda

@@ -1,6 +1,7 @@
 // The steps of common/selection_steps.h, and the extremes and sums of the covariance, over all tokens.
 #include "common/fixed_point.h"
 #include "common/selection_steps.h"
+#include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/selection.h"
 
@@ -140,5 +141,20 @@ void launch_sums(const T* logprob, const T* advantages, const uint8_t* mask, con
 template void launch_sums(const float*, const float*, const uint8_t*, const double*, int64_t, int64_t*, cudaStream_t);
 template void launch_sums(const double*, const double*, const uint8_t*, const double*, int64_t, int64_t*,
                           cudaStream_t);
+
+std::vector<Kernel> selection_step_kernels() {
+  const auto pointer = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
+  return {{"step value keys", pointer(token_step<ValueKeyStep>)},
+          {"step random keys", pointer(token_step<RandomKeyStep>)},
+          {"step mask", pointer(token_step<MaskStep>)},
+          {"step covariance fp32", pointer(token_step<CovarianceStep<float>>)},
+          {"step covariance fp64", pointer(token_step<CovarianceStep<double>>)},
+          {"step key digits", pointer(digit_step<KeyDigitStep>)},
+          {"step index digits", pointer(digit_step<IndexDigitStep>)},
+          {"step extremes fp32", pointer(extremes_step<float>)},
+          {"step extremes fp64", pointer(extremes_step<double>)},
+          {"step sums fp32", pointer(sums_step<float>)},
+          {"step sums fp64", pointer(sums_step<double>)}};
+}
 
 }  // namespace entropy_kernels::cuda

@@ -140,27 +140,4 @@ STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CUDA, m) {
 
 }  // namespace
 
-// For Python, through ctypes: a line per kernel of name, registers, static shared memory, local memory and PTX version as
-// the current device has them, separated by tabs; or one line that says what went wrong.
-extern "C" __attribute__((visibility("default"))) const char* entropy_kernels_cuda_kernels() {
-  static thread_local std::string report;
-  report.clear();
-  try {
-    std::vector<Kernel> kernels = forward_kernels();
-    for (Kernel& kernel : backward_kernels()) kernels.push_back(std::move(kernel));
-    for (const Kernel& kernel : kernels) {
-      cudaFuncAttributes a;
-      check(cudaFuncGetAttributes(&a, kernel.function), "cudaFuncGetAttributes");
-      report += kernel.name;
-      for (const long value : {long(a.numRegs), long(a.sharedSizeBytes), long(a.localSizeBytes), long(a.ptxVersion)}) {
-        report += "\t" + std::to_string(value);
-      }
-      report += "\n";
-    }
-  } catch (const std::exception& error) {
-    report = error.what();
-  }
-  return report.c_str();
-}
-
 }  // namespace entropy_kernels::cuda

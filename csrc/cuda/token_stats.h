@@ -5,8 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
-#include <vector>
 
 #include "problem.h"
 
@@ -32,13 +30,5 @@ void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T
 // Enqueues the backward pass; parts and vectors of `arguments` are set here.
 template <typename T>
 void launch_backward(Element element, BackwardArguments<T> arguments, cudaStream_t stream);
-
-// Every compiled kernel and a name for it.
-struct Kernel {
-  std::string name;
-  const void* function;
-};
-std::vector<Kernel> forward_kernels();
-std::vector<Kernel> backward_kernels();
 
 }  // namespace entropy_kernels::cuda

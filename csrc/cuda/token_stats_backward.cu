@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "device_thread.h"
+#include "kernels.h"
 #include "launch.h"
 #include "token_stats.h"
 #include "token_stats_kernels.h"

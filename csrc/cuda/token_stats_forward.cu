@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "device_thread.h"
+#include "kernels.h"
 #include "launch.h"
 #include "token_stats.h"
 #include "token_stats_kernels.h"

@@ -163,7 +163,7 @@ class CudaKernel:
 
 
 def cuda_kernels() -> list[CudaKernel]:
-    """The statistics kernels as the driver has loaded them for the current CUDA device.
+    """The CUDA kernels as the driver has loaded them for the current device.
 
     Raises:
         RuntimeError: without the CUDA half, or without a device.
