@@ -24,7 +24,7 @@ from entropy_kernels.backends import auto_table, registry
 from entropy_kernels.backends.auto_table import Row, Source, Table, Verified
 
 # Ops of the suite that time an op of the registry by another name
-OP_OF = {"logprob_entropy": "token_stats", "logprob_entropy_fwdbwd": "token_stats"}
+OP_OF = dict.fromkeys(("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd"), "token_stats")
 _PREFIX = "ours-"  # implementations named ours-<backend>; ours-<backend>-inplace is the same kernel, called otherwise
 Class = tuple[str, str, str, str]  # op, architecture, dtype, size class
 
