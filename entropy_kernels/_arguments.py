@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 
 def all_gather(output: torch.Tensor, local: torch.Tensor, group: Any) -> None:
@@ -40,3 +41,23 @@ def integer(name: str, value: Any) -> Any:
         except TypeError:
             pass
     raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """``value`` is a finite number."""
+    value = number(name, value)
+    if value != value or value in (float("inf"), -float("inf")):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def scalar_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A number as a 0-d tensor. The compiler keeps one symbolic that multiplies, and specialises on one that fills."""
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=dtype, device=device) * value
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def refuse_forward_mode(name: str, value: torch.Tensor) -> None:
+    """Raise where a tangent of ``value`` would be lost without a word."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")

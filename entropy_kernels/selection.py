@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import integer, number
+from entropy_kernels._arguments import integer, number, scalar_tensor
 from entropy_kernels.ops import selection as op
 
 __all__ = ["SelectionBatch", "clip_cov_mask", "kl_cov_mask", "token_covariance"]
@@ -101,14 +101,14 @@ def clip_cov_mask(
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; both ratio and k.
     """
     _check_float("covariance", covariance)
-    ratio, k = _count(ratio, k, CLIP_COV_RATIO)
-    low, high = _band(low, high, band)
+    ratio, k = check_count(ratio, k, CLIP_COV_RATIO)
+    low, high = check_band(low, high, band)
     return op.clip_cov_mask(
         covariance.detach(),
         _boolean("mask", mask, "covariance", covariance),
         _boolean("exclude", exclude, "covariance", covariance),
-        _token_index(token_index, "covariance", covariance),
-        _seed(seed, covariance.device),
+        check_token_index(token_index, "covariance", covariance),
+        seed_tensor(seed, covariance.device),
         ratio,
         k,
         bool(at_least_one),
@@ -141,12 +141,12 @@ def kl_cov_mask(
     Args, returns, raises: as :func:`clip_cov_mask`.
     """
     _check_float("covariance", covariance)
-    ratio, k = _count(ratio, k, KL_COV_RATIO)
+    ratio, k = check_count(ratio, k, KL_COV_RATIO)
     return op.kl_cov_mask(
         covariance.detach(),
         _boolean("mask", mask, "covariance", covariance),
         _boolean("exclude", exclude, "covariance", covariance),
-        _token_index(token_index, "covariance", covariance),
+        check_token_index(token_index, "covariance", covariance),
         ratio,
         k,
         bool(at_least_one),
@@ -213,7 +213,7 @@ class SelectionBatch:
         advantages = expand_advantages(advantages, logprob)
         mask = _boolean("mask", mask, "logprob", logprob)
         exclude = _boolean("exclude", exclude, "logprob", logprob)
-        token_index = _token_index(token_index, "logprob", logprob)
+        token_index = check_token_index(token_index, "logprob", logprob)
         if self._shapes and (token_index is not None) != bool(self._token_index):
             got = "one" if token_index is not None else "none"
             raise ValueError(
@@ -352,7 +352,7 @@ def _boolean(name: str, value: Any, like_name: str, like: Tensor) -> Tensor | No
     return value if value.dtype == torch.bool else value != 0
 
 
-def _token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None:
+def check_token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None:
     if value is None:
         return None
     if not isinstance(value, Tensor):
@@ -366,7 +366,7 @@ def _token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None:
     return value
 
 
-def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """A 0-d tensor: a Python int below the op would recompile for every value."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
@@ -377,8 +377,7 @@ def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(seed, bool):
         raise TypeError("seed: expected an int or a 0-d int64 tensor, got bool")
     if torch.compiler.is_compiling() and isinstance(seed, (int, torch.SymInt)) and -(1 << 63) <= seed < 1 << 63:
-        # The compiler keeps a number symbolic that multiplies a tensor, and specialises on one that fills it
-        return torch.ones((), dtype=torch.int64, device=device) * seed
+        return scalar_tensor(seed, torch.int64, device)
     try:
         value = operator.index(seed)
     except TypeError:
@@ -387,10 +386,10 @@ def _seed(seed: int | Tensor, device: torch.device) -> Tensor:
         raise ValueError(f"seed: expected at most 64 bits, got {value}")
     if value >= 1 << 63:
         value -= 1 << 64  # the same 64 bits
-    return torch.full((), value, dtype=torch.int64, device=device)
+    return scalar_tensor(value, torch.int64, device)
 
 
-def _count(ratio: float | None, k: int | None, default: float) -> tuple[float | None, int | None]:
+def check_count(ratio: float | None, k: int | None, default: float) -> tuple[float | None, int | None]:
     if k is not None:
         if ratio is not None:
             raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
@@ -406,7 +405,7 @@ def _count(ratio: float | None, k: int | None, default: float) -> tuple[float | 
     return float(ratio), None
 
 
-def _band(low: float, high: float, band: str) -> tuple[float, float]:
+def check_band(low: float, high: float, band: str) -> tuple[float, float]:
     if band not in ("absolute", "quantile"):
         raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")
     low, high = number("low", low), number("high", high)

@@ -1,4 +1,4 @@
-"""Compile Triton kernels ahead of time, without a GPU, and print what they use: run by test_triton_aot.py.
+"""Compile Triton kernels ahead of time, without a GPU, and print what they use: run by test_triton_aot*.py.
 
     python tests/aot_triton.py sm_90 [NAME ...]     # one JSON object per kernel
     python tests/aot_triton.py parameters           # which arguments are constants
@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from entropy_kernels.backends.triton import tiling, token_stats
+from entropy_kernels.backends.triton import policy_loss, selection, tiling, token_stats
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -104,6 +104,44 @@ def backward(
     return triton.compile(source, target=target, options={"num_warps": warps, **token_stats.COMPILE})
 
 
+# Types of the arguments of the kernels over tokens, by name; of an optional tensor that is not there, None.
+_TOKEN_TYPES = {
+    **dict.fromkeys(("logprob", "old_logprob", "advantages", "covariance", "coefficient", "term", "slope"), "*fp32"),
+    **dict.fromkeys(("mask", "exclude", "selected", "clipped", "chosen"), "*i8"),
+    **dict.fromkeys(("scales", "means", "partial", "totals"), "*fp64"),
+    **dict.fromkeys(("keys", "value_keys", "band", "index", "offset", "seed", "histogram", "key_state"), "*i64"),
+    **dict.fromkeys(("state", "next", "threshold", "last_index"), "*i64"),
+    **dict.fromkeys(("tokens", "blocks", "shift", "bits", "bin_mask"), "i32"),
+    **dict.fromkeys(("clip_low", "clip_high", "dual_clip"), "fp32"),
+    "known_mask": "i64",
+}  # fmt: skip
+
+TOKEN_KERNELS = [
+    value
+    for module in (selection, policy_loss)
+    for name, value in vars(module).items()
+    if name.endswith("_kernel") and value.fn.__module__ == module.__name__
+]
+
+
+def over_tokens(target: GPUTarget, kernel: Any, warps: int = 4, without: tuple[str, ...] = (), **constants: Any) -> Any:
+    """A kernel of selection.py or policy_loss.py, ``without`` some of its optional tensors."""
+    constants |= dict.fromkeys(without)
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else _TOKEN_TYPES[name.removesuffix("_ptr")]
+        if signature[name].startswith("*"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    if kernel is selection.covariance_sums_kernel:
+        signature["partial_ptr"] = "*i64"
+    by_index = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return triton.compile(
+        ASTSource(kernel, signature, by_index, attributes),
+        target=target,
+        options={"num_warps": warps, **selection.COMPILE},
+    )
+
+
 # Each flag and each dtype with the rest as in the main use: the product of all would be hundreds of kernels.
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "forward-bf16": (forward, {"dtype": "bf16"}),
@@ -124,6 +162,56 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "backward-bf16-unaligned": (backward, {"dtype": "bf16", "aligned": False}),
     "backward-fp32-short": (backward, {"dtype": "fp32", "columns": 110}),
 }
+
+_BLOCK = {"BLOCK": selection.BLOCK}
+_BINS = {"BLOCK": selection.HISTOGRAM_BLOCK, "BINS": selection.RADIX_BINS, "warps": selection.HISTOGRAM_WARPS}
+_TERM: dict[str, Any] = {
+    "kernel": policy_loss.term_kernel,
+    "warps": policy_loss.WARPS,
+    **_BLOCK,
+    "EXCLUDE_CLIPPED": True,
+}
+_TERM |= {"SELECTED_AS": 1, "PENALTY": 0, "SQUARE_SLOPE": False, "without": ("coefficient_ptr",)}
+_PENALISED = {**_TERM, "SELECTED_AS": 3, "EXCLUDE_CLIPPED": False, "without": ("band_ptr",)}
+_CLIPPED = {"kernel": policy_loss.clipped_kernel, "warps": policy_loss.WARPS, **_BLOCK}
+VARIANTS |= {
+    name: (over_tokens, arguments)
+    for name, arguments in {
+        **{
+            f"{name}-{with_mask}": {"kernel": kernel, **_BLOCK, "without": without}
+            for name, kernel in {
+                "extremes": selection.covariance_extremes_kernel,
+                "sums": selection.covariance_sums_kernel,
+                "apply": selection.covariance_apply_kernel,
+            }.items()
+            for with_mask, without in (("mask", ()), ("all", ("mask_ptr",)))
+        },
+        "value-keys": {"kernel": selection.value_keys_kernel, **_BLOCK},
+        "value-keys-all": {"kernel": selection.value_keys_kernel, **_BLOCK, "without": ("mask_ptr", "exclude_ptr")},
+        "random-keys": {"kernel": selection.random_keys_kernel, **_BLOCK},
+        "random-keys-positions": {"kernel": selection.random_keys_kernel, **_BLOCK, "without": ("index_ptr",)},
+        "key-histogram": {"kernel": selection.key_histogram_kernel, **_BINS},
+        "index-histogram": {"kernel": selection.index_histogram_kernel, **_BINS},
+        "index-histogram-positions": {"kernel": selection.index_histogram_kernel, **_BINS, "without": ("index_ptr",)},
+        "find-digit": {"kernel": selection.find_digit_kernel, "BINS": selection.RADIX_BINS},
+        "mask": {"kernel": selection.mask_kernel, **_BLOCK},
+        "mask-positions": {"kernel": selection.mask_kernel, **_BLOCK, "without": ("index_ptr",)},
+        "clipped": _CLIPPED,
+        "clipped-all": {**_CLIPPED, "without": ("mask_ptr",)},
+        "term-ppo": {
+            **_TERM, "SELECTED_AS": 0, "EXCLUDE_CLIPPED": False,
+            "without": ("mask_ptr", "chosen_ptr", "band_ptr", "coefficient_ptr"),
+        },
+        "term-dropped": _TERM,
+        "term-detached": {**_TERM, "SELECTED_AS": 2, "EXCLUDE_CLIPPED": False},
+        **{
+            f"term-penalised-{name}": {**_PENALISED, "PENALTY": i}
+            for i, name in enumerate(("k1", "abs", "k2", "k3"))
+        },
+        "term-penalised-k3-square": {**_PENALISED, "PENALTY": 3, "SQUARE_SLOPE": True},
+        "totals": {"kernel": policy_loss.totals_kernel, "BLOCK": policy_loss.TOTALS_BLOCK},
+    }.items()
+}  # fmt: skip
 
 
 def _nvidia(name: str, kernel: Any) -> Usage:
@@ -152,16 +240,25 @@ def _amd(name: str, kernel: Any) -> Usage:
 
 def _parameters() -> None:
     """Which arguments are constants, and which ones Triton may specialise on (alignment, equality to 1)."""
-    for kernel in (token_stats.forward_kernel, token_stats.merge_kernel, token_stats.backward_kernel):
+    over_rows = [token_stats.forward_kernel, token_stats.merge_kernel, token_stats.backward_kernel]
+    for kernel in [*over_rows, *TOKEN_KERNELS]:
         constants = [p.name for p in kernel.params if p.is_constexpr]
         specialised = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
         print(json.dumps({"kernel": kernel.fn.__name__, "constants": constants, "specialised": specialised}))
+
+
+def _all_kernels_are_compiled() -> None:
+    compiled = {arguments["kernel"].fn.__name__ for build, arguments in VARIANTS.values() if build is over_tokens}
+    missing = {kernel.fn.__name__ for kernel in TOKEN_KERNELS} - compiled
+    if missing:
+        raise RuntimeError(f"VARIANTS: expected all kernels, without {missing}")
 
 
 def main(target_name: str, *names: str) -> None:
     if target_name == "parameters":
         _parameters()
         return
+    _all_kernels_are_compiled()
     target = TARGETS[target_name]
     for name in names or VARIANTS:
         build, arguments = VARIANTS[name]

@@ -121,6 +121,7 @@ class HostThread {
     });
   }
 
+  void cluster_arrive_relaxed() { cluster_arrive(); }
   void cluster_arrive() { arrived_at_ = block_.group.cluster.arrive(); }
   void cluster_wait() {
     const Rendezvous& cluster = block_.group.cluster;

@@ -1,9 +1,11 @@
 // The selection kernels of csrc/cuda on the CPU, for tests (cuda_selection_emulator.py): a fiber per thread, resumed in
 // random order. A barrier too few gives wrong numbers; memory ordering, PTX and speed do not show.
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -73,14 +75,18 @@ class EmulatedThread {
     return shuffle(value, index_ % kLanes ^ mask);
   }
 
-  template <class T>
-  void add(T* shared, T value) {
+  uint32_t warp_maximum(uint32_t value) {
+    const auto& slots = exchange(value);
+    return static_cast<uint32_t>(*std::max_element(slots.begin(), slots.end()));
+  }
+  uint32_t warp_sum(uint32_t value) {
+    const auto& slots = exchange(value);
+    return static_cast<uint32_t>(std::accumulate(slots.begin(), slots.end(), uint64_t{0}));
+  }
+
+  void add(uint32_t* shared, uint32_t value) {
     require_own(shared);
     *shared += value;
-  }
-  void maximum(uint64_t* shared, uint64_t value) {
-    require_own(shared);
-    *shared = std::max(*shared, value);
   }
   void add_global(uint64_t* to, uint64_t value) { *to += value; }
   void maximum_global(uint64_t* to, uint64_t value) { *to = std::max(*to, value); }
@@ -222,8 +228,8 @@ struct PolicyLossCall {  // mirrored by cuda_selection_emulator.py
   Call selection;
   const void *old_logprob, *given, *coefficient;
   double clip_low, clip_high, dual_clip;
-  int32_t selected, select, exclude_clipped, penalty, square_slope;
-  void *covariance, *mask, *slope, *totals;
+  int32_t selected, select, exclude_clipped, penalty, square_slope, covariance_given;
+  void *covariance, *mask, *slope, *totals, *mean, *metrics;
 };
 
 void policy_loss(const PolicyLossCall& call) {
@@ -246,6 +252,9 @@ void policy_loss(const PolicyLossCall& call) {
   a.slope = static_cast<float*>(call.slope);
   a.totals = static_cast<double*>(call.totals);
   a.partials = partials.data();
+  a.mean = static_cast<float*>(call.mean);
+  a.metrics = static_cast<float*>(call.metrics);
+  a.covariance_given = call.covariance_given != 0;
   a.covariance = {static_cast<const float*>(c.first),
                   static_cast<const float*>(c.second),
                   static_cast<const uint8_t*>(c.mask),

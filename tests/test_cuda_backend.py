@@ -76,8 +76,8 @@ class TestOnHardware:
 
     def test_repeated_runs_are_bitwise_equal(self) -> None:
         """Parts are merged in their order, whichever is done first."""
-        for rows in (1, 40):
-            sample = plain(torch.bfloat16, "cuda", rows=rows, vocab=151_937)
+        for dtype, rows in ((torch.bfloat16, 1), (torch.bfloat16, 40), (torch.float64, 1), (torch.float64, 40)):
+            sample = plain(dtype, "cuda", rows=rows, vocab=151_937)
             first = ek.token_stats(sample.logits, sample.target, backend="cuda")
             for _ in range(20):
                 again = ek.token_stats(sample.logits, sample.target, backend="cuda")

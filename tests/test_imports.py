@@ -24,6 +24,7 @@ ROOMS = {
     "ops": 1,
     "functional": 2,
     "selection": 2,
+    "policy": 2,
     "losses": 3,
     "analysis": 3,
     "trainer": 4,

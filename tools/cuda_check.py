@@ -3,6 +3,9 @@
 Compiles against the headers of the torch that is installed (a CPU build will do), links, prints registers, shared
 memory, spills and stack frame of each kernel, and loads the library to see that it registers its operators. Fails on a
 spill or a stack frame: local memory is device memory. Without a toolkit it says so and succeeds.
+
+``cuda_check.py FOLDER/torch`` does the same against the headers and libraries of another torch, as an unpacked wheel
+has them, but does not load what was built.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +116,7 @@ def load_error(library: Path, compiler: str) -> str | None:
     return None if loaded.returncode == 0 else f"the library does not load: {loaded.stderr.strip().splitlines()[-1]}"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     compiler = cuda_build.nvcc()
     if compiler is None:
         print("cuda-check: skipped: no CUDA toolkit here (nvcc is neither in CUDA_HOME nor in PATH)")
@@ -122,11 +126,12 @@ def main() -> int:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "_ops_cuda.so"
-        torch_folder, has_cuda = Path(torch.__file__).parent, torch.version.cuda is not None
+        torch_folder = Path(arguments[0]) if arguments else Path(torch.__file__).parent
+        has_cuda = (torch_folder / "lib" / "libtorch_cuda.so").exists()
         usages = parse(cuda_build.build(library, Path(folder), torch_folder, torch_has_cuda=has_cuda, report=True))
         seconds = time.perf_counter() - begin
         found = problems(usages)
-        unloadable = load_error(library, compiler)
+        unloadable = None if arguments else load_error(library, compiler)
     if unloadable is not None:
         found.append(unloadable)
     print(table(usages))
@@ -138,4 +143,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/host_device.h"
+#include "common/radix_select.h"
 
 namespace entropy_kernels {
 
@@ -92,6 +93,68 @@ EK_HOST_DEVICE PolicyTerm<T> penalty_term(T log_ratio, Penalty penalty, bool squ
     term.slope = log_ratio;
   }
   return term;
+}
+
+// Both, for a token that is selected as `selected`.
+template <class T>
+EK_HOST_DEVICE PolicyTerm<T> penalised_term(const PolicyBranch<T>& branch, bool valid, Selected selected,
+                                            Penalty penalty, bool square_slope, T coefficient) {
+  PolicyTerm<T> term = policy_term(branch, valid, selected);
+  if (selected == Selected::kPenalised) {
+    const PolicyTerm<T> added = penalty_term(branch.log_ratio, penalty, square_slope);
+    term.value += coefficient * added.value;
+    term.slope += coefficient * added.slope;
+  }
+  return term;
+}
+
+// What is summed up over the valid tokens, and the maxima behind the sums: together the totals. Their order is that of
+// the operator's output; entropy_kernels/ops/policy_loss.py names them in Python.
+enum PolicySum : int {
+  kTermSum, kClippedSum, kClippedLowerSum, kLogRatioSum, kAbsoluteLogRatioSum, kRatioSum, kCovarianceSum,
+  kInBandSum, kSelectedSum, kNonfiniteSum, kTokenSum, kPolicySums
+};
+enum PolicyMaximum : int { kRatioMaximum, kCovarianceMaximum, kPolicyMaxima };
+constexpr int kPolicyTotals = int{kPolicySums} + int{kPolicyMaxima};
+
+template <class T, class Sum>
+EK_HOST_DEVICE void add_to_sums(Sum (&sums)[kPolicySums], const PolicyBranch<T>& branch, const PolicyTerm<T>& term,
+                                float covariance, bool valid, bool candidate, bool selected) {
+  sums[kTermSum] += term.value;
+  sums[kClippedSum] += branch.clipped;
+  sums[kClippedLowerSum] += branch.clipped_lower;
+  sums[kLogRatioSum] += branch.log_ratio;
+  sums[kAbsoluteLogRatioSum] += std::fabs(branch.log_ratio);
+  sums[kRatioSum] += branch.ratio;
+  sums[kCovarianceSum] += covariance;
+  sums[kInBandSum] += candidate;
+  sums[kSelectedSum] += selected;
+  sums[kNonfiniteSum] += valid && !(std::fabs(term.value) < kInfinity<T>);
+  sums[kTokenSum] += valid;
+}
+
+// Maxima are compared as ordered keys, 0 standing for none; NaN is above everything, as in torch's amax.
+EK_HOST_DEVICE uint32_t larger_key(uint32_t key, float value) {
+  const uint32_t other = value == value ? ordered_key(value) : ~0u;
+  return other > key ? other : key;
+}
+EK_HOST_DEVICE double maximum_of_key(uint32_t key) { return key == 0 ? 0.0 : static_cast<double>(key_value(key)); }
+
+EK_HOST_DEVICE double policy_mean(const double* totals) {
+  return totals[kTermSum] / (totals[kTokenSum] > 0 ? totals[kTokenSum] : 1);
+}
+
+// The metrics made from the totals: means in the order of the sums from kClippedSum to kSelectedSum (of old - new for the
+// log-ratio), the number of non-finite tokens, the maxima, and 1 / the number of valid tokens (1 without any).
+constexpr int kPolicyMetrics = kPolicyTotals - 1;
+
+EK_HOST_DEVICE double policy_metric(const double* totals, int index) {
+  const double weight = 1 / (totals[kTokenSum] > 0 ? totals[kTokenSum] : 1);
+  const int total = kClippedSum + index;
+  if (total < kNonfiniteSum) {
+    return (total == kLogRatioSum ? 0 - totals[total] : totals[total]) * weight;
+  }
+  return total == kNonfiniteSum ? totals[total] : total < kPolicyTotals - 1 ? totals[total + 1] : weight;
 }
 
 }  // namespace entropy_kernels

@@ -17,6 +17,7 @@
 
 #include "common/radix_select.h"
 #include "common/selection.h"
+#include "cpu/selection.h"
 #include "cpu/selection_scan.h"
 #include "cpu/selection_view.h"
 
@@ -330,30 +331,45 @@ Band quantile_band(const TokenView& view, double low, double high, bool closed) 
   return value_band(key_band(nth_key(need_low), nth_key(need_high), closed));
 }
 
+}  // namespace
+
+Band clip_cov_band(const TokenView& view, double low, double high, bool quantile, bool closed) {
+  return quantile ? quantile_band(view, low, high, closed)
+                  : value_band(key_band(ordered_key(static_cast<float>(low)), ordered_key(static_cast<float>(high)),
+                                        closed));
+}
+
+void select_at_random(const TokenView& view, Band band, const SelectionCount& request, int64_t seed,
+                      uint8_t* selected) {
+  const Sample sample(view, band);
+  const uint32_t threshold = guess_random(sample, static_cast<double>(request.of(sample.expected_valid())));
+  select(view, band, RandomKeys{static_cast<uint64_t>(seed)}, threshold, request, selected);
+}
+
+void select_largest(const TokenView& view, const SelectionCount& request, uint8_t* selected) {
+  Sample sample(view, kAllValues);
+  const uint32_t threshold = guess_value(sample, static_cast<double>(request.of(sample.expected_valid())));
+  select(view, kAllValues, ValueKeys{}, threshold, request, selected);
+}
+
+namespace {
+
 Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
                      std::optional<Tensor> token_index, const Tensor& seed, double ratio, int64_t k,
                      bool at_least_one, double low, double high, bool quantile, bool closed) {
   const TokenView view = token_view(covariance, mask, exclude, token_index);
-  const SelectionCount request{ratio, k, at_least_one};
-  const Band band = quantile ? quantile_band(view, low, high, closed)
-                             : value_band(key_band(ordered_key(static_cast<float>(low)),
-                                                   ordered_key(static_cast<float>(high)), closed));
   Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
-  const Sample sample(view, band);
-  const uint32_t threshold = guess_random(sample, static_cast<double>(request.of(sample.expected_valid())));
-  const RandomKeys keys{static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()))};
-  select(view, band, keys, threshold, request, static_cast<uint8_t*>(selected.mutable_data_ptr()));
+  select_at_random(view, clip_cov_band(view, low, high, quantile, closed), {ratio, k, at_least_one},
+                   *static_cast<const int64_t*>(seed.const_data_ptr()),
+                   static_cast<uint8_t*>(selected.mutable_data_ptr()));
   return selected;
 }
 
 Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
                    std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one) {
-  const TokenView view = token_view(covariance, mask, exclude, token_index);
-  const SelectionCount request{ratio, k, at_least_one};
   Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
-  Sample sample(view, kAllValues);
-  const uint32_t threshold = guess_value(sample, static_cast<double>(request.of(sample.expected_valid())));
-  select(view, kAllValues, ValueKeys{}, threshold, request, static_cast<uint8_t*>(selected.mutable_data_ptr()));
+  select_largest(token_view(covariance, mask, exclude, token_index), {ratio, k, at_least_one},
+                 static_cast<uint8_t*>(selected.mutable_data_ptr()));
   return selected;
 }
 

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "common/fixed_point.h"
+#include "cpu/selection.h"
 #include "cpu/selection_view.h"
 
 namespace entropy_kernels::cpu {
@@ -96,6 +97,8 @@ auto with_type(const Tensor& logprob, const Tensor& advantages, const Body& body
               static_cast<const float*>(advantages.const_data_ptr()));
 }
 
+}  // namespace
+
 Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {
   const uint8_t* valid = data_or_null<uint8_t>(mask);
   const int64_t tokens = logprob.numel();
@@ -111,6 +114,8 @@ Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::op
   });
   return out;
 }
+
+namespace {
 
 // (3,) float64: largest |logprob|, largest |advantage|, number of tokens that count
 Tensor covariance_extremes(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {

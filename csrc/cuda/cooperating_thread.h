@@ -30,9 +30,10 @@ struct CooperatingThread {
     return __shfl_xor_sync(kWarp, value, mask);
   }
 
+  __device__ __forceinline__ uint32_t warp_maximum(uint32_t value) const { return __reduce_max_sync(kWarp, value); }
+  __device__ __forceinline__ uint32_t warp_sum(uint32_t value) const { return __reduce_add_sync(kWarp, value); }
+
   __device__ __forceinline__ void add(uint32_t* shared, uint32_t value) const { atomicAdd(shared, value); }
-  __device__ __forceinline__ void add(uint64_t* shared, uint64_t value) const { atomicAdd(word(shared), value); }
-  __device__ __forceinline__ void maximum(uint64_t* shared, uint64_t value) const { atomicMax(word(shared), value); }
   __device__ __forceinline__ void add_global(uint64_t* to, uint64_t value) const { atomicAdd(word(to), value); }
   __device__ __forceinline__ void maximum_global(uint64_t* to, uint64_t value) const { atomicMax(word(to), value); }
   // What other blocks of this launch have written: not from this multiprocessor's L1.
@@ -41,7 +42,17 @@ struct CooperatingThread {
 
   __device__ __forceinline__ void grid_sync() const { cooperative_groups::this_grid().sync(); }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  __device__ __forceinline__ void cluster_sync() const { cooperative_groups::this_cluster().sync(); }
+  // What the block has written before it, every thread of the cluster sees behind it. One warp releases it for all:
+  // 32 fences at a time would queue up.
+  __device__ __forceinline__ void cluster_sync() const {
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    } else {
+      asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    }
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  }
   // The same object of this block's shared memory in another block of the cluster, which is the whole grid.
   template <class T>
   __device__ __forceinline__ T* in_block(T* shared, int block) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/fixed_point.h"
 #include "cuda/team.h"
@@ -36,8 +37,9 @@ EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a
   };
   const uint64_t* totals = team.shared.totals;
 
+  using Unsigned = std::make_unsigned_t<typename Magnitude<T>::Bits>;
   typename Magnitude<T>::Bits largest_logprob = 0, largest_advantage = 0;
-  int64_t counted = 0;
+  uint32_t counted = 0;
   for_tokens(team, share.tokens, load, [&](int, const Token& token) {
     const auto logprob = Magnitude<T>::of(token.logprob, token.counts);
     const auto advantage = Magnitude<T>::of(token.advantage, token.counts);
@@ -45,9 +47,9 @@ EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a
     largest_advantage = advantage > largest_advantage ? advantage : largest_advantage;
     counted += token.counts;
   });
-  team.add_maximum(kLogprob, static_cast<uint64_t>(largest_logprob));
-  team.add_maximum(kAdvantages, static_cast<uint64_t>(largest_advantage));
-  team.add_sum(kCount, static_cast<uint64_t>(counted));
+  team.add_maximum(kLogprob, static_cast<Unsigned>(largest_logprob));
+  team.add_maximum(kAdvantages, static_cast<Unsigned>(largest_advantage));
+  team.add_sum(kCount, counted);
   team.combine_slots(kLogprob, 2, 1);
   const double logprob = Magnitude<T>::value(static_cast<typename Magnitude<T>::Bits>(totals[kLogprob]));
   const double advantage = Magnitude<T>::value(static_cast<typename Magnitude<T>::Bits>(totals[kAdvantages]));

@@ -84,6 +84,10 @@ struct DeviceThread {
                  : "memory");
   }
 
+  // Says that this block runs, and nothing about its memory: no fence that everything in flight has to pass.
+  __device__ __forceinline__ void cluster_arrive_relaxed() const {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  }
   __device__ __forceinline__ void cluster_arrive() const {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   }

@@ -18,9 +18,9 @@ using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
 // Inputs are fp32, flat and contiguous; a seed makes the selection Clip-Cov's. See registration.cpp.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
     const Tensor& logprob, const Tensor& old_logprob, const Tensor& advantages, std::optional<Tensor> mask,
-    std::optional<Tensor> given, std::optional<Tensor> token_index, std::optional<Tensor> seed,
+    std::optional<Tensor> given_covariance, std::optional<Tensor> given, std::optional<Tensor> token_index, std::optional<Tensor> seed,
     std::optional<Tensor> coefficient, double clip_low, double clip_high, double dual_clip, int64_t selected,
     bool select, bool exclude_clipped, int64_t penalty, bool square_slope, double ratio, int64_t k, bool at_least_one,
     double low, double high, bool quantile, bool closed) {
@@ -28,11 +28,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   const int64_t tokens = logprob.numel();
   Tensor term = torch::stable::new_empty(logprob, logprob.sizes(), ScalarType::Float);
   Tensor slope = torch::stable::new_empty(logprob, logprob.sizes(), ScalarType::Float);
-  Tensor covariance = torch::stable::new_empty(logprob, logprob.sizes(), ScalarType::Float);
+  Tensor covariance = torch::stable::new_empty(logprob, {given_covariance ? 0 : tokens}, ScalarType::Float);
   Tensor chosen = torch::stable::new_empty(logprob, {select ? tokens : 0}, ScalarType::Bool);
-  Tensor totals = torch::stable::new_zeros(logprob, {kPolicyTotals}, ScalarType::Double);
+  // without a token no kernel is launched, and everything is 0 but the weight
+  Tensor totals = tokens > 0 ? torch::stable::new_empty(logprob, {kPolicyTotals}, ScalarType::Double)
+                             : torch::stable::new_zeros(logprob, {kPolicyTotals}, ScalarType::Double);
+  Tensor mean = tokens > 0 ? torch::stable::new_empty(logprob, {}, ScalarType::Float)
+                           : torch::stable::new_zeros(logprob, {}, ScalarType::Float);
+  Tensor metrics = tokens > 0 ? torch::stable::new_empty(logprob, {kPolicyMetrics}, ScalarType::Float)
+                              : torch::stable::new_zeros(logprob, {kPolicyMetrics}, ScalarType::Float);
   if (tokens == 0) {
-    return {term, slope, covariance, chosen, totals};
+    return {term, slope, covariance, chosen, totals, mean, metrics};
   }
   const TeamPlan plan = plan_policy_loss(tokens, static_cast<int>(logprob.get_device()));
   const int64_t key_words = key_store_bytes(plan.tokens()) / 8 + 1;
@@ -52,8 +58,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   a.term = mutable_data<float>(term);
   a.slope = mutable_data<float>(slope);
   a.totals = mutable_data<double>(totals);
-  a.covariance = {data<float>(logprob),  data<float>(advantages),         data<uint8_t>(mask), tokens, 0,
-                  mutable_data<float>(covariance), nullptr};
+  a.mean = mutable_data<float>(mean);
+  a.metrics = mutable_data<float>(metrics);
+  a.covariance_given = given_covariance.has_value();
+  // one that is given is only read
+  float* values = given_covariance ? const_cast<float*>(data<float>(given_covariance)) : mutable_data<float>(covariance);
+  a.covariance = {data<float>(logprob), data<float>(advantages), data<uint8_t>(mask), tokens, 0, values, nullptr};
   SelectionArguments& s = a.selection;
   s.covariance = a.covariance.covariance;
   s.mask = a.covariance.mask;
@@ -70,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
     s.candidates = s.keys + plan.tokens();
   }
   launch_policy_loss(plan, a, current_stream(logprob));
-  return {term, slope, covariance, chosen, totals};
+  return {term, slope, covariance, chosen, totals, mean, metrics};
 }
 
 }  // namespace

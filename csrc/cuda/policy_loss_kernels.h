@@ -9,14 +9,6 @@
 
 namespace entropy_kernels::cuda {
 
-// Over the valid tokens, in the order of the output.
-enum PolicySum : int {
-  kTermSum, kClippedSum, kClippedLowerSum, kLogRatioSum, kAbsoluteLogRatioSum, kRatioSum, kCovarianceSum,
-  kInBandSum, kSelectedSum, kNonfiniteSum, kTokenSum, kPolicySums
-};
-enum PolicyMaximum : int { kRatioMaximum, kCovarianceMaximum, kPolicyMaxima };
-constexpr int kPolicyTotals = int{kPolicySums} + int{kPolicyMaxima};
-
 struct PolicyLossArguments {
   const float* old_logprob;
   PolicyClips<float> clips;
@@ -30,20 +22,18 @@ struct PolicyLossArguments {
   float* term;                 // (N,)
   float* slope;                // (N,) derivative of the term by logprob
   double* totals;              // (kPolicyTotals,)
+  float* mean;                 // () of the term over the valid tokens
+  float* metrics;              // (kPolicyMetrics,)
   double* partials;            // (blocks, kPolicySums), Grid only
+  bool covariance_given;       // and not to be written
   CovarianceArguments<float> covariance;
   SelectionArguments selection;  // its covariance and, where clipped tokens are excluded, `exclude` are written here
 };
 
-// The larger of keys, 0 standing for none; NaN is above everything, as in torch's amax.
-EK_HOST_DEVICE uint32_t larger_key(uint32_t key, float value) {
-  const uint32_t other = value == value ? ordered_key(value) : ~0u;
-  return other > key ? other : key;
-}
-
 struct PolicyLossShared {
   double warps[kLanes][kPolicySums];
   double sums[kPolicySums];
+  double totals[kPolicyTotals];
 };
 
 template <class Team>
@@ -61,7 +51,9 @@ EK_HOST_DEVICE void policy_loss_block(Team& team, SearchShared& search, PolicyLo
     return policy_branch(token.logprob, token.old_logprob, token.advantage, token.valid, a.clips);
   };
 
-  covariance_block(team, c);
+  if (!a.covariance_given) {
+    covariance_block(team, c);
+  }
   // Each thread comes back to the tokens that it has written: no barrier is needed in between.
   KeyBand band = {1, 0};
   uint8_t* selected = a.selection.selected;
@@ -97,33 +89,18 @@ EK_HOST_DEVICE void policy_loss_block(Team& team, SearchShared& search, PolicyLo
                      c.covariance[position], valid_at(position),      chosen != nullptr && chosen[position] != 0};
       },
       [&](int i, const Token& token) {
-        const PolicyBranch<float> branch = branch_of(token);
         const bool acted_on = token.selected && token.valid;
-        const Selected selected_as = acted_on ? a.selected : Selected::kUnchanged;
-        PolicyTerm<float> term = policy_term(branch, token.valid, selected_as);
-        if (selected_as == Selected::kPenalised) {
-          const PolicyTerm<float> penalty = penalty_term(branch.log_ratio, a.penalty, a.square_slope);
-          term.value += coefficient * penalty.value;
-          term.slope += coefficient * penalty.slope;
-        }
+        const PolicyBranch<float> branch = branch_of(token);
+        const PolicyTerm<float> term =
+            penalised_term(branch, token.valid, acted_on ? a.selected : Selected::kUnchanged, a.penalty,
+                           a.square_slope, coefficient);
         if (i < share.tokens) {
           a.term[share.begin + i] = term.value;
           a.slope[share.begin + i] = term.slope;
         }
-        const uint32_t key = ordered_key(token.covariance);
-        const bool candidate = token.valid && band.contains(key) && token.covariance == token.covariance;
-        const bool kept = !(a.exclude_clipped && branch.clipped);
-        sums[kTermSum] += term.value;
-        sums[kClippedSum] += branch.clipped;
-        sums[kClippedLowerSum] += branch.clipped_lower;
-        sums[kLogRatioSum] += branch.log_ratio;
-        sums[kAbsoluteLogRatioSum] += std::fabs(branch.log_ratio);
-        sums[kRatioSum] += branch.ratio;
-        sums[kCovarianceSum] += token.covariance;
-        sums[kInBandSum] += candidate && kept;
-        sums[kSelectedSum] += acted_on;
-        sums[kNonfiniteSum] += token.valid && !(std::fabs(term.value) < kInfinity<float>);
-        sums[kTokenSum] += token.valid;
+        const bool candidate = token.valid && band.contains(ordered_key(token.covariance)) &&
+                               token.covariance == token.covariance && !(a.exclude_clipped && branch.clipped);
+        add_to_sums(sums, branch, term, token.covariance, token.valid, candidate, acted_on);
         if (token.valid) {
           largest_ratio = larger_key(largest_ratio, branch.ratio);
           largest_covariance = larger_key(largest_covariance, token.covariance);
@@ -156,16 +133,26 @@ EK_HOST_DEVICE void policy_loss_block(Team& team, SearchShared& search, PolicyLo
   }
   team.combine_slots(kMaximumSlot, kPolicyMaxima, 0);
   if (team.thread.block() == 0) {
-    if (team.thread.index() < kPolicySums) {
+    const int index = team.thread.index();
+    if (index < kPolicySums) {
       double sum = 0;
       for (int block = 0; block < team.thread.blocks(); ++block) {
-        sum += team.partial(shared.sums, a.partials, block, kPolicySums, team.thread.index());
+        sum += team.partial(shared.sums, a.partials, block, kPolicySums, index);
       }
-      a.totals[team.thread.index()] = sum;
-    } else if (team.thread.index() < kPolicyTotals) {
-      const int slot = kMaximumSlot + team.thread.index() - kPolicySums;
-      const auto key = static_cast<uint32_t>(team.shared.totals[slot]);
-      a.totals[team.thread.index()] = key == 0 ? 0.0 : static_cast<double>(key_value(key));
+      shared.totals[index] = sum;
+    } else if (index < kPolicyTotals) {
+      const auto key = static_cast<uint32_t>(team.shared.totals[kMaximumSlot + index - kPolicySums]);
+      shared.totals[index] = maximum_of_key(key);
+    }
+    team.thread.barrier();
+    if (index < kPolicyTotals) {
+      a.totals[index] = shared.totals[index];
+    }
+    if (index < kPolicyMetrics) {
+      a.metrics[index] = static_cast<float>(policy_metric(shared.totals, index));
+    }
+    if (index == 0) {
+      *a.mean = static_cast<float>(policy_mean(shared.totals));
     }
   }
 }

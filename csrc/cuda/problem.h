@@ -22,7 +22,7 @@ struct Rows {
 
   template <class Storage>
   EK_HOST_DEVICE Storage* at(int row, int length) const {
-    const std::int64_t b = row / length, l = row % length;
+    const std::int64_t b = row < length ? 0 : row / length, l = row - b * length;  // a division takes its time
     return static_cast<Storage*>(data) + (b * batch_stride + l * length_stride);
   }
 };

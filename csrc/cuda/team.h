@@ -15,13 +15,24 @@ namespace entropy_kernels::cuda {
 constexpr int kLanes = 32;
 constexpr int kTeamWords = 2 * kRadixBins;
 constexpr int kTeamSlots = 8;
+constexpr int kMaxCluster = 16;  // blocks; more than 8 is not promised: the occupancy is asked for
 
 struct TeamShared {
-  uint32_t words[kTeamWords];   // this block's histograms
-  uint32_t slice[kTeamWords];   // Cluster: those words of all blocks together that this block adds up
-  uint64_t slots[kTeamSlots];   // this block's maxima and sums
-  uint64_t totals[kTeamSlots];  // those of all blocks
+  uint32_t words[kTeamWords];           // this block's histograms
+  uint32_t slice[kTeamWords];           // Cluster: those words of all blocks together that this block adds up
+  uint64_t warps[kTeamSlots][kLanes];   // maxima and sums of this block's warps
+  uint64_t slots[kTeamSlots];           // this block's
+  uint64_t totals[kTeamSlots];          // those of all blocks
 };
+
+// The smallest n with value <= 2^n, of a value from 1 on.
+EK_HOST_DEVICE int bits_below(uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  return 32 - __clz(static_cast<int>(value - 1));
+#else
+  return value == 1 ? 0 : 32 - __builtin_clz(value - 1);
+#endif
+}
 
 // What both have: the block's own shared memory.
 template <class Thread_>
@@ -32,33 +43,18 @@ class Team {
 
   EK_HOST_DEVICE Team(Thread& thread_, TeamShared& shared_) : thread(thread_), shared(shared_) {
     clear_words(kTeamWords);
-    if (thread.index() < kTeamSlots) {
-      shared.slots[thread.index()] = 0;
-    }
     thread.barrier();
   }
   EK_HOST_DEVICE int lane() const { return thread.index() % kLanes; }
   EK_HOST_DEVICE int warp() const { return thread.index() / kLanes; }
 
   EK_HOST_DEVICE void count(int word) { thread.add(shared.words + word, 1u); }
-  // The warp's largest value, and the warp's sum, go to the block's slot.
-  EK_HOST_DEVICE void add_maximum(int slot, uint64_t value) {
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-      const uint64_t other = thread.shuffle_xor(value, mask);
-      value = other > value ? other : value;
-    }
-    if (lane() == 0) {
-      thread.maximum(shared.slots + slot, value);
-    }
-  }
-  EK_HOST_DEVICE void add_sum(int slot, uint64_t value) {
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-      value += thread.shuffle_xor(value, mask);
-    }
-    if (lane() == 0) {
-      thread.add(shared.slots + slot, value);
-    }
-  }
+  // The warp's largest value, and the warp's sum, go to a slot. They are not added there by atomics: those of 64 bits
+  // are loops in shared memory, in which all warps would wait for one another. Sums of 32 bits are of a block's tokens.
+  EK_HOST_DEVICE void add_maximum(int slot, uint64_t value) { give(slot, combined(value, true)); }
+  EK_HOST_DEVICE void add_maximum(int slot, uint32_t value) { give(slot, thread.warp_maximum(value)); }
+  EK_HOST_DEVICE void add_sum(int slot, uint64_t value) { give(slot, combined(value, false)); }
+  EK_HOST_DEVICE void add_sum(int slot, uint32_t value) { give(slot, thread.warp_sum(value)); }
 
   Thread& thread;
   TeamShared& shared;
@@ -67,6 +63,33 @@ class Team {
   EK_HOST_DEVICE void clear_words(int count) {
     for (int i = thread.index(); i < count; i += kThreads) {
       shared.words[i] = 0;
+    }
+  }
+  // The lanes' largest, or their sum, in every lane.
+  EK_HOST_DEVICE uint64_t combined(uint64_t value, bool maximum) const {
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+      const uint64_t other = thread.shuffle_xor(value, mask);
+      value = !maximum ? value + other : other > value ? other : value;
+    }
+    return value;
+  }
+  // The block's slots from those of its warps; a barrier comes behind it.
+  EK_HOST_DEVICE void combine_warps(int first, int maxima, int sums) {
+    thread.barrier();
+#pragma unroll 1
+    for (int i = warp(); i < maxima + sums; i += kThreads / kLanes) {
+      const uint64_t value = lane() < kThreads / kLanes ? shared.warps[first + i][lane()] : 0;
+      const uint64_t all = combined(value, i < maxima);
+      if (lane() == 0) {
+        shared.slots[first + i] = all;
+      }
+    }
+  }
+
+ private:
+  EK_HOST_DEVICE void give(int slot, uint64_t value) {
+    if (lane() == 0) {
+      shared.warps[slot][warp()] = value;
     }
   }
 };
@@ -83,35 +106,36 @@ class Cluster : public Team<Thread> {
   // barrier of the block first.
   EK_HOST_DEVICE void sum_words(int count) {
     const int blocks = thread.blocks();
-    slice_ = (count + blocks - 1) / blocks;
-    const int begin = thread.block() * slice_;
-    const int end = begin + slice_ < count ? begin + slice_ : count;
+    slice_bits_ = bits_below((count + blocks - 1) / blocks);
+    const int begin = thread.block() << slice_bits_, slice = 1 << slice_bits_;
+    const int end = begin + slice < count ? begin + slice : count;
     thread.cluster_sync();
     for (int i = begin + thread.index(); i < end; i += Thread::kThreads) {
       uint32_t sum = 0;
-#pragma unroll 8
-      for (int block = 0; block < blocks; ++block) {
-        sum += *thread.in_block(shared.words + i, block);
+#pragma unroll
+      for (int block = 0; block < kMaxCluster; ++block) {  // all on their way together
+        sum += block < blocks ? *thread.in_block(shared.words + i, block) : 0;
       }
       shared.slice[i - begin] = sum;
     }
     thread.cluster_sync();  // from here on no other block reads the words
     this->clear_words(count);
   }
-  EK_HOST_DEVICE int64_t word(int i) const { return *thread.in_block(shared.slice + i % slice_, i / slice_); }
+  EK_HOST_DEVICE int64_t word(int i) const {
+    return *thread.in_block(shared.slice + (i & ((1 << slice_bits_) - 1)), i >> slice_bits_);
+  }
 
   // Combines slots [first, first + maxima) by their maximum, the `sums` after them by addition. No slot twice.
   EK_HOST_DEVICE void combine_slots(int first, int maxima, int sums) {
+    this->combine_warps(first, maxima, sums);
     thread.cluster_sync();
     const int rank = this->lane();
+#pragma unroll 1
     for (int i = this->warp(); i < maxima + sums; i += Thread::kThreads / kLanes) {
-      uint64_t value = rank < thread.blocks() ? *thread.in_block(shared.slots + first + i, rank) : 0;
-      for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-        const uint64_t other = thread.shuffle_xor(value, mask);
-        value = i >= maxima ? value + other : other > value ? other : value;
-      }
+      const uint64_t value = rank < thread.blocks() ? *thread.in_block(shared.slots + first + i, rank) : 0;
+      const uint64_t all = this->combined(value, i < maxima);
       if (rank == 0) {
-        shared.totals[first + i] = value;
+        shared.totals[first + i] = all;
       }
     }
     thread.barrier();
@@ -126,7 +150,7 @@ class Cluster : public Team<Thread> {
   EK_HOST_DEVICE void finish() { thread.cluster_sync(); }  // a block's shared memory ends with it
 
  private:
-  int slice_ = 1;
+  int slice_bits_ = 0;  // every block adds up so many words, a power of two: `word` needs no division
 };
 
 template <class Thread>
@@ -159,6 +183,7 @@ class Grid : public Team<Thread> {
   EK_HOST_DEVICE int64_t word(int i) const { return static_cast<int64_t>(thread.read_fresh(exchange_ + begin_ + i)); }
 
   EK_HOST_DEVICE void combine_slots(int first, int maxima, int sums) {
+    this->combine_warps(first, maxima, sums);
     sync_once();
     const int slot = first + thread.index();
     const bool mine = thread.index() < maxima + sums;
@@ -177,7 +202,6 @@ class Grid : public Team<Thread> {
   EK_HOST_DEVICE double partial(const double*, const double* in_global, int block, int width, int element) const {
     return thread.read_fresh(in_global + block * width + element);
   }
-
 
  private:
   // Before the first addition the whole exchange has to be 0, later on this block's words have to be complete.

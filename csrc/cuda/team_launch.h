@@ -14,7 +14,6 @@
 
 namespace entropy_kernels::cuda {
 
-constexpr int kMaxCluster = 16;  // more than 8 is not promised: the occupancy is asked for
 constexpr int64_t kTokensPerBlock = 4 * CooperatingThread::kThreads;
 constexpr int64_t kClusterTokens = 512 * 1024;  // beyond them 16 multiprocessors are too few
 

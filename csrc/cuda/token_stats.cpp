@@ -2,7 +2,6 @@
 // What happens on the device is in token_stats_kernels.h.
 #include "token_stats.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
@@ -15,6 +14,7 @@
 
 #include "../token_stats_arguments.h"
 #include "launch.h"
+#include "tensors.h"
 
 namespace entropy_kernels::cuda {
 namespace {
@@ -23,12 +23,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr std::int64_t kMaxColumns = std::int64_t(1) << 30;  // columns are counted in 32 bits
-
-cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 Tensor empty_beside(const Tensor& tensor, std::initializer_list<std::int64_t> shape, ScalarType dtype) {
   const torch::stable::Device device(torch::headeronly::DeviceType::CUDA, tensor.get_device());

@@ -1,6 +1,8 @@
 // The gradient of token_stats on NVIDIA GPUs: one read of the logits and one write, which may go to the same place.
 //
 // A block has a stretch of one row: four 16-byte vectors per thread and step, the next step's loads in flight.
+#include <algorithm>
+
 #include "device_thread.h"
 #include "launch.h"
 #include "token_stats.h"
@@ -9,7 +11,7 @@
 namespace entropy_kernels::cuda {
 namespace {
 
-// Of logits, per block: enough to hide where a block starts, few enough for an even end.
+// Of logits, per block: enough to hide where a block starts, few enough for an even end. Less where rows are few.
 constexpr int kBlockBytes = 4 * kTileBytes;
 
 // Blocks that have to fit on a multiprocessor together; doubles need more registers than three leave them.
@@ -45,7 +47,12 @@ void launch_backward(Element element, BackwardArguments<T> arguments, cudaStream
   const int size = element_size(element);
   const std::int64_t bytes = static_cast<std::int64_t>(problem.vocab) * size;
   arguments.vectors = equally_aligned(problem.logits, arguments.dlogits, size);
-  arguments.parts = static_cast<int>((bytes + kBlockBytes - 1) / kBlockBytes);
+  int device = 0, multiprocessors = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  const std::int64_t enough = (2 * multiprocessors + problem.rows - 1) / problem.rows;
+  const std::int64_t large = (bytes + kBlockBytes - 1) / kBlockBytes, small = (bytes + kTileBytes - 1) / kTileBytes;
+  arguments.parts = static_cast<int>(std::max(large, std::min(enough, small)));
   const void* function = for_element<T>(element, [&]<class E>(E) { return kernel<E>(problem.softcap > 0); });
   cudaLaunchConfig_t config = {};
   config.gridDim = grid(problem.rows, arguments.parts);

@@ -28,8 +28,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<E>)
   forward_block<E, kSecondMoments, kSoftcap, false>(thread, arguments, shared, nullptr);
 }
 
+// Four blocks of bulk copies: while one starts or ends, three have copies in flight. The hyperbolic tangent needs more
+// registers than four leave it.
+template <bool kSoftcap>
+constexpr int kBulkBlocks = kSoftcap ? 3 : 4;
+
 template <class E, bool kSecondMoments, bool kSoftcap>
-__global__ void __launch_bounds__(kMaxThreads, kBlocks<E>)
+__global__ void __launch_bounds__(kMaxThreads, kBulkBlocks<kSoftcap>)
     token_stats_forward_bulk(const __grid_constant__ ForwardArguments<typename E::Accumulator> arguments) {
 #if __CUDA_ARCH__ >= 900
   using Stages = typename BulkSource<E, DeviceThread>::Shared;
@@ -78,11 +83,11 @@ ForwardPlan plan_forward(Element element, const Problem<T>& problem, int device)
       sizeof(T) == 4 && problem.logits.column_stride == 1 && bytes >= kTileBytes && has_bulk_copies(device);
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  // So many blocks keep as many bytes in flight as the memory's latency asks for.
-  const std::int64_t enough = bulk ? multiprocessors : 2 * multiprocessors;
+  // So many blocks keep as many bytes in flight as the memory's latency asks for, and enough warps busy with them.
+  const std::int64_t enough = 2 * multiprocessors;
   int parts = 1;
-  while (problem.rows * parts < enough && 2 * parts <= (bulk ? kMaxCluster : kMaxParts) &&
-         2 * parts * std::int64_t(kTileBytes) <= bytes) {
+  while (problem.rows * std::int64_t(parts) < enough && 2 * parts <= (bulk ? kMaxCluster : kMaxParts) &&
+         2 * parts * std::int64_t(kTileBytes / 2) <= bytes) {
     parts *= 2;
   }
   ForwardPlan plan = {bulk, bulk ? kMaxThreads : threads_for(problem.columns, element), parts, 0, 0};
@@ -113,6 +118,9 @@ void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T
   if (plan.bulk) {
     config.dynamicSmemBytes = sizeof(Stages);
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Stages)),
+          "cudaFuncSetAttribute");
+    // the logits pass L1, and shared memory is what limits the blocks of a multiprocessor
+    check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
           "cudaFuncSetAttribute");
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(plan.parts), 1, 1};

@@ -2,6 +2,8 @@
 // barriers, shuffles, copies (device_thread.h). Tests run the same functions on the CPU with a Thread of their own.
 #pragma once
 
+#include <type_traits>
+
 #include "problem.h"
 
 namespace entropy_kernels::cuda {
@@ -109,7 +111,7 @@ struct DirectSource {
   int end;
   Words next[kVectors];
 
-  EK_HOST_DEVICE DirectSource(Thread& thread_, const Words* row_, Share share)
+  EK_HOST_DEVICE DirectSource(Thread& thread_, void*, const Words* row_, Share share)
       : thread(thread_), row(row_), end(share.end) {
     load(share.begin);
   }
@@ -131,7 +133,7 @@ struct DirectSource {
 // them. `full` says that a stage has arrived, `empty` that every warp has taken its vectors out of it.
 template <class E, class Thread>
 struct BulkSource {
-  static constexpr int kStages = 4;
+  static constexpr int kStages = 3;                     // four blocks of them fit on a multiprocessor
   static constexpr int kTile = kVectors * kMaxThreads;  // vectors
   using Barrier = typename Thread::Barrier;
 
@@ -145,6 +147,7 @@ struct BulkSource {
   const Words* row;
   Share share;
   int tiles, taken = 0;
+  int stage = 0, phase = 0;  // of the next tile that is taken
 
   // Every thread of the block has to pass a barrier between `prepare` and the constructor.
   static EK_HOST_DEVICE void prepare(Thread& thread, Shared& shared) {
@@ -156,34 +159,42 @@ struct BulkSource {
     thread.publish_barriers();
   }
 
-  EK_HOST_DEVICE BulkSource(Thread& thread_, Shared& shared_, const Words* row_, Share share_)
-      : thread(thread_), shared(shared_), row(row_), share(share_), tiles((share.end - share.begin + kTile - 1) / kTile) {
+  EK_HOST_DEVICE BulkSource(Thread& thread_, Shared* shared_, const Words* row_, Share share_)
+      : thread(thread_), shared(*shared_), row(row_), share(share_), tiles((share.end - share.begin + kTile - 1) / kTile) {
     if (thread.index() == 0) {
-      for (int i = 0; i < kStages && i < tiles; ++i) request(i);
+      for (int i = 0; i < kStages && i < tiles; ++i) request(i, i);
     }
   }
-  EK_HOST_DEVICE void request(int tile) {
+  EK_HOST_DEVICE void request(int tile, int to) {
     const int begin = share.begin + tile * kTile, rest = share.end - begin;
-    const int stage = tile % kStages;
-    thread.copy(shared.stage[stage], row + begin, (rest < kTile ? rest : kTile) * int(sizeof(Words)), shared.full[stage]);
+    thread.copy(shared.stage[to], row + begin, (rest < kTile ? rest : kTile) * int(sizeof(Words)), shared.full[to]);
   }
   EK_HOST_DEVICE void take(int tile_begin, Words (&words)[kVectors]) {
     // The stage of the tile before this one is refilled now: the other warps have had time to empty it.
     const int refill = taken - 1 + kStages;
     if (thread.index() == 0 && taken > 0 && refill < tiles) {
-      thread.wait(shared.empty[(taken - 1) % kStages], (taken - 1) / kStages & 1);
-      request(refill);
+      const int before = stage == 0 ? kStages - 1 : stage - 1;
+      thread.wait(shared.empty[before], stage == 0 ? phase ^ 1 : phase);
+      request(refill, before);
     }
-    const int stage = taken % kStages;
-    thread.wait(shared.full[stage], taken / kStages & 1);
+    thread.wait(shared.full[stage], phase);
+    if (tile_begin + kTile <= share.end) {
 #pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      const int vector = k * kMaxThreads + thread.index();
-      words[k] = tile_begin + vector < share.end ? shared.stage[stage][vector] : E::minus_infinity();
+      for (int k = 0; k < kVectors; ++k) words[k] = shared.stage[stage][k * kMaxThreads + thread.index()];
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        const int vector = k * kMaxThreads + thread.index();
+        words[k] = tile_begin + vector < share.end ? shared.stage[stage][vector] : E::minus_infinity();
+      }
     }
     thread.warp_barrier();
     if (thread.index() % kWarp == 0) thread.arrive(shared.empty[stage]);
     ++taken;
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
   }
 };
 
@@ -214,48 +225,42 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
   const int parts = arguments.parts;
   const int row = thread.block() / parts, part = thread.block() % parts;
   const std::int64_t label = problem.label(row);
+  if constexpr (kBulk) {  // while the label is on its way
+    BulkSource<E, Thread>::prepare(thread, *stages);
+    thread.barrier();
+  }
   if (label == problem.ignore_index) {  // not read
     if (thread.index() == 0 && part == 0) write_row<T>(arguments, row, {0, 1, 0, 0, 1, 0}, {0, 0, 0, 0}, kSecondMoments);
     return;
   }
-  const T temperature = problem.temperature_of(row);
   const Storage* logits = problem.logits.template at<const Storage>(row, problem.length);
   const std::int64_t stride = problem.logits.column_stride;
-  T x_y = -kInfinity<T>;
-  const int column = problem.label_column(label);
-  if (thread.index() == 0 && column >= 0) {
-    x_y = E::widen(logits[column * stride]);
-    if constexpr (kSoftcap) x_y = Softcap<T>(problem.softcap)(x_y);
-  }
-
   const RowCut<E> cut(logits, problem.columns, stride == 1);
   const auto* vectors = reinterpret_cast<const Words*>(logits + cut.head);
   const Share share(cut.vectors, part, parts);
-  Lane<T, kSecondMoments> lane(temperature);
-  const auto add_vectors = [&](auto&& source) {
-    const int step = kVectors * thread.count();
-    for (int tile = share.begin; tile < share.end; tile += step) {
-      Words words[kVectors];
-      source.take(tile, words);
-      bool valid[kVectors];
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) valid[k] = tile + k * thread.count() + thread.index() < share.end;
-      add_tile<E, kSecondMoments, kSoftcap>(lane, words, valid, problem.softcap);
-    }
-  };
+
+  // The row's first bytes are on their way before anything is waited for.
+  std::conditional_t<kBulk, BulkSource<E, Thread>, DirectSource<E, Thread>> source(thread, stages, vectors, share);
   if constexpr (kBulk) {
-    BulkSource<E, Thread>::prepare(thread, *stages);
-    thread.barrier();
-    if (parts > 1) thread.cluster_arrive();
-    BulkSource<E, Thread> source(thread, *stages, vectors, share);
-    add_singles<E, kSecondMoments, kSoftcap>(lane, logits, stride, cut, part * thread.count() + thread.index(),
-                                             parts * thread.count(), problem.softcap);
-    add_vectors(source);
-  } else {
-    DirectSource<E, Thread> source(thread, vectors, share);
-    add_singles<E, kSecondMoments, kSoftcap>(lane, logits, stride, cut, part * thread.count() + thread.index(),
-                                             parts * thread.count(), problem.softcap);
-    add_vectors(source);
+    if (parts > 1) thread.cluster_arrive_relaxed();
+  }
+  const T temperature = problem.temperature_of(row);
+  const int column = problem.label_column(label);
+  const bool owns = thread.index() == 0 && column >= 0;
+  Storage own = 0;  // the target's logit, looked at when the row is done
+  if (owns) own = logits[column * stride];
+
+  Lane<T, kSecondMoments> lane(temperature);
+  add_singles<E, kSecondMoments, kSoftcap>(lane, logits, stride, cut, part * thread.count() + thread.index(),
+                                           parts * thread.count(), problem.softcap);
+  const int step = kVectors * thread.count();
+  for (int tile = share.begin; tile < share.end; tile += step) {
+    Words words[kVectors];
+    source.take(tile, words);
+    bool valid[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) valid[k] = tile + k * thread.count() + thread.index() < share.end;
+    add_tile<E, kSecondMoments, kSoftcap>(lane, words, valid, problem.softcap);
   }
 
   SoftmaxState<T> state = merge_block<T, kSecondMoments>(thread, shared, lane.state(), temperature);
@@ -264,7 +269,11 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
     if constexpr (kBulk) {
       thread.cluster_wait();  // every block of the cluster runs, so its shared memory is there
       if (thread.index() == 0) thread.in_block(shared.parts, 0)[part] = state;
-      thread.cluster_arrive();
+      if (thread.index() < kWarp) {
+        thread.cluster_arrive();
+      } else {
+        thread.cluster_arrive_relaxed();  // has written nothing that others read
+      }
       thread.cluster_wait();
       if (part != 0) return;
     } else {
@@ -287,7 +296,11 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
     merge_warp<T, kSecondMoments>(thread, state, temperature);
   }
   if (thread.index() != 0) return;
-  state.x_y = x_y;
+  state.x_y = -kInfinity<T>;
+  if (owns) {
+    state.x_y = E::widen(own);
+    if constexpr (kSoftcap) state.x_y = Softcap<T>(problem.softcap)(state.x_y);
+  }
   // The maximum skips NaN, and whoever merges shards may skip one at -inf; +inf stays visible.
   if (is_nan(state.s) && state.m != kInfinity<T>) state.m = state.s;
   const bool valid = label >= 0 && label < problem.vocab_size && temperature > 0;
@@ -330,13 +343,6 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
     return;
   }
 
-  const auto field = [&](int k) { return arguments.state[k * arguments.field_stride + row * arguments.row_stride]; };
-  const bool collision = arguments.grad_collision.data != nullptr;
-  const SoftmaxState<T> state = {field(0), field(1), field(2), field(3), collision ? field(4) : 0, 0};
-  const LogitGradient<T> gradient(state, problem.temperature_of(row), problem.softcap, grad_logprob, grad_entropy,
-                                  grad_collision);
-  const int column = problem.label_column(label);
-
   // Loads of a tile come before its stores, and each element is read and written by one thread: dlogits may be logits.
   const auto* in = reinterpret_cast<const Words*>(logits + cut.head);
   const auto load = [&](int tile, Words(&words)[kVectors]) {
@@ -347,7 +353,15 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
     }
   };
   Words next[kVectors];
-  load(share.begin, next);
+  load(share.begin, next);  // before anything is waited for
+
+  const auto field = [&](int k) { return arguments.state[k * arguments.field_stride + row * arguments.row_stride]; };
+  const bool collision = arguments.grad_collision.data != nullptr;
+  const SoftmaxState<T> state = {field(0), field(1), field(2), field(3), collision ? field(4) : 0, 0};
+  const LogitGradient<T> gradient(state, problem.temperature_of(row), problem.softcap, grad_logprob, grad_entropy,
+                                  grad_collision);
+  const int column = problem.label_column(label);
+
   for (int tile = share.begin; tile < share.end; tile += step) {
     Words words[kVectors];
 #pragma unroll

@@ -138,6 +138,9 @@ def kl_cov_mask(
     return _ops.kl_cov_mask(covariance, mask, exclude, token_index, *_count(count))
 
 
+policy_loss = _ops.policy_loss
+
+
 def _count(count: Count) -> tuple[float, int, bool]:
     """-1 for the one of ratio and k that is not given."""
     return -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k, count.at_least_one

@@ -22,10 +22,11 @@ OPS: dict[str, tuple[str, ...]] = {
     "token_covariance": ("token_covariance",),
     "clip_cov_mask": ("clip_cov_mask",),
     "kl_cov_mask": ("kl_cov_mask",),
+    "policy_loss": ("policy_loss",),
 }
 # op -> file stem of its kernels in eager/ and triton/
 _STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_cov_mask": "selection"}
-_STEM["kl_cov_mask"] = "selection"
+_STEM |= {"kl_cov_mask": "selection", "policy_loss": "policy_loss"}
 
 # Device type -> backends in the order that "auto" tries them in where nothing was measured. What was measured, and
 # which GPU kernels a hardware run has verified, is in auto_table.json.

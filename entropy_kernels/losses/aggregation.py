@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import all_gather, integer
-from entropy_kernels.losses.inputs import check_number
+from entropy_kernels._arguments import all_gather, check_number, integer
 
 # L_b: sum of the losses of sequence b over its valid tokens, m_b: their number. The docs print this table.
 AGG_MODES: dict[str, str] = {
@@ -69,6 +68,11 @@ class Aggregation(NamedTuple):
     def _by_sequence(self) -> bool:
         return self.mode.startswith("seq-")
 
+    @property
+    def is_mean_of_call(self) -> bool:
+        """Whether the loss is the mean over the valid tokens of this call."""
+        return self.mode == "token-mean" and self.batch_num_tokens is None and self.group is None
+
     def numerator(self, values: Tensor, mask: Tensor) -> Tensor:
         """Σ w_i x_i of this rank's tokens, differentiable; ``values`` are 0 where masked."""
         if self.mode != "seq-mean-token-mean":
@@ -102,18 +106,17 @@ class Counts(NamedTuple):
         return cls(mask.count_nonzero(), mask.any(-1).count_nonzero())
 
 
-def over_group(sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Sums and maxima of 0-d tensors over the ranks of ``group``, in one collective; without a group as they are.
+def over_group(sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
+    """Sums and maxima of 0-d tensors over the ranks of ``group``, in one collective; fp64.
 
     No gradient passes; the same numbers, bit for bit, on every rank. All ranks call it with the same names.
     """
     merged = {**sums, **maxima}
-    local = torch.stack([value.detach().to(dtype) for value in merged.values()])
-    if group is not None:
-        gathered = local.new_empty((group.size(), local.numel()))
-        all_gather(gathered.view(-1), local, group=group)
-        local = torch.cat([gathered[:, : len(sums)].sum(0), gathered[:, len(sums) :].amax(0)])
-    return dict(zip(merged, local.unbind(), strict=True))
+    local = torch.stack([value.detach().double() for value in merged.values()])
+    gathered = local.new_empty((group.size(), local.numel()))
+    all_gather(gathered.view(-1), local, group=group)
+    totals = torch.cat([gathered[:, : len(sums)].sum(0), gathered[:, len(sums) :].amax(0)])
+    return dict(zip(merged, totals.unbind(), strict=True))
 
 
 def _check_count(name: str, value: Any) -> None:

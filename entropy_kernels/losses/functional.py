@@ -1,4 +1,4 @@
-"""The public losses. Each is a chain of the same steps: check, find the branches, select, sum up."""
+"""The public losses. Each is a chain of the same steps: check, say what the policy term is, evaluate, sum up."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from torch import Tensor
 
 from entropy_kernels.losses import presets
 from entropy_kernels.losses.aggregation import Aggregation
-from entropy_kernels.losses.inputs import Tokens, check_coefficient, check_mask, prepare
+from entropy_kernels.losses.inputs import check_coefficient, check_inputs, check_mask
 from entropy_kernels.losses.kl import check_estimator
 from entropy_kernels.losses.presets import Clip
-from entropy_kernels.losses.surrogate import branches, check_clips, penalty, surrogate
 from entropy_kernels.losses.total import Extras, PolicyLoss, total
-from entropy_kernels.selection import clip_cov_mask, kl_cov_mask, token_covariance
-
-# More than any batch holds: a selection of so many returns all candidates.
-_ALL = 1 << 53
+from entropy_kernels.policy import Clips, Policy, Selected, Selection, evaluate
 
 
 def policy_loss(
@@ -39,6 +35,7 @@ def policy_loss(
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: float | Tensor | None = None,
     batch_group: Any = None,
+    backend: str = "auto",
 ) -> PolicyLoss:
     """PPO's clipped surrogate with entropy bonus and reference KL: the loss of PPO, GRPO, RLOO and DAPO.
 
@@ -78,6 +75,8 @@ def policy_loss(
         batch_group: torch.distributed process group over data-parallel ranks: denominators that are not given, metrics
             and covariance are taken over all its ranks. Each rank's loss is its own share of the batch's loss: the
             shares add up to it (× dp_size). No gradient crosses ranks; all ranks make the same calls.
+        backend: "auto", "torch", "triton", "cpu" or "cuda", for covariance, selection and policy term; see
+            :func:`entropy_kernels.backends`. fp64 log-probs are served by "torch".
 
     Returns:
         ``PolicyLoss(loss, metrics)``: a 0-d loss in fp32 (fp64 for fp64 log-probs), and a dict of 0-d tensors
@@ -89,16 +88,16 @@ def policy_loss(
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range, or one that another
             argument requires.
     """
-    check_clips(clip_low, clip_high, dual_clip)
+    clips = Clips(clip_low, clip_high, dual_clip)
+    clips.check()
     extras = Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator))
     aggregation = Aggregation(
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
     )
-    tokens = prepare(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
-    aggregation.check(tokens.mask)
-    found = branches(tokens, clip_low, clip_high, dual_clip)
-    covariance = _covariance(tokens, batch_group)
-    return total(tokens, surrogate(tokens, found), extras, aggregation, found, covariance)
+    inputs = check_inputs(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
+    aggregation.check(inputs.logprob)
+    policy = Policy(clips)
+    return total(inputs, policy, evaluate(*inputs[:4], policy, batch_group, backend), extras, aggregation)
 
 
 def clip_cov_loss(
@@ -121,6 +120,7 @@ def clip_cov_loss(
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: float | Tensor | None = None,
     batch_group: Any = None,
+    backend: str = "auto",
     preset: str = "verl",
     seed: int | Tensor | None = None,
     ratio: float | None = None,
@@ -158,7 +158,8 @@ def clip_cov_loss(
     chosen = presets.find(presets.CLIP_COV, preset)
     clip_low = presets.clip_or("clip_low", clip_low, chosen.clip_low)
     clip_high = presets.clip_or("clip_high", clip_high, chosen.clip_high)
-    check_clips(clip_low, clip_high, dual_clip)
+    clips = Clips(clip_low, clip_high, dual_clip)
+    clips.check()
     _check_selection("dropped", dropped, seed=seed, ratio=ratio, k=k, low=low, high=high, band=band)
     if dropped is None and seed is None:
         raise ValueError("seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None")
@@ -168,36 +169,26 @@ def clip_cov_loss(
     aggregation = Aggregation(
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
     )
-    tokens = prepare(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
-    aggregation.check(tokens.mask)
-    selected = check_mask("dropped", dropped, logprob)
-    found = branches(tokens, clip_low, clip_high, dual_clip)
-    covariance = _covariance(tokens, batch_group)
-    in_band = None
-    if selected is None:
-        assert seed is not None  # for the type checker: refused above
-        bounds: dict[str, Any] = {
-            "low": presets.given_or(low, chosen.low),
-            "high": presets.given_or(high, chosen.high),
-            "band": presets.given_or(band, chosen.band),
-            "closed": chosen.closed,
-        }
-        exclude = found.clipped if chosen.exclude_clipped else None
-        selected = clip_cov_mask(
-            covariance,
-            tokens.mask,
-            seed=seed,
+    inputs = check_inputs(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
+    aggregation.check(inputs.logprob)
+    given = check_mask("dropped", dropped, logprob)
+    selection = None
+    if given is None:
+        selection = Selection(
             ratio=chosen.ratio if ratio is None and k is None else ratio,
             k=k,
-            **bounds,
             at_least_one=chosen.at_least_one,
-            exclude=exclude,
             token_index=token_index,
-            batch_group=batch_group,
+            seed=seed,
+            low=presets.given_or(low, chosen.low),
+            high=presets.given_or(high, chosen.high),
+            band=presets.given_or(band, chosen.band),
+            closed=chosen.closed,
+            exclude_clipped=chosen.exclude_clipped,
         )
-        in_band = _in_band(covariance, tokens.mask, exclude, bounds, batch_group)
-    term = surrogate(tokens, found, selected, chosen.dropped_value)
-    return total(tokens, term, extras, aggregation, found, covariance, selected, in_band)
+    selected_as = Selected.DROPPED if chosen.dropped_value == "zero" else Selected.DETACHED
+    policy = Policy(clips, selected_as, selection, given)
+    return total(inputs, policy, evaluate(*inputs[:4], policy, batch_group, backend), extras, aggregation)
 
 
 def kl_cov_loss(
@@ -220,6 +211,7 @@ def kl_cov_loss(
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: float | Tensor | None = None,
     batch_group: Any = None,
+    backend: str = "auto",
     preset: str = "verl",
     ratio: float | None = None,
     k: int | None = None,
@@ -251,35 +243,30 @@ def kl_cov_loss(
     chosen = presets.find(presets.KL_COV, preset)
     clip_low = presets.clip_or("clip_low", clip_low, chosen.clip_low)
     clip_high = presets.clip_or("clip_high", clip_high, chosen.clip_high)
-    check_clips(clip_low, clip_high, dual_clip)
+    clips = Clips(clip_low, clip_high, dual_clip)
+    clips.check()
     check_coefficient("kl_coef", kl_coef)
+    if isinstance(kl_coef, Tensor) and kl_coef.requires_grad:
+        raise ValueError("kl_coef: expected a constant, got a tensor that requires grad")
     estimator = check_estimator("penalty_estimator", presets.given_or(penalty_estimator, chosen.penalty))
     _check_selection("penalized", penalized, ratio=ratio, k=k)
     extras = Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator))
     aggregation = Aggregation(
         loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
     )
-    tokens = prepare(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
-    aggregation.check(tokens.mask)
-    selected = check_mask("penalized", penalized, logprob)
-    found = branches(tokens, clip_low, clip_high, dual_clip)
-    covariance = _covariance(tokens, batch_group)
-    if selected is None:
-        selected = kl_cov_mask(
-            covariance,
-            tokens.mask,
+    inputs = check_inputs(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
+    aggregation.check(inputs.logprob)
+    given = check_mask("penalized", penalized, logprob)
+    selection = None
+    if given is None:
+        selection = Selection(
             ratio=chosen.ratio if ratio is None and k is None else ratio,
             k=k,
             at_least_one=chosen.at_least_one,
             token_index=token_index,
-            batch_group=batch_group,
         )
-    term = surrogate(tokens, found) + penalty(tokens, selected, kl_coef, estimator)
-    return total(tokens, term, extras, aggregation, found, covariance, selected)
-
-
-def _covariance(tokens: Tokens, group: Any) -> Tensor:
-    return token_covariance(tokens.raw_logprob, tokens.raw_advantages, tokens.mask, batch_group=group)
+    policy = Policy(clips, Selected.PENALISED, selection, given, estimator, kl_coef)
+    return total(inputs, policy, evaluate(*inputs[:4], policy, batch_group, backend), extras, aggregation)
 
 
 def _check_selection(name: str, mask: Tensor | None, **options: Any) -> None:
@@ -289,14 +276,3 @@ def _check_selection(name: str, mask: Tensor | None, **options: Any) -> None:
             f"{name}: expected no {', '.join(options)} beside it, because a given mask means that nothing is selected "
             f"here; got {', '.join(given)}"
         )
-
-
-def _in_band(covariance: Tensor, mask: Tensor, exclude: Tensor | None, bounds: dict[str, Any], group: Any) -> Tensor:
-    """The candidates of Clip-Cov, for the metric."""
-    if bounds["band"] == "quantile":
-        # the bounds are order statistics over all ranks: let the selection find them, and take every candidate
-        return clip_cov_mask(covariance, mask, seed=0, k=_ALL, **bounds, exclude=exclude, batch_group=group)
-    candidates = mask if exclude is None else mask & ~exclude
-    if bounds["closed"]:
-        return candidates & (covariance >= bounds["low"]) & (covariance <= bounds["high"])
-    return candidates & (covariance > bounds["low"]) & (covariance < bounds["high"])

@@ -1,4 +1,4 @@
-"""Validation of what all losses take, once; from here on padding holds zeros and constants carry no gradient."""
+"""Validation of what all losses take, once."""
 
 from __future__ import annotations
 
@@ -8,30 +8,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import number
+from entropy_kernels._arguments import check_number
 from entropy_kernels.selection import expand_advantages
 
 
-class Tokens(NamedTuple):
-    """The tokens of a call; all tensors have ``logprob``'s shape, values 0 where masked."""
+class Inputs(NamedTuple):
+    """What all losses take, checked; tensors have ``logprob``'s shape, values under padding are as they came."""
 
-    mask: Tensor  # bool, True = counts
-    log_ratio: Tensor  # logprob - old_logprob, differentiable
+    logprob: Tensor
+    old_logprob: Tensor
     advantages: Tensor
-    poison: Tensor  # 1, or NaN at a valid token with a non-finite input: multiplied in, nothing hides it
-    nonfinite: Tensor  # bool, where poison is NaN
-    entropy: Tensor | None  # differentiable
-    ref_log_ratio: Tensor | None  # logprob - ref_logprob, differentiable
-    raw_logprob: Tensor  # as given, detached: for the selection functions, which mask for themselves
-    raw_advantages: Tensor  # not masked, in logprob's shape
+    mask: Tensor | None  # bool, True = counts; None: all do
+    entropy: Tensor | None
+    ref_logprob: Tensor | None
 
     @property
     def dtype(self) -> torch.dtype:
-        """fp32, or fp64 for fp64 log-probs."""
-        return self.log_ratio.dtype
+        """Of the loss: fp32, or fp64 for fp64 log-probs."""
+        return torch.float64 if self.logprob.dtype == torch.float64 else torch.float32
+
+    @property
+    def valid(self) -> Tensor:
+        """The mask, all True where there is none."""
+        return torch.ones_like(self.logprob, dtype=torch.bool) if self.mask is None else self.mask
+
+    def ref_log_ratio(self) -> Tensor | None:
+        """logprob - ref_logprob, differentiable, 0 in padding."""
+        if self.ref_logprob is None:
+            return None
+        return torch.where(self.valid, self.logprob.to(self.dtype) - self.ref_logprob.to(self.dtype), 0)
 
 
-def prepare(
+def check_inputs(
     logprob: Tensor,
     old_logprob: Tensor,
     advantages: Tensor,
@@ -40,17 +48,14 @@ def prepare(
     entropy_coef: float | Tensor,
     ref_logprob: Tensor | None,
     ref_kl_coef: float | Tensor,
-) -> Tokens:
-    """Check tensors and coefficients, bring them to one shape and dtype, and take padding out of all of them."""
+) -> Inputs:
+    """Check tensors and coefficients and bring them to one shape; constants carry no gradient any more."""
     check_tensor("logprob", logprob)
     if not logprob.is_floating_point():
         raise TypeError(f"logprob: expected a floating-point dtype, got {logprob.dtype}")
     if logprob.dim() == 0:
         raise ValueError("logprob: expected at least one dimension, often (B, L), got a 0-d tensor")
-    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
     valid = check_mask("mask", mask, logprob)
-    if valid is None:
-        valid = torch.ones_like(logprob, dtype=torch.bool)
     old = _like("old_logprob", old_logprob, logprob).detach()
     ref = None if ref_logprob is None else _like("ref_logprob", ref_logprob, logprob).detach()
     advantages = expand_advantages(advantages, logprob)
@@ -63,29 +68,7 @@ def prepare(
     if entropy is not None:
         entropy = _like("entropy", entropy, logprob)
         _warn_about_lost_gradient(entropy, entropy_coef, logprob)
-        entropy = torch.where(valid, entropy.to(dtype), 0)
-
-    raw_advantages = advantages
-    lp, advantages = logprob.to(dtype), advantages.to(dtype)
-    zero = lp.new_zeros(())
-    log_ratio = lp - old.to(dtype)
-    ref_log_ratio = None if ref is None else lp - ref.to(dtype)
-    # a difference is finite only if both sides are
-    finite = torch.isfinite(log_ratio.detach()) & torch.isfinite(advantages)
-    if ref_log_ratio is not None and used(ref_kl_coef):
-        finite = finite & torch.isfinite(ref_log_ratio.detach())
-    nonfinite = valid & ~finite
-    return Tokens(
-        mask=valid,
-        log_ratio=torch.where(valid, log_ratio, zero),
-        advantages=torch.where(valid, advantages, zero),
-        poison=torch.where(nonfinite, torch.full_like(zero, float("nan")), torch.ones_like(zero)),
-        nonfinite=nonfinite,
-        entropy=entropy,
-        ref_log_ratio=None if ref_log_ratio is None else torch.where(valid, ref_log_ratio, zero),
-        raw_logprob=logprob.detach(),
-        raw_advantages=raw_advantages,
-    )
+    return Inputs(logprob, old, advantages, valid, entropy, ref)
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -117,13 +100,6 @@ def check_coefficient(name: str, value: Any) -> None:
             )
     else:
         check_number(name, value)
-
-
-def check_number(name: str, value: Any) -> None:
-    """``value`` is a finite number."""
-    value = number(name, value)
-    if value != value or value in (float("inf"), -float("inf")):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def used(coefficient: float | Tensor) -> bool:

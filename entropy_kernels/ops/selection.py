@@ -27,15 +27,18 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.reshape(-1).contiguous()
+def flat(tensor: Tensor | None) -> Tensor | None:
+    """(N,), contiguous."""
+    if tensor is None or (tensor.dim() == 1 and tensor.is_contiguous()):
+        return tensor
+    return tensor.reshape(-1).contiguous()
 
 
 def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:
     dtype = torch.float64 if torch.float64 in (logprob.dtype, advantages.dtype) else torch.float32
     logprob = logprob.to(dtype)
     kernel = registry.kernel("token_covariance", "token_covariance", backend, logprob)
-    covariance = kernel(_flat(logprob), _flat(advantages.to(dtype)), _flat(mask), group)
+    covariance = kernel(flat(logprob), flat(advantages.to(dtype)), flat(mask), group)
     return covariance.view(logprob.shape)
 
 
@@ -58,10 +61,10 @@ def _clip_cov_mask(
     covariance = covariance.float()
     kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, covariance)
     selected = kernel(
-        _flat(covariance),
-        _flat(mask),
-        _flat(exclude),
-        _flat(token_index),
+        flat(covariance),
+        flat(mask),
+        flat(exclude),
+        flat(token_index),
         seed,
         Count(ratio, k, at_least_one),
         Band(low, high, quantile, closed),
@@ -83,7 +86,7 @@ def _kl_cov_mask(
 ) -> Tensor:
     covariance = covariance.float()
     kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, covariance)
-    tokens = (_flat(covariance), _flat(mask), _flat(exclude), _flat(token_index))
+    tokens = (flat(covariance), flat(mask), flat(exclude), flat(token_index))
     return kernel(*tokens, Count(ratio, k, at_least_one), group).view(covariance.shape)
 
 

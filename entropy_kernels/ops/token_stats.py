@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from entropy_kernels._arguments import all_gather
+from entropy_kernels._arguments import all_gather, refuse_forward_mode
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import (
     COLLISION,
@@ -239,8 +238,7 @@ class _TokenStatsBackward(torch.autograd.Function):
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
     if inputs[0].requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(*inputs)
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(inputs[0]).tangent is not None:
-        raise NotImplementedError("logprob_entropy / token_stats: forward-mode differentiation is not supported")
+    refuse_forward_mode("logprob_entropy / token_stats", inputs[0])
     with torch._C._AutoDispatchBelowAutograd():
         return token_stats(*inputs)
 

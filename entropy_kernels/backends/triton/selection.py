@@ -22,6 +22,9 @@ __all__ = ["clip_cov_mask", "kl_cov_mask", "token_covariance"]
 
 BLOCK = 1024
 HISTOGRAM_BLOCK = 4096  # fewer, larger blocks: each adds up to 2048 bins to the global histogram
+HISTOGRAM_WARPS = 8  # 16 keys per thread: with 32 the registers do not hold the token indices
+# Products are rounded before they are added, as on the CPU.
+COMPILE = {"enable_fp_fusion": False}
 
 # Values that change from call to call: a kernel specialised on them would be compiled again and again.
 _RUNTIME = ["tokens", "shift", "bits", "bin_mask", "known_mask"]
@@ -54,12 +57,26 @@ def philox_word(index, seed):
 
 
 @triton.jit
-def _positions(BLOCK: tl.constexpr):
+def ordered_key(value):
+    """fp32 -> int64 in 0 .. 2³² - 1 in the same order, -0 as +0; NaN has no place in it."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
+@triton.jit
+def key_value(key):
+    """The fp32 of an ordered key; a NaN for the largest one."""
+    bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
+    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def block_positions(BLOCK: tl.constexpr):
     return tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def _valid(mask_ptr, position, inside):
+def valid_tokens(mask_ptr, position, inside):
     """Tokens of this block that count."""
     valid = inside
     if mask_ptr is not None:
@@ -98,9 +115,9 @@ def covariance_extremes_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
+    position = block_positions(BLOCK)
     inside = position < tokens
-    valid = _valid(mask_ptr, position, inside)
+    valid = valid_tokens(mask_ptr, position, inside)
     logprob = tl.load(logprob_ptr + position, mask=valid, other=0.0)
     advantages = tl.load(advantages_ptr + position, mask=valid, other=0.0)
     out = partial_ptr + tl.program_id(0).to(tl.int64) * 3
@@ -119,8 +136,8 @@ def covariance_sums_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
-    valid = _valid(mask_ptr, position, position < tokens)
+    position = block_positions(BLOCK)
+    valid = valid_tokens(mask_ptr, position, position < tokens)
     logprob = tl.load(logprob_ptr + position, mask=valid, other=0.0)
     advantages = tl.load(advantages_ptr + position, mask=valid, other=0.0)
     out = partial_ptr + tl.program_id(0).to(tl.int64) * 2
@@ -138,9 +155,9 @@ def covariance_apply_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
+    position = block_positions(BLOCK)
     inside = position < tokens
-    valid = _valid(mask_ptr, position, inside)
+    valid = valid_tokens(mask_ptr, position, inside)
     logprob = tl.load(logprob_ptr + position, mask=valid, other=0.0).to(tl.float64)
     advantages = tl.load(advantages_ptr + position, mask=valid, other=0.0).to(tl.float64)
     product = (logprob - tl.load(means_ptr)) * (advantages - tl.load(means_ptr + 1))
@@ -156,15 +173,14 @@ def value_keys_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
+    position = block_positions(BLOCK)
     inside = position < tokens
-    candidate = _valid(mask_ptr, position, inside)
+    candidate = valid_tokens(mask_ptr, position, inside)
     if exclude_ptr is not None:
         candidate = candidate & (tl.load(exclude_ptr + position, mask=inside, other=1) == 0)
     value = tl.load(covariance_ptr + position, mask=inside, other=0.0)
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    tl.store(keys_ptr + position, tl.where(candidate & (value == value), key, -1), mask=inside)
+    key = tl.where(candidate & (value == value), ordered_key(value), -1)
+    tl.store(keys_ptr + position, key, mask=inside)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -178,7 +194,7 @@ def random_keys_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
+    position = block_positions(BLOCK)
     inside = position < tokens
     value = tl.load(value_keys_ptr + position, mask=inside, other=-1)
     candidate = (value >= 0) & (value >= tl.load(band_ptr)) & (value <= tl.load(band_ptr + 1))
@@ -209,7 +225,7 @@ def key_histogram_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(1)
-    position = _positions(BLOCK)
+    position = block_positions(BLOCK)
     key = tl.load(keys_ptr + position, mask=position < tokens, other=-1)
     # -1 >> anything is -1, which is no prefix
     match = (key >> (shift + bits)) == tl.load(state_ptr + row * 3)
@@ -232,7 +248,7 @@ def index_histogram_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
+    position = block_positions(BLOCK)
     inside = position < tokens
     key = tl.load(keys_ptr + position, mask=inside, other=-1)
     tie = _token_index(index_ptr, offset_ptr, position, inside) ^ 0x7FFFFFFFFFFFFFFF
@@ -275,7 +291,7 @@ def mask_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = _positions(BLOCK)
+    position = block_positions(BLOCK)
     inside = position < tokens
     key = tl.load(keys_ptr + position, mask=inside, other=-1)
     threshold = tl.load(threshold_ptr)
@@ -284,13 +300,18 @@ def mask_kernel(
     tl.store(selected_ptr + position, selected.to(tl.int8), mask=inside)
 
 
-def _launch(kernel: Any, tokens: int, block: int, rows: int, *arguments: Any, **constants: Any) -> None:
+_HISTOGRAM = {"BINS": RADIX_BINS, "BLOCK": HISTOGRAM_BLOCK, "num_warps": HISTOGRAM_WARPS}
+
+
+def launch(kernel: Any, tokens: int, block: int, rows: int, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel over blocks of tokens."""
     if tokens > 0:
         with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
-            kernel[(triton.cdiv(tokens, block), rows)](*arguments, **constants)
+            kernel[(triton.cdiv(tokens, block), rows)](*arguments, **constants, **COMPILE)
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool tensor as int8, which Triton loads."""
     return None if mask is None else mask.view(torch.int8)
 
 
@@ -298,32 +319,32 @@ def covariance_extremes(logprob: Tensor, advantages: Tensor, mask: Tensor | None
     tokens = logprob.numel()
     # one row of zeros at least: the maximum over no block
     partial = torch.zeros((max(1, triton.cdiv(tokens, BLOCK)), 3), dtype=torch.float64, device=logprob.device)
-    arguments = (logprob, advantages, _bytes(mask), partial, tokens)
-    _launch(covariance_extremes_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    arguments = (logprob, advantages, as_bytes(mask), partial, tokens)
+    launch(covariance_extremes_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
     return torch.cat([partial[:, :2].amax(0), partial[:, 2].sum(0, keepdim=True)])
 
 
 def covariance_sums(logprob: Tensor, advantages: Tensor, mask: Tensor | None, scales: Tensor) -> Tensor:
     tokens = logprob.numel()
     partial = torch.zeros((triton.cdiv(tokens, BLOCK), 2), dtype=torch.int64, device=logprob.device)
-    arguments = (logprob, advantages, _bytes(mask), scales, partial, tokens)
-    _launch(covariance_sums_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    arguments = (logprob, advantages, as_bytes(mask), scales, partial, tokens)
+    launch(covariance_sums_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
     return partial.sum(0)
 
 
 def covariance_apply(logprob: Tensor, advantages: Tensor, mask: Tensor | None, means: Tensor) -> Tensor:
     tokens = logprob.numel()
     covariance = torch.empty(tokens, dtype=torch.float32, device=logprob.device)
-    arguments = (logprob, advantages, _bytes(mask), means, covariance, tokens)
-    _launch(covariance_apply_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    arguments = (logprob, advantages, as_bytes(mask), means, covariance, tokens)
+    launch(covariance_apply_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
     return covariance
 
 
 def selection_value_keys(covariance: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
     tokens = covariance.numel()
     keys = torch.empty(tokens, dtype=torch.int64, device=covariance.device)
-    arguments = (covariance, _bytes(mask), _bytes(exclude), keys, tokens)
-    _launch(value_keys_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    arguments = (covariance, as_bytes(mask), as_bytes(exclude), keys, tokens)
+    launch(value_keys_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
     return keys
 
 
@@ -333,7 +354,7 @@ def selection_random_keys(
     tokens = value_keys.numel()
     keys = torch.empty_like(value_keys)
     arguments = (value_keys, band, token_index, offset, seed, keys, tokens)
-    _launch(random_keys_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    launch(random_keys_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
     return keys
 
 
@@ -341,7 +362,7 @@ def selection_key_histogram(keys: Tensor, state: Tensor, shift: int, bits: int) 
     tokens, rows = keys.numel(), state.shape[0]
     histogram = torch.zeros((rows, RADIX_BINS), dtype=torch.int64, device=keys.device)
     arguments = (keys, state, histogram, tokens, shift, bits, (1 << bits) - 1)
-    _launch(key_histogram_kernel, tokens, HISTOGRAM_BLOCK, rows, *arguments, BINS=RADIX_BINS, BLOCK=HISTOGRAM_BLOCK)
+    launch(key_histogram_kernel, tokens, HISTOGRAM_BLOCK, rows, *arguments, **_HISTOGRAM)
     return histogram
 
 
@@ -359,13 +380,13 @@ def selection_index_histogram(
     histogram = torch.zeros((1, RADIX_BINS), dtype=torch.int64, device=keys.device)
     masks = ((1 << bits) - 1, (1 << known) - 1)
     arguments = (keys, token_index, offset, key_state, state, histogram, tokens, shift, bits, *masks)
-    _launch(index_histogram_kernel, tokens, HISTOGRAM_BLOCK, 1, *arguments, BINS=RADIX_BINS, BLOCK=HISTOGRAM_BLOCK)
+    launch(index_histogram_kernel, tokens, HISTOGRAM_BLOCK, 1, *arguments, **_HISTOGRAM)
     return histogram
 
 
 def find_digit(histogram: Tensor, state: Tensor, bits: int) -> Tensor:
     following = torch.empty_like(state)
-    _launch(find_digit_kernel, state.shape[0], 1, 1, histogram, state, following, bits, BINS=RADIX_BINS)
+    launch(find_digit_kernel, state.shape[0], 1, 1, histogram, state, following, bits, BINS=RADIX_BINS)
     return following
 
 
@@ -375,12 +396,12 @@ def selection_mask(
     tokens = keys.numel()
     selected = torch.empty(tokens, dtype=torch.bool, device=keys.device)
     arguments = (keys, token_index, offset, threshold, last_index, selected.view(torch.int8), tokens)
-    _launch(mask_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    launch(mask_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
     return selected
 
 
-_STEPS = cast(radix_select.Steps, sys.modules[__name__])
+STEPS = cast(radix_select.Steps, sys.modules[__name__])
 # The kernels of the contract: the shared driver over the steps of this module.
-token_covariance = functools.partial(radix_select.token_covariance, _STEPS)
-clip_cov_mask = functools.partial(radix_select.clip_cov_mask, _STEPS)
-kl_cov_mask = functools.partial(radix_select.kl_cov_mask, _STEPS)
+token_covariance = functools.partial(radix_select.token_covariance, STEPS)
+clip_cov_mask = functools.partial(radix_select.clip_cov_mask, STEPS)
+kl_cov_mask = functools.partial(radix_select.kl_cov_mask, STEPS)
