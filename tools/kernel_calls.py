@@ -20,6 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import entropy_kernels as ek
 from entropy_kernels.backends import native, radix_select
+from entropy_kernels.backends.policy_names import Selected
 from entropy_kernels.backends.radix_select import Band, Count
 
 BACKENDS = ("cuda", "triton")
@@ -123,29 +124,27 @@ def _eager() -> Any:
 
 
 def fused_loss(tokens: int) -> Call:
-    """The operator below the losses: plain PPO, Clip-Cov that selects in both bands, KL-Cov. On the CPU: itself."""
+    """The operator below the losses: plain PPO, Clip-Cov with both kinds of band, KL-Cov."""
 
     def run(device: str, backend: str) -> Results:
-        if backend != "cuda":
-            return ()
         data = batch(tokens, device)
         seed, coefficient = torch.tensor(5, device=device), torch.tensor(0.7, device=device)
+        old = data["logprob"] + 0.1 * data["advantages"].sign()
         results: list[Tensor] = []
-        # (selected becomes, selects, by seed, excludes clipped tokens, band)
         for kind, selects, clip, exclude, band in (
-            (0, False, False, False, (0.0, 0.0, False, False)),
-            (1, True, True, True, (0.05, 2.0, False, False)),
-            (2, True, True, False, (0.3, 0.9, True, True)),
-            (3, True, False, False, (0.0, 0.0, False, False)),
+            (Selected.UNCHANGED, False, False, False, (0.0, 0.0, False, False)),
+            (Selected.DROPPED, True, True, True, (0.05, 2.0, False, False)),
+            (Selected.DETACHED, True, True, False, (0.3, 0.9, True, True)),
+            (Selected.PENALISED, True, False, False, (0.0, 0.0, False, False)),
         ):
-            results += torch.ops.entropy_kernels_native.policy_loss(
-                data["logprob"], data["logprob"] + 0.1 * data["advantages"].sign(), data["advantages"], data["mask"],
-                None, data["token_index"], seed if clip else None, coefficient, 0.8, 1.2, 3.0, kind, selects, exclude,
-                1, False, 0.05, -1, True, *band,
+            results += torch.ops.entropy_kernels.policy_loss(
+                data["logprob"], old, data["advantages"], data["mask"], None, None, data["token_index"],
+                seed if clip else None, coefficient if kind == Selected.PENALISED else None, 0.8, 1.2, 3.0, int(kind),
+                selects, exclude, 1, False, 0.05 if selects else None, None, True, *band, backend,
             )  # fmt: skip
         return tuple(results)
 
-    return Call(f"fused policy loss of {tokens} tokens", run, backends=("cuda",))
+    return Call(f"fused policy loss of {tokens} tokens", run)
 
 
 def small() -> Iterator[Call]:
