@@ -255,25 +255,27 @@ def test_tests_are_counted_for_their_pairs_and_decide_what_is_verified(tmp_path:
 
 def test_a_failure_that_names_no_pair_and_tests_that_did_not_end_verify_nothing(tmp_path: Path) -> None:
     report = tmp_path / "tests-cuda.xml"
+    (tmp_path / "tests-rest.xml").write_text('<testsuites><testsuite><testcase name="a"/></testsuite></testsuites>')
     properties = (
         '<properties><property name="gpu_backend" value="cuda"/><property name="gpu_ops" value="{}"/></properties>'
     )
     good = f'<testcase classname="a" name="b">{properties.format("token_stats")}</testcase>'
     bad = f'<testcase classname="a" name="c">{properties.format("")}<error message="in a fixture"/></testcase>'
 
-    def verified(cases: str, state: str = "passed") -> list:
+    def verified(cases: str, state: str = "passed", rest: str = "passed") -> list:
         report.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
         (tmp_path / "doctor.json").write_text(json.dumps({"architecture": "sm_90", "checks": CHECKS}))
-        results = [Result("tests-cuda", "", state, 1.0)]
+        results = [Result("tests-cuda", "", state, 1.0), Result("tests-rest", "", rest, 1.0)]
         gpu_summary.write(tmp_path, tmp_path / "out", results, H200, {"date": "2026-01-02", "commit": None})
         return auto_table.read_verified(tmp_path / "out" / "summary.json")
 
     assert len(verified(good)) == 1
     assert verified(good + bad) == []
     assert verified(good, "out of time") == [] and verified(good, "not run") == []
+    assert verified(good, rest="out of time") == []
     assert verified("") == []
     report.write_text("<testsuites><test")
-    results = [Result("tests-cuda", "", "passed", 1.0)]
+    results = [Result(name, "", "passed", 1.0) for name in gpu_summary.TEST_STEPS]
     assert not gpu_summary.digest_tests(tmp_path, results)["complete"]
 
 

@@ -169,7 +169,7 @@ def run(
 def _run_step(step: Step, work: Path, end: float, needed: Result | None) -> Result:
     limit = min(step.limit, end - time.monotonic())
     command = [word.replace("{seconds}", f"{max(limit - step.ending, 1):.0f}") for word in step.command]
-    shown = shlex.join([*(f"{name}={value}" for name, value in step.variables.items()), *command])
+    shown = _here(shlex.join([*(f"{name}={value}" for name, value in step.variables.items()), *command]))
     if needed is not None and needed.state != PASSED:
         return Result(step.name, shown, NOT_RUN, 0.0, f"needs {step.needs}")
     if limit < WORTH_BEGINNING * min(step.limit, step.reserve or step.limit):
@@ -181,7 +181,7 @@ def _run_step(step: Step, work: Path, end: float, needed: Result | None) -> Resu
             # a session of its own, so that a step that hangs goes with all of its processes
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **step.variables},
+                env={**os.environ, "PATH": _PATH, "PYTHONUNBUFFERED": "1", **step.variables},
             )  # fmt: skip
             code = _wait(process, limit)
     except OSError as error:
@@ -189,7 +189,16 @@ def _run_step(step: Step, work: Path, end: float, needed: Result | None) -> Resu
     seconds = time.monotonic() - started
     if code is None:
         return Result(step.name, shown, OUT_OF_TIME, seconds, f"after {limit:.0f} s")
-    return Result(step.name, shown, PASSED if code == 0 else FAILED, seconds, gpu_summary.last_words(log))
+    return Result(step.name, shown, PASSED if code == 0 else FAILED, seconds, _here(gpu_summary.last_words(log)))
+
+
+#: Where a toolkit's tools are, if nothing else says so.
+_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+
+
+def _here(text: str) -> str:
+    """Without this machine's paths, which are nothing to commit."""
+    return text.replace(f"{ROOT}{os.sep}", "").replace(sys.executable, "python")
 
 
 def _wait(process: subprocess.Popen, limit: float) -> int | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+TEST_STEPS = ("tests-cuda", "tests-triton", "tests-rest")
 PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
 #: Bytes of a file that comes back from a lent machine are limited to 16 MiB.
 ARCHIVE_LIMIT = 15 << 20
@@ -72,30 +73,37 @@ def last_words(log: Path) -> str:
 def digest_tests(work: Path, results: Sequence[Result]) -> dict[str, Any]:
     """Counts per (op, backend), as the tests' markers name them, of all reports; and what failed.
 
-    ``complete``: every step of tests ran to its end. A test that names no pair counts "elsewhere".
+    A test that names no pair counts "elsewhere"; such tests are among the "rest". ``complete``, of a pair, of elsewhere
+    and of all: the steps that hold its tests ran to their end.
     """
-    steps = [result for result in results if result.name.startswith("tests-")]
-    complete = bool(steps) and all(result.state in (PASSED, FAILED) for result in steps)
-    pairs: dict[tuple[str, str], dict[str, int]] = {}
+    ended = {}
+    pairs: dict[tuple[str, str], dict[str, Any]] = {}
     elsewhere, total = _zero(), _zero()
     failures = []
-    for step in steps:
-        report = work / f"{step.name}.xml"
-        cases = _cases(report)
-        complete = complete and bool(cases)
+    for step in (result for result in results if result.name in TEST_STEPS):
+        cases = _cases(work / f"{step.name}.xml")
+        ended[step.name] = bool(cases) and step.state in (PASSED, FAILED)
         for case in cases:
             outcome, text = _outcome(case)
             total[outcome] += 1
             properties = {item.get("name"): item.get("value", "") for item in case.iter("property")}
             backend, ops = properties.get("gpu_backend", ""), properties.get("gpu_ops", "")
             for op in filter(None, ops.split(",")):
-                pairs.setdefault((op, backend), _zero())[outcome] += 1
+                counts = pairs.setdefault((op, backend), {**_zero(), "complete": True})
+                counts[outcome] += 1
+                counts["complete"] &= ended[step.name]
             if not ops:
                 elsewhere[outcome] += 1
             if outcome == FAILED:
                 failures.append({"test": f"{case.get('classname')}::{case.get('name')}", "error": text})
     listed = [{"op": op, "backend": backend, **counts} for (op, backend), counts in sorted(pairs.items())]
-    return {"complete": complete, **total, "pairs": listed, "elsewhere": elsewhere, "failures": failures}
+    return {
+        "complete": all(ended.get(name, False) for name in TEST_STEPS),
+        **total,
+        "pairs": listed,
+        "elsewhere": {**elsewhere, "complete": ended.get("tests-rest", False)},
+        "failures": failures,
+    }
 
 
 def _zero() -> dict[str, int]:
@@ -149,7 +157,7 @@ def write(work: Path, out: Path, results: Sequence[Result], gpu: Gpu | None, hea
         **head,
         "gpu": gpu.name if gpu else None,
         "architecture": doctor.get("architecture"),
-        "versions": {name: doctor.get("versions", {}).get(name) for name in ("python", "torch", "triton")},
+        "versions": {name: _version(doctor, name) for name in ("python", "torch", "triton")},
         "steps": [asdict(result) for result in results],
         "tests": digest_tests(work, results),
         "self_check": doctor.get("checks", []),
@@ -163,6 +171,11 @@ def write(work: Path, out: Path, results: Sequence[Result], gpu: Gpu | None, hea
         if path.exists():
             shutil.copyfile(path, out / path.name)
     _pack(work, out / "results.tar.gz")
+
+
+def _version(doctor: dict[str, Any], name: str) -> str | None:
+    """Without the path that doctor tells beside it."""
+    return (doctor.get("versions", {}).get(name, "").split() or [None])[0]
 
 
 def _plot_rank(path: Path) -> tuple[int, str]:

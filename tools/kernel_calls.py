@@ -150,14 +150,16 @@ def fused_loss(tokens: int) -> Call:
 def small() -> Iterator[Call]:
     """Every kernel, and every way that its blocks share work, at the smallest size that takes it."""
     bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-    # one part per row: plain loads, bulk copies; all instances of dtype, softcap and second moments
+    # plain loads, bulk copies; all instances of dtype, softcap and second moments
     for dtype, vocab, softcap in itertools.product((bf16, fp16, fp32), (97, 9001), (None, 20.0)):
         for function in ("token_stats", "logprob_entropy"):
             yield statistics(3, vocab, dtype, function=function, softcap=softcap, temperature=0.7)
     for function, softcap in itertools.product(("token_stats", "logprob_entropy"), (None, 20.0)):
         yield statistics(3, 500, fp64, function=function, softcap=softcap)._replace(backends=("cuda",))
-    # rows in parts: clusters of 2, 4 and 8 with bulk copies; through memory with strided columns, and with doubles
-    for vocab in (20_000, 40_000, 70_000):
+    # bulk copies of whole rows, which takes enough of them; rows in parts: clusters of 2, 4 and 8 with bulk copies,
+    # through memory with strided columns, and with doubles
+    yield statistics(300, 9001, bf16)
+    for vocab in (10_000, 20_000, 40_000, 70_000):
         yield statistics(1, vocab, bf16)
     yield statistics(2, 40_000, fp32, layout="strided")
     yield statistics(2, 20_001, fp64)._replace(backends=("cuda",))
