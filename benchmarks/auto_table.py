@@ -112,7 +112,7 @@ def _size(op: str, record: dict[str, Any], file: str) -> str:
         itemsize = DTYPES[record["dtype"]].itemsize
     except (ValueError, KeyError) as error:
         raise ValueError(f"{file}: expected a size, or a shape like 512×151936, got {record['shape']!r}") from error
-    return auto_table.size_class(op, auto_table.amount_of(op, count, itemsize))
+    return auto_table.size_class(op, count, itemsize)
 
 
 def rows_of(cells: dict[Class, Cell]) -> list[Row]:
