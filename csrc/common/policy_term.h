@@ -117,6 +117,11 @@ enum PolicySum : int {
 enum PolicyMaximum : int { kRatioMaximum, kCovarianceMaximum, kPolicyMaxima };
 constexpr int kPolicyTotals = int{kPolicySums} + int{kPolicyMaxima};
 
+// Sums of zeros and ones.
+constexpr bool is_count(int sum) {
+  return sum == kClippedSum || sum == kClippedLowerSum || sum >= kInBandSum;
+}
+
 template <class T, class Sum>
 EK_HOST_DEVICE void add_to_sums(Sum (&sums)[kPolicySums], const PolicyBranch<T>& branch, const PolicyTerm<T>& term,
                                 float covariance, bool valid, bool candidate, bool selected) {

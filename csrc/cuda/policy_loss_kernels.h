@@ -111,8 +111,12 @@ EK_HOST_DEVICE void policy_loss_block(Team& team, SearchShared& search, PolicyLo
 #pragma unroll
   for (int k = 0; k < kPolicySums; ++k) {
     double sum = sums[k];
-    for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-      sum += team.thread.shuffle_xor(sum, mask);
+    if (is_count(k)) {  // one instruction for the warp, and exact
+      sum = team.thread.warp_sum(static_cast<uint32_t>(sums[k]));
+    } else {
+      for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+        sum += team.thread.shuffle_xor(sum, mask);
+      }
     }
     if (team.lane() == 0) {
       shared.warps[team.warp()][k] = sum;
