@@ -24,7 +24,7 @@ from entropy_kernels.backends import auto_table, registry
 from entropy_kernels.backends.auto_table import Row, Source, Table, Verified
 
 # Ops of the suite that time an op of the registry by another name
-OP_OF = {"logprob_entropy": "token_stats", "logprob_entropy_fwdbwd": "token_stats"}
+OP_OF = dict.fromkeys(("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd"), "token_stats")
 _PREFIX = "ours-"  # implementations named ours-<backend>; ours-<backend>-inplace is the same kernel, called otherwise
 Class = tuple[str, str, str, str]  # op, architecture, dtype, size class
 
@@ -112,7 +112,7 @@ def _size(op: str, record: dict[str, Any], file: str) -> str:
         itemsize = DTYPES[record["dtype"]].itemsize
     except (ValueError, KeyError) as error:
         raise ValueError(f"{file}: expected a size, or a shape like 512×151936, got {record['shape']!r}") from error
-    return auto_table.size_class(op, auto_table.amount_of(op, count, itemsize))
+    return auto_table.size_class(op, count, itemsize)
 
 
 def rows_of(cells: dict[Class, Cell]) -> list[Row]:
@@ -162,19 +162,20 @@ def compare(one: str, other: str, timings: Iterable[Timing]) -> tuple[float, flo
 def read_verified(path: Path) -> list[Verified]:
     """The op × backend pairs that a ``summary.json`` of gpu-check has verified; ValueError if it is none.
 
-    Nothing is verified by a run whose tests did not end, or in which a test failed that belongs to no pair.
+    A pair is not verified if its tests did not end, and none is where the tests that belong to no pair did not, or one
+    of them failed.
     """
     summary = _document(path)
     try:
         architecture, tests, checks = summary["architecture"], summary["tests"], summary["self_check"]
         source = Source(_name(path), summary["gpu"], _commit(summary), summary["date"][:10])
-        if not tests["complete"] or tests["elsewhere"]["failed"] or not architecture:
+        if not tests["elsewhere"]["complete"] or tests["elsewhere"]["failed"] or not architecture:
             return []
         pairs = []
         for entry in tests["pairs"]:
             op, backend = entry["op"], entry["backend"]
             mine = [c["ok"] for c in checks if (c["op"], c["backend"], c["device"]) == (op, backend, "cuda")]
-            known = op in registry.OPS and backend in ("triton", "cuda")
+            known = op in registry.OPS and backend in ("triton", "cuda") and entry["complete"]
             if known and entry["passed"] > 0 and not entry["failed"] and mine and all(mine):
                 pairs.append(Verified(op, backend, architecture, entry["passed"], source))
         return pairs

@@ -46,7 +46,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "versions": {"entropy_kernels": ek.__version__, **_versions()},
         "backends": ek.backends(),
         "variables": {key: value for key, value in sorted(os.environ.items()) if _VARIABLES.match(key)},
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": os.environ.get("ENTROPY_KERNELS_COMMIT") or _git("rev-parse", "HEAD"),  # copies lack the repository
         # results of earlier runs do not change what is measured
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results") or ""),
     }

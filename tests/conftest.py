@@ -114,9 +114,9 @@ def undisturbed() -> Iterator[None]:
 def large_memory() -> Iterator[Callable[[float], None]]:
     """``reserve(gigabytes)`` of the GPU, or skip. One such test at a time, however many processes share the GPU."""
     with open(os.path.join(tempfile.gettempdir(), f"entropy_kernels-gpu-memory-{os.getuid()}"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
         def reserve(gigabytes: float) -> None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             gc.collect()
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info()[0] / 1e9

@@ -167,14 +167,13 @@ SUMMARY: dict[str, Any] = {
     "commit": "abc123",
     "date": "2026-01-02T03:04:05+00:00",
     "tests": {
-        "complete": True,
-        "elsewhere": {"passed": 5, "failed": 0, "skipped": 2},
+        "elsewhere": {"passed": 5, "failed": 0, "skipped": 2, "complete": True},
         "pairs": [
-            {"op": "token_stats", "backend": "cuda", "passed": 300, "failed": 0, "skipped": 3},
-            {"op": "token_stats", "backend": "triton", "passed": 200, "failed": 1, "skipped": 0},
-            {"op": "kl_cov_mask", "backend": "cuda", "passed": 40, "failed": 0, "skipped": 0},
-            {"op": "clip_cov_mask", "backend": "cuda", "passed": 0, "failed": 0, "skipped": 40},
-            {"op": "token_stats", "backend": "torch", "passed": 10, "failed": 0, "skipped": 0},
+            {"op": "token_stats", "backend": "cuda", "passed": 300, "failed": 0, "skipped": 3, "complete": True},
+            {"op": "token_stats", "backend": "triton", "passed": 200, "failed": 1, "skipped": 0, "complete": True},
+            {"op": "kl_cov_mask", "backend": "cuda", "passed": 40, "failed": 0, "skipped": 0, "complete": True},
+            {"op": "clip_cov_mask", "backend": "cuda", "passed": 0, "failed": 0, "skipped": 40, "complete": True},
+            {"op": "token_stats", "backend": "torch", "passed": 10, "failed": 0, "skipped": 0, "complete": True},
         ],
     },
     "self_check": [
@@ -201,7 +200,8 @@ def test_verified_is_what_passed_everything(tmp_path: Path) -> None:
     # a failed test, no self-check on the GPU, no test that ran, and torch, which needs none, are left out
     assert pairs(tmp_path) == [("token_stats", "cuda")]
     assert pairs(tmp_path, lambda s: s["self_check"][1].update(ok=False)) == []
-    assert pairs(tmp_path, lambda s: s["tests"].update(complete=False)) == []
+    assert pairs(tmp_path, lambda s: s["tests"]["pairs"][0].update(complete=False)) == []
+    assert pairs(tmp_path, lambda s: s["tests"]["elsewhere"].update(complete=False)) == []
     assert pairs(tmp_path, lambda s: s["tests"]["elsewhere"].update(failed=1)) == []
     assert pairs(tmp_path, lambda s: s.update(architecture=None)) == []
     with pytest.raises(ValueError, match=r"expected a summary\.json of make gpu-check, got one without 'tests'"):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 FILE = Path(__file__).with_name("auto_table.json")
 FORMAT = 1
@@ -45,19 +44,11 @@ DTYPES = {
 _RUNS_ON = {True: {"torch", "cpu"}, False: {"torch", "triton", "cuda"}}
 
 
-def amount(op: str, tensor: Tensor) -> int:
-    """How much work a call is: bytes of the logits for statistics, tokens for everything else."""
-    return amount_of(op, tensor.numel(), tensor.element_size())
-
-
-def amount_of(op: str, elements: int, itemsize: int) -> int:
-    """The same from the number of elements and their size in bytes."""
-    return elements * itemsize if op in _COUNTED_IN_BYTES else elements
-
-
-def size_class(op: str, amount: int) -> str:
-    """One of SIZES; ``amount`` as :func:`amount` counts it."""
-    return SIZES[bisect_left(_BYTES if op in _COUNTED_IN_BYTES else _TOKENS, amount)]
+def size_class(op: str, elements: int, itemsize: int) -> str:
+    """One of SIZES, for logits of so many elements of so many bytes, or for so many tokens."""
+    if op in _COUNTED_IN_BYTES:
+        return SIZES[bisect_left(_BYTES, elements * itemsize)]
+    return SIZES[bisect_left(_TOKENS, elements)]
 
 
 def dtypes_of(op: str, device_type: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels.backends import auto_table
-from entropy_kernels.backends.auto_table import Row
+from entropy_kernels.backends.auto_table import Row, size_class
 
 BACKENDS = ("torch", "triton", "cpu", "cuda")
 
@@ -164,7 +164,7 @@ def kernel(op: str, name: str, backend: str, tensor: Tensor) -> Callable:
     """
     if backend != "auto":
         return _kernel(op, name, backend, tensor.device.type)
-    size = auto_table.size_class(op, auto_table.amount(op, tensor))
+    size = size_class(op, tensor.numel(), tensor.element_size())
     return _kernel(op, name, backend, tensor.device.type, tensor.dtype, size)
 
 
