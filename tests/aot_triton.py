@@ -25,7 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from entropy_kernels.backends.triton import policy_loss, selection, tiling, token_stats
+from entropy_kernels.backends.triton import policy_loss, selection, tiling
+from entropy_kernels.backends.triton import token_stats_kernels as token_stats
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
