@@ -40,10 +40,11 @@ def _aligned(tensor: Tensor, layout: tuple[int, int, int, int]) -> bool:
 
 def _scratch_logits(like: Tensor, columns: int, rows: int, aligned: bool, budget: int) -> Tensor:
     """(B, L, columns) zeros for timing: at least ``rows`` rows in ``budget`` bytes, the same L rows B times over."""
-    pitch = -(-columns // 16) * 16 + (0 if aligned else 1)
+    odd = 0 if aligned else 1
+    pitch = -(-columns // 16) * 16 + odd
     length = max(1, min(rows, budget // (pitch * like.element_size())))
-    memory = torch.zeros(length * pitch, dtype=like.dtype, device=like.device)
-    return memory.as_strided((-(-rows // length), length, columns), (0, pitch, 1))
+    memory = torch.zeros(length * pitch + odd, dtype=like.dtype, device=like.device)
+    return memory.as_strided((-(-rows // length), length, columns), (0, pitch, 1), odd)
 
 
 def token_stats_forward(
