@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -25,7 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from entropy_kernels.backends.triton import policy_loss, selection, tiling, token_stats
+from aot_machine_code import usage
+from entropy_kernels.backends.triton import policy_loss, selection, tiling, token_stats_kernels, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,15 +34,8 @@ _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 _INT64 = ("ignore_index", "vocab_start", "vocab_size")
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a compiled kernel takes; ``spilled`` are bytes of the stack, ``wide`` counts 16-byte global loads."""
-
-    name: str
-    registers: int | None
-    spilled: int
-    shared: int
-    wide: int
+def hardware(target: GPUTarget) -> tiling.Hardware:
+    return tiling.Hardware(132, target.warp_size, target.backend == "cuda")
 
 
 def _source(kernel: Any, dtype: str, constants: dict[str, Any], aligned: set[str]) -> ASTSource:
@@ -72,36 +62,45 @@ def _source(kernel: Any, dtype: str, constants: dict[str, Any], aligned: set[str
 
 def forward(
     target: GPUTarget, dtype: str, *, want: int = 15, softcap: bool = False, parts: bool = False, aligned: bool = True,
-    columns: int = 151_936,
+    columns: int = 151_936, candidate: int = 0,
 ) -> Any:  # fmt: skip
-    cut = tiling.forward_tiling(_BYTES[dtype], columns, aligned, target.warp_size)
+    """None if the target has not that many candidates."""
+    cuts = tiling.forward_candidates(_BYTES[dtype], columns, tuning.MAX_ROWS, aligned, hardware(target))
+    if candidate >= len(cuts):
+        return None
+    cut = cuts[candidate]
     constants = {"WANT": want, "SOFTCAP": softcap, "PARTS": parts, "STEPS": cut.steps, "WARPS": cut.warps}
-    constants |= {"LANES": cut.lanes, "WIDTH": cut.width, "stride_v": 1}
+    constants |= {"LANES": cut.lanes, "WIDTH": cut.width, "STAGES": cut.stages, "stride_v": 1}
     divisible = {"logits_ptr", "logprob_ptr", "entropy_ptr", "collision_ptr", "covariance_ptr", "state_ptr"}
     if aligned:
         divisible |= {"stride_b", "stride_l", "columns"}
-    source = _source(token_stats.forward_kernel, dtype, constants, divisible)
-    return triton.compile(source, target=target, options={"num_warps": cut.warps, **token_stats.COMPILE})
+    source = _source(token_stats_kernels.forward_kernel, dtype, constants, divisible)
+    return triton.compile(source, target=target, options={"num_warps": cut.warps, **token_stats_kernels.COMPILE})
 
 
 def merge(target: GPUTarget, dtype: str, *, want: int = 15) -> Any:
     constants = {"WANT": want, "BLOCK": tiling.MAX_SPLITS}
-    source = _source(token_stats.merge_kernel, dtype, constants, {"parts_ptr", "state_ptr"})
-    return triton.compile(source, target=target, options={"num_warps": 1, **token_stats.COMPILE})
+    source = _source(token_stats_kernels.merge_kernel, dtype, constants, {"parts_ptr", "state_ptr"})
+    return triton.compile(source, target=target, options={"num_warps": 1, **token_stats_kernels.COMPILE})
 
 
 def backward(
     target: GPUTarget, dtype: str, *, grads: str = "lec", softcap: bool = False, aligned: bool = True,
-    columns: int = 151_936,
+    columns: int = 151_936, candidate: int = 0,
 ) -> Any:  # fmt: skip
-    tile, warps = tiling.backward_tiling(_BYTES[dtype], columns, target.warp_size)
+    """None if the target has not that many candidates."""
+    cuts = tiling.backward_candidates(_BYTES[dtype], columns, aligned, hardware(target))
+    cuts = tuple({(cut.tile, cut.warps, cut.stages): cut for cut in cuts}.values())  # that are kernels of their own
+    if candidate >= len(cuts):
+        return None
+    cut = cuts[candidate]
     constants = {"LOGPROB": "l" in grads, "ENTROPY": "e" in grads, "COLLISION": "c" in grads, "SOFTCAP": softcap}
-    constants |= {"TILE": tile, "stride_v": 1, "out_v": 1}
+    constants |= {"TILE": cut.tile, "STAGES": cut.stages, "stride_v": 1, "out_v": 1}
     divisible = {"logits_ptr", "dlogits_ptr"}
     if aligned:
         divisible |= {"stride_b", "stride_l", "out_b", "out_l", "width", "columns"}
-    source = _source(token_stats.backward_kernel, dtype, constants, divisible)
-    return triton.compile(source, target=target, options={"num_warps": warps, **token_stats.COMPILE})
+    source = _source(token_stats_kernels.backward_kernel, dtype, constants, divisible)
+    return triton.compile(source, target=target, options={"num_warps": cut.warps, **token_stats_kernels.COMPILE})
 
 
 # Types of the arguments of the kernels over tokens, by name; of an optional tensor that is not there, None.
@@ -162,6 +161,18 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "backward-bf16-unaligned": (backward, {"dtype": "bf16", "aligned": False}),
     "backward-fp32-short": (backward, {"dtype": "fp32", "columns": 110}),
 }
+# The other candidates of the tuner; those of few rows differ in the number of parts only.
+CANDIDATES = {
+    f"{build.__name__}-{name}-candidate-{i}": (build, {**arguments, "candidate": i})
+    for build in (forward, backward)
+    for name, arguments in {
+        "bf16": {"dtype": "bf16"},
+        "fp32-softcap": {"dtype": "fp32", "softcap": True},
+        "bf16-unaligned": {"dtype": "bf16", "aligned": False},
+    }.items()
+    for i in range(1, 6)
+}
+VARIANTS |= CANDIDATES
 
 _BLOCK = {"BLOCK": selection.BLOCK}
 _BINS = {"BLOCK": selection.HISTOGRAM_BLOCK, "BINS": selection.RADIX_BINS, "warps": selection.HISTOGRAM_WARPS}
@@ -214,33 +225,13 @@ VARIANTS |= {
 }  # fmt: skip
 
 
-def _nvidia(name: str, kernel: Any) -> Usage:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(kernel.asm["cubin"])
-        command = [str(tools / "cuobjdump"), "-res-usage", str(binary)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
-    wide = len(re.findall(r"ld\.global[.\w:]*\.(?:v4\.b32|v2\.b64)", kernel.asm["ptx"]))
-    return Usage(name, used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"], wide)
-
-
-def _amd(name: str, kernel: Any) -> Usage:
-    text = kernel.asm["amdgcn"]
-
-    def field(key: str) -> int:
-        return int(re.findall(rf"\.{key}:\s*(\d+)", text)[-1])
-
-    # scalar registers spilled into lanes of vector registers cost no memory; a private segment is memory
-    spilled = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
-    wide = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))
-    return Usage(name, field("vgpr_count"), spilled, field("group_segment_fixed_size"), wide)
-
-
 def _parameters() -> None:
     """Which arguments are constants, and which ones Triton may specialise on (alignment, equality to 1)."""
-    over_rows = [token_stats.forward_kernel, token_stats.merge_kernel, token_stats.backward_kernel]
+    over_rows = [
+        token_stats_kernels.forward_kernel,
+        token_stats_kernels.merge_kernel,
+        token_stats_kernels.backward_kernel,
+    ]
     for kernel in [*over_rows, *TOKEN_KERNELS]:
         constants = [p.name for p in kernel.params if p.is_constexpr]
         specialised = [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
@@ -262,8 +253,9 @@ def main(target_name: str, *names: str) -> None:
     target = TARGETS[target_name]
     for name in names or VARIANTS:
         build, arguments = VARIANTS[name]
-        usage = _nvidia if target.backend == "cuda" else _amd
-        print(json.dumps(asdict(usage(name, build(target, **arguments)))), flush=True)
+        kernel = build(target, **arguments)
+        if kernel is not None:
+            print(json.dumps(asdict(usage(name, target_name, kernel))), flush=True)
 
 
 if __name__ == "__main__":

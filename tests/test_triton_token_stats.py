@@ -50,7 +50,12 @@ def close(actual: Tensor, expected: Tensor, atol: float = 2e-6, rtol: float = 2e
 
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tilings of a GPU: the interpreter would take wider warps, and short rows would be a single tile."""
-    monkeypatch.setattr(tiling, "hardware", lambda device: (1, 32))
+    monkeypatch.setattr(tiling, "hardware", lambda device: tiling.Hardware(1, 32, True))
+
+
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 512 logits."""
+    monkeypatch.setattr(tiling, "forward_candidates", lambda *_: (tiling.ForwardTiling(2, 1, 32, 8, 2),))
 
 
 # ---- split rows ----------------------------------------------------------------------------------------------------
@@ -61,7 +66,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_split_rows_equal_whole_rows(parts: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts that are even, uneven, that end in a partial tile, and more of them than tiles."""
     narrow(monkeypatch)
-    monkeypatch.setattr(tiling, "forward_tiling", lambda *_: tiling.Tiling(2, 1, 32, 8))  # 512 columns: 8 and 9.8 tiles
+    small_tiles(monkeypatch)  # 8 and 9.8 of them
     monkeypatch.setattr(tiling, "split_count", lambda *_: parts)
     logits, target, temperature = inputs(2, vocab)
     target[0] = vocab - 1
@@ -86,7 +91,7 @@ def test_split_rows_give_what_is_wanted(want: int, monkeypatch: pytest.MonkeyPat
 def test_split_rows_with_special_values(value: float, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN and +inf poison the row whichever part holds them; a part of nothing but -inf is skipped."""
     narrow(monkeypatch)
-    monkeypatch.setattr(tiling, "forward_tiling", lambda *_: tiling.Tiling(2, 1, 32, 8))
+    small_tiles(monkeypatch)
     monkeypatch.setattr(tiling, "split_count", lambda *_: 2)
     logits, target, temperature = inputs(1, 1024)
     logits[..., {"first": slice(0, 512), "last": slice(512, 1024), "all": slice(None)}[where]] = value
@@ -230,8 +235,9 @@ def test_rows_of_ignores_strides_that_mean_nothing() -> None:
 def test_gradients_by_what_is_given(given: str, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles per program, several programs per row, padded columns at the end, stride 0 and 2 upstream."""
     narrow(monkeypatch)
-    monkeypatch.setattr(tiling, "BACKWARD_TILES", 2)
-    logits, target, temperature = inputs(2, 2600)  # tiles of 512
+    cut = tiling.BackwardTiling(tile=512, warps=1, tiles=2)
+    monkeypatch.setattr(tiling, "backward_candidates", lambda *_: (cut,))
+    logits, target, temperature = inputs(2, 2600)
     start, size = 1000, 3500
     target[:] = torch.tensor([1000 + 511, 3499])
     want = ALL if given[2] == "1" else 3

@@ -1,8 +1,13 @@
-"""How the Triton kernels of token_stats cut rows into tiles and parts, by dtype and size. Nothing is autotuned yet."""
+"""How the Triton kernels of token_stats cut rows into tiles, programs and parts: the candidates of tuning.py.
+
+The first candidate is the choice without a measurement; it comes from counts of registers, instructions and bytes in
+flight (docs/gpu.md, "Triton"), as does the reason beside each of the others. All candidates of a class are compiled
+for spills in tests/test_triton_aot.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,40 +15,109 @@ MAX_SPLITS = 128  # parts of one row; the merge kernel reads them as one vector
 
 
 @dataclass(frozen=True)
-class Tiling:
+class Hardware:
+    """What a choice depends on. ``asynchronous``: copies into shared memory that no register waits for."""
+
+    multiprocessors: int
+    warp_size: int
+    asynchronous: bool
+
+
+def hardware(device: torch.device) -> Hardware:
+    """Of a device. The interpreter pays per operation and not per element: wide warps."""
+    if device.type != "cuda":
+        return Hardware(1, 256, True)
+    properties = torch.cuda.get_device_properties(device)
+    return Hardware(properties.multi_processor_count, properties.warp_size, torch.version.hip is None)
+
+
+@dataclass(frozen=True)
+class ForwardTiling:
     """How the forward kernel cuts a row: ``width`` neighbours per thread and load, ``steps`` loads per tile."""
 
     steps: int
     warps: int
     lanes: int
     width: int
+    stages: int = 1  # 1: the next tile waits in registers; more: stages - 1 tiles wait in shared memory
+    split: int = 0  # parts per row: those of split_count, times 2 to this power
 
     @property
     def tile(self) -> int:
         return self.steps * self.warps * self.lanes * self.width
 
+    def parts(self, rows: int, columns: int, itemsize: int, multiprocessors: int) -> tuple[int, int]:
+        """(parts of each row, tiles of each part)."""
+        tiles = max(1, -(-columns // self.tile))
+        parts = split_count(rows, tiles, resident_programs(itemsize, self.warps, multiprocessors))
+        parts = parts << self.split if self.split >= 0 else parts >> -self.split
+        tiles_per_part = -(-tiles // min(max(parts, 1), tiles, MAX_SPLITS))
+        return -(-tiles // tiles_per_part), tiles_per_part
 
-# bytes per logit -> elements per thread and tile. 64 bytes (fp32: 128) in flight per thread and the warps below
-# cover more than the ~40 KB that a multiprocessor's share of the bandwidth times the latency asks for.
-_ELEMENTS = {2: 32, 4: 32, 8: 8}
+
+@dataclass(frozen=True)
+class BackwardTiling:
+    """How the backward kernel cuts a row: programs of ``tiles`` tiles of ``tile`` logits."""
+
+    tile: int
+    warps: int
+    tiles: int
+    stages: int = 1
+
+
 # bytes per logit -> warps that a multiprocessor of 64 K registers holds (tests/test_triton_aot.py counts registers)
-RESIDENT_WARPS = {2: 24, 4: 16, 8: 16}
-_ELEMENTS_UNALIGNED = 16  # single loads keep an address each
+RESIDENT_WARPS = {2: 24, 4: 32, 8: 24}
+# Bytes per thread and tile. In registers a tile has to be large, as it is all that is in flight.
+_ASYNCHRONOUS_BYTES = 64
+_REGISTER_ELEMENTS = {2: 32, 4: 32, 8: 8}
+_UNALIGNED_ELEMENTS = 16  # single loads keep an address each
+_STAGES = 3
 
 
-def forward_tiling(itemsize: int, columns: int, aligned: bool, warp_size: int) -> Tiling:
-    """Tiling for rows of ``columns`` logits of ``itemsize`` bytes.
+def resident_programs(itemsize: int, warps: int, multiprocessors: int) -> int:
+    return multiprocessors * RESIDENT_WARPS[itemsize] // warps
+
+
+def forward_candidates(
+    itemsize: int, columns: int, rows: int, aligned: bool, on: Hardware
+) -> tuple[ForwardTiling, ...]:
+    """Tilings worth a measurement for about ``rows`` rows of ``columns`` logits of ``itemsize`` bytes; default first.
 
     ``aligned`` rows are read 16 bytes at a time, others one element per thread (still whole sectors per warp). With
     short rows, fewer warps leave less of the tile empty, and there are many programs to hide the latency instead.
     """
-    elements = _ELEMENTS[itemsize] if aligned else _ELEMENTS_UNALIGNED
     width = 16 // itemsize if aligned else 1
-    warps = 8
-    for fewer in (4, 1):
-        if columns <= 2 * fewer * warp_size * elements:
-            warps = fewer
-    return Tiling(elements // width, warps, warp_size, width)
+
+    def cut(elements: int, warps: int | None = None, stages: int = 1) -> ForwardTiling:
+        if warps is None:
+            warps = 8
+            for fewer in (4, 1):
+                if columns <= 2 * fewer * on.warp_size * elements:
+                    warps = fewer
+        return ForwardTiling(elements // width, warps, on.warp_size, width, stages)
+
+    others: list[ForwardTiling]
+    if not aligned:
+        first = cut(_UNALIGNED_ELEMENTS)
+        others = [cut(_UNALIGNED_ELEMENTS // 2)]  # fewer addresses, more programs per multiprocessor
+    elif not on.asynchronous:
+        elements = _REGISTER_ELEMENTS[itemsize]
+        first = cut(elements)
+        others = [cut(elements // 2), cut(elements // 2, stages=3)]  # fewer registers; two smaller tiles ahead
+    else:
+        elements = _ASYNCHRONOUS_BYTES // itemsize
+        first = cut(elements, stages=_STAGES)
+        others = [
+            cut(_REGISTER_ELEMENTS[itemsize]),  # no barrier per tile: warps drift apart
+            cut(2 * elements, max(1, first.warps // 2), _STAGES),  # half the maxima and barriers per logit
+            replace(first, stages=_STAGES + 1),  # more in flight, for more bandwidth times latency
+        ]
+    # Smaller programs hide each other's start and end, which is much of a short row.
+    others.append(replace(first, warps=max(1, first.warps // 2)))
+    if rows // 2 < resident_programs(itemsize, first.warps, on.multiprocessors) and columns > 2 * first.tile:
+        # What a program's start and the second kernel cost, split_count only guesses.
+        others = [o for o in others if o.stages <= _STAGES] + [replace(first, split=1), replace(first, split=-1)]
+    return tuple(dict.fromkeys([first, *others]))
 
 
 def split_count(rows: int, tiles: int, programs: int) -> int:
@@ -61,19 +135,28 @@ def split_count(rows: int, tiles: int, programs: int) -> int:
     return min(choices, key=cost)
 
 
-BACKWARD_TILES = 8  # tiles per program: enough to have the next loads in flight, few enough for an even end
+def backward_candidates(itemsize: int, width: int, aligned: bool, on: Hardware) -> tuple[BackwardTiling, ...]:
+    """Tilings of the backward worth a measurement for rows of ``width`` logits; the default first.
 
-
-def backward_tiling(itemsize: int, width: int, warp_size: int) -> tuple[int, int]:
-    """(elements per tile, warps) of the backward kernel: 16 per thread (fp64: 8), one warp for short rows."""
+    By default 16 logits per thread (fp64: 8) and 8 tiles per program: enough to have the next loads in flight, few
+    enough for an even end; one warp for short rows. A program reads as much as it writes, so half the bytes in flight
+    of the forward suffice.
+    """
     elements = 8 if itemsize == 8 else 16
-    warps = 4 if width > 4 * warp_size * elements else 1
-    return elements * warps * warp_size, warps
+    warps = 4 if width > 4 * on.warp_size * elements else 1
 
+    def cut(elements: int, warps: int, tiles: int, stages: int = 1) -> BackwardTiling:
+        return BackwardTiling(elements * warps * on.warp_size, warps, tiles, stages)
 
-def hardware(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, threads per warp). The interpreter pays per operation and not per element: wide warps."""
-    if device.type != "cuda":
-        return 1, 256
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.warp_size
+    first = cut(elements, warps, 8)
+    others = [cut(elements, warps, 2)]  # short programs: the scheduler keeps loads in flight, and evens out the end
+    if not aligned:
+        others.append(cut(elements // 2, warps, 8))  # fewer addresses: twice the warps per multiprocessor
+    elif on.asynchronous:
+        others.append(cut(elements, warps, 8, _STAGES))  # two tiles ahead
+        others.append(cut(2 * elements, warps, 4, _STAGES))  # half the barriers
+    else:
+        others.append(cut(2 * elements, warps, 4))  # more in flight per thread
+    if warps > 1:
+        others.append(cut(elements, 2 * warps, 8))  # a row's constants once for twice the logits
+    return tuple(dict.fromkeys([first, *others]))

@@ -1,0 +1,105 @@
+"""What a kernel that Triton compiled takes, read off its machine code: for aot_triton.py."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# target -> what a multiprocessor has of registers (per thread of a warp, AMD: per lane of one of 4 SIMDs), shared
+# memory in bytes (less 1 KB per program) and threads
+_SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "gfx942": 64 << 10}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The first loop that loads 16 bytes at a time and takes exponentials."""
+
+    copies: int  # asynchronous ones, into shared memory
+    loads: int  # into registers
+    exponentials: int
+    before_last_load: int  # exponentials that the program takes before it has issued all of the loop's loads
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes; ``spilled`` are bytes of the stack, ``wide`` counts 16-byte global loads."""
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int  # bytes
+    wide: int
+    resident: int  # programs that a multiprocessor holds at a time
+    loop: Loop | None
+
+
+def usage(name: str, target: str, kernel: Any) -> Usage:
+    return _amd(name, target, kernel) if target.startswith("gfx") else _nvidia(name, target, kernel)
+
+
+def _resident(target: str, kernel: Any, registers: int) -> int:
+    warps = kernel.metadata.num_warps
+    if target.startswith("gfx"):
+        return 4 * min(8, 512 // (-(-registers // 8) * 8)) // warps
+    by_registers = 65_536 // (-(-registers // 8) * 8 * 32 * warps)
+    return min(by_registers, _SHARED[target] // (kernel.metadata.shared + 1024), 64 // warps)
+
+
+def _nvidia(name: str, target: str, kernel: Any) -> Usage:
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(kernel.asm["cubin"])
+
+        def run(*command: str) -> str:
+            path = str(_TOOLS / command[0])
+            return subprocess.run([path, *command[1:], str(binary)], capture_output=True, text=True, check=True).stdout
+
+        report, code = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+    wide = len(re.findall(r"\bLDG\.E[.\w]*128", code)) + len(re.findall(r"\bLDGSTS[.\w]*128", code))
+    loop = _loop(
+        code, r"^(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)", r"LDG\.E[.\w]*128", r"LDGSTS[.\w]*128", "MUFU.EX2"
+    )
+    resident = _resident(target, kernel, used["REG"])
+    return Usage(name, used["REG"], used["STACK"] + used["LOCAL"], kernel.metadata.shared, wide, resident, loop)
+
+
+def _amd(name: str, target: str, kernel: Any) -> Usage:
+    code = kernel.asm["amdgcn"]
+
+    def field(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s*(\d+)", code)[-1])
+
+    # scalar registers spilled into lanes of vector registers cost no memory; a private segment is memory
+    spilled = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
+    load = r"(?:global|buffer)_load_dwordx4"
+    loop = _loop(code, r"^(\.LBB\d+_\d+):", r"s_c?branch\S*\s+(\.LBB\d+_\d+)", load, r"_load_lds_dwordx4", "v_exp_f32")
+    resident = _resident(target, kernel, field("vgpr_count"))
+    shared = field("group_segment_fixed_size")
+    return Usage(name, field("vgpr_count"), spilled, shared, len(re.findall(load, code)), resident, loop)
+
+
+def _loop(code: str, label: str, branch: str, load: str, copy: str, exponential: str) -> Loop | None:
+    lines = code.splitlines()
+    labels: dict[str, int] = {}
+    for end, line in enumerate(lines):
+        if found := re.search(label, line):
+            labels[found[1]] = end
+        back = re.search(branch, line)
+        if back is None or back[1] not in labels:
+            continue
+        body = lines[labels[back[1]] : end]
+        copies = [i for i, text in enumerate(body) if re.search(copy, text)]
+        loads = [i for i, text in enumerate(body) if re.search(load, text)]
+        exponentials = [i for i, text in enumerate(body) if exponential in text]
+        if exponentials and (copies or loads):
+            last = max(copies + loads)
+            return Loop(len(copies), len(loads), len(exponentials), sum(i < last for i in exponentials))
+    return None
