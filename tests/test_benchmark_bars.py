@@ -163,7 +163,7 @@ def test_gpu_bars_are_stated_at_the_grids_sizes() -> None:
 
 
 def test_a_gpu_table_says_how_a_time_was_taken() -> None:
-    several = replace(_good()[2], calls_per_sample=20, hidden=True, host_seconds=30e-6, peak_extra_bytes=512)
+    several = replace(_good()[2], calls_per_sample=20, hidden=True, host_seconds=30e-6, graph={})
     several.summary = _cold(5e-6)
     waiting = replace(_good()[3], hidden=False, computes="log-prob only, no entropy", summary=_cold(9e-3))
     text = tables.group_table([several, waiting])
