@@ -40,6 +40,8 @@ SYNCS = (
     "cuMemcpyDtoH_v2",
 )
 _CALL = "benchmarks: the call"
+_HOST = torch.autograd.DeviceType.CPU
+LONG = 0.05  # seconds of host time from which a call is not profiled: so many launches are slow to read
 
 
 class CudaClock:
@@ -100,7 +102,7 @@ def host_seconds_of(prepared: Prepared, device: torch.device, tries: int = 5) ->
         seconds.append(time.perf_counter() - start)
         torch.cuda.synchronize(device)
         del output
-        if seconds[-1] > 0.05:  # the rest would tell nothing new
+        if seconds[-1] > LONG:  # the rest would tell nothing new
             break
     return statistics.median(seconds)
 
@@ -124,7 +126,7 @@ class Syncs:
     method: str
 
 
-def count_syncs(prepared: Prepared, device: torch.device) -> Syncs:
+def count_syncs(prepared: Prepared, device: torch.device, host_seconds: float = 0.0) -> Syncs:
     """Calls of the CUDA runtime that wait, from the profiler; without it, what torch's own sync check reports.
 
     The profiler also sees waits in kernels that torch knows nothing of.
@@ -132,6 +134,8 @@ def count_syncs(prepared: Prepared, device: torch.device) -> Syncs:
     if prepared.reset is not None:
         prepared.reset()
     torch.cuda.synchronize(device)
+    if host_seconds > LONG:
+        return Syncs(_warned_syncs(prepared), "torch's sync check")
     try:
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profile:
@@ -149,7 +153,8 @@ def count_syncs(prepared: Prepared, device: torch.device) -> Syncs:
 
 def syncs_among(events: Iterable[Any]) -> int | None:
     """Waits within the call among a profile's events; None if the profile has no runtime calls at all."""
-    events = list(events)
+    # a range is also drawn on the device's line, under the same name
+    events = [event for event in events if getattr(event, "device_type", _HOST) == _HOST]
     if not any(event.name.startswith(("cuda", "cu")) for event in events):
         return None
     inside = next(event.time_range for event in events if event.name == _CALL)

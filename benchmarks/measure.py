@@ -13,11 +13,11 @@ import torch
 
 from benchmarks import cuda
 from benchmarks.checks import check
-from benchmarks.plans import Group
+from benchmarks.plans import SLOW_TO_PREPARE, Group
 from benchmarks.records import Record
 from benchmarks.registry import SHAPE_OF, Implementation, Prepared, available_bytes, of_op
-from benchmarks.shapes import Case, logits_bytes, make_inputs, size_of
-from benchmarks.timing import cpu_clock, cuda_clock, host_seconds, interleave, summarise
+from benchmarks.shapes import HEADLINE, Case, LogitsShape, logits_bytes, make_inputs, size_of
+from benchmarks.timing import FEWEST, cpu_clock, cuda_clock, host_seconds, interleave, summarise
 from benchmarks.traffic import Bandwidth, least_traffic, peak_extra_memory
 
 HOST_LOOPS = 50  # calls per sample of the host time
@@ -74,7 +74,8 @@ class Entry:
 def candidates(group: Group, settings: Settings) -> Iterator[tuple[Implementation, Case]]:
     """Implementations that a group runs, skipped ones included."""
     for op, case in group.entries:
-        for implementation in of_op(op):
+        # what compiles first comes last: a deadline should cut off that
+        for implementation in sorted(of_op(op), key=lambda implementation: implementation.name in SLOW_TO_PREPARE):
             name = implementation.name
             wanted = settings.names is None or name in settings.names
             if wanted and name not in group.without and (group.only is None or name in group.only):
@@ -264,8 +265,10 @@ def _one_by_one(
             _on_gpu(entry, inputs, settings, device)
             if entry.record.summary:
                 _rates(entry, bandwidth)
+            gc.collect(1)
         except torch.OutOfMemoryError:
             entry.record.status, entry.record.reason = "skipped", "out of memory"
+            gc.collect()  # takes a tenth of a second: not after every row
         except Exception as error:  # after the check only a fault of the suite or of the device gets here
             entry.record.status, entry.record.reason = "failed", _in_a_line(error)
         _release(entry, device)
@@ -273,7 +276,6 @@ def _one_by_one(
 
 def _release(entry: Entry, device: torch.device) -> None:
     """Give the memory back, and find out whether the device still answers."""
-    gc.collect()
     try:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -292,11 +294,11 @@ def _on_gpu(entry: Entry, inputs: _Inputs, settings: Settings, device: torch.dev
     hot.time(prepared)
     record.host_seconds = cuda.host_seconds_of(prepared, device)
     warm = hot.time(prepared, 1, record.host_seconds)
-    syncs = cuda.count_syncs(prepared, device)
+    syncs = cuda.count_syncs(prepared, device, record.host_seconds)
     record.syncs, record.syncs_method = syncs.count, syncs.method
     record.calls_per_sample = cuda.calls_between_events(prepared, warm, record.host_seconds)
     record.hidden = syncs.count == 0 and record.calls_per_sample * record.host_seconds < cuda.AHEAD / 1.5
-    repeats = max(3, min(settings.repeats, int(ROW_SECONDS / max(warm, 1e-6))))
+    repeats = max(FEWEST, min(settings.repeats, int(ROW_SECONDS / max(warm, 1e-6))))
     clocks = {"hot": hot} if settings.cache != "cold" else {}
     if settings.cache != "hot":
         clocks["cold"] = cuda_clock(device, "cold")
@@ -314,15 +316,22 @@ def _on_gpu(entry: Entry, inputs: _Inputs, settings: Settings, device: torch.dev
     record.graph = _graph(entry, prepared, given, device, hot, repeats)
 
 
+def _telling(case: Case) -> bool:
+    """Cases at which peers are captured too; at all of them it would take minutes."""
+    return case.shape == HEADLINE or not isinstance(case.shape, LogitsShape)
+
+
 def _graph(
     entry: Entry, prepared: Prepared, inputs: Any, device: torch.device, clock: cuda.CudaClock, repeats: int
 ) -> dict[str, Any]:
     """Replay of a captured call, or the reason why there is none."""
     implementation = entry.implementation
-    if implementation.role == "limit":
+    if implementation.role != "ours" and (implementation.role == "limit" or not _telling(entry.case)):
         return {}
     if entry.record.syncs:
         return {"reason": "it waits for the device"}
+    if (entry.record.host_seconds or 0.0) > cuda.LONG:
+        return {"reason": "it takes the host too long"}
     remade = implementation.op == "logprob_entropy_bwd"
     if remade and implementation.name == "compile":
         return {"reason": "its forward pass would have to be compiled again"}

@@ -26,6 +26,7 @@ from benchmarks.records import Measured
 from benchmarks.shapes import DISTRIBUTIONS, DTYPES, LogitsShape, TokensShape, parse_logits
 from benchmarks.traffic import Bandwidth, measure_bandwidth
 
+WRITE_EVERY = 3.0  # seconds between writes of a document that grows to megabytes
 QUICK_SECONDS = 110.0  # "at most two minutes", with the plots
 
 
@@ -149,20 +150,22 @@ class Run:
     device: torch.device
     folder: Path
     measured: list[Measured] = field(default_factory=list)
+    written: float = -math.inf  # time.monotonic of the last write
 
     @property
     def document(self) -> Path:
         return self.folder / "bench.json"
 
     def add(self, group: Group, found: list[records.Record]) -> None:
-        """Take the records of a group, one that another process began included, and write everything."""
+        """Take the records of a group, one that another process began included, and write what there is by now."""
         if found:
             begun = next((part for part in self.measured if part.title == group.title), None)
             if begun is None:
                 self.measured.append(Measured(group.title, group.host, found))
             else:
                 begun.records.extend(found)
-        self.write()
+        if time.monotonic() - self.written > WRITE_EVERY:
+            self.write()
 
     def verdicts(self) -> list[bars.Verdict]:
         found = [record for part in self.measured for record in part.records]
@@ -171,6 +174,7 @@ class Run:
         return [verdict for verdict in verdicts if not verdict.absent]
 
     def write(self) -> None:
+        self.written = time.monotonic()
         records.write(self.document, records.as_document(self.head, self.measured, self.verdicts()))
 
 
@@ -316,6 +320,7 @@ def _measure(run: Run, work: Sequence[Group], settings: Settings, started: float
             except DeviceLost as error:
                 ended(f"the device was lost at {error}", work[i + 1 :])
                 run.add(group, error.records)
+                run.write()
                 return str(error)
             except _Stopped:
                 ended("it was stopped", work[i:])

@@ -71,7 +71,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(measure, "cuda_clock", lambda device, cache: cuda.CudaClock(CPU, 64 if cache == "cold" else 0))
-    monkeypatch.setattr(cuda, "count_syncs", lambda prepared, device: cuda.Syncs(0, "stand-in"))
+    monkeypatch.setattr(cuda, "count_syncs", lambda *arguments: cuda.Syncs(0, "stand-in"))
     yield log
 
 
@@ -106,7 +106,7 @@ def _run(implementations: list[Implementation], settings: Settings) -> list[meas
 def test_a_row_has_everything(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     replayed = cuda.Replay(True, [1e-6, 2e-6])
     monkeypatch.setattr(cuda, "replay", lambda make, device, clock, repeats: replayed)
-    (record,) = _run([_implementation("right", _right)], Settings(repeats=4, cache="both"))
+    (record,) = _run([_implementation("right", _right, "ours")], Settings(repeats=4, cache="both"))
     assert record.status == "ok", record.reason
     assert (record.cache, len(record.samples), len(record.cold_samples)) == ("hot", 4, 4)
     assert record.cold["median"] > 0 and record.cold_of_copy_bandwidth > 0
@@ -116,8 +116,8 @@ def test_a_row_has_everything(device: list[str], monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_call_that_waits_is_not_captured(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "count_syncs", lambda prepared, device: cuda.Syncs(2, "stand-in"))
-    (record,) = _run([_implementation("waits", _right)], Settings(repeats=3, cache="both"))
+    monkeypatch.setattr(cuda, "count_syncs", lambda *arguments: cuda.Syncs(2, "stand-in"))
+    (record,) = _run([_implementation("waits", _right, "ours")], Settings(repeats=3, cache="both"))
     assert (record.syncs, record.hidden) == (2, False) and record.graph == {"reason": "it waits for the device"}
 
 
