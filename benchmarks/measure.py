@@ -44,7 +44,8 @@ class Settings:
     """Choices that hold for a whole run.
 
     ``cache``: "hot", "cold" or "both". ``names``: implementations to run, None for all. ``deadline``: of
-    time.monotonic, after which nothing new is begun. ``done``: rows that an earlier process of this run has measured.
+    time.monotonic, after which nothing new is begun. ``budget``: seconds that an implementation may take of a group's
+    rounds on a CPU, None for the usual. ``done``: rows that an earlier process of this run has measured.
     """
 
     repeats: int
@@ -52,7 +53,13 @@ class Settings:
     names: frozenset[str] | None = None
     memory: bool = True
     deadline: float = math.inf
+    budget: float | None = None
     done: frozenset[Key] = frozenset()
+
+    @property
+    def cold_repeats(self) -> int:
+        """Rounds with cold caches beside those with hot ones, on a CPU: they tell less there."""
+        return min(self.repeats, max(FEWEST, self.repeats // 2))
 
     @property
     def out_of_time(self) -> bool:
@@ -84,7 +91,7 @@ def candidates(group: Group, settings: Settings) -> Iterator[tuple[Implementatio
 
 def steps(group: Group, settings: Settings) -> int:
     """Ticks that :func:`run_group` makes at most, for a progress bar."""
-    rounds = settings.repeats * (2 if settings.cache == "both" else 1)
+    rounds = settings.repeats + (settings.cold_repeats if settings.cache == "both" else 0)
     return sum(2 + rounds + settings.memory for _ in candidates(group, settings))
 
 
@@ -218,7 +225,7 @@ def _in_rounds(
             tick(f"timing {title}")
 
         clock = cpu_clock(torch.device("cpu"), cache)
-        return interleave(calls, clock, repeats, tick=ticked, deadline=settings.deadline)
+        return interleave(calls, clock, repeats, tick=ticked, deadline=settings.deadline, budget=settings.budget)
 
     calls = [prepared for _, prepared in timed]
     if group.host:
@@ -232,7 +239,7 @@ def _in_rounds(
         entry.record.samples = series
         entry.record.summary = summarise(series).as_dict()
     if settings.cache == "both" and not settings.out_of_time:
-        for (entry, _), series in zip(timed, rounds(calls, "cold", settings.repeats), strict=True):
+        for (entry, _), series in zip(timed, rounds(calls, "cold", settings.cold_repeats), strict=True):
             entry.record.cold_samples = series
             entry.record.cold = summarise(series).as_dict()
     for entry, prepared in timed:

@@ -100,23 +100,25 @@ def interleave(
     seed: int = 0,
     tick: Callable[[], Any] = lambda: None,
     deadline: float = math.inf,
+    budget: float | None = None,
 ) -> list[list[float]]:
     """Seconds of every call, as lists parallel to ``calls``: ``repeats`` rounds, a new order in each.
 
     Short calls are timed several times per round, so that their percentiles rest on more samples; calls so long that
-    ``repeats`` of them exceed BUDGET take part in fewer rounds, FEWEST at least.
+    ``repeats`` of them exceed ``budget`` (seconds, by default BUDGET) take part in fewer rounds, FEWEST at least.
     ``tick`` is called after each implementation's turn, for a progress bar. After ``deadline`` (of time.monotonic) no
     new round is begun, once every implementation has been in one.
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected >= 1, got {repeats}")
+    budget = BUDGET if budget is None else budget
     turns, rounds = [], []
     for prepared in calls:
         warm = clock.time(prepared)
         for _ in range(WARM_UP - 1 if warm < LONG else 0):
             warm = min(warm, clock.time(prepared))
         turns.append(max(1, min(CALLS_PER_ROUND, int(SHORT / max(warm, 1e-9)))))
-        rounds.append(max(FEWEST, min(repeats, int(BUDGET / max(warm, 1e-9)))))
+        rounds.append(max(FEWEST, min(repeats, int(budget / max(warm, 1e-9)))))
         tick()
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
