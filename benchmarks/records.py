@@ -19,12 +19,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 FORMAT = 2
+_NUMBERS = re.compile(r"\[\s+-?[\d.][\d.eE+-]*(?:,\s+-?[\d.][\d.eE+-]*)*\s+\]")
 
 
 @dataclass
@@ -98,7 +100,9 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     """Write JSON so that a reader, or whoever cuts the run off, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    # a list of samples on one line: a line for each makes a document of a grid hundreds of thousands of lines long
+    scratch.write_text(_NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n")
     os.replace(scratch, path)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import measure, peers, readme, records, report, run, standins
+import entropy_kernels as ek
+from benchmarks import implementations, measure, peers, readme, records, registry, report, run, standins
 from benchmarks.implementations import REGISTRY
 from benchmarks.plans import GRID, GRID_QUICK, QUICK
 from benchmarks.records import Measured, Record
@@ -141,11 +142,12 @@ def test_a_gpu_runs_the_grid_by_default() -> None:
 def test_a_document_reads_back_what_was_written(tmp_path: Path) -> None:
     record = Record(
         "token_stats", "ours-cuda", "ours", "8×9", "bf16", "cuda", "hot", size={"rows": 8, "vocab": 9},
-        samples=[1e-3], summary={"median": 1e-3}, cold={"median": 2e-3}, syncs=0, graph={"equal": True}, hidden=True,
+        samples=[1e-3, 2.5, 3e-9], summary={"median": 1e-3}, cold={"median": 2e-3}, syncs=0, graph={"equal": True},
     )  # fmt: skip
     records.write(tmp_path / "bench.json", records.as_document({"time": "now"}, [Measured("G", False, [record])]))
     head, groups = records.read(tmp_path / "bench.json")
     assert groups == [Measured("G", False, [record])] and head["time"] == "now" and head["format"] == records.FORMAT
+    assert "[ 0.001, 2.5, 3e-09 ]" in (tmp_path / "bench.json").read_text()
     document = _document(tmp_path)
     (tmp_path / "bench.json").write_text(json.dumps({**document, "format": records.FORMAT + 1}))
     with pytest.raises(ValueError, match="expected format"):
@@ -230,6 +232,22 @@ def test_a_peer_that_is_not_there_says_so(package: Path) -> None:
         peers._module("fake_peer")
     with pytest.raises(peers.Unavailable, match="no_such_peer is not installed"):
         peers._alone("no_such_peer.core", ("no_such_peer",), ())
+
+
+@pytest.mark.parametrize("function", ["policy_loss", "clip_cov_loss"])
+def test_a_loss_has_a_row_per_backend_once_it_takes_one(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names() -> set[str]:
+        monkeypatch.setattr(registry, "REGISTRY", {})
+        implementations._register_ours()
+        return {name for op, name in registry.REGISTRY if op == function}
+
+    def without(logprob, old_logprob, advantages, mask): ...
+    def backed(logprob, old_logprob, advantages, mask, *, backend="auto"): ...
+
+    monkeypatch.setattr(ek, function, without)
+    assert names() == {"ours"}
+    monkeypatch.setattr(ek, function, backed)
+    assert names() == {"ours-torch", "ours-triton", "ours-cpu", "ours-cuda"}
 
 
 def test_every_row_of_a_cross_entropy_says_what_it_lacks() -> None:
