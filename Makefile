@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test bench bench-save bench-compare cuda-check gpu-check lint format clean
+.PHONY: help setup train reproduce-toy test bench bench-readme bench-save bench-compare cuda-check gpu-check gpu-wheels lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,12 @@ bench-save: setup ## time the regression set and save it as the base of bench-co
 
 bench-compare: setup ## time the regression set; fails if a minimum is 25 % above the last saved run
 	$(BIN)/python -m pytest benchmarks/test_regression.py --benchmark-compare --benchmark-compare-fail=min:25% $(PYTEST_ARGS)
+
+bench-readme: setup ## write the README's figures and plots from the result files
+	$(BIN)/python -m benchmarks.readme
+
+gpu-wheels: setup ## the benchmark's peers as wheels in .wheels/, for a GPU machine without a network
+	$(BIN)/python tools/gpu_wheels.py
 
 gpu-check: ## on a machine with a GPU: build, tests, sanitizer, benchmark in one call of nine minutes
 	$(PYTHON) tools/gpu_check.py

@@ -1,47 +1,17 @@
-"""The figures that the library must reach on a CPU, judged from the records of one run."""
+"""The figures that the library must reach, judged from the records of one run; here those of a CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
+from benchmarks import bars_gpu
 from benchmarks.implementations import ours_for
-from benchmarks.measure import Record
-from benchmarks.shapes import BARS, Plan
+from benchmarks.plans import BARS, Plan
+from benchmarks.records import Record
+from benchmarks.traffic import Bandwidth
+from benchmarks.verdicts import FEWEST_SAMPLES, Verdict, find, why
 
-_NOT_ASKED = "was not part of this run"
-FEWEST_SAMPLES = 7
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A bar and what was measured. ``value`` is the one that counts (of medians), ``best`` that of the minima."""
-
-    text: str
-    shape: str
-    sense: str  # ">=" or "<="
-    limit: float
-    unit: str
-    value: float | None
-    best: float | None
-    note: str
-    samples: int | None = None  # the fewest that the value rests on
-
-    @property
-    def absent(self) -> bool:
-        """True if what the bar compares was not asked for in this run."""
-        return self.value is None and self.note.endswith(_NOT_ASKED)
-
-    @property
-    def passed(self) -> bool | None:
-        """None: not measured in this run."""
-        if self.value is None:
-            return None
-        return self.value >= self.limit if self.sense == ">=" else self.value <= self.limit
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+__all__ = ["FEWEST_SAMPLES", "Verdict", "at_the_stated_sizes", "judge"]
 
 
 class _Judge:
@@ -49,22 +19,15 @@ class _Judge:
         self._records = records
         self._ours = ours_for(device_type)
 
-    def find(self, op: str, name: str, shape: str, dtype: str, *, host: bool = False) -> Record | None:
-        for record in self._records:
-            place = (record.op, record.implementation, record.dtype, record.cache == "host")
-            if place == (op, name, dtype, host) and (host or record.shape == shape):
-                return record
-        return None
-
     def ratio(
         self, text: str, sense: str, limit: float, shape: str, above: tuple[str, str, str], below: tuple[str, str, str]
     ) -> Verdict:
         """Time of ``above`` over time of ``below``, each (op, implementation, dtype)."""
         pair = []
         for op, name, dtype in (above, below):
-            record = self.find(op, name, shape, dtype)
+            record = find(self._records, op, name, shape, dtype)
             if record is None or not record.summary:
-                return Verdict(text, shape, sense, limit, "×", None, None, _why(record, op, name))
+                return Verdict(text, shape, sense, limit, "×", None, None, why(record, op, name))
             pair.append(record.summary)
         value, best = (pair[0][key] / pair[1][key] for key in ("median", "min"))
         samples = min(summary["count"] for summary in pair)
@@ -74,7 +37,7 @@ class _Judge:
         ours = self._ours
         one, both = "logprob_entropy", "logprob_entropy_fwdbwd"
         mine = (one, ours, "fp32")
-        record = self.find(one, ours, shape, "fp32")
+        record = find(self._records, one, ours, shape, "fp32")
         peak = record.peak_extra_bytes / 1e6 if record is not None and record.peak_extra_bytes is not None else None
         return [
             self.ratio("forward, faster than torch eager", ">=", 8, shape, (one, "eager", "fp32"), mine),
@@ -86,7 +49,7 @@ class _Judge:
             ),
             Verdict(
                 "forward, extra memory", shape, "<=", 1.0, "MB", peak, peak,
-                _why(record, one, ours) if peak is None else "",
+                why(record, one, ours) if peak is None else "",
             ),
             self.ratio("forward, bf16 over fp32", "<=", 1.05, shape, (one, ours, "bf16"), mine),
             self.ratio(
@@ -107,28 +70,22 @@ class _Judge:
     def host(self) -> list[Verdict]:
         result = []
         for op in ("logprob_entropy", "token_stats", "token_covariance", "clip_cov_mask", "kl_cov_mask"):
-            record = self.find(op, self._ours, "", "fp32", host=True)
+            record = find(self._records, op, self._ours, "", "fp32", host=True)
             summary = record.summary if record is not None else {}
             value, best = ((summary[key] * 1e6 if summary else None) for key in ("median", "min"))
             result.append(
                 Verdict(
                     f"{op}, host time of a call", record.shape if record else "tiny", "<=", 50, "µs", value, best,
-                    "" if summary else _why(record, op, self._ours),
+                    "" if summary else why(record, op, self._ours),
                 )
             )  # fmt: skip
         return result
 
 
-def _why(record: Record | None, op: str, name: str) -> str:
-    if record is None:
-        return f"{name} of {op} {_NOT_ASKED}"
-    return f"{name} of {op}: {record.reason or record.status}"
-
-
-def judge(records: Sequence[Record], plan: Plan, device_type: str) -> list[Verdict]:
-    """Verdicts for every shape of the plan; none for a GPU, whose bars are stated against its own floors."""
+def judge(records: Sequence[Record], plan: Plan, device_type: str, bandwidth: Bandwidth) -> list[Verdict]:
+    """Verdicts on what the records hold: on a CPU for every shape of the plan, on a GPU :mod:`benchmarks.bars_gpu`."""
     if device_type != "cpu":
-        return []
+        return bars_gpu.judge(records, bandwidth)
     judge_ = _Judge(records, device_type)
     verdicts = [verdict for shape in plan.logits for verdict in judge_.logits(str(shape))]
     for tokens in plan.tokens:
@@ -136,6 +93,8 @@ def judge(records: Sequence[Record], plan: Plan, device_type: str) -> list[Verdi
     return verdicts + judge_.host()
 
 
-def at_the_stated_sizes(plan: Plan) -> bool:
-    """True if the plan holds the shapes at which the bars are stated."""
+def at_the_stated_sizes(plan: Plan, device_type: str) -> bool:
+    """True if the plan holds the shapes at which the device's bars are stated."""
+    if device_type != "cpu":
+        return bars_gpu.at_the_stated_sizes(plan)
     return set(BARS.logits) <= set(plan.logits) and set(BARS.tokens) <= set(plan.tokens)

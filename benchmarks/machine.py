@@ -16,7 +16,10 @@ import torch
 import entropy_kernels as ek
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "triton", "numpy", "verl", "trl", "liger-kernel", "transformers", "flash-attn", "quack-kernels")
+_PACKAGES = (
+    "torch", "triton", "numpy", "transformers",
+    "verl", "trl", "liger-kernel", "flash-attn", "fla-core", "quack-kernels",
+)  # fmt: skip
 # switches that change what is measured
 _VARIABLES = re.compile(
     r"^(OMP_|MKL_|KMP_|GOMP_|MALLOC_|LD_PRELOAD|TORCH|ENTROPY_KERNELS_|TRITON_|CUDA_VISIBLE_DEVICES)"
@@ -101,7 +104,23 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
         "l2_bytes": properties.L2_cache_size,
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
+
+
+def _driver() -> str | None:
+    """Version of the GPU's driver."""
+    text = _first_line("/proc/driver/nvidia/version") or ""
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    if found is not None:
+        return found.group()
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    words = result.stdout.split()
+    return words[0] if result.returncode == 0 and words else None
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.measure import Record
+from benchmarks.records import Measured, Record
 from entropy_kernels.analysis import plot_style as style
 
 if TYPE_CHECKING:
@@ -24,14 +24,15 @@ _WIDE = 20  # ratio of slowest to fastest from which a panel's axis is logarithm
 Panel = tuple[str, list[Record]]
 
 
-def time_figure(groups: Sequence[tuple[str, Sequence[Record]]], note: str) -> Figure | None:
+def time_figure(groups: Sequence[Measured], note: str) -> Figure | None:
     """Median time of every implementation with p10 to p90, a panel per group and dtype; None if nothing was timed."""
     panels: list[Panel] = []
-    for title, records in groups:
-        for dtype in dict.fromkeys(record.dtype for record in records):
-            timed = [record for record in records if record.summary and record.dtype == dtype]
+    for group in groups:
+        dtypes = dict.fromkeys(record.dtype for record in group.records)
+        for dtype in dtypes:
+            timed = [record for record in group.records if record.summary and record.dtype == dtype]
             if timed:
-                panels.append((f"{title}, {dtype}" if "logits" in title else title, timed))
+                panels.append((f"{group.title}, {dtype}" if len(dtypes) > 1 else group.title, timed))
     if not panels:
         return None
     columns = 1 if len(panels) == 1 else 2
@@ -84,11 +85,11 @@ def _time_panel(ax: Axes, title: str, records: list[Record], lines: int) -> None
     style.title(ax, title)
 
 
-def error_figure(groups: Sequence[tuple[str, Sequence[Record]]], note: str) -> Figure | None:
+def error_figure(groups: Sequence[Measured], note: str) -> Figure | None:
     """Largest error of log-prob and entropy against float64 per implementation, a panel per dtype; None without any."""
     found: dict[str, dict[str, Record]] = {}
-    for _, records in groups:
-        for record in records:
+    for group in groups:
+        for record in group.records:
             if record.op == "logprob_entropy" and record.errors and record.cache != "host":
                 found.setdefault(record.dtype, {}).setdefault(record.implementation, record)
     if not found:
@@ -99,6 +100,8 @@ def error_figure(groups: Sequence[tuple[str, Sequence[Record]]], note: str) -> F
         records = sorted(by_name.values(), key=lambda record: max(record.errors.values()))
         for position, record in enumerate(records):
             for name, (marker, shift) in _ERRORS.items():
+                if name not in record.errors:  # a cross-entropy has no entropy
+                    continue
                 error = max(record.errors[name], _NOISE)
                 ax.plot(error, position + shift, marker, color=_COLOR[record.role], markersize=7)
         ax.set_xscale("log")

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import os
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import bars, machine, plots, tables
+from benchmarks import bars, machine, records, report
 from benchmarks.implementations import OPS, names
-from benchmarks.measure import Group, Record, Settings, candidates, groups, run_group, steps
-from benchmarks.shapes import BARS, DISTRIBUTIONS, DTYPES, QUICK, LogitsShape, Plan, TokensShape, parse_logits
-from benchmarks.traffic import measure_bandwidth
-from entropy_kernels.analysis._require import require
+from benchmarks.measure import OUT_OF_TIME, DeviceLost, Settings, candidates, run_group, steps
+from benchmarks.plans import BARS, GRID, GRID_QUICK, QUICK, Group, Plan, groups
+from benchmarks.records import Measured
+from benchmarks.shapes import DISTRIBUTIONS, DTYPES, LogitsShape, TokensShape, parse_logits
+from benchmarks.traffic import Bandwidth, measure_bandwidth
 
-Tick = Callable[[str], Any]
-FORMAT = 1  # of the JSON document
+WRITE_EVERY = 3.0  # seconds between writes of a document that grows to megabytes
+QUICK_SECONDS = 100.0  # "at most two minutes", with what was begun before and the plots
+QUICK_BUDGET = 1.5  # seconds that an implementation may take of a group's rounds
 
 
 def _listed(kind: str, known: Sequence[str]) -> Callable[[str], list[str]]:
@@ -56,11 +61,32 @@ def _at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """Command line of the suite."""
     result = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__, allow_abbrev=False)
     add = result.add_argument
     add("--quick", action="store_true", help="smaller shapes, at most two minutes")
+    add(
+        "--grid",
+        action="store_true",
+        help="N × V grid of both dtypes, the most telling sizes first; on a GPU that is the default",
+    )
+    add(
+        "--seconds",
+        type=_seconds,
+        metavar="S",
+        help="begin nothing new after S seconds, and write what there is; by default no limit, 100 with --quick",
+    )
     add("--ops", type=_listed("op", list(OPS)), metavar="A,B", help=f"ops to run, by default all: {', '.join(OPS)}")
     add(
         "--impl", type=_listed("implementation", names()), metavar="A,B",
@@ -71,12 +97,15 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=_listed("dtype", list(DTYPES)), metavar="A,B", help="of the logits; by default fp32,bf16")
     add("--device", default="cpu", help="cpu or cuda[:n]; default %(default)s")
     add("--threads", type=_at_least(1), help="torch's threads; by default torch's own choice")
-    add("--repeats", type=_at_least(1), help=f"rounds; by default {BARS.repeats}")
+    add("--repeats", type=_at_least(1), help=f"rounds; by default {BARS.repeats}, on a GPU at most {GRID.repeats}")
     add(
-        "--cache", choices=("hot", "cold"), default="hot",
+        "--cache",
+        choices=("hot", "cold", "both"),
+        default="both",
         help="hot: caches as the previous call left them; cold: flushed before each call; default %(default)s",
-    )  # fmt: skip
+    )
     add("--no-memory", action="store_true", help="do not measure the peak extra memory")
+    add("--resume", action="store_true", help="keep the rows that the output folder has, and measure the others")
     add("--list", action="store_true", help="list ops and implementations with what cannot run here, and stop")
     add(
         "--output", type=Path,
@@ -86,9 +115,13 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
+def plan_of(arguments: argparse.Namespace, device: torch.device) -> Plan:
     """Shapes and repeats that the arguments ask for."""
-    plan = QUICK if arguments.quick else BARS
+    if arguments.grid or device.type != "cpu":
+        plan = GRID_QUICK if arguments.quick else GRID
+        plan = replace(plan, repeats=plan.repeats if device.type != "cpu" else BARS.repeats)
+    else:
+        plan = QUICK if arguments.quick else BARS
     if arguments.shape:
         plan = replace(plan, logits=tuple(arguments.shape))
     if arguments.tokens:
@@ -101,54 +134,129 @@ def output_folder(arguments: argparse.Namespace, device: torch.device) -> Path:
     """Where the results go; see ``--output``."""
     if arguments.output is not None:
         return arguments.output
-    restricted = arguments.quick or arguments.cache != "hot" or arguments.no_memory
+    restricted = arguments.quick or arguments.cache != "both" or arguments.no_memory or arguments.seconds
     restricted = restricted or any(
         getattr(arguments, name) for name in ("ops", "impl", "shape", "tokens", "dtype", "repeats", "threads")
     )
     folder = machine.ROOT / "runs" / "bench" if restricted else machine.ROOT / "benchmarks" / "results"
-    return folder / machine.slug(device)
+    return folder / (machine.slug(device) + ("-grid" if arguments.grid and device.type == "cpu" else ""))
+
+
+@dataclass
+class Run:
+    """A run under way: what has been measured, and where it is written."""
+
+    head: dict[str, Any]
+    plan: Plan
+    device: torch.device
+    folder: Path
+    measured: list[Measured] = field(default_factory=list)
+    written: float = -math.inf  # time.monotonic of the last write
+
+    @property
+    def document(self) -> Path:
+        return self.folder / "bench.json"
+
+    def add(self, group: Group, found: list[records.Record]) -> None:
+        """Take the records of a group, one that another process began included, and write what there is by now."""
+        if found:
+            begun = next((part for part in self.measured if part.title == group.title), None)
+            if begun is None:
+                self.measured.append(Measured(group.title, group.host, found))
+            else:
+                begun.records.extend(found)
+        if time.monotonic() - self.written > WRITE_EVERY:
+            self.write()
+
+    def verdicts(self) -> list[bars.Verdict]:
+        found = [record for part in self.measured for record in part.records]
+        bandwidth = Bandwidth(**self.head["bandwidth"])
+        verdicts = bars.judge(found, self.plan, self.device.type, bandwidth)
+        return [verdict for verdict in verdicts if not verdict.absent]
+
+    def write(self) -> None:
+        self.written = time.monotonic()
+        records.write(self.document, records.as_document(self.head, self.measured, self.verdicts()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite; returns 0, or 1 if an implementation of ours failed or gave a wrong result."""
+    started = time.monotonic()
     arguments = parser().parse_args(argv)
     device = _device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    plan = plan_of(arguments, device)
     dtypes = [DTYPES[name] for name in arguments.dtype or ("fp32", "bf16")]
-    plan = plan_of(arguments)
+    if arguments.quick and plan.by_value and not arguments.dtype:
+        dtypes = [torch.bfloat16]
     work = groups(plan, arguments.ops or list(OPS), dtypes, device)
+    seconds = arguments.seconds or (QUICK_SECONDS if arguments.quick else math.inf)
     settings = Settings(
         repeats=plan.repeats,
         cache=arguments.cache,
         names=frozenset(arguments.impl) if arguments.impl else None,
         memory=not arguments.no_memory,
+        deadline=started + seconds,
+        budget=QUICK_BUDGET if arguments.quick else None,
     )
     if arguments.list:
         _list(work, settings)
         return 0
+    command = list(sys.argv[1:] if argv is None else argv)
     head = {
-        "format": FORMAT,
-        "command": shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *command]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": 0.0,
         "machine": machine.describe(device),
         "settings": {"repeats": settings.repeats, "cache": settings.cache, "memory": settings.memory},
-        "stated_sizes": bars.at_the_stated_sizes(plan),
+        "stated_sizes": bars.at_the_stated_sizes(plan, device.type),
+        "complete": False,
+        "why_incomplete": "it has not ended yet",
+        "not_reached": [],
     }
-    started = time.perf_counter()
-    measured, head["bandwidth"] = _run(work, settings, device)
-    head["seconds"] = round(time.perf_counter() - started, 1)
-    records = [record for _, part in measured for record in part]
-    verdicts = [verdict for verdict in bars.judge(records, plan, device.type) if not verdict.absent]
-    folder = output_folder(arguments, device)
-    text = tables.markdown(head, verdicts, [(group.title, group.host, part) for group, part in measured])
-    _write(folder, head, measured, verdicts, text)
+    run = Run(head, plan, device, output_folder(arguments, device))
+    if arguments.resume and run.document.exists():
+        before, run.measured = records.read(run.document)
+        settings = replace(settings, done=frozenset(r.key for part in run.measured for r in part.records))
+        head.update({key: before[key] for key in ("command", "time", "machine")})
+        started -= before["seconds"]
+    lost = _measure(run, work, settings, started)
+    if lost is not None:
+        _begin_again(command, settings.deadline, lost)
+    text = report.write(run.folder)
     print(text)
-    print(f"{head['seconds']:.0f} s; results in {folder}")
-    broken = [record for record in records if record.role == "ours" and record.status in ("failed", "wrong")]
+    print(f"{head['seconds']:.0f} s; results in {run.folder}")
+    return _complain(run)
+
+
+def _complain(run: Run) -> int:
+    found = [record for part in run.measured for record in part.records]
+    broken = [record for record in found if record.role == "ours" and record.status in ("failed", "wrong")]
     for record in broken:
-        print(f"ours {record.status}: {record.op} {record.implementation}: {record.reason}", file=sys.stderr)
+        print(
+            f"ours {record.status}: {record.op} {record.implementation} {record.shape}: {record.reason}",
+            file=sys.stderr,
+        )
     return 1 if broken else 0
+
+
+def _begin_again(command: list[str], deadline: float, why: str) -> None:
+    """A broken CUDA context ends with its process: a new one goes on behind the row that broke it.
+
+    On a CPU-only machine nothing gets here. Returns only if there is no time left for it.
+    """
+    left = deadline - time.monotonic()
+    print(f"the device is lost ({why})", file=sys.stderr)
+    if left < 20:
+        return
+    kept = [word for i, word in enumerate(command) if not _is_seconds(command, i) and word != "--resume"]
+    limit = [] if math.isinf(left) else ["--seconds", f"{left:.0f}"]
+    os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *kept, *limit, "--resume"])
+
+
+def _is_seconds(command: list[str], i: int) -> bool:
+    return command[i].startswith("--seconds") or (i > 0 and command[i - 1] == "--seconds")
 
 
 def _device(text: str) -> torch.device:
@@ -163,58 +271,111 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _run(
-    work: Sequence[Group], settings: Settings, device: torch.device
-) -> tuple[list[tuple[Group, list[Record]]], dict[str, float]]:
-    progress_module = require("rich.progress", "the benchmark's progress bar", "bench")
-    console = require("rich.console", "the benchmark's progress bar", "bench").Console(stderr=True)
-    columns = (
-        progress_module.TextColumn("{task.percentage:>3.0f}%"),
-        progress_module.BarColumn(bar_width=24),
-        progress_module.TimeElapsedColumn(),
-        progress_module.TextColumn("{task.description}"),
-    )
-    measured = []
-    # drawn twice a second: too little to disturb the timing, enough to look alive
-    with progress_module.Progress(*columns, console=console, refresh_per_second=2, transient=True) as progress:
-        task = progress.add_task("bandwidth", total=sum(steps(group, settings) for group in work) + 1)
-        bandwidth = measure_bandwidth(device)
+class _Stopped(Exception):
+    """Asked to end: SIGTERM or Ctrl-C."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends a run like Ctrl-C: what there is, is written."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        before = None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Stopped from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _measure(run: Run, work: Sequence[Group], settings: Settings, started: float) -> str | None:
+    """Measure the groups in their order until all are done, the time is up or somebody stops it; writes after each.
+
+    Returns:
+        None, or which row has broken the device.
+    """
+    total = sum(steps(group, settings) for group in work) + 1
+    head = run.head
+
+    def ended(why: str, not_reached: Sequence[Group]) -> None:
+        head.update(complete=not why, why_incomplete=why, not_reached=[group.title for group in not_reached])
+        head["seconds"] = round(time.monotonic() - started, 1)
+
+    with _progress(total) as progress:
+        bandwidth = measure_bandwidth(run.device)
+        head["bandwidth"] = asdict(bandwidth)
         done = 1
-        for group in work:
-
-            def tick(what: str) -> None:
-                progress.update(task, advance=1, description=what)
-
-            measured.append((group, run_group(group, settings, device, bandwidth, tick)))
+        for i, group in enumerate(work):
+            try:
+                with _stoppable():
+                    if settings.out_of_time:
+                        ended("its time was up", work[i:])
+                        break
+                    found = run_group(group, settings, run.device, bandwidth, progress.tick)
+            except DeviceLost as error:
+                ended(f"the device was lost at {error}", work[i + 1 :])
+                run.add(group, error.records)
+                run.write()
+                return str(error)
+            except _Stopped:
+                ended("it was stopped", work[i:])
+                break
+            ended("it has not ended yet", work[i + 1 :])
+            run.add(group, found)
             done += steps(group, settings)
-            progress.update(task, completed=done)
-    return measured, asdict(bandwidth)
+            progress.at(done)
+        else:
+            cut = any(record.reason == OUT_OF_TIME for part in run.measured for record in part.records)
+            ended("its time was up" if cut else "", [])
+        run.write()
+    return None
 
 
-def _write(
-    folder: Path,
-    head: dict[str, Any],
-    measured: Sequence[tuple[Group, list[Record]]],
-    verdicts: Sequence[bars.Verdict],
-    text: str,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    document = {
-        **head,
-        "bars": [verdict.as_dict() for verdict in verdicts],
-        "groups": [{"title": group.title, "records": [asdict(record) for record in part]} for group, part in measured],
-    }
-    (folder / "bench.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    (folder / "bench.md").write_text(text)
-    commit = (head["machine"]["commit"] or "unknown")[:10]
-    note = f"{head['machine']['machine']}, {head['machine']['threads']} threads, {head['time'][:10]}, {commit}"
-    drawn = [(group.title, part) for group, part in measured]
-    statistics = [(title, part) for title, part in drawn if "logits" in title]
-    plots.save(plots.time_figure(statistics, note), folder / "time_statistics.png")
-    plots.save(
-        plots.time_figure([pair for pair in drawn if pair not in statistics], note), folder / "time_selection.png"
+class _Silent:
+    """Progress without rich: a line per group would be noise in a log, and a bar needs it."""
+
+    def tick(self, what: str) -> None:
+        return None
+
+    def at(self, done: int) -> None:
+        return None
+
+
+class _Bar(_Silent):
+    def __init__(self, progress: Any, total: int) -> None:
+        self._progress, self._task = progress, progress.add_task("bandwidth", total=total)
+
+    def tick(self, what: str) -> None:
+        self._progress.update(self._task, advance=1, description=what)
+
+    def at(self, done: int) -> None:
+        self._progress.update(self._task, completed=done)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[_Silent]:
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    except ModuleNotFoundError:
+        yield _Silent()
+        return
+    columns = (
+        TextColumn("{task.percentage:>3.0f}%"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
     )
-    plots.save(plots.error_figure(drawn, note), folder / "error.png")
+    # drawn twice a second: too little to disturb the timing, enough to look alive
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True) as progress:
+        yield _Bar(progress, total)
 
 
 def _list(work: Sequence[Group], settings: Settings) -> None:

@@ -1,9 +1,9 @@
-"""What is measured: problem sizes, their inputs, and the sizes that each preset runs."""
+"""What is measured: problem sizes and their inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -58,6 +58,17 @@ class BatchShape:
 Shape = LogitsShape | TokensShape | BatchShape
 
 
+def size_of(shape: Shape) -> dict[str, int | str]:
+    """A shape's numbers by name, for JSON: rows and vocab; tokens and distribution; sequences and length."""
+    return asdict(shape)
+
+
+def logits_bytes(case: Case) -> int:
+    """Bytes of a case's logits; 0 where there are none."""
+    shape = case.shape
+    return shape.rows * shape.vocab * case.dtype.itemsize if isinstance(shape, LogitsShape) else 0
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem: a shape, the dtype of the logits (fp32 for selection and losses), a device, and the seed."""
@@ -76,34 +87,11 @@ class Case:
         return f"{self.shape} {self.dtype_name} {self.device.type}"
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Shapes of a run, and how often each is timed."""
-
-    logits: tuple[LogitsShape, ...]
-    tokens: tuple[TokensShape, ...]
-    batches: tuple[BatchShape, ...]
-    repeats: int
-
-
-# Sizes at which the CPU bars are stated: 311 MB of fp32 logits, ten times any cache of the machines in question, and
-# 4 Mi tokens, a large batch over all ranks.
-BARS = Plan(
-    logits=(LogitsShape(512, 151936),),
-    tokens=tuple(TokensShape(1 << 22, distribution) for distribution in DISTRIBUTIONS),
-    batches=(BatchShape(512, 128),),
-    repeats=7,
-)
-# 39 MB of fp32 logits: still more than the caches
-QUICK = Plan(
-    logits=(LogitsShape(64, 151936),),
-    tokens=tuple(TokensShape(1 << 19, distribution) for distribution in DISTRIBUTIONS),
-    batches=(BatchShape(64, 128),),
-    repeats=7,
-)
 # So small that the arithmetic is a few microseconds and what is left is the cost of the call.
 TINY_LOGITS = LogitsShape(4, 64)
 TINY_TOKENS = TokensShape(64)
+# Where the GPU's bars are stated: a micro-batch of 8 K tokens over Llama 3's vocabulary, 2.1 GB in bf16.
+HEADLINE = LogitsShape(8192, 128256)
 
 
 def parse_logits(text: str) -> LogitsShape:
@@ -115,6 +103,7 @@ def parse_logits(text: str) -> LogitsShape:
 
 
 Inputs = dict[str, Tensor]
+_DRAWN_AT_ONCE = 1 << 27  # random numbers, 512 MB
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -127,9 +116,12 @@ def make_inputs(case: Case) -> Inputs:
 def _logits_inputs(shape: LogitsShape, case: Case, generator: torch.Generator) -> Inputs:
     """Rows from flat (entropy near log V) to peaked (below 1 nat): an error that only shows at one end must show."""
     options: dict[str, Any] = {"device": case.device}
-    logits = torch.randn(shape.rows, shape.vocab, generator=generator, **options)
-    logits.mul_(torch.linspace(0.5, 8.0, shape.rows, **options)[:, None])
-    logits = logits.to(case.dtype)
+    logits = torch.empty(shape.rows, shape.vocab, dtype=case.dtype, **options)
+    scale = torch.linspace(0.5, 8.0, shape.rows, **options)[:, None]
+    # some rows at a time: the fp32 numbers of a large case in bf16 would not fit beside it
+    rows = max(1, _DRAWN_AT_ONCE // shape.vocab)
+    for part, factor in zip(logits.split(rows), scale.split(rows), strict=True):
+        part.copy_(torch.randn(part.shape, generator=generator, **options).mul_(factor))
     target = torch.randint(shape.vocab, (shape.rows,), generator=generator, **options)
     # every other token is the likeliest one, as in a converged policy; a random id is nearly always improbable
     target[::2] = logits[::2].argmax(-1)

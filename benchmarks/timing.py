@@ -6,7 +6,9 @@ shared machine falls on all of them alike and a ratio survives it. Outputs are n
 
 from __future__ import annotations
 
+import functools
 import gc
+import math
 import random
 import statistics
 import time
@@ -16,7 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.implementations import Prepared
+from benchmarks.cuda import CudaClock
+from benchmarks.registry import Prepared
 
 WARM_UP = 2  # calls before the first round, after the checked one
 LONG = 0.2  # seconds; an implementation slower than this is warm after one call
@@ -29,7 +32,7 @@ CALLS_PER_ROUND = 8
 class Clock(Protocol):
     """Seconds of one call, after its reset."""
 
-    def time(self, prepared: Prepared) -> float: ...
+    def time(self, prepared: Prepared, /) -> float: ...
 
 
 class CpuClock:
@@ -55,32 +58,6 @@ class CpuClock:
         return end - start
 
 
-class CudaClock:
-    """CUDA events around the call, on the current stream. No machine with a GPU has run this yet.
-
-    Args:
-        flush_bytes: as for :class:`CpuClock`; the L2 cache is meant.
-    """
-
-    def __init__(self, device: torch.device, flush_bytes: int = 0) -> None:
-        self._device = device
-        self._flush = torch.zeros(flush_bytes // 8, dtype=torch.int64, device=device) if flush_bytes else None
-
-    def time(self, prepared: Prepared) -> float:
-        if prepared.reset is not None:
-            prepared.reset()
-        if self._flush is not None:
-            self._flush.add_(1)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self._device)
-        start.record()
-        output = prepared.call()
-        end.record()
-        end.synchronize()
-        del output
-        return start.elapsed_time(end) * 1e-3
-
-
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache: L2 of a GPU; of a CPU what Linux reports, or 32 MiB where it reports nothing."""
     if device.type == "cuda":
@@ -99,30 +76,49 @@ def _sysfs_size(index: int) -> int:
     return int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text)
 
 
+def cpu_clock(device: torch.device, cache: str) -> CpuClock:
+    """The clock of a CPU; ``cache`` is "hot" or "cold"."""
+    return CpuClock(2 * cache_bytes(device) if cache == "cold" else 0)
+
+
+@functools.cache
+def cuda_clock(device: torch.device, cache: str) -> CudaClock:
+    """The clock of a GPU, made once; ``cache`` is "hot" or "cold": four times L2, since its policy is not known."""
+    return CudaClock(device, 4 * cache_bytes(device) if cache == "cold" else 0)
+
+
 def clock_for(device: torch.device, cache: str) -> Clock:
     """The clock of a device; ``cache`` is "hot" or "cold"."""
-    flush = 2 * cache_bytes(device) if cache == "cold" else 0
-    return CudaClock(device, flush) if device.type == "cuda" else CpuClock(flush)
+    return cuda_clock(device, cache) if device.type == "cuda" else cpu_clock(device, cache)
 
 
 def interleave(
-    calls: Sequence[Prepared], clock: Clock, repeats: int, *, seed: int = 0, tick: Callable[[], Any] = lambda: None
+    calls: Sequence[Prepared],
+    clock: Clock,
+    repeats: int,
+    *,
+    seed: int = 0,
+    tick: Callable[[], Any] = lambda: None,
+    deadline: float = math.inf,
+    budget: float | None = None,
 ) -> list[list[float]]:
     """Seconds of every call, as lists parallel to ``calls``: ``repeats`` rounds, a new order in each.
 
     Short calls are timed several times per round, so that their percentiles rest on more samples; calls so long that
-    ``repeats`` of them exceed BUDGET take part in fewer rounds, FEWEST at least.
-    ``tick`` is called after each implementation's turn, for a progress bar.
+    ``repeats`` of them exceed ``budget`` (seconds, by default BUDGET) take part in fewer rounds, FEWEST at least.
+    ``tick`` is called after each implementation's turn, for a progress bar. After ``deadline`` (of time.monotonic) no
+    new round is begun, once every implementation has been in one.
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected >= 1, got {repeats}")
+    budget = BUDGET if budget is None else budget
     turns, rounds = [], []
     for prepared in calls:
         warm = clock.time(prepared)
         for _ in range(WARM_UP - 1 if warm < LONG else 0):
             warm = min(warm, clock.time(prepared))
         turns.append(max(1, min(CALLS_PER_ROUND, int(SHORT / max(warm, 1e-9)))))
-        rounds.append(max(FEWEST, min(repeats, int(BUDGET / max(warm, 1e-9)))))
+        rounds.append(max(FEWEST, min(repeats, int(budget / max(warm, 1e-9)))))
         tick()
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
@@ -132,6 +128,8 @@ def interleave(
     gc.disable()  # a collection inside a timed call would be charged to whoever happens to run
     try:
         for done in range(repeats):
+            if done and time.monotonic() > deadline:
+                break
             shuffle(order)
             for index in order:
                 if done >= rounds[index]:

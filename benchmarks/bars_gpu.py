@@ -1,0 +1,195 @@
+"""The figures that the library must reach on an H200, judged from the records of one run.
+
+Of our implementations the fastest one counts, and the verdict names it. Times are medians. Forward times are those with
+cold caches: the floor is memory's. Ratios compare hot times, which peers have too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks.plans import GRID, HEADLINE, Plan
+from benchmarks.records import Record
+from benchmarks.traffic import Bandwidth
+from benchmarks.verdicts import Verdict, find, why
+
+LARGE = 256e6  # bytes of logits from which the forward bar is a share of the bandwidth
+SHARE = 92.0  # percent
+LATENCY = 4.0  # µs above the floor, below LARGE
+BOTH_MS, BOTH_FLOORS = 1.65, 1.12  # ms, or times the floor of two reads and one write
+SELECTION_US = 20.0
+BATCH = "512×128 batch"  # 64 K tokens
+TOKENS = "4194304 normal"
+
+
+def judge(records: Sequence[Record], bandwidth: Bandwidth) -> list[Verdict]:
+    """All bars that the records say something about."""
+    verdicts = [*_forward(records, bandwidth), *_both(records, bandwidth), _entropy(records)]
+    verdicts += [*_losses(records), *_selection(records)]
+    return [*verdicts, *_habits(records)]
+
+
+def at_the_stated_sizes(plan: Plan) -> bool:
+    """True if the plan holds the shapes that the bars name."""
+    return HEADLINE in plan.logits and set(GRID.batches[:1]) <= set(plan.batches)
+
+
+def _ours(records: Iterable[Record], op: str, shape: str, dtype: str) -> Record | None:
+    """Our fastest implementation, one that leaves its inputs alone."""
+    mine = [
+        record
+        for record in records
+        if (record.op, record.shape, record.dtype, record.role) == (op, shape, dtype, "ours")
+        and record.summary
+        and record.cache != "host"
+        and not record.implementation.endswith("-inplace")
+    ]
+    return min(mine, key=lambda record: record.summary["median"], default=None)
+
+
+def _fastest(records: Sequence[Record], op: str, names: Sequence[str], shape: str, dtype: str) -> Record | None:
+    found = [find(records, op, name, shape, dtype) for name in names]
+    timed = [record for record in found if record is not None and record.summary]
+    if timed:
+        return min(timed, key=lambda record: record.summary["median"])
+    return next((record for record in found if record is not None), None)
+
+
+def _missing(
+    text: str, shape: str, sense: str, limit: float, unit: str, record: Record | None, op: str, name: str
+) -> Verdict:
+    return Verdict(text, shape, sense, limit, unit, None, None, why(record, op, name))
+
+
+def _forward(records: Sequence[Record], bandwidth: Bandwidth) -> list[Verdict]:
+    """Against the copy-derived read limit: the bytes of the logits at the rate at which a copy moves bytes."""
+    op, result = "logprob_entropy", []
+    shapes = dict.fromkeys(r.shape for r in records if r.op == op and r.dtype == "bf16" and r.cache != "host")
+    for shape in shapes:
+        record = _ours(records, op, shape, "bf16")
+        if record is None:
+            continue
+        summary = record.cold or record.summary
+        moved = record.least_bytes["read"] + record.least_bytes["written"]
+        floor = moved / bandwidth.copy
+        note = f"{record.implementation}, {'cold' if record.cold else record.cache}"
+        samples = int(summary["count"])
+        if record.size["rows"] * record.size["vocab"] * 2 >= LARGE:
+            value, best = (100 * floor / summary[key] for key in ("median", "min"))
+            text = "forward, bf16, share of the copy-derived read limit"
+            result.append(Verdict(text, shape, ">=", SHARE, "%", value, best, note, samples))
+        else:
+            value, best = (1e6 * (summary[key] - floor) for key in ("median", "min"))
+            text = f"forward, bf16, time above the floor of {1e6 * floor:.1f} µs"
+            result.append(Verdict(text, shape, "<=", LATENCY, "µs", value, best, note, samples))
+    if not result:
+        text = "forward, bf16, share of the copy-derived read limit"
+        result.append(_missing(text, str(HEADLINE), ">=", SHARE, "%", None, op, "ours"))
+    return result
+
+
+def _both(records: Sequence[Record], bandwidth: Bandwidth) -> list[Verdict]:
+    op, shape = "logprob_entropy_fwdbwd", str(HEADLINE)
+    mine = _ours(records, op, shape, "bf16")
+    floor = 3 * HEADLINE.rows * HEADLINE.vocab * 2 / bandwidth.copy * 1e3
+    limit = max(BOTH_MS, BOTH_FLOORS * floor)
+    text = f"forward + backward, bf16 (1.65 ms, or 1.12 × its floor of {floor:.2f} ms)"
+    if mine is None:
+        first = _missing(text, shape, "<=", limit, "ms", None, op, "ours")
+    else:
+        value, best = (mine.summary[key] * 1e3 for key in ("median", "min"))
+        samples = int(mine.summary["count"])
+        first = Verdict(text, shape, "<=", limit, "ms", value, best, mine.implementation, samples)
+    rivals = (
+        ("Liger's cross-entropy, which has no entropy", 1.0, ("liger-ce-mean", "liger-ce")),
+        ("torch.compile of log-prob and entropy", 2.0, ("compile",)),
+        ("verl's path", 4.0, ("verl-fused-ce", "verl")),
+    )
+    return [first] + [
+        _ratio(f"forward + backward, bf16, faster than {what}", limit, shape, records, op, names, mine)
+        for what, limit, names in rivals
+    ]
+
+
+def _ratio(
+    text: str,
+    limit: float,
+    shape: str,
+    records: Sequence[Record],
+    op: str,
+    names: Sequence[str],
+    mine: Record | None,
+    dtype: str = "bf16",
+) -> Verdict:
+    rival = _fastest(records, op, names, shape, dtype)
+    if mine is None:
+        return _missing(text, shape, ">=", limit, "×", None, op, "ours")
+    if rival is None or not rival.summary:
+        return _missing(text, shape, ">=", limit, "×", rival, op, names[0])
+    value, best = (rival.summary[key] / mine.summary[key] for key in ("median", "min"))
+    samples = int(min(rival.summary["count"], mine.summary["count"]))
+    note = f"{mine.implementation} against {rival.implementation}"
+    return Verdict(text, shape, ">=", limit, "×", value, best, note, samples)
+
+
+def _entropy(records: Sequence[Record]) -> Verdict:
+    text, shape, name = "entropy, bf16, smaller error than verl's path", str(HEADLINE), "entropy (nats)"
+    mine = _ours(records, "logprob_entropy", shape, "bf16")
+    rival = _fastest(records, "logprob_entropy", ("verl-fused-ce", "verl"), shape, "bf16")
+    if mine is None or rival is None or name not in rival.errors:
+        missing, who = (None, "ours") if mine is None else (rival, "verl")
+        return _missing(text, shape, ">=", 100.0, "×", missing, "logprob_entropy", who)
+    value = rival.errors[name] / max(mine.errors[name], 1e-12)
+    note = f"{mine.errors[name]:.1e} against {rival.errors[name]:.1e} nats"
+    return Verdict(text, shape, ">=", 100.0, "×", value, value, note)
+
+
+def _losses(records: Sequence[Record]) -> list[Verdict]:
+    result = []
+    for op in ("clip_cov_loss", "kl_cov_loss"):
+        mine = _ours(records, op, BATCH, "fp32")
+        text = f"{op}, selection, loss and gradient"
+        if mine is None:
+            result.append(_missing(text, BATCH, "<=", SELECTION_US, "µs", None, op, "ours"))
+        else:
+            summary = mine.graph.get("summary") or mine.summary
+            value, best = (summary[key] * 1e6 for key in ("median", "min"))
+            note = f"{mine.implementation}, {'graph replay' if 'summary' in mine.graph else 'device time'}"
+            result.append(Verdict(text, BATCH, "<=", SELECTION_US, "µs", value, best, note, int(summary["count"])))
+        text = f"{op}, faster than verl's path"
+        result.append(_ratio(text, 20.0, BATCH, records, op, ("verl",), mine, "fp32"))
+    return result
+
+
+def _selection(records: Sequence[Record]) -> list[Verdict]:
+    result = []
+    for op in ("clip_cov_mask", "kl_cov_mask"):
+        mine = _ours(records, op, TOKENS, "fp32")
+        text = f"{op}, faster than torch.topk(cov, 800)"
+        result.append(_ratio(text, 10.0, TOKENS, records, "tokens_floor", ("topk",), mine, "fp32"))
+    return result
+
+
+def _habits(records: Sequence[Record]) -> list[Verdict]:
+    """No syncs, and graphs that replay what an eager call gives: counted over all rows of ours."""
+    mine = [record for record in records if record.role == "ours" and record.summary and record.cache != "host"]
+    counted = [record for record in mine if record.syncs is not None]
+    text = "rows of ours that make the host wait"
+    if counted:
+        waiting = [record for record in counted if record.syncs]
+        syncs = Verdict(text, f"{len(counted)} rows", "<=", 0, "", len(waiting), len(waiting), _some(waiting))
+    else:
+        syncs = _missing(text, "all rows", "<=", 0, "", None, "host syncs", "ours")
+    text = "rows of ours whose CUDA graph does not replay the eager result bit for bit"
+    captured = [record for record in mine if record.graph]
+    if captured:
+        wrong = [record for record in captured if not record.graph.get("equal")]
+        graphs = Verdict(text, f"{len(captured)} rows", "<=", 0, "", len(wrong), len(wrong), _some(wrong))
+    else:
+        graphs = _missing(text, "all rows", "<=", 0, "", None, "CUDA graphs", "ours")
+    return [syncs, graphs]
+
+
+def _some(records: Sequence[Record]) -> str:
+    named = list(dict.fromkeys(f"{record.implementation} of {record.op}" for record in records))
+    return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")

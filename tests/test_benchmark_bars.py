@@ -1,0 +1,190 @@
+"""Bars and tables: what passes, what fails, what was not measured; on records that no machine has made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks import bars, bars_gpu, tables
+from benchmarks.implementations import ours_for
+from benchmarks.plans import BARS, GRID, GRID_QUICK, HEADLINE
+from benchmarks.records import Measured, Record
+from benchmarks.traffic import Bandwidth
+
+# a machine's ceilings are not needed where no time is judged
+BANDWIDTH = Bandwidth(read=1e10, copy=1e10, buffer_bytes=1)
+
+
+def _record(op: str, name: str, shape: str, dtype: str, median: float, **fields: Any) -> Record:
+    record = Record(
+        op, name, "ours", shape, dtype, "cpu", "hot", summary={"count": 7, "min": 0.9 * median, "median": median}
+    )
+    return replace(record, **fields)
+
+
+def test_bars_are_judged_by_medians() -> None:
+    ours, shape = ours_for("cpu"), "512×151936"
+    records = [
+        _record("logprob_entropy", ours, shape, "fp32", 1.0, peak_extra_bytes=200_000),
+        _record("logprob_entropy", ours, shape, "bf16", 1.2),
+        _record("logprob_entropy", "eager", shape, "fp32", 8.5),
+        _record("logits_floor", "amax", shape, "fp32", 0.4),
+        _record("tokens_floor", "topk", "4194304 normal", "fp32", 30.0),
+        _record("clip_cov_mask", ours, "4194304 normal", "fp32", 2.0),
+        _record("kl_cov_mask", ours, "64 normal", "fp32", 45e-6, cache="host"),
+    ]
+    verdicts = {(verdict.text, verdict.shape): verdict for verdict in bars.judge(records, BARS, "cpu", BANDWIDTH)}
+
+    def passed(text: str, shape: str = shape) -> bool | None:
+        return verdicts[text, shape].passed
+
+    assert verdicts["forward, faster than torch eager", shape].value == pytest.approx(8.5)
+    assert passed("forward, faster than torch eager") is True
+    assert passed("forward, time over logits.amax(-1)") is False  # 2.5 > 2
+    assert passed("forward, bf16 over fp32") is False
+    assert passed("forward, extra memory") is True
+    assert passed("forward, faster than torch.compile") is None
+    assert verdicts["forward, faster than torch.compile", shape].absent
+    assert not verdicts["forward, faster than torch eager", shape].absent
+    assert passed("clip_cov_mask, faster than torch.topk(cov, 800)", "4194304 normal") is True
+    assert passed("kl_cov_mask, host time of a call", "64 normal") is True
+    table = tables.bars_table(list(verdicts.values()))
+    assert "FAIL" in table and "not measured: compile of logprob_entropy was not part of this run" in table
+
+
+# --- a GPU's ----------------------------------------------------------------------------------------------------------
+
+H200 = Bandwidth(read=4.5e12, copy=4.3e12, buffer_bytes=1)
+SHAPE = str(HEADLINE)
+FEW = "64×128256"
+
+
+def _gpu(op: str, name: str, shape: str, dtype: str, median: float, role: str = "ours", **fields: Any) -> Record:
+    rows, vocab = (int(n) for n in shape.split("×")) if shape.replace("×", "").isdigit() else (0, 0)
+    record = _record(op, name, shape, dtype, median, role=role, device="cuda", size={"rows": rows, "vocab": vocab})
+    bytes_ = {"read": rows * vocab * 2, "written": 8 * rows}
+    return replace(record, **{"least_bytes": bytes_, "syncs": 0, "graph": {"equal": True}, **fields})
+
+
+def _cold(median: float) -> dict[str, float]:
+    return {"count": 20, "min": median, "median": median, "p10": median, "p90": median, "spread": 0.0}
+
+
+def _good() -> list[Record]:
+    """A run in which every bar holds."""
+    op, both = "logprob_entropy", "logprob_entropy_fwdbwd"
+    small, large = {"entropy (nats)": 1e-6}, {"entropy (nats)": 0.1}
+    records = [
+        _gpu(op, "ours-cuda", SHAPE, "bf16", 500e-6, cold=_cold(520e-6), errors=small),
+        _gpu(op, "ours-triton", SHAPE, "bf16", 600e-6, cold=_cold(640e-6), errors=small),
+        _gpu(op, "ours-cuda", FEW, "bf16", 5e-6, cold=_cold(7e-6), errors=small),
+        _gpu(op, "verl", SHAPE, "bf16", 9e-3, "peer", errors=large, syncs=3, graph={"reason": "it waits"}),
+        _gpu(both, "ours-cuda", SHAPE, "bf16", 1.6e-3),
+        _gpu(both, "ours-cuda-inplace", SHAPE, "bf16", 1.5e-3),
+        _gpu(both, "liger-ce", SHAPE, "bf16", 2.2e-3, "peer"),
+        _gpu(both, "liger-ce-mean", SHAPE, "bf16", 1.7e-3, "peer"),
+        _gpu(both, "compile", SHAPE, "bf16", 4e-3, "peer"),
+        _gpu(both, "verl", SHAPE, "bf16", 30e-3, "peer"),
+        _gpu(both, "verl-fused-ce", SHAPE, "bf16", 8e-3, "peer"),
+        _gpu("tokens_floor", "topk", bars_gpu.TOKENS, "fp32", 200e-6, "limit", graph={}),
+    ]
+    for name in ("clip_cov", "kl_cov"):
+        graph = {"equal": True, "summary": _cold(15e-6)}
+        records += [
+            _gpu(f"{name}_loss", "ours-cuda", bars_gpu.BATCH, "fp32", 25e-6, graph=graph),
+            _gpu(f"{name}_loss", "verl", bars_gpu.BATCH, "fp32", 900e-6, "peer"),
+            _gpu(f"{name}_mask", "ours-cuda", bars_gpu.TOKENS, "fp32", 15e-6),
+        ]
+    return records
+
+
+def _changed(op: str, name: str, shape: str, **fields: Any) -> list[Record]:
+    return [
+        replace(r, **fields) if (r.op, r.implementation, r.shape) == (op, name, shape) else r for r in _good()
+    ]  # fmt: skip
+
+
+def test_gpu_bars_hold_on_a_run_that_reaches_them() -> None:
+    verdicts = bars.judge(_good(), GRID, "cuda", H200)
+    assert [verdict.text for verdict in verdicts if not verdict.passed] == []
+    assert len(verdicts) == 15
+    both = next(verdict for verdict in verdicts if "1.65 ms" in verdict.text)
+    assert both.value == pytest.approx(1.6) and both.note == "ours-cuda"  # not the one that writes over the logits
+    liger = next(verdict for verdict in verdicts if "Liger" in verdict.text)
+    assert liger.value == pytest.approx(1.7 / 1.6) and "liger-ce-mean" in liger.note  # the faster of the two
+    verl = next(verdict for verdict in verdicts if verdict.text.endswith("verl's path") and "backward" in verdict.text)
+    assert verl.value == pytest.approx(5.0)
+    assert "FAIL" not in tables.bars_table(verdicts)
+
+
+ONE, BOTH = "logprob_entropy", "logprob_entropy_fwdbwd"
+BATCH, TOKENS = bars_gpu.BATCH, bars_gpu.TOKENS
+
+
+@pytest.mark.parametrize(
+    ("text", "op", "name", "shape", "change"),
+    [
+        ("share of the copy", ONE, "ours-cuda", SHAPE, {"cold": _cold(550e-6)}),
+        ("above the floor", ONE, "ours-cuda", FEW, {"cold": _cold(9e-6)}),
+        ("1.65 ms", BOTH, "ours-cuda", SHAPE, {"summary": _cold(1.66e-3)}),
+        ("Liger", BOTH, "liger-ce-mean", SHAPE, {"summary": _cold(1.5e-3)}),
+        ("torch.compile", BOTH, "compile", SHAPE, {"summary": _cold(3e-3)}),
+        ("backward, bf16, faster than verl", BOTH, "verl", SHAPE, {"summary": _cold(6e-3)}),
+        ("smaller error", ONE, "ours-cuda", SHAPE, {"errors": {"entropy (nats)": 1e-2}}),
+        ("clip_cov_loss, selection", "clip_cov_loss", "ours-cuda", BATCH, {"graph": {"summary": _cold(21e-6)}}),
+        ("kl_cov_loss, faster", "kl_cov_loss", "verl", BATCH, {"summary": _cold(4e-4)}),
+        ("kl_cov_mask, faster", "tokens_floor", "topk", TOKENS, {"summary": _cold(1e-4)}),
+        ("make the host wait", "kl_cov_mask", "ours-cuda", TOKENS, {"syncs": 1}),
+        ("does not replay", BOTH, "ours-cuda", SHAPE, {"graph": {"equal": False}}),
+        ("does not replay", BOTH, "ours-cuda", SHAPE, {"graph": {"reason": "no capture"}}),
+    ],
+)
+def test_each_gpu_bar_can_fail(text: str, op: str, name: str, shape: str, change: dict[str, Any]) -> None:
+    verdicts = bars.judge(_changed(op, name, shape, **change), GRID, "cuda", H200)
+    failed = [verdict.text for verdict in verdicts if verdict.passed is False]
+    assert 1 <= len(failed) <= 2 and any(text in words for words in failed), failed
+
+
+def test_gpu_bars_without_their_rows_are_absent_or_say_why() -> None:
+    assert all(verdict.absent for verdict in bars.judge([], GRID, "cuda", H200))
+    failed = _changed("logprob_entropy_fwdbwd", "compile", SHAPE, status="failed", reason="Unsupported", summary={})
+    verdict = next(v for v in bars.judge(failed, GRID, "cuda", H200) if "torch.compile" in v.text)
+    assert verdict.passed is None and not verdict.absent and "Unsupported" in verdict.note
+
+
+def test_gpu_bars_are_stated_at_the_grids_sizes() -> None:
+    assert bars.at_the_stated_sizes(GRID, "cuda") and bars.at_the_stated_sizes(GRID_QUICK, "cuda")
+    assert not bars.at_the_stated_sizes(BARS, "cuda")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_table_says_how_a_time_was_taken() -> None:
+    several = replace(_good()[2], calls_per_sample=20, hidden=True, host_seconds=30e-6, graph={})
+    several.summary = _cold(5e-6)
+    waiting = replace(_good()[3], hidden=False, computes="log-prob only, no entropy", summary=_cold(9e-3))
+    text = tables.group_table([several, waiting])
+    for words in ("20 calls", "1 call, host included", "no: it waits", "30.0 µs", "log-prob only, no entropy", "cold"):
+        assert words in text
+    assert "cold" not in tables.group_table([replace(several, cold={})])
+
+
+def test_what_was_cut_off_is_said_first() -> None:
+    head = {
+        "machine": {
+            "gpu": {"name": "GPU", "cuda": "13.0", "driver": "580.1"}, "cpu": {"model": "c", "load_average": None},
+            "dirty": False, "commit": None, "threads": 1, "versions": {"torch": "2"},
+        },
+        "command": "python", "time": "now", "bandwidth": {"read": 1e12, "copy": 1e12}, "stated_sizes": True,
+        "complete": False, "why_incomplete": "its time was up", "not_reached": [f"group {i}" for i in range(9)],
+    }  # fmt: skip
+    text = tables.markdown(head, [], [Measured("Group", False, [])])
+    assert "**Cut off**: its time was up. Left out: group 0" in text and "and 3 more" in text and "driver 580.1" in text
+
+
+def test_units() -> None:
+    assert [tables.seconds(value) for value in (1.25, 0.0412, 18.34e-6)] == ["1.25 s", "41.2 ms", "18.3 µs"]
+    assert [tables.size(value) for value in (20_000, 311_164_928)] == ["0.02 MB", "311 MB"]
