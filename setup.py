@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.modified import newer_group
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -21,6 +20,11 @@ from build_backend import skip_reason, torch_is_there  # noqa: E402
 
 def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+def is_older(library: Path, files: list[str]) -> bool:
+    """Whether the library is missing or one of the files is newer."""
+    return not library.exists() or any(Path(f).stat().st_mtime > library.stat().st_mtime for f in files)
 
 
 def build_cuda() -> bool:
@@ -51,7 +55,7 @@ def native_build() -> dict:
                 super().build_extension(ext)
                 return
             library = Path(self.get_ext_fullpath(ext.name))
-            if self.force or newer_group(ext.depends, str(library)):
+            if self.force or is_older(library, ext.depends):
                 folder = Path(self.build_temp) / "cuda"
                 cuda_build.build(library, folder, Path(torch.__file__).parent, torch_has_cuda=True)
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: einops: fla's package imports it.
+#: einops: fla imports it. setuptools: older ones cannot read pyproject.toml, and the machine may have one.
 PEERS = ("liger-kernel", "verl", "trl", "fla-core")
-ALSO = ("einops==0.8.2",)
+ALSO = ("einops==0.8.2", "setuptools==80.9.0")
 #: A folder that travels with a working tree has to stay small.
 LIMIT = 60 << 20  # bytes
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")

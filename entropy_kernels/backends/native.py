@@ -138,7 +138,8 @@ def kl_cov_mask(
     return _ops.kl_cov_mask(covariance, mask, exclude, token_index, *_count(count))
 
 
-policy_loss = _ops.policy_loss
+def policy_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    return _ops.policy_loss(*arguments)
 
 
 def _count(count: Count) -> tuple[float, int, bool]:
