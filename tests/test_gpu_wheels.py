@@ -11,7 +11,7 @@ import gpu_wheels
 
 def test_versions_are_those_of_the_bench_extra() -> None:
     wanted = gpu_wheels.requirements((gpu_wheels.ROOT / "pyproject.toml").read_text())
-    assert {requirement.partition("==")[0] for requirement in wanted} == {*gpu_wheels.PEERS, "einops"}
+    assert {requirement.partition("==")[0] for requirement in wanted} == {*gpu_wheels.PEERS, "einops", "setuptools"}
     assert all(requirement.partition("==")[2] for requirement in wanted)
     command = gpu_wheels.command(wanted, Path("x"), "3.12")
     assert "--no-deps" in command and "--only-binary=:all:" in command and command[-len(wanted) :] == wanted

@@ -211,3 +211,24 @@ def test_missing_triton_names_the_extra() -> None:
         """
     )
     assert "entropy_kernels[triton]" in python(code)
+
+
+def test_without_the_native_libraries_everything_runs_on_torch() -> None:
+    """As installed where there is no compiler: the reason is named, and "auto" still serves every op."""
+    code = """
+        import torch
+
+        def refuse(path):
+            raise OSError("no such library")
+
+        torch.ops.load_library = refuse
+        import entropy_kernels as ek
+
+        states = ek.backends()
+        assert all("does not load" in s["cpu"] or "not built" in s["cpu"] for s in states.values()), states
+        logprob, entropy = ek.logprob_entropy(torch.randn(3, 7), torch.tensor([0, 1, 2]))
+        loss = ek.clip_cov_loss(logprob.requires_grad_(), logprob - 0.1, torch.randn(3), None, seed=0).loss
+        loss.backward()
+        assert loss.isfinite()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
