@@ -101,8 +101,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--cache",
         choices=("hot", "cold", "both"),
-        help="hot: caches as the previous call left them; cold: flushed before each call; by default both, with --quick "
-        "on a CPU hot",
+        help="hot: caches as the previous call left them; cold: flushed before each call; by default both, with "
+        "--quick on a CPU hot",
     )
     add("--no-memory", action="store_true", help="do not measure the peak extra memory")
     add("--resume", action="store_true", help="keep the rows that the output folder has, and measure the others")
