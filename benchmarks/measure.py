@@ -225,7 +225,15 @@ def _in_rounds(
             tick(f"timing {title}")
 
         clock = cpu_clock(torch.device("cpu"), cache)
-        return interleave(calls, clock, repeats, tick=ticked, deadline=settings.deadline, budget=settings.budget)
+        return interleave(
+            calls,
+            clock,
+            repeats,
+            tick=ticked,
+            deadline=settings.deadline,
+            budget=settings.budget,
+            several=cache == "hot",
+        )
 
     calls = [prepared for _, prepared in timed]
     if group.host:

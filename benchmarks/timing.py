@@ -101,11 +101,13 @@ def interleave(
     tick: Callable[[], Any] = lambda: None,
     deadline: float = math.inf,
     budget: float | None = None,
+    several: bool = True,
 ) -> list[list[float]]:
     """Seconds of every call, as lists parallel to ``calls``: ``repeats`` rounds, a new order in each.
 
-    Short calls are timed several times per round, so that their percentiles rest on more samples; calls so long that
-    ``repeats`` of them exceed ``budget`` (seconds, by default BUDGET) take part in fewer rounds, FEWEST at least.
+    Short calls are timed several times per round, so that their percentiles rest on more samples (not so without
+    ``several``: a flush before each can take a tenth of a second); calls so long that ``repeats`` of them exceed
+    ``budget`` (seconds, by default BUDGET) take part in fewer rounds, FEWEST at least.
     ``tick`` is called after each implementation's turn, for a progress bar. After ``deadline`` (of time.monotonic) no
     new round is begun, once every implementation has been in one.
     """
@@ -115,9 +117,9 @@ def interleave(
     turns, rounds = [], []
     for prepared in calls:
         warm = clock.time(prepared)
-        for _ in range(WARM_UP - 1 if warm < LONG else 0):
+        for _ in range(WARM_UP - 1 if warm < LONG and several else 0):
             warm = min(warm, clock.time(prepared))
-        turns.append(max(1, min(CALLS_PER_ROUND, int(SHORT / max(warm, 1e-9)))))
+        turns.append(max(1, min(CALLS_PER_ROUND if several else 1, int(SHORT / max(warm, 1e-9)))))
         rounds.append(max(FEWEST, min(repeats, int(budget / max(warm, 1e-9)))))
         tick()
     samples: list[list[float]] = [[] for _ in calls]

@@ -39,7 +39,7 @@ def test_quick_run_writes_json_table_and_plots(tmp_path: Path, capsys: pytest.Ca
     # everything but torch.compile, which takes seconds per case
     chosen = ",".join(name for name in implementations.names() if name != "compile")
     arguments = ["--quick", "--shape", "6,97", "--tokens", "5000", "--repeats", "2", "--threads", "1"]
-    assert main([*arguments, "--impl", chosen, "--output", str(tmp_path)]) == 0
+    assert main([*arguments, "--cache", "both", "--impl", chosen, "--output", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "bench.json").read_text())
     records = [record for group in document["groups"] for record in group["records"]]
     assert {record["status"] for record in records} <= {"ok", "skipped"}
