@@ -7,6 +7,7 @@ for spills in tests/test_triton_aot.py.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,12 +24,14 @@ class Hardware:
     asynchronous: bool
 
 
+@functools.cache
 def hardware(device: torch.device) -> Hardware:
     """Of a device. The interpreter pays per operation and not per element: wide warps."""
     if device.type != "cuda":
         return Hardware(1, 256, True)
     properties = torch.cuda.get_device_properties(device)
-    return Hardware(properties.multi_processor_count, properties.warp_size, torch.version.hip is None)
+    asynchronous = torch.version.hip is None and properties.major >= 8
+    return Hardware(properties.multi_processor_count, properties.warp_size, asynchronous)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def resident_programs(itemsize: int, warps: int, multiprocessors: int) -> int:
     return multiprocessors * RESIDENT_WARPS[itemsize] // warps
 
 
+@functools.lru_cache(maxsize=1024)  # a call should not pay for it again
 def forward_candidates(
     itemsize: int, columns: int, rows: int, aligned: bool, on: Hardware
 ) -> tuple[ForwardTiling, ...]:
@@ -135,6 +139,7 @@ def split_count(rows: int, tiles: int, programs: int) -> int:
     return min(choices, key=cost)
 
 
+@functools.lru_cache(maxsize=1024)
 def backward_candidates(itemsize: int, width: int, aligned: bool, on: Hardware) -> tuple[BackwardTiling, ...]:
     """Tilings of the backward worth a measurement for rows of ``width`` logits; the default first.
 
