@@ -34,6 +34,7 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
             "backends": ek.backends(),
             "architecture": registry.architecture() if "cuda" in device_types() else None,
             "auto": [{**asdict(choice), "reason": choice.reason} for choice in auto_choices()],
+            "triton_tilings": triton_tilings(),
             "checks": [asdict(c) for c in checks],
         }
         print(json.dumps(report, indent=2))
@@ -43,9 +44,25 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
         print_table("Backends", _backend_rows(), ("backend", "state", "ops"))
         print_table("What backend='auto' chooses", _auto_rows(), ("op", "device", "for", "backend", "why"))
         print(f"{auto_table.SIZE_TEXT}\n")
+        if tilings := triton_tilings():
+            rows = [
+                (", ".join(f"{k}={v}" for k, v in row.items() if k not in ("tiling", "origin", "milliseconds")),
+                 ", ".join(f"{k}={v}" for k, v in row["tiling"].items()), row["origin"])
+                for row in tilings
+            ]  # fmt: skip
+            print_table(
+                "Tilings that Triton's kernels run with", rows, ("class of shapes", "tiling", "how it was found")
+            )
         if check:
             _print_checks(checks)
     return 0 if all(c.ok for c in checks) else 1
+
+
+def triton_tilings() -> list[dict[str, Any]]:
+    """What this process's calls on a GPU have chosen (the self-check makes some); nothing without one."""
+    if not torch.cuda.is_available() or registry.unavailable("token_stats", "triton") is not None:
+        return []
+    return importlib.import_module("entropy_kernels.backends.triton.tuning").report()
 
 
 def _backend_rows() -> list[tuple[str, str, str]]:

@@ -17,6 +17,9 @@ import torch
 # interpreter runs the kernels on CPU tensors; tests that compile ahead of time do so in a subprocess without it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    # tests have many classes of shapes, and the tuner would compile every candidate for each
+    os.environ.setdefault("ENTROPY_KERNELS_TRITON_TUNE", "0")
 # cuBLAS reads this when it starts; without it the deterministic mode of poisoned_memory warns at every product
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -301,3 +301,35 @@ def test_a_whole_step_compiles(place: Place, monkeypatch: pytest.MonkeyPatch) ->
         loss = function(*inputs, seed)
         results.append((loss.detach(), *torch.autograd.grad(loss, inputs)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [param for param in PLACES if param.id == "triton"])
+def test_triton_measures_its_tilings_once(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """On scratch tensors: the call's own logits and gradient are what they are without tuning."""
+    import triton
+
+    from entropy_kernels.backends.triton import tuning
+
+    logits = normal(256, 32_000, dtype=torch.bfloat16, device=place.device)
+    target = labels(256, vocab=32_000, device=place.device)
+
+    def run() -> list[Tensor]:
+        x = leaf(logits)
+        logprob, entropy = ek.logprob_entropy(x, target, backend=place.backend)
+        return [logprob, entropy, *torch.autograd.grad((logprob + entropy).sum(), x)]
+
+    plain = run()
+    monkeypatch.delenv(tuning.SWITCH, raising=False)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    tuning.forget()
+    try:
+        tuned = run()
+        assert [row["origin"] for row in tuning.report()] == ["measured", "measured"]
+        tuning.forget()
+        again = run()
+        assert all("measured" not in row["origin"] for row in tuning.report())
+    finally:
+        tuning.forget()
+    assert all(same_bits(a, b) for a, b in zip(tuned, again, strict=True))
+    for a, b in zip(plain, tuned, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-5)

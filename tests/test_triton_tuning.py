@@ -62,6 +62,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A GPU as far as the tuner can tell, with a cache folder of its own."""
+    monkeypatch.delenv(tuning.SWITCH, raising=False)
     monkeypatch.setattr(tuning, "_on_gpu", lambda device: True)
     monkeypatch.setattr(tuning, "_index", lambda device: 0)
     monkeypatch.setattr(tuning, "_capturing", lambda: False)

@@ -263,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seconds", type=float, default=DEADLINE, help="for everything (default: %(default)s)")
     add("--only", metavar="A,B", help="names of the steps to run, by default all")
     add("--profile", action="store_true", help="a last step: ncu on large calls of each kernel, as text")
+    add("--tune", action="store_true", help="let Triton's tilings be measured, which takes seconds per class of shapes")
     add("--commit", default=os.environ.get("COMMIT"), help="of the sources, where there is no repository; or $COMMIT")
     add("--list", action="store_true", help="print the steps and stop")
     arguments = parser.parse_args(argv)
@@ -279,6 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for step in steps:
             print(f"{step.name:16} {step.limit:4.0f} s  {shlex.join(step.command)}")
         return 0
+    if not arguments.tune:
+        os.environ["ENTROPY_KERNELS_TRITON_TUNE"] = "0"
     sources = fingerprint()
     if gpu_summary.sources_of(work) not in (None, sources):
         shutil.rmtree(work)  # what is known is of other sources
