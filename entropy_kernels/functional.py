@@ -165,7 +165,7 @@ def _validate_logits(logits: Tensor, target: Tensor) -> None:
 def _validate_options(inplace_backward: Any, vocab_group: Any, backend: Any) -> None:
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"inplace_backward: expected a bool, got {type(inplace_backward).__name__}")
-    if vocab_group is not None and not hasattr(vocab_group, "group_name"):
+    if vocab_group is not None and getattr(vocab_group, "group_name", None) is None:
         raise TypeError(f"vocab_group: expected a torch.distributed.ProcessGroup, got {type(vocab_group).__name__}")
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a str, got {type(backend).__name__}")

@@ -105,7 +105,8 @@ def backward(
 
 # Types of the arguments of the kernels over tokens, by name; of an optional tensor that is not there, None.
 _TOKEN_TYPES = {
-    **dict.fromkeys(("logprob", "old_logprob", "advantages", "covariance", "coefficient", "term", "slope"), "*fp32"),
+    **dict.fromkeys(("logprob", "old_logprob", "advantages", "covariance", "coefficient", "term", "slope", "mean",
+                     "metrics"), "*fp32"),
     **dict.fromkeys(("mask", "exclude", "selected", "clipped", "chosen"), "*i8"),
     **dict.fromkeys(("scales", "means", "partial", "totals"), "*fp64"),
     **dict.fromkeys(("keys", "value_keys", "band", "index", "offset", "seed", "histogram", "key_state"), "*i64"),
@@ -221,6 +222,7 @@ VARIANTS |= {
         },
         "term-penalised-k3-square": {**_PENALISED, "PENALTY": 3, "SQUARE_SLOPE": True},
         "totals": {"kernel": policy_loss.totals_kernel, "BLOCK": policy_loss.TOTALS_BLOCK},
+        "metrics": {"kernel": policy_loss.metrics_kernel, "BLOCK": 16, "warps": 1},
     }.items()
 }  # fmt: skip
 

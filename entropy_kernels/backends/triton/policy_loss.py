@@ -39,6 +39,7 @@ K1, ABS, K2, K3 = (tl.constexpr(i) for i in range(4))
     TERM, CLIPPED, CLIPPED_LOWER, LOG_RATIO, ABSOLUTE_LOG_RATIO, RATIO, COVARIANCE, IN_BAND, SELECTED, NONFINITE,
     TOKENS, LARGEST_RATIO, LARGEST_COVARIANCE,
 ) = (tl.constexpr(i) for i in range(13))  # fmt: skip
+METRICS_COUNT = tl.constexpr(len(METRICS))
 TOTALS_BLOCK = 1024  # partial totals that a program adds at a time
 WARPS = 8  # four tokens per thread: e^x in fp64 takes registers
 
@@ -253,7 +254,6 @@ def metrics_kernel(
     totals_ptr,  # (TOTALS,) float64
     mean_ptr,  # () fp32
     metrics_ptr,  # (METRICS,) fp32
-    METRICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (1,): policy_mean and policy_metric."""
@@ -262,11 +262,11 @@ def metrics_kernel(
     weight = 1 / tl.where(tokens > 0, tokens, 1.0)
     source = index + CLIPPED
     source = tl.where(source > NONFINITE, source + 1, source)  # the number of tokens is no metric
-    value = tl.load(totals_ptr + source, mask=index < METRICS - 1, other=0.0)
+    value = tl.load(totals_ptr + source, mask=index < METRICS_COUNT - 1, other=0.0)
     mean = tl.where(source == LOG_RATIO, 0 - value, value) * weight  # of old - new
     value = tl.where(source < NONFINITE, mean, value)
-    value = tl.where(index == METRICS - 1, weight, value)
-    tl.store(metrics_ptr + index, value.to(tl.float32), mask=index < METRICS)
+    value = tl.where(index == METRICS_COUNT - 1, weight, value)
+    tl.store(metrics_ptr + index, value.to(tl.float32), mask=index < METRICS_COUNT)
     tl.store(mean_ptr, (tl.load(totals_ptr + TERM) * weight).to(tl.float32))
 
 
@@ -367,5 +367,5 @@ def policy_loss(
     )  # fmt: skip
     launch(totals_kernel, len(TOTALS), 1, 1, partial, totals, blocks, BLOCK=TOTALS_BLOCK)
     mean, metrics = logprob.new_empty(()), logprob.new_empty(len(METRICS))
-    launch(metrics_kernel, 1, 1, 1, totals, mean, metrics, METRICS=len(METRICS), BLOCK=16, num_warps=1)
+    launch(metrics_kernel, 1, 1, 1, totals, mean, metrics, BLOCK=16, num_warps=1)
     return term, slope, own_covariance, chosen if select and chosen is not None else nothing, totals, mean, metrics
