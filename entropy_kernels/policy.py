@@ -1,7 +1,8 @@
 """The policy term that losses are made of: its clips, what it selects, and its evaluation by the op ``policy_loss``.
 
 Over the ranks of a batch_group the covariance and the selection come from their own ops, whose sums cross ranks, and
-the op is given both; otherwise it makes them itself, where the backend can in the same launch.
+the op is given both; otherwise it makes them itself, where the backend can in the same launch. Advantages in fp64 have
+their covariance from its own op too, which does not round them: one rank selects what several do.
 """
 
 from __future__ import annotations
@@ -135,16 +136,17 @@ def evaluate(
     """Term and totals of ``policy``.
 
     Args:
-        logprob, old_logprob, advantages, mask: of one shape and device; checked by the caller, mask bool or None.
+        logprob, old_logprob, advantages, mask: of one shape and device; checked by the caller, logprob fp32 or fp64,
+            mask bool or None.
         batch_group: covariance and selection are over all its ranks; term, mean and totals are of this rank.
     """
     selection = None if policy.selection is None else policy.selection.check(logprob)
-    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    dtype = logprob.dtype
     covariance, given, in_band = None, policy.given, None
-    if batch_group is not None:
+    if batch_group is not None or dtype != advantages.dtype == torch.float64:
         over_ranks: dict[str, Any] = {"batch_group": batch_group, "backend": backend}
         covariance = token_covariance(logprob, advantages, mask, **over_ranks)
-        if selection is not None:
+        if batch_group is not None and selection is not None:
             exclude = None
             if selection.exclude_clipped:
                 valid = torch.ones_like(logprob, dtype=torch.bool) if mask is None else mask
@@ -155,7 +157,9 @@ def evaluate(
     coefficient = None
     if policy.selected_as == Selected.PENALISED:
         coefficient = policy.coefficient
-        if not isinstance(coefficient, Tensor):
+        if isinstance(coefficient, Tensor):
+            coefficient = coefficient.to(logprob.device, non_blocking=True)
+        else:
             coefficient = scalar_tensor(coefficient, dtype, logprob.device)
     select = selection if selection is not None else Selection(None, 0, False, None)
     term, mean, _, totals, metrics = op(

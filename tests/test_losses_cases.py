@@ -415,3 +415,31 @@ def test_metrics_are_detached_tensors_by_their_names(name: str) -> None:
     assert set(out.metrics) == expected
     for value in out.metrics.values():
         assert isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad
+
+
+@every_loss
+@pytest.mark.parametrize("mode", ["token-mean", "token-sum"])
+def test_metrics_changed_in_place_change_nothing_else(name: str, mode: str) -> None:
+    """As an all_reduce over ranks does, before the backward pass or after it."""
+    function, options = LOSSES[name]
+    lp, old, adv, mask = sample()
+    expected, gradient = run(name, lp, old, adv, mask, loss_agg_mode=mode)
+    x = leaf(lp)
+    out = function(x, old, adv, mask, loss_agg_mode=mode, **options)
+    for value in out.metrics.values():
+        value.fill_(7)
+    out.loss.backward()
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(x.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_all_terms_are_rounded_once(dtype: torch.dtype) -> None:
+    """The reference KL nearly cancels the policy term: each rounded by itself, little of the sum would be left."""
+    lp, old, _, _ = sample()
+    lp = lp.to(dtype)
+    advantages = (1 + 1e-3 * torch.randn(lp.shape)) * torch.exp(old - lp.float())  # A·r is 1, nearly
+    options: dict[str, Any] = {"clip_low": None, "clip_high": None, "ref_logprob": old, "kl_estimator": "k1"}
+    _, gradient = run("policy", lp, old, advantages, None, ref_kl_coef=1.0, **options)
+    _, exact = run("policy", lp.float(), old, advantages, None, ref_kl_coef=1.0, **options)
+    assert torch.equal(gradient, exact.to(dtype))

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
+from entropy_kernels import policy
 from loss_cases import MODES, leaf
 
 ROWS, LENGTH = 8, 12
@@ -93,6 +94,24 @@ def test_without_the_whole_batchs_numbers_micro_batches_do_not_add_up() -> None:
     expected = loss_of(ek.policy_loss, data)[0].loss
     mean = sum(loss_of(ek.policy_loss, part)[0].loss for part in parts) / 2
     assert not torch.allclose(mean, expected, rtol=1e-3)
+
+
+def test_advantages_in_fp64_are_not_rounded_before_the_selection() -> None:
+    """A loss selects what SelectionBatch does, and with it every split of the batch, also where fp32 sees ties."""
+    data = {key: value if value.dtype == torch.bool else value.float() for key, value in batch().items()}
+    generator = torch.Generator().manual_seed(6)
+    data["advantages"] = 1 + 1e-9 * torch.randn(ROWS, LENGTH, generator=generator, dtype=torch.float64)
+    for name, options in (("clip_cov", {"seed": 3, "low": 0.0, "high": 9.0}), ("kl_cov", {})):
+        function, argument = SELECTING[name]
+        selection = ek.SelectionBatch()
+        selection.add(*(data[key] for key in ("logprob", "advantages", "mask")))
+        (mask,) = getattr(selection, name)(ratio=0.2, **options)
+        clips: dict[str, Any] = {"clip_low": None, "clip_high": None}  # tokens that they hold would be no candidates
+        expected = loss_of(function, data, **clips, **{argument: mask})
+        out = loss_of(function, data, ratio=0.2, **clips, **options)
+        assert out[0].metrics["selected_frac"] > 0 and out[0].metrics["cov_max"] > 0
+        torch.testing.assert_close(out[0].loss, expected[0].loss)
+        torch.testing.assert_close(out[1:], expected[1:])
 
 
 def test_selecting_per_micro_batch_is_another_selection() -> None:
@@ -223,6 +242,21 @@ def test_a_compiled_module_recompiles_for_nothing_that_changes_each_step() -> No
         )  # fmt: skip
         seen.add(float(out.loss.detach()))
     assert counter.frame_count == 1 and len(seen) == 4
+
+
+def test_a_penalty_coefficient_on_the_cpu_serves_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch multiplies any tensor by a 0-d one of the CPU; a kernel would follow its pointer."""
+    devices = []
+
+    def op(logprob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        devices.extend(x.device.type for x in rest if isinstance(x, Tensor))
+        return policy_op(logprob, *rest)
+
+    policy_op = policy.op
+    monkeypatch.setattr(policy, "op", op)
+    tensors = [torch.empty(3, 4, device="meta")] * 3
+    ek.kl_cov_loss(*tensors, None, kl_coef=torch.tensor(0.1))  # type: ignore[arg-type]
+    assert set(devices) == {"meta"}
 
 
 class NoHostSync(TorchDispatchMode):

@@ -145,21 +145,17 @@ EK_HOST_DEVICE uint32_t larger_key(uint32_t key, float value) {
 }
 EK_HOST_DEVICE double maximum_of_key(uint32_t key) { return key == 0 ? 0.0 : static_cast<double>(key_value(key)); }
 
-EK_HOST_DEVICE double policy_mean(const double* totals) {
-  return totals[kTermSum] / (totals[kTokenSum] > 0 ? totals[kTokenSum] : 1);
-}
-
-// The metrics made from the totals: means in the order of the sums from kClippedSum to kSelectedSum (of old - new for the
-// log-ratio), the number of non-finite tokens, the maxima, and 1 / the number of valid tokens (1 without any).
-constexpr int kPolicyMetrics = kPolicyTotals - 1;
+// The metrics made from the totals: means in the order of the sums from kTermSum, which gives the op's mean, to
+// kSelectedSum (of old - new for the log-ratio), the number of non-finite tokens, the maxima, and 1 / the number of valid
+// tokens (1 without any).
+constexpr int kPolicyMetrics = kPolicyTotals;
 
 EK_HOST_DEVICE double policy_metric(const double* totals, int index) {
   const double weight = 1 / (totals[kTokenSum] > 0 ? totals[kTokenSum] : 1);
-  const int total = kClippedSum + index;
-  if (total < kNonfiniteSum) {
-    return (total == kLogRatioSum ? 0 - totals[total] : totals[total]) * weight;
+  if (index < kNonfiniteSum) {
+    return (index == kLogRatioSum ? 0 - totals[index] : totals[index]) * weight;
   }
-  return total == kNonfiniteSum ? totals[total] : total < kPolicyTotals - 1 ? totals[total + 1] : weight;
+  return index == kNonfiniteSum ? totals[index] : index < kPolicyTotals - 1 ? totals[index + 1] : weight;
 }
 
 }  // namespace entropy_kernels

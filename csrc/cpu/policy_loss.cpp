@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   std::copy_n(all.sums, int{kPolicySums}, total);
   std::transform(all.maxima, all.maxima + kPolicyMaxima, total + kPolicySums, maximum_of_key);
   Tensor mean = torch::stable::new_empty(logprob, {}, ScalarType::Float);
-  *static_cast<float*>(mean.mutable_data_ptr()) = static_cast<float>(policy_mean(total));
+  *static_cast<float*>(mean.mutable_data_ptr()) = static_cast<float>(policy_metric(total, kTermSum));
   Tensor metrics = floats(kPolicyMetrics);
   for (int i = 0; i < kPolicyMetrics; ++i) {
     static_cast<float*>(metrics.mutable_data_ptr())[i] = static_cast<float>(policy_metric(total, i));

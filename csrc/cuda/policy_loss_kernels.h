@@ -156,7 +156,7 @@ EK_HOST_DEVICE void policy_loss_block(Team& team, SearchShared& search, PolicyLo
       a.metrics[index] = static_cast<float>(policy_metric(shared.totals, index));
     }
     if (index == 0) {
-      *a.mean = static_cast<float>(policy_mean(shared.totals));
+      *a.mean = static_cast<float>(policy_metric(shared.totals, kTermSum));
     }
   }
 }

@@ -10,10 +10,10 @@ TOTALS = (
     "selected_frac", "nonfinite_tokens", "tokens", "ratio_max", "cov_max",
 )  # fmt: skip
 MAXIMA = TOTALS[-2:]
-# Index in the metrics; "weight" is 1 / the number of valid tokens, 1 without any.
+# Index in the metrics; "pg_loss" is the op's mean again, "weight" 1 / the number of valid tokens, 1 without any.
 METRICS = (
-    "clipfrac", "clipfrac_lower", "ppo_kl", "ppo_kl_abs", "ratio_mean", "cov_mean", "band_frac", "selected_frac",
-    "nonfinite_tokens", "ratio_max", "cov_max", "weight",
+    "pg_loss", "clipfrac", "clipfrac_lower", "ppo_kl", "ppo_kl_abs", "ratio_mean", "cov_mean", "band_frac",
+    "selected_frac", "nonfinite_tokens", "ratio_max", "cov_max", "weight",
 )  # fmt: skip
 PENALTIES = ("k1", "abs", "k2", "k3")
 

@@ -15,7 +15,7 @@ from entropy_kernels.selection import expand_advantages
 class Inputs(NamedTuple):
     """What all losses take, checked; tensors have ``logprob``'s shape, values under padding are as they came."""
 
-    logprob: Tensor
+    logprob: Tensor  # fp32 (fp64 if it came so): gradients of several terms are added before they are rounded
     old_logprob: Tensor
     advantages: Tensor
     mask: Tensor | None  # bool, True = counts; None: all do
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Of the loss: fp32, or fp64 for fp64 log-probs."""
-        return torch.float64 if self.logprob.dtype == torch.float64 else torch.float32
+        return self.logprob.dtype
 
     @property
     def valid(self) -> Tensor:
@@ -36,7 +36,7 @@ class Inputs(NamedTuple):
         """logprob - ref_logprob, differentiable, 0 in padding."""
         if self.ref_logprob is None:
             return None
-        return torch.where(self.valid, self.logprob.to(self.dtype) - self.ref_logprob.to(self.dtype), 0)
+        return torch.where(self.valid, self.logprob - self.ref_logprob.to(self.dtype), 0)
 
 
 def check_inputs(
@@ -68,7 +68,8 @@ def check_inputs(
     if entropy is not None:
         entropy = _like("entropy", entropy, logprob)
         _warn_about_lost_gradient(entropy, entropy_coef, logprob)
-    return Inputs(logprob, old, advantages, valid, entropy, ref)
+    dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    return Inputs(logprob.to(dtype), old, advantages, valid, entropy, ref)
 
 
 def check_tensor(name: str, value: Any) -> None:

@@ -92,12 +92,12 @@ def _add_extras(inputs: Inputs, evaluated: Evaluated, extras: Extras) -> _Terms:
 def _alone(inputs: Inputs, evaluated: Evaluated, terms: _Terms, aggregation: Aggregation) -> tuple[Tensor, Tensor]:
     """Loss and pg_loss of a batch that no other rank shares."""
     if aggregation.is_mean_of_call and terms.plain:
-        return evaluated.mean, evaluated.mean.detach()
+        return evaluated.mean, evaluated.metrics[MEANS_AND_MAXIMA.index("pg_loss")]
     mask = inputs.valid
     denominator = aggregation.denominator(Counts.of(mask), mask.shape[-1])
     loss = (aggregation.numerator(terms.loss, mask) / denominator * aggregation.dp_size).to(inputs.dtype)
     if terms.plain:
-        return loss, loss.detach()
+        return loss, loss.detach().clone()
     policy = aggregation.numerator(terms.policy.detach(), mask) / denominator * aggregation.dp_size
     return loss, policy.to(inputs.dtype)
 

@@ -7,7 +7,7 @@ A kernel ``policy_loss`` of a backend takes the arguments of the schema in their
 fp32 ("torch": or fp64), ratio and k as numbers (-1: not given), without the backend; it returns
 
     (term (N,), slope (N,), covariance (N,) or empty if given, selected (N,) bool or empty unless it selects,
-     totals (13,) float64, mean (), metrics (12,))
+     totals (13,) float64, mean (), metrics (13,))
 
 totals and metrics in the order of policy_names.py. csrc/common/policy_term.h says what the numbers mean.
 """
@@ -95,7 +95,8 @@ class _PolicyLoss(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             outputs = policy_loss(*inputs)
         _, _, slope, totals, metrics = outputs
-        ctx.save_for_backward(slope, metrics, inputs[0])
+        ctx.save_for_backward(slope, inputs[0])
+        ctx.metrics = metrics  # not among the saved: a metric changed in place, as by an all_reduce, spoils no "weight"
         ctx.inputs = len(inputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(slope, totals, metrics)
@@ -103,10 +104,10 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_term: Tensor | None, grad_mean: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
-        slope, metrics, logprob = ctx.saved_tensors
+        slope, logprob = ctx.saved_tensors
         gradient = None
         if grad_mean is not None:
-            gradient = grad_mean * metrics[METRICS.index("weight")]
+            gradient = grad_mean * ctx.metrics[METRICS.index("weight")]
         if grad_term is not None:
             gradient = grad_term if gradient is None else grad_term + gradient
         if gradient is not None:

@@ -180,11 +180,11 @@ def _maximum(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def finish(totals: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean of the term, and the metrics, from the totals: policy_mean and policy_metric of policy_term.h."""
+    """Mean of the term, and the metrics, from the totals: policy_metric of policy_term.h."""
     tokens = totals[TOTALS.index("tokens")]
     nonfinite = TOTALS.index("nonfinite_tokens")
     weight = 1 / tokens.clamp(min=1)
     means = totals[:nonfinite] * weight
     kl = TOTALS.index("log_ratio")
-    vector = [means[1:kl], 0 - means[kl : kl + 1], means[kl + 1 :], totals[nonfinite : nonfinite + 1]]
+    vector = [means[:kl], 0 - means[kl : kl + 1], means[kl + 1 :], totals[nonfinite : nonfinite + 1]]
     return means[0].to(dtype), torch.cat([*vector, totals[nonfinite + 2 :], weight[None]]).to(dtype)

@@ -256,12 +256,11 @@ def metrics_kernel(
     metrics_ptr,  # (METRICS,) fp32
     BLOCK: tl.constexpr,
 ):
-    """Grid (1,): policy_mean and policy_metric."""
+    """Grid (1,): policy_metric."""
     index = tl.arange(0, BLOCK)
     tokens = tl.load(totals_ptr + TOKENS)
     weight = 1 / tl.where(tokens > 0, tokens, 1.0)
-    source = index + CLIPPED
-    source = tl.where(source > NONFINITE, source + 1, source)  # the number of tokens is no metric
+    source = tl.where(index > NONFINITE, index + 1, index)  # the number of tokens is no metric
     value = tl.load(totals_ptr + source, mask=index < METRICS_COUNT - 1, other=0.0)
     mean = tl.where(source == LOG_RATIO, 0 - value, value) * weight  # of old - new
     value = tl.where(source < NONFINITE, mean, value)
@@ -317,7 +316,7 @@ def policy_loss(
 
     Returns:
         (term, slope, covariance, chosen, totals, mean, metrics): (N,) fp32 three times, the covariance (0,) if given;
-        (N,) bool, or (0,) unless ``select``; (13,) float64, sums and maxima over the valid tokens; () and (12,) fp32.
+        (N,) bool, or (0,) unless ``select``; (13,) float64, sums and maxima over the valid tokens; () and (13,) fp32.
     """
     tokens, device = logprob.numel(), logprob.device
     term, slope = torch.empty_like(logprob), torch.empty_like(logprob)
