@@ -98,8 +98,9 @@ def _architecture(device: str, machine: dict[str, Any], file: str) -> str:
 
 def _size(op: str, record: dict[str, Any], file: str) -> str:
     """The size class of a record, from its ``size`` or from its shape: "512×151936", "4096 normal", "64×128 batch"."""
-    size, shape = record.get("size") or {}, record["shape"].split()[0]
+    size = record.get("size") or {}
     try:
+        shape = record["shape"].split()[0]
         if {"rows", "vocab"} <= set(size):
             count = size["rows"] * size["vocab"]
         elif "tokens" in size:
@@ -110,7 +111,7 @@ def _size(op: str, record: dict[str, Any], file: str) -> str:
         else:
             count = int(shape)
         itemsize = DTYPES[record["dtype"]].itemsize
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError) as error:
         raise ValueError(f"{file}: expected a size, or a shape like 512×151936, got {record['shape']!r}") from error
     return auto_table.size_class(op, count, itemsize)
 

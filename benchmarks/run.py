@@ -216,8 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "not_reached": [],
     }
     run = Run(head, plan, device, output_folder(arguments, device))
+    if run.folder.exists() and not run.folder.is_dir():
+        parser().error(f"argument --output: expected a folder, got the file {run.folder}")
     if arguments.resume and run.document.exists():
-        before, run.measured = records.read(run.document)
+        before, run.measured = _before(run)
         settings = replace(settings, done=frozenset(r.key for part in run.measured for r in part.records))
         head.update({key: before[key] for key in ("command", "time", "machine")})
         started -= before["seconds"]
@@ -228,6 +230,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(text)
     print(f"{head['seconds']:.0f} s; results in {run.folder}")
     return _complain(run)
+
+
+def _before(run: Run) -> tuple[dict[str, Any], list[Measured]]:
+    """Head and groups of the document to go on with, whose head then stands for the new rows too."""
+    try:
+        before, measured = records.read(run.document)
+        was, now = before["machine"], run.head["machine"]
+        changed = [name for name in ("machine", "threads", "versions", "commit") if was[name] != now[name]]
+    except (ValueError, TypeError, KeyError) as error:
+        parser().error(f"argument --resume: {run.document} cannot be read: {type(error).__name__}: {error}")
+    if changed:
+        parser().error(f"argument --resume: {run.document} is of another {', '.join(changed)}")
+    return before, measured
 
 
 def _complain(run: Run) -> int:

@@ -132,6 +132,7 @@ def no_time(document: dict[str, Any]) -> None:
         (lambda d: d.pop("machine"), "expected a bench.json, got one without 'machine'"),
         (lambda d: d.update(groups=[]), "expected timed records of our backends"),
         (lambda d: d["groups"][0]["records"][0].update(shape="a lot"), "expected a size, or a shape like 512×151936"),
+        (lambda d: d["groups"][0]["records"][0].update(shape=""), "expected a size, or a shape like 512×151936"),
         (lambda d: d["groups"][0]["records"][0].update(dtype="int8"), "expected a size, or a shape"),
         (lambda d: d["groups"][0]["records"][0].update(device="cuda"), "expected machine.gpu with capability"),
         (without_summary, "without 'summary'"),

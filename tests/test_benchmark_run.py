@@ -107,6 +107,31 @@ def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
     assert _document(tmp_path)["complete"]
 
 
+def test_resume_mixes_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of the document speaks for all of its rows."""
+    arguments = [*SMALL, "--output", str(tmp_path), "--ops", "tokens_floor", "--impl", "topk"]
+    main(arguments)
+    monkeypatch.setenv("ENTROPY_KERNELS_COMMIT", "another")
+    document = (tmp_path / "bench.json").read_text()
+    for text, error in (
+        (document, "is of another commit"),
+        (document[:99], "cannot be read"),
+        ("{}", "cannot be read"),
+    ):
+        (tmp_path / "bench.json").write_text(text)
+        with pytest.raises(SystemExit):
+            main([*arguments, "--resume"])
+        assert error in capsys.readouterr().err
+        assert (tmp_path / "bench.json").read_text() == text
+
+
+def test_an_output_that_is_a_file_is_refused_before_measuring(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--output", str(tmp_path / "file")])
+    assert "--output: expected a folder" in capsys.readouterr().err
+
+
 def test_a_lost_device_is_written_and_a_new_process_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Record("kl_cov_mask", "eager-topk", "peer", "s", "fp32", "cuda", "hot", status="failed", reason="illegal")
 

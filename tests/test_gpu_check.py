@@ -178,6 +178,19 @@ def test_at_most_eight_files_come_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert "huge.log" not in names and "benchmark/z.png" in names
 
 
+def test_a_crash_is_not_read_as_the_success_of_an_earlier_call(tmp_path: Path) -> None:
+    report = tmp_path / "tests-cuda.xml"
+    text = '<testsuites><testsuite><testcase name="a"/></testsuite></testsuites>'
+    good = gpu_check.Step("tests-cuda", python(f"open({str(report)!r}, 'w').write({text!r})"), 20)
+    gpu_check.run([good], tmp_path, tmp_path / "out", deadline=60)
+    summary = tmp_path / "summary.json"
+    assert json.loads(summary.read_text())["tests"]["passed"] == 1
+    gpu_check.run(
+        [gpu_check.Step("tests-cuda", python("import os; os.abort()"), 20)], tmp_path, tmp_path / "out", deadline=60
+    )
+    assert json.loads(summary.read_text())["tests"]["passed"] == 0
+
+
 # ---- what the tests said --------------------------------------------------------------------------------------------
 
 TESTS = """

@@ -176,6 +176,7 @@ def _run_step(step: Step, work: Path, end: float, needed: Result | None) -> Resu
         return Result(step.name, shown, NOT_RUN, 0.0, f"{max(limit, 0):.0f} s left")
     started = time.monotonic()
     log = work / f"{step.name}.log"
+    (work / f"{step.name}.xml").unlink(missing_ok=True)  # of an earlier call: a crash would be read as its success
     try:
         with open(log, "wb") as file:
             # a session of its own, so that a step that hangs goes with all of its processes
