@@ -27,7 +27,7 @@ setup: $(VENV)/.built ## create .venv and build the C++ extension
 train: setup ## train a tiny model under GRPO, Clip-Cov and KL-Cov; writes runs/quickstart/report.html
 	$(BIN)/python -m entropy_kernels.trainer quickstart --out runs/quickstart
 
-reproduce-toy: setup ## three seeds with the random-token controls (about 25 minutes)
+reproduce-toy: setup ## three seeds with the random-token controls (8 to 25 minutes)
 	$(BIN)/python -m entropy_kernels.trainer reproduce --out runs/reproduce-toy
 
 # A process per core with one thread each; loadfile keeps the fixtures of a module in one process.
@@ -50,7 +50,7 @@ gpu-wheels: setup ## the benchmark's peers as wheels in .wheels/, for a GPU mach
 	$(BIN)/python tools/gpu_wheels.py
 
 gpu-check: ## on a machine with a GPU: build, tests, sanitizer, benchmark in one call of nine minutes
-	$(PYTHON) tools/gpu_check.py
+	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
 
 cuda-check: setup ## compile every CUDA kernel for sm_80, sm_90a and sm_100a, without a GPU; fails on a spill
 	$(BIN)/python tools/cuda_check.py
@@ -65,4 +65,4 @@ format: setup ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 
 clean: ## remove build outputs, keep .venv and runs
-	rm -rf build dist *.egg-info entropy_kernels/*.so
+	rm -rf build dist *.egg-info entropy_kernels/*.so $(VENV)/.built

@@ -139,7 +139,7 @@ def test_results_of_other_sources_are_dropped(tmp_path: Path, monkeypatch: pytes
         old = [Result("other", "", "passed", 1.0)]
         (tmp_path / "w").mkdir(exist_ok=True)
         gpu_summary.write(tmp_path / "w", tmp_path / "o", old, None, {"sources": before})
-        assert gpu_check.main(arguments) == 0
+        assert gpu_check.main([*arguments, "--rehearse"]) == 0
         summary = json.loads((tmp_path / "o" / "summary.json").read_text())
         assert ("other" in [s["name"] for s in summary["steps"]]) == kept
         assert (summary["sources"], summary["commit"]) == ("new", "abc")
@@ -337,3 +337,10 @@ def test_make_passes_the_commit() -> None:
         ["make", "-n", "gpu-check", "COMMIT=abc"], capture_output=True, text=True, cwd=gpu_check.ROOT
     )
     assert "tools/gpu_check.py" in shlex.join(shown.stdout.split())
+
+
+def test_without_a_gpu_nothing_is_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: None)
+    monkeypatch.setattr(gpu_check, "run", lambda *arguments, **options: pytest.fail("a step was run"))
+    assert gpu_check.main([]) == 2
+    assert "no GPU here" in capsys.readouterr().err

@@ -35,6 +35,8 @@ from gpu_summary import FAILED, NOT_RUN, OUT_OF_TIME, PASSED, Gpu, Result
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds for everything; a lent machine ends a command after ten minutes.
 DEADLINE = 525.0
+#: What the carried wheels hold.
+SITE = ROOT / "runs" / "gpu-check-site"
 #: A step is not begun with less than this share of its own limit left.
 WORTH_BEGINNING = 0.25
 #: Of its time, a step gets this much (seconds at most, and share) to end by itself after an interrupt: pytest with
@@ -80,7 +82,8 @@ def plan(
         Step("machine", ("bash", "-c", f"nvidia-smi; nvidia-smi -q; nvcc --version; lscpu; {python} -m pip list"), 30),
     ]
     if any(wheels.glob("*.whl")):
-        install = (python, "-m", "pip", "install", "--no-deps", "--no-index", "-q")
+        # beside this Python, not into it: what they replace would stay replaced
+        install = (python, "-m", "pip", "install", "--no-deps", "--no-index", "-q", "--upgrade", "--target", str(SITE))
         steps.append(Step("wheels", (*install, *sorted(map(str, wheels.glob("*.whl")))), 60))
     # machine code for this GPU alone takes a third of the time
     build = {"FORCE_CUDA": "1", "MAX_JOBS": str(os.cpu_count() or 1)}
@@ -182,7 +185,7 @@ def _run_step(step: Step, work: Path, end: float, needed: Result | None) -> Resu
             # a session of its own, so that a step that hangs goes with all of its processes
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "PATH": _PATH, "PYTHONUNBUFFERED": "1", **step.variables},
+                env={**os.environ, **_ENVIRONMENT, **step.variables},
             )  # fmt: skip
             code = _wait(process, limit)
     except OSError as error:
@@ -193,8 +196,12 @@ def _run_step(step: Step, work: Path, end: float, needed: Result | None) -> Resu
     return Result(step.name, shown, PASSED if code == 0 else FAILED, seconds, _here(gpu_summary.last_words(log)))
 
 
-#: Where a toolkit's tools are, if nothing else says so.
-_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+_ENVIRONMENT = {
+    # where a toolkit's tools are, if nothing else says so
+    "PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")])),
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 def _here(text: str) -> str:
@@ -228,6 +235,17 @@ def find_gpu() -> Gpu | None:
         return None
     found = re.match(r"(.+), (\d+)\.(\d)$", text.strip().splitlines()[0] if text.strip() else "")
     return Gpu(found[1], int(found[2]), int(found[3])) if found else None
+
+
+def missing(gpu: Gpu | None) -> str | None:
+    """What this machine lacks, if anything."""
+    if gpu is None:
+        return "nvidia-smi shows no GPU here"
+    if subprocess.run([sys.executable, "-c", "import torch; torch.zeros(1).cuda()"], capture_output=True).returncode:
+        return f"{sys.executable} has no torch that can use the GPU"
+    if shutil.which("nvcc", path=_ENVIRONMENT["PATH"]) is None:
+        return "there is no nvcc here"
+    return None
 
 
 def fingerprint() -> str:
@@ -266,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--profile", action="store_true", help="a last step: ncu on large calls of each kernel, as text")
     add("--tune", action="store_true", help="let Triton's tilings be measured, which takes seconds per class of shapes")
     add("--commit", default=os.environ.get("COMMIT"), help="of the sources, where there is no repository; or $COMMIT")
+    add("--rehearse", action="store_true", help="run the steps without a GPU too, to see what each would do")
     add("--list", action="store_true", help="print the steps and stop")
     arguments = parser.parse_args(argv)
     gpu, commit, work = find_gpu(), commit_of(arguments.commit), arguments.work.resolve()
@@ -283,6 +302,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not arguments.tune:
         os.environ["ENTROPY_KERNELS_TRITON_TUNE"] = "0"
+    reason = None if arguments.rehearse else missing(gpu)
+    if reason is not None:
+        print(f"gpu-check: {reason}; every step needs it (--rehearse runs them all the same)", file=sys.stderr)
+        return 2
     sources = fingerprint()
     if gpu_summary.sources_of(work) not in (None, sources):
         shutil.rmtree(work)  # what is known is of other sources
