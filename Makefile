@@ -34,13 +34,14 @@ reproduce-toy: setup ## three seeds with the random-token controls (8 to 25 minu
 test: setup ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
-bench: setup ## measure ours and peers on this machine; writes benchmarks/results/<machine>/
+bench: setup ## measure ours and peers on this machine; writes benchmarks/results/<machine>/ (with BENCH_ARGS: runs/bench/<machine>/)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 bench-save: setup ## time the regression set and save it as the base of bench-compare
 	$(BIN)/python -m pytest benchmarks/test_regression.py --benchmark-save=base $(PYTEST_ARGS)
 
-bench-compare: setup ## time the regression set; fails if a minimum is 25 % above the last saved run
+bench-compare: setup ## time the regression set; fails if a minimum is 25 % above the last saved run (on a quiet machine)
+	test -d .benchmarks || { echo "nothing to compare with: run make bench-save first" >&2; exit 1; }
 	$(BIN)/python -m pytest benchmarks/test_regression.py --benchmark-compare --benchmark-compare-fail=min:25% $(PYTEST_ARGS)
 
 bench-readme: setup ## write the README's figures and plots from the result files

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOR = {"ours": "#0072b2", "peer": "#9a9a9a", "limit": "#e0c080"}
-_ROLE = {"ours": "entropy_kernels", "peer": "peers", "limit": "limits of the machine"}
+_ROLE = {"ours": "entropy_kernels", "peer": "peers", "limit": "reference operations"}
 # marker, and a shift that keeps equal errors apart
 _ERRORS = {"logprob (nats)": ("o", -0.14), "entropy (nats)": ("D", 0.14)}
 _NOISE = 1e-8  # smaller errors, zero among them, are drawn here
@@ -53,6 +53,8 @@ def time_figure(groups: Sequence[Measured], note: str) -> Figure | None:
 
 def _time_panel(ax: Axes, title: str, records: list[Record], lines: int) -> None:
     """``lines``: the most bars of a panel in this row of the figure, so that all bars are equally thick."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     several = len({record.op for record in records}) > 1
     order = list(dict.fromkeys(record.op for record in records))
     records = sorted(records, key=lambda r: (order.index(r.op), r.summary["median"]))
@@ -77,7 +79,9 @@ def _time_panel(ax: Axes, title: str, records: list[Record], lines: int) -> None
     ax.margins(x=0.1)
     if logarithmic:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # over a short range it would print over the others
     else:
         ax.set_xlim(left=0)
         ax.grid(False, axis="y")

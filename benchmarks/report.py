@@ -24,6 +24,8 @@ def write(folder: Path) -> str:
     head, measured = records.read(folder / "bench.json")
     text = tables.markdown(head, verdicts(head), measured)
     (folder / "bench.md").write_text(text)
+    for stale in folder.glob("*.png"):  # of an earlier run, which may have had other rows
+        stale.unlink()
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no plots (python -m benchmarks.report makes them)", file=sys.stderr)
     else:
@@ -60,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the reports of the folders given."""
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="with a bench.json in it")
-    for folder in parser.parse_args(argv).folders:
+    folders = parser.parse_args(argv).folders
+    for folder in folders:
+        if not (folder / "bench.json").is_file():
+            parser.error(f"argument FOLDER: expected a folder with a bench.json, got {folder}")
+    for folder in folders:
         write(folder)
         print(folder / "bench.md")
     return 0

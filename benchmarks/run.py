@@ -253,6 +253,9 @@ def _complain(run: Run) -> int:
             f"ours {record.status}: {record.op} {record.implementation} {record.shape}: {record.reason}",
             file=sys.stderr,
         )
+    if run.head.get("complete", True) and not any(record.summary for record in found):
+        print("nothing was timed: --list says what can run here, and why the rest cannot", file=sys.stderr)
+        return 1
     return 1 if broken else 0
 
 

@@ -165,7 +165,8 @@ def markdown(head: Mapping[str, Any], verdicts: Sequence[Verdict], groups: Seque
         f'{bandwidth["copy"] / 1e9:.1f} GB/s. "of read" and "of copy" divide the least traffic of an op by its '
         "median time and by these. "
         + ("" if machine["gpu"] else "Times of a group come from interleaved rounds in random order. ")
-        + "Extra memory is the peak above what was held before the call, outputs included.",
+        + "Extra memory is the peak above what was held before the call, outputs included. A share above 100 % "
+        + "means that some of the data came from a cache; amax and topk are references, which may be beaten.",
     ]
     if machine["gpu"]:
         parts.append(_GPU_NOTE)

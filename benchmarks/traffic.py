@@ -15,6 +15,7 @@ import torch
 from benchmarks.registry import Prepared
 from benchmarks.shapes import Case, LogitsShape, TokensShape
 from benchmarks.timing import cache_bytes, clock_for
+from entropy_kernels.backends import reused_memory
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _peak_resident(call: Callable[[], Any], device: torch.device) -> Peak:
     with contextlib.suppress(OSError, AttributeError):
         # glibc keeps freed memory resident: give it back, else a call that needs it again seems to need nothing
         ctypes.CDLL(None).malloc_trim(0)
+    reused_memory.release()  # the same for the gradient that our backward pass keeps
     _reset_high_water()
     before = _status("VmRSS")
     output = call()

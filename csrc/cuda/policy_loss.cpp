@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> policy_loss(
   Tensor slope = torch::stable::new_empty(logprob, logprob.sizes(), ScalarType::Float);
   Tensor covariance = torch::stable::new_empty(logprob, {given_covariance ? 0 : tokens}, ScalarType::Float);
   Tensor chosen = torch::stable::new_empty(logprob, {select ? tokens : 0}, ScalarType::Bool);
-  // without a token no kernel is launched, and everything is 0 but the weight
+  // without a token no kernel is launched, and everything is 0: the weight too, which has no slope to weigh
   Tensor totals = tokens > 0 ? torch::stable::new_empty(logprob, {kPolicyTotals}, ScalarType::Double)
                              : torch::stable::new_zeros(logprob, {kPolicyTotals}, ScalarType::Double);
   Tensor mean = tokens > 0 ? torch::stable::new_empty(logprob, {}, ScalarType::Float)

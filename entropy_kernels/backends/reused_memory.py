@@ -60,3 +60,9 @@ def _block(size: int) -> mmap.mmap:
 def _give_back(block: mmap.mmap) -> None:
     block.madvise(mmap.MADV_FREE)
     _kept.append(block)
+
+
+def release() -> None:
+    """Return the kept block to the system."""
+    while _kept:
+        _kept.pop().close()
