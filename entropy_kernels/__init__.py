@@ -38,4 +38,4 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-from entropy_kernels.integrations import hf  # noqa: E402  (uses the names above)
+from entropy_kernels.integrations import hf  # last: it uses the names above

@@ -73,8 +73,8 @@ def causal_lm_logprob_entropy(
 
         logprob, entropy = ek.hf.causal_lm_logprob_entropy(model, input_ids, attention_mask=mask)
 
-    replaces ``logits = model(input_ids, ...).logits`` and what follows. Gradients reach every parameter, a tied embedding
-    once through both of its uses. Gradient checkpointing, autocast and adapters of the backbone work as in
+    replaces ``logits = model(input_ids, ...).logits`` and what follows. Gradients reach every parameter, a tied
+    embedding through both of its uses. Gradient checkpointing, autocast and adapters of the backbone work as in
     ``model(...)``; the final softcap of Gemma 2 and 3, and the scale of Granite's and Cohere's logits, are the model's.
 
     Args:
