@@ -27,6 +27,7 @@ __all__ = [
     "clip_cov_loss",
     "clip_cov_mask",
     "fit_entropy_law",
+    "hf",
     "kl_cov_loss",
     "kl_cov_mask",
     "logprob_entropy",
@@ -36,3 +37,5 @@ __all__ = [
     "token_stats",
 ]
 __version__ = "0.1.0"
+
+from entropy_kernels.integrations import hf  # last: it uses the names above

@@ -1,0 +1,189 @@
+"""Hugging Face causal language models without their logits: the backbone runs, our op takes the place of the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+
+__all__ = ["causal_lm_logprob_entropy", "next_tokens"]
+
+
+def next_tokens(
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The label of every position: the token after it in the same sequence, ``ignore_index`` where there is none.
+
+    Args:
+        input_ids: (..., L) int token ids.
+        attention_mask: ``input_ids``'s shape, 1 = a token, 0 = padding on either side: a padded position has no label
+            and is none.
+        position_ids: ``input_ids``'s shape; a position that does not follow the one before it begins a sequence
+            (several sequences packed in one row).
+        cu_seqlens: (S + 1,) int: sequence s of a packed row, (L,) or (1, L), is [cu_seqlens[s], cu_seqlens[s + 1]);
+            what lies behind the last one is padding.
+
+    Returns:
+        ``input_ids``'s shape and dtype; nothing is read back by the host.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype or shape.
+    """
+    _check_ids(input_ids)
+    target = torch.full_like(input_ids, ignore_index)
+    target[..., :-1] = input_ids[..., 1:]
+    if cu_seqlens is not None:
+        last = _sequence_ends(input_ids, cu_seqlens)
+        target = torch.where(last.view(input_ids.shape), ignore_index, target)
+    if position_ids is not None:
+        _check_shape("position_ids", position_ids, input_ids)
+        follows = position_ids[..., 1:] == position_ids[..., :-1] + 1
+        target[..., :-1] = torch.where(follows, target[..., :-1], ignore_index)
+    if attention_mask is not None:
+        _check_shape("attention_mask", attention_mask, input_ids)
+        real = attention_mask != 0
+        target[..., :-1] = torch.where(real[..., 1:] & real[..., :-1], target[..., :-1], ignore_index)
+    return target
+
+
+def causal_lm_logprob_entropy(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    target: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    **model_options: Any,
+) -> ek.LogprobEntropy:
+    """Log-prob of every next token and entropy of its distribution, without the logits of the whole batch.
+
+        logprob, entropy = ek.hf.causal_lm_logprob_entropy(model, input_ids, attention_mask=mask)
+
+    replaces ``logits = model(input_ids, ...).logits`` and what follows. Gradients reach every parameter, a tied
+    embedding through both of its uses. Gradient checkpointing, autocast and adapters of the backbone work as in
+    ``model(...)``; the final softcap of Gemma 2 and 3, and the scale of Granite's and Cohere's logits, are the model's.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model around one; not one wrapped in DDP or FSDP1,
+            whose forward this would go past.
+        input_ids: (B, L) int; packed sequences: (1, L) with ``cu_seqlens`` or ``position_ids``.
+        target: (B, L) labels of the positions; by default :func:`next_tokens`. Positions with ``ignore_index`` cost
+            nothing but their row in the product.
+        attention_mask, position_ids: also handed to the backbone. For packed sequences without an attention mask
+            transformers keeps them apart by ``position_ids``, which are made from ``cu_seqlens``.
+        cu_seqlens: see :func:`next_tokens`.
+        temperature, logits_dtype, memory_budget, backend: of :func:`entropy_kernels.linear_logprob_entropy`.
+        model_options: handed to the backbone.
+
+    Returns:
+        ``LogprobEntropy`` of (B, L): position t belongs to the token at t + 1; 0 where there is no label.
+
+    Raises:
+        TypeError: a model without a linear output head, or one that is wrapped.
+        ValueError: arguments of the wrong shape.
+    """
+    model = _unwrapped(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    backbone = getattr(model, "base_model", None)
+    if not isinstance(weight, Tensor) or backbone is None or backbone is model:
+        raise TypeError(
+            "model: expected a transformers causal language model with a linear output head, "
+            f"got {type(model).__name__}"
+        )
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected (B, L), got shape {tuple(input_ids.shape)}")
+    if cu_seqlens is not None and position_ids is None:
+        position_ids = _positions(input_ids, cu_seqlens)
+    if target is None:
+        target = next_tokens(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens,
+            ignore_index=ignore_index,
+        )  # fmt: skip
+    _check_shape("target", target, input_ids)
+    hidden = backbone(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **model_options
+    )[0]  # (B, L, H)
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    scale = _logit_scale(config)
+    return ek.linear_logprob_entropy(
+        hidden if scale == 1 else hidden * scale,
+        weight,
+        target,
+        getattr(head, "bias", None),
+        temperature=temperature,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        ignore_index=ignore_index,
+        logits_dtype=logits_dtype,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model itself; a PEFT model has its adapters inside of it."""
+    if (
+        isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        or type(model).__name__ == "FullyShardedDataParallel"
+    ):
+        raise TypeError(
+            f"model: expected the model itself, got {type(model).__name__}, whose forward (which synchronises the "
+            "gradients) would be gone past; call this function inside of the forward of the module that you wrap"
+        )
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _logit_scale(config: Any) -> float:
+    """Factor of the logits before the softmax: Cohere multiplies, Granite divides."""
+    scaling = getattr(config, "logits_scaling", None)
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(scaling or 1.0)
+
+
+def _sequence_ends(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """(L,) bool: the last token of a sequence, and everything behind the last sequence."""
+    length = input_ids.shape[-1]
+    if input_ids.numel() != length or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            "cu_seqlens: expected (S + 1,) int for input_ids of shape (L,) or (1, L), "
+            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} for {tuple(input_ids.shape)}"
+        )
+    place = torch.arange(length, device=input_ids.device)
+    # the number of sequences that end at or before t + 1 grows where one ends
+    ends = torch.searchsorted(cu_seqlens.to(place), place + 1, right=True)
+    ends = ends != torch.searchsorted(cu_seqlens.to(place), place, right=True)
+    return ends | (place >= cu_seqlens[-1])
+
+
+def _positions(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Position of each token in its sequence, 0, 1, … again behind the last one."""
+    _sequence_ends(input_ids, cu_seqlens)  # checks
+    place = torch.arange(input_ids.shape[-1], device=input_ids.device)
+    starts = cu_seqlens.to(place)
+    return (place - starts[torch.searchsorted(starts, place, right=True) - 1]).view(input_ids.shape)
+
+
+def _check_ids(input_ids: Any) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids: expected a tensor of integers, got {got}")
+    if input_ids.dim() == 0:
+        raise ValueError("input_ids: expected (..., L), got a 0-d tensor")
+
+
+def _check_shape(name: str, value: Tensor, input_ids: Tensor) -> None:
+    if value.shape != input_ids.shape:
+        raise ValueError(f"{name}: expected input_ids's shape {tuple(input_ids.shape)}, got {tuple(value.shape)}")
