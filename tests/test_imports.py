@@ -23,6 +23,7 @@ ROOMS = {
     "backends": 0,
     "ops": 1,
     "functional": 2,
+    "linear": 2,
     "selection": 2,
     "policy": 2,
     "losses": 3,

@@ -1,0 +1,259 @@
+"""Public functions on hidden states and a head's weight: validate, plan, call the op (docs/linear.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._arguments import integer
+from entropy_kernels.functional import (
+    LogprobEntropy,
+    TokenStats,
+    softcap_number,
+    temperature_tensor,
+    validate_options,
+    validate_rows,
+    vocabulary,
+)
+from entropy_kernels.ops import linear_plan as planning
+from entropy_kernels.ops import linear_token_stats as op
+from entropy_kernels.ops import token_stats
+from entropy_kernels.ops.linear_plan import LinearPlan, Problem
+
+_LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def linear_logprob_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> LogprobEntropy:
+    """:func:`entropy_kernels.logprob_entropy` of the logits ``hidden @ weight.T + bias``, in bounded memory.
+
+    Differentiable with respect to ``hidden``, ``weight`` and ``bias``; each gradient is computed only where it is
+    needed, accumulates in fp32 and is rounded once. How it is computed, and in how much memory, says
+    :func:`linear_plan`. Under torch.autocast the products are made in its dtype.
+
+    Args:
+        hidden: (..., H) bf16, fp16, fp32 or, on the CPU, fp64, with any strides.
+        weight: (V, H) of ``hidden``'s dtype (of any under autocast); under ``vocab_group`` this rank's rows of it.
+        target: (...) int32 or int64 token ids; global ids under ``vocab_group``.
+        bias: (V,) like ``weight``. An entry of -inf masks its token.
+        temperature, softcap, ignore_index, vocab_start, vocab_size, backend: as in
+            :func:`entropy_kernels.logprob_entropy`. Ignored tokens give 0 and contribute nothing to any gradient,
+            whatever their hidden state holds; on the CPU they cost nothing either.
+        vocab_group: torch.distributed process group over vocabulary shards. ``hidden``, ``target`` and the upstream
+            gradients are the same on all ranks, and so are the results and ``hidden``'s gradient.
+        logits_dtype: bf16, fp16 or fp32, that the products are rounded to before the statistics; by default their own
+            dtype, as in ``F.linear``. fp32 keeps the 16 bits that bf16 logits lose, at twice the memory.
+        memory_budget: bytes that the call may use beside inputs, results and gradients; 1 GiB by default. The logits
+            are kept for the backward pass if they fit, else made again there.
+
+    Returns:
+        ``LogprobEntropy(logprob, entropy)``, each of ``target``'s shape, fp32 (fp64 for fp64), in nats.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or range, or a budget that is too small.
+        IndexError: a label out of range (CPU; on a GPU the token's outputs are NaN).
+        RuntimeError: double backward. NotImplementedError: forward-mode differentiation.
+    """
+    outputs = _linear_token_stats(
+        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
+        logits_dtype, memory_budget, backend, token_stats.LOGPROB | token_stats.ENTROPY,
+    )  # fmt: skip
+    return LogprobEntropy(*outputs[:2])
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """:func:`entropy_kernels.token_stats` of the logits ``hidden @ weight.T + bias``, in bounded memory.
+
+    Arguments, memory, gradients and errors as in :func:`linear_logprob_entropy`, results as in
+    :func:`entropy_kernels.token_stats`.
+    """
+    outputs = _linear_token_stats(
+        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
+        logits_dtype, memory_budget, backend,
+        token_stats.LOGPROB | token_stats.ENTROPY | token_stats.COLLISION | token_stats.VOCAB_COVARIANCE,
+    )  # fmt: skip
+    return TokenStats(*outputs[:4])
+
+
+def linear_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> LinearPlan:
+    """How :func:`linear_logprob_entropy` would compute these arguments: mode, products, tiles, bytes.
+
+    Nothing is computed; tensors on the meta device are planned for as on a GPU. The mode follows from
+    ``requires_grad`` (under the grad mode of this call) and the budget; docs/linear.md has the formula. Ignored tokens
+    are counted as if they were not. ``vocab_size``: entries of this weight that are no padding.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_logprob_entropy`.
+    """
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden: expected a torch.Tensor, got {type(hidden).__name__}")
+    target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
+    validate_rows("hidden", hidden, target)
+    product = _validate_head(hidden, weight, bias)
+    _, size, _ = vocabulary("weight", weight.shape[0], None, None, vocab_size)
+    return planning.plan(
+        _problem(hidden, weight, bias, size, product, _logits_dtype(logits_dtype, product), _budget(memory_budget))
+    )
+
+
+def _linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_group: Any,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    logits_dtype: torch.dtype | None,
+    memory_budget: int | None,
+    backend: str,
+    want: int,
+) -> Sequence[Tensor]:
+    validate_rows("hidden", hidden, target)
+    product = _validate_head(hidden, weight, bias)
+    validate_options(False, vocab_group, backend)
+    ignore_index = integer("ignore_index", ignore_index)
+    start, size, group = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
+    problem = _problem(
+        hidden, weight, bias, size - start, product, _logits_dtype(logits_dtype, product), _budget(memory_budget)
+    )
+    outputs = op.linear_token_stats(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1).contiguous(),
+        temperature_tensor(temperature, target, planning.accumulator(product)),
+        softcap_number(softcap),
+        ignore_index,
+        start,
+        size,
+        product,
+        problem.logits,
+        problem.budget,
+        group,
+        backend,
+        want,
+        planning.keeps_logits(problem),
+        problem.need_hidden,
+        problem.need_weight,
+        problem.need_bias,
+    )
+    shape = target.shape
+    return [output.view(shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
+
+
+def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:
+    """The dtype of the products."""
+    product = _autocast_dtype(hidden)
+    for name, value, shape in (("weight", weight, (None, hidden.shape[-1])), ("bias", bias, (None,))):
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        expected = ("V", hidden.shape[-1]) if name == "weight" else (weight.shape[0],)
+        if value.dim() != len(shape) or value.shape[-1] != expected[-1]:
+            raise ValueError(
+                f"{name}: expected shape ({', '.join(map(str, expected))}{',' if len(expected) == 1 else ''}) "
+                f"for hidden of shape {tuple(hidden.shape)}, got {tuple(value.shape)}"
+            )
+        if value.device != hidden.device:
+            raise ValueError(f"{name}: expected on the device of hidden, {hidden.device}, got {value.device}")
+        if not value.is_floating_point() or (product is None and value.dtype != hidden.dtype):
+            raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    return hidden.dtype if product is None else product
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What torch.autocast, if enabled, makes of a product with ``hidden``; it leaves fp64 alone."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _logits_dtype(logits_dtype: Any, product: torch.dtype) -> torch.dtype:
+    if logits_dtype is None:
+        return product
+    allowed = (torch.float64,) if product == torch.float64 else _LOGITS_DTYPES
+    if logits_dtype not in allowed:
+        raise TypeError(
+            f"logits_dtype: expected None or one of {', '.join(map(str, allowed))} for products in {product}, "
+            f"got {logits_dtype}"
+        )
+    return logits_dtype
+
+
+def _budget(memory_budget: Any) -> int:
+    if memory_budget is None:
+        return planning.DEFAULT_BUDGET
+    memory_budget = integer("memory_budget", memory_budget)
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget: expected a number of bytes >= 0, got {memory_budget}")
+    return memory_budget
+
+
+def _problem(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int, product: torch.dtype, logits: torch.dtype,
+    budget: int,
+) -> Problem:  # fmt: skip
+    grad = torch.is_grad_enabled()
+    rows = 1
+    for length in hidden.shape[:-1]:
+        rows *= length
+    return Problem(
+        rows,
+        hidden.shape[-1],
+        max(0, min(weight.shape[0], columns)),
+        hidden.dtype,
+        weight.dtype,
+        product,
+        logits,
+        hidden.device.type,
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+        budget,
+    )
