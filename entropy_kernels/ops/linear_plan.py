@@ -11,9 +11,8 @@ from entropy_kernels.ops.products import accumulator, operand_dtype
 DEFAULT_BUDGET = 1 << 30  # bytes
 _GOOD_ROWS, _GOOD_COLUMNS = 64, 1024  # of a tile: below that the products are slow
 _LEAST_ROWS, _LEAST_COLUMNS = 16, 64  # that a budget may force
-# Elements of a tile. A CPU's fits its caches, so that the statistics read what the product has just written; on a GPU
-# a product of this size runs at full speed, and larger ones gain nothing.
-_TILE = {"cpu": 1 << 22}
+# Elements of a tile. The fewer tiles, the less a product's set-up costs; of this size it runs at full speed.
+_TILE = {"cpu": 1 << 23}
 _GPU_TILE = 1 << 27
 # Rows of a tile where no gradient of the head is summed over them, so that cutting them costs nothing
 _ROWS = {"cpu": 1 << 12}

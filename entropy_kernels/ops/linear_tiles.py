@@ -139,8 +139,7 @@ def forward(
     temperature: Tensor,  # (1,) or (N,)
     numbers: Numbers,
     want: int,
-    kept: Tensor
-    | None,  # (N, V) or wider: takes the logits of the rows that are not ignored
+    kept: Tensor | None,  # (N, V) or wider: takes the logits of the rows that are not ignored
     needs: Needs,
 ) -> tuple[list[Tensor], Tensor]:
     """The statistics and the state, as in :func:`statistics`."""
