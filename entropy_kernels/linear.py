@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,8 @@ def linear_plan(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
     vocab_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
@@ -120,7 +123,7 @@ def linear_plan(
 
     Nothing is computed; tensors on the meta device are planned for as on a GPU. The mode follows from
     ``requires_grad`` (under the grad mode of this call) and the budget; docs/linear.md has the formula. Ignored tokens
-    are counted as if they were not. ``vocab_size``: entries of this weight that are no padding.
+    are counted as if they were not.
 
     Raises:
         TypeError, ValueError: as :func:`linear_logprob_entropy`.
@@ -130,10 +133,9 @@ def linear_plan(
     target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
     validate_rows("hidden", hidden, target)
     product = _validate_head(hidden, weight, bias)
-    _, size, _ = vocabulary("weight", weight.shape[0], None, None, vocab_size)
-    return planning.plan(
-        _problem(hidden, weight, bias, size, product, _logits_dtype(logits_dtype, product), _budget(memory_budget))
-    )
+    validate_options(False, vocab_group, "auto")
+    shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
+    return planning.plan(_problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget))
 
 
 def _linear_token_stats(
@@ -156,10 +158,9 @@ def _linear_token_stats(
     product = _validate_head(hidden, weight, bias)
     validate_options(False, vocab_group, backend)
     ignore_index = integer("ignore_index", ignore_index)
-    start, size, group = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
-    problem = _problem(
-        hidden, weight, bias, size - start, product, _logits_dtype(logits_dtype, product), _budget(memory_budget)
-    )
+    shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
+    problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
+    start, size, group = shard
     outputs = op.linear_token_stats(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -209,7 +210,8 @@ def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     """What torch.autocast, if enabled, makes of a product with ``hidden``; it leaves fp64 alone."""
     kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    available = torch.amp.is_autocast_available(kind)
+    if hidden.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -236,24 +238,28 @@ def _budget(memory_budget: Any) -> int:
 
 
 def _problem(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int, product: torch.dtype, logits: torch.dtype,
-    budget: int,
-) -> Problem:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shard: tuple[int, int, str],
+    product: torch.dtype,
+    logits_dtype: Any,
+    memory_budget: Any,
+) -> Problem:
+    start, size, group = shard
     grad = torch.is_grad_enabled()
-    rows = 1
-    for length in hidden.shape[:-1]:
-        rows *= length
     return Problem(
-        rows,
-        hidden.shape[-1],
-        max(0, min(weight.shape[0], columns)),
-        hidden.dtype,
-        weight.dtype,
-        product,
-        logits,
-        hidden.device.type,
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
-        budget,
+        rows=math.prod(hidden.shape[:-1]),
+        features=hidden.shape[-1],
+        columns=planning.columns_here(weight.shape[0], start, size),
+        hidden=hidden.dtype,
+        weight=weight.dtype,
+        product=product,
+        logits=_logits_dtype(logits_dtype, product),
+        device_type=hidden.device.type,
+        need_hidden=grad and hidden.requires_grad,
+        need_weight=grad and weight.requires_grad,
+        need_bias=grad and bias is not None and bias.requires_grad,
+        sharded=bool(group),
+        budget=_budget(memory_budget),
     )

@@ -60,6 +60,7 @@ class Problem:
     need_hidden: bool
     need_weight: bool
     need_bias: bool
+    sharded: bool  # over a vocab_group
     budget: int
 
     @property
@@ -76,9 +77,14 @@ class Problem:
         return self.operand == self.logits == self.weight
 
     @property
-    def sums_on_cpu(self) -> bool:
-        """Sums over tiles need fp32 copies of what a half product takes: torch has no such product on a CPU."""
-        return self.device_type == "cpu" and self.operand.itemsize < accumulator(self.operand).itemsize
+    def wide(self) -> torch.dtype:
+        """The dtype of sums."""
+        return accumulator(self.operand)
+
+
+def columns_here(vocab: int, vocab_start: int, vocab_size: int) -> int:
+    """How many of a shard's ``vocab`` entries are no padding."""
+    return max(0, min(vocab, vocab_size - vocab_start))
 
 
 def padded(columns: int) -> int:
@@ -86,55 +92,46 @@ def padded(columns: int) -> int:
     return -(-columns // 64) * 64
 
 
-def _per_logit(p: Problem, tiles: bool) -> int:
-    """Bytes per element of a tile: itself, its copy as an operand (or the product that it was rounded from)."""
-    wide = accumulator(p.operand).itemsize
-    size = p.logits.itemsize
-    if p.logits != p.operand and (p.operand.itemsize == wide or p.backward):
-        size += p.operand.itemsize
-    if p.backward and p.sums_on_cpu and (tiles or p.weight != p.operand):
-        size += wide
-    return size
+def _bytes_per_element(p: Problem, row_tiles: bool, column_tiles: bool) -> tuple[int, int, int]:
+    """Bytes that a tile takes per logit, per element of its part of the weight, and per element of ``hidden``.
 
+    ``row_tiles``, ``column_tiles``: whether there is more than one along the tokens, the vocabulary.
+    """
+    operand, wide, on_cpu = p.operand.itemsize, p.wide.itemsize, p.device_type == "cpu"
+    # Gradients that are summed over tiles or ranks, or are not of the operands' dtype. On a CPU torch has no product
+    # of halves with an fp32 result: its operands are converted.
+    apart_hidden = p.need_hidden and (column_tiles or p.sharded or p.hidden != p.operand)
+    apart_weight = p.need_weight and (row_tiles or p.weight != p.operand)
+    converts = on_cpu and operand < wide
 
-def _per_weight(p: Problem, tiles: bool, row_tiles: bool) -> int:
-    """Bytes per element of a tile's part of the weight: conversions and the fp32 sum of its gradient."""
-    wide = accumulator(p.operand).itemsize
-    size = 0
-    if p.weight != p.operand:
-        size += p.operand.itemsize + (wide if p.need_weight else 0)
-    if p.sums_on_cpu and p.backward and tiles:
-        size += wide
-    if p.need_weight and row_tiles and p.weight.itemsize < wide:
-        size += wide
-    return size
-
-
-def _per_hidden(p: Problem, tiles: bool) -> int:
-    """Bytes per element of ``hidden``: conversions, the copy without dropped rows, the fp32 sum of its gradient."""
-    wide = accumulator(p.operand).itemsize
-    size = p.operand.itemsize if p.hidden != p.operand else 0
-    if p.device_type == "cpu":
-        size += p.hidden.itemsize * (2 if p.need_hidden else 1)
-    if p.need_weight:
-        size += p.operand.itemsize
-        if p.sums_on_cpu and (tiles or p.weight != p.operand):
-            size += wide
-    if p.need_hidden and ((tiles and p.hidden.itemsize < wide) or p.hidden != p.operand):
-        size += wide * (1 if p.device_type == "cpu" else 2)
-    return size
+    logit = p.logits.itemsize
+    if p.logits != p.operand and (operand == wide or p.backward):
+        logit += operand  # the tile as an operand, or the product that it was rounded from
+    if converts and (apart_hidden or apart_weight or (p.need_bias and row_tiles)):
+        logit += wide
+    weight = operand if p.weight != p.operand else 0
+    weight += wide if p.need_weight and p.weight != p.operand else 0
+    weight += wide if converts and apart_hidden else 0
+    weight += wide if p.need_weight and row_tiles and p.weight.itemsize < wide else 0  # the sum
+    hidden = operand if p.hidden != p.operand else 0
+    hidden += p.hidden.itemsize * (1 + p.need_hidden) if on_cpu else 0  # without the rows that are dropped
+    hidden += operand if p.need_weight else 0  # with zeros in the rows without a gradient
+    hidden += wide if converts and apart_weight else 0
+    if apart_hidden and p.hidden.itemsize < wide:
+        hidden += wide if on_cpu else 2 * wide  # the sum, and on a GPU the product that is added to it
+    return logit, weight, hidden
 
 
 def _state_bytes(p: Problem, rows: int, chunks: int) -> int:
-    return accumulator(p.operand).itemsize * (6 * p.rows + (_STATE_ROWS * rows * chunks if chunks > 1 else 0))
+    return p.wide.itemsize * (6 * p.rows + (_STATE_ROWS * rows * chunks if chunks > 1 else 0))
 
 
 def _tile_bytes(p: Problem, rows: int, columns: int) -> int:
-    row_tiles, tiles = rows < p.rows, rows < p.rows or columns < p.columns
+    logit, weight, hidden = _bytes_per_element(p, rows < p.rows, columns < p.columns)
     return (
-        rows * padded(columns) * _per_logit(p, tiles)
-        + columns * p.features * _per_weight(p, tiles, row_tiles)
-        + p.rows * p.features * _per_hidden(p, tiles)
+        rows * padded(columns) * logit
+        + columns * p.features * weight
+        + p.rows * p.features * hidden
         + _state_bytes(p, rows, -(-p.columns // max(1, columns)))
     )
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from entropy_kernels._arguments import process_group_of
 from entropy_kernels.backends import registry, reused_memory
 from entropy_kernels.backends.eager.softmax_state import finalize, merge, state_rows
-from entropy_kernels.ops.linear_plan import Problem, padded, tiles
-from entropy_kernels.ops.products import accumulator, multiply, multiply_add
+from entropy_kernels.ops.linear_plan import Problem, columns_here, padded, tiles
+from entropy_kernels.ops.products import multiply, multiply_add
 from entropy_kernels.ops.token_stats import merge_shards
 
 
@@ -44,10 +44,10 @@ Needs = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
 
 def problem(hidden: Tensor, weight: Tensor, numbers: Numbers, needs: Needs) -> Problem:
     """What the plan depends on, for ``hidden`` (N, H) and ``weight`` (V, H)."""
-    columns = max(0, min(weight.shape[0], numbers.vocab_size - numbers.vocab_start))
+    columns = columns_here(weight.shape[0], numbers.vocab_start, numbers.vocab_size)
     return Problem(
         hidden.shape[0], hidden.shape[1], columns, hidden.dtype, weight.dtype, numbers.product, numbers.logits,
-        hidden.device.type, *needs, numbers.budget,
+        hidden.device.type, *needs, bool(numbers.group), numbers.budget,
     )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def backward(
     safe = h  # as a factor of the head's gradient: 0 · NaN would be NaN
     if need_weight and (hidden.device.type != "cpu" or silent.any()):
         safe = torch.where(silent[:, None], 0, h)
-    wide = accumulator(p.operand)
+    wide = p.wide
 
     d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
     # summed over tiles and ranks in fp32, rounded once
@@ -239,11 +239,14 @@ def backward(
             if need_weight:
                 (multiply if i == 0 else multiply_add)(sum_weight, dz.t(), safe[r])
             if need_bias:
-                sum_bias += dz.sum(0, dtype=wide)
+                # torch's sum accumulates in fp32 anyway; told to return it, it first makes an fp32 copy on a CPU
+                sum_bias += dz.sum(0, dtype=None if len(row_parts) == 1 and dz.dtype == d_bias.dtype else wide)
+            del z, dz  # before the next tile is made
         if need_weight and len(row_parts) > 1:
             d_weight[c] = sum_weight
         if need_bias:
             d_bias[c] = sum_bias
+        del w, sum_weight
     if reduction is not None:
         reduction.wait()
     if need_hidden:

@@ -15,7 +15,7 @@ from torch import Tensor
 from entropy_kernels._arguments import refuse_forward_mode
 from entropy_kernels.backends.eager.softmax_state import COLLISION, ENTROPY, LOGPROB, VOCAB_COVARIANCE, state_rows
 from entropy_kernels.ops import linear_tiles
-from entropy_kernels.ops.linear_plan import padded
+from entropy_kernels.ops.linear_plan import columns_here, padded
 from entropy_kernels.ops.linear_tiles import Grads, Needs, Numbers
 from entropy_kernels.ops.token_stats import check_values
 
@@ -48,8 +48,8 @@ _library.define(
 )
 
 
-def _kept_shape(hidden: Tensor, weight: Tensor) -> tuple[int, int]:
-    return hidden.shape[0], padded(weight.shape[0])
+def _kept_shape(hidden: Tensor, weight: Tensor, vocab_start: int, vocab_size: int) -> tuple[int, int]:
+    return hidden.shape[0], padded(columns_here(weight.shape[0], vocab_start, vocab_size))
 
 
 def _forward(
@@ -58,7 +58,10 @@ def _forward(
     *numbers, want, keep, need_hidden, need_weight, need_bias = rest
     call = Numbers(*numbers)
     check_values(target, temperature, call.ignore_index, call.vocab_size)
-    kept = linear_tiles.workspace(*_kept_shape(hidden, weight), call.logits, hidden.device) if keep else None
+    kept = None
+    if keep:
+        shape = _kept_shape(hidden, weight, call.vocab_start, call.vocab_size)
+        kept = linear_tiles.workspace(*shape, call.logits, hidden.device)
     needs = (need_hidden, need_weight, need_bias)
     with linear_tiles.without_autocast(hidden):
         outputs, state = linear_tiles.forward(hidden, weight, bias, target, temperature, call, want, kept, needs)
@@ -92,11 +95,12 @@ _library.impl("linear_token_stats_backward_", _backward_, "CompositeExplicitAuto
 def _fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    logits_dtype, (want, keep) = rest[5], rest[9:11]
+    vocab_start, vocab_size, logits_dtype, want, keep = rest[2], rest[3], rest[5], rest[9], rest[10]
     rows = target.shape[0]
     sizes = [rows if want & bit else 0 for bit in (LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE)]
     outputs = [temperature.new_empty(size) for size in sizes]
-    kept = hidden.new_empty(_kept_shape(hidden, weight) if keep else (0,), dtype=logits_dtype)
+    shape = _kept_shape(hidden, weight, vocab_start, vocab_size) if keep else (0,)
+    kept = hidden.new_empty(shape, dtype=logits_dtype)
     return (*outputs, temperature.new_empty((state_rows(want), rows)), kept)
 
 
