@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import integer
+from entropy_kernels._dtensor import local_head
 from entropy_kernels.functional import (
     LogprobEntropy,
     TokenStats,
@@ -22,14 +23,16 @@ from entropy_kernels.functional import (
 from entropy_kernels.ops import linear_plan as planning
 from entropy_kernels.ops import linear_token_stats as op
 from entropy_kernels.ops import token_stats
+from entropy_kernels.ops.linear_head import Head, head_token_stats
 from entropy_kernels.ops.linear_plan import LinearPlan, Problem
+from entropy_kernels.ops.linear_tiles import Numbers
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def linear_logprob_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Callable[..., Tensor],
     target: Tensor,
     bias: Tensor | None = None,
     *,
@@ -51,7 +54,10 @@ def linear_logprob_entropy(
 
     Args:
         hidden: (..., H) bf16, fp16, fp32 or, on the CPU, fp64, with any strides.
-        weight: (V, H) of ``hidden``'s dtype (of any under autocast); under ``vocab_group`` this rank's rows of it.
+        weight: (V, H) of ``hidden``'s dtype (of any under autocast); under ``vocab_group`` this rank's rows of it. A
+            DTensor is gathered once, or with ``vocab_group`` taken as this rank's shard. Or a head that is no plain
+            weight: a module called with (n, H) hidden states that returns (n, V) logits, or a function called with
+            ``(hidden, start, stop)`` that returns logits ``start`` to ``stop``; docs/linear.md has their contract.
         target: (...) int32 or int64 token ids; global ids under ``vocab_group``.
         bias: (V,) like ``weight``. An entry of -inf masks its token.
         temperature, softcap, ignore_index, vocab_start, vocab_size, backend: as in
@@ -81,7 +87,7 @@ def linear_logprob_entropy(
 
 def linear_token_stats(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Callable[..., Tensor],
     target: Tensor,
     bias: Tensor | None = None,
     *,
@@ -132,15 +138,15 @@ def linear_plan(
         raise TypeError(f"hidden: expected a torch.Tensor, got {type(hidden).__name__}")
     target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
     validate_rows("hidden", hidden, target)
-    product = _validate_head(hidden, weight, bias)
     validate_options(False, vocab_group, "auto")
+    product = _validate_head(hidden, weight, bias)
     shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
     return planning.plan(_problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget))
 
 
 def _linear_token_stats(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Any,
     target: Tensor,
     bias: Tensor | None,
     temperature: float | Tensor,
@@ -155,9 +161,16 @@ def _linear_token_stats(
     want: int,
 ) -> Sequence[Tensor]:
     validate_rows("hidden", hidden, target)
-    product = _validate_head(hidden, weight, bias)
     validate_options(False, vocab_group, backend)
     ignore_index = integer("ignore_index", ignore_index)
+    if callable(weight) and not isinstance(weight, Tensor):
+        _refuse_beside_a_head(bias=bias, vocab_group=vocab_group, vocab_start=vocab_start)
+        return _through_head(
+            hidden, weight, target, temperature, softcap, ignore_index, vocab_size, logits_dtype, memory_budget,
+            backend, want,
+        )  # fmt: skip
+    weight, bias, vocab_start, vocab_size = local_head(weight, bias, vocab_group, vocab_start, vocab_size)
+    product = _validate_head(hidden, weight, bias)
     shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
     problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
     start, size, group = shard
@@ -182,8 +195,58 @@ def _linear_token_stats(
         problem.need_weight,
         problem.need_bias,
     )
-    shape = target.shape
-    return [output.view(shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
+    return _shaped(outputs, target, want)
+
+
+def _refuse_beside_a_head(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None beside a weight that is a module or a function, got {type(value).__name__}"
+            )
+
+
+def _through_head(
+    hidden: Tensor,
+    function: Any,
+    target: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int | None,
+    logits_dtype: torch.dtype | None,
+    memory_budget: int | None,
+    backend: str,
+    want: int,
+) -> Sequence[Tensor]:
+    module = isinstance(function, torch.nn.Module)
+    width = getattr(function, "out_features", None) if module else None
+    if width is None and vocab_size is None:
+        raise ValueError(
+            "vocab_size: expected the number of logits that the head gives, as it has no out_features, got None"
+        )
+    _, size, _ = vocabulary("weight", vocab_size if width is None else width, None, None, vocab_size)  # type: ignore[arg-type]
+    parameters = function.parameters() if hasattr(function, "parameters") and torch.is_grad_enabled() else ()
+    head = Head(
+        function,
+        not module,
+        size if width is None else width,
+        [parameter for parameter in parameters if parameter.requires_grad],
+        None if logits_dtype is None else _logits_dtype(logits_dtype, hidden.dtype),
+    )
+    dtype = planning.accumulator(hidden.dtype)
+    numbers = Numbers(
+        softcap_number(softcap), ignore_index, 0, size, hidden.dtype, hidden.dtype, _budget(memory_budget), "", backend
+    )
+    outputs = head_token_stats(
+        head, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous(),
+        temperature_tensor(temperature, target, dtype), numbers, want,
+    )  # fmt: skip
+    return _shaped(outputs, target, want)
+
+
+def _shaped(outputs: Sequence[Tensor], target: Tensor, want: int) -> list[Tensor]:
+    return [output.view(target.shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
 
 
 def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:

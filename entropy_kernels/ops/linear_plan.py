@@ -205,3 +205,28 @@ def plan(p: Problem) -> LinearPlan:
     mode = "keep" if keep else "recompute" if p.backward else "no_grad"
     products = 1 + p.need_hidden + p.need_weight + (mode == "recompute")
     return LinearPlan(mode, products, rows, columns, -(-p.rows // rows), -(-p.columns // columns), kept, peak)
+
+
+def head_tile(
+    rows: int, columns: int, sliced: bool, wide: torch.dtype, device_type: str, budget: int
+) -> tuple[int, int]:
+    """(rows, columns) of a tile of a head that is a function, with or without slices of the vocabulary.
+
+    Three numbers per logit are planned for: itself, its gradient, and one for what the head does.
+    """
+    size = 3 * wide.itemsize
+    elements = min(budget // size, _TILE.get(device_type, _GPU_TILE))
+    if not sliced:
+        if elements < min(rows, 1) * columns:
+            raise ValueError(
+                f"memory_budget: expected at least {size * columns} bytes for a head that gives all {columns} logits "
+                f"of a token, got {budget}"
+            )
+        return max(1, min(rows, elements // max(1, columns))), columns
+    if elements < min(rows, 1) * min(columns, _LEAST_COLUMNS):
+        raise ValueError(
+            f"memory_budget: expected at least {size * min(columns, _LEAST_COLUMNS)} bytes for slices of a head, "
+            f"got {budget}"
+        )
+    width = min(columns, max(_LEAST_COLUMNS, min(_GOOD_COLUMNS, elements), elements // max(1, rows)))
+    return max(1, min(rows, elements // max(1, width))), width
