@@ -3,6 +3,7 @@
 from entropy_kernels.analysis import EntropyLaw, fit_entropy_law, predicted_entropy_change
 from entropy_kernels.backends.registry import backends
 from entropy_kernels.functional import LogprobEntropy, TokenStats, logprob_entropy, token_stats
+from entropy_kernels.linear import LinearPlan, linear_logprob_entropy, linear_plan, linear_token_stats
 from entropy_kernels.losses import (
     ClipCovLoss,
     KlCovLoss,
@@ -18,6 +19,7 @@ __all__ = [
     "ClipCovLoss",
     "EntropyLaw",
     "KlCovLoss",
+    "LinearPlan",
     "LogprobEntropy",
     "PolicyLoss",
     "PolicyLossModule",
@@ -30,6 +32,9 @@ __all__ = [
     "hf",
     "kl_cov_loss",
     "kl_cov_mask",
+    "linear_logprob_entropy",
+    "linear_plan",
+    "linear_token_stats",
     "logprob_entropy",
     "policy_loss",
     "predicted_entropy_change",

@@ -19,6 +19,11 @@ def all_gather(output: torch.Tensor, local: torch.Tensor, group: Any) -> None:
         dist.all_gather_into_tensor(output, local, group=group)
 
 
+def process_group_of(name: Any) -> Any:
+    """The process group of a name (newer torch wraps the name in a type of its own)."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
 def number(name: str, value: Any) -> Any:
     """``value`` as a Python number (numpy's are numbers too; a compiler's symbolic one stays as it is).
 

@@ -118,20 +118,20 @@ def _token_stats(
     backend: str,
     want: int,
 ) -> Sequence[Tensor]:
-    _validate_logits(logits, target)
-    _validate_options(inplace_backward, vocab_group, backend)
+    validate_rows("logits", logits, target)
+    validate_options(inplace_backward, vocab_group, backend)
     ignore_index = integer("ignore_index", ignore_index)
     shape, vocab = target.shape, logits.shape[-1]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    start, size, group = _vocabulary(vocab, vocab_group, vocab_start, vocab_size)
+    start, size, group = vocabulary("logits", vocab, vocab_group, vocab_start, vocab_size)
     if inplace_backward:
         _validate_inplace(logits)
         inplace_backward = not torch.compiler.is_compiling()
     outputs = op.token_stats(
         _as_3d(logits),
         target.reshape(-1).contiguous(),
-        _temperature(temperature, target, dtype),
-        _softcap(softcap),
+        temperature_tensor(temperature, target, dtype),
+        softcap_number(softcap),
         ignore_index,
         start,
         size,
@@ -145,24 +145,25 @@ def _token_stats(
     return [output.view(shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
 
 
-def _validate_logits(logits: Tensor, target: Tensor) -> None:
-    for name, value in (("logits", logits), ("target", target)):
+def validate_rows(name: str, rows: Any, target: Any) -> None:
+    """``rows`` (..., any) are floating-point vectors, one for each label of ``target`` (...), on one device."""
+    for argument, value in ((name, rows), ("target", target)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise TypeError(f"logits: expected dtype bfloat16, float16, float32 or float64, got {logits.dtype}")
+            raise TypeError(f"{argument}: expected a torch.Tensor, got {type(value).__name__}")
+    if rows.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise TypeError(f"{name}: expected dtype bfloat16, float16, float32 or float64, got {rows.dtype}")
     if target.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"target: expected dtype int32 or int64, got {target.dtype}")
-    if logits.dim() < 1 or logits.shape[:-1] != target.shape:
+    if rows.dim() < 1 or rows.shape[:-1] != target.shape:
         raise ValueError(
-            f"target: expected the shape of logits without its last dimension, {tuple(logits.shape[:-1])} "
-            f"for logits of shape {tuple(logits.shape)}, got {tuple(target.shape)}"
+            f"target: expected the shape of {name} without its last dimension, {tuple(rows.shape[:-1])} "
+            f"for {name} of shape {tuple(rows.shape)}, got {tuple(target.shape)}"
         )
-    if logits.device != target.device:
-        raise ValueError(f"target: expected on the device of logits, {logits.device}, got {target.device}")
+    if rows.device != target.device:
+        raise ValueError(f"target: expected on the device of {name}, {rows.device}, got {target.device}")
 
 
-def _validate_options(inplace_backward: Any, vocab_group: Any, backend: Any) -> None:
+def validate_options(inplace_backward: Any, vocab_group: Any, backend: Any) -> None:
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"inplace_backward: expected a bool, got {type(inplace_backward).__name__}")
     if vocab_group is not None and getattr(vocab_group, "group_name", None) is None:
@@ -179,7 +180,7 @@ def _validate_inplace(logits: Tensor) -> None:
         )
 
 
-def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """A (1,) or (N,) tensor: a Python number below the op would recompile for every value."""
     if not isinstance(temperature, Tensor):
         value = number("temperature", temperature)
@@ -210,7 +211,7 @@ def _temperature(temperature: float | Tensor, target: Tensor, dtype: torch.dtype
     return expanded.to(dtype).reshape(-1).contiguous()
 
 
-def _softcap(softcap: float | None) -> float:
+def softcap_number(softcap: float | None) -> float:
     if softcap is None:
         return 0.0
     softcap = number("softcap", softcap)
@@ -219,8 +220,13 @@ def _softcap(softcap: float | None) -> float:
     return float(softcap)
 
 
-def _vocabulary(vocab: int, vocab_group: Any, vocab_start: int | None, vocab_size: int | None) -> tuple[int, int, str]:
-    """(first global id of this shard, number of ids that exist, name of the group or "")."""
+def vocabulary(
+    name: str, vocab: int, vocab_group: Any, vocab_start: int | None, vocab_size: int | None
+) -> tuple[int, int, str]:
+    """(first global id of this shard, number of ids that exist, name of the group or "").
+
+    ``name``: the argument whose width ``vocab`` is.
+    """
     vocab_start = None if vocab_start is None else integer("vocab_start", vocab_start)
     vocab_size = None if vocab_size is None else integer("vocab_size", vocab_size)
     if vocab_size is not None and vocab_size < 1:
@@ -229,7 +235,7 @@ def _vocabulary(vocab: int, vocab_group: Any, vocab_start: int | None, vocab_siz
         if vocab_start:
             raise ValueError(f"vocab_start: expected None without a vocab_group, got {vocab_start}")
         if vocab_size is not None and vocab_size > vocab:
-            raise ValueError(f"vocab_size: expected <= {vocab}, the width of logits, got {vocab_size}")
+            raise ValueError(f"vocab_size: expected <= {vocab}, the width of {name}, got {vocab_size}")
         return 0, vocab if vocab_size is None else vocab_size, ""
     if vocab_start is not None:
         if vocab_start < 0:

@@ -19,10 +19,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Rank of each room, the lowest first; a module imports from its own rank and from below.
 ROOMS = {
     "_arguments": 0,  # numbers and groups, for every room
+    "_dtensor": 0,  # what a sharded weight is on this rank
     "_console": 0,  # prints tables, knows nothing of what is in them
     "backends": 0,
     "ops": 1,
     "functional": 2,
+    "linear": 2,
     "selection": 2,
     "policy": 2,
     "losses": 3,

@@ -10,10 +10,9 @@ import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import all_gather, refuse_forward_mode
+from entropy_kernels._arguments import all_gather, process_group_of, refuse_forward_mode
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import (
     COLLISION,
@@ -58,7 +57,7 @@ def temperature_range(dtype: torch.dtype) -> tuple[float, float]:
     return tiny, 1 / (64 * tiny)
 
 
-def _check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_size: int) -> None:
+def check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Errors that need the values: on the CPU always, elsewhere (it costs a sync) with ENTROPY_KERNELS_DEBUG=1."""
     if target.device.type != "cpu" and os.environ.get("ENTROPY_KERNELS_DEBUG", "0") != "1":
         return
@@ -96,33 +95,32 @@ def _forward(
     group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_values(target, temperature, ignore_index, vocab_size)
+    check_values(target, temperature, ignore_index, vocab_size)
     kernel = registry.kernel("token_stats", "token_stats_forward", backend, logits)
     outputs = kernel(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
     if not group:
         return outputs
-    return _merge_shards(
-        outputs[_STATE], logits, target, temperature, ignore_index, vocab_start, vocab_size, want, group
-    )
+    end = vocab_start + logits.shape[2]
+    return merge_shards(outputs[_STATE], end, target, temperature, ignore_index, vocab_size, want, group)
 
 
-def _merge_shards(
+def merge_shards(
     state: Tensor,
-    logits: Tensor,
+    end: int,
     target: Tensor,
     temperature: Tensor,
     ignore_index: int,
-    vocab_start: int,
     vocab_size: int,
     want: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One all-gather of the packed state, then merge and finalize: the same on every rank of the group."""
-    name: Any = group  # newer torch wraps the name in a type of its own
-    process_group = dist.distributed_c10d._resolve_process_group(name)
+    """One all-gather of the packed state, then merge and finalize: the same on every rank of the group.
+
+    ``end`` is the first global id beyond this rank's shard.
+    """
+    process_group = process_group_of(group)
     # A row with the shard's end travels along: where no vocab_size was given, the largest one bounds the labels.
-    end = state.new_full((1, state.shape[1]), vocab_start + logits.shape[2])
-    packed = torch.cat([state, end])  # (K + 1, N)
+    packed = torch.cat([state, state.new_full((1, state.shape[1]), end)])  # (K + 1, N)
     gathered = packed.new_empty((process_group.size(), *packed.shape))
     all_gather(gathered.flatten(0, 1), packed, group=process_group)
     ends = gathered[:, -1].amax(0).clamp(max=vocab_size)

@@ -1,0 +1,328 @@
+"""Public functions on hidden states and a head's weight: validate, plan, call the op (docs/linear.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._arguments import integer
+from entropy_kernels._dtensor import local_head
+from entropy_kernels.functional import (
+    LogprobEntropy,
+    TokenStats,
+    softcap_number,
+    temperature_tensor,
+    validate_options,
+    validate_rows,
+    vocabulary,
+)
+from entropy_kernels.ops import linear_plan as planning
+from entropy_kernels.ops import linear_token_stats as op
+from entropy_kernels.ops import token_stats
+from entropy_kernels.ops.linear_head import Head, head_token_stats
+from entropy_kernels.ops.linear_plan import LinearPlan, Problem
+from entropy_kernels.ops.linear_tiles import Numbers
+
+_LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def linear_logprob_entropy(
+    hidden: Tensor,
+    weight: Tensor | Callable[..., Tensor],
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> LogprobEntropy:
+    """:func:`entropy_kernels.logprob_entropy` of the logits ``hidden @ weight.T + bias``, in bounded memory.
+
+    Differentiable with respect to ``hidden``, ``weight`` and ``bias``; each gradient is computed only where it is
+    needed, accumulates in fp32 and is rounded once. How it is computed, and in how much memory, says
+    :func:`linear_plan`. Under torch.autocast the products are made in its dtype.
+
+    Args:
+        hidden: (..., H) bf16, fp16, fp32 or, on the CPU, fp64, with any strides.
+        weight: (V, H) of ``hidden``'s dtype (of any under autocast); under ``vocab_group`` this rank's rows of it. A
+            DTensor is gathered once, or with ``vocab_group`` taken as this rank's shard. Or a head that is no plain
+            weight: a module called with (n, H) hidden states that returns (n, V) logits, or a function called with
+            ``(hidden, start, stop)`` that returns logits ``start`` to ``stop``; docs/linear.md has their contract.
+        target: (...) int32 or int64 token ids; global ids under ``vocab_group``.
+        bias: (V,) like ``weight``. An entry of -inf masks its token.
+        temperature, softcap, ignore_index, vocab_start, vocab_size, backend: as in
+            :func:`entropy_kernels.logprob_entropy`. Ignored tokens give 0 and contribute nothing to any gradient,
+            whatever their hidden state holds; on the CPU they cost nothing either.
+        vocab_group: torch.distributed process group over vocabulary shards. ``hidden``, ``target`` and the upstream
+            gradients are the same on all ranks, and so are the results and ``hidden``'s gradient.
+        logits_dtype: bf16, fp16 or fp32, that the products are rounded to before the statistics; by default their own
+            dtype, as in ``F.linear``. fp32 keeps the 16 bits that bf16 logits lose, at twice the memory.
+        memory_budget: bytes that the call may use beside inputs, results and gradients; 1 GiB by default. The logits
+            are kept for the backward pass if they fit, else made again there.
+
+    Returns:
+        ``LogprobEntropy(logprob, entropy)``, each of ``target``'s shape, fp32 (fp64 for fp64), in nats.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or range, or a budget that is too small.
+        IndexError: a label out of range (CPU; on a GPU the token's outputs are NaN).
+        RuntimeError: double backward. NotImplementedError: forward-mode differentiation.
+    """
+    outputs = _linear_token_stats(
+        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
+        logits_dtype, memory_budget, backend, token_stats.LOGPROB | token_stats.ENTROPY,
+    )  # fmt: skip
+    return LogprobEntropy(*outputs[:2])
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor | Callable[..., Tensor],
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """:func:`entropy_kernels.token_stats` of the logits ``hidden @ weight.T + bias``, in bounded memory.
+
+    Arguments, memory, gradients and errors as in :func:`linear_logprob_entropy`, results as in
+    :func:`entropy_kernels.token_stats`.
+    """
+    outputs = _linear_token_stats(
+        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
+        logits_dtype, memory_budget, backend,
+        token_stats.LOGPROB | token_stats.ENTROPY | token_stats.COLLISION | token_stats.VOCAB_COVARIANCE,
+    )  # fmt: skip
+    return TokenStats(*outputs[:4])
+
+
+def linear_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> LinearPlan:
+    """How :func:`linear_logprob_entropy` would compute these arguments: mode, products, tiles, bytes.
+
+    Nothing is computed; tensors on the meta device are planned for as on a GPU. The mode follows from
+    ``requires_grad`` (under the grad mode of this call) and the budget; docs/linear.md has the formula. Ignored tokens
+    are counted as if they were not.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_logprob_entropy`.
+    """
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden: expected a torch.Tensor, got {type(hidden).__name__}")
+    target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
+    validate_rows("hidden", hidden, target)
+    validate_options(False, vocab_group, "auto")
+    product = _validate_head(hidden, weight, bias)
+    shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
+    return planning.plan(_problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget))
+
+
+def _linear_token_stats(
+    hidden: Tensor,
+    weight: Any,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_group: Any,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    logits_dtype: torch.dtype | None,
+    memory_budget: int | None,
+    backend: str,
+    want: int,
+) -> Sequence[Tensor]:
+    validate_rows("hidden", hidden, target)
+    validate_options(False, vocab_group, backend)
+    ignore_index = integer("ignore_index", ignore_index)
+    if callable(weight) and not isinstance(weight, Tensor):
+        _refuse_beside_a_head(bias=bias, vocab_group=vocab_group, vocab_start=vocab_start)
+        return _through_head(
+            hidden, weight, target, temperature, softcap, ignore_index, vocab_size, logits_dtype, memory_budget,
+            backend, want,
+        )  # fmt: skip
+    weight, bias, vocab_start, vocab_size = local_head(weight, bias, vocab_group, vocab_start, vocab_size)
+    product = _validate_head(hidden, weight, bias)
+    shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
+    problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
+    start, size, group = shard
+    outputs = op.linear_token_stats(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1).contiguous(),
+        temperature_tensor(temperature, target, planning.accumulator(product)),
+        softcap_number(softcap),
+        ignore_index,
+        start,
+        size,
+        product,
+        problem.logits,
+        problem.budget,
+        group,
+        backend,
+        want,
+        planning.keeps_logits(problem),
+        problem.need_hidden,
+        problem.need_weight,
+        problem.need_bias,
+    )
+    return _shaped(outputs, target, want)
+
+
+def _refuse_beside_a_head(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None beside a weight that is a module or a function, got {type(value).__name__}"
+            )
+
+
+def _through_head(
+    hidden: Tensor,
+    function: Any,
+    target: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_size: int | None,
+    logits_dtype: torch.dtype | None,
+    memory_budget: int | None,
+    backend: str,
+    want: int,
+) -> Sequence[Tensor]:
+    module = isinstance(function, torch.nn.Module)
+    width = getattr(function, "out_features", None) if module else None
+    if width is None and vocab_size is None:
+        raise ValueError(
+            "vocab_size: expected the number of logits that the head gives, as it has no out_features, got None"
+        )
+    _, size, _ = vocabulary("weight", vocab_size if width is None else width, None, None, vocab_size)  # type: ignore[arg-type]
+    parameters = function.parameters() if hasattr(function, "parameters") and torch.is_grad_enabled() else ()
+    head = Head(
+        function,
+        not module,
+        size if width is None else width,
+        [parameter for parameter in parameters if parameter.requires_grad],
+        None if logits_dtype is None else _logits_dtype(logits_dtype, hidden.dtype),
+    )
+    dtype = planning.accumulator(hidden.dtype)
+    numbers = Numbers(
+        softcap_number(softcap), ignore_index, 0, size, hidden.dtype, hidden.dtype, _budget(memory_budget), "", backend
+    )
+    outputs = head_token_stats(
+        head, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous(),
+        temperature_tensor(temperature, target, dtype), numbers, want,
+    )  # fmt: skip
+    return _shaped(outputs, target, want)
+
+
+def _shaped(outputs: Sequence[Tensor], target: Tensor, want: int) -> list[Tensor]:
+    return [output.view(target.shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
+
+
+def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:
+    """The dtype of the products."""
+    product = _autocast_dtype(hidden)
+    for name, value, shape in (("weight", weight, (None, hidden.shape[-1])), ("bias", bias, (None,))):
+        if value is None and name == "bias":
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        expected = ("V", hidden.shape[-1]) if name == "weight" else (weight.shape[0],)
+        if value.dim() != len(shape) or value.shape[-1] != expected[-1]:
+            raise ValueError(
+                f"{name}: expected shape ({', '.join(map(str, expected))}{',' if len(expected) == 1 else ''}) "
+                f"for hidden of shape {tuple(hidden.shape)}, got {tuple(value.shape)}"
+            )
+        if value.device != hidden.device:
+            raise ValueError(f"{name}: expected on the device of hidden, {hidden.device}, got {value.device}")
+        if not value.is_floating_point() or (product is None and value.dtype != hidden.dtype):
+            raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    return hidden.dtype if product is None else product
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What torch.autocast, if enabled, makes of a product with ``hidden``; it leaves fp64 alone."""
+    kind = hidden.device.type
+    available = torch.amp.is_autocast_available(kind)
+    if hidden.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _logits_dtype(logits_dtype: Any, product: torch.dtype) -> torch.dtype:
+    if logits_dtype is None:
+        return product
+    allowed = (torch.float64,) if product == torch.float64 else _LOGITS_DTYPES
+    if logits_dtype not in allowed:
+        raise TypeError(
+            f"logits_dtype: expected None or one of {', '.join(map(str, allowed))} for products in {product}, "
+            f"got {logits_dtype}"
+        )
+    return logits_dtype
+
+
+def _budget(memory_budget: Any) -> int:
+    if memory_budget is None:
+        return planning.DEFAULT_BUDGET
+    memory_budget = integer("memory_budget", memory_budget)
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget: expected a number of bytes >= 0, got {memory_budget}")
+    return memory_budget
+
+
+def _problem(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shard: tuple[int, int, str],
+    product: torch.dtype,
+    logits_dtype: Any,
+    memory_budget: Any,
+) -> Problem:
+    start, size, group = shard
+    grad = torch.is_grad_enabled()
+    return Problem(
+        rows=math.prod(hidden.shape[:-1]),
+        features=hidden.shape[-1],
+        columns=planning.columns_here(weight.shape[0], start, size),
+        hidden=hidden.dtype,
+        weight=weight.dtype,
+        product=product,
+        logits=_logits_dtype(logits_dtype, product),
+        device_type=hidden.device.type,
+        need_hidden=grad and hidden.requires_grad,
+        need_weight=grad and weight.requires_grad,
+        need_bias=grad and bias is not None and bias.requires_grad,
+        sharded=bool(group),
+        budget=_budget(memory_budget),
+    )

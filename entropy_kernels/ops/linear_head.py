@@ -1,0 +1,180 @@
+"""Statistics from hidden states through a head that is a module or a function, a tile of its logits at a time.
+
+For heads that are no plain weight: LoRA-wrapped, quantised, computed. Not an operator of torch.library, whose schemas
+know tensors only; compiled code breaks its graph here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._arguments import refuse_forward_mode
+from entropy_kernels.backends import registry
+from entropy_kernels.ops import linear_tiles
+from entropy_kernels.ops.linear_plan import head_tile
+from entropy_kernels.ops.linear_tiles import Numbers, at, kept_rows, parts, picked, spread
+from entropy_kernels.ops.products import accumulator
+from entropy_kernels.ops.token_stats import check_values
+
+_NAME = "linear_logprob_entropy / linear_token_stats"
+
+
+@dataclass
+class Head:
+    """``function(hidden)`` gives all logits of some tokens or, with ``sliced``, ``function(hidden, start, stop)`` some.
+
+    ``parameters`` are the tensors, beside the hidden states, that gradients flow to.
+    """
+
+    function: Callable
+    sliced: bool
+    vocab: int
+    parameters: list[Tensor]
+    logits: torch.dtype | None  # that its result is rounded to
+
+    def __call__(self, hidden: Tensor, columns: slice) -> Tensor:
+        z = self.function(hidden, columns.start, columns.stop) if self.sliced else self.function(hidden)
+        shape = (hidden.shape[0], columns.stop - columns.start)
+        if not isinstance(z, Tensor) or z.shape != shape or not z.is_floating_point():
+            got = f"{tuple(z.shape)} of {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"weight: expected the head to return floating-point logits of shape {shape}, got {got}")
+        if self.logits is not None:
+            z = z.to(self.logits)
+        if (z.dtype == torch.float64) != (hidden.dtype == torch.float64):
+            raise TypeError(f"weight: expected the head to return logits for {hidden.dtype} states, got {z.dtype}")
+        return z
+
+
+class _State:
+    """Random numbers and autocast as they are now, for a second run that must equal the first (dropout)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        devices = [self.device] if self.cuda is not None else []
+        enabled, dtype = self.autocast
+        with torch.random.fork_rng(devices=devices), torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+            torch.set_rng_state(self.cpu)
+            if self.cuda is not None:
+                torch.cuda.set_rng_state(self.cuda, self.device)
+            yield
+
+
+def _check_leaves(z: Tensor, known: Sequence[Tensor]) -> None:
+    """No gradient would be dropped without a word: every leaf behind ``z`` is among the parameters."""
+    names = {id(parameter) for parameter in known}
+    seen, queue = set(), [z.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in names:
+            raise ValueError(
+                "weight: expected a head whose parameters() yields every tensor that needs a gradient, got one that "
+                f"uses another, of shape {tuple(leaf.shape)}; a function needs an attribute `parameters`, or a module"
+            )
+        queue += [edge[0] for edge in node.next_functions]
+
+
+class _HeadTokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, numbers: Numbers, want: int, hidden: Tensor, target: Tensor, temperature: Tensor,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        total = target.numel()
+        rows = kept_rows(target == numbers.ignore_index)
+        h, labels = picked(rows, hidden, target)
+        t = at(temperature, rows)
+        ctx.cut = head_tile(h.shape[0], head.vocab, head.sliced, accumulator(h.dtype), h.device.type, numbers.budget)
+        row_parts, column_parts = parts(h.shape[0], ctx.cut[0]), parts(head.vocab, ctx.cut[1])
+        states: list[_State] = []
+
+        def logits_of(r: slice, c: slice) -> Tensor:
+            if ctx.needs_input_grad[3] or parameters:
+                if not states:
+                    with _State(h.device).again(), torch.enable_grad():
+                        _check_leaves(head(h[r][:1].detach(), c), head.parameters)
+                states.append(_State(h.device))
+            return head(h[r], c)
+
+        outputs, state = linear_tiles.statistics(
+            logits_of, row_parts if h.shape[0] else [], column_parts, labels, t, numbers, want, head.vocab
+        )
+        outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
+        ctx.save_for_backward(hidden, target, temperature, state, *parameters)
+        ctx.head, ctx.numbers, ctx.rows, ctx.states = head, numbers, rows, states
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[outputs[i] for i in range(3) if not want & (1 << i)], outputs[3])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
+        hidden, target, temperature, state, *parameters = ctx.saved_tensors
+        nothing = (None,) * (6 + len(parameters))
+        if all(grad is None for grad in grads[:3]):
+            return nothing
+        head, numbers, need_hidden = ctx.head, ctx.numbers, ctx.needs_input_grad[3]
+        total = target.numel()
+        h, labels, *upstream = picked(ctx.rows, hidden, target, *grads[:3])
+        t = at(temperature, ctx.rows)
+        silent = labels == numbers.ignore_index
+        silent = silent | torch.stack([g == 0 for g in upstream if g is not None]).all(0)
+        h = torch.where(silent[:, None], 0, h)  # a row without a gradient may hold NaN, and 0 · NaN is NaN
+        row_parts, column_parts = parts(h.shape[0], ctx.cut[0]), parts(head.vocab, ctx.cut[1])
+        d_hidden = torch.zeros_like(h, dtype=accumulator(h.dtype))
+        sums: list[Tensor | None] = [None] * len(parameters)
+        states = iter(ctx.states)
+        for r in row_parts if h.shape[0] else []:
+            for c in column_parts:
+                leaf = h[r].detach().requires_grad_(need_hidden)
+                with next(states).again(), torch.enable_grad():
+                    z = head(leaf, c)
+                wanted = [leaf, *parameters] if need_hidden else parameters
+                run = registry.kernel("token_stats", "token_stats_backward", numbers.backend, z)
+                dz = run(
+                    *(None if g is None else g[r] for g in upstream), z.detach()[None], labels[r], at(t, r),
+                    state[:, r].contiguous(), numbers.softcap, numbers.ignore_index, c.start, numbers.vocab_size, False,
+                )[0]  # fmt: skip
+                found = list(torch.autograd.grad(z, wanted, dz, allow_unused=True)) if z.requires_grad else []
+                if need_hidden and found:
+                    first = found.pop(0)
+                    if first is not None:
+                        d_hidden[r] += first
+                for i, gradient in enumerate(found):
+                    if gradient is not None:
+                        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                        so_far = sums[i]
+                        sums[i] = wide if so_far is None else so_far.add_(wide)
+                del z, dz, found
+        results = [None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)]
+        own = spread(ctx.rows, d_hidden.to(hidden.dtype), total) if need_hidden else None
+        return (None, None, None, own, None, None, *results)
+
+
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler, and triton with it, right here
+def head_token_stats(
+    head: Head, hidden: Tensor, target: Tensor, temperature: Tensor, numbers: Numbers, want: int
+) -> tuple[Tensor, ...]:
+    """As ``linear_token_stats``, through ``head``; hidden (N, H), target (N,), temperature (1,) or (N,)."""
+    check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
+    refuse_forward_mode(_NAME, hidden)
+    if torch.is_grad_enabled() and not hidden.requires_grad and not head.parameters and target.numel():
+        with _State(hidden.device).again():  # a gradient that nobody asked for, and that somebody may miss
+            _check_leaves(head(hidden[:1], slice(0, min(head.vocab, 64) if head.sliced else head.vocab)), [])
+    return _HeadTokenStats.apply(head, numbers, want, hidden, target, temperature, *head.parameters)

@@ -1,0 +1,256 @@
+"""Statistics and gradients of hidden @ weightᵀ + bias, a tile of tokens × vocabulary at a time.
+
+Products are torch's, statistics the registry's ``token_stats`` kernels, which take a tile as a part of the vocabulary
+and give the state that merges (docs/math.md §2). How large a tile is: :mod:`.linear_plan`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entropy_kernels._arguments import process_group_of
+from entropy_kernels.backends import registry, reused_memory
+from entropy_kernels.backends.eager.softmax_state import finalize, merge, state_rows
+from entropy_kernels.ops.linear_plan import Problem, columns_here, padded, tiles
+from entropy_kernels.ops.products import multiply, multiply_add
+from entropy_kernels.ops.token_stats import merge_shards
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What of a call is neither a tensor nor decided by one."""
+
+    softcap: float
+    ignore_index: int
+    vocab_start: int
+    vocab_size: int
+    product: torch.dtype  # of the operands
+    logits: torch.dtype  # that the products are rounded to
+    budget: int  # bytes
+    group: str
+    backend: str
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]  # of log-prob, entropy, collision; each (N,)
+Needs = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+
+
+def problem(hidden: Tensor, weight: Tensor, numbers: Numbers, needs: Needs) -> Problem:
+    """What the plan depends on, for ``hidden`` (N, H) and ``weight`` (V, H)."""
+    columns = columns_here(weight.shape[0], numbers.vocab_start, numbers.vocab_size)
+    return Problem(
+        hidden.shape[0], hidden.shape[1], columns, hidden.dtype, weight.dtype, numbers.product, numbers.logits,
+        hidden.device.type, *needs, bool(numbers.group), numbers.budget,
+    )  # fmt: skip
+
+
+def parts(total: int, size: int) -> list[slice]:
+    """At least one: a rank may hold no column at all."""
+    return [slice(begin, min(begin + size, total)) for begin in range(0, max(1, total), size)]
+
+
+def without_autocast(tensor: Tensor) -> Any:
+    """Inside, every operand has the dtype that it is to have."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised (rows, columns) with aligned rows, in memory that served an earlier call where that fits."""
+    shape = torch.Size((rows, padded(columns)))
+    if device.type == "cpu":
+        return reused_memory.empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def kept_rows(dropped: Tensor) -> Tensor | None:
+    """Indices of the rows that are not ``dropped``; None for all of them, and on a GPU, where to ask costs a sync."""
+    if dropped.device.type != "cpu" or not dropped.any():
+        return None
+    return (~dropped).nonzero()[:, 0]
+
+
+def picked(rows: Tensor | None, *tensors: Tensor | None) -> list[Any]:
+    """``rows`` of each tensor along its first dimension."""
+    return [x if x is None or rows is None else x.index_select(0, rows) for x in tensors]
+
+
+def at(temperature: Tensor, rows: slice | Tensor | None) -> Tensor:
+    """``temperature`` (1,) or (N,) of some rows."""
+    return temperature if temperature.numel() == 1 or rows is None else temperature[rows]
+
+
+def spread(rows: Tensor | None, value: Tensor, total: int) -> Tensor:
+    """The opposite of :func:`picked`: 0 in the rows that were dropped."""
+    if rows is None:
+        return value
+    return value.new_zeros((total, *value.shape[1:])).index_copy_(0, rows, value)
+
+
+def statistics(
+    logits_of: Callable[[slice, slice], Tensor],
+    row_parts: list[slice],
+    column_parts: list[slice],
+    target: Tensor,  # (N,)
+    temperature: Tensor,  # (1,) or (N,)
+    numbers: Numbers,
+    want: int,
+    end: int,
+) -> tuple[list[Tensor], Tensor]:
+    """The four statistics, each (N,) or empty, and the state (K, N).
+
+    ``logits_of(rows, columns)`` gives a tile of the logits; it may reuse the memory of the one before. ``end``: first
+    global id beyond this rank's shard.
+    """
+    state = temperature.new_empty((state_rows(want), target.numel()))
+    for rows in row_parts:
+        t = at(temperature, rows)
+        states = state.new_empty((len(column_parts), state.shape[0], rows.stop - rows.start))
+        for i, columns in enumerate(column_parts):
+            z = logits_of(rows, columns)[None]
+            forward = registry.kernel("token_stats", "token_stats_forward", numbers.backend, z)
+            states[i] = forward(
+                z, target[rows], t, numbers.softcap, numbers.ignore_index, numbers.vocab_start + columns.start,
+                numbers.vocab_size, want,
+            )[4]  # fmt: skip
+        state[:, rows] = states[0] if len(column_parts) == 1 else merge(states, t)
+    if numbers.group:
+        *outputs, state = merge_shards(
+            state, end, target, temperature, numbers.ignore_index, numbers.vocab_size, want, numbers.group
+        )
+        return outputs, state
+    ignored = target == numbers.ignore_index
+    invalid = ((target < 0) | (target >= numbers.vocab_size)) & ~ignored
+    return finalize(state, temperature, want, ignored, invalid), state
+
+
+def forward(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    temperature: Tensor,  # (1,) or (N,)
+    numbers: Numbers,
+    want: int,
+    kept: Tensor | None,  # (N, V) or wider: takes the logits of the rows that are not ignored
+    needs: Needs,
+) -> tuple[list[Tensor], Tensor]:
+    """The statistics and the state, as in :func:`statistics`."""
+    total = target.numel()
+    rows = kept_rows(target == numbers.ignore_index)
+    hidden, target = picked(rows, hidden, target)
+    temperature = at(temperature, rows)
+    p = problem(hidden, weight, numbers, needs)
+    row_size, column_size = tiles(p, kept is not None)
+    operand = p.operand
+    buffer = workspace(row_size, column_size, numbers.logits, hidden.device) if kept is None else kept
+
+    def logits_of(r: slice, c: slice) -> Tensor:
+        z = _tile(buffer, r, c, kept is not None)
+        multiply(z, hidden[r].to(operand), weight[c].to(operand).t(), None if bias is None else bias[c])
+        return z
+
+    outputs, state = statistics(
+        logits_of, parts(p.rows, row_size), parts(p.columns, column_size), target, temperature, numbers, want,
+        numbers.vocab_start + weight.shape[0],
+    )  # fmt: skip
+    outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
+    return outputs, spread(rows, state.t(), total).t().contiguous()
+
+
+def _tile(buffer: Tensor, r: slice, c: slice, whole: bool) -> Tensor:
+    """The tile of rows ``r`` and columns ``c``, in a buffer of all logits or of one tile."""
+    return buffer[r, c] if whole else buffer[: r.stop - r.start, : c.stop - c.start]
+
+
+def backward(
+    grads: Grads,
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    temperature: Tensor,  # (1,) or (N,)
+    state: Tensor,  # (K, N)
+    kept: Tensor | None,  # (N, V) or wider, as the forward pass filled it
+    overwrite: bool,  # write the logits' gradient over them
+    numbers: Numbers,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; an empty tensor for each one that is not needed."""
+    need_hidden, need_weight, need_bias = needs
+    total = target.numel()
+    silent = target == numbers.ignore_index
+    everywhere = kept is not None or numbers.group  # the rows must be those of the forward pass, or of other ranks
+    rows = kept_rows(silent) if everywhere else None
+    # No gradient comes in: none goes out, whatever the row holds, so NaN in padding does not leak
+    silent = silent | torch.stack([g == 0 for g in grads if g is not None]).all(0)
+    if not everywhere:
+        rows = kept_rows(silent)
+    hidden, target, silent, states, *upstream = picked(rows, hidden, target, silent, state.t(), *grads)
+    temperature = at(temperature, rows)
+    state = states.t()
+    p = problem(hidden, weight, numbers, needs)
+    row_size, column_size = tiles(p, kept is not None and overwrite)
+    row_parts, column_parts = parts(p.rows, row_size), parts(p.columns, column_size)
+    tiled = len(column_parts) > 1
+    buffer = workspace(row_size, column_size, numbers.logits, hidden.device) if kept is None else kept
+    h = hidden.to(p.operand)
+    safe = h  # as a factor of the head's gradient: 0 · NaN would be NaN
+    if need_weight and (hidden.device.type != "cpu" or silent.any()):
+        safe = torch.where(silent[:, None], 0, h)
+    wide = p.wide
+
+    d_hidden = hidden.new_empty(hidden.shape if need_hidden else (0,))
+    # summed over tiles and ranks in fp32, rounded once
+    sum_hidden = torch.empty_like(d_hidden, dtype=wide) if tiled or numbers.group else d_hidden
+    d_weight = weight.new_empty(weight.shape if need_weight else (0,))
+    d_bias = weight.new_empty(0) if bias is None or not need_bias else torch.empty_like(bias)
+    for gradient in (d_weight, d_bias):
+        gradient[p.columns :] = 0  # padding
+    reduction = None
+    for j, c in enumerate(column_parts):
+        w = weight[c].to(p.operand)
+        sum_weight = d_weight[c]
+        if need_weight and len(row_parts) > 1:
+            sum_weight = torch.empty_like(sum_weight, dtype=torch.promote_types(weight.dtype, wide))
+        sum_bias = torch.zeros(c.stop - c.start if need_bias else 0, dtype=wide, device=h.device)
+        for i, r in enumerate(row_parts):
+            z = _tile(buffer, r, c, kept is not None)
+            if kept is None:
+                multiply(z, h[r], w.t(), None if bias is None else bias[c])
+            run = registry.kernel("token_stats", "token_stats_backward", numbers.backend, z)
+            gl, ge, gc = (None if g is None else g[r] for g in upstream)
+            dz = run(
+                gl, ge, gc, z[None], target[r], at(temperature, r), state[:, r].contiguous(), numbers.softcap,
+                numbers.ignore_index, numbers.vocab_start + c.start, numbers.vocab_size, kept is None or overwrite,
+            )[0].to(p.operand)  # fmt: skip
+            if need_hidden:
+                (multiply if j == 0 else multiply_add)(sum_hidden[r], dz, w)
+                if numbers.group and j + 1 == len(column_parts) and i + 1 == len(row_parts):
+                    # while the head's gradient is computed
+                    reduction = dist.all_reduce(sum_hidden, group=process_group_of(numbers.group), async_op=True)
+            if need_weight:
+                (multiply if i == 0 else multiply_add)(sum_weight, dz.t(), safe[r])
+            if need_bias:
+                # torch's sum accumulates in fp32 anyway; told to return it, it first makes an fp32 copy on a CPU
+                sum_bias += dz.sum(0, dtype=None if len(row_parts) == 1 and dz.dtype == d_bias.dtype else wide)
+            del z, dz  # before the next tile is made
+        if need_weight and len(row_parts) > 1:
+            d_weight[c] = sum_weight
+        if need_bias:
+            d_bias[c] = sum_bias
+        del w, sum_weight
+    if reduction is not None:
+        reduction.wait()
+    if need_hidden:
+        if sum_hidden is not d_hidden:
+            d_hidden.copy_(sum_hidden)
+        d_hidden = spread(rows, d_hidden, total)
+    return d_hidden, d_weight, d_bias

@@ -1,0 +1,173 @@
+"""The op on hidden states under torch's tools: opcheck, fake tensors, export, torch.compile, checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+import entropy_kernels as ek
+from linear_cases import Linear, budgets, judge, make, run, upstream
+
+ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def arguments(case: Linear, keep: bool, want: int = 15, logits: torch.dtype | None = None) -> tuple[Any, ...]:
+    dtype = case.hidden.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    needs = [x is not None and x.requires_grad for x in (case.hidden, case.weight, case.bias)]
+    vocab = case.weight.shape[0]
+    return (
+        case.hidden, case.weight, case.bias, case.target, torch.ones(1, dtype=wide), 0.0, -100, 0, vocab,
+        dtype, logits or dtype, 1 << 30 if keep else 60_000, "", "auto", want, keep, *needs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", (False, True))
+def test_opcheck(keep: bool) -> None:
+    # V = 128: rows of kept logits are padded to 64, and what stands in the padding, or in an ignored row, is nobody's
+    vocab = 128 if keep else 203
+    for case in (make(5, vocab=vocab), make(5, bias=False, vocab=vocab), make(6, dtype=torch.bfloat16, vocab=vocab)):
+        if not keep:
+            case.target[1] = -100
+        for grad in ((), ("hidden",), ("hidden", "weight", "bias")):
+            # eager's backward pass writes over the kept logits, compiled code's does not: that output may differ
+            checks = ALL_CHECKS[:-1] if keep and grad else ALL_CHECKS
+            op = torch.ops.entropy_kernels.linear_token_stats.default
+            torch.library.opcheck(op, arguments(case.copy(*grad), keep), test_utils=checks)
+
+
+@pytest.mark.parametrize("kept", (False, True))
+def test_opcheck_backward(kept: bool) -> None:
+    ops = torch.ops.entropy_kernels
+    for case in (make(5), make(6, dtype=torch.bfloat16, bias=False)):
+        inputs = arguments(case, kept)
+        state, logits = ops.linear_token_stats.default(*inputs)[4:]
+        grad = torch.randn(case.target.shape)
+        for needs in ((True, True, case.bias is not None), (True, False, False), (False, True, False)):
+            for grads in ((grad, None, None), (grad, grad, grad)):
+                tail = (*inputs[:5], state, logits if kept else None, *inputs[5:14], *needs)
+                torch.library.opcheck(ops.linear_token_stats_backward.default, (*grads, *tail))
+                if kept:
+                    torch.library.opcheck(ops.linear_token_stats_backward_.default, (*grads, *tail))
+
+
+def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones() -> None:
+    for shape in ((5,), (2, 3), (0,), (2, 1, 3)):
+        for dtype in (torch.bfloat16, torch.float64):
+            case = make(*shape, dtype=dtype)
+            real = ek.linear_token_stats(case.hidden, case.weight, case.target, case.bias)
+            with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+                fakes = [mode.from_tensor(x) for x in (case.hidden, case.weight, case.target, case.bias)]
+                fake = ek.linear_token_stats(*fakes)
+            for a, b in zip(real, fake, strict=True):
+                assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+def step(budget: int | None, **kwargs: Any) -> Callable:
+    def loss(hidden: Any, weight: Any, bias: Any, target: Any, temperature: Any) -> torch.Tensor:
+        out = ek.linear_token_stats(
+            hidden, weight, target, bias, temperature=temperature, memory_budget=budget, **kwargs
+        )
+        return (1.5 * out.logprob - 0.25 * out.entropy + out.collision + out.vocab_covariance.detach()).sum()
+
+    return loss
+
+
+def both(eager: Callable, compiled: Callable, case: Linear, temperature: Any = 0.7) -> None:
+    results = []
+    for function in (eager, compiled):
+        leaves = case.copy("hidden", "weight", "bias")
+        value = function(leaves.hidden, leaves.weight, leaves.bias, leaves.target, temperature)
+        gradients = torch.autograd.grad(value, (leaves.hidden, leaves.weight, leaves.bias))
+        results.append((value.detach(), *gradients))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_fullgraph(dtype: torch.dtype) -> None:
+    case = make(2, 12, dtype=dtype, vocab=1500)
+    case.target[0, 3] = -100
+    for _, budget in budgets(case):
+        eager = step(budget, softcap=30.0)
+        both(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), case)
+        temperatures = torch.rand(2, 12) + 0.5
+        both(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), case, temperatures)
+
+
+def test_inductor() -> None:
+    eager = step(None)
+    both(eager, torch.compile(eager, fullgraph=True), make(24))
+
+
+def test_compiled_under_autocast() -> None:
+    case = make(24)
+
+    def loss(*inputs: Any) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return step(None)(*inputs)
+
+    both(loss, torch.compile(loss, fullgraph=True, backend="aot_eager"), case)
+
+
+def test_a_new_temperature_or_batch_size_recompiles_once() -> None:
+    eager = step(None)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(eager, fullgraph=True, backend=counter)
+    for i, rows in enumerate((24, 24, 24, 32, 40, 56)):
+        both(eager, compiled, make(rows), 0.7 + 0.1 * i)
+    assert counter.frame_count <= 3
+
+
+def test_compiled_under_no_grad() -> None:
+    case = make(24, temperature=0.7)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def rollout(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor) -> Any:
+        return ek.linear_token_stats(hidden, weight, target, bias, temperature=0.7)
+
+    with torch.no_grad():
+        judge(case, rollout(case.hidden, case.weight, case.target, case.bias)._asdict())
+
+
+def test_export() -> None:
+    class Head(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Any:
+            return tuple(ek.linear_logprob_entropy(hidden, weight, target, temperature=0.7))
+
+    case, other = make(24, bias=False), make(40, bias=False, temperature=0.7)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    program = torch.export.export(
+        Head(),
+        (case.hidden, case.weight, case.target),
+        dynamic_shapes={"hidden": {0: rows}, "weight": {}, "target": {0: rows}},
+    )
+    logprob, entropy = program.module()(other.hidden, other.weight, other.target)
+    judge(other, {"logprob": logprob, "entropy": entropy})
+
+
+@pytest.mark.parametrize("budget", (1 << 30, 60_000))
+def test_activation_checkpointing(budget: int) -> None:
+    """Non-reentrant checkpointing drops what was saved, the kept logits too, and makes it again."""
+    case = make(24)
+    expected = run(case, memory_budget=budget, names=("logprob", "entropy"))
+    leaves = case.copy("hidden", "weight", "bias")
+
+    def head(hidden: torch.Tensor) -> Any:
+        return ek.linear_logprob_entropy(hidden, leaves.weight, leaves.target, leaves.bias, memory_budget=budget)
+
+    out = checkpoint(head, leaves.hidden, use_reentrant=False)
+    torch.autograd.backward(list(out), list(upstream(case, ("logprob", "entropy")).values()))
+    for name in ("hidden", "weight", "bias"):
+        torch.testing.assert_close(getattr(leaves, name).grad, expected[f"d_{name}"])
