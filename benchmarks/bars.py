@@ -57,6 +57,21 @@ class _Judge:
             ),
         ]  # fmt: skip
 
+    def hidden(self, shape: str) -> list[Verdict]:
+        verdicts = []
+        for op, floor, what in (
+            ("linear_logprob_entropy", "product", "forward"),
+            ("linear_logprob_entropy_fwdbwd", "three products", "forward + backward"),
+        ):
+            for dtype in ("fp32", "bf16"):
+                mine, limit = (op, "ours", dtype), ("linear_floor", floor, dtype)
+                text = f"from hidden states, {dtype}, {what}"
+                verdicts.append(self.ratio(f"{text}, time over its products alone", "<=", 1.25, shape, mine, limit))
+                for peer in ("eager", "compile"):
+                    slower = (op, peer, dtype)
+                    verdicts.append(self.ratio(f"{text}, faster than {peer}", ">=", 1, shape, slower, mine))
+        return verdicts
+
     def selection(self, shape: str, distribution: str) -> list[Verdict]:
         limit = {"normal": 10.0, "band": 5.0, "equal": 1.0}[distribution]
         return [
@@ -88,6 +103,7 @@ def judge(records: Sequence[Record], plan: Plan, device_type: str, bandwidth: Ba
         return bars_gpu.judge(records, bandwidth)
     judge_ = _Judge(records, device_type)
     verdicts = [verdict for shape in plan.logits for verdict in judge_.logits(str(shape))]
+    verdicts += [verdict for shape in plan.hidden for verdict in judge_.hidden(str(shape))]
     for tokens in plan.tokens:
         verdicts += judge_.selection(str(tokens), tokens.distribution)
     return verdicts + judge_.host()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks import calls, peers
+from benchmarks import calls, linear, peers
 from benchmarks.registry import (
     EVERYTHING,
     LOGPROB,
@@ -279,6 +279,7 @@ def _register_limits() -> None:
 
 
 _register_limits()
+linear.register_all()
 _register_ours()
 _register_torch()
 _register_packages()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.registry import LOSSES, SHAPE_OF
+from benchmarks.registry import LINEAR, LOSSES, SHAPE_OF
 from benchmarks.shapes import (
     DISTRIBUTIONS,
     HEADLINE,
@@ -15,6 +15,7 @@ from benchmarks.shapes import (
     TINY_TOKENS,
     BatchShape,
     Case,
+    HiddenShape,
     LogitsShape,
     Shape,
     TokensShape,
@@ -35,6 +36,7 @@ class Plan:
     batches: tuple[BatchShape, ...]
     repeats: int
     by_value: bool = False
+    hidden: tuple[HiddenShape, ...] = ()
 
 
 # Sizes at which the CPU bars are stated: 311 MB of fp32 logits, ten times any cache of the machines in question, and
@@ -44,6 +46,7 @@ BARS = Plan(
     tokens=tuple(TokensShape(1 << 22, distribution) for distribution in DISTRIBUTIONS),
     batches=(BatchShape(512, 128),),
     repeats=7,
+    hidden=(HiddenShape(1024, 576, 49152),),
 )
 # 39 MB of fp32 logits: still more than the caches
 QUICK = Plan(
@@ -63,6 +66,7 @@ GRID = Plan(
     batches=(BatchShape(512, 128), BatchShape(4096, 1024)),
     repeats=20,
     by_value=True,
+    hidden=tuple(HiddenShape(8192, 4096, vocab) for vocab in GRID_VOCAB),
 )
 GRID_QUICK = Plan(
     logits=(HEADLINE, LogitsShape(64, 128256)),
@@ -118,6 +122,7 @@ def _by_shape(plan: Plan, dtypes: Sequence[torch.dtype], device: torch.device) -
     yield from _losses(plan.batches, device)
     yield _host(device)
     yield from of(last)  # no bar rests on it
+    yield from _linear(plan.hidden, dtypes, device)
 
 
 def _by_value(plan: Plan, dtypes: Sequence[torch.dtype], device: torch.device) -> Iterator[Group]:
@@ -136,6 +141,7 @@ def _by_value(plan: Plan, dtypes: Sequence[torch.dtype], device: torch.device) -
         yield from _logits(shape, dtype, device, without=SLOW_TO_PREPARE)
     yield from _losses(plan.batches[1:], device)
     yield from _selection(large[1:], device)
+    yield from _linear(plan.hidden, half_first, device)
     for shape, dtype in rest:
         yield from _logits(shape, dtype, device, only=SLOW_TO_PREPARE)
 
@@ -174,6 +180,14 @@ def _losses(shapes: Sequence[BatchShape], device: torch.device) -> Iterator[Grou
     for batch in shapes:
         cases = tuple((op, Case(batch, torch.float32, device)) for op in LOSSES)
         yield Group(f"Losses, forward + backward, {batch}", cases)
+
+
+def _linear(shapes: Sequence[HiddenShape], dtypes: Sequence[torch.dtype], device: torch.device) -> Iterator[Group]:
+    for hidden in shapes:
+        for dtype in dtypes:
+            case = Case(hidden, dtype, device)
+            title = f"From hidden states, {hidden.rows}×{hidden.features}×{hidden.vocab} {case.dtype_name}"
+            yield Group(title, tuple((op, case) for op in LINEAR))
 
 
 _HOST = (

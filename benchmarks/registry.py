@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import BatchShape, Case, Inputs, LogitsShape, TokensShape
+from benchmarks.shapes import BatchShape, Case, HiddenShape, Inputs, LogitsShape, TokensShape
 
 # op -> what is timed. "floor" ops are limits of the machine, not rivals.
 OPS: dict[str, str] = {
@@ -30,14 +30,19 @@ OPS: dict[str, str] = {
     "policy_loss": "PPO's clipped loss and its gradient with respect to log-prob",
     "clip_cov_loss": "Clip-Cov loss (verl's definition), selection included, and its gradient",
     "kl_cov_loss": "KL-Cov loss (verl's definition), selection included, and its gradient",
+    "linear_logprob_entropy": "log-prob and entropy from hidden states and a head, no gradient",
+    "linear_logprob_entropy_fwdbwd": "the same with the gradients of both",
+    "linear_floor": "the matrix products alone: the one of the forward pass; all three",
 }
 STATISTICS = ("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd", "token_stats")
 SELECTION = ("token_covariance", "clip_cov_mask", "kl_cov_mask")
+LINEAR = ("linear_logprob_entropy", "linear_logprob_entropy_fwdbwd", "linear_floor")
 LOSSES = ("policy_loss", "clip_cov_loss", "kl_cov_loss")
 SHAPE_OF: dict[str, type] = {
     **dict.fromkeys((*STATISTICS, "logits_floor"), LogitsShape),
     **dict.fromkeys((*SELECTION, "tokens_floor"), TokensShape),
     **dict.fromkeys(LOSSES, BatchShape),
+    **dict.fromkeys(LINEAR, HiddenShape),
 }
 
 # What an implementation computes of its op. A cross-entropy has no entropy: it is timed beside those that have one,
@@ -109,7 +114,7 @@ def available_bytes(device: torch.device) -> int:
 
 def fits(case: Case, copies: float) -> str | None:
     """Reason if ``copies`` fp32 tensors of the size of the logits do not fit into the memory that is free."""
-    if not isinstance(case.shape, LogitsShape):
+    if not isinstance(case.shape, (LogitsShape, HiddenShape)):
         return None
     needed = int(copies * case.shape.rows * case.shape.vocab * 4)
     free = available_bytes(case.device)

@@ -23,7 +23,7 @@ from benchmarks.implementations import OPS, names
 from benchmarks.measure import OUT_OF_TIME, DeviceLost, Settings, candidates, run_group, steps
 from benchmarks.plans import BARS, GRID, GRID_QUICK, QUICK, Group, Plan, groups
 from benchmarks.records import Measured
-from benchmarks.shapes import DISTRIBUTIONS, DTYPES, LogitsShape, TokensShape, parse_logits
+from benchmarks.shapes import DISTRIBUTIONS, DTYPES, HiddenShape, LogitsShape, TokensShape, parse_hidden, parse_logits
 from benchmarks.traffic import Bandwidth, measure_bandwidth
 
 WRITE_EVERY = 3.0  # seconds between writes of a document that grows to megabytes
@@ -50,6 +50,13 @@ def _logits_shape(text: str) -> LogitsShape:
         return parse_logits(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--shape: ")) from None
+
+
+def _hidden_shape(text: str) -> HiddenShape:
+    try:
+        return parse_hidden(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--hidden: ")) from None
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -92,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         "--impl", type=_listed("implementation", names()), metavar="A,B",
         help=f"implementations to run, by default all: {', '.join(names())}",
     )  # fmt: skip
+    add("--hidden", type=_hidden_shape, action="append", metavar="N,H,V", help="tokens, features, vocabulary")
     add("--shape", type=_logits_shape, action="append", metavar="N,V", help="rows and vocabulary; may be repeated")
     add("--tokens", type=_at_least(1), action="append", metavar="N", help="tokens of the selection; may be repeated")
     add("--dtype", type=_listed("dtype", list(DTYPES)), metavar="A,B", help="of the logits; by default fp32,bf16")
@@ -119,11 +127,14 @@ def plan_of(arguments: argparse.Namespace, device: torch.device) -> Plan:
     """Shapes and repeats that the arguments ask for."""
     if arguments.grid or device.type != "cpu":
         plan = GRID_QUICK if arguments.quick else GRID
-        plan = replace(plan, repeats=plan.repeats if device.type != "cpu" else BARS.repeats)
+        if device.type == "cpu":
+            plan = replace(plan, repeats=BARS.repeats, hidden=BARS.hidden)
     else:
         plan = QUICK if arguments.quick else BARS
     if arguments.shape:
-        plan = replace(plan, logits=tuple(arguments.shape))
+        plan = replace(plan, logits=tuple(arguments.shape), hidden=())
+    if arguments.hidden:
+        plan = replace(plan, hidden=tuple(arguments.hidden))
     if arguments.tokens:
         tokens = tuple(TokensShape(count, distribution) for count in arguments.tokens for distribution in DISTRIBUTIONS)
         plan = replace(plan, tokens=tokens)
@@ -136,7 +147,7 @@ def output_folder(arguments: argparse.Namespace, device: torch.device) -> Path:
         return arguments.output
     restricted = arguments.quick or arguments.cache not in (None, "both") or arguments.no_memory or arguments.seconds
     restricted = restricted or any(
-        getattr(arguments, name) for name in ("ops", "impl", "shape", "tokens", "dtype", "repeats", "threads")
+        getattr(arguments, name) for name in ("ops", "impl", "shape", "hidden", "tokens", "dtype", "repeats", "threads")
     )
     folder = machine.ROOT / "runs" / "bench" if restricted else machine.ROOT / "benchmarks" / "results"
     return folder / (machine.slug(device) + ("-grid" if arguments.grid and device.type == "cpu" else ""))

@@ -55,18 +55,30 @@ class BatchShape:
         return f"{self.sequences}×{self.length} batch"
 
 
-Shape = LogitsShape | TokensShape | BatchShape
+@dataclass(frozen=True)
+class HiddenShape:
+    """Hidden states (rows, features) and a head (vocab, features)."""
+
+    rows: int
+    features: int
+    vocab: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}×{self.features}×{self.vocab} hidden"
+
+
+Shape = LogitsShape | TokensShape | BatchShape | HiddenShape
 
 
 def size_of(shape: Shape) -> dict[str, int | str]:
-    """A shape's numbers by name, for JSON: rows and vocab; tokens and distribution; sequences and length."""
+    """A shape's numbers by name, for JSON: rows and vocab; tokens and distribution; sequences and length; …"""
     return asdict(shape)
 
 
 def logits_bytes(case: Case) -> int:
-    """Bytes of a case's logits; 0 where there are none."""
+    """Bytes of a case's logits, given or made from hidden states; 0 where there are none."""
     shape = case.shape
-    return shape.rows * shape.vocab * case.dtype.itemsize if isinstance(shape, LogitsShape) else 0
+    return shape.rows * shape.vocab * case.dtype.itemsize if isinstance(shape, (LogitsShape, HiddenShape)) else 0
 
 
 @dataclass(frozen=True)
@@ -96,10 +108,20 @@ HEADLINE = LogitsShape(8192, 128256)
 
 def parse_logits(text: str) -> LogitsShape:
     """``"512,151936"`` -> 512 rows of 151936; ValueError for anything else."""
+    rows, vocab = _numbers(text, 2, "--shape: expected N,V with N and V > 0, for example 512,151936")
+    return LogitsShape(rows, vocab)
+
+
+def parse_hidden(text: str) -> HiddenShape:
+    """``"1024,576,49152"`` -> 1024 hidden states of 576 and a head of 49152; ValueError for anything else."""
+    return HiddenShape(*_numbers(text, 3, "--hidden: expected N,H,V, all > 0, for example 1024,576,49152"))
+
+
+def _numbers(text: str, count: int, expected: str) -> list[int]:
     parts = text.replace("x", ",").replace("×", ",").split(",")
-    if len(parts) != 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"--shape: expected N,V with N and V > 0, for example 512,151936, got {text!r}")
-    return LogitsShape(int(parts[0]), int(parts[1]))
+    if len(parts) != count or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{expected}, got {text!r}")
+    return [int(part) for part in parts]
 
 
 Inputs = dict[str, Tensor]
@@ -166,8 +188,28 @@ def _batch_inputs(shape: BatchShape, case: Case, generator: torch.Generator) -> 
     }
 
 
+def _hidden_inputs(shape: HiddenShape, case: Case, generator: torch.Generator) -> Inputs:
+    """Logits from flat to peaked, as in :func:`_logits_inputs`."""
+    options: dict[str, Any] = {"device": case.device}
+    weight = torch.randn(shape.vocab, shape.features, generator=generator, **options).to(case.dtype)
+    scale = torch.linspace(0.5, 8.0, shape.rows, **options)[:, None] / shape.features**0.5
+    hidden = (torch.randn(shape.rows, shape.features, generator=generator, **options) * scale).to(case.dtype)
+    target = torch.randint(shape.vocab, (shape.rows,), generator=generator, **options)
+    for part in range(0, shape.rows, 512):  # every other token is the likeliest one
+        rows = slice(part, min(part + 512, shape.rows), 2)
+        target[rows] = (hidden[rows] @ weight.t()).argmax(-1)
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "target": target,
+        "grad_logprob": torch.randn(shape.rows, generator=generator, **options),
+        "grad_entropy": torch.randn(shape.rows, generator=generator, **options) * 0.1,
+    }
+
+
 _MAKERS: dict[type, Callable[..., Inputs]] = {
     LogitsShape: _logits_inputs,
     TokensShape: _tokens_inputs,
     BatchShape: _batch_inputs,
+    HiddenShape: _hidden_inputs,
 }

@@ -16,7 +16,7 @@ import torch
 from benchmarks.checks import check
 from benchmarks.implementations import OPS, Implementation, of_op
 from benchmarks.registry import SHAPE_OF
-from benchmarks.shapes import BatchShape, Case, LogitsShape, Shape, TokensShape, make_inputs
+from benchmarks.shapes import BatchShape, Case, HiddenShape, LogitsShape, Shape, TokensShape, make_inputs
 
 # Larger than the caches, small enough that the whole set takes well under a minute.
 _SHAPES: dict[str, dict[type, Shape]] = {
@@ -24,11 +24,13 @@ _SHAPES: dict[str, dict[type, Shape]] = {
         LogitsShape: LogitsShape(128, 151936),
         TokensShape: TokensShape(1 << 20),
         BatchShape: BatchShape(64, 128),
+        HiddenShape: HiddenShape(256, 576, 32000),
     },
     "cuda": {
         LogitsShape: LogitsShape(4096, 128256),
         TokensShape: TokensShape(1 << 22),
         BatchShape: BatchShape(512, 128),
+        HiddenShape: HiddenShape(4096, 4096, 128256),
     },
 }
 _DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

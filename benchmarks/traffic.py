@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.registry import Prepared
-from benchmarks.shapes import Case, LogitsShape, TokensShape
+from benchmarks.shapes import Case, HiddenShape, LogitsShape, TokensShape
 from benchmarks.timing import cache_bytes, clock_for
 from entropy_kernels.backends import reused_memory
 
@@ -45,6 +45,11 @@ def least_traffic(op: str, name: str, case: Case) -> Traffic:
     if isinstance(shape, TokensShape):
         read, written = {"token_covariance": (9, 4), "tokens_floor": (4, 0)}.get(op, (4, 1))
         return Traffic(read * shape.tokens, written * shape.tokens)
+    if isinstance(shape, HiddenShape):  # a product's operands and results; nobody needs the logits in memory
+        factors = (shape.rows + shape.vocab) * shape.features * case.dtype.itemsize
+        once = Traffic(factors + 8 * shape.rows, 8 * shape.rows)
+        both = op == "linear_logprob_entropy_fwdbwd" or name == "three products"
+        return Traffic(2 * once.read, once.written + factors) if both else once
     tokens = shape.sequences * shape.length
     return Traffic(13 * tokens, 4 * tokens)
 

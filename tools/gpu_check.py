@@ -45,7 +45,7 @@ GRACE, GRACE_SHARE = 20.0, 0.25
 #: Files that hold tests marked gpu; collecting all others would take each process ten seconds.
 TEST_FILES = (
     "test_hardware.py", "test_token_stats*.py", "test_selection*.py", "test_losses*.py", "test_cuda_*.py",
-    "test_triton_*.py", "test_policy_loss*.py",
+    "test_triton_*.py", "test_policy_loss*.py", "test_linear_*.py",
 )  # fmt: skip
 #: What the results say anew for other sources.
 SOURCES = ("csrc", "entropy_kernels", "tests", "tools", "benchmarks", "setup.py", "pyproject.toml")
