@@ -16,7 +16,7 @@ from benchmarks.shapes import Case, Inputs
 Function = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
 Load = Callable[[Case], Function]
 ENOUGH = 1 << 50  # bytes: the logits are kept
-# Made again in tiles: the tenth of what bf16 logits take at the size of the bars; a GPU's tiles want more
+# Made again in tiles: less than the bf16 logits take where the bars are stated; a GPU's tiles want more
 TIGHT = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
