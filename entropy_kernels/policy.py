@@ -16,6 +16,7 @@ from torch import Tensor
 from entropy_kernels._arguments import check_number, scalar_tensor
 from entropy_kernels.backends.eager.policy_loss import branches
 from entropy_kernels.backends.policy_names import MAXIMA, METRICS, PENALTIES, TOTALS, Selected
+from entropy_kernels.backends.radix_select import ALL_TOKENS
 from entropy_kernels.ops.policy_loss import policy_loss as op
 from entropy_kernels.selection import (
     CLIP_COV_RATIO,
@@ -41,9 +42,6 @@ __all__ = [
 ]
 
 SUMS_AND_MAXIMA, MEANS_AND_MAXIMA = TOTALS, METRICS  # names of what Evaluated.totals and .metrics hold
-
-# More than any batch holds: a selection of so many returns all candidates.
-_ALL = 1 << 53
 
 
 class Clips(NamedTuple):
@@ -204,5 +202,5 @@ def _select(
         "low": selection.low, "high": selection.high, "band": selection.band, "closed": selection.closed,
         "exclude": exclude,
     }  # fmt: skip
-    candidates = clip_cov_mask(covariance, mask, seed=0, k=_ALL, **band, **over_ranks)
+    candidates = clip_cov_mask(covariance, mask, seed=0, k=ALL_TOKENS, **band, **over_ranks)
     return clip_cov_mask(covariance, mask, seed=selection.seed, **count, **band), candidates.count_nonzero()

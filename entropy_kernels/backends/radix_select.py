@@ -25,6 +25,7 @@ POSITION_DIGITS = ((33, 11), (22, 11), (11, 11), (0, 11))
 
 NO_KEY = 1 << 32  # a threshold that no key reaches
 LAST_INDEX = (1 << 63) - 1
+ALL_TOKENS = 1 << 53  # more than any batch holds: a selection of so many returns all candidates
 
 # Columns of a (rows, 3) int64 search state: digits found so far, how many of the keys that share them are still
 # needed, how many there are.

@@ -60,8 +60,8 @@ def total(inputs: Inputs, policy: Policy, evaluated: Evaluated, extras: Extras, 
 def _add_extras(inputs: Inputs, evaluated: Evaluated, extras: Extras) -> _Terms:
     if inputs.entropy is None and inputs.ref_logprob is None:
         return _Terms(evaluated.term, evaluated.term, True, {})
-    policy_term, plain, sums = evaluated.term, True, {}
-    valid = inputs.valid
+    policy_term, valid = evaluated.term, inputs.valid
+    sums: dict[str, Tensor] = {}
     # Counted also where a coefficient of 0 keeps it out of the loss
     finite = torch.ones_like(valid)
     added: list[Tensor] = []
@@ -86,7 +86,7 @@ def _add_extras(inputs: Inputs, evaluated: Evaluated, extras: Extras) -> _Terms:
         token_loss = token_loss + term
     finite = finite & torch.isfinite(token_loss.detach())
     sums["nonfinite_tokens"] = (valid & ~finite).count_nonzero()
-    return _Terms(policy_term, token_loss, plain and not added, sums)
+    return _Terms(policy_term, token_loss, not added, sums)
 
 
 def _alone(inputs: Inputs, evaluated: Evaluated, terms: _Terms, aggregation: Aggregation) -> tuple[Tensor, Tensor]:

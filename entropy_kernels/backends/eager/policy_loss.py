@@ -14,9 +14,7 @@ from torch import Tensor
 
 from entropy_kernels.backends.eager import selection
 from entropy_kernels.backends.policy_names import PENALTIES, TOTALS, Selected
-from entropy_kernels.backends.radix_select import Band, Count
-
-_ALL = 1 << 53  # more tokens than any batch holds: a selection of so many returns all candidates
+from entropy_kernels.backends.radix_select import ALL_TOKENS, Band, Count
 
 
 class Branches(NamedTuple):
@@ -159,7 +157,7 @@ def policy_loss(
 def candidates(covariance: Tensor, valid: Tensor, exclude: Tensor | None, seed: Tensor, band: Band) -> Tensor:
     """The candidates of Clip-Cov."""
     if band.quantile:  # the bounds are order statistics: let the selection find them, and take every candidate
-        everything = Count(None, _ALL, True)
+        everything = Count(None, ALL_TOKENS, True)
         return selection.clip_cov_mask(covariance, valid, exclude, None, seed, everything, band, "")
     found = valid if exclude is None else valid & ~exclude
     if band.closed:
