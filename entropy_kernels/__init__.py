@@ -11,6 +11,7 @@ from entropy_kernels.losses import (
     PolicyLossModule,
     clip_cov_loss,
     kl_cov_loss,
+    linear_policy_loss,
     policy_loss,
 )
 from entropy_kernels.selection import SelectionBatch, clip_cov_mask, kl_cov_mask, token_covariance
@@ -34,6 +35,7 @@ __all__ = [
     "kl_cov_mask",
     "linear_logprob_entropy",
     "linear_plan",
+    "linear_policy_loss",
     "linear_token_stats",
     "logprob_entropy",
     "policy_loss",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from entropy_kernels.functional import (
     vocabulary,
 )
 from entropy_kernels.ops import linear_plan as planning
+from entropy_kernels.ops import linear_policy_loss as policy_op
 from entropy_kernels.ops import linear_token_stats as op
 from entropy_kernels.ops import token_stats
 from entropy_kernels.ops.linear_head import Head, head_token_stats
 from entropy_kernels.ops.linear_plan import LinearPlan, Problem
+from entropy_kernels.ops.linear_policy_loss import Coefficients
 from entropy_kernels.ops.linear_tiles import Numbers
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -124,12 +127,14 @@ def linear_plan(
     vocab_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    policy_loss: bool = False,
 ) -> LinearPlan:
     """How :func:`linear_logprob_entropy` would compute these arguments: mode, products, tiles, bytes.
 
     Nothing is computed; tensors on the meta device are planned for as on a GPU. The mode follows from
     ``requires_grad`` (under the grad mode of this call) and the budget; docs/linear.md has the formula. Ignored tokens
-    are counted as if they were not.
+    are counted as if they were not. With ``policy_loss``: how :func:`entropy_kernels.linear_policy_loss` would, with a
+    selection of at most .2 % of the tokens.
 
     Raises:
         TypeError, ValueError: as :func:`linear_logprob_entropy`.
@@ -141,7 +146,16 @@ def linear_plan(
     validate_options(False, vocab_group, "auto")
     product = _validate_head(hidden, weight, bias)
     shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
-    return planning.plan(_problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget))
+    problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
+    if policy_loss and problem.backward:
+        return planning.loss_plan(problem, changes_of(2e-3, None, problem.rows))
+    return planning.plan(problem)
+
+
+def changes_of(ratio: float | None, k: int | None, tokens: int) -> int:
+    """Most tokens whose coefficient is another than predicted: those selected, and those held out."""
+    selected = k if k is not None else max(1, math.floor((ratio or 0.0) * tokens))
+    return min(tokens, selected + planning.HELD_OUT)
 
 
 def _linear_token_stats(
@@ -160,42 +174,114 @@ def _linear_token_stats(
     backend: str,
     want: int,
 ) -> Sequence[Tensor]:
-    validate_rows("hidden", hidden, target)
-    validate_options(False, vocab_group, backend)
-    ignore_index = integer("ignore_index", ignore_index)
     if callable(weight) and not isinstance(weight, Tensor):
+        validate_rows("hidden", hidden, target)
+        validate_options(False, vocab_group, backend)
+        ignore_index = integer("ignore_index", ignore_index)
         _refuse_beside_a_head(bias=bias, vocab_group=vocab_group, vocab_start=vocab_start)
         return _through_head(
             hidden, weight, target, temperature, softcap, ignore_index, vocab_size, logits_dtype, memory_budget,
             backend, want,
         )  # fmt: skip
+    call = _checked(
+        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
+        logits_dtype, memory_budget, backend,
+    )  # fmt: skip
+    keep = planning.keeps_logits(call.problem)
+    outputs = op.linear_token_stats(*call.tensors, *dataclasses.astuple(call.numbers), want, keep, *call.needs)
+    return _shaped(outputs, target, want)
+
+
+class _Checked(NamedTuple):
+    """A call with a plain weight, after its arguments were checked."""
+
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # hidden (N, H), weight, bias, target (N,), temperature
+    numbers: Numbers
+    problem: Problem
+
+    @property
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Whether hidden, weight and bias need a gradient."""
+        return self.problem.need_hidden, self.problem.need_weight, self.problem.need_bias
+
+
+def _checked(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    vocab_group: Any,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    logits_dtype: torch.dtype | None,
+    memory_budget: int | None,
+    backend: str,
+) -> _Checked:
+    validate_rows("hidden", hidden, target)
+    validate_options(False, vocab_group, backend)
+    ignore_index = integer("ignore_index", ignore_index)
     weight, bias, vocab_start, vocab_size = local_head(weight, bias, vocab_group, vocab_start, vocab_size)
     product = _validate_head(hidden, weight, bias)
     shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
     problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
     start, size, group = shard
-    outputs = op.linear_token_stats(
+    tensors = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         target.reshape(-1).contiguous(),
         temperature_tensor(temperature, target, planning.accumulator(product)),
-        softcap_number(softcap),
-        ignore_index,
-        start,
-        size,
-        product,
-        problem.logits,
-        problem.budget,
-        group,
-        backend,
-        want,
-        planning.keeps_logits(problem),
-        problem.need_hidden,
-        problem.need_weight,
-        problem.need_bias,
     )
-    return _shaped(outputs, target, want)
+    numbers = Numbers(
+        softcap_number(softcap), ignore_index, start, size, product, problem.logits, problem.budget, group, backend
+    )
+    return _Checked(tensors, numbers, problem)
+
+
+def linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    coefficients: Coefficients,
+    *,
+    grad_buffer: Tensor | None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A loss of log-prob and entropy whose gradients are made in the forward pass: ops/linear_policy_loss.py.
+
+    ``weight`` is a tensor; at least one of hidden, weight and bias requires a gradient. Other arguments and errors as
+    of :func:`linear_logprob_entropy`.
+    """
+    call = _checked(
+        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
+        logits_dtype, memory_budget, backend,
+    )  # fmt: skip
+    head, wide = call.tensors[1], call.problem.wide
+    if grad_buffer is not None:
+        if not isinstance(grad_buffer, Tensor):
+            raise TypeError(f"grad_buffer: expected a torch.Tensor or None, got {type(grad_buffer).__name__}")
+        if not call.problem.need_weight:
+            raise ValueError("grad_buffer: expected None for a weight that needs no gradient, got a tensor")
+        if (grad_buffer.shape, grad_buffer.dtype, grad_buffer.device) != (head.shape, wide, head.device):
+            raise ValueError(
+                f"grad_buffer: expected {wide} of weight's shape {tuple(head.shape)} on {head.device}, got "
+                f"{grad_buffer.dtype} of shape {tuple(grad_buffer.shape)} on {grad_buffer.device}"
+            )
+        if grad_buffer.requires_grad:
+            raise ValueError("grad_buffer: expected a tensor that does not require grad, got one that does")
+    return policy_op.linear_loss(*call.tensors, call.numbers, coefficients, grad_buffer)
 
 
 def _refuse_beside_a_head(**arguments: Any) -> None:

@@ -79,6 +79,19 @@ class Aggregation(NamedTuple):
             return values.sum()
         return (values.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
 
+    def weights(self, mask: Tensor) -> Tensor:
+        """What a token's loss is multiplied by before all are added up, fp64 of ``mask``'s shape, 0 where masked.
+
+        The derivative of ``numerator / denominator · dp_size``; counts over the ranks of the group, if there is one.
+        """
+        counts = Counts.of(mask)
+        if self.group is not None:
+            counts = Counts(**over_group(counts._asdict(), {}, self.group))
+        share = mask.double()
+        if self.mode == "seq-mean-token-mean":
+            share = share / mask.sum(-1, keepdim=True).clamp(min=1)
+        return share * self.dp_size / self.denominator(counts, mask.shape[-1])
+
     def denominator(self, counts: Counts, length: int) -> Tensor | int | float:
         """D without dp_size; never 0, so that a batch without valid tokens has loss 0."""
         if self.mode == "token-sum":

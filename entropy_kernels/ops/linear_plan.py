@@ -19,6 +19,7 @@ _GPU_TILE = 1 << 27
 # Rows of a tile where no gradient of the head is summed over them, so that cutting them costs nothing
 _ROWS = {"cpu": 1 << 12}
 _GPU_ROWS = 1 << 14
+HELD_OUT = 64  # tokens that linear_policy_loss holds out because their coefficient is huge
 _STATE_ROWS = 10  # of fp32 per row and chunk: the state's 6 and what their merge needs at once
 
 
@@ -27,7 +28,8 @@ class LinearPlan:
     """How :func:`entropy_kernels.linear_logprob_entropy` computes a call; made by :func:`entropy_kernels.linear_plan`.
 
     Attributes:
-        mode: "keep" (the logits are kept for the backward pass), "recompute" (they are made again there) or "no_grad".
+        mode: "keep" (the logits are kept for the backward pass), "recompute" (they are made again there) or "no_grad";
+            of a policy loss "in_forward" (the gradients are made in the forward pass).
         products: number of matrix products of the size tokens × H × V, forward and backward together.
         row_chunk: tokens per tile.
         vocab_chunk: vocabulary entries per tile.
@@ -207,6 +209,73 @@ def plan(p: Problem) -> LinearPlan:
     mode = "keep" if keep else "recompute" if p.backward else "no_grad"
     products = 1 + p.need_hidden + p.need_weight + (mode == "recompute")
     return LinearPlan(mode, products, rows, columns, -(-p.rows // rows), -(-p.columns // columns), kept, peak)
+
+
+def kept_dtype(dtype: torch.dtype, wide: torch.dtype, summed: bool) -> torch.dtype:
+    """Of a gradient between the forward pass, which makes it, and the backward pass; ``summed`` over several parts.
+
+    fp16 is rounded only there: a GradScaler may be about to scale it up.
+    """
+    return torch.promote_types(dtype, wide) if summed or dtype == torch.float16 else dtype
+
+
+def _loss_row_bytes(p: Problem, rows: int) -> tuple[int, int]:
+    """Bytes per token of a part of ``rows`` tokens of a policy loss, and per token that is made again beside it."""
+    operand, wide, on_cpu = p.operand.itemsize, p.wide.itemsize, p.device_type == "cpu"
+    summed = rows < p.rows
+    logit = p.logits.itemsize + (operand if p.logits != p.operand else 0)
+    if on_cpu and operand < wide and (p.need_weight or p.need_bias) and (summed or p.weight != p.operand):
+        logit += wide  # no product of halves with an fp32 sum
+    vector = 2 * operand + (wide if p.hidden.itemsize < wide else 0)
+    return padded(p.columns) * logit + p.features * vector, padded(p.columns) * p.logits.itemsize
+
+
+def loss_rows(p: Problem, changes: int | None) -> int:
+    """Tokens of a part of a policy loss, of which up to ``changes`` are made again (None: any number).
+
+    All of them, if the budget allows; else as many parts as it asks for, of one size, with room for those in the last.
+    """
+    if p.rows * _loss_row_bytes(p, p.rows)[0] <= p.budget:
+        return max(1, p.rows)
+    row, again = _loss_row_bytes(p, 1)
+    most = p.budget // (row + again)  # if all of a part may have to be made again
+    if changes is not None and most > changes:
+        most = (p.budget - changes * again) // row
+    if most < min(p.rows, _LEAST_ROWS):
+        raise ValueError(
+            f"memory_budget: expected at least {min(p.rows, _LEAST_ROWS) * (row + again)} bytes for the logits of "
+            f"{min(p.rows, _LEAST_ROWS)} tokens, V={p.columns}, got {p.budget}"
+        )
+    room = changes if changes is not None and changes < most else 0
+    return _even(p.rows + room, max(most, _LEAST_ROWS), _LEAST_ROWS)
+
+
+def loss_plan(p: Problem, changes: int | None) -> LinearPlan:
+    """Of a policy loss, like :func:`plan`."""
+    rows = loss_rows(p, changes)
+    row, again = _loss_row_bytes(p, rows)
+    parts = max(1, -(-p.rows // rows))
+    made_again = 0 if parts == 1 else rows if changes is None else min(rows, changes)
+    operand, wide = p.operand.itemsize, p.wide.itemsize
+    sums = kept_dtype(p.weight, p.wide, parts > 1).itemsize if p.need_weight else 0
+    hidden = kept_dtype(p.hidden, p.wide, False).itemsize if p.need_hidden else 0
+    kept = p.columns * p.features * sums + p.rows * p.features * hidden + (p.columns * wide if p.need_bias else 0)
+    peak = rows * row + made_again * again + _state_bytes(p, 0, 1)
+    # beside the gradients themselves
+    peak += p.columns * p.features * max(0, sums - p.weight.itemsize)
+    peak += p.rows * p.features * max(0, hidden - p.hidden.itemsize)
+    # whole copies: of the head and the hidden states as operands, of the latter without the ignored tokens
+    peak += p.columns * p.features * (operand if p.weight != p.operand else 0)
+    peak += p.rows * p.features * (operand if p.hidden != p.operand else 0)
+    if p.device_type == "cpu":
+        peak += p.rows * p.features * p.hidden.itemsize * (1 + p.need_hidden)
+        if operand < wide or p.weight != p.operand:  # what the product converts or rounds
+            peak += p.columns * p.features * wide
+    if p.sharded:
+        peak += p.rows * p.features * wide
+    return LinearPlan(
+        "in_forward", 1 + p.need_hidden + p.need_weight, rows, max(1, p.columns), parts, 1, kept, peak
+    )  # fmt: skip
 
 
 def head_tile(

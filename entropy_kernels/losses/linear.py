@@ -1,0 +1,212 @@
+"""The policy losses from hidden states: gradients in the forward pass, three products (docs/linear.md)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from entropy_kernels.linear import changes_of, linear_loss
+from entropy_kernels.losses import functional, presets
+from entropy_kernels.losses.aggregation import Aggregation
+from entropy_kernels.losses.inputs import check_mask, check_tensor
+from entropy_kernels.losses.total import PolicyLoss
+from entropy_kernels.selection import expand_advantages
+
+_LOSSES: dict[str, Callable[..., PolicyLoss]] = {
+    "ppo": functional.policy_loss,
+    "clip_cov": functional.clip_cov_loss,
+    "kl_cov": functional.kl_cov_loss,
+}
+_GIVEN = {"clip_cov": "dropped", "kl_cov": "penalized"}
+_PER_TOKEN = ("ref_logprob", "dropped", "penalized")
+# What a loss needs to sum up over the batch, to select, and to reach other ranks: not for the coefficient of one token
+_AGGREGATION: dict[str, Any] = {
+    "loss_agg_mode": "token-mean", "dp_size": 1, "batch_num_tokens": None, "global_batch_size": None,
+    "loss_scale_factor": None, "batch_group": None,
+}  # fmt: skip
+_OF_THE_TERM = (
+    "clip_low", "clip_high", "dual_clip", "entropy_coef", "ref_logprob", "ref_kl_coef", "kl_estimator", "backend",
+)  # fmt: skip
+_HUGE = 8.0  # × the mean size of the advantages that are not 0
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor | Callable[..., Tensor],
+    target: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    method: str = "ppo",
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    grad_buffer: Tensor | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> PolicyLoss:
+    """The losses of PPO, Clip-Cov and KL-Cov from hidden states and a head, with three matrix products.
+
+    Equal, but for rounding, to
+
+        logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, ...)
+        ek.clip_cov_loss(logprob, old_logprob, advantages, mask, entropy=entropy, ...)        # or the others
+
+    which makes its logits a second time where they do not fit ``memory_budget``. Here all gradients are made in the
+    forward pass, the logits of some tokens at a time; the few tokens that a selection over the whole call then changes
+    are corrected (docs/linear.md). The backward pass multiplies by the factor of the loss, once.
+
+    Args:
+        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
+            logits_dtype: as in :func:`entropy_kernels.linear_logprob_entropy`. A weight that is a module or a function
+            is computed as above, with recomputation.
+        old_logprob, advantages, mask: as in :func:`entropy_kernels.policy_loss`, in ``target``'s shape (..., L).
+            ``target`` is not read where the mask is 0.
+        method: "ppo", "clip_cov" or "kl_cov".
+        memory_budget: bytes for the logits of a part of the tokens and what goes with them, 1 GiB by default.
+            ``linear_plan(..., policy_loss=True)`` says what it comes to; the head's gradient, summed in fp32 where there
+            are several parts, is beside it.
+        grad_buffer: fp32 (fp64 for fp64) of ``weight``'s shape, to which the head's gradient is added in this call,
+            unrounded, instead of going to ``weight.grad``: for sums over micro-batches. It is the gradient of this
+            loss: differentiate the loss as it is, and scale it by ``batch_num_tokens`` and the like.
+        backend: "auto", "torch", "triton", "cpu" or "cuda", for statistics, selection and loss.
+        options: keyword arguments of :func:`entropy_kernels.policy_loss`, of :func:`entropy_kernels.clip_cov_loss` or
+            of :func:`entropy_kernels.kl_cov_loss`, as the method says; not ``entropy``, which is computed here, whose
+            bonus is ``entropy_coef`` as there. To select over several calls, :class:`entropy_kernels.SelectionBatch`
+            and ``dropped=`` or ``penalized=``: the result then does not depend on how the batch is split.
+
+    Returns:
+        :class:`entropy_kernels.PolicyLoss`, as the losses; the metric ``entropy`` is always there. One backward pass.
+
+    Raises:
+        TypeError, ValueError, IndexError, NotImplementedError: as the functions above, before anything is computed.
+        RuntimeError: a second backward pass, double backward, or a factor on the loss beside a ``grad_buffer``.
+    """
+    if method not in _LOSSES:
+        raise ValueError(f"method: expected one of {', '.join(map(repr, _LOSSES))}, got {method!r}")
+    loss = _LOSSES[method]
+    _check_names(method, options)
+    head: dict[str, Any] = {
+        "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index, "vocab_group": vocab_group,
+        "vocab_start": vocab_start, "vocab_size": vocab_size, "logits_dtype": logits_dtype,
+        "memory_budget": memory_budget, "backend": backend,
+    }  # fmt: skip
+    options = {**options, "backend": backend}
+    for name, value in (("target", target), ("old_logprob", old_logprob)):
+        check_tensor(name, value)
+    if old_logprob.shape != target.shape:
+        raise ValueError(f"old_logprob: expected target's shape {tuple(target.shape)}, got {tuple(old_logprob.shape)}")
+    with torch.no_grad():  # every error of the loss, before the work and before anything is added to a buffer
+        stand_in = old_logprob.detach()
+        loss(stand_in, old_logprob, advantages, mask, entropy=torch.zeros_like(stand_in), **options)
+    valid = check_mask("mask", mask, old_logprob)
+    if valid is not None:
+        target = torch.where(valid, target, ignore_index)
+
+    tensors = [x for x in (hidden, weight, bias) if isinstance(x, Tensor)]
+    plain = isinstance(weight, Tensor)
+    if not plain or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        if grad_buffer is not None and not plain:
+            raise ValueError("grad_buffer: expected None beside a weight that is a module or a function, got a tensor")
+        logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
+        return loss(logprob, old_logprob, advantages, mask, entropy=entropy, **options)
+    batch = _Batch(method, old_logprob, expand_advantages(advantages, old_logprob), valid, options)
+    value = linear_loss(hidden, weight, target, bias, batch, grad_buffer=grad_buffer, **head)
+    return PolicyLoss(value, batch.result.metrics)
+
+
+class _Batch:
+    """What the op asks of a loss: coefficients of some tokens before the selection, of all after it."""
+
+    def __init__(
+        self, method: str, old_logprob: Tensor, advantages: Tensor, valid: Tensor | None, options: dict[str, Any]
+    ) -> None:
+        self._loss, self._options = _LOSSES[method], options
+        self._old, self._advantages, self._mask = old_logprob, advantages, valid
+        selects = method in _GIVEN and options.get(_GIVEN[method]) is None
+        self._term, self._term_options = self._predictor(method, selects)
+        self.changes: int | None = 0
+        if selects:
+            self.changes = None
+            if options.get("batch_group") is None:
+                chosen = (presets.CLIP_COV if method == "clip_cov" else presets.KL_COV)[options.get("preset", "verl")]
+                ratio = presets.given_or(options.get("ratio"), chosen.ratio)
+                self.changes = changes_of(ratio, options.get("k"), old_logprob.numel())
+        mask = torch.ones_like(old_logprob, dtype=torch.bool) if valid is None else valid
+        aggregation = Aggregation(*(options.get(name, default) for name, default in _AGGREGATION.items()))
+        self._weights = aggregation.weights(mask)
+        size = torch.where(mask, advantages, 0).double().abs()
+        self._huge = _HUGE * size.sum() / size.count_nonzero().clamp(min=1)
+        self.result: PolicyLoss
+
+    @property
+    def loss(self) -> Tensor:
+        """The value, once it is known."""
+        return self.result.loss
+
+    def _predictor(self, method: str, selects: bool) -> tuple[Callable[..., PolicyLoss], dict[str, Any]]:
+        """The loss that a token has if it is not selected; of a mask that is given, the loss itself."""
+        if not selects:
+            return self._loss, {k: v for k, v in self._options.items() if k not in (*_AGGREGATION, "token_index")}
+        options = {k: v for k, v in self._options.items() if k in _OF_THE_TERM}
+        chosen = (presets.CLIP_COV if method == "clip_cov" else presets.KL_COV)[self._options.get("preset", "verl")]
+        for name in ("clip_low", "clip_high"):
+            options[name] = presets.clip_or(name, options.get(name, "preset"), getattr(chosen, name))
+        return functional.policy_loss, options
+
+    def predicted(self, rows: Any, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """See ops/linear_policy_loss.py."""
+
+        def part(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.reshape(-1)[rows]
+
+        options = {k: part(v) if k in _PER_TOKEN else v for k, v in self._term_options.items()}
+        tokens = (part(x) for x in (self._old, self._advantages, self._mask))
+        _, (c, e) = _differentiated(self._term, logprob, entropy, *tokens, loss_agg_mode="token-sum", **options)
+        weights = self._weights.reshape(-1)[rows]
+        e = None if e is None else (e * weights).to(e.dtype)
+        return (c * weights).to(c.dtype), e, ~(c.abs() <= self._huge)
+
+    def final(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See ops/linear_policy_loss.py."""
+        shape = self._old.shape
+        self.result, (c, e) = _differentiated(
+            self._loss, logprob.view(shape), entropy.view(shape), self._old, self._advantages, self._mask,
+            **self._options,
+        )  # fmt: skip
+        return c.reshape(-1), None if e is None else e.reshape(-1)
+
+
+def _differentiated(
+    loss: Callable[..., PolicyLoss], logprob: Tensor, entropy: Tensor, *tokens: Tensor | None, **options: Any
+) -> tuple[PolicyLoss, tuple[Tensor, Tensor | None]]:
+    """The loss, and its derivatives by log-prob and entropy; None for the latter's where it has no coefficient."""
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (logprob, entropy)]
+        result = loss(leaves[0], *tokens, entropy=leaves[1], **options)
+        c, e = torch.autograd.grad(result.loss, leaves, allow_unused=True)
+    return result, (torch.zeros_like(logprob) if c is None else c, e)
+
+
+def _check_names(method: str, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(_LOSSES[method]).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("entropy", "backend")]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        why = " (entropy is computed here)" if "entropy" in unknown else ""
+        raise TypeError(
+            f"linear_policy_loss: expected with method={method!r} keyword arguments among {', '.join(known)}, "
+            f"got {', '.join(unknown)}{why}"
+        )

@@ -1,0 +1,302 @@
+"""Gradients of a loss of log-prob and entropy, made in the forward pass: three products, bounded memory.
+
+The tokens are taken in parts: logits of a part, its statistics, the gradient written over its logits, its share of all
+gradients. A loss that selects tokens of the whole batch knows which only when it has seen all of them. So a part's
+gradients are made with the coefficients c = ∂loss/∂logprob and e = ∂loss/∂entropy that its tokens have if they are
+*not* selected, and when the selection has changed a few tokens' c to c', their logits are made again and
+
+    Σ (c' - c) · uᵀ h,    u = (onehot - p) / T, the derivative of the log-prob by the logits,
+
+is added to the head's gradient (a product over those tokens alone), while their own hidden states' gradient is computed
+anew from c' and e. Nothing is scaled: e stays what it was, and c may have been 0.
+
+c would cancel badly where it is huge, and not at all where it is not finite. Such a token is held out (its c is taken
+as 0 at first) and is added when c' is known; where that is 0, nothing is left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entropy_kernels._arguments import process_group_of, refuse_forward_mode
+from entropy_kernels.backends import registry
+from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
+from entropy_kernels.ops import linear_tiles
+from entropy_kernels.ops.linear_plan import HELD_OUT, Problem, kept_dtype, loss_rows
+from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, parts, picked, spread
+from entropy_kernels.ops.products import multiply, multiply_add
+from entropy_kernels.ops.token_stats import check_values
+
+_NAME = "linear_policy_loss"
+
+
+class Coefficients(Protocol):
+    """What a loss is to this op. Tokens are flat; a coefficient is ∂loss/∂logprob (c) or ∂loss/∂entropy (e, or None).
+
+    ``changes``: upper bound of how many tokens have another c than predicted; None: it is counted, which costs a GPU a
+    sync.
+    """
+
+    changes: int | None
+
+    def predicted(self, rows: Any, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """c, e and which c are huge, of the tokens ``rows`` (a slice or indices) if none of them is selected."""
+
+    def final(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """c and e of all tokens."""
+
+
+class Gradients(NamedTuple):
+    """None where it is not needed; else of the input's shape, in its dtype or a wider one."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class _Sums:
+    """The gradients as they grow, part by part."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, group: str, summed: bool,
+        grad_buffer: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.group = process_group_of(group) if group else None
+        self.waiting: list[tuple[Any, Tensor, Callable[[Tensor], None]]] = []
+        wide = p.wide
+        self.hidden = torch.empty_like(hidden, dtype=kept_dtype(hidden.dtype, wide, False)) if p.need_hidden else None
+        self.product = wide if group else None
+        self.weight, self.started = grad_buffer, grad_buffer is not None
+        if p.need_weight and grad_buffer is None:
+            self.weight = torch.empty_like(weight, dtype=kept_dtype(weight.dtype, wide, summed))
+            self.weight[p.columns :] = 0  # padding
+        self.columns = p.columns
+        self.bias = None
+        if p.need_bias and bias is not None:
+            self.bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, wide))
+
+    def add_hidden(self, dz: Tensor, weight: Tensor, write: Callable[[Tensor], None]) -> None:
+        """``write`` gets dz @ weight, in the end."""
+        assert self.hidden is not None
+        out = self.hidden.new_empty((dz.shape[0], weight.shape[1]), dtype=self.product)
+        multiply(out, dz, weight)
+        if self.group is None:
+            write(out)
+        else:  # while the head's gradient is computed
+            self.waiting.append((dist.all_reduce(out, group=self.group, async_op=True), out, write))
+
+    def add_head(self, dz: Tensor, hidden: Tensor) -> None:
+        if self.weight is not None:
+            (multiply_add if self.started else multiply)(self.weight[: self.columns], dz.t(), hidden)
+            self.started = True
+        if self.bias is not None:
+            self.bias[: self.columns] += dz.sum(0, dtype=self.bias.dtype)
+
+    def finish(self) -> None:
+        for work, out, write in self.waiting:
+            work.wait()
+            write(out)
+
+
+def gradients(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,  # (N,)
+    temperature: Tensor,  # (1,) or (N,)
+    numbers: Numbers,
+    needs: Needs,
+    coefficients: Coefficients,
+    grad_buffer: Tensor | None,  # (V, H): the head's gradient is added to it
+) -> Gradients:
+    """Gradients of the loss that ``coefficients`` stands for; see the head of this file."""
+    total = target.numel()
+    rows = kept_rows(target == numbers.ignore_index)
+    h, labels = picked(rows, hidden, target)
+    t = at(temperature, rows)
+    p = linear_tiles.problem(h, weight, numbers, needs)
+    changes, on_cpu = coefficients.changes, h.device.type == "cpu"
+    size = loss_rows(p, changes)
+    row_parts = parts(p.rows, size)
+    sums = _Sums(h, weight, bias, p, numbers.group, len(row_parts) > 1, grad_buffer)
+    h = h.to(p.operand)
+    w = weight[: p.columns].to(p.operand)
+    b = None if bias is None else bias[: p.columns]
+    buffer = linear_tiles.workspace(size, p.columns, numbers.logits, h.device)[:, : p.columns]
+
+    want = LOGPROB | ENTROPY
+    logprob, entropy = temperature.new_empty((2, p.rows)).unbind()
+    state = temperature.new_empty((state_rows(want), p.rows))
+    applied, applied_e = torch.zeros_like(logprob), torch.zeros_like(logprob)  # c and e, so far
+    held = torch.zeros((), dtype=torch.int64, device=h.device)
+
+    def differentiate(z: Tensor, index: Any, c: Tensor, e: Tensor | None) -> Tensor:
+        """The gradient of the logits ``z`` of the tokens ``index``, over them."""
+        run = registry.kernel("token_stats", "token_stats_backward", numbers.backend, z)
+        return run(
+            c, e, None, z[None], labels[index], at(t, index), state[:, index].contiguous(), numbers.softcap,
+            numbers.ignore_index, numbers.vocab_start, numbers.vocab_size, True,
+        )[0].to(p.operand)  # fmt: skip
+
+    def safe(index: Any, silent: Tensor) -> Tensor:
+        """Hidden states as a factor of the head's gradient: 0 · NaN would be NaN."""
+        own = h[index]
+        return own if on_cpu and not silent.any() else torch.where(silent[:, None], 0, own)
+
+    def add(r: slice, z: Tensor, c: Tensor, e: Tensor | None, again: Tensor, change: Tensor) -> None:
+        """The tokens ``r``, whose logits are ``z[: r.stop - r.start]``, and those that are made ``again``, after them.
+
+        c, e: of all N tokens; change (len(again),): c' - c of the latter.
+        """
+        own = r.stop - r.start
+        both = own + again.numel()
+        z = z[:both]
+        index: Any = r
+        if again.numel():
+            multiply(z[own:], h[again], w.t(), b)
+            index = torch.cat([torch.arange(own, device=h.device) + r.start, again])
+            logits = z[own:].clone()
+        part_c, part_e = c[index], None if e is None else e[index]
+        silent = part_c == 0 if part_e is None else (part_c == 0) & (part_e == 0)
+        silent = silent | (labels[index] == numbers.ignore_index)
+        dz = differentiate(z, index, part_c, part_e)
+        if needs[0]:
+
+            def write(out: Tensor) -> None:
+                assert sums.hidden is not None
+                sums.hidden[r] = out[:own]
+                if again.numel():
+                    new = torch.where(change[:, None] != 0, out[own:].to(sums.hidden.dtype), sums.hidden[again])
+                    sums.hidden[again] = new
+
+            sums.add_hidden(dz, w, write)
+        if not (needs[1] or needs[2]):
+            return
+        if again.numel():
+            z[own:] = logits
+            dz[own:] = differentiate(z[own:], again, change, None)
+            silent = torch.cat([silent[:own], change == 0])
+        sums.add_head(dz, safe(index, silent))
+
+    nothing = labels.new_empty(0, dtype=torch.int64)
+    for r in row_parts:
+        z = buffer[: r.stop - r.start]
+        multiply(z, h[r], w.t(), b)
+        (logprob[r], entropy[r], _, _), state[:, r] = linear_tiles.statistics(
+            lambda *_, z=z: z, [slice(0, z.shape[0])], [slice(0, p.columns)], labels[r], at(t, r), numbers, want,
+            numbers.vocab_start + weight.shape[0],
+        )  # fmt: skip
+        if r is row_parts[-1]:
+            break
+        c, e, huge = coefficients.predicted(r if rows is None else rows[r], logprob[r], entropy[r])
+        if changes != 0:
+            finite = torch.isfinite(c)
+            count = held + (huge & finite).cumsum(0)
+            held = count[-1]
+            c = torch.where(finite & ~(huge & (count <= HELD_OUT)), c, 0)
+        applied[r] = c
+        if e is not None:
+            applied_e[r] = e
+        add(r, buffer, applied, None if e is None else applied_e, nothing, applied[:0])
+
+    c, e = coefficients.final(spread(rows, logprob, total), spread(rows, entropy, total))
+    c, e = picked(rows, c, e)
+    last = row_parts[-1]
+    again, change = nothing, applied[:0]
+    if changes != 0 and last.start > 0:
+        again, change = _changed(c[: last.start], applied[: last.start], changes)
+    room = size - (last.stop - last.start)
+    add(last, buffer, c, e, again[:room], change[:room])
+    end = slice(last.stop, last.stop)
+    for begin in range(room, again.numel(), size):
+        add(end, buffer, c, e, again[begin : begin + size], change[begin : begin + size])
+    sums.finish()
+    if sums.hidden is not None:
+        if changes and _reading_back_costs(h.device):  # more tokens than there was room for: then the loss is not finite, and it shows
+            sums.hidden.masked_fill_(~torch.isfinite(c)[:, None], float("nan"))
+        sums.hidden = spread(rows, sums.hidden, total)
+    return Gradients(sums.hidden, sums.weight if grad_buffer is None else None, sums.bias)
+
+
+def _reading_back_costs(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _changed(final: Tensor, applied: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
+    """Indices of the tokens whose coefficient is another one, beyond rounding, and by how much.
+
+    On a GPU always ``most`` of them, if known, so that nothing is read back: some may change by 0. Those that are not
+    finite come first, because then the gradient is to say so.
+    """
+    change = final - applied
+    changed = ~(change.abs() <= 16 * torch.finfo(change.dtype).eps * applied.abs())  # NaN: changed
+    if most is None or not _reading_back_costs(change.device):
+        index = changed.nonzero()[:, 0]
+        return index, change[index]
+    size = torch.where(changed, change.abs().nan_to_num(nan=float("inf")), -1)
+    index = size.topk(min(most, size.numel())).indices
+    return index, torch.where(changed, change, 0)[index]
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor,
+        numbers: Numbers, coefficients: Any, grad_buffer: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        with linear_tiles.without_autocast(hidden):
+            ctx.made = gradients(
+                hidden, weight, bias, target, temperature, numbers, ctx.needs_input_grad[:3], coefficients, grad_buffer
+            )
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.buffered = grad_buffer is not None
+        return coefficients.loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
+        if ctx.made is None:
+            raise RuntimeError(
+                f"{_NAME}: its gradients were made in the forward pass and handed out by the first backward pass; for a "
+                "second one (retain_graph=True) call the function again"
+            )
+        made, ctx.made = ctx.made, None
+        if ctx.buffered:
+            message = (
+                "grad_buffer: expected a loss that is differentiated as it is, because the head's gradient is in the "
+                "buffer since the forward pass; scale it by dp_size, batch_num_tokens, global_batch_size or "
+                "loss_scale_factor instead of multiplying the loss"
+            )
+            if upstream.device.type != "cpu":
+                torch._assert_async(upstream == 1, message)
+            elif upstream.item() != 1:
+                raise RuntimeError(f"{message}; got a factor of {upstream.item()}")
+        found = [None if g is None else _scaled(g, upstream, d) for g, d in zip(made, ctx.dtypes, strict=True)]
+        return (*found, None, None, None, None, None)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient`` · ``factor``, rounded to ``dtype`` once; may be in the same memory."""
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    if out is gradient and factor.device.type == "cpu" and factor.item() == 1:
+        return out
+    return torch.mul(gradient, factor, out=out)
+
+
+@torch._disable_dynamo  # compiled code breaks its graph here: the loss is a Python object, no tensor
+def linear_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, numbers: Numbers,
+    coefficients: Any, grad_buffer: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``coefficients.loss`` after its ``final`` was called, differentiable by hidden (N, H), weight (V, H), bias (V,)."""
+    check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
+    for tensor in (hidden, weight, bias):
+        if tensor is not None:
+            refuse_forward_mode(_NAME, tensor)
+    return _LinearLoss.apply(hidden, weight, bias, target, temperature, numbers, coefficients, grad_buffer)
