@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
 from conftest import Place, places
@@ -118,6 +118,18 @@ def spiked(case: Case, *where: int, size: float = 30.0) -> Case:
     return case
 
 
+class Products(TorchDispatchMode):
+    """Counts multiplications of matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
 VALID = [n for n in range(B * L) if n % L < (30, 7, 0, 29, 1, 30)[n // L]]  # flat positions that count
 FIRST, LAST = VALID[0], VALID[-1]
 
@@ -184,13 +196,12 @@ def test_equal_to_the_composed_path_in_float64(name: str, part: int) -> None:
         assert (0 < selected < 1) if share is None else selected == share
 
 
-@pytest.mark.parametrize("part", (1, 2))
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_without_reading_anything_back(name: str, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_reading_anything_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: always as many tokens are made again as the selection could take."""
     monkeypatch.setattr(op, "_reading_back_costs", lambda device: True)
     scale = [1.0, 1.0, 1.0] if name == "clip_cov, all" else None
-    assert_same(SCENARIOS[name](), BUDGETS[torch.float64][part], 1e-12, scale)
+    assert_same(SCENARIOS[name](), BUDGETS[torch.float64][2], 1e-12, scale)
 
 
 @pytest.mark.parametrize("mode", AGG_MODES)
@@ -224,23 +235,24 @@ def test_no_worse_than_the_composed_path(name: str, dtype: torch.dtype) -> None:
             assert ours <= 1.5 * theirs + 1e-6, f"{ours:.2g}, composed {theirs:.2g}, {parts(low, budget)} parts"
 
 
-@pytest.mark.parametrize("count", (1, 5, HELD_OUT + 20))
-@pytest.mark.parametrize("size", (50.0, 100.0))
+@pytest.mark.parametrize(("size", "count"), [(50, 1), (50, 5), (50, HELD_OUT), (100, 1), (100, 5), (100, HELD_OUT + 20)])
 def test_tokens_of_huge_coefficient_are_held_out(size: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, exp(50) · u - exp(50) · u would leave 5e14, exp(100) NaN; dropped tokens leave nothing."""
-    case = make("clip_cov", preset="paper", seed=1, k=count, low=20, high=1e12)
-    case = spiked(case, *VALID[:count], size=3000.0)
+    case = make("clip_cov", preset="paper", seed=1, k=count, high=1e12)
+    assert case.mask is not None
     logprob = ek.linear_logprob_entropy(case.hidden, case.weight, case.target, case.bias).logprob
-    far = case.old_logprob.view(-1)
-    far[VALID[:count]] = logprob.view(-1)[VALID[:count]] - size
+    covariance = torch.where(case.mask, ek.token_covariance(logprob, case.advantages, case.mask), -1e9)
+    largest = covariance.view(-1).topk(count + 1)
+    case.options["low"] = largest.values[-2:].mean().item()  # the band begins below the ``count`` largest
+    far = largest.indices[:-1]
+    case.old_logprob.view(-1)[far] = logprob.view(-1)[far] - size
     case = case.to(torch.float32)
     expected, right = composed(case)
     assert expected.metrics["selected_frac"] * len(VALID) == pytest.approx(count)
     assert all(x is not None and x.isfinite().all() for x in right)
     for reads_back in (False, True):
         monkeypatch.setattr(op, "_reading_back_costs", lambda device, costs=reads_back: costs)
-        if count <= HELD_OUT or size > 88:
-            assert_same(case, BUDGETS[torch.float32][2], 1e-5)
+        assert_same(case, BUDGETS[torch.float32][2], 1e-5)
 
 
 def test_what_is_not_finite_shows() -> None:
@@ -289,11 +301,12 @@ def test_only_what_needs_a_gradient(names: str) -> None:
     case = make("kl_cov", ratio=0.1, entropy_coef=0.01)
     _, right = composed(case)
     for budget in BUDGETS[torch.float64]:
-        with FlopCounterMode(display=False) as counter:
+        with Products() as products:
             _, found = fused(case, budget, names)
-        one = 2 * len(VALID) * H * V
+        one = len(VALID) * H * V
         count = 1 + ("h" in names) + ("w" in names)
-        assert counter.get_total_flops() <= 1.4 * count * one
+        again = 0 if budget == BUDGETS[torch.float64][0] else int(0.1 * len(VALID)) * H * V * count
+        assert count * one <= products.count <= count * one + again
         for name, ours, theirs in zip("hwb", found, right, strict=True):
             if name not in names:
                 assert ours is None
@@ -305,11 +318,10 @@ def test_only_what_needs_a_gradient(names: str) -> None:
 def test_three_products(budget: int) -> None:
     """What the selected tokens add is their share."""
     case = make("kl_cov", ratio=0.02)
-    with FlopCounterMode(display=False) as counter:
+    with Products() as products:
         fused(case, budget)
-    one = 2 * len(VALID) * H * V
-    selected = int(0.02 * len(VALID))
-    assert 3 * one <= counter.get_total_flops() <= 3 * one + selected * 6 * H * V
+    again = 0 if budget == BUDGETS[torch.float64][0] else int(0.02 * len(VALID))
+    assert 3 * len(VALID) <= products.count / (H * V) <= 3 * (len(VALID) + again)
 
 
 @pytest.mark.parametrize("method", LOSSES)
@@ -359,11 +371,11 @@ def test_the_buffer_is_fp32_and_not_rounded() -> None:
     case = make("ppo", entropy_coef=0.01).to(torch.bfloat16)
     case.advantages, case.old_logprob = case.advantages.float(), case.old_logprob.float()
     buffer = torch.zeros(V, H)
-    for _ in range(300):
+    for _ in range(40):
         fused(case, BUDGETS[torch.bfloat16][1], grad_buffer=buffer)
     once = torch.zeros(V, H)
     fused(case, BUDGETS[torch.bfloat16][1], grad_buffer=once)
-    assert (buffer / 300 - once).norm() <= 1e-5 * once.norm()
+    assert (buffer / 40 - once).norm() <= 1e-5 * once.norm()
 
 
 def test_a_factor_on_the_loss() -> None:

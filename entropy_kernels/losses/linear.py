@@ -156,6 +156,12 @@ class _Batch:
         """The value, once it is known."""
         return self.result.loss
 
+    @property
+    def scale(self) -> Tensor:
+        """See ops/linear_policy_loss.py."""
+        largest = self._weights.amax() if self._weights.numel() else self._weights.new_zeros(())
+        return torch.exp2(-torch.log2(largest.clamp(min=2.0**-60)).ceil()).float()
+
     def _predictor(self, method: str, selects: bool) -> tuple[Callable[..., PolicyLoss], dict[str, Any]]:
         """The loss that a token has if it is not selected; of a mask that is given, the loss itself."""
         if not selects:

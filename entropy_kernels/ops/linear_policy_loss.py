@@ -43,6 +43,11 @@ class Coefficients(Protocol):
     """
 
     changes: int | None
+    loss: Tensor  # 0-d, after ``final``
+
+    @property
+    def scale(self) -> Tensor:
+        """0-d, a power of 2: coefficients × scale are about as large as the advantages."""
 
     def predicted(self, rows: Any, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """c, e and which c are huge, of the tokens ``rows`` (a slice or indices) if none of them is selected."""
@@ -52,11 +57,12 @@ class Coefficients(Protocol):
 
 
 class Gradients(NamedTuple):
-    """None where it is not needed; else of the input's shape, in its dtype or a wider one."""
+    """None where it is not needed; else of the input's shape, in its dtype or a wider one, × ``scale`` if there is one."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    scale: Tensor | None
 
 
 class _Sums:
@@ -64,15 +70,17 @@ class _Sums:
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, p: Problem, group: str, summed: bool,
-        grad_buffer: Tensor | None,
+        buffer: Tensor | None, scale: Tensor | None,
     ) -> None:  # fmt: skip
         self.group = process_group_of(group) if group else None
         self.waiting: list[tuple[Any, Tensor, Callable[[Tensor], None]]] = []
         wide = p.wide
         self.hidden = torch.empty_like(hidden, dtype=kept_dtype(hidden.dtype, wide, False)) if p.need_hidden else None
         self.product = wide if group else None
-        self.weight, self.started = grad_buffer, grad_buffer is not None
-        if p.need_weight and grad_buffer is None:
+        self.buffer, self.scale = buffer, scale
+        self.weight = buffer if scale is None else None
+        self.started = self.weight is not None
+        if p.need_weight and self.weight is None:
             self.weight = torch.empty_like(weight, dtype=kept_dtype(weight.dtype, wide, summed))
             self.weight[p.columns :] = 0  # padding
         self.columns = p.columns
@@ -101,6 +109,11 @@ class _Sums:
         for work, out, write in self.waiting:
             work.wait()
             write(out)
+        if self.buffer is None:
+            return
+        if self.scale is not None and self.weight is not None:
+            self.buffer.addcdiv_(self.weight, self.scale)
+        self.weight = None
 
 
 def gradients(
@@ -121,9 +134,11 @@ def gradients(
     t = at(temperature, rows)
     p = linear_tiles.problem(h, weight, numbers, needs)
     changes, on_cpu = coefficients.changes, h.device.type == "cpu"
-    size = loss_rows(p, changes)
+    size = _agreed(loss_rows(p, changes), numbers.group, h.device)
     row_parts = parts(p.rows, size)
-    sums = _Sums(h, weight, bias, p, numbers.group, len(row_parts) > 1, grad_buffer)
+    # fp16 cannot hold a share of a mean over many tokens, and the factor of a GradScaler comes only later
+    scale = coefficients.scale if torch.float16 in (p.operand, p.logits) else None
+    sums = _Sums(h, weight, bias, p, numbers.group, len(row_parts) > 1, grad_buffer, scale)
     h = h.to(p.operand)
     w = weight[: p.columns].to(p.operand)
     b = None if bias is None else bias[: p.columns]
@@ -137,6 +152,8 @@ def gradients(
 
     def differentiate(z: Tensor, index: Any, c: Tensor, e: Tensor | None) -> Tensor:
         """The gradient of the logits ``z`` of the tokens ``index``, over them."""
+        if scale is not None:
+            c, e = c * scale, None if e is None else e * scale
         run = registry.kernel("token_stats", "token_stats_backward", numbers.backend, z)
         return run(
             c, e, None, z[None], labels[index], at(t, index), state[:, index].contiguous(), numbers.softcap,
@@ -220,7 +237,16 @@ def gradients(
         if changes and _reading_back_costs(h.device):  # more tokens than there was room for: then the loss is not finite, and it shows
             sums.hidden.masked_fill_(~torch.isfinite(c)[:, None], float("nan"))
         sums.hidden = spread(rows, sums.hidden, total)
-    return Gradients(sums.hidden, sums.weight if grad_buffer is None else None, sums.bias)
+    return Gradients(sums.hidden, sums.weight, sums.bias, scale)
+
+
+def _agreed(size: int, group: str, device: torch.device) -> int:
+    """The least of all ranks: shards may be unequal, and the ranks merge the statistics of each part. One read back."""
+    if not group:
+        return size
+    least = torch.tensor(size, device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=process_group_of(group))
+    return int(least.item())
 
 
 def _reading_back_costs(device: torch.device) -> bool:
@@ -277,7 +303,9 @@ class _LinearLoss(torch.autograd.Function):
                 torch._assert_async(upstream == 1, message)
             elif upstream.item() != 1:
                 raise RuntimeError(f"{message}; got a factor of {upstream.item()}")
-        found = [None if g is None else _scaled(g, upstream, d) for g, d in zip(made, ctx.dtypes, strict=True)]
+        if made.scale is not None:
+            upstream = upstream / made.scale
+        found = [None if g is None else _scaled(g, upstream, d) for g, d in zip(made[:3], ctx.dtypes, strict=True)]
         return (*found, None, None, None, None, None)
 
 

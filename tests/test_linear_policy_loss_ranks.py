@@ -1,0 +1,124 @@
+"""linear_policy_loss over real gloo ranks: a sharded vocabulary, a batch over data-parallel ranks, both against one rank."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import entropy_kernels as ek
+from calls import same_bits
+from gloo import run_ranks
+from test_linear_policy_loss import BUDGETS, SCENARIOS, B, V, composed, make
+
+NAMES = ("ppo, all terms", "clip_cov, entropy bonus", "kl_cov, first and last", "kl_cov, all", "kl_cov, was 0")
+BUDGET = {"one part": 1 << 30, "many parts": BUDGETS[torch.float64][2]}
+
+
+def widths(world: int, equal: bool) -> list[int]:
+    """Of the shards of 804 entries, of which the last is padding; unequal ones with an empty one among them."""
+    if equal:
+        return [-(-V // world)] * (world - 1) + [V + 1 - -(-V // world) * (world - 1)]
+    return [V - 20 - (world - 2), *[0, 1][: world - 2], 21 + world - 2 - sum([0, 1][: world - 2])]
+
+
+def sharded(rank: int, world: int) -> dict[tuple[str, str, bool], dict[str, Any]]:
+    """Runs on every rank."""
+    results = {}
+    for name in NAMES:
+        case = SCENARIOS[name]()
+        assert case.bias is not None
+        nothing = torch.full((1, case.weight.shape[1]), float("nan"), dtype=torch.float64)
+        padded = torch.cat([case.weight, nothing]), torch.cat([case.bias, nothing[0, :1]])
+        for mode, budget in BUDGET.items():
+            for equal in (True, False):
+                width = widths(world, equal)
+                start = sum(width[:rank])
+                weight, bias = (x[start : start + width[rank]].clone().requires_grad_() for x in padded)
+                hidden = case.hidden.clone().requires_grad_()
+                result = ek.linear_policy_loss(
+                    hidden, weight, case.target, case.old_logprob, case.advantages, case.mask, bias,
+                    method=case.method, vocab_group=dist.group.WORLD, vocab_start=start, vocab_size=V,
+                    memory_budget=budget, **case.options,
+                )  # fmt: skip
+                result.loss.backward()
+                results[name, mode, equal] = {
+                    "loss": result.loss.detach(), "hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad,
+                    **{f"metric {k}": v for k, v in result.metrics.items()},
+                }  # fmt: skip
+    return results
+
+
+@functools.cache
+def sharded_results(world: int) -> list[Any]:
+    return run_ranks(world, sharded)
+
+
+@pytest.mark.parametrize("equal", (True, False), ids=("equal", "unequal"))
+@pytest.mark.parametrize("mode", BUDGET)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world", (2, 3, 4))
+def test_a_sharded_vocabulary(world: int, name: str, mode: str, equal: bool) -> None:
+    ranks = [result[name, mode, equal] for result in sharded_results(world)]
+    assert [rank["weight"].shape[0] for rank in ranks] == widths(world, equal)
+    expected, (hidden, weight, bias) = composed(SCENARIOS[name]())
+    for other in ranks[1:]:
+        for key in ("loss", "hidden", "metric ratio_mean"):
+            assert same_bits(other[key], ranks[0][key]), key
+    torch.testing.assert_close(ranks[0]["loss"], expected.loss.detach(), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ranks[0]["hidden"], hidden, rtol=1e-10, atol=1e-14)
+    for key, right in (("weight", weight), ("bias", bias)):
+        ours = torch.cat([rank[key] for rank in ranks])
+        assert not ours[V:].any()
+        torch.testing.assert_close(ours[:V], right, rtol=1e-10, atol=1e-13)
+    for key, value in expected.metrics.items():
+        torch.testing.assert_close(ranks[0][f"metric {key}"], value, rtol=1e-12, atol=1e-13)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "clip_cov": {"seed": 3, "ratio": 0.1, "low": 0.01, "high": 50.0},
+    "kl_cov": {"ratio": 0.1},
+}
+
+
+def split(rank: int, world: int) -> dict[str, dict[str, Any]]:
+    """Runs on every rank: its sequences of the batch, of unequal number; gradients are summed, as dp_size=1 asks for."""
+    results = {}
+    first = (0, 1, B)[rank : rank + 2]
+    rows = slice(*first)
+    for method, options in OPTIONS.items():
+        case = make(method, entropy_coef=0.01, **options)
+        assert case.mask is not None and case.bias is not None
+        weight, bias = case.weight.clone().requires_grad_(), case.bias.clone().requires_grad_()
+        hidden = case.hidden[rows].clone().requires_grad_()
+        index = torch.arange(case.mask.numel()).view(case.mask.shape)[rows]
+        if method != "ppo":
+            options = {**options, "token_index": index}
+        result = ek.linear_policy_loss(
+            hidden, weight, case.target[rows], case.old_logprob[rows], case.advantages[rows], case.mask[rows], bias,
+            method=method, batch_group=dist.group.WORLD, memory_budget=BUDGET["many parts"], entropy_coef=0.01,
+            **options,
+        )  # fmt: skip
+        result.loss.backward()
+        results[method] = {
+            "loss": result.loss.detach(), "hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad,
+            "selected": result.metrics.get("selected_frac"),
+        }  # fmt: skip
+    return results
+
+
+def test_a_batch_over_two_ranks() -> None:
+    ranks = run_ranks(2, split)
+    for method, options in OPTIONS.items():
+        expected, (hidden, weight, bias) = composed(make(method, entropy_coef=0.01, **options))
+        found = [rank[method] for rank in ranks]
+        torch.testing.assert_close(sum(f["loss"] for f in found), expected.loss.detach(), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(torch.cat([f["hidden"] for f in found]), hidden, rtol=1e-10, atol=1e-14)
+        for key, right in (("weight", weight), ("bias", bias)):
+            torch.testing.assert_close(sum(f[key] for f in found), right, rtol=1e-10, atol=1e-13)
+        if method != "ppo":
+            assert found[0]["selected"] == found[1]["selected"] == expected.metrics["selected_frac"] > 0
