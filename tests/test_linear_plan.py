@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ from entropy_kernels.ops import linear_plan as planning
 from linear_cases import Linear, budgets, make
 
 GRADS = (("hidden", "weight", "bias"), ("hidden",), ("weight",), ())
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """oneDNN's workspace, which is not counted, grows with the threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def peak_of(case: Linear, grad: tuple[str, ...], budget: int) -> int:
@@ -25,13 +35,18 @@ def peak_of(case: Linear, grad: tuple[str, ...], budget: int) -> int:
         if grad:
             gradients = torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [getattr(leaves, n) for n in grad])
             ours += sum(value.numel() * value.element_size() for value in gradients)
-    held = peak = 0
+    return peak(profile) - ours
+
+
+def peak(profile: torch.profiler.profile) -> int:
+    """Bytes at once, beside what there was before."""
+    held = most = 0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
-        peak = max(peak, held)
-    assert peak > 0
-    return peak - ours
+        most = max(most, held)
+    assert most > 0
+    return most
 
 
 @pytest.mark.parametrize("grad", GRADS, ids=lambda g: "+".join(g) or "none")
@@ -98,3 +113,37 @@ def test_tiles_cover_everything_once() -> None:
 
 def test_padded() -> None:
     assert [planning.padded(n) for n in (0, 1, 64, 65)] == [0, 64, 64, 128]
+
+
+@pytest.mark.parametrize("grad", GRADS[:3], ids="+".join)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
+def test_predicted_memory_of_a_policy_loss(dtype: torch.dtype, grad: tuple[str, ...], undisturbed: None) -> None:
+    """What is used stays within the plan, and the plan is not far above it; the budget bounds what is no gradient."""
+    rows, features, vocab = 600, 64, 6000  # logits below what reused_memory.py serves, which torch does not see
+    case = make(rows, features=features, vocab=vocab, dtype=dtype)
+    old, advantages = torch.zeros(rows), torch.linspace(-1, 1, rows)
+    for logits_dtype in (None, torch.float32):
+        seen = set()
+        for budget in (1 << 30, 9_000_000, 2_000_000):
+            leaves = case.copy(*grad)
+            plan = ek.linear_plan(
+                leaves.hidden, leaves.weight, leaves.bias, memory_budget=budget, logits_dtype=logits_dtype,
+                policy_loss=True,
+            )  # fmt: skip
+            assert plan.mode == "in_forward" and plan.products == 1 + ("hidden" in grad) + ("weight" in grad)
+            assert (plan.row_chunks - 1) * plan.row_chunk < rows <= plan.row_chunks * plan.row_chunk
+            seen.add(plan.row_chunks)
+            with torch.profiler.profile(profile_memory=True) as profile:
+                loss = ek.linear_policy_loss(
+                    leaves.hidden, leaves.weight, case.target, old, advantages, None, leaves.bias, method="clip_cov",
+                    seed=1, low=-1e9, high=1e9, ratio=2e-3, memory_budget=budget, logits_dtype=logits_dtype,
+                ).loss  # fmt: skip
+                gradients = torch.autograd.grad(loss, [getattr(leaves, n) for n in grad])
+            ours = sum(value.numel() * value.element_size() for value in gradients)
+            used = peak(profile) - ours
+            small = 300_000 + 100 * rows + 4 * rows * features
+            assert used <= plan.peak_bytes + small, f"{plan}: {used}"
+            assert plan.peak_bytes <= 2.5 * used + small, f"{plan}: {used}"
+            fixed = vocab * features * 8 + rows * features * 24
+            assert plan.peak_bytes <= budget + fixed
+        assert 1 in seen and max(seen) > 3

@@ -1,4 +1,4 @@
-"""linear_policy_loss: gradients made in the forward pass against the composed path, corrected where tokens are selected."""
+"""linear_policy_loss: gradients made in the forward pass, against the composed path."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def assert_same(case: Case, budget: int, rtol: float, scale: list[float] | None 
 
 
 def spiked(case: Case, *where: int, size: float = 30.0) -> Case:
-    """Tokens at flat positions ``where`` get by far the largest covariances: log-probs below the mean, A below it too."""
+    """Tokens at flat positions ``where`` get by far the largest covariances."""
     assert case.mask is not None
     logprob = ek.linear_logprob_entropy(case.hidden, case.weight, case.target, case.bias, **case.head).logprob
     lowest = (logprob - logprob[case.mask].mean()).view(-1)
@@ -145,7 +145,7 @@ def clipped_and_selected() -> Case:
 
 
 def far_off(method: str, sign: float, size: float, **options: Any) -> Case:
-    """A token near the beginning with a log-ratio of ± ``size``, which is the selected one; A such that no clip holds."""
+    """A token near the beginning that is the selected one, with a log-ratio of ± ``size``."""
     case = spiked(make(method, **options), VALID[2])
     logprob = ek.linear_logprob_entropy(case.hidden, case.weight, case.target, case.bias).logprob.view(-1)
     case.old_logprob.view(-1)[VALID[2]] = logprob[VALID[2]] - sign * size
@@ -235,7 +235,9 @@ def test_no_worse_than_the_composed_path(name: str, dtype: torch.dtype) -> None:
             assert ours <= 1.5 * theirs + 1e-6, f"{ours:.2g}, composed {theirs:.2g}, {parts(low, budget)} parts"
 
 
-@pytest.mark.parametrize(("size", "count"), [(50, 1), (50, 5), (50, HELD_OUT), (100, 1), (100, 5), (100, HELD_OUT + 20)])
+@pytest.mark.parametrize(
+    ("size", "count"), [(50, 1), (50, 5), (50, HELD_OUT), (100, 1), (100, 5), (100, HELD_OUT + 20)]
+)
 def test_tokens_of_huge_coefficient_are_held_out(size: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, exp(50) · u - exp(50) · u would leave 5e14, exp(100) NaN; dropped tokens leave nothing."""
     case = make("clip_cov", preset="paper", seed=1, k=count, high=1e12)
@@ -585,5 +587,3 @@ def test_on_every_backend(place: Place, method: str) -> None:
         for ours, theirs in zip(found, right, strict=True):
             assert ours is not None and theirs is not None
             assert (ours.cpu() - theirs).norm() <= 2e-5 * theirs.norm()
-
-

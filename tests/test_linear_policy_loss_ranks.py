@@ -1,4 +1,4 @@
-"""linear_policy_loss over real gloo ranks: a sharded vocabulary, a batch over data-parallel ranks, both against one rank."""
+"""linear_policy_loss over real gloo ranks: a sharded vocabulary, a batch over ranks; both against one rank."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def split(rank: int, world: int) -> dict[str, dict[str, Any]]:
-    """Runs on every rank: its sequences of the batch, of unequal number; gradients are summed, as dp_size=1 asks for."""
+    """Runs on every rank: its sequences of the batch, of unequal number; gradients are summed."""
     results = {}
     first = (0, 1, B)[rank : rank + 2]
     rows = slice(*first)

@@ -76,8 +76,8 @@ def linear_policy_loss(
             ``target`` is not read where the mask is 0.
         method: "ppo", "clip_cov" or "kl_cov".
         memory_budget: bytes for the logits of a part of the tokens and what goes with them, 1 GiB by default.
-            ``linear_plan(..., policy_loss=True)`` says what it comes to; the head's gradient, summed in fp32 where there
-            are several parts, is beside it.
+            ``linear_plan(..., policy_loss=True)`` says what it comes to; the head's gradient, summed in fp32 where
+            there are several parts, is beside it.
         grad_buffer: fp32 (fp64 for fp64) of ``weight``'s shape, to which the head's gradient is added in this call,
             unrounded, instead of going to ``weight.grad``: for sums over micro-batches. It is the gradient of this
             loss: differentiate the loss as it is, and scale it by ``batch_num_tokens`` and the like.
@@ -115,10 +115,9 @@ def linear_policy_loss(
     if valid is not None:
         target = torch.where(valid, target, ignore_index)
 
-    tensors = [x for x in (hidden, weight, bias) if isinstance(x, Tensor)]
-    plain = isinstance(weight, Tensor)
-    if not plain or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
-        if grad_buffer is not None and not plain:
+    differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias))
+    if not isinstance(weight, Tensor) or not torch.is_grad_enabled() or not differentiable:
+        if grad_buffer is not None and not isinstance(weight, Tensor):
             raise ValueError("grad_buffer: expected None beside a weight that is a module or a function, got a tensor")
         logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
         return loss(logprob, old_logprob, advantages, mask, entropy=entropy, **options)

@@ -269,7 +269,7 @@ def loss_plan(p: Problem, changes: int | None) -> LinearPlan:
     peak += p.rows * p.features * (operand if p.hidden != p.operand else 0)
     if p.device_type == "cpu":
         peak += p.rows * p.features * p.hidden.itemsize * (1 + p.need_hidden)
-        if operand < wide or p.weight != p.operand:  # what the product converts or rounds
+        if p.need_weight and (operand < wide or p.weight != p.operand):  # what the product converts or rounds
             peak += p.columns * p.features * wide
     if p.sharded:
         peak += p.rows * p.features * wide

@@ -43,7 +43,10 @@ class Coefficients(Protocol):
     """
 
     changes: int | None
-    loss: Tensor  # 0-d, after ``final``
+
+    @property
+    def loss(self) -> Tensor:
+        """0-d, after ``final``."""
 
     @property
     def scale(self) -> Tensor:
@@ -57,7 +60,7 @@ class Coefficients(Protocol):
 
 
 class Gradients(NamedTuple):
-    """None where it is not needed; else of the input's shape, in its dtype or a wider one, × ``scale`` if there is one."""
+    """None where it is not needed; else of the input's shape, in its dtype or a wider one, × ``scale`` if not None."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -77,7 +80,7 @@ class _Sums:
         wide = p.wide
         self.hidden = torch.empty_like(hidden, dtype=kept_dtype(hidden.dtype, wide, False)) if p.need_hidden else None
         self.product = wide if group else None
-        self.buffer, self.scale = buffer, scale
+        self.summed, self.buffer, self.scale = summed, buffer, scale
         self.weight = buffer if scale is None else None
         self.started = self.weight is not None
         if p.need_weight and self.weight is None:
@@ -103,7 +106,8 @@ class _Sums:
             (multiply_add if self.started else multiply)(self.weight[: self.columns], dz.t(), hidden)
             self.started = True
         if self.bias is not None:
-            self.bias[: self.columns] += dz.sum(0, dtype=self.bias.dtype)
+            # torch's sum accumulates in fp32 anyway; told to return it, it first makes an fp32 copy on a CPU
+            self.bias[: self.columns] += dz.sum(0, dtype=self.bias.dtype if self.summed else None)
 
     def finish(self) -> None:
         for work, out, write in self.waiting:
@@ -234,7 +238,9 @@ def gradients(
         add(end, buffer, c, e, again[begin : begin + size], change[begin : begin + size])
     sums.finish()
     if sums.hidden is not None:
-        if changes and _reading_back_costs(h.device):  # more tokens than there was room for: then the loss is not finite, and it shows
+        if changes and _reading_back_costs(
+            h.device
+        ):  # more tokens than there was room for: then the loss is not finite, and it shows
             sums.hidden.masked_fill_(~torch.isfinite(c)[:, None], float("nan"))
         sums.hidden = spread(rows, sums.hidden, total)
     return Gradients(sums.hidden, sums.weight, sums.bias, scale)
@@ -289,8 +295,8 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
         if ctx.made is None:
             raise RuntimeError(
-                f"{_NAME}: its gradients were made in the forward pass and handed out by the first backward pass; for a "
-                "second one (retain_graph=True) call the function again"
+                f"{_NAME}: its gradients were made in the forward pass and handed out by the first backward pass; for "
+                "a second one (retain_graph=True) call the function again"
             )
         made, ctx.made = ctx.made, None
         if ctx.buffered:
@@ -322,7 +328,7 @@ def linear_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, numbers: Numbers,
     coefficients: Any, grad_buffer: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """``coefficients.loss`` after its ``final`` was called, differentiable by hidden (N, H), weight (V, H), bias (V,)."""
+    """``coefficients.loss`` after its ``final``, differentiable by hidden (N, H), weight (V, H) and bias (V,)."""
     check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
     for tensor in (hidden, weight, bias):
         if tensor is not None:
