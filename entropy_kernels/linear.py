@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import integer
+from entropy_kernels._arguments import integer, refuse_forward_mode
 from entropy_kernels._dtensor import local_head
 from entropy_kernels.functional import (
     LogprobEntropy,
@@ -27,7 +27,6 @@ from entropy_kernels.ops import linear_token_stats as op
 from entropy_kernels.ops import token_stats
 from entropy_kernels.ops.linear_head import Head, head_token_stats
 from entropy_kernels.ops.linear_plan import LinearPlan, Problem
-from entropy_kernels.ops.linear_policy_loss import Coefficients
 from entropy_kernels.ops.linear_tiles import Numbers
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -248,8 +247,11 @@ def linear_loss(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    coefficients: Coefficients,
+    loss: str,
+    tokens: list[Tensor | None],
     *,
+    metrics: int,
+    changes: int | None,
     grad_buffer: Tensor | None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -260,16 +262,20 @@ def linear_loss(
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Tensor:
-    """A loss of log-prob and entropy whose gradients are made in the forward pass: ops/linear_policy_loss.py.
+) -> tuple[Tensor, Tensor]:
+    """A loss whose gradients are made in the forward pass, and its metrics: ops/linear_policy_loss.py.
 
-    ``weight`` is a tensor; at least one of hidden, weight and bias requires a gradient. Other arguments and errors as
-    of :func:`linear_logprob_entropy`.
+    ``weight`` is a tensor; at least one of hidden, weight and bias requires a gradient. ``loss`` and ``tokens``
+    describe the loss to what was registered with :func:`register_loss`; ``changes``: see ``Coefficients``. Other
+    arguments and errors as of :func:`linear_logprob_entropy`.
     """
     call = _checked(
         hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
         logits_dtype, memory_budget, backend,
     )  # fmt: skip
+    for tensor in call.tensors[:3]:
+        if tensor is not None:
+            refuse_forward_mode("linear_policy_loss", tensor)
     head, wide = call.tensors[1], call.problem.wide
     if grad_buffer is not None:
         if not isinstance(grad_buffer, Tensor):
@@ -283,7 +289,15 @@ def linear_loss(
             )
         if grad_buffer.requires_grad:
             raise ValueError("grad_buffer: expected a tensor that does not require grad, got one that does")
-    return policy_op.linear_loss(*call.tensors, call.numbers, coefficients, grad_buffer)
+    part = planning.loss_rows(call.problem, changes)
+    numbers = dataclasses.astuple(call.numbers)
+    outputs = policy_op.linear_policy_loss(
+        *call.tensors, tokens, grad_buffer, *numbers, part, loss, metrics, *call.needs
+    )
+    return outputs[0], outputs[1]
+
+
+register_loss = policy_op.register_loss
 
 
 def _refuse_beside_a_head(**arguments: Any) -> None:

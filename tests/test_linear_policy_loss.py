@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 import entropy_kernels as ek
 from conftest import Place, places
@@ -118,16 +119,18 @@ def spiked(case: Case, *where: int, size: float = 30.0) -> Case:
     return case
 
 
-class Products(TorchDispatchMode):
-    """Counts multiplications of matrix products."""
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Multiplications of each matrix product."""
+    found: list[int] = []
+    for name in ("multiply", "multiply_add"):
 
-    count = 0
+        def counted(out: Tensor, a: Tensor, b: Tensor, *bias: Any, real: Any = getattr(op, name)) -> None:
+            found.append(a.shape[0] * a.shape[1] * b.shape[1])
+            real(out, a, b, *bias)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-            a, b = args[-2:]
-            self.count += a.shape[0] * a.shape[1] * b.shape[1]
-        return func(*args, **(kwargs or {}))
+        monkeypatch.setattr(op, name, counted)
+    return found
 
 
 VALID = [n for n in range(B * L) if n % L < (30, 7, 0, 29, 1, 30)[n // L]]  # flat positions that count
@@ -299,16 +302,16 @@ def test_padding_reaches_nothing() -> None:
 
 
 @pytest.mark.parametrize("names", ("h", "w", "b", "hb", "wb"))
-def test_only_what_needs_a_gradient(names: str) -> None:
+def test_only_what_needs_a_gradient(names: str, products: list[int]) -> None:
     case = make("kl_cov", ratio=0.1, entropy_coef=0.01)
     _, right = composed(case)
     for budget in BUDGETS[torch.float64]:
-        with Products() as products:
-            _, found = fused(case, budget, names)
+        products.clear()
+        _, found = fused(case, budget, names)
         one = len(VALID) * H * V
         count = 1 + ("h" in names) + ("w" in names)
         again = 0 if budget == BUDGETS[torch.float64][0] else int(0.1 * len(VALID)) * H * V * count
-        assert count * one <= products.count <= count * one + again
+        assert count * one <= sum(products) <= count * one + again
         for name, ours, theirs in zip("hwb", found, right, strict=True):
             if name not in names:
                 assert ours is None
@@ -317,13 +320,13 @@ def test_only_what_needs_a_gradient(names: str) -> None:
 
 
 @pytest.mark.parametrize("budget", BUDGETS[torch.float64])
-def test_three_products(budget: int) -> None:
+def test_three_products(budget: int, products: list[int]) -> None:
     """What the selected tokens add is their share."""
     case = make("kl_cov", ratio=0.02)
-    with Products() as products:
+    with FlopCounterMode(display=False):  # under a dispatch mode, too
         fused(case, budget)
     again = 0 if budget == BUDGETS[torch.float64][0] else int(0.02 * len(VALID))
-    assert 3 * len(VALID) <= products.count / (H * V) <= 3 * (len(VALID) + again)
+    assert 3 * len(VALID) <= sum(products) / (H * V) <= 3 * (len(VALID) + again)
 
 
 @pytest.mark.parametrize("method", LOSSES)
@@ -457,21 +460,51 @@ def test_autocast() -> None:
         assert not torch.equal(ours, ours.bfloat16().float())
 
 
-def test_compiled_code_breaks_its_graph_and_goes_on() -> None:
-    case = make("kl_cov", ratio=0.1)
-    _, right = composed(case)
+COMPILED: dict[str, dict[str, Any]] = {
+    "ppo": {"ref_kl_coef": 0.1, "clip_high": None, "loss_agg_mode": "seq-mean-token-sum-norm"},
+    "clip_cov": {"ratio": 0.1, "low": 0.01, "high": 50.0, "batch_num_tokens": 123},
+    "kl_cov": {"ratio": 0.1, "kl_coef": 2.0},
+}
 
-    @torch.compile(backend="aot_eager")
-    def step(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        args = (case.target, case.old_logprob, case.advantages, case.mask, 1.0 * bias)
-        return ek.linear_policy_loss(2.0 * (0.5 * hidden), weight, *args, method="kl_cov", ratio=0.1).loss * 1.0
 
-    hidden, weight, bias = leaves = case.leaves()
-    assert hidden is not None and weight is not None and bias is not None
-    step(hidden, weight, bias).backward()
-    for leaf, theirs in zip(leaves, right, strict=True):
-        assert leaf is not None
-        torch.testing.assert_close(leaf.grad, theirs, rtol=1e-11, atol=1e-14)
+def step(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    case: Case,
+    coefficient: float,
+    seed: int,
+    buffer: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    options = {"seed": seed} if case.method == "clip_cov" else {}
+    ref = {"ref_logprob": case.old_logprob} if case.method == "ppo" else {}
+    loss, metrics = ek.linear_policy_loss(
+        2.0 * (0.5 * hidden), weight, case.target, case.old_logprob, case.advantages, case.mask, 1.0 * bias,
+        method=case.method, memory_budget=240_000, entropy_coef=coefficient, grad_buffer=buffer, **case.options,
+        **options, **ref,
+    )  # fmt: skip
+    return loss * 1.0, metrics
+
+
+@pytest.mark.parametrize("buffered", (False, True))
+@pytest.mark.parametrize("method", LOSSES)
+def test_compiled_without_a_graph_break(method: str, buffered: bool) -> None:
+    """A new seed and a new coefficient do not compile anew."""
+    case = make(method, **COMPILED[method])
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for i in range(4):
+        results = []
+        for function in (step, compiled):
+            leaves = case.leaves()
+            buffer = torch.zeros_like(case.weight) if buffered else None
+            loss, metrics = function(*leaves, case, 0.01 * (i + 1), i, buffer)
+            loss.backward()
+            gradients = [x.grad for x in leaves if x is not None]
+            results.append((loss, metrics, buffer if buffered else gradients[1], gradients[0], gradients[2]))
+        torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
+        assert results[0][2].any() and (gradients[1] is None) == buffered
+    assert counter.frame_count <= 3
 
 
 ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels.linear import changes_of, linear_loss
+from entropy_kernels._arguments import process_group_of, scalar_tensor
+from entropy_kernels.linear import changes_of, linear_loss, register_loss
 from entropy_kernels.losses import functional, presets
 from entropy_kernels.losses.aggregation import Aggregation
 from entropy_kernels.losses.inputs import check_mask, check_tensor
+from entropy_kernels.losses.metrics import METRICS
 from entropy_kernels.losses.total import PolicyLoss
-from entropy_kernels.selection import expand_advantages
+from entropy_kernels.selection import expand_advantages, seed_tensor
 
 _LOSSES: dict[str, Callable[..., PolicyLoss]] = {
     "ppo": functional.policy_loss,
@@ -24,7 +27,7 @@ _LOSSES: dict[str, Callable[..., PolicyLoss]] = {
 }
 _GIVEN = {"clip_cov": "dropped", "kl_cov": "penalized"}
 _PER_TOKEN = ("ref_logprob", "dropped", "penalized")
-# What a loss needs to sum up over the batch, to select, and to reach other ranks: not for the coefficient of one token
+# How a loss is summed up; the coefficient of one token needs none of it
 _AGGREGATION: dict[str, Any] = {
     "loss_agg_mode": "token-mean", "dp_size": 1, "batch_num_tokens": None, "global_batch_size": None,
     "loss_scale_factor": None, "batch_group": None,
@@ -32,6 +35,19 @@ _AGGREGATION: dict[str, Any] = {
 _OF_THE_TERM = (
     "clip_low", "clip_high", "dual_clip", "entropy_coef", "ref_logprob", "ref_kl_coef", "kl_estimator", "backend",
 )  # fmt: skip
+_TENSORS = (
+    "ref_logprob", "dropped", "penalized", "token_index", "seed", "kl_coef", "entropy_coef", "ref_kl_coef",
+    "batch_num_tokens", "global_batch_size", "loss_scale_factor",
+)  # fmt: skip
+_COUNTS = ("batch_num_tokens", "global_batch_size")
+_KEYWORDS = {
+    method: [
+        name
+        for name, parameter in inspect.signature(loss).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("entropy", "backend")
+    ]
+    for method, loss in _LOSSES.items()
+}
 _HUGE = 8.0  # × the mean size of the advantages that are not 0
 
 
@@ -94,10 +110,8 @@ def linear_policy_loss(
         TypeError, ValueError, IndexError, NotImplementedError: as the functions above, before anything is computed.
         RuntimeError: a second backward pass, double backward, or a factor on the loss beside a ``grad_buffer``.
     """
-    if method not in _LOSSES:
-        raise ValueError(f"method: expected one of {', '.join(map(repr, _LOSSES))}, got {method!r}")
-    loss = _LOSSES[method]
     _check_names(method, options)
+    loss = _LOSSES[method]
     head: dict[str, Any] = {
         "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index, "vocab_group": vocab_group,
         "vocab_start": vocab_start, "vocab_size": vocab_size, "logits_dtype": logits_dtype,
@@ -108,9 +122,10 @@ def linear_policy_loss(
         check_tensor(name, value)
     if old_logprob.shape != target.shape:
         raise ValueError(f"old_logprob: expected target's shape {tuple(target.shape)}, got {tuple(old_logprob.shape)}")
-    with torch.no_grad():  # every error of the loss, before the work and before anything is added to a buffer
-        stand_in = old_logprob.detach()
-        loss(stand_in, old_logprob, advantages, mask, entropy=torch.zeros_like(stand_in), **options)
+    if not torch.compiler.is_compiling():
+        with torch.no_grad():  # every error of the loss, before the work and before anything is added to a buffer
+            stand_in = old_logprob.detach()
+            loss(stand_in, old_logprob, advantages, mask, entropy=torch.zeros_like(stand_in), **options)
     valid = check_mask("mask", mask, old_logprob)
     if valid is not None:
         target = torch.where(valid, target, ignore_index)
@@ -121,39 +136,95 @@ def linear_policy_loss(
             raise ValueError("grad_buffer: expected None beside a weight that is a module or a function, got a tensor")
         logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
         return loss(logprob, old_logprob, advantages, mask, entropy=entropy, **options)
-    batch = _Batch(method, old_logprob, expand_advantages(advantages, old_logprob), valid, options)
-    value = linear_loss(hidden, weight, target, bias, batch, grad_buffer=grad_buffer, **head)
-    return PolicyLoss(value, batch.result.metrics)
+    names = _metric_names(method, options)
+    description, tensors = _described(method, options, old_logprob.device)
+    tensors += [old_logprob.detach(), expand_advantages(advantages, old_logprob), valid]
+    value, metrics = linear_loss(
+        hidden, weight, target, bias, description, tensors, metrics=len(names),
+        changes=_changes(method, options, old_logprob.numel()), grad_buffer=grad_buffer, **head,
+    )  # fmt: skip
+    return PolicyLoss(value, dict(zip(names, metrics.unbind(), strict=True)))
+
+
+def _selects(method: str, options: dict[str, Any]) -> bool:
+    """Whether the call selects tokens by itself."""
+    return method in _GIVEN and options.get(_GIVEN[method]) is None
+
+
+def _preset(method: str, options: dict[str, Any]) -> Any:
+    return (presets.CLIP_COV if method == "clip_cov" else presets.KL_COV)[options.get("preset", "verl")]
+
+
+def _changes(method: str, options: dict[str, Any], tokens: int) -> int | None:
+    """See ``Coefficients`` in ops/linear_policy_loss.py."""
+    if not _selects(method, options):
+        return 0
+    if options.get("batch_group") is not None:
+        return None
+    ratio, k = options.get("ratio"), options.get("k")
+    return changes_of(_preset(method, options).ratio if ratio is None else ratio, k, tokens)
+
+
+def _metric_names(method: str, options: dict[str, Any]) -> list[str]:
+    """Of the loss's metrics, in their order."""
+    absent = set()
+    if method == "ppo":
+        absent.add("selected_frac")
+    if method != "clip_cov" or not _selects(method, options):
+        absent.add("band_frac")
+    if options.get("ref_logprob") is None:
+        absent.add("ref_kl")
+    return [name for name in METRICS if name not in absent]
+
+
+def _described(method: str, options: dict[str, Any], device: torch.device) -> tuple[str, list[Tensor | None]]:
+    """The loss in a string, and what of it are tensors, in the order of _TENSORS: an operator takes nothing else.
+
+    Compiled code has a string for good. What changes from call to call becomes a tensor there.
+    """
+    tensors: list[Tensor | None] = []
+    words = [f"'method': {method!r}"]
+    for name in _TENSORS:
+        value = options.get(name)
+        if name == "seed" and value is not None:
+            value = seed_tensor(value, device)
+        elif torch.compiler.is_compiling() and value is not None and not isinstance(value, Tensor) and value != 0:
+            value = scalar_tensor(value, torch.int64 if name in _COUNTS else torch.float64, device)
+        tensors.append(value if isinstance(value, Tensor) else None)
+    for name, value in options.items():
+        if name == "batch_group":
+            value = None if value is None else value.group_name
+        said = name in _TENSORS and tensors[_TENSORS.index(name)] is not None
+        if said or (value is None and name not in ("clip_low", "clip_high")):  # there None has a meaning
+            continue
+        if not isinstance(value, (bool, str)) and value is not None:
+            value = int(value) if isinstance(value, (int, torch.SymInt)) else float(value)
+        words.append(f"{name!r}: {value!r}")
+    return "{" + ", ".join(words) + "}", tensors
 
 
 class _Batch:
     """What the op asks of a loss: coefficients of some tokens before the selection, of all after it."""
 
-    def __init__(
-        self, method: str, old_logprob: Tensor, advantages: Tensor, valid: Tensor | None, options: dict[str, Any]
-    ) -> None:
-        self._loss, self._options = _LOSSES[method], options
-        self._old, self._advantages, self._mask = old_logprob, advantages, valid
-        selects = method in _GIVEN and options.get(_GIVEN[method]) is None
-        self._term, self._term_options = self._predictor(method, selects)
-        self.changes: int | None = 0
-        if selects:
-            self.changes = None
-            if options.get("batch_group") is None:
-                chosen = (presets.CLIP_COV if method == "clip_cov" else presets.KL_COV)[options.get("preset", "verl")]
-                ratio = presets.given_or(options.get("ratio"), chosen.ratio)
-                self.changes = changes_of(ratio, options.get("k"), old_logprob.numel())
-        mask = torch.ones_like(old_logprob, dtype=torch.bool) if valid is None else valid
+    def __init__(self, description: str, tensors: list[Tensor | None]) -> None:
+        options = ast.literal_eval(description)
+        method = options.pop("method")
+        self._old, self._advantages, mask = tensors[-3:]
+        options |= {name: value for name, value in zip(_TENSORS, tensors, strict=False) if value is not None}
+        if "batch_group" in options:
+            options["batch_group"] = process_group_of(options["batch_group"])
+        self._loss, self._options, self._mask = _LOSSES[method], options, mask
+        self._names = _metric_names(method, options)
+        assert self._old is not None and self._advantages is not None
+        self.changes = _changes(method, options, self._old.numel())
+        self._term, self._term_options = self._predictor(method)
+        if mask is None:
+            mask = torch.ones_like(self._old, dtype=torch.bool)
         aggregation = Aggregation(*(options.get(name, default) for name, default in _AGGREGATION.items()))
         self._weights = aggregation.weights(mask)
-        size = torch.where(mask, advantages, 0).double().abs()
+        size = torch.where(mask, self._advantages, 0).double().abs()
         self._huge = _HUGE * size.sum() / size.count_nonzero().clamp(min=1)
-        self.result: PolicyLoss
-
-    @property
-    def loss(self) -> Tensor:
-        """The value, once it is known."""
-        return self.result.loss
+        self.result: tuple[Tensor, Tensor]
 
     @property
     def scale(self) -> Tensor:
@@ -161,12 +232,12 @@ class _Batch:
         largest = self._weights.amax() if self._weights.numel() else self._weights.new_zeros(())
         return torch.exp2(-torch.log2(largest.clamp(min=2.0**-60)).ceil()).float()
 
-    def _predictor(self, method: str, selects: bool) -> tuple[Callable[..., PolicyLoss], dict[str, Any]]:
-        """The loss that a token has if it is not selected; of a mask that is given, the loss itself."""
-        if not selects:
+    def _predictor(self, method: str) -> tuple[Callable[..., PolicyLoss], dict[str, Any]]:
+        """The loss that a token has if it is not selected; where nothing is selected, the loss itself."""
+        if not _selects(method, self._options):
             return self._loss, {k: v for k, v in self._options.items() if k not in (*_AGGREGATION, "token_index")}
         options = {k: v for k, v in self._options.items() if k in _OF_THE_TERM}
-        chosen = (presets.CLIP_COV if method == "clip_cov" else presets.KL_COV)[self._options.get("preset", "verl")]
+        chosen = _preset(method, self._options)
         for name in ("clip_low", "clip_high"):
             options[name] = presets.clip_or(name, options.get(name, "preset"), getattr(chosen, name))
         return functional.policy_loss, options
@@ -186,32 +257,37 @@ class _Batch:
 
     def final(self, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """See ops/linear_policy_loss.py."""
+        assert self._old is not None
         shape = self._old.shape
-        self.result, (c, e) = _differentiated(
+        result, (c, e) = _differentiated(
             self._loss, logprob.view(shape), entropy.view(shape), self._old, self._advantages, self._mask,
             **self._options,
         )  # fmt: skip
+        assert list(result.metrics) == self._names
+        self.result = result.loss.detach(), torch.stack(list(result.metrics.values()))
         return c.reshape(-1), None if e is None else e.reshape(-1)
+
+
+register_loss(_Batch)
 
 
 def _differentiated(
     loss: Callable[..., PolicyLoss], logprob: Tensor, entropy: Tensor, *tokens: Tensor | None, **options: Any
 ) -> tuple[PolicyLoss, tuple[Tensor, Tensor | None]]:
     """The loss, and its derivatives by log-prob and entropy; None for the latter's where it has no coefficient."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (logprob, entropy)]
-        result = loss(leaves[0], *tokens, entropy=leaves[1], **options)
-        c, e = torch.autograd.grad(result.loss, leaves, allow_unused=True)
+    leaves = [x.detach().requires_grad_() for x in (logprob, entropy)]
+    result = loss(leaves[0], *tokens, entropy=leaves[1], **options)
+    c, e = torch.autograd.grad(result.loss, leaves, allow_unused=True)
     return result, (torch.zeros_like(logprob) if c is None else c, e)
 
 
-def _check_names(method: str, options: dict[str, Any]) -> None:
-    parameters = inspect.signature(_LOSSES[method]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("entropy", "backend")]
-    unknown = [name for name in options if name not in known]
+def _check_names(method: Any, options: dict[str, Any]) -> None:
+    if method not in _LOSSES:
+        raise ValueError(f"method: expected one of {', '.join(map(repr, _LOSSES))}, got {method!r}")
+    unknown = [name for name in options if name not in _KEYWORDS[method]]
     if unknown:
         why = " (entropy is computed here)" if "entropy" in unknown else ""
         raise TypeError(
-            f"linear_policy_loss: expected with method={method!r} keyword arguments among {', '.join(known)}, "
-            f"got {', '.join(unknown)}{why}"
+            f"linear_policy_loss: expected with method={method!r} keyword arguments among "
+            f"{', '.join(_KEYWORDS[method])}, got {', '.join(unknown)}{why}"
         )

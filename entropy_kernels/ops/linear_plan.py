@@ -81,6 +81,11 @@ class Problem:
         return self.operand == self.logits == self.weight
 
     @property
+    def scaled(self) -> bool:
+        """Whether a policy loss's coefficients are scaled: fp16 cannot hold a share of a mean over many tokens."""
+        return torch.float16 in (self.operand, self.logits)
+
+    @property
     def wide(self) -> torch.dtype:
         """The dtype of sums."""
         return accumulator(self.operand)

@@ -1,4 +1,4 @@
-"""Gradients of a loss of log-prob and entropy, made in the forward pass: three products, bounded memory.
+"""``entropy_kernels::linear_policy_loss``: a loss whose gradients are made in the forward pass, with three products.
 
 The tokens are taken in parts: logits of a part, its statistics, the gradient written over its logits, its share of all
 gradients. A loss that selects tokens of the whole batch knows which only when it has seen all of them. So a part's
@@ -12,23 +12,29 @@ anew from c' and e. Nothing is scaled: e stays what it was, and c may have been 
 
 c would cancel badly where it is huge, and not at all where it is not finite. Such a token is held out (its c is taken
 as 0 at first) and is added when c' is known; where that is 0, nothing is left to do.
+
+The operator knows of the loss a description, in a string, and tensors; entropy_kernels/losses/linear.py makes the
+:class:`Coefficients` of them. It returns the loss, its metrics, the gradients of hidden, weight and bias (empty where
+not needed) and what they are multiplied by (empty: nothing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import process_group_of, refuse_forward_mode
+from entropy_kernels._arguments import process_group_of
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.ops import linear_tiles
-from entropy_kernels.ops.linear_plan import HELD_OUT, Problem, kept_dtype, loss_rows
+from entropy_kernels.ops.linear_plan import HELD_OUT, Problem, kept_dtype
 from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, parts, picked, spread
+from entropy_kernels.ops.linear_token_stats import INPUTS, NUMBERS
 from entropy_kernels.ops.products import multiply, multiply_add
 from entropy_kernels.ops.token_stats import check_values
 
@@ -45,8 +51,8 @@ class Coefficients(Protocol):
     changes: int | None
 
     @property
-    def loss(self) -> Tensor:
-        """0-d, after ``final``."""
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The loss, 0-d, and its metrics, in one tensor; after ``final``."""
 
     @property
     def scale(self) -> Tensor:
@@ -59,13 +65,16 @@ class Coefficients(Protocol):
         """c and e of all tokens."""
 
 
-class Gradients(NamedTuple):
-    """None where it is not needed; else of the input's shape, in its dtype or a wider one, × ``scale`` if not None."""
+LossOf = Callable[[str, "list[Tensor | None]"], Coefficients]
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    scale: Tensor | None
+
+@contextlib.contextmanager
+def _differentiating() -> Iterator[None]:
+    """Autograd works inside, as the loss needs it, though this op runs below autograd."""
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+        for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(getattr(torch._C.DispatchKey, name), False)
+        yield
 
 
 class _Sums:
@@ -129,20 +138,21 @@ def gradients(
     numbers: Numbers,
     needs: Needs,
     coefficients: Coefficients,
+    part: int,  # most tokens at a time
     grad_buffer: Tensor | None,  # (V, H): the head's gradient is added to it
-) -> Gradients:
-    """Gradients of the loss that ``coefficients`` stands for; see the head of this file."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias, and their scale; see the head of this file."""
     total = target.numel()
     rows = kept_rows(target == numbers.ignore_index)
     h, labels = picked(rows, hidden, target)
     t = at(temperature, rows)
     p = linear_tiles.problem(h, weight, numbers, needs)
     changes, on_cpu = coefficients.changes, h.device.type == "cpu"
-    size = _agreed(loss_rows(p, changes), numbers.group, h.device)
+    size = _agreed(part, numbers.group, h.device)
     row_parts = parts(p.rows, size)
     # fp16 cannot hold a share of a mean over many tokens, and the factor of a GradScaler comes only later
-    scale = coefficients.scale if torch.float16 in (p.operand, p.logits) else None
-    sums = _Sums(h, weight, bias, p, numbers.group, len(row_parts) > 1, grad_buffer, scale)
+    scale = coefficients.scale if p.scaled else None
+    sums = _Sums(h, weight, bias, p, numbers.group, part < total, grad_buffer, scale)
     h = h.to(p.operand)
     w = weight[: p.columns].to(p.operand)
     b = None if bias is None else bias[: p.columns]
@@ -214,7 +224,8 @@ def gradients(
         )  # fmt: skip
         if r is row_parts[-1]:
             break
-        c, e, huge = coefficients.predicted(r if rows is None else rows[r], logprob[r], entropy[r])
+        with _differentiating():
+            c, e, huge = coefficients.predicted(r if rows is None else rows[r], logprob[r], entropy[r])
         if changes != 0:
             finite = torch.isfinite(c)
             count = held + (huge & finite).cumsum(0)
@@ -225,7 +236,8 @@ def gradients(
             applied_e[r] = e
         add(r, buffer, applied, None if e is None else applied_e, nothing, applied[:0])
 
-    c, e = coefficients.final(spread(rows, logprob, total), spread(rows, entropy, total))
+    with _differentiating():
+        c, e = coefficients.final(spread(rows, logprob, total), spread(rows, entropy, total))
     c, e = picked(rows, c, e)
     last = row_parts[-1]
     again, change = nothing, applied[:0]
@@ -238,12 +250,11 @@ def gradients(
         add(end, buffer, c, e, again[begin : begin + size], change[begin : begin + size])
     sums.finish()
     if sums.hidden is not None:
-        if changes and _reading_back_costs(
-            h.device
-        ):  # more tokens than there was room for: then the loss is not finite, and it shows
+        if changes and _reading_back_costs(h.device):
+            # More than there was room for? Then the gradient is not finite, and is to show it
             sums.hidden.masked_fill_(~torch.isfinite(c)[:, None], float("nan"))
         sums.hidden = spread(rows, sums.hidden, total)
-    return Gradients(sums.hidden, sums.weight, sums.bias, scale)
+    return sums.hidden, sums.weight, sums.bias, scale
 
 
 def _agreed(size: int, group: str, device: torch.device) -> int:
@@ -275,62 +286,130 @@ def _changed(final: Tensor, applied: Tensor, most: int | None) -> tuple[Tensor, 
     return index, torch.where(changed, change, 0)[index]
 
 
-class _LinearLoss(torch.autograd.Function):
+_library = torch.library.Library("entropy_kernels", "FRAGMENT")
+_library.define(
+    f"linear_policy_loss({INPUTS}, Tensor?[] tokens, Tensor(a!)? grad_buffer, {NUMBERS}, SymInt part, str loss, "
+    "int metrics, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor loss, Tensor metrics, Tensor, Tensor, "
+    "Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_makers: list[LossOf] = []
+
+
+def register_loss(maker: LossOf) -> None:
+    """The losses lie above the ops, and enter what makes them here."""
+    _makers[:] = [maker]
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor,
+    tokens: list[Tensor | None], grad_buffer: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *numbers, part, loss, _, need_hidden, need_weight, need_bias = rest
+    call = Numbers(*numbers)
+    check_values(target, temperature, call.ignore_index, call.vocab_size)
+    coefficients = _makers[0](loss, tokens)
+    needs = (need_hidden, need_weight, need_bias)
+    with linear_tiles.without_autocast(hidden):
+        made = gradients(hidden, weight, bias, target, temperature, call, needs, coefficients, part, grad_buffer)
+    if grad_buffer is not None:
+        torch.autograd.graph.increment_version(grad_buffer)
+    nothing = hidden.new_empty(0)
+    return (*coefficients.result, *(nothing if x is None else x for x in made))
+
+
+def _fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor,
+    tokens: list[Tensor | None], grad_buffer: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *numbers, part, _, metrics, need_hidden, need_weight, need_bias = rest
+    p = linear_tiles.problem(hidden, weight, Numbers(*numbers), (need_hidden, need_weight, need_bias))
+    wide, summed = p.wide, part < hidden.shape[0]
+
+    def like(value: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
+        return hidden.new_empty(0) if value is None or not needed else torch.empty_like(value, dtype=dtype)
+
+    return (
+        temperature.new_empty(()),
+        temperature.new_empty(metrics),
+        like(hidden, need_hidden, kept_dtype(hidden.dtype, wide, False)),
+        like(weight, need_weight and grad_buffer is None, kept_dtype(weight.dtype, wide, summed)),
+        like(bias, need_bias, hidden.dtype if bias is None else torch.promote_types(bias.dtype, wide)),
+        temperature.new_empty(()) if p.scaled else hidden.new_empty(0),
+    )
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor,
-        numbers: Numbers, coefficients: Any, grad_buffer: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        with linear_tiles.without_autocast(hidden):
-            ctx.made = gradients(
-                hidden, weight, bias, target, temperature, numbers, ctx.needs_input_grad[:3], coefficients, grad_buffer
-            )
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.buffered = grad_buffer is not None
-        return coefficients.loss.detach()
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = linear_policy_loss(*inputs)
+        # Not among the saved tensors: they are the backward pass itself, and are handed out once
+        ctx.made = outputs[2:]
+        ctx.inputs = len(inputs)
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+        ctx.buffered = inputs[6] is not None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
+        if upstream is None:
+            return (None,) * ctx.inputs
         if ctx.made is None:
             raise RuntimeError(
                 f"{_NAME}: its gradients were made in the forward pass and handed out by the first backward pass; for "
                 "a second one (retain_graph=True) call the function again"
             )
-        made, ctx.made = ctx.made, None
+        (*made, scale), ctx.made = ctx.made, None
         if ctx.buffered:
-            message = (
-                "grad_buffer: expected a loss that is differentiated as it is, because the head's gradient is in the "
-                "buffer since the forward pass; scale it by dp_size, batch_num_tokens, global_batch_size or "
-                "loss_scale_factor instead of multiplying the loss"
-            )
-            if upstream.device.type != "cpu":
-                torch._assert_async(upstream == 1, message)
-            elif upstream.item() != 1:
-                raise RuntimeError(f"{message}; got a factor of {upstream.item()}")
-        if made.scale is not None:
-            upstream = upstream / made.scale
-        found = [None if g is None else _scaled(g, upstream, d) for g, d in zip(made[:3], ctx.dtypes, strict=True)]
-        return (*found, None, None, None, None, None)
+            _check_factor(upstream)
+        if scale.numel():
+            upstream = upstream / scale
+        found = [
+            _scaled(gradient, upstream, dtype) if need else None
+            for gradient, dtype, need in zip(made, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+        ]
+        if ctx.buffered:
+            found[1] = None
+        return (*found, *(None,) * (ctx.inputs - 3))
+
+
+def _check_factor(upstream: Tensor) -> None:
+    message = (
+        "grad_buffer: expected a loss that is differentiated as it is, because the head's gradient is in the buffer "
+        "since the forward pass; scale it by dp_size, batch_num_tokens, global_batch_size or loss_scale_factor instead "
+        "of multiplying the loss"
+    )
+    if upstream.device.type != "cpu" or type(upstream) is not Tensor or torch.compiler.is_compiling():
+        torch._assert_async(upstream == 1, message)
+    elif upstream.item() != 1:
+        raise RuntimeError(f"{message}; got a factor of {upstream.item()}")
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient`` · ``factor``, rounded to ``dtype`` once; may be in the same memory."""
+    """``gradient`` · ``factor``, rounded to ``dtype`` once; in the same memory where that does."""
+    if type(gradient) is not Tensor or torch.compiler.is_compiling():  # a compiler plans memory by itself
+        return (gradient * factor).to(dtype)
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     if out is gradient and factor.device.type == "cpu" and factor.item() == 1:
         return out
     return torch.mul(gradient, factor, out=out)
 
 
-@torch._disable_dynamo  # compiled code breaks its graph here: the loss is a Python object, no tensor
-def linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, numbers: Numbers,
-    coefficients: Any, grad_buffer: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """``coefficients.loss`` after its ``final``, differentiable by hidden (N, H), weight (V, H) and bias (V,)."""
-    check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
-    for tensor in (hidden, weight, bias):
-        if tensor is not None:
-            refuse_forward_mode(_NAME, tensor)
-    return _LinearLoss.apply(hidden, weight, bias, target, temperature, numbers, coefficients, grad_buffer)
+def _autograd(*inputs: Any) -> tuple[Tensor, ...]:
+    tensors = [x for x in inputs[:3] if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _LinearPolicyLoss.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return linear_policy_loss(*inputs)
+
+
+_library.impl("linear_policy_loss", _forward, "CompositeExplicitAutograd")
+_library.impl("linear_policy_loss", _autograd, "Autograd")
+torch.library.register_fake("entropy_kernels::linear_policy_loss", _fake, lib=_library)
+
+linear_policy_loss = torch.ops.entropy_kernels.linear_policy_loss.default

@@ -23,19 +23,19 @@ _STATE, _LOGITS = 4, 5  # indices among the outputs
 _NAME = "linear_logprob_entropy / linear_token_stats"
 
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")
-_NUMBERS = (
+NUMBERS = (  # of linear_tiles.Numbers
     "float softcap, int ignore_index, SymInt vocab_start, SymInt vocab_size, ScalarType product_dtype, "
     "ScalarType logits_dtype, SymInt memory_budget, str group, str backend"
 )
-_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor temperature"
+INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor temperature"
 _library.define(
-    f"linear_token_stats({_INPUTS}, {_NUMBERS}, int want, bool keep, bool need_hidden, bool need_weight, "
+    f"linear_token_stats({INPUTS}, {NUMBERS}, int want, bool keep, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _BACKWARD_ARGUMENTS = (
-    f"Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_collision, {_INPUTS}, Tensor state, {{logits}}, "
-    f"{_NUMBERS}, bool need_hidden, bool need_weight, bool need_bias"
+    f"Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_collision, {INPUTS}, Tensor state, {{logits}}, "
+    f"{NUMBERS}, bool need_hidden, bool need_weight, bool need_bias"
 )
 _library.define(
     f"linear_token_stats_backward({_BACKWARD_ARGUMENTS.format(logits='Tensor? logits')}) -> (Tensor, Tensor, Tensor)",
