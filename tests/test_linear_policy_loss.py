@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,13 +124,13 @@ def spiked(case: Case, *where: int, size: float = 30.0) -> Case:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Multiplications of each matrix product."""
     found: list[int] = []
+
+    def counted(real: Callable[..., None], out: Tensor, a: Tensor, b: Tensor, *bias: Any) -> None:
+        found.append(a.shape[0] * a.shape[1] * b.shape[1])
+        real(out, a, b, *bias)
+
     for name in ("multiply", "multiply_add"):
-
-        def counted(out: Tensor, a: Tensor, b: Tensor, *bias: Any, real: Any = getattr(op, name)) -> None:
-            found.append(a.shape[0] * a.shape[1] * b.shape[1])
-            real(out, a, b, *bias)
-
-        monkeypatch.setattr(op, name, counted)
+        monkeypatch.setattr(op, name, functools.partial(counted, getattr(op, name)))
     return found
 
 
@@ -505,6 +506,16 @@ def test_compiled_without_a_graph_break(method: str, buffered: bool) -> None:
         torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
         assert results[0][2].any() and (gradients[1] is None) == buffered
     assert counter.frame_count <= 3
+
+
+def test_inductor() -> None:
+    case = make("clip_cov", **COMPILED["clip_cov"])
+    leaves = case.leaves()
+    torch.compile(step, fullgraph=True)(*leaves, case, 0.01, 3, None)[0].backward()
+    case.options |= {"seed": 3, "entropy_coef": 0.01}
+    for leaf, right in zip(leaves, composed(case)[1], strict=True):
+        assert leaf is not None
+        torch.testing.assert_close(leaf.grad, right, rtol=1e-11, atol=1e-14)
 
 
 ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
