@@ -90,6 +90,48 @@ def test_a_dropped_softcap_or_scale_would_show() -> None:
         assert (got.entropy.double() - want[1]).abs().max() > 1e-3
 
 
+class Adapted(torch.nn.Module):
+    """A head with an adapter beside it, whose ``weight`` is, as PEFT's, that of the layer it wraps."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.out_features = base, base.out_features
+        self.down = torch.nn.Linear(base.in_features, 3, bias=False)
+        self.up = torch.nn.Linear(3, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden) + self.up(self.down(hidden))
+
+
+def test_an_adapter_on_the_head_is_not_passed_over() -> None:
+    model, input_ids = make("llama"), ids(2, 7)
+    model.lm_head = Adapted(model.lm_head)
+    other = copy.deepcopy(model)
+    got = ek.hf.causal_lm_logprob_entropy(model, input_ids)
+    want = expected(other, input_ids, ek.hf.next_tokens(input_ids))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    weigh(got).backward()
+    weigh(want).backward()
+    for (name, a), b in zip(model.lm_head.named_parameters(), other.lm_head.parameters(), strict=True):
+        assert a.grad is not None, name
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_make_the_logits(family: str) -> None:
+    model, input_ids = make(family), ids(2, 7)
+    parts = ek.hf.causal_lm_parts(model)
+    logits = torch.nn.functional.linear(parts.backbone(input_ids)[0] * parts.scale, parts.weight, parts.bias)
+    if parts.softcap is not None:
+        logits = parts.softcap * torch.tanh(logits / parts.softcap)
+    torch.testing.assert_close(logits, model(input_ids).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_checkpointing() -> None:
     model, input_ids = make("llama"), ids(2, 9)
     weigh(ek.hf.causal_lm_logprob_entropy(model, input_ids)).backward()
@@ -156,7 +198,7 @@ class TestNextTokens:
 def test_models_that_do_not_fit() -> None:
     model = make("llama")
     with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
-        ek.hf.causal_lm_logprob_entropy(model.model, ids(1, 4))
+        ek.hf.causal_lm_parts(model.model)
     with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
         ek.hf.causal_lm_logprob_entropy(torch.nn.Linear(3, 3), ids(1, 4))
     with pytest.raises(ValueError, match="input_ids: expected"):
