@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels._memory import peak_allocated
 from entropy_kernels.ops import linear_plan as planning
 from linear_cases import Linear, budgets, make
 
@@ -17,19 +18,19 @@ GRADS = (("hidden", "weight", "bias"), ("hidden",), ("weight",), ())
 def peak_of(case: Linear, grad: tuple[str, ...], budget: int) -> int:
     """Bytes that torch's allocator hands out at once in forward and backward, without results and gradients."""
     leaves = case.copy(*grad)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    ours = 0
+
+    def forward_and_backward() -> None:
+        nonlocal ours
         out = ek.linear_logprob_entropy(
             leaves.hidden, leaves.weight, leaves.target, leaves.bias, **case.kwargs, memory_budget=budget
         )
-        ours = sum(value.numel() * value.element_size() for value in out)
+        results = [*out]
         if grad:
-            gradients = torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [getattr(leaves, n) for n in grad])
-            ours += sum(value.numel() * value.element_size() for value in gradients)
-    held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+            results += torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [getattr(leaves, n) for n in grad])
+        ours = sum(value.numel() * value.element_size() for value in results)
+
+    peak = peak_allocated(forward_and_backward, torch.device("cpu"))
     assert peak > 0
     return peak - ours
 
