@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ def peak_allocated(call: Callable[[], Any], device: torch.device) -> int:
         del output
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with reused_memory.from_torch(), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+    with _quiet(), reused_memory.from_torch(), profiler as profile:
         output = call()
     del output
     held = peak = 0
@@ -34,3 +37,21 @@ def peak_allocated(call: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, C++ code writes nothing to stderr: the profiler says there that it starts, and what it will not see."""
+    try:
+        before = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)

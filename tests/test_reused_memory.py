@@ -111,7 +111,7 @@ def test_a_backward_pass_in_a_loop_uses_one_block():
     assert len(addresses) == 2 and torch.equal(kept, copy)
 
 
-def test_a_measured_peak_sees_large_blocks():
+def test_a_measured_peak_sees_large_blocks(capfd):
     size = LARGE.numel() * 4
 
     def call() -> torch.Tensor:
@@ -122,3 +122,4 @@ def test_a_measured_peak_sees_large_blocks():
     address = reused_memory.empty(LARGE, torch.float32).data_ptr()
     assert peak_allocated(call, torch.device("cpu")) == pytest.approx(size + size // 3, abs=1024)
     assert reused_memory.empty(LARGE, torch.float32).data_ptr() == address, "measuring took the block away"
+    assert capfd.readouterr().err == "", "the profiler talks"
