@@ -158,7 +158,7 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
         TypeError: a model without a linear output head, or one that is wrapped.
     """
     model = _unwrapped(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     backbone = getattr(model, "base_model", None)
     if not isinstance(getattr(head, "weight", None), Tensor) or backbone is None or backbone is model:
         raise TypeError(
