@@ -15,6 +15,7 @@ import torch
 from benchmarks.registry import Prepared
 from benchmarks.shapes import Case, HiddenShape, LogitsShape, TokensShape
 from benchmarks.timing import cache_bytes, clock_for
+from entropy_kernels._memory import peak_allocated
 from entropy_kernels.backends import reused_memory
 
 
@@ -108,7 +109,7 @@ def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 
         raise ValueError(f"tries: expected >= 1, got {tries}")
     if device.type == "cuda":  # the allocator counts exactly
         tries = 1
-    measure = _peak_cuda if device.type == "cuda" else _peak_resident if _resets_high_water() else _peak_profiler
+    measure = _peak_resident if device.type != "cuda" and _resets_high_water() else _peak_allocated
     peaks = []
     for _ in range(tries):
         if prepared.reset is not None:
@@ -155,24 +156,6 @@ def _peak_resident(call: Callable[[], Any], device: torch.device) -> Peak:
     return Peak(peak, "resident set high-water mark")
 
 
-def _peak_profiler(call: Callable[[], Any], device: torch.device) -> Peak:
-    with torch.profiler.profile(profile_memory=True) as profile:
-        output = call()
-    del output
-    held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return Peak(peak, "torch profiler, torch's allocations only")
-
-
-def _peak_cuda(call: Callable[[], Any], device: torch.device) -> Peak:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    output = call()
-    torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del output
-    return Peak(peak, "CUDA allocator peak")
+def _peak_allocated(call: Callable[[], Any], device: torch.device) -> Peak:
+    method = "CUDA allocator peak" if device.type == "cuda" else "torch profiler, torch's allocations only"
+    return Peak(peak_allocated(call, device), method)

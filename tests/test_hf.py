@@ -11,38 +11,9 @@ from torch import Tensor
 
 import entropy_kernels as ek
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-GROUPED = {**SIZES, "num_key_value_heads": 2}
-SMALL = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
-    "llama, tied": ("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "tie_word_embeddings": True}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", GROUPED),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", GROUPED),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**GROUPED, "head_dim": 8, "final_logit_softcapping": 0.5}),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "final_logit_softcapping": 0.5}),
-    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**SMALL, "bos_token_id": 1, "eos_token_id": 2}),
-    "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SIZES),
-    "granite": ("GraniteConfig", "GraniteForCausalLM", {**GROUPED, "logits_scaling": 4.0}),
-    "cohere": ("CohereConfig", "CohereForCausalLM", {**GROUPED, "logit_scale": 0.25}),
-    "phi, with bias": ("PhiConfig", "PhiForCausalLM", SIZES),
-}
-
-
-def make(family: str) -> Any:
-    config, model, options = FAMILIES[family]
-    torch.manual_seed(0)
-    made = getattr(transformers, model)(getattr(transformers, config)(**options, attn_implementation="eager"))
-    with torch.no_grad():
-        for parameter in made.parameters():  # as they are initialised, all tokens are nearly equally likely
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return made.eval()
+from hf_models import FAMILIES, make
 
 
 def ids(*shape: int) -> Tensor:
@@ -88,6 +59,48 @@ def test_a_dropped_softcap_or_scale_would_show() -> None:
         setattr(model.config, attribute, neutral)
         got = ek.hf.causal_lm_logprob_entropy(model, input_ids)
         assert (got.entropy.double() - want[1]).abs().max() > 1e-3
+
+
+class Adapted(torch.nn.Module):
+    """A head with an adapter beside it, whose ``weight`` is, as PEFT's, that of the layer it wraps."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.out_features = base, base.out_features
+        self.down = torch.nn.Linear(base.in_features, 3, bias=False)
+        self.up = torch.nn.Linear(3, base.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden) + self.up(self.down(hidden))
+
+
+def test_an_adapter_on_the_head_is_not_passed_over() -> None:
+    model, input_ids = make("llama"), ids(2, 7)
+    model.lm_head = Adapted(model.lm_head)
+    other = copy.deepcopy(model)
+    got = ek.hf.causal_lm_logprob_entropy(model, input_ids)
+    want = expected(other, input_ids, ek.hf.next_tokens(input_ids))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    weigh(got).backward()
+    weigh(want).backward()
+    for (name, a), b in zip(model.lm_head.named_parameters(), other.lm_head.parameters(), strict=True):
+        assert a.grad is not None, name
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_make_the_logits(family: str) -> None:
+    model, input_ids = make(family), ids(2, 7)
+    parts = ek.hf.causal_lm_parts(model)
+    logits = torch.nn.functional.linear(parts.backbone(input_ids)[0] * parts.scale, parts.weight, parts.bias)
+    if parts.softcap is not None:
+        logits = parts.softcap * torch.tanh(logits / parts.softcap)
+    torch.testing.assert_close(logits, model(input_ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_checkpointing() -> None:
@@ -156,7 +169,7 @@ class TestNextTokens:
 def test_models_that_do_not_fit() -> None:
     model = make("llama")
     with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
-        ek.hf.causal_lm_logprob_entropy(model.model, ids(1, 4))
+        ek.hf.causal_lm_parts(model.model)
     with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
         ek.hf.causal_lm_logprob_entropy(torch.nn.Linear(3, 3), ids(1, 4))
     with pytest.raises(ValueError, match="input_ids: expected"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels._memory import peak_allocated
 from entropy_kernels.ops import linear_plan as planning
 from linear_cases import Linear, budgets, make
 
@@ -27,26 +29,21 @@ def one_thread() -> Iterator[None]:
 def peak_of(case: Linear, grad: tuple[str, ...], budget: int) -> int:
     """Bytes that torch's allocator hands out at once in forward and backward, without results and gradients."""
     leaves = case.copy(*grad)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    ours = 0
+
+    def forward_and_backward() -> None:
+        nonlocal ours
         out = ek.linear_logprob_entropy(
             leaves.hidden, leaves.weight, leaves.target, leaves.bias, **case.kwargs, memory_budget=budget
         )
-        ours = sum(value.numel() * value.element_size() for value in out)
+        results = [*out]
         if grad:
-            gradients = torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [getattr(leaves, n) for n in grad])
-            ours += sum(value.numel() * value.element_size() for value in gradients)
-    return peak(profile) - ours
+            results += torch.autograd.grad(out.logprob.sum() + out.entropy.sum(), [getattr(leaves, n) for n in grad])
+        ours = sum(value.numel() * value.element_size() for value in results)
 
-
-def peak(profile: torch.profiler.profile) -> int:
-    """Bytes at once, beside what there was before."""
-    held = most = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    assert most > 0
-    return most
+    peak = peak_allocated(forward_and_backward, torch.device("cpu"))
+    assert peak > 0
+    return peak - ours
 
 
 @pytest.mark.parametrize("grad", GRADS, ids=lambda g: "+".join(g) or "none")
@@ -119,7 +116,7 @@ def test_padded() -> None:
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 def test_predicted_memory_of_a_policy_loss(dtype: torch.dtype, grad: tuple[str, ...], undisturbed: None) -> None:
     """What is used stays within the plan, and the plan is not far above it; the budget bounds what is no gradient."""
-    rows, features, vocab = 600, 64, 6000  # logits below what reused_memory.py serves, which torch does not see
+    rows, features, vocab = 600, 64, 6000
     case = make(rows, features=features, vocab=vocab, dtype=dtype)
     old, advantages = torch.zeros(rows), torch.linspace(-1, 1, rows)
     for logits_dtype in (None, torch.float32):
@@ -133,14 +130,18 @@ def test_predicted_memory_of_a_policy_loss(dtype: torch.dtype, grad: tuple[str, 
             assert plan.mode == "in_forward" and plan.products == 1 + ("hidden" in grad) + ("weight" in grad)
             assert (plan.row_chunks - 1) * plan.row_chunk < rows <= plan.row_chunks * plan.row_chunk
             seen.add(plan.row_chunks)
-            with torch.profiler.profile(profile_memory=True) as profile:
+            given = 0
+
+            def forward_and_backward(leaves: Linear = leaves, budget: int = budget, logits: Any = logits_dtype) -> None:
+                nonlocal given
                 loss = ek.linear_policy_loss(
                     leaves.hidden, leaves.weight, case.target, old, advantages, None, leaves.bias, method="clip_cov",
-                    seed=1, low=-1e9, high=1e9, ratio=2e-3, memory_budget=budget, logits_dtype=logits_dtype,
+                    seed=1, low=-1e9, high=1e9, ratio=2e-3, memory_budget=budget, logits_dtype=logits,
                 ).loss  # fmt: skip
                 gradients = torch.autograd.grad(loss, [getattr(leaves, n) for n in grad])
-            ours = sum(value.numel() * value.element_size() for value in gradients)
-            used = peak(profile) - ours
+                given = sum(value.numel() * value.element_size() for value in gradients)
+
+            used = peak_allocated(forward_and_backward, torch.device("cpu")) - given
             small = 300_000 + 100 * rows + 4 * rows * features
             assert used <= plan.peak_bytes + small, f"{plan}: {used}"
             assert plan.peak_bytes <= 2.5 * used + small, f"{plan}: {used}"

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from entropy_kernels._memory import peak_allocated
 from entropy_kernels.backends import reused_memory
 
 pytestmark = pytest.mark.skipif(not reused_memory._SUPPORTED, reason="madvise with MADV_FREE is Linux's")
@@ -108,3 +109,17 @@ def test_a_backward_pass_in_a_loop_uses_one_block():
             copy = kept.clone()
         logits.grad = None
     assert len(addresses) == 2 and torch.equal(kept, copy)
+
+
+def test_a_measured_peak_sees_large_blocks(capfd):
+    size = LARGE.numel() * 4
+
+    def call() -> torch.Tensor:
+        tensor = reused_memory.empty(LARGE, torch.float32)
+        return tensor[0] + 1
+
+    call()  # a block is kept
+    address = reused_memory.empty(LARGE, torch.float32).data_ptr()
+    assert peak_allocated(call, torch.device("cpu")) == pytest.approx(size + size // 3, abs=1024)
+    assert reused_memory.empty(LARGE, torch.float32).data_ptr() == address, "measuring took the block away"
+    assert capfd.readouterr().err == "", "the profiler talks"

@@ -33,6 +33,8 @@ from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # no
         ({"cov_low": 5.0}, r"cov_low: expected less than cov_high = 5.0, got 5.0"),
         ({"cov_band": "quantile"}, r"cov_low, cov_high: expected quantiles in \[0, 1\]"),
         ({"cov_ratio": 2.0}, r"cov_ratio: expected a fraction in \(0, 1\], got 2.0"),
+        ({"head": "hidden"}, r"head: expected one of linear, logits, got 'hidden'"),
+        ({"memory_budget": 0}, r"memory_budget: expected a number of bytes > 0, got 0"),
         ({"samples_per_prompt": 1}, r"samples_per_prompt: expected at least 2"),
         ({"method": "clipcov"}, r"method: expected one of grpo, clip_cov.*got 'clipcov'"),
         ({"num_heads": 3}, r"hidden_size: expected a multiple of num_heads = 3, got 16"),
@@ -127,6 +129,9 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     assert set(record["methods"]) == set(methods)
     for text in ("What does not show at this scale", "torch", "pass@8", "straight line", "Clip-Cov"):
         assert text in page
+    memory = {head: record["methods"]["grpo"][f"memory_{head}"]["mean"] for head in ("linear", "logits")}
+    assert f"by head: linear {memory['linear'] / 1e6:.1f} MB, logits {memory['logits'] / 1e6:.1f} MB." in page
+    assert "by head: linear" in reproduce.markdown(record)
 
 
 def test_report_needs_the_baseline(tmp_path: Path) -> None:

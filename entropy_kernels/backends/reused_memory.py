@@ -8,11 +8,13 @@ pages whenever somebody else needs them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
 import weakref
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ _SUPPORTED = hasattr(mmap, "MADV_HUGEPAGE") and hasattr(mmap, "MADV_FREE")  # Li
 
 # One block at most, the last that came back. A deque, not a lock: a tensor can die anywhere, also inside of `empty`.
 _kept: deque[mmap.mmap] = deque(maxlen=1)
+_from_torch = False
 
 
 def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -33,7 +36,7 @@ def empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """
     count = math.prod(shape)
     size = count * dtype.itemsize
-    if size < LARGE_BYTES or not _SUPPORTED:
+    if size < LARGE_BYTES or not _SUPPORTED or _from_torch:
         return torch.empty(shape, dtype=dtype)
     block = _block(size)
     lease = (ctypes.c_char * size).from_buffer(block)
@@ -66,3 +69,14 @@ def release() -> None:
     """Return the kept block to the system."""
     while _kept:
         _kept.pop().close()
+
+
+@contextlib.contextmanager
+def from_torch() -> Iterator[None]:
+    """Inside, large blocks come from torch's allocator, too: whoever measures memory sees them."""
+    global _from_torch
+    before, _from_torch = _from_torch, True
+    try:
+        yield
+    finally:
+        _from_torch = before

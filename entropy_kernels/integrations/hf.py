@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import entropy_kernels as ek
 
-__all__ = ["causal_lm_logprob_entropy", "next_tokens"]
+__all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
+
+
+class CausalLMParts(NamedTuple):
+    """A causal language model in two: its logits are softcap(``hidden @ weight.T + bias``), hidden = scale · backbone.
+
+    ``weight``, ``bias`` and ``softcap`` are arguments of :func:`entropy_kernels.linear_logprob_entropy` as they stand.
+    """
+
+    backbone: torch.nn.Module
+    """Called as the model is; gives the states before the head as its first output, (B, L, H)."""
+    weight: Tensor | Callable[..., Tensor]
+    """(V, H); the head itself where it is more than a weight: quantised, or with an adapter."""
+    bias: Tensor | None
+    """(V,)"""
+    scale: float
+    """Factor of the hidden states: Cohere multiplies its logits, Granite divides them."""
+    softcap: float | None
+    """Of the logits: Gemma 2 and 3."""
 
 
 def next_tokens(
@@ -96,15 +115,7 @@ def causal_lm_logprob_entropy(
         TypeError: a model without a linear output head, or one that is wrapped.
         ValueError: arguments of the wrong shape.
     """
-    model = _unwrapped(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
-    backbone = getattr(model, "base_model", None)
-    if not isinstance(weight, Tensor) or backbone is None or backbone is model:
-        raise TypeError(
-            "model: expected a transformers causal language model with a linear output head, "
-            f"got {type(model).__name__}"
-        )
+    parts = causal_lm_parts(model)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected (B, L), got shape {tuple(input_ids.shape)}")
     if cu_seqlens is not None and position_ids is None:
@@ -115,22 +126,54 @@ def causal_lm_logprob_entropy(
             ignore_index=ignore_index,
         )  # fmt: skip
     _check_shape("target", target, input_ids)
-    hidden = backbone(
+    hidden = parts.backbone(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **model_options
     )[0]  # (B, L, H)
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    scale = _logit_scale(config)
     return ek.linear_logprob_entropy(
-        hidden if scale == 1 else hidden * scale,
-        weight,
+        hidden if parts.scale == 1 else hidden * parts.scale,
+        parts.weight,
         target,
-        getattr(head, "bias", None),
+        parts.bias,
         temperature=temperature,
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=parts.softcap,
         ignore_index=ignore_index,
         logits_dtype=logits_dtype,
         memory_budget=memory_budget,
         backend=backend,
+    )
+
+
+def causal_lm_parts(model: Any) -> CausalLMParts:
+    """What :func:`causal_lm_logprob_entropy` runs, for callers that choose the positions, or another of our functions.
+
+        parts = ek.hf.causal_lm_parts(model)
+        hidden = parts.backbone(input_ids, attention_mask=mask, use_cache=False)[0][:, -n - 1 : -1] * parts.scale
+        stats = ek.linear_token_stats(hidden, parts.weight, input_ids[:, -n:], parts.bias, softcap=parts.softcap)
+
+    Args:
+        model: as there. A model that makes its logits in yet another way cannot be told from its configuration:
+            compare the two once (the trainer does).
+
+    Raises:
+        TypeError: a model without a linear output head, or one that is wrapped.
+    """
+    model = _unwrapped(model)
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    backbone = getattr(model, "base_model", None)
+    if not isinstance(getattr(head, "weight", None), Tensor) or backbone is None or backbone is model:
+        raise TypeError(
+            "model: expected a transformers causal language model with a linear output head, "
+            f"got {type(model).__name__}"
+        )
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    # an adapter's `weight` is that of the layer it wraps, a quantised one's is no matrix: these are called instead
+    plain = isinstance(head, torch.nn.Linear) and head.weight.is_floating_point()
+    return CausalLMParts(
+        backbone,
+        head.weight if plain else head,
+        head.bias if plain else None,
+        _logit_scale(config),
+        getattr(config, "final_logit_softcapping", None),
     )
 
 

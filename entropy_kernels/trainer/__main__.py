@@ -79,10 +79,17 @@ def _from_config(path: Path, flags: list[str]) -> int:
 
 def _train(config: Any) -> int:
     from entropy_kernels.trainer.ppo import train
-    from entropy_kernels.trainer.progress import ProgressBoard, describe_row
+    from entropy_kernels.trainer.progress import ProgressBoard, describe_memory, describe_row
 
     with ProgressBoard(enabled=config.progress) as board:
-        out = train(config, report=lambda phase, done, total, row: board.update(phase, done, total, describe_row(row)))
+
+        def report(phase: str, done: int, total: int, row: dict[str, Any]) -> None:
+            board.update(phase, done, total, describe_row(row))
+            memory = describe_memory(row)
+            if memory is not None:
+                board.say(memory)
+
+        out = train(config, report=report)
     if config.progress:
         print(f"run: {out}")
     return 0

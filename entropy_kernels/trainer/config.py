@@ -17,7 +17,12 @@ import torch
 METHODS = ("grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized")
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
-RESUMABLE_FIELDS = frozenset({"out", "steps", "resume", "overwrite", "save_every", "tensorboard", "progress"})
+RESUMABLE_FIELDS = frozenset(
+    {"out", "steps", "resume", "overwrite", "save_every", "tensorboard", "progress", "measure_memory"}
+)
+
+#: What runs did before a field was there, where that is not the field's default.
+_BEFORE = {"head": "logits"}
 
 #: Fields that decide the start of RL; two runs that agree in them share one warm-started model.
 WARM_START_FIELDS = (
@@ -28,6 +33,8 @@ WARM_START_FIELDS = (
     "num_layers",
     "num_heads",
     "dtype",
+    "head",
+    "memory_budget",
     "warm_steps",
     "warm_batch",
     "warm_lr",
@@ -85,6 +92,11 @@ class TrainerConfig:
     """Attention heads of the tiny model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations. Statistics and losses are float32 in both."""
+    head: Literal["linear", "logits"] = "linear"
+    """linear: log-probs and entropies from hidden states, by linear_logprob_entropy in place of the model's head.
+    logits: from the model's logits, which then exist for a whole micro-batch. The same up to rounding."""
+    memory_budget: int | None = None
+    """Bytes that the ops of head = linear may use for logits; none is their default, 1 GiB."""
 
     # --- warm start: supervised learning before RL -------------------------------------------------------------------
     warm_steps: int = 800
@@ -181,6 +193,8 @@ class TrainerConfig:
     """Steps between measurements of the network's own first-order entropy change; 0 turns them off."""
     measure_entropy_change: bool = True
     """Run the rollout through the updated model once more, to measure the entropy change of each step."""
+    measure_memory: bool = True
+    """Before the first update, run one micro-batch with either head: its peak memory, and whether the two agree."""
 
     def validate(self) -> None:
         """Raise ValueError, naming the field, what was expected and what came, if a value cannot work."""
@@ -204,12 +218,15 @@ class TrainerConfig:
             _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
         _expect(_usable(self.device), "device", "auto or a torch device that is there", self.device)
         for name, allowed in (
+            ("head", ("linear", "logits")),
             ("method", METHODS),
             ("advantage", ("grpo", "rloo")),
             ("cov_band", ("absolute", "quantile")),
             ("selection_logprob", ("new", "old")),
         ):
             _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
+        if self.memory_budget is not None:
+            _expect(self.memory_budget > 0, "memory_budget", "a number of bytes > 0", self.memory_budget)
         if self.cov_ratio is not None:
             _expect(0 < self.cov_ratio <= 1, "cov_ratio", "a fraction in (0, 1]", self.cov_ratio)
         _expect(
@@ -288,6 +305,7 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
     Only the fields in RESUMABLE_FIELDS may change; every other one would make the second half of the run a different
     experiment from the first.
     """
+    saved = {**_BEFORE, **saved}
     current = now.to_dict()
     changed = [
         f"{name}: expected {saved.get(name)!r} (as saved), got {value!r}"

@@ -36,7 +36,7 @@ def logits_as_parameters(
     part = Encoded(rollout.prompts.ids[:rows], rollout.prompts.mask[:rows])
     ids, mask = rollout.ids[:rows], rollout.mask[:rows]
     used = mask & (rollout.advantages[:rows] != 0)
-    logits = policy.completion_logits(part, ids, mask)[used].double().cpu()  # (N, V)
+    logits = policy.with_head("logits").outputs(part, ids, mask)[used].double().cpu()  # (N, V)
     target, advantage = ids[used].cpu(), rollout.advantages[:rows][used].double().cpu()
     before = ek.token_stats(logits, target, temperature=temperature)
     step = -torch.softmax(logits / temperature, dim=-1)
@@ -63,8 +63,8 @@ class FirstOrder:
         for rows in row_slices(config, rollout.ids.shape[0]):
             part = Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows])
             ids, mask = rollout.ids[rows], rollout.mask[rows]
-            logits = policy.completion_logits(part, ids, mask)
-            entropy = policy.logprob_entropy(logits, ids, mask, temperature=config.temperature).entropy
+            outputs = policy.outputs(part, ids, mask)
+            entropy = policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).entropy
             for total, term in zip(
                 gradient, torch.autograd.grad(entropy.sum() / tokens, self._parameters), strict=True
             ):

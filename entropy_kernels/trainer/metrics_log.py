@@ -50,13 +50,17 @@ DEFINITIONS = {
     "first_update_dh": "entropy change of the step's first update on the rollout's tokens, nats",
     "small_update_dh": "ten times the entropy change of a tenth of that update, nats",
     "first_order_step_dh": "the same gradient, times the weights' change in the whole step, nats",
+    "memory/linear": "bytes a micro-batch's forward, loss and backward hold at once, under head = linear; step 0 only",
+    "memory/logits": "the same under head = logits",
+    "head_gap": "mean |log-prob under one head - log-prob under the other|, nats; step 0 only",
     "time/step": "seconds of the step",
     "time/rollout": "seconds of sampling and scoring",
     "time/update": "seconds of the updates",
     "time/measure": "seconds of the entropy-change measurements",
     "time/val": "seconds of validation",
     "time/final": "seconds of the larger validation at the end",
-    "time/ops": "seconds in entropy_kernels' ops, forward and backward, validation left out",
+    "time/ops": "seconds in entropy_kernels' ops, forward and backward, validation left out; under head = linear with "
+    "the head's matrix products, which under head = logits are the model's",
     "time/ops_share": "time/ops over time/step without validation",
     "time/tokens_per_s": "completion tokens of the rollout per second of the step without validation",
 }

@@ -1,7 +1,7 @@
 """The policy: a causal language model of transformers with its tokenizer, and what the trainer asks of the two.
 
-A :class:`Policy` encodes prompts (left-padded), samples completions with a key-value cache, and gives the logits of
-completions for scoring. Sampling and scoring use one distribution: softmax(logits / temperature), with no truncation.
+A :class:`Policy` encodes prompts (left-padded), samples completions with a key-value cache, and scores completions.
+Sampling and scoring use one distribution: softmax(logits / temperature), with no truncation.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.heads import make_head
 from entropy_kernels.trainer.tasks import Task
 
 PAD, BOS = "<pad>", "<bos>"
-#: Label of masked tokens: the ops return 0 for them and do not read their logits.
+#: Label of masked tokens: the ops return 0 for them and do not read what the model gives there.
 IGNORE = -100
 
 
@@ -79,14 +80,27 @@ class Policy:
         With a pad token. If it has a chat template, prompts are formatted as one user turn.
     end_id : int or None
         The token that ends a completion; None for completions of fixed length.
+    head, memory_budget
+        As in the configuration.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, end_id: int | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        end_id: int | None,
+        head: str = "linear",
+        memory_budget: int | None = None,
+    ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with a pad token, got none")
         self.model = model
         self.tokenizer = tokenizer
         self.end_id = end_id
+        self.head_name = head
+        self._memory_budget = memory_budget
+        self._head = make_head(head, model, memory_budget)
         self.clock = OpClock(self.device)
         self.tokenizer.padding_side = "left"
 
@@ -94,6 +108,10 @@ class Policy:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    def with_head(self, head: str) -> Policy:
+        """The same model under another head, with a clock of its own."""
+        return Policy(self.model, self.tokenizer, end_id=self.end_id, head=head, memory_budget=self._memory_budget)
 
     def encode(self, prompts: Sequence[str]) -> Encoded:
         """Prompts as left-padded ids, through the chat template where the tokenizer has one."""
@@ -126,8 +144,8 @@ class Policy:
         ids = completions.ids.masked_fill(~completions.mask, self.tokenizer.pad_token_id)
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def completion_logits(self, prompts: Encoded, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits that predict each completion token.
+    def outputs(self, prompts: Encoded, ids: Tensor, mask: Tensor) -> Tensor:
+        """What the head makes the statistics of completion tokens from: hidden states, or logits under head ``logits``.
 
         Parameters
         ----------
@@ -139,19 +157,16 @@ class Policy:
         Returns
         -------
         Tensor
-            (B, L, V), raw (not divided by the temperature), in the model's dtype; a view that skips one position.
+            (B, L, H) or (B, L, V), of the positions that predict the completion's tokens and of no others.
         """
         attention = torch.cat([prompts.mask, mask.to(prompts.mask.dtype)], dim=1)
-        positions = (attention.cumsum(1) - 1).clamp_min(0)
         # a mask of ones is left out: attention then takes its causal fast path
-        output = self.model(
+        return self._head.outputs(
+            ids.shape[1],
             input_ids=torch.cat([prompts.ids, ids], dim=1),
             attention_mask=None if self._full(attention) else attention,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=ids.shape[1] + 1,
+            position_ids=(attention.cumsum(1) - 1).clamp_min(0),
         )
-        return output.logits[:, :-1]
 
     @torch.no_grad()
     def sample(
@@ -200,19 +215,15 @@ class Policy:
         logprob, entropy = torch.stack(logprobs, dim=1), torch.stack(entropies, dim=1)
         return Completions(torch.cat(ids, dim=1), torch.stack(masks, dim=1), logprob, entropy)
 
-    def token_stats(self, logits: Tensor, ids: Tensor, mask: Tensor, *, temperature: float) -> ek.TokenStats:
-        """All four statistics of completion tokens (B, L) under `logits` (B, L, V); masked tokens give 0."""
+    def token_stats(self, outputs: Tensor, ids: Tensor, mask: Tensor, *, temperature: float) -> ek.TokenStats:
+        """All four statistics of completion tokens (B, L), from their :meth:`outputs`; masked tokens give 0."""
         with self.clock:
-            return ek.token_stats(logits, _target(ids, mask), temperature=temperature)
+            return self._head.token_stats(outputs, _target(ids, mask), temperature)
 
-    def logprob_entropy(
-        self, logits: Tensor, ids: Tensor, mask: Tensor, *, temperature: float, inplace_backward: bool = False
-    ) -> ek.LogprobEntropy:
-        """Log-prob and entropy of completion tokens (B, L) under `logits` (B, L, V); masked tokens give 0."""
+    def logprob_entropy(self, outputs: Tensor, ids: Tensor, mask: Tensor, *, temperature: float) -> ek.LogprobEntropy:
+        """Log-prob and entropy, as :meth:`token_stats`; its backward pass may overwrite `outputs`."""
         with self.clock:
-            return ek.logprob_entropy(
-                logits, _target(ids, mask), temperature=temperature, inplace_backward=inplace_backward
-            )
+            return self._head.logprob_entropy(outputs, _target(ids, mask), temperature)
 
     def save(self, directory: Path) -> None:
         """Write model and tokenizer; the directory appears whole or not at all."""
@@ -335,12 +346,12 @@ def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Po
     # eval mode for good: dropout would make the scored distribution differ from the sampled one
     model.eval()
     if task.fixed_length:
-        return Policy(model, tokenizer, end_id=None)
+        return Policy(model, tokenizer, end_id=None, head=config.head, memory_budget=config.memory_budget)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: expected a tokenizer with an end-of-sequence token for {task.name}, got none")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Policy(model, tokenizer, end_id=tokenizer.eos_token_id)
+    return Policy(model, tokenizer, end_id=tokenizer.eos_token_id, head=config.head, memory_budget=config.memory_budget)
 
 
 def _transformers() -> Any:

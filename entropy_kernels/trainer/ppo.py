@@ -26,6 +26,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.entropy_change import FirstOrder
+from entropy_kernels.trainer.heads import compare_heads
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog
 from entropy_kernels.trainer.policy import Encoded, Policy, build_policy, load_policy
 from entropy_kernels.trainer.rollout import Rollout, collect, evaluate, mean_over, score
@@ -124,6 +126,8 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
         rollout = collect(policy, task, config, step=step, generator=sampler)
         row |= describe(rollout, config)
         collected = time.perf_counter()
+        if config.measure_memory and step == 0:
+            row |= compare_heads(policy, first_micro_batch(rollout, config))
         first_order = None
         if config.first_order_every and step % config.first_order_every == 0:
             first_order = FirstOrder(policy, rollout, config)
@@ -211,34 +215,77 @@ def update(
     elif config.micro_batches > 1 and config.method != "grpo":
         masks = choose([fresh_logprob(policy, rollout, r, config) for r in micro_rows])
 
+    def pick(i: int, logprob: Tensor) -> Tensor | None:
+        chosen = choose([logprob]) if masks is None and config.micro_batches == 1 else masks
+        return None if chosen is None else chosen[i]
+
     optimizer.zero_grad(set_to_none=True)
     tokens = int(rollout.mask[rows].sum())
     parts: list[tuple[int, dict[str, Tensor]]] = []
     loss_total, selected = 0.0, 0
     for i, r in enumerate(micro_rows):
-        ids, mask = rollout.ids[r], rollout.mask[r]
-        logits = policy.completion_logits(Encoded(rollout.prompts.ids[r], rollout.prompts.mask[r]), ids, mask)
-        # The graph is cut at the logits: our backward and the network's run one after the other, so that the time
-        # spent in our ops is measured. The gradient may overwrite the logits: nobody reads them again.
-        leaf = logits.detach().requires_grad_()
-        stats = policy.logprob_entropy(leaf, ids, mask, temperature=config.temperature, inplace_backward=True)
-        if config.micro_batches == 1 and masks is None:
-            masks = choose([stats.logprob.detach()])
-        with policy.clock:
-            result = loss_of(config, stats, rollout, r, None if masks is None else masks[i], tokens, len(rows))
-            result.loss.backward()
-        logits.backward(leaf.grad)
+        result, chosen = backward(policy, rollout, r, config, partial(pick, i), tokens=tokens, sequences=len(rows))
         loss_total += float(result.loss.detach())
-        parts.append((int(mask.sum()), result.metrics))
-        if masks is not None:
-            selected += int(masks[i].sum())
+        parts.append((int(rollout.mask[r].sum()), result.metrics))
+        if chosen is not None:
+            selected += int(chosen.sum())
             if config.method in ("clip_cov", "random_dropped"):
-                dropped[r] |= masks[i]
+                dropped[r] |= chosen
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.grad_clip or float("inf"))
     optimizer.step()
     drops = config.method in ("clip_cov", "random_dropped")
     counts = {"tokens_dropped": selected if drops else 0, "tokens_penalized": 0 if drops else selected}
     return {**merge_parts(parts), "loss": loss_total, "grad_norm": float(norm), **counts}
+
+
+def backward(
+    policy: Policy,
+    rollout: Rollout,
+    rows: Tensor,
+    config: TrainerConfig,
+    pick: Callable[[Tensor], Tensor | None],
+    *,
+    tokens: int,
+    sequences: int,
+) -> tuple[ek.PolicyLoss, Tensor | None]:
+    """Forward, loss and backward of a micro-batch; its gradient is added to the weights'.
+
+    `pick` gives the mask of its selected tokens from their log-probs (B, L); `tokens` and `sequences` are those of the
+    minibatch, which the loss is normalised by. Returns the loss and the mask.
+    """
+    ids, mask = rollout.ids[rows], rollout.mask[rows]
+    outputs = policy.outputs(Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows]), ids, mask)
+    # The graph is cut at the model's outputs: our backward and the network's run one after the other, so that the time
+    # spent in our ops is measured.
+    leaf = outputs.detach().requires_grad_()
+    stats = policy.logprob_entropy(leaf, ids, mask, temperature=config.temperature)
+    selected = pick(stats.logprob.detach())
+    with policy.clock:
+        result = loss_of(config, stats, rollout, rows, selected, tokens, sequences)
+        result.loss.backward()
+    outputs.backward(leaf.grad)
+    return result, selected
+
+
+def first_micro_batch(rollout: Rollout, config: TrainerConfig) -> Callable[[Policy], Tensor]:
+    """:func:`backward` of the rollout's first rows, as many as a micro-batch has, for measurements; selects nothing.
+
+    The function returned gives the log-probs of the valid tokens.
+    """
+    rows = torch.arange(rollout.ids.shape[0] // (config.minibatches * config.micro_batches), device=rollout.ids.device)
+    mask = rollout.mask[rows]
+
+    def run(policy: Policy) -> Tensor:
+        seen: list[Tensor] = []
+
+        def pick(logprob: Tensor) -> Tensor | None:
+            seen.append(logprob[mask])
+            return None if config.method == "grpo" else torch.zeros_like(mask)
+
+        backward(policy, rollout, rows, config, pick, tokens=int(mask.sum()), sequences=len(rows))
+        return seen[0]
+
+    return run
 
 
 def loss_of(
@@ -281,8 +328,8 @@ def part_of(rollout: Rollout, rows: Tensor, logprob: Tensor) -> Part:
 def fresh_logprob(policy: Policy, rollout: Rollout, rows: Tensor, config: TrainerConfig) -> Tensor:
     """(B, L) log-probs of a micro-batch under the current weights: the collect phase of selection."""
     ids, mask = rollout.ids[rows], rollout.mask[rows]
-    logits = policy.completion_logits(Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows]), ids, mask)
-    return policy.logprob_entropy(logits, ids, mask, temperature=config.temperature).logprob
+    outputs = policy.outputs(Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows]), ids, mask)
+    return policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).logprob
 
 
 def describe(rollout: Rollout, config: TrainerConfig) -> dict[str, float]:

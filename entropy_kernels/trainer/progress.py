@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -93,3 +95,14 @@ def describe_row(row: dict[str, Any]) -> str:
     shown = (("loss", "loss"), ("entropy", "H"), ("reward", "reward"), ("val_pass1", "pass@1"), ("val_pass8", "pass@8"))
     keep = shown[1:] if "entropy" in row else shown[:1]
     return "  ".join(f"{label} {row[name]:.3f}" for name, label in keep if isinstance(row.get(name), float))
+
+
+def describe_memory(row: Mapping[str, Any]) -> str | None:
+    """The measured peak memory with either head, as a sentence; None for a row without it."""
+    shown = [
+        f"{head} {f'{peak / 1e6:.1f} MB' if math.isfinite(peak) else 'does not fit'}"
+        for head in ("linear", "logits")
+        if (peak := row.get(f"memory/{head}")) is not None
+    ]
+    start = "Peak memory of a micro-batch's forward, loss and backward, by head: "
+    return f"{start}{', '.join(shown)}." if shown else None

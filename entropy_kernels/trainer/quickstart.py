@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.drivers import load_runs, run_side_by_side, shared_warm_start, start_experiment
 from entropy_kernels.trainer.progress import ProgressBoard
-from entropy_kernels.trainer.report import write_report
+from entropy_kernels.trainer.report import memory_line, write_report
 
 
 @dataclass
@@ -76,5 +77,8 @@ def run(options: Quickstart) -> Path:
         title="Entropy collapse and two cures, on a task that fits into a minute",
     )
     if options.progress:
+        memory = memory_line(json.loads((options.out / "summary.json").read_text(encoding="utf-8"))["methods"])
+        if memory:
+            print(memory)
         print(f"report: {path}")
     return path

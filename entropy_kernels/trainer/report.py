@@ -13,6 +13,7 @@ from entropy_kernels.analysis.plot_style import method_style
 from entropy_kernels.trainer.checkpoint import write_bytes, write_json, write_text
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.ppo import versions
+from entropy_kernels.trainer.progress import describe_memory
 from entropy_kernels.trainer.report_template import TEMPLATE
 from entropy_kernels.trainer.summary import agreement, criteria, over_seeds
 
@@ -98,6 +99,7 @@ def write_report(
         minutes=f"{seconds / 60:.1f}",
         pictures=pictures,
         end_table=end_table(summary),
+        memory=memory_line(summary),
         covariance_table=plots.html_table(
             plots.covariance_table(runs, dict(COVARIANCE_COLUMNS)),
             caption="Mean covariance of the top tokens at the first step",
@@ -172,6 +174,18 @@ def law_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for method, v in summary.items()
         if "law_a" in v
     ]
+
+
+def memory_line(summary: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The baseline's peak memory with either head; None if it was not measured."""
+    values = summary["grpo"]
+    return describe_memory(
+        {
+            f"memory/{head}": values[f"memory_{head}"]["mean"]
+            for head in ("linear", "logits")
+            if f"memory_{head}" in values
+        }
+    )
 
 
 def change_lines(summary: Mapping[str, Mapping[str, Any]], experiment: Mapping[str, float]) -> list[str]:

@@ -40,7 +40,9 @@ dashed controls treat as many tokens, chosen at random.</p>
 <div class="wide">{{ end_table|safe }}</div>
 <p class="muted">H: policy entropy in nats per token, mean of the last rollouts. pass@k: chance that one of k samples
 is right, on held-out prompts, unbiased. Distinct right: different right walks among the samples of a prompt. Share of
-ops: time in this library's ops over the time of a step.</p>
+ops: time in this library's ops, by default with the head's matrix products, over the time of a step.{% if memory %}
+{{ memory }} Linear: from hidden states; logits: materialised. Weights and optimizer state, the same under both, are
+not counted.{% endif %}</p>
 
 <h2>Entropy</h2>
 <img alt="Policy entropy over training steps" src="{{ pictures.entropy }}">

@@ -17,7 +17,7 @@ from entropy_kernels.trainer.config import METHODS, TrainerConfig
 from entropy_kernels.trainer.drivers import load_runs, run_side_by_side, shared_warm_start, start_experiment
 from entropy_kernels.trainer.metrics_log import read_rows
 from entropy_kernels.trainer.progress import ProgressBoard
-from entropy_kernels.trainer.report import change_lines, end_rows, law_lines, limits, write_report
+from entropy_kernels.trainer.report import change_lines, end_rows, law_lines, limits, memory_line, write_report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,6 +166,9 @@ def verdict(out: Path, *, quiet: bool) -> int:
     """Write report.md from summary.json and print the criteria; 0 if all hold."""
     record = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     write_text(out / "report.md", markdown(record))
+    memory = memory_line(record["methods"])
+    if memory and not quiet:
+        print(memory)
     for check in record["criteria"]:
         if not quiet:
             print(f"{'PASS' if check['holds'] else 'FAIL'}  {check['claim']}: {check['figure']}")
@@ -175,6 +178,7 @@ def verdict(out: Path, *, quiet: bool) -> int:
 def markdown(record: Mapping[str, Any]) -> str:
     """The report as Markdown: criteria, end values, the law, entropy changes, what does not show."""
     summary = record["methods"]
+    memory = memory_line(summary)
     head, rows = end_rows(summary)
     table = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     checks = [
@@ -200,6 +204,7 @@ def markdown(record: Mapping[str, Any]) -> str:
             "",
             *table,
             "",
+            *([memory, ""] if memory else []),
             "## The law",
             "",
             *(f"- {line}" for line in law_lines(summary)),

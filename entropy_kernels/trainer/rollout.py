@@ -99,8 +99,8 @@ def score(
     parts = []
     for rows in row_slices(config, ids.shape[0]):
         part = Encoded(prompts.ids[rows], prompts.mask[rows])
-        logits = policy.completion_logits(part, ids[rows], mask[rows])
-        stats = policy.token_stats(logits, ids[rows], mask[rows], temperature=config.temperature)
+        outputs = policy.outputs(part, ids[rows], mask[rows])
+        stats = policy.token_stats(outputs, ids[rows], mask[rows], temperature=config.temperature)
         parts.append((stats.logprob, stats.entropy, stats.vocab_covariance))
     logprob, entropy, covariance = (torch.cat(values) for values in zip(*parts, strict=True))
     return logprob, entropy, covariance

@@ -36,6 +36,9 @@ def end_values(log: DataFrame) -> dict[str, float]:
         ("network_step", "first_order_step_dh", "measured_dh"),
     ):
         values |= {f"{name}_{key}": value for key, value in agree(log, predicted, measured).items()}
+    for head in ("linear", "logits"):
+        if f"memory/{head}" in log and log[f"memory/{head}"].notna().any():
+            values[f"memory_{head}"] = float(log[f"memory/{head}"].dropna().iloc[0])
     if "time/step" in log:
         values["seconds_per_step"] = float(log["time/step"].median())
         values["ops_share"] = float(log["time/ops"].sum() / log["time/step"].sum())

@@ -38,8 +38,8 @@ def warm_start(
         batch = pairs[first : first + config.warm_batch]
         prompts = policy.encode([prompt for prompt, _ in batch])
         ids, mask = policy.encode_completions([completion for _, completion in batch])
-        logits = policy.completion_logits(prompts, ids, mask)
-        logprob = policy.logprob_entropy(logits, ids, mask, temperature=1.0).logprob
+        outputs = policy.outputs(prompts, ids, mask)
+        logprob = policy.logprob_entropy(outputs, ids, mask, temperature=1.0).logprob
         loss = -logprob.sum() / mask.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,0 +1,223 @@
+"""The trainer's two heads: the same losses, metrics and gradients; memory with and without; what is told of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("tyro")
+
+from entropy_kernels.trainer import checkpoint, heads, ppo
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.heads import compare_heads
+from entropy_kernels.trainer.policy import Encoded, Policy, word_tokenizer
+from entropy_kernels.trainer.progress import describe_memory
+from entropy_kernels.trainer.rollout import Rollout, score
+from hf_models import FAMILIES, make
+from trainer_setup import TINY, config, easy, rows_without_times  # noqa: F401
+
+SETTINGS = dataclasses.replace(TINY, temperature=0.7, entropy_coef=0.05, minibatches=1)
+
+
+def policy_of(family: str = "llama", head: str = "linear", memory_budget: int | None = None) -> Policy:
+    return Policy(make(family), word_tokenizer(["a"]), end_id=2, head=head, memory_budget=memory_budget)
+
+
+def rollout_of(policy: Policy, rows: int = 6) -> Rollout:
+    """Left-padded prompts of 1 to 4 tokens, right-padded completions of 2 to 5, old log-probs near the policy's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> Tensor:
+        return torch.randint(3, 97, (rows, length), generator=generator)
+
+    prompt = torch.arange(4) >= 3 - torch.arange(rows)[:, None] % 4
+    mask = torch.arange(5) < 2 + torch.arange(rows)[:, None] % 4
+    prompts, completions = Encoded(ids(4).masked_fill(~prompt, 0), prompt.long()), ids(5).masked_fill(~mask, 0)
+    logprob, entropy, covariance = score(policy, SETTINGS, prompts, completions, mask)
+    noise = 0.2 * torch.randn(mask.shape, generator=generator)
+    advantages = torch.randn((rows, 1), generator=generator).expand(mask.shape)
+    return Rollout(
+        prompts, completions, mask, torch.zeros(rows, 1), advantages, (logprob + noise) * mask, entropy, covariance, 0.0
+    )
+
+
+def step(
+    policy: Policy, rollout: Rollout, settings: TrainerConfig
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Loss, metrics and gradients of one micro-batch, with every fifth token selected."""
+    policy.model.zero_grad()
+    selected = None
+    if settings.method != "grpo":
+        selected = rollout.mask & (torch.arange(rollout.mask.numel()).view(rollout.mask.shape) % 5 == 0)
+    rows = torch.arange(len(rollout.ids))
+    tokens = int(rollout.mask.sum())
+    result, _ = ppo.backward(policy, rollout, rows, settings, lambda _: selected, tokens=tokens, sequences=len(rows))
+    gradients = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(policy.model.parameters()))
+    return result.loss.detach(), result.metrics, gradients
+
+
+def assert_same(policy: Policy, rollout: Rollout, settings: TrainerConfig) -> None:
+    loss, metrics, gradients = step(policy, rollout, settings)
+    other_loss, other_metrics, other_gradients = step(policy.with_head("logits"), rollout, settings)
+    torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
+    assert metrics.keys() == other_metrics.keys()
+    for name, value in metrics.items():
+        torch.testing.assert_close(value, other_metrics[name], rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        scale = float(other_gradients[name].abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(
+            gradient, other_gradients[name], rtol=1e-4, atol=2e-5 * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_heads_give_one_loss_and_gradient(family: str) -> None:
+    policy = policy_of(family)
+    assert_same(policy, rollout_of(policy), dataclasses.replace(SETTINGS, method="clip_cov"))
+
+
+@pytest.mark.parametrize("method", ["grpo", "kl_cov", "random_dropped", "random_penalized"])
+def test_both_heads_under_every_method(method: str) -> None:
+    policy = policy_of()
+    assert_same(policy, rollout_of(policy), dataclasses.replace(SETTINGS, method=method))  # type: ignore[arg-type]
+
+
+def test_a_head_without_its_bias_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of("phi, with bias")
+    rollout = rollout_of(policy)
+    parts = heads.ek.hf.causal_lm_parts
+    monkeypatch.setattr(heads.ek.hf, "causal_lm_parts", lambda model: parts(model)._replace(bias=None))
+    with pytest.raises(AssertionError):
+        step(policy, rollout, SETTINGS)  # the bias gets no gradient
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "phi, with bias"])
+def test_scores_are_those_of_the_logits(family: str) -> None:
+    policy = policy_of(family)
+    rollout = rollout_of(policy)
+    args = (SETTINGS, rollout.prompts, rollout.ids, rollout.mask)
+    for ours, others in zip(score(policy, *args), score(policy.with_head("logits"), *args), strict=True):
+        torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-5)
+        assert (ours[~rollout.mask] == 0).all()
+
+
+def test_only_completion_rows_reach_the_head() -> None:
+    policy = policy_of()
+    rollout = rollout_of(policy)
+    assert policy.outputs(rollout.prompts, rollout.ids, rollout.mask).shape == (6, 5, 32)
+    assert policy.with_head("logits").outputs(rollout.prompts, rollout.ids, rollout.mask).shape == (6, 5, 97)
+
+
+@pytest.mark.parametrize("method", ["grpo", "clip_cov", "kl_cov"])
+def test_a_whole_step_is_the_same_from_one_seed(tmp_path: Path, method: str) -> None:
+    logs, weights = {}, {}
+    for head in ("linear", "logits"):
+        ppo.train(
+            config(tmp_path / head, head=head, method=method, steps=1, cov_low=-9.0, cov_high=9.0, cov_ratio=0.1,
+                   warm_steps=3, warm_batch=8, entropy_coef=0.01)
+        )  # fmt: skip
+        logs[head] = rows_without_times(tmp_path / head)
+        weights[head] = torch.load(tmp_path / head / "checkpoint.pt", weights_only=True)["model"]
+    for ours, others in zip(logs["linear"], logs["logits"], strict=True):
+        assert ours.keys() == others.keys()
+        for name, value in ours.items():
+            if name not in ("sampling_gap", "head_gap"):
+                assert others[name] == pytest.approx(value, rel=2e-3, abs=2e-5), (ours["step"], name)
+    assert logs["linear"][0]["head_gap"] < 1e-5
+    for name, value in weights["linear"].items():
+        # not the largest difference: where a gradient vanishes, AdamW makes a whole step of its rounding
+        assert (value - weights["logits"][name]).abs().mean() < 1e-3 * TINY.lr, name
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_within_a_budget_no_logits_exist(undisturbed: None) -> None:
+    policy = policy_of(memory_budget=1 << 20)
+    policy.model.resize_token_embeddings(20_000, mean_resizing=False)
+    rollout = rollout_of(policy, rows=64)
+    logits = 4 * rollout.ids.numel() * 20_000  # 25.6 MB
+    backward = ppo.first_micro_batch(rollout, SETTINGS)
+    row = compare_heads(policy, backward)
+    gradients = sum(4 * p.numel() for p in policy.model.parameters())
+    assert row["memory/logits"] > logits + gradients
+    assert row["memory/linear"] < gradients + (1 << 20) + 3_000_000  # 64 rows of activations
+    assert row["head_gap"] < 1e-5
+    assert all(p.grad is None for p in policy.model.parameters())
+    roomy = compare_heads(Policy(policy.model, policy.tokenizer, end_id=2), backward)  # 1 GiB: kept, once
+    assert logits < roomy["memory/linear"] - gradients < 2 * logits
+
+
+def test_measuring_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    for measured in (True, False):
+        ppo.train(config(tmp_path / str(measured), measure_memory=measured, method="clip_cov"))
+    with_it, without = rows_without_times(tmp_path / "True"), rows_without_times(tmp_path / "False")
+    added = {name: with_it[0].pop(name) for name in ("memory/linear", "memory/logits", "head_gap")}
+    assert all(added.values()) and with_it == without
+
+
+def test_logits_that_ek_hf_does_not_know_are_refused() -> None:
+    policy = policy_of()
+    policy.model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    backward = ppo.first_micro_batch(rollout_of(policy), SETTINGS)
+    with pytest.raises(ValueError, match=r"head: expected, for linear.*nats off on average; take --head logits"):
+        compare_heads(policy, backward)
+    assert compare_heads(policy.with_head("logits"), backward)["head_gap"] > 0.1  # told, and not refused
+
+
+def test_a_model_without_a_linear_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(head="logits")
+    backward = ppo.first_micro_batch(rollout_of(policy), SETTINGS)
+    monkeypatch.setattr(policy.model, "get_output_embeddings", lambda: None)
+    assert compare_heads(policy, backward).keys() == {"memory/logits"}
+    with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
+        compare_heads(policy.with_head("linear"), backward)
+
+
+def test_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of()
+    measured = heads.peak_allocated
+    calls = []
+
+    def full(call: object, device: torch.device) -> int:
+        calls.append(call)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measured(call, device)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(heads, "peak_allocated", full)
+    row = compare_heads(policy, ppo.first_micro_batch(rollout_of(policy), SETTINGS))
+    assert row["memory/logits"] == math.inf and row["memory/linear"] > 0
+    assert describe_memory(row).endswith("MB, logits does not fit.")  # type: ignore[union-attr]
+
+
+def test_memory_as_a_sentence() -> None:
+    assert describe_memory({"entropy": 1.0}) is None
+    assert describe_memory({"memory/logits": 2.34e6, "memory/linear": 1e6}) == (
+        "Peak memory of a micro-batch's forward, loss and backward, by head: linear 1.0 MB, logits 2.3 MB."
+    )
+
+
+# --- runs from before there was a choice -----------------------------------------------------------------------------
+
+
+def test_a_run_from_before_the_linear_head_resumes_under_logits(tmp_path: Path) -> None:
+    ppo.train(config(tmp_path / "whole", steps=3, head="logits"))
+    ppo.train(config(tmp_path / "old", steps=1, head="logits", measure_memory=False))
+    path = tmp_path / "old" / "checkpoint.pt"
+    state = checkpoint.load_checkpoint(path)
+    for name in ("head", "memory_budget", "measure_memory"):
+        del state["config"][name]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"head: expected 'logits' \(as saved\), got 'linear'"):
+        ppo.train(config(tmp_path / "old", steps=3, resume=True))
+    ppo.train(config(tmp_path / "old", steps=3, resume=True, head="logits"))
+    assert rows_without_times(tmp_path / "old")[1:] == rows_without_times(tmp_path / "whole")[1:]
