@@ -38,6 +38,7 @@ class Record:
     ``samples``, ``summary``: with caches as ``cache`` says; ``cold_samples``, ``cold``: flushed before each call.
     ``calls_per_sample``: a sample is the mean of so many calls. ``hidden``: whether the host's time could be kept out
     of a device time (None on a CPU).
+    ``stated_bytes``: the extra memory that the implementation's documentation allows it, results included.
     ``graph``: of a CUDA graph of the call: "equal" (replay equals an eager call bit for bit), "summary", or "reason".
     """
 
@@ -66,6 +67,7 @@ class Record:
     cold_of_copy_bandwidth: float | None = None
     peak_extra_bytes: int | None = None
     peak_method: str = ""
+    stated_bytes: int | None = None
     host_seconds: float | None = None
     syncs: int | None = None
     syncs_method: str = ""
