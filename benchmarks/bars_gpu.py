@@ -12,7 +12,7 @@ from benchmarks.plans import GRID, HEADLINE, Plan
 from benchmarks.records import Record
 from benchmarks.shapes import HEADLINE_HIDDEN
 from benchmarks.traffic import Bandwidth
-from benchmarks.verdicts import Verdict, d_weight_error, find, times, why
+from benchmarks.verdicts import Verdict, d_weight_error, find, products_beside, times, why
 
 LARGE = 256e6  # bytes of logits from which the forward bar is a share of the bandwidth
 SHARE = 92.0  # percent
@@ -171,9 +171,9 @@ def _selection(records: Sequence[Record]) -> list[Verdict]:
 
 def _hidden(records: Sequence[Record]) -> list[Verdict]:
     """From hidden states, bf16: against the products alone of the same run, and against peers."""
-    both, limits = "linear_logprob_entropy_fwdbwd", "linear_floor"
+    both = "linear_logprob_entropy_fwdbwd"
     verdicts = [
-        _over(records, f"from hidden states, bf16, {what}, time over {floor} alone", limit, op, name, limits, floor)
+        _over(records, f"from hidden states, bf16, {what}, time over {floor} alone", limit, op, name, floor)
         for what, limit, op, name, floor in (
             ("forward", 1.10, "linear_logprob_entropy", "ours", "product"),
             ("forward + backward", 1.08, both, "ours", "three products"),
@@ -194,16 +194,14 @@ def _hidden(records: Sequence[Record]) -> list[Verdict]:
     return [*verdicts, _recompute_memory(records), d_weight_error(records, HIDDEN, "bf16")]
 
 
-def _over(
-    records: Sequence[Record], text: str, limit: float, op: str, name: str, below_op: str, below_name: str
-) -> Verdict:
-    pair = []
-    for wanted_op, wanted in ((op, name), (below_op, below_name)):
-        record = find(records, wanted_op, wanted, HIDDEN, "bf16")
-        if record is None or not record.summary:
-            return _missing(text, HIDDEN, "<=", limit, "×", record, wanted_op, wanted)
-        pair.append(record)
-    return times(text, "<=", limit, pair[0], pair[1])
+def _over(records: Sequence[Record], text: str, limit: float, op: str, name: str, products: str) -> Verdict:
+    mine = find(records, op, name, HIDDEN, "bf16")
+    if mine is None or not mine.summary:
+        return _missing(text, HIDDEN, "<=", limit, "×", mine, op, name)
+    floor = products_beside(mine, records, products)
+    if floor is None or not floor.summary:
+        return _missing(text, HIDDEN, "<=", limit, "×", floor, "linear_floor", products)
+    return times(text, "<=", limit, mine, floor, "timed in turns" if products in mine.products else "")
 
 
 def _recompute_memory(records: Sequence[Record]) -> Verdict:

@@ -28,7 +28,7 @@ from benchmarks.shapes import (
 )
 from benchmarks.timing import FEWEST, cpu_clock, cuda_clock, host_seconds, interleave, summarise
 from benchmarks.traffic import Bandwidth, least_traffic, peak_extra_memory
-from benchmarks.verdicts import FEWEST_SAMPLES
+from benchmarks.verdicts import FEWEST_SAMPLES, PRODUCTS
 
 HOST_LOOPS = 50  # calls per sample of the host time
 ROW_SECONDS = 0.1  # device time that the samples of one row may take, hot and cold each
@@ -332,7 +332,14 @@ def _on_gpu(entry: Entry, inputs: _Inputs, settings: Settings, device: torch.dev
     for cache, clock in clocks.items():
         # the cold clock flushes before a sample: of several calls only the first would be cold
         calls = record.calls_per_sample if cache == "hot" else 1
-        samples = [clock.time(prepared, calls, record.host_seconds) for _ in range(repeats)]
+        beside = _products(entry, given) if cache == record.cache else {}
+        samples: list[float] = []
+        in_turn: dict[str, list[float]] = {name: [] for name in beside}
+        for _ in range(repeats):
+            samples.append(clock.time(prepared, calls, record.host_seconds))
+            for name, products in beside.items():
+                in_turn[name].append(clock.time(products))
+        record.products |= {name: summarise(seconds).as_dict() for name, seconds in in_turn.items()}
         if cache == record.cache:
             record.samples, record.summary = samples, summarise(samples).as_dict()
         else:
@@ -341,6 +348,19 @@ def _on_gpu(entry: Entry, inputs: _Inputs, settings: Settings, device: torch.dev
         peak = peak_extra_memory(prepared, device)
         record.peak_extra_bytes, record.peak_method = peak.bytes, peak.method
     record.graph = _graph(entry, prepared, given, device, hot, repeats)
+
+
+def _products(entry: Entry, inputs: Any) -> dict[str, Prepared]:
+    """The products alone that a row from hidden states is compared with: in turns, since the clocks of a GPU wander."""
+    implementation = entry.implementation
+    if implementation.op not in PRODUCTS:
+        return {}
+    wanted = {PRODUCTS[implementation.op]} | ({"four products"} if implementation.name == "ours-recompute" else set())
+    return {
+        floor.name: floor.make(entry.case, inputs)
+        for floor in of_op("linear_floor")
+        if floor.name in wanted and floor.supports(entry.case) is None
+    }
 
 
 def _telling(case: Case) -> bool:

@@ -128,7 +128,9 @@ def hidden_figure(groups: Sequence[Measured], note: str) -> Figure | None:
         style.title(times, title)
         _bars(memory, records, [(record.peak_extra_bytes or 0) / 1e6 for record in records], "{:.0f}")
         memory.set_xlabel("extra memory at the peak, results included (MB)")
-    _roles(figure, [record for _, records, _ in rows for record in records], note)
+    shown = [record for _, records, _ in rows for record in records]
+    partial = "* a part of it, see the table    " if any(record.computes for record in shown) else ""
+    _roles(figure, shown, f"{partial}{note}")
     return figure
 
 

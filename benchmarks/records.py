@@ -40,6 +40,7 @@ class Record:
     of a device time (None on a CPU).
     ``stated_bytes``: the extra memory that the implementation's documentation allows it, results included.
     ``graph``: of a CUDA graph of the call: "equal" (replay equals an eager call bit for bit), "summary", or "reason".
+    ``products``: from hidden states on a GPU, summaries of the products alone, timed in turns with ``samples``.
     """
 
     op: str
@@ -72,6 +73,7 @@ class Record:
     syncs: int | None = None
     syncs_method: str = ""
     graph: dict[str, Any] = field(default_factory=dict)
+    products: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str, str, bool]:

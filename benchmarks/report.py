@@ -56,7 +56,7 @@ def _draw(folder: Path, head: dict[str, Any], measured: Sequence[Measured]) -> N
         plots.save(plots.time_figure(of_logits, note), folder / "time_statistics.png")
     plots.save(plots.time_figure(rest[:ALL_PANELS], note), folder / "time_selection.png")
     plots.save(plots.error_figure(of_logits, note), folder / "error.png")
-    plots.save(plots.hidden_figure(of_hidden, note), folder / "from_hidden.png")
+    plots.save(plots.hidden_figure(of_hidden[: ALL_PANELS // 3], note), folder / "from_hidden.png")
     plots.save(plots.error_figure(of_hidden, note, "linear_logprob_entropy"), folder / "error_hidden.png")
     for name, figure in curves.figures(of_logits, head["bandwidth"], note):
         plots.save(figure, folder / f"{name}.png")

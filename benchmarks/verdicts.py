@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.records import Record
@@ -62,10 +62,17 @@ PRODUCTS = {
 
 def over_products(record: Record, records: Sequence[Record]) -> float | None:
     """Median time over that of the matrix products alone; None for other ops, or where either was not timed."""
-    floor = find(records, "linear_floor", PRODUCTS.get(record.op, ""), record.shape, record.dtype)
+    floor = products_beside(record, records, PRODUCTS.get(record.op, ""))
     if floor is None or not floor.summary or not record.summary:
         return None
     return record.summary["median"] / floor.summary["median"]
+
+
+def products_beside(record: Record, records: Sequence[Record], name: str) -> Record | None:
+    """The products alone: as they were timed in turns with a record, or else in rounds or rows of their own."""
+    if name in record.products:
+        return replace(record, op="linear_floor", implementation=name, role="limit", summary=record.products[name])
+    return find(records, "linear_floor", name, record.shape, record.dtype)
 
 
 def fastest_peer(records: Sequence[Record], op: str, shape: str, dtype: str) -> Record | None:

@@ -244,6 +244,13 @@ def test_each_gpu_bar_can_fail(text: str, op: str, name: str, shape: str, change
     assert 1 <= len(failed) <= 2 and any(text in words for words in failed), failed
 
 
+def test_products_timed_in_turns_with_a_row_count_more_than_those_of_another_minute() -> None:
+    in_turn = {"three products": _cold(31.5e-3)}
+    verdicts = bars.judge(_changed(HIDDEN_OPS[1], "ours", HIDDEN, products=in_turn), GRID, "cuda", H200)
+    verdict = next(v for v in verdicts if "time over three products" in v.text and "backward" in v.text)
+    assert verdict.value == pytest.approx(32 / 31.5) and verdict.note == "timed in turns"
+
+
 def test_gpu_bars_without_their_rows_are_absent_or_say_why() -> None:
     assert all(verdict.absent for verdict in bars.judge([], GRID, "cuda", H200))
     failed = _changed("logprob_entropy_fwdbwd", "compile", SHAPE, status="failed", reason="Unsupported", summary={})
