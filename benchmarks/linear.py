@@ -24,6 +24,7 @@ BOTH = "linear_logprob_entropy_fwdbwd"
 ENOUGH = 1 << 50  # bytes: the logits are kept
 # Made again in tiles: less than the bf16 logits take where the bars are stated; a GPU's tiles want more
 TIGHT = {"cpu": 64 << 20, "cuda": 10**9}
+MANY = 4  # tiles along the tokens and along the vocabulary, at least, where the errors of their sums are looked at
 SEED = 1234
 CLIP_COV_RATIO = 2e-4  # the library's default
 BAND = (1.0, 5.0)
@@ -82,24 +83,27 @@ def policy(load: Load, case: Case, inputs: Inputs) -> Prepared:
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
-Budget = Callable[[Tensor, Tensor], int]
+Budget = Callable[..., int]  # of hidden, weight and the options of the call
 
 
-def _kept(hidden: Tensor, weight: Tensor) -> int:
+def _kept(hidden: Tensor, weight: Tensor, **options: Any) -> int:
     return ENOUGH
 
 
-def _tight(hidden: Tensor, weight: Tensor) -> int:
+def _tight(hidden: Tensor, weight: Tensor, **options: Any) -> int:
     return TIGHT[hidden.device.type]
 
 
-def tiled(hidden: Tensor, weight: Tensor) -> int:
-    """The largest budget, to a few percent, at which tokens and vocabulary are both cut; the least one if none does."""
-    budget = ek.linear_plan(hidden, weight, memory_budget=ENOUGH).peak_bytes
+def tiled(hidden: Tensor, weight: Tensor, **options: Any) -> int:
+    """The largest budget, to a few percent, at which tiles are made again and tokens and vocabulary are cut into many.
+
+    The least one if none does.
+    """
+    budget = ek.linear_plan(hidden, weight, memory_budget=ENOUGH, **options).peak_bytes
     try:
         while True:
-            plan = ek.linear_plan(hidden, weight, memory_budget=budget)
-            if plan.row_chunks > 1 and plan.vocab_chunks > 1:
+            plan = ek.linear_plan(hidden, weight, memory_budget=budget, **options)
+            if plan.mode == "recompute" and min(plan.row_chunks, plan.vocab_chunks) >= MANY:
                 return budget
             least, budget = budget, int(0.97 * budget)
     except ValueError:  # below the smallest tile
@@ -116,7 +120,7 @@ def result_bytes(op: str, case: Case) -> int:
 def _ours(op: str, budget: Budget, options: dict[str, Any], case: Case, inputs: Inputs) -> Prepared:
     with torch.set_grad_enabled(op == BOTH):
         leaves = _leaves(inputs)
-        options = {**options, "memory_budget": budget(*leaves)}
+        options = {**options, "memory_budget": budget(*leaves, **options)}
         plan = ek.linear_plan(*leaves, **options)
     function = functools.partial(ek.linear_logprob_entropy, **options)
     prepared = PASSES[op](lambda _: function, case, inputs)
@@ -158,7 +162,7 @@ def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tenso
 
 
 def eager_upcast(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from ``logits.float()``; d_weight is then one product, accumulated in fp32 and rounded once."""
+    """The same from ``logits.float()``, as trainers that mind precision write it."""
     logp = torch.log_softmax((hidden @ weight.t()).float(), -1)  # (N, V)
     return logp.gather(-1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
@@ -219,11 +223,31 @@ def _products(count: int, case: Case, inputs: Inputs) -> Prepared:
     return Prepared(call)
 
 
+def _one_product(case: Case, inputs: Inputs) -> Prepared:
+    """The gradient by the logits in fp32, rounded, then one product for each: what many tiles are judged by."""
+    hidden, weight, target = inputs["hidden"], inputs["weight"], inputs["target"][:, None]
+    into_logprob, into_entropy = (inputs[name][:, None] for name in _UPSTREAM)
+
+    def call() -> Sequence[Tensor]:
+        logp = torch.log_softmax(hidden.float() @ weight.float().t(), -1)  # (N, V)
+        p, logprob = logp.exp(), logp.gather(-1, target)
+        entropy = -(p * logp).sum(-1, keepdim=True)
+        by_logits = logp.add_(entropy).mul_(into_entropy).add_(into_logprob).mul_(p).neg_()
+        by_logits = by_logits.scatter_add_(-1, target, into_logprob).to(case.dtype)
+        return logprob[:, 0], entropy[:, 0], by_logits @ weight, by_logits.t() @ hidden
+
+    return Prepared(call)
+
+
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
 def _only_half(case: Case) -> str | None:
     return None if case.dtype.itemsize == 2 else "the same as without it for this dtype"
+
+
+def _not_fp64(case: Case) -> str | None:
+    return "its logits would be rounded" if case.dtype == torch.float64 else None
 
 
 def _only_cuda(case: Case) -> str | None:
@@ -241,7 +265,7 @@ def _register_ours(op: str) -> None:
         ("ours", _kept, {}, always),
         ("ours-fp32-logits", _kept, {"logits_dtype": torch.float32}, _only_half),
         ("ours-recompute", _tight, {}, always),
-        ("ours-tiles", tiled, {}, always),
+        ("ours-tiles", tiled, {"logits_dtype": torch.float32}, _not_fp64),
     )
     for name, budget, options, supports in rows:
         if op == BOTH or budget is _kept:  # the others are the same call without a gradient
@@ -277,6 +301,7 @@ def register_all() -> None:
         for name, role, function, supports in rows:
             load = functools.partial(_plain, functools.partial(function, op))
             register(Implementation(op, name, role, functools.partial(policy, load), supports))
+    register(Implementation(BOTH, "one-product", "limit", _one_product, room(4.0, _only_half)))
     for count, name, wanted in (
         (1, "product", always),
         (3, "three products", always),

@@ -18,7 +18,10 @@ _STRICT = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch
 # The same of the worst row, in which one probability may be everything
 _WORST = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.4}
 _TINY = 1e-3  # of the largest row: what is smaller is judged with that as its size
+_ROUNDED = 1e-2  # and where the logits are fp32: only the gradient is rounded
 _LOOSE = 0.5
+_CARRIED = 0.02
+_EXACT_LOGITS = ("ours-fp32-logits", "ours-tiles")
 _SURE = 1e-2  # a token whose 1 - p is smaller may have a gradient that rounds to zero
 
 
@@ -72,17 +75,22 @@ def _accuracy(case: Case, exact: Inputs, implementation: Implementation) -> floa
     """Nats by which a value may be off: the rounding of the largest logit."""
     if implementation.role != "ours":
         return _LOOSE
-    exact_logits = implementation.name == "ours-fp32-logits"
-    return 2e-5 + 2 * torch.finfo(torch.float32 if exact_logits else case.dtype).eps * float(exact["exact_largest"])
+    dtype = case.dtype
+    if implementation.name in _EXACT_LOGITS and dtype.itemsize == 2:
+        dtype = torch.float32
+    return 2e-5 + 2 * torch.finfo(dtype).eps * float(exact["exact_largest"])
 
 
 def _compare_gradients(
-    result: Any, case: Case, strict: bool, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]
+    result: Any, case: Case, implementation: Implementation, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]
 ) -> None:
+    strict = implementation.role == "ours"
+    rounded_once = implementation.name in _EXACT_LOGITS and case.dtype.itemsize == 2
+    bound = (_ROUNDED if rounded_once else _STRICT[case.dtype]) if strict else _LOOSE
     for name, whole, exact in zip(("d_hidden", "d_weight"), got, want, strict=True):
         difference = (whole[_evenly(len(whole), case.device)].double() - exact).norm(dim=-1)
         sizes = exact.norm(dim=-1)
-        result.add(f"{name} (relative)", difference.norm() / sizes.norm(), _STRICT[case.dtype] if strict else _LOOSE)
+        result.add(f"{name} (relative)", difference.norm() / sizes.norm(), bound)
         if strict:  # the rows of targets hide the others: an entropy term or a tile that is lost shows in a row
             worst = (difference / (sizes + _TINY * sizes.max())).max()
             result.add(f"{name}, worst row (relative)", worst, _WORST[case.dtype])
@@ -106,7 +114,7 @@ def check_linear(result: Any, case: Case, inputs: Inputs, implementation: Implem
             result.add(f"{name}, mean (nats)", error.mean().abs(), bound)
     if backward:
         want = gradients(inputs, into_logprob, into_entropy)
-        _compare_gradients(result, case, implementation.role == "ours", outputs[-2:], want)
+        _compare_gradients(result, case, implementation, outputs[-2:], want)
 
 
 def check_loss(result: Any, case: Case, inputs: Inputs, implementation: Implementation, outputs: Any) -> None:
@@ -126,13 +134,15 @@ def check_loss(result: Any, case: Case, inputs: Inputs, implementation: Implemen
         dropped = alive & (outputs[1] == 0).all(-1)
         sure = dropped & (logprob.exp() < 1 - _SURE)
         wanted = min(max(1, int(CLIP_COV_RATIO * int(count))), int(band.sum()))
-        result.add("count (tokens)", (wanted - dropped.sum()).clamp_min(0) + (sure.sum() - wanted).clamp_min(0), 0)
-        result.add("outside the band (tokens)", (sure & ~band).sum(), 0)
+        # a log-prob that is itself rounded to half precision carries some across the clip
+        few = 0 if strict else _CARRIED * len(mask)
+        result.add("count (tokens)", (wanted - dropped.sum()).clamp_min(0) + (sure.sum() - wanted).clamp_min(0), few)
+        result.add("outside the band (tokens)", (sure & ~band).sum(), few)
         alive, tokens = alive & ~dropped, tokens * ~dropped
     scale = (tokens.abs() * mask).sum() / count  # a loss of advantages of both signs is next to nothing itself
     error = (outputs[0].double() - (tokens * mask).sum() / count).abs() / scale
     result.add("loss (of the mean size)", error, bound)
-    _compare_gradients(result, case, strict, outputs[-2:], gradients(inputs, plain * alive / count))
+    _compare_gradients(result, case, implementation, outputs[-2:], gradients(inputs, plain * alive / count))
 
 
 def check_floor(result: Any, case: Case, inputs: Inputs, implementation: Implementation, outputs: Any) -> None:

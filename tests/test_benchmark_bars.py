@@ -70,7 +70,7 @@ def _hidden(**changes: Any) -> dict[str, bars.Verdict]:
                 rows.append(_record(op, name, shape, dtype, time, peak_extra_bytes=90, stated_bytes=100))
             rows[-1].errors["d_weight (relative)"] = 1.4e-2
             error = {"d_weight (relative)": 1e-2}
-            for name in ("eager", "eager-fp32"):
+            for name in ("eager", "one-product"):
                 rows.append(_record(op, name, shape, dtype, 4 * time, role="peer", errors=error))
             rows.append(_record(op, "cut-ce-compile", shape, dtype, 2 * time, role="peer", computes="no entropy"))
         records += [
@@ -158,7 +158,7 @@ def _good() -> list[Record]:
         ("linear_floor", "product"): 10e-3, ("linear_floor", "three products"): 30e-3,
         ("linear_floor", "four products"): 40e-3, (HIDDEN_OPS[0], "ours"): 10.9e-3, (HIDDEN_OPS[1], "ours"): 32e-3,
         (HIDDEN_OPS[1], "ours-recompute"): 43e-3, (HIDDEN_OPS[1], "ours-tiles"): 50e-3,
-        (HIDDEN_OPS[1], "eager-fp32"): 60e-3, (HIDDEN_OPS[1], "liger-scaled"): 50e-3,
+        (HIDDEN_OPS[1], "one-product"): 60e-3, (HIDDEN_OPS[1], "liger-scaled"): 50e-3,
         (HIDDEN_OPS[1], "liger-linear-ce-mean"): 35e-3, (HIDDEN_OPS[1], "verl-triton"): 90e-3,
         ("linear_clip_cov_loss", "ours"): 31e-3,
     }  # fmt: skip

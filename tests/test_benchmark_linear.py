@@ -111,6 +111,22 @@ def test_what_computes_less_is_checked_on_that() -> None:
     assert not passed(BOTH, MEAN_LOGPROB, logprob.mean(), 2 * of_mean[0], of_mean[1])
 
 
+def test_a_sum_over_tiles_that_is_rounded_each_time_shows() -> None:
+    """d_weight over 16 parts of the tokens, added up in bf16: hidden beside rounded logits, seen without them."""
+    case, inputs = _case(torch.bfloat16)
+    logprob, entropy, d_hidden, whole = _by_hand(inputs, RIGHT)
+    summed = torch.zeros(SHAPE.vocab, SHAPE.features, dtype=torch.bfloat16)
+    for begin in range(0, SHAPE.rows, SHAPE.rows // 16):
+        rows = slice(begin, begin + SHAPE.rows // 16)
+        part = {name: value if name == "weight" else value[rows] for name, value in inputs.items()}
+        summed += _by_hand(part, RIGHT)[3].bfloat16()
+    errors = []
+    for d_weight in (summed, whole.bfloat16()):
+        outputs = (logprob, entropy, d_hidden.bfloat16(), d_weight)
+        errors.append(check(REGISTRY[BOTH, "ours-tiles"], case, inputs, outputs).errors["d_weight (relative)"])
+    assert errors[0] > 1.5 * errors[1]
+
+
 def test_logits_in_fp32_are_held_to_fp32() -> None:
     case, inputs = _case(torch.bfloat16)
     logprob, entropy = _by_hand(inputs, ())[:2]
@@ -186,10 +202,13 @@ def test_what_runs_here_passes(op: str, dtype: torch.dtype) -> None:
 
 def test_tiles_cut_tokens_and_vocabulary() -> None:
     hidden, weight = (torch.empty(n, 576, dtype=torch.bfloat16, requires_grad=True) for n in (1024, 49152))
-    plan = ek.linear_plan(hidden, weight, memory_budget=linear.tiled(hidden, weight))
-    assert plan.row_chunks > 1 and plan.vocab_chunks > 1
-    slightly_more = ek.linear_plan(hidden, weight, memory_budget=int(1.05 * linear.tiled(hidden, weight)))
-    assert slightly_more.row_chunks == 1
+    options: dict[str, Any]
+    for options in ({}, {"logits_dtype": torch.float32}):
+        budget = linear.tiled(hidden, weight, **options)
+        plan = ek.linear_plan(hidden, weight, memory_budget=budget, **options)
+        assert plan.mode == "recompute" and min(plan.row_chunks, plan.vocab_chunks) >= linear.MANY
+        more = ek.linear_plan(hidden, weight, memory_budget=int(1.05 * budget), **options)
+        assert more.mode == "keep" or more.row_chunks < linear.MANY
 
 
 def test_stated_memory_is_the_plans_and_the_results() -> None:
