@@ -9,7 +9,16 @@ from benchmarks.implementations import ours_for
 from benchmarks.plans import BARS, Plan
 from benchmarks.records import Record
 from benchmarks.traffic import Bandwidth
-from benchmarks.verdicts import FEWEST_SAMPLES, Verdict, find, why
+from benchmarks.verdicts import (
+    FEWEST_SAMPLES,
+    PRODUCTS,
+    Verdict,
+    d_weight_error,
+    fastest_peer,
+    find,
+    times,
+    why,
+)
 
 __all__ = ["FEWEST_SAMPLES", "Verdict", "at_the_stated_sizes", "judge"]
 
@@ -28,10 +37,8 @@ class _Judge:
             record = find(self._records, op, name, shape, dtype)
             if record is None or not record.summary:
                 return Verdict(text, shape, sense, limit, "×", None, None, why(record, op, name))
-            pair.append(record.summary)
-        value, best = (pair[0][key] / pair[1][key] for key in ("median", "min"))
-        samples = min(summary["count"] for summary in pair)
-        return Verdict(text, shape, sense, limit, "×", value, best, "", int(samples))
+            pair.append(record)
+        return times(text, sense, limit, pair[0], pair[1])
 
     def logits(self, shape: str) -> list[Verdict]:
         ours = self._ours
@@ -59,18 +66,38 @@ class _Judge:
 
     def hidden(self, shape: str) -> list[Verdict]:
         verdicts = []
-        for op, floor, what in (
-            ("linear_logprob_entropy", "product", "forward"),
-            ("linear_logprob_entropy_fwdbwd", "three products", "forward + backward"),
-        ):
-            for dtype in ("fp32", "bf16"):
-                mine, limit = (op, "ours", dtype), ("linear_floor", floor, dtype)
+        for dtype in ("fp32", "bf16"):
+            for op, what in (
+                ("linear_logprob_entropy", "forward"),
+                ("linear_logprob_entropy_fwdbwd", "forward + backward"),
+            ):
+                mine, limit = (op, "ours", dtype), ("linear_floor", PRODUCTS[op], dtype)
                 text = f"from hidden states, {dtype}, {what}"
                 verdicts.append(self.ratio(f"{text}, time over its products alone", "<=", 1.25, shape, mine, limit))
-                for peer in ("eager", "compile"):
-                    slower = (op, peer, dtype)
-                    verdicts.append(self.ratio(f"{text}, faster than {peer}", ">=", 1, shape, slower, mine))
+                verdicts.append(self._every_peer(f"{text}, faster than every peer", op, shape, dtype))
+                names = ("ours",) if op == "linear_logprob_entropy" else ("ours", "ours-recompute")
+                verdicts += [self._stated_memory(f"{text}, {name}", op, name, shape, dtype) for name in names]
+            verdicts.append(d_weight_error(self._records, shape, dtype))
         return verdicts
+
+    def _every_peer(self, text: str, op: str, shape: str, dtype: str) -> Verdict:
+        mine = find(self._records, op, "ours", shape, dtype)
+        rival = fastest_peer(self._records, op, shape, dtype)
+        if mine is None or not mine.summary or rival is None:
+            absent = (mine, "ours") if mine is None or not mine.summary else (None, "a peer")
+            return Verdict(text, shape, ">=", 1, "×", None, None, why(absent[0], op, absent[1]))
+        part = f", {rival.computes}" if rival.computes else ""
+        return times(text, ">=", 1, rival, mine, f"the fastest: {rival.implementation}{part}")
+
+    def _stated_memory(self, text: str, op: str, name: str, shape: str, dtype: str) -> Verdict:
+        """What a call takes beside its results, over what ``linear_plan`` says of it."""
+        record = find(self._records, op, name, shape, dtype)
+        text = f"{text}, memory over linear_plan's"
+        if record is None or record.peak_extra_bytes is None or record.stated_bytes is None:
+            return Verdict(text, shape, "<=", 1, "×", None, None, why(record, op, name))
+        taken, stated = record.peak_extra_bytes / 1e6, record.stated_bytes / 1e6
+        note = f"{taken:.0f} of {stated:.0f} MB, results included"
+        return Verdict(text, shape, "<=", 1, "×", taken / stated, taken / stated, note)
 
     def selection(self, shape: str, distribution: str) -> list[Verdict]:
         limit = {"normal": 10.0, "band": 5.0, "equal": 1.0}[distribution]
@@ -103,7 +130,8 @@ def judge(records: Sequence[Record], plan: Plan, device_type: str, bandwidth: Ba
         return bars_gpu.judge(records, bandwidth)
     judge_ = _Judge(records, device_type)
     verdicts = [verdict for shape in plan.logits for verdict in judge_.logits(str(shape))]
-    verdicts += [verdict for shape in plan.hidden for verdict in judge_.hidden(str(shape))]
+    hidden = [shape for shape in plan.hidden if shape in BARS.hidden] or plan.hidden
+    verdicts += [verdict for shape in hidden for verdict in judge_.hidden(str(shape))]
     for tokens in plan.tokens:
         verdicts += judge_.selection(str(tokens), tokens.distribution)
     return verdicts + judge_.host()
@@ -113,4 +141,5 @@ def at_the_stated_sizes(plan: Plan, device_type: str) -> bool:
     """True if the plan holds the shapes at which the device's bars are stated."""
     if device_type != "cpu":
         return bars_gpu.at_the_stated_sizes(plan)
-    return set(BARS.logits) <= set(plan.logits) and set(BARS.tokens) <= set(plan.tokens)
+    stated = set(BARS.logits) <= set(plan.logits) and set(BARS.tokens) <= set(plan.tokens)
+    return stated and (not plan.hidden or set(BARS.hidden) <= set(plan.hidden))

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.plans import GRID, HEADLINE, Plan
 from benchmarks.records import Record
+from benchmarks.shapes import HEADLINE_HIDDEN
 from benchmarks.traffic import Bandwidth
-from benchmarks.verdicts import Verdict, find, why
+from benchmarks.verdicts import Verdict, d_weight_error, find, products_beside, times, why
 
 LARGE = 256e6  # bytes of logits from which the forward bar is a share of the bandwidth
 SHARE = 92.0  # percent
@@ -20,12 +21,13 @@ BOTH_MS, BOTH_FLOORS = 1.65, 1.12  # ms, or times the floor of two reads and one
 SELECTION_US = 20.0
 BATCH = "512×128 batch"  # 64 K tokens
 TOKENS = "4194304 normal"
+HIDDEN = str(HEADLINE_HIDDEN)
 
 
 def judge(records: Sequence[Record], bandwidth: Bandwidth) -> list[Verdict]:
     """All bars that the records say something about."""
     verdicts = [*_forward(records, bandwidth), *_both(records, bandwidth), _entropy(records)]
-    verdicts += [*_losses(records), *_selection(records)]
+    verdicts += [*_losses(records), *_selection(records), *_hidden(records)]
     return [*verdicts, *_habits(records)]
 
 
@@ -126,10 +128,7 @@ def _ratio(
         return _missing(text, shape, ">=", limit, "×", None, op, "ours")
     if rival is None or not rival.summary:
         return _missing(text, shape, ">=", limit, "×", rival, op, names[0])
-    value, best = (rival.summary[key] / mine.summary[key] for key in ("median", "min"))
-    samples = int(min(rival.summary["count"], mine.summary["count"]))
-    note = f"{mine.implementation} against {rival.implementation}"
-    return Verdict(text, shape, ">=", limit, "×", value, best, note, samples)
+    return times(text, ">=", limit, rival, mine, f"{mine.implementation} against {rival.implementation}")
 
 
 def _entropy(records: Sequence[Record]) -> Verdict:
@@ -168,6 +167,53 @@ def _selection(records: Sequence[Record]) -> list[Verdict]:
         text = f"{op}, faster than torch.topk(cov, 800)"
         result.append(_ratio(text, 10.0, TOKENS, records, "tokens_floor", ("topk",), mine, "fp32"))
     return result
+
+
+def _hidden(records: Sequence[Record]) -> list[Verdict]:
+    """From hidden states, bf16: against the products alone of the same run, and against peers."""
+    both = "linear_logprob_entropy_fwdbwd"
+    verdicts = [
+        _over(records, f"from hidden states, bf16, {what}, time over {floor} alone", limit, op, name, floor)
+        for what, limit, op, name, floor in (
+            ("forward", 1.10, "linear_logprob_entropy", "ours", "product"),
+            ("forward + backward", 1.08, both, "ours", "three products"),
+            ("forward + backward with recompute", 1.08, both, "ours-recompute", "four products"),
+            ("linear_policy_loss with Clip-Cov", 3.15 / 3, "linear_clip_cov_loss", "ours", "three products"),
+        )
+    ]
+    mine = find(records, both, "ours", HIDDEN, "bf16")
+    mine = mine if mine is not None and mine.summary else None
+    scaled = find(records, both, "liger-scaled", HIDDEN, "bf16")
+    liger = ("liger-scaled",) if scaled is not None and scaled.summary else ("liger-linear-ce-mean", "liger-linear-ce")
+    for limit, whose, names in (
+        (1.25, "Liger's scaled cross-entropy (where there is none, its fused linear one, which has no entropy)", liger),
+        (2.0, "verl's Triton op", ("verl-triton",)),
+    ):
+        text = f"from hidden states, bf16, forward + backward, faster than {whose}"
+        verdicts.append(_ratio(text, limit, HIDDEN, records, both, names, mine))
+    return [*verdicts, _recompute_memory(records), d_weight_error(records, HIDDEN, "bf16")]
+
+
+def _over(records: Sequence[Record], text: str, limit: float, op: str, name: str, products: str) -> Verdict:
+    mine = find(records, op, name, HIDDEN, "bf16")
+    if mine is None or not mine.summary:
+        return _missing(text, HIDDEN, "<=", limit, "×", mine, op, name)
+    floor = products_beside(mine, records, products)
+    if floor is None or not floor.summary:
+        return _missing(text, HIDDEN, "<=", limit, "×", floor, "linear_floor", products)
+    return times(text, "<=", limit, mine, floor, "timed in turns" if products in mine.products else "")
+
+
+def _recompute_memory(records: Sequence[Record]) -> Verdict:
+    """Results are log-prob, entropy and the two gradients."""
+    op, name, text = "linear_logprob_entropy_fwdbwd", "ours-recompute", "from hidden states, bf16, recompute, memory"
+    record = find(records, op, name, HIDDEN, "bf16")
+    if record is None or record.peak_extra_bytes is None:
+        return _missing(f"{text} beside gradients", HIDDEN, "<=", 1.0, "GB", record, op, name)
+    shape = HEADLINE_HIDDEN
+    gradients = 2 * (shape.rows + shape.vocab) * shape.features
+    value = (record.peak_extra_bytes - gradients) / 1e9
+    return Verdict(f"{text} beside gradients", HIDDEN, "<=", 1.0, "GB", value, value, "")
 
 
 def _habits(records: Sequence[Record]) -> list[Verdict]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.implementations import BAND, CLIP_COV_RATIO, KL_COV_RATIO, TOPK
-from benchmarks.linear_checks import check_floor, check_linear
+from benchmarks.linear_checks import check_floor, check_linear, check_loss
 from benchmarks.registry import EVERYTHING, GRADIENT, MEAN_LOGPROB, Implementation
 from benchmarks.shapes import Case, Inputs
 
@@ -288,5 +288,7 @@ _CHECKS: dict[str, Callable[..., Any]] = {
     "kl_cov_loss": _kl_cov_loss,
     "linear_logprob_entropy": check_linear,
     "linear_logprob_entropy_fwdbwd": check_linear,
+    "linear_policy_loss": check_loss,
+    "linear_clip_cov_loss": check_loss,
     "linear_floor": check_floor,
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks import calls, linear, peers
+from benchmarks import calls, linear, linear_peers, peers
 from benchmarks.registry import (
     EVERYTHING,
     LOGPROB,
@@ -283,3 +283,4 @@ linear.register_all()
 _register_ours()
 _register_torch()
 _register_packages()
+linear_peers.register_all()

@@ -16,9 +16,19 @@ from benchmarks.checks import check
 from benchmarks.plans import SLOW_TO_PREPARE, Group
 from benchmarks.records import Record
 from benchmarks.registry import SHAPE_OF, Implementation, Prepared, available_bytes, of_op
-from benchmarks.shapes import HEADLINE, Case, LogitsShape, logits_bytes, make_inputs, size_of
+from benchmarks.shapes import (
+    HEADLINE,
+    HEADLINE_HIDDEN,
+    Case,
+    HiddenShape,
+    LogitsShape,
+    logits_bytes,
+    make_inputs,
+    size_of,
+)
 from benchmarks.timing import FEWEST, cpu_clock, cuda_clock, host_seconds, interleave, summarise
 from benchmarks.traffic import Bandwidth, least_traffic, peak_extra_memory
+from benchmarks.verdicts import FEWEST_SAMPLES, PRODUCTS
 
 HOST_LOOPS = 50  # calls per sample of the host time
 ROW_SECONDS = 0.1  # device time that the samples of one row may take, hot and cold each
@@ -91,7 +101,7 @@ def candidates(group: Group, settings: Settings) -> Iterator[tuple[Implementatio
 
 def steps(group: Group, settings: Settings) -> int:
     """Ticks that :func:`run_group` makes at most, for a progress bar."""
-    rounds = settings.repeats + (settings.cold_repeats if settings.cache == "both" else 0)
+    rounds = settings.repeats + (settings.cold_repeats if settings.cache == "both" and group.cold else 0)
     return sum(2 + rounds + settings.memory for _ in candidates(group, settings))
 
 
@@ -177,7 +187,7 @@ def _checked(entry: Entry, inputs: Any) -> Prepared | None:
     except Exception as error:  # a peer may fail in any way; it must not end the run, and its reason is reported
         record.status, record.reason = "failed", _in_a_line(error)
         return None
-    record.errors = result.errors
+    record.errors, record.stated_bytes = result.errors, prepared.stated_bytes
     if not result.passed:
         record.status, record.reason = "wrong", "; ".join(result.failures)
         return None
@@ -246,7 +256,7 @@ def _in_rounds(
     for (entry, _), series in zip(timed, rounds(calls, first, settings.repeats), strict=True):
         entry.record.samples = series
         entry.record.summary = summarise(series).as_dict()
-    if settings.cache == "both" and not settings.out_of_time:
+    if settings.cache == "both" and group.cold and not settings.out_of_time:
         for (entry, _), series in zip(timed, rounds(calls, "cold", settings.cold_repeats), strict=True):
             entry.record.cold_samples = series
             entry.record.cold = summarise(series).as_dict()
@@ -313,14 +323,23 @@ def _on_gpu(entry: Entry, inputs: _Inputs, settings: Settings, device: torch.dev
     record.syncs, record.syncs_method = syncs.count, syncs.method
     record.calls_per_sample = cuda.calls_between_events(prepared, warm, record.host_seconds)
     record.hidden = syncs.count == 0 and record.calls_per_sample * record.host_seconds < cuda.AHEAD / 1.5
-    repeats = max(FEWEST, min(settings.repeats, int(ROW_SECONDS / max(warm, 1e-6))))
+    # products take tens of milliseconds, and bars rest on their ratios
+    fewest = FEWEST_SAMPLES if isinstance(entry.case.shape, HiddenShape) else FEWEST
+    repeats = max(fewest, min(settings.repeats, int(ROW_SECONDS / max(warm, 1e-6))))
     clocks = {"hot": hot} if settings.cache != "cold" else {}
     if settings.cache != "hot":
         clocks["cold"] = cuda_clock(device, "cold")
     for cache, clock in clocks.items():
         # the cold clock flushes before a sample: of several calls only the first would be cold
         calls = record.calls_per_sample if cache == "hot" else 1
-        samples = [clock.time(prepared, calls, record.host_seconds) for _ in range(repeats)]
+        beside = _products(entry, given) if cache == record.cache else {}
+        samples: list[float] = []
+        in_turn: dict[str, list[float]] = {name: [] for name in beside}
+        for _ in range(repeats):
+            samples.append(clock.time(prepared, calls, record.host_seconds))
+            for name, products in beside.items():
+                in_turn[name].append(clock.time(products))
+        record.products |= {name: summarise(seconds).as_dict() for name, seconds in in_turn.items()}
         if cache == record.cache:
             record.samples, record.summary = samples, summarise(samples).as_dict()
         else:
@@ -331,9 +350,22 @@ def _on_gpu(entry: Entry, inputs: _Inputs, settings: Settings, device: torch.dev
     record.graph = _graph(entry, prepared, given, device, hot, repeats)
 
 
+def _products(entry: Entry, inputs: Any) -> dict[str, Prepared]:
+    """The products alone that a row from hidden states is compared with: in turns, since the clocks of a GPU wander."""
+    implementation = entry.implementation
+    if implementation.op not in PRODUCTS:
+        return {}
+    wanted = {PRODUCTS[implementation.op]} | ({"four products"} if implementation.name == "ours-recompute" else set())
+    return {
+        floor.name: floor.make(entry.case, inputs)
+        for floor in of_op("linear_floor")
+        if floor.name in wanted and floor.supports(entry.case) is None
+    }
+
+
 def _telling(case: Case) -> bool:
     """Cases at which peers are captured too; at all of them it would take minutes."""
-    return case.shape == HEADLINE or not isinstance(case.shape, LogitsShape)
+    return case.shape in (HEADLINE, HEADLINE_HIDDEN) or not isinstance(case.shape, (LogitsShape, HiddenShape))
 
 
 def _graph(

@@ -55,7 +55,7 @@ class Loader:
         return None
 
 
-def _cached(load: Callable[..., ModuleType]) -> Callable[..., ModuleType]:
+def cached(load: Callable[..., ModuleType]) -> Callable[..., ModuleType]:
     """Remember also that a module cannot be had: a failing import of a large package takes seconds every time."""
 
     @functools.cache
@@ -75,8 +75,8 @@ def _cached(load: Callable[..., ModuleType]) -> Callable[..., ModuleType]:
     return loaded
 
 
-@_cached
-def _module(name: str) -> ModuleType:
+@cached
+def module_of(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
@@ -88,16 +88,16 @@ def _unavailable(name: str, error: Exception) -> Unavailable:
     return Unavailable(f"{name} does not import: {type(error).__name__}: {error}")
 
 
-@_cached
-def _alone(name: str, bare: tuple[str, ...], stand_ins: tuple[str, ...]) -> ModuleType:
+@cached
+def alone(name: str, bare: tuple[str, ...], stand_ins: tuple[str, ...]) -> ModuleType:
     """The module whole, or else by itself, with stand-ins around it."""
     try:
-        return _module(name)
+        return module_of(name)
     except Unavailable:
         return standins.load(name, bare=bare, stand_ins=stand_ins)
 
 
-def _attribute(module: ModuleType, name: str) -> Callable[..., Any]:
+def attribute(module: ModuleType, name: str) -> Any:
     try:
         return getattr(module, name)
     except AttributeError:
@@ -112,12 +112,12 @@ _VERL_AROUND = ("ray", "tensordict", "omegaconf", "transformers", "verl.trainer.
 
 def _verl_module(name: str) -> ModuleType:
     """verl's files: without ray and configuration where these are not installed."""
-    return _alone(name, _VERL_PACKAGES, _VERL_AROUND)
+    return alone(name, _VERL_PACKAGES, _VERL_AROUND)
 
 
 def _verl() -> Callable[..., Any]:
     module = _verl_module("verl.utils.torch_functional")
-    logprob, entropy = _attribute(module, "logprobs_from_logits"), _attribute(module, "entropy_from_logits")
+    logprob, entropy = attribute(module, "logprobs_from_logits"), attribute(module, "entropy_from_logits")
     # with flash-attn on a GPU the default is to write the gradient over the logits
     return lambda logits, target: (logprob(logits, target, inplace_backward=False), entropy(logits))
 
@@ -125,7 +125,7 @@ def _verl() -> Callable[..., Any]:
 def _verl_fused() -> Callable[..., Any]:
     """verl's path on a machine with flash-attn, whose Triton cross-entropy it then takes for the log-prob."""
     cross_entropy = _fused_cross_entropy()
-    entropy = _attribute(_verl_module("verl.utils.torch_functional"), "entropy_from_logits")
+    entropy = attribute(_verl_module("verl.utils.torch_functional"), "entropy_from_logits")
     return lambda logits, target: (-cross_entropy(logits, target), entropy(logits))
 
 
@@ -137,27 +137,27 @@ def _fused_cross_entropy() -> Callable[..., Any]:
 
 
 def _flash_attn() -> Callable[..., Any]:
-    function = _attribute(_module("flash_attn.ops.triton.cross_entropy"), "cross_entropy_loss")
+    function = attribute(module_of("flash_attn.ops.triton.cross_entropy"), "cross_entropy_loss")
     return lambda logits, target: function(logits, target)[0]
 
 
 def _fla() -> Callable[..., Any]:
     """flash-linear-attention's, which descends from flash-attn's."""
-    function = _attribute(_module("fla.modules.fused_cross_entropy"), "cross_entropy_loss")
+    function = attribute(module_of("fla.modules.fused_cross_entropy"), "cross_entropy_loss")
     return lambda logits, target: function(logits, target)[0]
 
 
 def _quack() -> Callable[..., Any]:
-    function = _attribute(_module("quack.cross_entropy"), "cross_entropy")
+    function = attribute(module_of("quack.cross_entropy"), "cross_entropy")
     return lambda logits, target: function(logits, target, reduction="none")
 
 
 def _trl() -> Callable[..., Any]:
     if torch.cuda.is_available():  # the kernel that TRL's functions take on a GPU; needs torch and triton only
-        kernels = _alone("trl.kernels.logprob_entropy", ("trl", "trl.kernels"), ())
-        return _attribute(kernels, "selective_log_softmax_and_entropy")
-    module = _module("trl.trainer.utils")
-    logprob, entropy = _attribute(module, "selective_log_softmax"), _attribute(module, "entropy_from_logits")
+        kernels = alone("trl.kernels.logprob_entropy", ("trl", "trl.kernels"), ())
+        return attribute(kernels, "selective_log_softmax_and_entropy")
+    module = module_of("trl.trainer.utils")
+    logprob, entropy = attribute(module, "selective_log_softmax"), attribute(module, "entropy_from_logits")
     return lambda logits, target: (logprob(logits, target), entropy(logits))
 
 
@@ -175,17 +175,17 @@ def _negated(build: Callable[[], Callable[..., Any]]) -> Callable[[], Callable[.
 
 
 def _liger() -> Callable[..., Any]:
-    function = _attribute(_module("liger_kernel.transformers.functional"), "liger_cross_entropy")
+    function = attribute(module_of("liger_kernel.transformers.functional"), "liger_cross_entropy")
     return lambda logits, target, reduction="none": function(logits, target, reduction=reduction)
 
 
 def _liger_logprob() -> Callable[..., Any]:
     """The log-probs of the old and the reference policy, as Liger's GRPO takes them: (B, L + 1, V), last row unread."""
-    return _attribute(_module("liger_kernel.ops.grpo_loss"), "fused_selective_log_softmax")
+    return attribute(module_of("liger_kernel.ops.grpo_loss"), "fused_selective_log_softmax")
 
 
 def _liger_grpo() -> Callable[..., Any]:
-    return _attribute(_module("liger_kernel.transformers.grpo_loss"), "triton_grpo_loss")
+    return attribute(module_of("liger_kernel.transformers.grpo_loss"), "triton_grpo_loss")
 
 
 def _with_a_row_more(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -237,19 +237,19 @@ class _Settings(SimpleNamespace):
 
 def _verl_config(mode: str, **settings: Any) -> Any:
     try:
-        module = _module("verl.workers.config")
+        module = module_of("verl.workers.config")
     except Unavailable:
         policy = _Settings(loss_mode=mode, **settings)
         ratios = dict.fromkeys(("clip_ratio", "clip_ratio_low", "clip_ratio_high"), 0.2)
         return _Settings(**ratios, clip_ratio_c=3.0, policy_loss=policy, global_batch_info={})
-    policy_loss = _attribute(module, "PolicyLossConfig")(loss_mode=mode, **settings)
-    actor = _attribute(module, "ActorConfig")
+    policy_loss = attribute(module, "PolicyLossConfig")(loss_mode=mode, **settings)
+    actor = attribute(module, "ActorConfig")
     return actor(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy_loss)
 
 
-def _verl_loss(mode: str, **settings: Any) -> Callable[..., Any]:
+def verl_loss(mode: str, **settings: Any) -> Callable[..., Any]:
     """verl's registered loss as ``(logprob, old_logprob, advantages, mask) -> (loss, metrics)``."""
-    function = _attribute(_verl_module("verl.trainer.ppo.core_algos"), "get_policy_loss_fn")(mode)
+    function = attribute(_verl_module("verl.trainer.ppo.core_algos"), "get_policy_loss_fn")(mode)
     config = _verl_config(mode, **settings)
 
     def loss(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
@@ -307,9 +307,9 @@ SPECIAL: tuple[tuple[str, str, Loader, str, Callable[[Callable[..., Any], Case, 
 )  # fmt: skip
 
 LOSSES: dict[tuple[str, str], Loader] = {
-    ("policy_loss", "verl"): Loader(lambda: _verl_loss("vanilla")),
+    ("policy_loss", "verl"): Loader(lambda: verl_loss("vanilla")),
     ("clip_cov_loss", "verl"): Loader(
-        lambda: _verl_loss("clip_cov", clip_cov_ratio=2e-4, clip_cov_lb=1.0, clip_cov_ub=5.0)
+        lambda: verl_loss("clip_cov", clip_cov_ratio=2e-4, clip_cov_lb=1.0, clip_cov_ub=5.0)
     ),
-    ("kl_cov_loss", "verl"): Loader(lambda: _verl_loss("kl_cov", kl_cov_ratio=2e-3, ppo_kl_coef=1.0)),
+    ("kl_cov_loss", "verl"): Loader(lambda: verl_loss("kl_cov", kl_cov_ratio=2e-3, ppo_kl_coef=1.0)),
 }

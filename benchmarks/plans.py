@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.registry import LINEAR, LOSSES, SHAPE_OF
+from benchmarks.registry import LINEAR, LINEAR_LOSSES, LOSSES, SHAPE_OF
 from benchmarks.shapes import (
     DISTRIBUTIONS,
     HEADLINE,
@@ -48,6 +48,8 @@ BARS = Plan(
     repeats=7,
     hidden=(HiddenShape(1024, 576, 49152),),
 )
+# What else a CPU can afford from hidden states, in its grid: the head of Llama 2, and few tokens over Qwen's vocabulary
+CPU_HIDDEN = (*BARS.hidden, HiddenShape(256, 2048, 32000), HiddenShape(128, 1024, 151936))
 # 39 MB of fp32 logits: still more than the caches
 QUICK = Plan(
     logits=(LogitsShape(64, 151936),),
@@ -59,6 +61,7 @@ QUICK = Plan(
 # order of what they tell: bars are stated at 8192 rows, few rows are another regime, 1024 and 32768 are like 8192.
 GRID_VOCAB = (128256, 151936, 32000, 256000, 262144)
 GRID_ROWS = (8192, 64, 32768, 1024)
+HIDDEN_VOCAB = (128256, 151936, 32000, 256000)
 GRID = Plan(
     logits=tuple(LogitsShape(rows, vocab) for rows in GRID_ROWS for vocab in GRID_VOCAB),
     tokens=tuple(TokensShape(tokens) for tokens in (1 << 16, 1 << 22))
@@ -66,7 +69,7 @@ GRID = Plan(
     batches=(BatchShape(512, 128), BatchShape(4096, 1024)),
     repeats=20,
     by_value=True,
-    hidden=tuple(HiddenShape(8192, 4096, vocab) for vocab in GRID_VOCAB),
+    hidden=tuple(HiddenShape(8192, features, vocab) for features in (4096, 2048) for vocab in HIDDEN_VOCAB),
 )
 GRID_QUICK = Plan(
     logits=(HEADLINE, LogitsShape(64, 128256)),
@@ -74,22 +77,27 @@ GRID_QUICK = Plan(
     batches=GRID.batches[:1],
     repeats=20,
     by_value=True,
+    hidden=GRID.hidden[:1],
 )
 # What compiles for every shape anew, for seconds: a grid has it at one of them first, and at the others in the end.
-SLOW_TO_PREPARE = frozenset({"compile", "liger-grpo", "liger-logprob"})
+SLOW_TO_PREPARE = frozenset({"compile", "cut-ce-compile", "liger-grpo", "liger-logprob"})
 # Host times are of the host, not of kernels: in a grid ours and the plainest will do
 _HOST_NAMES = frozenset({"eager", *(f"ours-{backend}" for backend in BACKENDS)})
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that are timed together, in the same rounds, because ratios between them are judged."""
+    """Cases that are timed together, in the same rounds, because ratios between them are judged.
+
+    ``cold``: on a CPU also with cold caches where the run asks for both; products of seconds do not feel them.
+    """
 
     title: str
     entries: tuple[tuple[str, Case], ...]  # (op, case)
     host: bool = False  # host time per call at a tiny size instead of the time of the work
     only: frozenset[str] | None = None  # names of implementations
     without: frozenset[str] = frozenset()
+    cold: bool = True
 
 
 def groups(plan: Plan, ops: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Group]:
@@ -99,7 +107,7 @@ def groups(plan: Plan, ops: Sequence[str], dtypes: Sequence[torch.dtype], device
     for group in made:
         entries = tuple((op, case) for op, case in group.entries if op in ops)
         if entries:
-            result.append(Group(group.title, entries, group.host, group.only, group.without))
+            result.append(replace(group, entries=entries))
     return result
 
 
@@ -136,12 +144,16 @@ def _by_value(plan: Plan, dtypes: Sequence[torch.dtype], device: torch.device) -
     yield from _losses(plan.batches[:1], device)
     yield from _selection(large[:1], device)
     yield _host(device, only=_HOST_NAMES)
+    # a GPU's products are of halves; others are measured where nothing else is asked for
+    halves = [dtype for dtype in half_first if dtype.itemsize == 2]
+    of_products = half_first if device.type == "cpu" or not halves else halves
+    yield from _linear(plan.hidden[:1], of_products, device)
     rest = [(shape, dtype) for dtype in half_first for shape in plan.logits if (shape, dtype) != (headline, first)]
     for shape, dtype in rest:
         yield from _logits(shape, dtype, device, without=SLOW_TO_PREPARE)
     yield from _losses(plan.batches[1:], device)
     yield from _selection(large[1:], device)
-    yield from _linear(plan.hidden, half_first, device)
+    yield from _linear(plan.hidden[1:], of_products, device)
     for shape, dtype in rest:
         yield from _logits(shape, dtype, device, only=SLOW_TO_PREPARE)
 
@@ -184,10 +196,11 @@ def _losses(shapes: Sequence[BatchShape], device: torch.device) -> Iterator[Grou
 
 def _linear(shapes: Sequence[HiddenShape], dtypes: Sequence[torch.dtype], device: torch.device) -> Iterator[Group]:
     for hidden in shapes:
-        for dtype in dtypes:
+        for i, dtype in enumerate(dtypes):
             case = Case(hidden, dtype, device)
             title = f"From hidden states, {hidden.rows}×{hidden.features}×{hidden.vocab} {case.dtype_name}"
-            yield Group(title, tuple((op, case) for op in LINEAR))
+            ops = LINEAR if i else (*LINEAR, *LINEAR_LOSSES)  # the losses add little to what the dtype costs
+            yield Group(title, tuple((op, case) for op in ops), cold=False)
 
 
 _HOST = (

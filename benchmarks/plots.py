@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.records import Measured, Record
+from benchmarks.verdicts import PRODUCTS, over_products
 from entropy_kernels.analysis import plot_style as style
 
 if TYPE_CHECKING:
@@ -20,6 +21,13 @@ _ERRORS = {"logprob (nats)": ("o", -0.14), "entropy (nats)": ("D", 0.14)}
 _NOISE = 1e-8  # smaller errors, zero among them, are drawn here
 
 _WIDE = 20  # ratio of slowest to fastest from which a panel's axis is logarithmic
+
+_SHORT = {
+    "linear_logprob_entropy": "forward",
+    "linear_logprob_entropy_fwdbwd": "forward + backward",
+    "linear_policy_loss": "PPO loss, both gradients",
+    "linear_clip_cov_loss": "Clip-Cov loss, both gradients",
+}
 
 Panel = tuple[str, list[Record]]
 
@@ -89,12 +97,65 @@ def _time_panel(ax: Axes, title: str, records: list[Record], lines: int) -> None
     style.title(ax, title)
 
 
-def error_figure(groups: Sequence[Measured], note: str) -> Figure | None:
+def hidden_figure(groups: Sequence[Measured], note: str) -> Figure | None:
+    """Time over the products alone, and extra memory, of what starts from hidden states; a row per group and op.
+
+    None if nothing of it was timed.
+    """
+    rows: list[tuple[str, list[Record], list[Record]]] = []
+    for group in groups:
+        for op in PRODUCTS:
+            records = [r for r in group.records if r.op == op and over_products(r, group.records) is not None]
+            if records:
+                rows.append(
+                    (
+                        f"{_SHORT[op]}, {records[0].shape.removesuffix(' hidden')} {records[0].dtype}",
+                        records,
+                        group.records,
+                    )
+                )
+    if not rows:
+        return None
+    lines = [len(records) for _, records, _ in rows]
+    size = (14.8, sum(lines) * 0.27 + 1.2 * len(lines))
+    figure, axes = style.figure(len(rows), 2, size, height_ratios=[n + 3 for n in lines])
+    for (times, memory), (title, records, among) in zip(axes, rows, strict=True):
+        records = sorted(records, key=lambda record: record.summary["median"])
+        ratios = [over_products(record, among) or 0.0 for record in records]
+        _bars(times, records, ratios, "{:.2f}")
+        times.axvline(1.0, color=style.INK, linewidth=1.0)
+        times.set_xlabel("time over that of the products alone")
+        style.title(times, title)
+        _bars(memory, records, [(record.peak_extra_bytes or 0) / 1e6 for record in records], "{:.0f}")
+        memory.set_xlabel("extra memory at the peak, results included (MB)")
+    shown = [record for _, records, _ in rows for record in records]
+    partial = "* a part of it, see the table    " if any(record.computes for record in shown) else ""
+    _roles(figure, shown, f"{partial}{note}")
+    return figure
+
+
+def _bars(ax: Axes, records: Sequence[Record], values: Sequence[float], text: str) -> None:
+    """A bar per record from the top, with its value; the name says with a star that it computes a part only."""
+    for position, (record, value) in enumerate(zip(records, values, strict=True)):
+        ax.barh(position, value, color=_COLOR[record.role], height=0.72)
+        ax.annotate(
+            text.format(value), (value, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8,
+            color=style.MUTED,
+        )  # fmt: skip
+    names = [f"{record.implementation}{'*' if record.computes else ''}" for record in records]
+    ax.set_yticks(range(len(records)), names, fontsize=8.5)
+    ax.set_ylim(len(records) - 0.4, -0.6)
+    ax.set_xlim(left=0)
+    ax.margins(x=0.1)
+    ax.grid(False, axis="y")
+
+
+def error_figure(groups: Sequence[Measured], note: str, op: str = "logprob_entropy") -> Figure | None:
     """Largest error of log-prob and entropy against float64 per implementation, a panel per dtype; None without any."""
     found: dict[str, dict[str, Record]] = {}
     for group in groups:
         for record in group.records:
-            if record.op == "logprob_entropy" and record.errors and record.cache != "host":
+            if record.op == op and record.errors and record.cache != "host":
                 found.setdefault(record.dtype, {}).setdefault(record.implementation, record)
     if not found:
         return None
@@ -112,7 +173,11 @@ def error_figure(groups: Sequence[Measured], note: str) -> Figure | None:
         ax.set_yticks(range(len(records)), [record.implementation for record in records], fontsize=9)
         ax.set_ylim(len(records) - 0.4, -0.6)
         ax.set_xlabel("largest error of the checked rows (nats)")
-        style.title(ax, f"Error against float64, {dtype} logits", "circle: log-prob, diamond: entropy")
+        style.title(
+            ax,
+            f"Error against float64, {dtype} {'logits' if op == 'logprob_entropy' else 'hidden states'}",
+            "circle: log-prob, diamond: entropy",
+        )
     _roles(figure, [record for by_name in found.values() for record in by_name.values()], note)
     return figure
 

@@ -1,7 +1,8 @@
 """``python -m benchmarks.readme``: the tables of README.md from result files, so that no figure in it is typed.
 
-A table stands between ``<!-- bench: FOLDER -->`` and ``<!-- /bench -->``, with FOLDER below benchmarks/results;
-``--check`` changes nothing and fails if a table is not what its ``bench.json`` gives.
+A table stands between ``<!-- bench: FOLDER -->`` and ``<!-- /bench -->``, with FOLDER below benchmarks/results; that of
+the functions on hidden states behind ``<!-- bench: FOLDER hidden -->``. ``--check`` changes nothing and fails if a
+table is not what its ``bench.json`` gives.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import machine, records, tables
+from benchmarks.plans import BARS
 from benchmarks.records import Record
+from benchmarks.shapes import HEADLINE_HIDDEN
+from benchmarks.verdicts import over_products
 
-_BLOCK = re.compile(r"(<!-- bench: (?P<folder>[\w.-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- bench: (?P<folder>[\w.-]+)(?P<hidden> hidden)? -->\n).*?(?P<end><!-- /bench -->)", re.DOTALL
+)
 TELLING = 1e-3  # nats from which an error is said beside a time
 
 
@@ -103,6 +109,43 @@ def table(found: Sequence[Record]) -> str:
     return tables.table(rows, ["", "ours", *layout.columns])
 
 
+# where the bars on hidden states are stated; the ops, and ours that are shown
+_HIDDEN = {"cpu": str(BARS.hidden[0]), "cuda": str(HEADLINE_HIDDEN)}
+_HIDDEN_OPS = {
+    "linear_logprob_entropy": "log-prob + entropy",
+    "linear_logprob_entropy_fwdbwd": "the same with both gradients",
+    "linear_clip_cov_loss": "Clip-Cov loss with both gradients",
+}
+_HIDDEN_OURS = ("ours", "ours-recompute", "ours-composed")
+
+
+def hidden_table(found: Sequence[Record]) -> str:
+    """From hidden states, in bf16 where that was timed: time, also over the products alone, and memory; ours first.
+
+    Raises:
+        ValueError: none of these was timed.
+    """
+    here = [r for r in found if r.shape == _HIDDEN.get(r.device) and r.summary]
+    rows = []
+    for op, label in _HIDDEN_OPS.items():
+        dtypes = {record.dtype for record in here if record.op == op}
+        dtype = "bf16" if "bf16" in dtypes else min(dtypes, default="")
+        label = f"{label}, {dtype}"
+        timed = sorted((r for r in here if (r.op, r.dtype) == (op, dtype)), key=lambda r: r.summary["median"])
+        mine = [r for r in timed if r.implementation in _HIDDEN_OURS]
+        for record in [*mine, *(r for r in timed if r.role == "peer")]:
+            name = f"**{record.implementation}**" if record.role == "ours" else record.implementation
+            cells = [tables.seconds(record.summary["median"]), tables.times(over_products(record, here))]
+            error = record.errors.get("entropy (nats)")
+            rows.append(
+                [label, name, *cells, _memory(record), "" if error is None else f"{error:.1e}", record.computes]
+            )
+            label = ""
+    if not rows:
+        raise ValueError("records: expected some from hidden states where the bars are stated, got none")
+    return tables.table(rows, ["", "", "time", "over products", "extra memory", "entropy error (nats)", "computes"])
+
+
 def _fastest(found: Sequence[Record]) -> Record | None:
     return min(found, key=lambda record: record.summary["median"], default=None)
 
@@ -132,7 +175,8 @@ def filled(text: str, results: Path) -> str:
             raise ValueError(f"README.md: <!-- bench: {match['folder']} --> names no result, {path} is not there")
         _, measured = records.read(path)
         found = [record for group in measured for record in group.records]
-        return f"{match[1]}\n{table(found)}\n\n{match[3]}"
+        made = hidden_table(found) if match["hidden"] else table(found)
+        return f"{match[1]}\n{made}\n\n{match['end']}"
 
     return _BLOCK.sub(block, text)
 

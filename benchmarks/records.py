@@ -38,7 +38,9 @@ class Record:
     ``samples``, ``summary``: with caches as ``cache`` says; ``cold_samples``, ``cold``: flushed before each call.
     ``calls_per_sample``: a sample is the mean of so many calls. ``hidden``: whether the host's time could be kept out
     of a device time (None on a CPU).
+    ``stated_bytes``: the extra memory that the implementation's documentation allows it, results included.
     ``graph``: of a CUDA graph of the call: "equal" (replay equals an eager call bit for bit), "summary", or "reason".
+    ``products``: from hidden states on a GPU, summaries of the products alone, timed in turns with ``samples``.
     """
 
     op: str
@@ -66,10 +68,12 @@ class Record:
     cold_of_copy_bandwidth: float | None = None
     peak_extra_bytes: int | None = None
     peak_method: str = ""
+    stated_bytes: int | None = None
     host_seconds: float | None = None
     syncs: int | None = None
     syncs_method: str = ""
     graph: dict[str, Any] = field(default_factory=dict)
+    products: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str, str, bool]:

@@ -32,17 +32,20 @@ OPS: dict[str, str] = {
     "kl_cov_loss": "KL-Cov loss (verl's definition), selection included, and its gradient",
     "linear_logprob_entropy": "log-prob and entropy from hidden states and a head, no gradient",
     "linear_logprob_entropy_fwdbwd": "the same with the gradients of both",
-    "linear_floor": "the matrix products alone: the one of the forward pass; all three",
+    "linear_policy_loss": "PPO's clipped loss from hidden states and a head, and its gradients",
+    "linear_clip_cov_loss": "Clip-Cov loss (verl's definition) from the same, selection included, and its gradients",
+    "linear_floor": "the matrix products alone: the one of the forward pass; all three; with those of a recomputation",
 }
 STATISTICS = ("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd", "token_stats")
 SELECTION = ("token_covariance", "clip_cov_mask", "kl_cov_mask")
-LINEAR = ("linear_logprob_entropy", "linear_logprob_entropy_fwdbwd", "linear_floor")
+LINEAR = ("linear_floor", "linear_logprob_entropy", "linear_logprob_entropy_fwdbwd")
+LINEAR_LOSSES = ("linear_policy_loss", "linear_clip_cov_loss")
 LOSSES = ("policy_loss", "clip_cov_loss", "kl_cov_loss")
 SHAPE_OF: dict[str, type] = {
     **dict.fromkeys((*STATISTICS, "logits_floor"), LogitsShape),
     **dict.fromkeys((*SELECTION, "tokens_floor"), TokensShape),
     **dict.fromkeys(LOSSES, BatchShape),
-    **dict.fromkeys(LINEAR, HiddenShape),
+    **dict.fromkeys((*LINEAR, *LINEAR_LOSSES), HiddenShape),
 }
 
 # What an implementation computes of its op. A cross-entropy has no entropy: it is timed beside those that have one,
@@ -55,10 +58,14 @@ GRADIENT = "a policy loss on log-prob, no entropy, log-prob not returned"
 
 @dataclass(frozen=True)
 class Prepared:
-    """``call`` is timed; ``reset``, run before each call and not timed, restores inputs that the call overwrites."""
+    """``call`` is timed; ``reset``, run before each call and not timed, restores inputs that the call overwrites.
+
+    ``stated_bytes``: the extra memory that the call's own documentation allows it, results included; None: none stated.
+    """
 
     call: Callable[[], Any]
     reset: Callable[[], None] | None = None
+    stated_bytes: int | None = None
 
 
 @dataclass(frozen=True)

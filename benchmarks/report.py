@@ -49,11 +49,15 @@ def _draw(folder: Path, head: dict[str, Any], measured: Sequence[Measured]) -> N
     threads = "" if machine["gpu"] else f", {machine['threads']} threads"
     note = f"{machine['machine']}{threads}, {head['time'][:10]}, {commit}"
     of_logits = [part for part in measured if part.records and "vocab" in part.records[0].size and not part.host]
-    rest = [part for part in measured if part not in of_logits]
+    of_hidden = [part for part in of_logits if "features" in part.records[0].size]
+    of_logits = [part for part in of_logits if part not in of_hidden]
+    rest = [part for part in measured if part not in of_logits and part not in of_hidden]
     if len(of_logits) <= ALL_PANELS // 2:
         plots.save(plots.time_figure(of_logits, note), folder / "time_statistics.png")
     plots.save(plots.time_figure(rest[:ALL_PANELS], note), folder / "time_selection.png")
     plots.save(plots.error_figure(of_logits, note), folder / "error.png")
+    plots.save(plots.hidden_figure(of_hidden[: ALL_PANELS // 3], note), folder / "from_hidden.png")
+    plots.save(plots.error_figure(of_hidden, note, "linear_logprob_entropy"), folder / "error_hidden.png")
     for name, figure in curves.figures(of_logits, head["bandwidth"], note):
         plots.save(figure, folder / f"{name}.png")
 

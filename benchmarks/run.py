@@ -21,7 +21,7 @@ import torch
 from benchmarks import bars, machine, records, report
 from benchmarks.implementations import OPS, names
 from benchmarks.measure import OUT_OF_TIME, DeviceLost, Settings, candidates, run_group, steps
-from benchmarks.plans import BARS, GRID, GRID_QUICK, QUICK, Group, Plan, groups
+from benchmarks.plans import BARS, CPU_HIDDEN, GRID, GRID_QUICK, QUICK, Group, Plan, groups
 from benchmarks.records import Measured
 from benchmarks.shapes import DISTRIBUTIONS, DTYPES, HiddenShape, LogitsShape, TokensShape, parse_hidden, parse_logits
 from benchmarks.traffic import Bandwidth, measure_bandwidth
@@ -128,7 +128,7 @@ def plan_of(arguments: argparse.Namespace, device: torch.device) -> Plan:
     if arguments.grid or device.type != "cpu":
         plan = GRID_QUICK if arguments.quick else GRID
         if device.type == "cpu":
-            plan = replace(plan, repeats=BARS.repeats, hidden=BARS.hidden)
+            plan = replace(plan, repeats=BARS.repeats, hidden=() if arguments.quick else CPU_HIDDEN)
     else:
         plan = QUICK if arguments.quick else BARS
     if arguments.shape:

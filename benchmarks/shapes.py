@@ -104,6 +104,7 @@ TINY_LOGITS = LogitsShape(4, 64)
 TINY_TOKENS = TokensShape(64)
 # Where the GPU's bars are stated: a micro-batch of 8 K tokens over Llama 3's vocabulary, 2.1 GB in bf16.
 HEADLINE = LogitsShape(8192, 128256)
+HEADLINE_HIDDEN = HiddenShape(8192, 4096, 128256)
 
 
 def parse_logits(text: str) -> LogitsShape:
@@ -189,21 +190,34 @@ def _batch_inputs(shape: BatchShape, case: Case, generator: torch.Generator) -> 
 
 
 def _hidden_inputs(shape: HiddenShape, case: Case, generator: torch.Generator) -> Inputs:
-    """Logits from flat to peaked, as in :func:`_logits_inputs`."""
+    """Logits from flat to peaked, as in :func:`_logits_inputs`; and what a policy loss of these tokens is given.
+
+    The old log-probs are within .05 of the new ones, or .4 away: far enough from PPO's clip that bf16 does not move a
+    token across it.
+    """
     options: dict[str, Any] = {"device": case.device}
     weight = torch.randn(shape.vocab, shape.features, generator=generator, **options).to(case.dtype)
     scale = torch.linspace(0.5, 8.0, shape.rows, **options)[:, None] / shape.features**0.5
     hidden = (torch.randn(shape.rows, shape.features, generator=generator, **options) * scale).to(case.dtype)
     target = torch.randint(shape.vocab, (shape.rows,), generator=generator, **options)
-    for part in range(0, shape.rows, 512):  # every other token is the likeliest one
-        rows = slice(part, min(part + 512, shape.rows), 2)
-        target[rows] = (hidden[rows] @ weight.t()).argmax(-1)
+    head, logprob = weight.float(), torch.empty(shape.rows, **options)
+    for begin in range(0, shape.rows, 512):
+        part = slice(begin, begin + 512)
+        logits = hidden[part].float() @ head.t()
+        target[part][::2] = logits[::2].argmax(-1)  # every other token is the likeliest one
+        logprob[part] = logits.log_softmax(-1).gather(-1, target[part, None])[:, 0]
+    grad_logprob = torch.randn(shape.rows, generator=generator, **options)
+    grad_entropy = torch.randn(shape.rows, generator=generator, **options) * 0.1
+    uniform = torch.rand(shape.rows, generator=generator, **options) - 0.5
     return {
         "hidden": hidden,
         "weight": weight,
         "target": target,
-        "grad_logprob": torch.randn(shape.rows, generator=generator, **options),
-        "grad_entropy": torch.randn(shape.rows, generator=generator, **options) * 0.1,
+        "grad_logprob": grad_logprob,
+        "grad_entropy": grad_entropy,
+        "old_logprob": logprob - torch.where(uniform.abs() < 0.4, 0.1 * uniform, 0.4 * uniform.sign()),
+        "advantages": torch.randn(shape.rows, generator=generator, **options),
+        "mask": torch.rand(shape.rows, generator=generator, **options) < 0.9,
     }
 
 

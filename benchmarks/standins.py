@@ -3,7 +3,7 @@
 A peer's function may need nothing but torch while its package cannot be imported without a cluster scheduler or a
 configuration system. Its own files, as installed, are run here under their own names: packages without their
 ``__init__``, and names that the functions in question do not use as empty classes. Afterwards ``sys.modules`` is as it
-was before.
+was before, but for modules that a function imports from each time it is called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,12 +53,19 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
 
-def load(module: str, *, bare: Sequence[str], stand_ins: Sequence[str]) -> ModuleType:
+def load(
+    module: str,
+    *,
+    bare: Sequence[str],
+    stand_ins: Sequence[str],
+    keep: Mapping[str, Mapping[str, Any]] | None = None,
+) -> ModuleType:
     """Import ``module`` from the files of its installed package, with stand-ins around it.
 
     Args:
         bare: its packages whose ``__init__`` is not run; attributes that the module takes from them are empty classes.
         stand_ins: modules replaced by empty ones, also where the real one is installed.
+        keep: modules that stay in ``sys.modules``, each with the attributes that are set on it.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -69,8 +76,15 @@ def load(module: str, *, bare: Sequence[str], stand_ins: Sequence[str]) -> Modul
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     root = Path(found.submodule_search_locations[0])
     folders = {name: root.joinpath(*name.split(".")[1:]) for name in bare}
+    kept = {}
     with _replaced((package, *stand_ins)), _first(_Finder(folders, stand_ins)):
-        return importlib.import_module(module)
+        loaded = importlib.import_module(module)
+        for name, attributes in (keep or {}).items():
+            kept[name] = importlib.import_module(name)
+            for attribute, value in attributes.items():
+                setattr(kept[name], attribute, value)
+    sys.modules.update(kept)
+    return loaded
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.bars import FEWEST_SAMPLES, Verdict
 from benchmarks.records import Measured, Record
+from benchmarks.verdicts import over_products
 
 
 def seconds(value: float) -> str:
@@ -26,6 +27,11 @@ def _significant(value: float) -> str:
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def times(value: float | None) -> str:
+    """A ratio, "1.08×"; nothing for None."""
+    return "" if value is None else f"{_significant(value)}×"
 
 
 def table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
@@ -83,30 +89,32 @@ def _replay(record: Record) -> str:
     return seconds(record.graph["summary"]["median"]) + ("" if record.graph["equal"] else " (DIFFERS)")
 
 
-# header -> cell; a column that is empty for all rows of a group is left out
+# header -> cell of a record, which is one of a group's; a column that is empty for all rows of a group is left out
 _COLUMNS = {
-    "op": lambda r: r.op,
-    "dtype": lambda r: r.dtype,
-    "implementation": lambda r: r.implementation,
-    "median": lambda r: _time(r.summary, "median"),
-    "min": lambda r: _time(r.summary, "min"),
-    "p10": lambda r: _time(r.summary, "p10"),
-    "p90": lambda r: _time(r.summary, "p90"),
-    "spread": lambda r: f"{r.summary['spread']:.0%}",
-    "cold median": lambda r: _time(r.cold, "median"),
-    "cold p10": lambda r: _time(r.cold, "p10"),
-    "cold p90": lambda r: _time(r.cold, "p90"),
-    "timed": _timed,
-    "graph replay": _replay,
-    "GB/s": lambda r: f"{r.bytes_per_second / 1e9:.1f}" if r.bytes_per_second else "",
-    "of read": lambda r: _percent(r.of_read_bandwidth),
-    "of copy": lambda r: _percent(r.of_copy_bandwidth),
-    "cold of copy": lambda r: _percent(r.cold_of_copy_bandwidth),
-    "extra memory": lambda r: size(r.peak_extra_bytes) if r.peak_extra_bytes is not None else "",
-    "syncs": lambda r: str(r.syncs) if r.syncs is not None else "",
-    "host time": lambda r: seconds(r.host_seconds) if r.host_seconds is not None else "",
-    "computes": lambda r: r.computes,
-    "largest errors against float64": lambda r: ", ".join(f"{name} {error:.1e}" for name, error in r.errors.items()),
+    "op": lambda r, _: r.op,
+    "dtype": lambda r, _: r.dtype,
+    "implementation": lambda r, _: r.implementation,
+    "median": lambda r, _: _time(r.summary, "median"),
+    "min": lambda r, _: _time(r.summary, "min"),
+    "p10": lambda r, _: _time(r.summary, "p10"),
+    "p90": lambda r, _: _time(r.summary, "p90"),
+    "spread": lambda r, _: f"{r.summary['spread']:.0%}",
+    "cold median": lambda r, _: _time(r.cold, "median"),
+    "cold p10": lambda r, _: _time(r.cold, "p10"),
+    "cold p90": lambda r, _: _time(r.cold, "p90"),
+    "timed": lambda r, _: _timed(r),
+    "graph replay": lambda r, _: _replay(r),
+    "GB/s": lambda r, _: f"{r.bytes_per_second / 1e9:.1f}" if r.bytes_per_second else "",
+    "of read": lambda r, _: _percent(r.of_read_bandwidth),
+    "of copy": lambda r, _: _percent(r.of_copy_bandwidth),
+    "cold of copy": lambda r, _: _percent(r.cold_of_copy_bandwidth),
+    "over products": lambda r, group: times(over_products(r, group)),
+    "extra memory": lambda r, _: size(r.peak_extra_bytes) if r.peak_extra_bytes is not None else "",
+    "stated memory": lambda r, _: size(r.stated_bytes) if r.stated_bytes is not None else "",
+    "syncs": lambda r, _: str(r.syncs) if r.syncs is not None else "",
+    "host time": lambda r, _: seconds(r.host_seconds) if r.host_seconds is not None else "",
+    "computes": lambda r, _: r.computes,
+    "largest errors against float64": lambda r, _: ", ".join(f"{name} {error:.1e}" for name, error in r.errors.items()),
 }
 
 
@@ -117,7 +125,7 @@ def group_table(records: Sequence[Record]) -> str:
         (record for record in records if record.summary),
         key=lambda r: (ops.index((r.op, r.dtype)), r.summary["median"]),
     )
-    columns = {header: [cell(record) for record in timed] for header, cell in _COLUMNS.items()}
+    columns = {header: [cell(record, records) for record in timed] for header, cell in _COLUMNS.items()}
     columns = {header: cells for header, cells in columns.items() if any(cells)}
     return table(list(zip(*columns.values(), strict=True)), list(columns))
 
@@ -165,8 +173,10 @@ def markdown(head: Mapping[str, Any], verdicts: Sequence[Verdict], groups: Seque
         f'{bandwidth["copy"] / 1e9:.1f} GB/s. "of read" and "of copy" divide the least traffic of an op by its '
         "median time and by these. "
         + ("" if machine["gpu"] else "Times of a group come from interleaved rounds in random order. ")
-        + "Extra memory is the peak above what was held before the call, outputs included. A share above 100 % "
-        + "means that some of the data came from a cache; amax and topk are references, which may be beaten.",
+        + "Extra memory is the peak above what was held before the call, outputs included; stated is what an "
+        + "implementation's documentation allows it. Over products: the time over that of the matrix products alone, "
+        + "one or three. A share above 100 % means that some of the data came from a cache; amax and topk are "
+        + "references, which may be beaten.",
     ]
     if machine["gpu"]:
         parts.append(_GPU_NOTE)

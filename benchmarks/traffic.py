@@ -49,8 +49,8 @@ def least_traffic(op: str, name: str, case: Case) -> Traffic:
     if isinstance(shape, HiddenShape):  # a product's operands and results; nobody needs the logits in memory
         factors = (shape.rows + shape.vocab) * shape.features * case.dtype.itemsize
         once = Traffic(factors + 8 * shape.rows, 8 * shape.rows)
-        both = op == "linear_logprob_entropy_fwdbwd" or name == "three products"
-        return Traffic(2 * once.read, once.written + factors) if both else once
+        forward = op == "linear_logprob_entropy" or name == "product"
+        return once if forward else Traffic(2 * once.read, once.written + factors)
     tokens = shape.sequences * shape.length
     return Traffic(13 * tokens, 4 * tokens)
 

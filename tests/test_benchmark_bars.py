@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import bars, bars_gpu, tables
 from benchmarks.implementations import ours_for
-from benchmarks.plans import BARS, GRID, GRID_QUICK, HEADLINE
+from benchmarks.plans import BARS, CPU_HIDDEN, GRID, GRID_QUICK, HEADLINE
 from benchmarks.records import Measured, Record
 from benchmarks.traffic import Bandwidth
 
@@ -54,6 +54,70 @@ def test_bars_are_judged_by_medians() -> None:
     assert "FAIL" in table and "not measured: compile of logprob_entropy was not part of this run" in table
 
 
+HIDDEN_OPS = ("linear_logprob_entropy", "linear_logprob_entropy_fwdbwd")
+
+
+def _hidden(**changes: Any) -> dict[str, bars.Verdict]:
+    """Verdicts by text on a CPU's run from hidden states; ``changes``: fields by op_implementation, for bf16."""
+    shape, records = str(BARS.hidden[0]), []
+    for dtype in ("fp32", "bf16"):
+        rows = [
+            _record("linear_floor", "product", shape, dtype, 0.3),
+            _record("linear_floor", "three products", shape, dtype, 1.0),
+        ]
+        for op, time in zip(HIDDEN_OPS, (0.33, 1.1), strict=True):
+            for name in ("ours", "ours-recompute", "ours-tiles"):
+                rows.append(_record(op, name, shape, dtype, time, peak_extra_bytes=90, stated_bytes=100))
+            rows[-1].errors["d_weight (relative)"] = 1.4e-2
+            error = {"d_weight (relative)": 1e-2}
+            for name in ("eager", "one-product"):
+                rows.append(_record(op, name, shape, dtype, 4 * time, role="peer", errors=error))
+            rows.append(_record(op, "cut-ce-compile", shape, dtype, 2 * time, role="peer", computes="no entropy"))
+        records += [
+            replace(row, **changes.get(f"{row.op}_{row.implementation}".replace("-", "_"), {}))
+            if dtype == "bf16" else row for row in rows
+        ]  # fmt: skip
+    judged = bars.judge(records, BARS, "cpu", BANDWIDTH)
+    return {verdict.text: verdict for verdict in judged if "from hidden states" in verdict.text}
+
+
+def test_bars_from_hidden_states_hold_on_a_run_that_reaches_them() -> None:
+    verdicts = _hidden()
+    assert len(verdicts) == 16 and [text for text, verdict in verdicts.items() if not verdict.passed] == []
+    forward = verdicts["from hidden states, bf16, forward, time over its products alone"]
+    both = verdicts["from hidden states, fp32, forward + backward, time over its products alone"]
+    assert (forward.value, both.value) == (pytest.approx(1.1), pytest.approx(1.1))
+    rival = verdicts["from hidden states, bf16, forward, faster than every peer"]
+    assert rival.value == pytest.approx(2) and "cut-ce-compile, no entropy" in rival.note  # the fastest of all
+
+
+_SLOW_PEER = {"summary": {"count": 7, "min": 1.0, "median": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "change"),
+    [
+        ("forward, time over", "linear_floor_product", {"summary": {"count": 7, "min": 0.25, "median": 0.25}}),
+        ("backward, time over", "linear_floor_three products", {"summary": {"count": 7, "min": 0.8, "median": 0.8}}),
+        ("every peer", "linear_logprob_entropy_fwdbwd_cut_ce_compile", _SLOW_PEER),
+        ("forward, ours, memory", "linear_logprob_entropy_ours", {"peak_extra_bytes": 101}),
+        ("ours-recompute, memory", "linear_logprob_entropy_fwdbwd_ours_recompute", {"peak_extra_bytes": 101}),
+        ("d_weight", "linear_logprob_entropy_fwdbwd_ours_tiles", {"errors": {"d_weight (relative)": 1.6e-2}}),
+    ],
+)
+def test_each_bar_from_hidden_states_can_fail(text: str, row: str, change: dict[str, Any]) -> None:
+    failed = [text for text, verdict in _hidden(**{row: change}).items() if verdict.passed is False]
+    assert len(failed) == 1 and text in failed[0] and "bf16" in failed[0]
+
+
+def test_bars_from_hidden_states_are_stated_at_one_shape() -> None:
+    assert bars.at_the_stated_sizes(BARS, "cpu")
+    assert bars.at_the_stated_sizes(replace(BARS, hidden=CPU_HIDDEN), "cpu")
+    assert not bars.at_the_stated_sizes(replace(BARS, hidden=CPU_HIDDEN[1:]), "cpu")
+    judged = bars.judge([], replace(BARS, hidden=CPU_HIDDEN), "cpu", BANDWIDTH)
+    assert {v.shape for v in judged if "hidden" in v.text} == {str(BARS.hidden[0])} and all(v.absent for v in judged)
+
+
 # --- a GPU's ----------------------------------------------------------------------------------------------------------
 
 H200 = Bandwidth(read=4.5e12, copy=4.3e12, buffer_bytes=1)
@@ -90,6 +154,20 @@ def _good() -> list[Record]:
         _gpu(both, "verl-fused-ce", SHAPE, "bf16", 8e-3, "peer"),
         _gpu("tokens_floor", "topk", bars_gpu.TOKENS, "fp32", 200e-6, "limit", graph={}),
     ]
+    hidden = {
+        ("linear_floor", "product"): 10e-3, ("linear_floor", "three products"): 30e-3,
+        ("linear_floor", "four products"): 40e-3, (HIDDEN_OPS[0], "ours"): 10.9e-3, (HIDDEN_OPS[1], "ours"): 32e-3,
+        (HIDDEN_OPS[1], "ours-recompute"): 43e-3, (HIDDEN_OPS[1], "ours-tiles"): 50e-3,
+        (HIDDEN_OPS[1], "one-product"): 60e-3, (HIDDEN_OPS[1], "liger-scaled"): 50e-3,
+        (HIDDEN_OPS[1], "liger-linear-ce-mean"): 35e-3, (HIDDEN_OPS[1], "verl-triton"): 90e-3,
+        ("linear_clip_cov_loss", "ours"): 31e-3,
+    }  # fmt: skip
+    gradients = 2 * 4096 * (8192 + 128256)
+    for (linear_op, name), time in hidden.items():
+        role = "ours" if name.startswith("ours") else "limit" if linear_op == "linear_floor" else "peer"
+        errors = {"d_weight (relative)": 1.4e-2 if name == "ours-tiles" else 1e-2}
+        fields = {"errors": errors, "peak_extra_bytes": gradients + 10**9}
+        records.append(_gpu(linear_op, name, bars_gpu.HIDDEN, "bf16", time, role, **fields))
     for name in ("clip_cov", "kl_cov"):
         graph = {"equal": True, "summary": _cold(15e-6)}
         records += [
@@ -109,18 +187,22 @@ def _changed(op: str, name: str, shape: str, **fields: Any) -> list[Record]:
 def test_gpu_bars_hold_on_a_run_that_reaches_them() -> None:
     verdicts = bars.judge(_good(), GRID, "cuda", H200)
     assert [verdict.text for verdict in verdicts if not verdict.passed] == []
-    assert len(verdicts) == 15
+    assert len(verdicts) == 23
     both = next(verdict for verdict in verdicts if "1.65 ms" in verdict.text)
     assert both.value == pytest.approx(1.6) and both.note == "ours-cuda"  # not the one that writes over the logits
-    liger = next(verdict for verdict in verdicts if "Liger" in verdict.text)
+    liger = next(verdict for verdict in verdicts if "Liger's cross" in verdict.text)
     assert liger.value == pytest.approx(1.7 / 1.6) and "liger-ce-mean" in liger.note  # the faster of the two
+    scaled = next(verdict for verdict in verdicts if "Liger's scaled" in verdict.text)
+    assert (
+        scaled.value == pytest.approx(50 / 32) and "liger-scaled" in scaled.note
+    )  # not the faster one without entropy
     verl = next(verdict for verdict in verdicts if verdict.text.endswith("verl's path") and "backward" in verdict.text)
     assert verl.value == pytest.approx(5.0)
     assert "FAIL" not in tables.bars_table(verdicts)
 
 
 ONE, BOTH = "logprob_entropy", "logprob_entropy_fwdbwd"
-BATCH, TOKENS = bars_gpu.BATCH, bars_gpu.TOKENS
+BATCH, TOKENS, HIDDEN = bars_gpu.BATCH, bars_gpu.TOKENS, bars_gpu.HIDDEN
 
 
 @pytest.mark.parametrize(
@@ -139,12 +221,34 @@ BATCH, TOKENS = bars_gpu.BATCH, bars_gpu.TOKENS
         ("make the host wait", "kl_cov_mask", "ours-cuda", TOKENS, {"syncs": 1}),
         ("does not replay", BOTH, "ours-cuda", SHAPE, {"graph": {"equal": False}}),
         ("does not replay", BOTH, "ours-cuda", SHAPE, {"graph": {"reason": "no capture"}}),
+        ("forward, time over product", HIDDEN_OPS[0], "ours", HIDDEN, {"summary": _cold(11.1e-3)}),
+        ("backward, time over three", HIDDEN_OPS[1], "ours", HIDDEN, {"summary": _cold(32.5e-3)}),
+        ("recompute, time over four", HIDDEN_OPS[1], "ours-recompute", HIDDEN, {"summary": _cold(43.5e-3)}),
+        ("with Clip-Cov", "linear_clip_cov_loss", "ours", HIDDEN, {"summary": _cold(31.6e-3)}),
+        ("Liger's scaled", HIDDEN_OPS[1], "liger-scaled", HIDDEN, {"summary": _cold(39e-3)}),
+        (
+            "Liger's scaled",
+            HIDDEN_OPS[1],
+            "liger-scaled",
+            HIDDEN,
+            {"summary": {}, "status": "skipped"},
+        ),  # then the other
+        ("verl's Triton op", HIDDEN_OPS[1], "verl-triton", HIDDEN, {"summary": _cold(63e-3)}),
+        ("recompute, memory", HIDDEN_OPS[1], "ours-recompute", HIDDEN, {"peak_extra_bytes": 2_200_000_000}),
+        ("d_weight", HIDDEN_OPS[1], "ours-tiles", HIDDEN, {"errors": {"d_weight (relative)": 1.6e-2}}),
     ],
 )
 def test_each_gpu_bar_can_fail(text: str, op: str, name: str, shape: str, change: dict[str, Any]) -> None:
     verdicts = bars.judge(_changed(op, name, shape, **change), GRID, "cuda", H200)
     failed = [verdict.text for verdict in verdicts if verdict.passed is False]
     assert 1 <= len(failed) <= 2 and any(text in words for words in failed), failed
+
+
+def test_products_timed_in_turns_with_a_row_count_more_than_those_of_another_minute() -> None:
+    in_turn = {"three products": _cold(31.5e-3)}
+    verdicts = bars.judge(_changed(HIDDEN_OPS[1], "ours", HIDDEN, products=in_turn), GRID, "cuda", H200)
+    verdict = next(v for v in verdicts if "time over three products" in v.text and "backward" in v.text)
+    assert verdict.value == pytest.approx(32 / 31.5) and verdict.note == "timed in turns"
 
 
 def test_gpu_bars_without_their_rows_are_absent_or_say_why() -> None:

@@ -17,8 +17,9 @@ from benchmarks.implementations import REGISTRY, Implementation, Prepared
 from benchmarks.measure import DeviceLost, Settings, run_group
 from benchmarks.plans import GRID, GRID_ROWS, GRID_VOCAB, HEADLINE, SLOW_TO_PREPARE, Group, groups
 from benchmarks.registry import OPS
-from benchmarks.shapes import Case, LogitsShape
+from benchmarks.shapes import Case, HiddenShape, LogitsShape
 from benchmarks.traffic import Bandwidth
+from benchmarks.verdicts import FEWEST_SAMPLES, over_products
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BANDWIDTH = Bandwidth(read=1e10, copy=1e10, buffer_bytes=1)
@@ -113,6 +114,18 @@ def test_a_row_has_everything(device: list[str], monkeypatch: pytest.MonkeyPatch
     assert record.peak_extra_bytes == 4096 and record.host_seconds > 0
     assert (record.syncs, record.hidden) == (0, True) and record.calls_per_sample >= 1
     assert record.graph["equal"] and record.graph["summary"]["count"] == 2
+
+
+def test_products_are_timed_in_turns_with_what_they_are_compared_with(device: list[str]) -> None:
+    case = Case(HiddenShape(8, 16, 97), torch.float32, CPU)
+    op, names = "linear_logprob_entropy_fwdbwd", frozenset({"ours", "three products"})
+    group = Group("g", (("linear_floor", case), (op, case)), only=names)
+    found = run_group(group, Settings(repeats=4, cache="both", memory=False), GPU, BANDWIDTH, lambda _: None)
+    ours = next(record for record in found if record.op == op)
+    assert ours.status == "ok" and len(ours.samples) == FEWEST_SAMPLES  # bars rest on it
+    assert list(ours.products) == ["three products"] and ours.products["three products"]["count"] == len(ours.samples)
+    assert all(not record.products for record in found if record is not ours)
+    assert over_products(ours, []) == ours.summary["median"] / ours.products["three products"]["median"]
 
 
 def test_a_call_that_waits_is_not_captured(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,9 +254,9 @@ def test_a_peer_that_is_not_there_says_so(package: Path) -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_peer"):
         standins.load("no_such_peer.core", bare=(), stand_ins=())
     with pytest.raises(peers.Unavailable, match="fake_peer does not import: ModuleNotFoundError"):
-        peers._module("fake_peer")
+        peers.module_of("fake_peer")
     with pytest.raises(peers.Unavailable, match="no_such_peer is not installed"):
-        peers._alone("no_such_peer.core", ("no_such_peer",), ())
+        peers.alone("no_such_peer.core", ("no_such_peer",), ())
 
 
 @pytest.mark.parametrize("function", ["policy_loss", "clip_cov_loss"])

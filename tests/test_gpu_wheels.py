@@ -18,7 +18,7 @@ def test_versions_are_those_of_the_bench_extra() -> None:
 
 
 def test_a_peer_without_a_version_is_an_error() -> None:
-    with pytest.raises(ValueError, match="none for verl, trl, fla-core"):
+    with pytest.raises(ValueError, match="none for verl, trl, fla-core, cut-cross-entropy"):
         gpu_wheels.requirements('bench = [\n  "liger-kernel==0.8.5",\n  "verl",\n]')
 
 

@@ -1,8 +1,9 @@
 """``make gpu-wheels``: the benchmark's peers as wheels in ``.wheels/``, for a GPU machine that has no network.
 
 ``make gpu-check`` installs there what lies in the folder, without dependencies; the peers' kernels need only torch and
-triton, and verl's losses are loaded without its cluster (benchmarks/standins.py). quack's cross-entropy is left out:
-it needs nvidia-cutlass-dsl, 84 MiB. Versions are those of the ``bench`` extra in pyproject.toml.
+triton, and verl's losses are loaded without its cluster (benchmarks/standins.py). quack's cross-entropies and Liger's
+scaled one are left out: they need nvidia-cutlass-dsl, 84 MiB. Versions are those of the ``bench`` extra in
+pyproject.toml.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: einops: fla imports it. setuptools: older ones cannot read pyproject.toml, and the machine may have one.
-PEERS = ("liger-kernel", "verl", "trl", "fla-core")
+PEERS = ("liger-kernel", "verl", "trl", "fla-core", "cut-cross-entropy")
 ALSO = ("einops==0.8.2", "setuptools==80.9.0")
 #: A folder that travels with a working tree has to stay small.
 LIMIT = 60 << 20  # bytes

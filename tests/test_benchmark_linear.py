@@ -1,0 +1,576 @@
+"""The suite from hidden states: its gate has teeth, peers are called as their packages want it, plans, tables."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from benchmarks import linear, linear_peers, measure, peers, plots, readme, records, registry, standins, tables
+from benchmarks.checks import Check, check
+from benchmarks.implementations import REGISTRY, Implementation
+from benchmarks.measure import Settings, run_group
+from benchmarks.plans import BARS, CPU_HIDDEN, GRID, GRID_QUICK, Group, groups
+from benchmarks.records import Measured, Record
+from benchmarks.registry import EVERYTHING, GRADIENT, LINEAR, LINEAR_LOSSES, LOGPROB, MEAN_LOGPROB, of_op
+from benchmarks.shapes import HEADLINE_HIDDEN, Case, HiddenShape, Inputs, make_inputs
+from benchmarks.traffic import Bandwidth
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+SHAPE = HiddenShape(96, 32, 1500)
+FORWARD, BOTH = "linear_logprob_entropy", "linear_logprob_entropy_fwdbwd"
+
+
+def _case(dtype: torch.dtype = torch.float32) -> tuple[Case, Inputs]:
+    case = Case(SHAPE, dtype, CPU)
+    return case, make_inputs(case)
+
+
+def _check(op: str, case: Case, inputs: Inputs, role: str, outputs: Any, computes: str = EVERYTHING) -> Check:
+    implementation = Implementation(op, "x", role, lambda case, inputs: None, lambda case: None, computes)  # type: ignore
+    return check(implementation, case, inputs, outputs)
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def _by_hand(inputs: Inputs, parts: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """Values and gradients in float64, from some parts of the gradient by the logits."""
+    hidden, weight, target = inputs["hidden"].double(), inputs["weight"].double(), inputs["target"]
+    logp = (hidden @ weight.t()).log_softmax(-1)
+    p, entropy = logp.exp(), -(logp.exp() * logp).sum(-1)
+    g_lp, g_h = inputs["grad_logprob"].double()[:, None], inputs["grad_entropy"].double()[:, None]
+    onehot = torch.nn.functional.one_hot(target, logp.shape[-1])
+    by_part = {
+        "onehot": g_lp * onehot,
+        "softmax": -g_lp * p,
+        "entropy": -g_h * p * (logp + entropy[:, None]),
+        "shifted": g_lp * onehot.roll(1, -1),
+    }
+    dz = sum((by_part[part] for part in parts), torch.zeros_like(p))
+    logprob = logp.gather(-1, target[:, None])[:, 0]
+    return logprob, entropy, dz @ weight, dz.t() @ hidden
+
+
+RIGHT = ("onehot", "softmax", "entropy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("parts", "passes"),
+    [
+        (RIGHT, True),
+        ((), False),
+        (("onehot", "entropy"), False),
+        (("shifted", "softmax", "entropy"), False),
+        (("onehot", "softmax"), False),
+    ],
+    ids=["right", "zero", "no softmax term", "shifted target", "no entropy term"],
+)
+def test_wrong_gradients_do_not_pass(parts: tuple[str, ...], passes: bool, dtype: torch.dtype) -> None:
+    case, inputs = _case(dtype)
+    logprob, entropy, d_hidden, d_weight = _by_hand(inputs, parts)
+    outputs = (logprob.float(), entropy.float(), d_hidden.to(dtype), d_weight.to(dtype))
+    assert _check(BOTH, case, inputs, "ours", outputs).passed is passes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lost_tile_of_either_gradient_does_not_pass(dtype: torch.dtype) -> None:
+    case, inputs = _case(dtype)
+    for lost in (2, 3):
+        outputs = list(_by_hand(inputs, RIGHT))
+        outputs[lost][: len(outputs[lost]) // 8] = 0
+        assert not _check(BOTH, case, inputs, "ours", outputs).passed
+
+
+def test_what_computes_less_is_checked_on_that() -> None:
+    case, inputs = _case()
+    logprob, _, d_hidden, d_weight = _by_hand(inputs, ("onehot", "softmax"))
+    whole = _by_hand(inputs, RIGHT)
+    mean = {**inputs, "grad_logprob": torch.full((SHAPE.rows,), -1.0 / SHAPE.rows)}
+    of_mean = _by_hand(mean, ("onehot", "softmax"))[2:]
+
+    def passed(op: str, computes: str, *outputs: Tensor) -> bool:
+        return _check(op, case, inputs, "ours", outputs, computes).passed
+
+    assert passed(FORWARD, LOGPROB, logprob) and not passed(FORWARD, LOGPROB, logprob + 0.1)
+    assert passed(BOTH, LOGPROB, logprob, d_hidden, d_weight)
+    assert not passed(BOTH, LOGPROB, logprob, *whole[2:])  # something of an entropy in it
+    assert passed(BOTH, GRADIENT, d_hidden, d_weight) and not passed(BOTH, GRADIENT, -d_hidden, d_weight)
+    assert passed(FORWARD, MEAN_LOGPROB, logprob.mean()) and not passed(FORWARD, MEAN_LOGPROB, logprob.mean() + 0.1)
+    assert passed(BOTH, MEAN_LOGPROB, logprob.mean(), *of_mean)
+    assert not passed(BOTH, MEAN_LOGPROB, logprob.mean(), 2 * of_mean[0], of_mean[1])
+
+
+def test_a_sum_over_tiles_that_is_rounded_each_time_shows() -> None:
+    """d_weight over 16 parts of the tokens, added up in bf16: hidden beside rounded logits, seen without them."""
+    case, inputs = _case(torch.bfloat16)
+    logprob, entropy, d_hidden, whole = _by_hand(inputs, RIGHT)
+    summed = torch.zeros(SHAPE.vocab, SHAPE.features, dtype=torch.bfloat16)
+    for begin in range(0, SHAPE.rows, SHAPE.rows // 16):
+        rows = slice(begin, begin + SHAPE.rows // 16)
+        part = {name: value if name == "weight" else value[rows] for name, value in inputs.items()}
+        summed += _by_hand(part, RIGHT)[3].bfloat16()
+    errors = []
+    for d_weight in (summed, whole.bfloat16()):
+        outputs = (logprob, entropy, d_hidden.bfloat16(), d_weight)
+        errors.append(check(REGISTRY[BOTH, "ours-tiles"], case, inputs, outputs).errors["d_weight (relative)"])
+    assert errors[0] > 1.5 * errors[1]
+
+
+def test_logits_in_fp32_are_held_to_fp32() -> None:
+    case, inputs = _case(torch.bfloat16)
+    logprob, entropy = _by_hand(inputs, ())[:2]
+    for error, name, passes in (
+        (1e-2, "ours", True),
+        (1e-2, "ours-fp32-logits", False),
+        (1e-6, "ours-fp32-logits", True),
+    ):
+        implementation = replace(REGISTRY[FORWARD, "ours"], name=name)
+        assert check(implementation, case, inputs, (logprob, entropy + error)).passed is passes
+    drift = check(REGISTRY[FORWARD, "ours"], case, inputs, (logprob, entropy + 1e-2)).errors["entropy, mean (nats)"]
+    assert drift == pytest.approx(1e-2)
+
+
+def _loss_by_hand(inputs: Inputs, drop: Tensor, wrong: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    leaves = [inputs[name].double().requires_grad_() for name in ("hidden", "weight")]
+    logp = (leaves[0] @ leaves[1].t()).log_softmax(-1).gather(-1, inputs["target"][:, None])[:, 0]
+    mask, advantages = inputs["mask"], inputs["advantages"].double()
+    ratio = (logp - inputs["old_logprob"]).exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)
+    tokens = plain if wrong == "unclipped" else torch.maximum(plain, clipped)
+    tokens = tokens.masked_fill(drop, 0.0)
+    loss = (tokens * mask).sum() / (len(mask) if wrong == "mean over all" else mask.sum())
+    return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize(("wrong", "passes"), [("", True), ("unclipped", False), ("mean over all", False)])
+def test_loss_checks_accept_the_definition_and_refuse_a_neighbour(wrong: str, passes: bool) -> None:
+    case, inputs = _case()
+    nobody = torch.zeros(SHAPE.rows, dtype=torch.bool)
+    assert _check("linear_policy_loss", case, inputs, "ours", _loss_by_hand(inputs, nobody, wrong)).passed is passes
+
+
+def test_the_check_of_clip_cov_counts_and_looks_at_the_band() -> None:
+    case, inputs = _case()
+    mask, advantages = inputs["mask"], inputs["advantages"].double()
+    logprob = _by_hand(inputs, ())[0]
+    ratio = (logprob - inputs["old_logprob"]).exp()
+    alive = mask & (-advantages * ratio.clamp(0.8, 1.2) <= -advantages * ratio) & (logprob.exp() < 0.9)
+    covariance = (logprob - logprob[mask].mean()) * (advantages - advantages[mask].mean())
+    inside = (alive & (covariance > 1.1) & (covariance < 4.9)).nonzero()[:, 0]
+    outside = (alive & (covariance < 0.5)).nonzero()[:, 0]
+
+    def passed(*tokens: Tensor) -> bool:
+        drop = torch.zeros_like(mask)
+        drop[torch.stack(tokens) if tokens else []] = True
+        return _check("linear_clip_cov_loss", case, inputs, "ours", _loss_by_hand(inputs, drop)).passed
+
+    assert len(inside) > 1 and len(outside) > 0
+    assert passed(inside[0]) and passed(inside[1])  # whichever was drawn
+    assert not passed() and not passed(inside[0], inside[1]) and not passed(outside[0])
+
+
+_SLOW = {"compile", "cut-ce-compile", "liger-grpo"}  # they compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("op", [*LINEAR, *LINEAR_LOSSES])
+def test_what_runs_here_passes(op: str, dtype: torch.dtype) -> None:
+    """Ours, what is written by hand, and the peers that are installed."""
+    case, inputs = _case(dtype)
+    ran = []
+    for implementation in of_op(op):
+        if implementation.name not in _SLOW and implementation.supports(case) is None:
+            result = check(implementation, case, inputs, implementation.make(case, inputs).call())
+            assert result.passed, (implementation.name, result.failures)
+            ran.append(implementation.name)
+    assert len(ran) >= 2
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def test_tiles_cut_tokens_and_vocabulary() -> None:
+    hidden, weight = (torch.empty(n, 576, dtype=torch.bfloat16, requires_grad=True) for n in (1024, 49152))
+    options: dict[str, Any]
+    for options in ({}, {"logits_dtype": torch.float32}):
+        budget = linear.tiled(hidden, weight, **options)
+        plan = ek.linear_plan(hidden, weight, memory_budget=budget, **options)
+        assert plan.mode == "recompute" and min(plan.row_chunks, plan.vocab_chunks) >= linear.MANY
+        more = ek.linear_plan(hidden, weight, memory_budget=int(1.05 * budget), **options)
+        assert more.mode == "keep" or more.row_chunks < linear.MANY
+
+
+def test_stated_memory_is_the_plans_and_the_results() -> None:
+    case, inputs = _case()
+    hidden, weight = inputs["hidden"].clone().requires_grad_(), inputs["weight"]
+    gradients = 4 * (hidden.numel() + weight.numel())
+    weight = weight.clone().requires_grad_()
+    kept = ek.linear_plan(hidden, weight, memory_budget=linear.ENOUGH).peak_bytes
+    prepared = REGISTRY[BOTH, "ours"].make(case, inputs)
+    assert prepared.stated_bytes == kept + gradients + 8 * SHAPE.rows
+    with torch.no_grad():
+        once = ek.linear_plan(hidden, weight, memory_budget=linear.ENOUGH).peak_bytes
+    assert REGISTRY[FORWARD, "ours"].make(case, inputs).stated_bytes == once + 8 * SHAPE.rows
+    assert REGISTRY[FORWARD, "eager"].make(case, inputs).stated_bytes is None
+
+
+@pytest.mark.parametrize("op", LINEAR_LOSSES)
+def test_the_fused_loss_is_measured_once_it_is_there(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, inputs = _case()
+    ours = REGISTRY[op, "ours"]
+    monkeypatch.delattr(ek, "linear_policy_loss", raising=False)
+    assert "has no linear_policy_loss" in (ours.supports(case) or "")
+
+    def fused(hidden, weight, target, old, advantages, mask, bias=None, *, method, seed=None, memory_budget=None):
+        logprob = ek.linear_logprob_entropy(hidden, weight, target, memory_budget=memory_budget).logprob
+        if method == "ppo":
+            return ek.policy_loss(logprob, old, advantages, mask)
+        return ek.clip_cov_loss(logprob, old, advantages, mask, seed=seed)
+
+    monkeypatch.setattr(ek, "linear_policy_loss", fused, raising=False)
+    assert ours.supports(case) is None
+    assert check(ours, case, inputs, ours.make(case, inputs).call()).passed
+
+
+# --- peers, as their packages declare them ----------------------------------------------------------------------------
+
+
+def _logp(hidden: Tensor, weight: Tensor) -> Tensor:
+    return (hidden @ weight.t()).float().log_softmax(-1)
+
+
+def _values(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    logp = _logp(hidden, weight)
+    return logp.gather(-1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.mean()
+
+
+class _Chunked:
+    """trl.trainer.utils._ChunkedLogProbFunction, 1.16.0."""
+
+    @staticmethod
+    def apply(
+        hidden, weight, bias, targets, temperature, chunk_size,
+        final_logit_softcapping=None, logit_scale=1.0, outputs=("entropy", "log_sum_sq_probs"),
+    ):  # fmt: skip
+        assert bias is None and temperature == 1.0 and chunk_size > 0 and outputs == ("entropy",)
+        return *_values(hidden, weight, targets), None, None, None
+
+
+class _FusedLinearForPPO:
+    """verl.utils.experimental.torch_functional, 0.9.1."""
+
+    def __init__(self, chunk_size=512, impl_backend="torch"):
+        assert impl_backend == "torch"
+
+    def __call__(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        return _values(hidden_states, vocab_weights, input_ids)
+
+
+def _verl_linear_cross_entropy(hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None):
+    """verl.utils.kernel.linear_cross_entropy: an autograd function's apply, 0.9.1."""
+    assert isinstance(temperature, float) and reduction == "none"
+    return _values(hidden, weight, labels)
+
+
+class _Scaled:
+    """liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction, 0.8.5."""
+
+    @staticmethod
+    def apply(
+        _input, weight, target, temperature=1.0, ignore_index=-100, m_tiles_per_cluster=1, return_entropy=False,
+        selected_token_ids=None,
+    ):  # fmt: skip
+        assert ignore_index == -100 and m_tiles_per_cluster == 1 and return_entropy is True
+        logprob, entropy = _values(_input, weight, target)
+        return -logprob, entropy
+
+
+def _liger_linear(
+    input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
+    reduction="mean", softcap=None,
+):  # fmt: skip
+    """liger_kernel.transformers.functional.liger_fused_linear_cross_entropy, 0.8.5."""
+    return _reduced(-_values(input, weight, target)[0], reduction)
+
+
+class _Grpo:
+    """liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss, 0.8.5: loss type dapo."""
+
+    def __init__(self, beta=0.04, compiled=True, use_ref_model=True, chunk_size=1, epsilon_low=0.2, epsilon_high=0.2):
+        assert beta == 0.0 and use_ref_model is False
+        self.chunk_size = chunk_size
+
+    def __call__(
+        self, _input, lin_weight, selected_token_ids, attention_mask, advantages, bias=None, ref_per_token_logps=None,
+        old_per_token_logps=None,
+    ):  # fmt: skip
+        batch, length, _ = _input.shape
+        assert selected_token_ids.shape == attention_mask.shape == (batch, length) and advantages.shape == (batch,)
+        logprob = _values(_input.flatten(0, 1), lin_weight, selected_token_ids.flatten())[0].view(batch, length)
+        old = logprob.detach() if old_per_token_logps is None else old_per_token_logps
+        ratio = (logprob - old).exp()
+        tokens = -torch.min(ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None])
+        return (tokens * attention_mask).sum() / attention_mask.sum(), ()
+
+
+def _cut(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce"):
+    """cut_cross_entropy.linear_cross_entropy, 25.1.1."""
+    assert impl in ("cce", "torch_compile") and not shift
+    return _reduced(-_values(e, c, targets)[0], reduction)
+
+
+def _quack(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True, use_scaled_exp=None):
+    """quack.linear_cross_entropy.chunked_linear_cross_entropy, 0.6.5: no reduction "none"."""
+    assert reduction in ("mean", "sum")
+    return _reduced(-_values(x, weight, target)[0], reduction)
+
+
+# module, name, what stands in for it; where the package is installed, its signature is compared
+STAND_INS: tuple[tuple[str, str, Any], ...] = (
+    ("trl.trainer.utils", "_ChunkedLogProbFunction", _Chunked),
+    ("verl.utils.experimental.torch_functional", "FusedLinearForPPO", _FusedLinearForPPO),
+    ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", _verl_linear_cross_entropy),
+    ("liger_kernel.ops.fused_linear_scaled_cross_entropy", "LigerFusedLinearScaledCrossEntropyFunction", _Scaled),
+    ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", _liger_linear),
+    ("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss", _Grpo),
+    ("cut_cross_entropy", "linear_cross_entropy", _cut),
+    ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", _quack),
+)
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules: dict[str, Any] = {}
+    for module, name, stand_in in STAND_INS:
+        modules.setdefault(module, SimpleNamespace(__name__=module)).__dict__[name] = stand_in
+    monkeypatch.setattr(peers, "module_of", modules.__getitem__)
+    monkeypatch.setattr(peers, "alone", lambda name, bare, stand_ins: modules[name])
+    monkeypatch.setattr(linear_peers, "_verl_kernel", modules.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("op", [FORWARD, BOTH])
+def test_every_peer_is_called_as_its_package_declares_it(op: str, packages: None) -> None:
+    """Also those that run on a GPU only: functions of the same signature stand for them, and the gate judges."""
+    case, inputs = _case()
+    wanted = {peer.name: peer.computes for peer in linear_peers.PEERS}
+    if op == BOTH:
+        wanted["liger-grpo"] = GRADIENT
+    for name, computes in wanted.items():
+        implementation = REGISTRY[op, name]
+        result = check(implementation, case, inputs, implementation.make(case, inputs).call())
+        assert result.passed, (name, result.failures)
+        assert implementation.computes == computes and result.errors
+        assert all(error < 1e-3 for error in result.errors.values()), (name, result.errors)  # not only loosely right
+
+
+def test_liger_grpo_is_a_peer_of_the_ppo_loss(packages: None) -> None:
+    case, inputs = _case()
+    implementation = REGISTRY["linear_policy_loss", "liger-grpo"]
+    result = check(implementation, case, inputs, implementation.make(case, inputs).call())
+    assert result.passed and all(error < 1e-3 for error in result.errors.values()), result.errors
+
+
+def test_verls_loss_of_verls_log_prob(packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss_of(mode: str, **settings: Any) -> Callable[..., Any]:
+        assert mode == "vanilla" or set(settings) == {"clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"}
+
+        def loss(logprob: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, dict]:
+            assert logprob.shape == old.shape == advantages.shape == mask.shape == (1, SHAPE.rows)
+            if mode == "vanilla":
+                return tuple(ek.policy_loss(logprob, old, advantages, mask))
+            return tuple(ek.clip_cov_loss(logprob, old, advantages, mask, seed=3, ratio=settings["clip_cov_ratio"]))
+
+        return loss
+
+    monkeypatch.setattr(peers, "verl_loss", loss_of)
+    case, inputs = _case()
+    for op in LINEAR_LOSSES:
+        implementation = REGISTRY[op, "verl"]
+        assert check(implementation, case, inputs, implementation.make(case, inputs).call()).passed
+
+
+def _parameters(function: Any) -> list[list[str]]:
+    """Names of the parameters of what is called: of a class also its constructor, of an autograd function forward."""
+    function = getattr(function, "__self__", function)  # of a bound apply
+    if not isinstance(function, type):
+        called = [function]
+    elif issubclass(function, torch.autograd.Function):
+        called = [function.forward]
+    elif hasattr(function, "apply") and not issubclass(function, torch.nn.Module):
+        called = [function.apply]
+    else:
+        called = [function.__init__, function.forward if issubclass(function, torch.nn.Module) else function.__call__]
+    return [[name for name in inspect.signature(f).parameters if name not in ("self", "ctx")] for f in called]
+
+
+@pytest.mark.parametrize(("module", "name", "stand_in"), STAND_INS, ids=[name for _, name, _ in STAND_INS])
+def test_the_stand_ins_have_the_signatures_of_the_packages(module: str, name: str, stand_in: Any) -> None:
+    try:
+        if module.startswith("verl.utils.kernel"):
+            found = linear_peers._verl_kernel(module)
+        else:
+            found = (
+                peers.alone(module, linear_peers._VERL, ()) if module.startswith("verl") else peers.module_of(module)
+            )
+    except peers.Unavailable as error:
+        pytest.skip(str(error))
+    ours, real = _parameters(stand_in), _parameters(getattr(found, name))
+    assert [theirs[: len(mine)] for mine, theirs in zip(ours, real, strict=True)] == ours
+
+
+def test_limits_of_peers_are_reasons(packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(HiddenShape(8, 576, 64), torch.float32, CPU)
+    assert "multiples of 128, not 576" in (REGISTRY[FORWARD, "verl-triton"].supports(case) or "")
+    case = Case(HiddenShape(8, 512, 64), torch.float32, CPU)
+    for name in ("verl-triton", "liger-linear-ce", "liger-linear-ce-mean", "cut-ce", "quack-linear-ce-mean"):
+        assert REGISTRY[FORWARD, name].supports(case) == "runs on cuda tensors only"
+    assert REGISTRY[FORWARD, "trl"].supports(case) is None
+
+    def no_kernels(device: torch.device) -> None:
+        raise ModuleNotFoundError("No module named 'cutlass'")
+
+    scaled = SimpleNamespace(
+        __name__="x", LigerFusedLinearScaledCrossEntropyFunction=_Scaled, _resolve_implementation=no_kernels
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(peers, "module_of", lambda name: scaled)
+    assert "No module named 'cutlass'" in (REGISTRY[FORWARD, "liger-scaled"].supports(case) or "")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package that needs what is not installed, with a function that imports its kernels when it is called."""
+    root = tmp_path / "fake_late"
+    (root / "ops").mkdir(parents=True)
+    (root / "__init__.py").write_text("import fake_cluster\n")
+    (root / "ops" / "__init__.py").write_text("")
+    (root / "ops" / "kernels.py").write_text("def twice(x):\n    return 2 * x\n")
+    (root / "ops" / "linear.py").write_text(
+        "def late(x):\n    from . import kernels\n    from ..trainer.utils import gather\n"
+        "    return kernels.twice(gather(x))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield root
+    for name in [name for name in sys.modules if name.startswith("fake_late")]:
+        del sys.modules[name]
+
+
+def test_what_a_function_imports_when_it_is_called_stays(package: Path) -> None:
+    keep = {
+        "fake_late.ops.kernels": {}, "fake_late.ops": {},
+        "fake_late.trainer.utils": {"gather": lambda x: x + 1},
+    }  # fmt: skip
+    module = standins.load(
+        "fake_late.ops.linear", bare=("fake_late", "fake_late.ops"), stand_ins=("fake_late.trainer",), keep=keep
+    )
+    assert module.late(3) == 8
+    assert {name for name in sys.modules if name.startswith("fake_late")} == set(keep)
+
+
+# --- plans and rounds -------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_has_the_floor_tables_shapes_in_bf16_the_bars_first() -> None:
+    table = {HiddenShape(8192, h, v) for h in (2048, 4096) for v in (32000, 128256, 151936, 256000)}
+    assert set(GRID.hidden) == table and len(GRID.hidden) == len(table)
+    assert GRID.hidden[0] == HEADLINE_HIDDEN and GRID_QUICK.hidden == (HEADLINE_HIDDEN,)
+    dtypes = [torch.float32, torch.bfloat16]
+    found = [g for g in groups(GRID, list(registry.OPS), dtypes, GPU) if g.title.startswith("From hidden")]
+    assert {case.dtype for group in found for _, case in group.entries} == {torch.bfloat16}
+    assert {case.shape for group in found for _, case in group.entries} == table
+    only = groups(GRID, list(registry.OPS), [torch.float32], GPU)
+    assert any(group.title.startswith("From hidden") for group in only)  # asked for alone it is measured
+
+
+def test_a_cpu_has_the_bars_shape_and_in_its_grid_more() -> None:
+    assert BARS.hidden == (HiddenShape(1024, 576, 49152),) == CPU_HIDDEN[:1] and len(CPU_HIDDEN) > 1
+    found = groups(BARS, list(registry.OPS), [torch.float32, torch.bfloat16], CPU)
+    first, second = (group for group in found if group.title.startswith("From hidden"))
+    assert {op for op, _ in first.entries} == {*LINEAR, *LINEAR_LOSSES}
+    assert {op for op, _ in second.entries} == set(LINEAR) and not first.cold
+
+
+def test_products_are_not_timed_again_with_cold_caches() -> None:
+    case = Case(SHAPE, torch.float32, CPU)
+    group = Group("From hidden states", ((FORWARD, case), ("linear_floor", case)), only=frozenset({"ours", "product"}))
+    bandwidth, settings = Bandwidth(1e10, 1e10, 1), Settings(repeats=2, cache="both", memory=True)
+    for cold in (True, False):
+        found = run_group(replace(group, cold=cold), settings, CPU, bandwidth, lambda _: None)
+        assert [bool(record.cold) for record in found] == [cold, cold]
+    fewer = measure.steps(replace(group, cold=True), settings) - measure.steps(replace(group, cold=False), settings)
+    assert fewer == len(found) * settings.cold_repeats
+    ours = next(record for record in found if record.implementation == "ours")
+    assert ours.stated_bytes is not None and ours.peak_extra_bytes is not None
+
+
+# --- tables and figures -----------------------------------------------------------------------------------------------
+
+
+def _row(op: str, name: str, role: str, median: float, **fields: Any) -> Record:
+    summary = {"count": 7, "min": median, "median": median, "p10": median, "p90": median, "spread": 0.0}
+    fields = {"device": "cuda", "dtype": "bf16", "peak_extra_bytes": 2_000_000, **fields}
+    return Record(
+        op, name, role, str(HEADLINE_HIDDEN), cache="hot", size={"features": 1, "vocab": 1}, summary=summary, **fields
+    )
+
+
+def _rows(device: str = "cuda") -> list[Record]:
+    shape = str(HEADLINE_HIDDEN if device == "cuda" else BARS.hidden[0])
+    rows = [
+        _row("linear_floor", "product", "limit", 10e-3),
+        _row("linear_floor", "three products", "limit", 30e-3),
+        _row(FORWARD, "ours", "ours", 10.5e-3, stated_bytes=3_000_000, errors={"entropy (nats)": 2e-3}),
+        _row(FORWARD, "cut-ce", "peer", 12e-3, computes=LOGPROB),
+        _row(FORWARD, "verl", "peer", 50e-3, errors={"entropy (nats)": 0.05}),
+        _row(BOTH, "ours-tiles", "ours", 90e-3),
+        _row(BOTH, "ours", "ours", 31.5e-3),
+        _row("linear_clip_cov_loss", "ours", "ours", 31.2e-3, dtype="fp32"),
+    ]
+    return [replace(row, shape=shape, device=device) for row in rows]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_readmes_table_of_hidden_states(device: str, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    records.write(tmp_path / "m" / "bench.json", records.as_document({}, [Measured("G", False, _rows(device))]))
+    text = readme.filled("<!-- bench: m hidden -->\nold\n<!-- /bench -->\n", tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    assert [line[1] for line in lines[1:]] == ["**ours**", "cut-ce", "verl", "**ours**", "**ours**"]
+    assert lines[1][:6] == ["log-prob + entropy, bf16", "**ours**", "10.5 ms", "1.05×", "2.00 MB", "2.0e-03"]
+    assert lines[2][3:] == ["1.20×", "2.00 MB", "", LOGPROB] and lines[4][3] == "1.05×"
+    assert lines[5][0].endswith("fp32") and lines[5][3] == ""  # without products of its dtype there is no ratio
+    assert readme.filled(text, tmp_path) == text and "old" not in text
+    with pytest.raises(ValueError, match="from hidden states"):
+        readme.hidden_table([replace(row, shape="8×8×8 hidden") for row in _rows(device)])
+
+
+def test_a_groups_table_has_the_time_over_products_and_the_stated_memory() -> None:
+    text = tables.group_table(_rows())
+    assert "over products" in text and "3.00×" in text and "3.00 MB" in text
+    assert "over products" not in tables.group_table([row for row in _rows() if row.op != "linear_floor"])
+
+
+def test_the_figure_has_a_row_per_op_with_times_and_memory() -> None:
+    pytest.importorskip("matplotlib")
+    figure = plots.hidden_figure([Measured("G", False, _rows())], "note")
+    assert figure is not None
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert len(figure.axes) == 4 and any("forward + backward, 8192×4096×128256 bf16" in title for title in titles)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["ours", "cut-ce*", "verl"]
+    assert plots.hidden_figure([], "note") is None
