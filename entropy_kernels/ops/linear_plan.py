@@ -156,7 +156,9 @@ def keeps_logits(p: Problem) -> bool:
     if p.whole:
         # the one tile is the kept logits themselves
         return _tile_bytes(p, p.rows, p.columns) <= p.budget
-    return _kept_bytes(p) + _least_bytes(p) <= p.budget
+    # beside them a tile that is worth it: a product more costs less than many small tiles
+    good = _tile_bytes(p, p.rows if p.need_weight else min(p.rows, _GOOD_ROWS), min(p.columns, _GOOD_COLUMNS))
+    return _kept_bytes(p) + good <= p.budget
 
 
 def _least_bytes(p: Problem) -> int:
