@@ -303,6 +303,66 @@ def test_a_whole_step_compiles(place: Place, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
 
 
+# its products are torch's: a failure says nothing of a backend's ops
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=on_gpu(name)) for name in ("torch", "triton", "cuda")])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("budget", (1 << 30, 3 << 20), ids=("in one part", "in parts"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_from_hidden_states(backend: str, budget: int, dtype: torch.dtype) -> None:
+    """No sync, the same results in a graph that is replayed, a bounded memory; the head's gradient also in a buffer."""
+    states = {op: ek.backends()[op][backend] for op in ("token_stats", "policy_loss")}
+    if set(states.values()) != {"available"}:
+        pytest.skip(f"backend {backend}: {states}")
+    rows, features, vocab = 512, 64, 9000
+    hidden, weight = (
+        normal(*shape, dtype=dtype, device="cuda", scale=0.3).requires_grad_()
+        for shape in ((rows, features), (vocab, features))
+    )
+    target = labels(rows, vocab=vocab, device="cuda")
+    target[5] = -100
+    old, advantages = torch.full((rows,), -9.0, device="cuda"), torch.linspace(-2, 1, rows, device="cuda")
+    buffer = torch.zeros(vocab, features, device="cuda")
+    seed = torch.tensor(3, device="cuda")
+    options: dict[str, Any] = {"memory_budget": budget, "backend": backend}
+
+    def call() -> list[Tensor]:
+        found: list[Tensor] = []
+        outputs = ek.linear_logprob_entropy(hidden, weight, target, **options)
+        found += torch.autograd.grad(outputs.logprob.sum() - outputs.entropy.sum(), (hidden, weight))
+        for method, more in (("ppo", {}), ("clip_cov", {"seed": seed, "low": 0.01, "ratio": 0.02}), ("kl_cov", {})):
+            args = (hidden, weight, target, old, advantages, None)
+            result = ek.linear_policy_loss(*args, method=method, entropy_coef=0.01, **more, **options)
+            found += [result.loss.detach(), *torch.autograd.grad(result.loss, (hidden, weight))]
+        buffer.zero_()
+        loss = ek.linear_policy_loss(hidden, weight, target, old, advantages, None, grad_buffer=buffer, **options).loss
+        return [*found, *torch.autograd.grad(loss, (hidden,)), buffer.clone()]
+
+    call()
+    with no_sync():
+        expected = call()
+    plan = ek.linear_plan(hidden, weight, memory_budget=budget, policy_loss=True)
+    assert (plan.row_chunks > 2) == (budget < 1 << 30)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(3):
+        graph.replay()
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for ours, right in zip(captured, expected, strict=True):
+        assert (ours.float() - right.float()).norm() <= tolerance * right.float().norm()
+    on_cpu = [x.detach().cpu().requires_grad_() for x in (hidden, weight)]
+    loss = ek.linear_policy_loss(
+        *on_cpu, target.cpu(), old.cpu(), advantages.cpu(), None, method="kl_cov", entropy_coef=0.01
+    )
+    for ours, right in zip(captured[9:11], torch.autograd.grad(loss.loss, on_cpu), strict=True):  # of kl_cov
+        assert (ours.cpu().float() - right.float()).norm() <= 5 * tolerance * right.float().norm()
+
+
 @pytest.mark.parametrize("place", [param for param in PLACES if param.id == "triton"])
 def test_triton_measures_its_tilings_once(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """On scratch tensors: the call's own logits and gradient are what they are without tuning."""
