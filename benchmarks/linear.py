@@ -140,16 +140,11 @@ def _composed_loss(op: str, hidden: Tensor, weight: Tensor, target: Tensor, *res
     return ek.clip_cov_loss(logprob, *rest, seed=SEED, ratio=CLIP_COV_RATIO).loss
 
 
-_LIBRARY: Any = ek  # a version of it may not have the function below
-
-
-def _fused_loss(op: str, *arguments: Tensor) -> Tensor:
-    options = {"method": "ppo"} if op == "linear_policy_loss" else {"method": "clip_cov", "seed": SEED}
-    return _LIBRARY.linear_policy_loss(*arguments, memory_budget=ENOUGH, **options).loss
-
-
-def _has_fused_loss(case: Case) -> str | None:
-    return None if hasattr(ek, "linear_policy_loss") else f"entropy_kernels {ek.__version__} has no linear_policy_loss"
+def _fused_loss(budget: Budget, op: str, *arguments: Tensor) -> Tensor:
+    options: dict[str, Any] = {"method": "ppo"}
+    if op == "linear_clip_cov_loss":
+        options = {"method": "clip_cov", "seed": SEED, "ratio": CLIP_COV_RATIO}
+    return ek.linear_policy_loss(*arguments, memory_budget=budget(*arguments[:2]), **options).loss
 
 
 # --- plain torch, as it is written by hand ----------------------------------------------------------------------------
@@ -294,7 +289,8 @@ def register_all() -> None:
         _register_torch(op)
     for op in LINEAR_LOSSES:
         rows: tuple[tuple[str, str, Function, Supports], ...] = (
-            ("ours", "ours", _fused_loss, room(1.0, _has_fused_loss)),
+            ("ours", "ours", functools.partial(_fused_loss, _kept), room(1.0)),
+            ("ours-parts", "ours", functools.partial(_fused_loss, _tight), room(0.1)),
             ("ours-composed", "ours", _composed_loss, room(1.0)),
             ("eager", "peer", eager_loss, room(4.0)),
         )
