@@ -70,6 +70,10 @@ def _ours(budget: dict[str, int] | int, case: Case) -> Function:
     return function
 
 
+def ours_by(backend: str, case: Case) -> Function:
+    return functools.partial(ek.linear_logprob_entropy, backend=backend)
+
+
 def _plain(function: Function, case: Case) -> Function:
     return function
 

@@ -12,7 +12,7 @@ import entropy_kernels as ek
 import linear_cases
 from calls import same_bits
 from cases import INF, NAN
-from conftest import Place
+from conftest import Place, places
 from linear_cases import ALL, Linear, budgets, dense, judge, make, run
 
 
@@ -83,13 +83,14 @@ CASES: dict[str, Callable[[torch.dtype], Linear]] = {
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("place", places("linear_token_stats"))
 def test_every_mode(name: str, dtype: torch.dtype, place: Place) -> None:
     """Logits kept, and made again in one tile and in many: each within the errors of materialised logits."""
-    if place.device != "cpu":
-        pytest.skip("on a GPU: test_on_a_gpu")
+    if dtype not in place.dtypes:
+        pytest.skip("fp64 is for the CPU")
     if place.interpreted and (dtype != torch.float32 or name not in ("plain", "masked", "ignored")):
         pytest.skip("the tiles are the same code; the kernels have their own tests")
-    case = CASES[name](dtype)
+    case = CASES[name](dtype).to(place.device)
     modes = list(budgets(case))
     assert modes[0][0].startswith("keep") and (case.target.numel() < 20 or len(case.weight) < 800 or len(modes) > 1)
     for _, budget in modes[:2] if place.interpreted else modes:
