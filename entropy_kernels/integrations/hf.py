@@ -74,8 +74,9 @@ def causal_lm_logprob_entropy(
         logprob, entropy = ek.hf.causal_lm_logprob_entropy(model, input_ids, attention_mask=mask)
 
     replaces ``logits = model(input_ids, ...).logits`` and what follows. Gradients reach every parameter, a tied
-    embedding through both of its uses. Gradient checkpointing, autocast and adapters of the backbone work as in
-    ``model(...)``; the final softcap of Gemma 2 and 3, and the scale of Granite's and Cohere's logits, are the model's.
+    embedding through both of its uses. Gradient checkpointing, autocast and adapters work as in ``model(...)``; a head
+    that is more than its weight (LoRA, quantised) is called with a tile of the tokens at a time. The final softcap of
+    Gemma 2 and 3, and the scale of Granite's and Cohere's logits, are the model's.
 
     Args:
         model: a transformers causal language model, or a PEFT model around one; not one wrapped in DDP or FSDP1,
@@ -93,17 +94,15 @@ def causal_lm_logprob_entropy(
         ``LogprobEntropy`` of (B, L): position t belongs to the token at t + 1; 0 where there is no label.
 
     Raises:
-        TypeError: a model without a linear output head, or one that is wrapped.
+        TypeError: a model without an output head, one that is wrapped, or a PEFT model that adds tokens to the prompt.
         ValueError: arguments of the wrong shape.
     """
     model = _unwrapped(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
     backbone = getattr(model, "base_model", None)
-    if not isinstance(weight, Tensor) or backbone is None or backbone is model:
+    if not isinstance(head, torch.nn.Module) or backbone is None or backbone is model:
         raise TypeError(
-            "model: expected a transformers causal language model with a linear output head, "
-            f"got {type(model).__name__}"
+            f"model: expected a transformers causal language model with an output head, got {type(model).__name__}"
         )
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected (B, L), got shape {tuple(input_ids.shape)}")
@@ -120,11 +119,17 @@ def causal_lm_logprob_entropy(
     )[0]  # (B, L, H)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     scale = _logit_scale(config)
+    weight: Any = head
+    bias = None
+    if getattr(head.forward, "__func__", None) is torch.nn.Linear.forward:
+        weight, bias = head.weight, head.bias
+    # else adapters, quantised weights or hooks may do more than its attributes tell
     return ek.linear_logprob_entropy(
         hidden if scale == 1 else hidden * scale,
         weight,
         target,
-        getattr(head, "bias", None),
+        bias,
+        vocab_size=None if hasattr(head, "out_features") else config.vocab_size,
         temperature=temperature,
         softcap=getattr(config, "final_logit_softcapping", None),
         ignore_index=ignore_index,
@@ -143,6 +148,11 @@ def _unwrapped(model: Any) -> Any:
         raise TypeError(
             f"model: expected the model itself, got {type(model).__name__}, whose forward (which synchronises the "
             "gradients) would be gone past; call this function inside of the forward of the module that you wrap"
+        )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise TypeError(
+            "model: expected a PEFT model with adapters in its layers, "
+            f"got {model.active_peft_config.peft_type}, whose virtual tokens would be left out"
         )
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
