@@ -278,6 +278,32 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert not same_bits(results["d_weight"], results["d_weight"].to(dtype).float())
 
 
+def test_autocast_against_materialised_logits() -> None:
+    """Under bf16 autocast with fp32 parameters: the same values, and gradients that are no worse, in fp32."""
+    case = make(60, features=32, vocab=1500)
+    exact = dense(case, torch.float64)
+    leaves = case.copy("hidden", "weight", "bias")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = torch.nn.functional.linear(leaves.hidden, leaves.weight, leaves.bias)
+        out = ek.token_stats(logits, case.target)
+        modes = list(budgets(case))
+    assert logits.dtype == torch.bfloat16 and len(modes) > 2
+    up = linear_cases.upstream(case)
+    inputs = [leaves.hidden, leaves.weight, leaves.bias]
+    gradients = torch.autograd.grad([getattr(out, name) for name in up], inputs, list(up.values()))
+    theirs = dict(zip(("d_hidden", "d_weight", "d_bias"), gradients, strict=True))
+    for _, budget in modes:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = run(case, memory_budget=budget)
+        for name, value in out._asdict().items():
+            error, allowed = ((x.double() - exact[name]).norm() for x in (ours[name], value))
+            assert error <= 1.1 * allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+        for name, value in theirs.items():
+            assert ours[name].dtype == value.dtype == torch.float32
+            error, allowed = ((x.double() - exact[name]).norm() for x in (ours[name], value))
+            assert error <= 1.1 * allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+
+
 @pytest.mark.parametrize("chunks", ("keep", "recompute"))
 def test_gradcheck(chunks: str) -> None:
     case = make(4, features=3, vocab=130, dtype=torch.float64, temperature=0.7, softcap=5.0)
