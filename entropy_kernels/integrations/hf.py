@@ -120,7 +120,7 @@ def causal_lm_logprob_entropy(
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     scale = _logit_scale(config)
     weight: Any = head
-    bias = None
+    bias: Any = None
     if getattr(head.forward, "__func__", None) is torch.nn.Linear.forward:
         weight, bias = head.weight, head.bias
     # else adapters, quantised weights or hooks may do more than its attributes tell
