@@ -25,6 +25,7 @@ from entropy_kernels.backends.auto_table import Row, Source, Table, Verified
 
 # Ops of the suite that time an op of the registry by another name
 OP_OF = dict.fromkeys(("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd"), "token_stats")
+OP_OF["linear_logprob_entropy"] = "linear_token_stats"
 _PREFIX = "ours-"  # implementations named ours-<backend>; ours-<backend>-inplace is the same kernel, called otherwise
 Class = tuple[str, str, str, str]  # op, architecture, dtype, size class
 
@@ -123,7 +124,7 @@ def rows_of(cells: dict[Class, Cell]) -> list[Row]:
         timings = [timing for timing in cell.timings if timing.backend not in cell.left_out]
         device = "cpu" if key[1] == "cpu" else "cuda"
         measured = {timing.backend for timing in timings}
-        order = ranking([name for name in registry.default_order(device) if name in measured], timings)
+        order = ranking([name for name in registry.default_order(key[0], device) if name in measured], timings)
         if order:
             times = {name: float(f"{compare(name, order[0], timings)[0]:.4g}") for name in order}
             cases = len({timing.case for timing in timings})

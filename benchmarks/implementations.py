@@ -74,6 +74,13 @@ _LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
+_LINEAR = "linear_logprob_entropy"
+
+
+def _only_on_gpu(case: Case) -> str | None:
+    return None if case.device.type == "cuda" else "on the CPU the same as ours"
+
+
 def _takes_backend(function: str) -> bool:
     return "backend" in inspect.signature(getattr(ek, function)).parameters
 
@@ -89,6 +96,10 @@ def _register_ours() -> None:
         register(Implementation("logprob_entropy_fwdbwd", f"{name}-inplace", "ours", make, supports))
         load = functools.partial(_ours_function, "token_stats", {"backend": backend})
         register(Implementation("token_stats", name, "ours", functools.partial(calls.forward, load), supports))
+        # "auto" takes the kernel with the statistics in the product's epilogue where this has found it faster
+        by_backend = functools.partial(_ours_supports, _LINEAR, "linear_token_stats", backend)
+        make = functools.partial(linear.forward, functools.partial(linear.ours_by, backend))
+        register(Implementation(_LINEAR, name, "ours", make, _all_of(_only_on_gpu, by_backend)))
         for op, (arguments, options) in _SELECTION.items():
             load = functools.partial(_ours_function, op, {**options, "backend": backend})
             supports_op = functools.partial(_ours_supports, op, op, backend)

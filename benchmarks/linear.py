@@ -186,6 +186,10 @@ def eager_loss(
     return (tokens * mask).sum() / count
 
 
+def ours_by(backend: str, case: Case) -> Function:
+    return functools.partial(ek.linear_logprob_entropy, backend=backend)
+
+
 def _plain(function: Function, case: Case) -> Function:
     return function
 

@@ -139,7 +139,7 @@ class Choice:
             best = "best" if next(iter(self.times)) == self.backend else "best that may run"
             why = [f"{best} of those measured ({'; '.join(map(str, self.sources))})"]
         else:
-            why = [f"not measured; the first of {', '.join(registry.default_order(self.device))} that may run"]
+            why = [f"not measured; the first of {', '.join(registry.preference(self.op, self.device))} that may run"]
         return "; ".join([*why, *(f"not {name}: {reason}" for name, reason in self.skipped.items())])
 
 

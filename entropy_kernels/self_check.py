@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -88,6 +89,39 @@ def _check_token_stats(backend: str, device: str) -> Errors:
         excess = ((gradient.cpu().double() - exact_gradient).abs() - rounding).clamp(min=0.0)
         excess[torch.isnan(gradient.cpu())] = math.nan
         errors[f"{name} gradient"] = (_largest(excess, scale), TOLERANCE)
+    return errors
+
+
+def _check_linear_token_stats(backend: str, device: str) -> Errors:
+    """Largest scaled errors from hidden states: the pass without a gradient, and one that makes its logits again."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(8, 24, generator=generator), torch.randn(257, 24, generator=generator) / 4
+    target = torch.randint(257, (8,), generator=generator)
+    target[2] = -100
+    weights = torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    errors: Errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = (x.to(device, dtype).requires_grad_() for x in (hidden, weight))
+        run = functools.partial(
+            ek.linear_token_stats, h, w, target.to(device), temperature=0.7, logits_dtype=torch.float32, backend=backend
+        )
+        with torch.no_grad():
+            values = run()
+        logits = h.detach().cpu().double() @ w.detach().cpu().double().t()
+        exact, d_logits = _token_stats_float64(logits, target, 0.7, weights)
+        name = str(dtype).removeprefix("torch.")
+        got = torch.stack([value.cpu().double() for value in values])
+        errors[f"{name} values"] = (_largest(got - exact, exact.abs().clamp(min=1.0)), TOLERANCE)
+        if dtype == torch.bfloat16:
+            continue  # its gradients are products of a rounded gradient of the logits
+        stats = run(memory_budget=10_000)  # less than the logits take
+        loss = torch.stack([(x * u.to(device)).sum() for x, u in zip(stats, weights.float(), strict=False)]).sum()
+        gradients = torch.autograd.grad(loss, (h, w))
+        for what, ours, right in zip(
+            ("hidden", "weight"), gradients, (d_logits @ weight.double(), d_logits.t() @ hidden.double()), strict=True
+        ):
+            error = ours.cpu().double() - right
+            errors[f"{name} gradient of {what}"] = (_largest(error, right.abs().amax()), TOLERANCE)
     return errors
 
 
@@ -200,6 +234,7 @@ def _largest(error: Tensor, scale: Tensor) -> float:
 
 _CHECKS: dict[str, Compare] = {
     "token_stats": _check_token_stats,
+    "linear_token_stats": _check_linear_token_stats,
     "token_covariance": _check_token_covariance,
     "clip_cov_mask": _check_clip_cov_mask,
     "kl_cov_mask": _check_kl_cov_mask,

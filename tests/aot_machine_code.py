@@ -29,7 +29,10 @@ class Loop:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes; ``spilled`` are bytes of the stack, ``wide`` counts 16-byte global loads."""
+    """What a compiled kernel takes; ``spilled`` are bytes of the stack, ``wide`` counts 16-byte global loads.
+
+    ``products``, ``blocks``: instructions for tensor cores, and for copies of whole blocks.
+    """
 
     name: str
     registers: int
@@ -38,6 +41,8 @@ class Usage:
     wide: int
     resident: int  # programs that a multiprocessor holds at a time
     loop: Loop | None
+    products: int
+    blocks: int
 
 
 def usage(name: str, target: str, kernel: Any) -> Usage:
@@ -68,7 +73,9 @@ def _nvidia(name: str, target: str, kernel: Any) -> Usage:
         code, r"^(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)", r"LDG\.E[.\w]*128", r"LDGSTS[.\w]*128", "MUFU.EX2"
     )
     resident = _resident(target, kernel, used["REG"])
-    return Usage(name, used["REG"], used["STACK"] + used["LOCAL"], kernel.metadata.shared, wide, resident, loop)
+    products, blocks = len(re.findall(r"\b(?:H|HG|UTCH)MMA\b", code)), code.count("UTMALDG")
+    spilled = used["STACK"] + used["LOCAL"]
+    return Usage(name, used["REG"], spilled, kernel.metadata.shared, wide, resident, loop, products, blocks)
 
 
 def _amd(name: str, target: str, kernel: Any) -> Usage:
@@ -83,7 +90,8 @@ def _amd(name: str, target: str, kernel: Any) -> Usage:
     loop = _loop(code, r"^(\.LBB\d+_\d+):", r"s_c?branch\S*\s+(\.LBB\d+_\d+)", load, r"_load_lds_dwordx4", "v_exp_f32")
     resident = _resident(target, kernel, field("vgpr_count"))
     shared = field("group_segment_fixed_size")
-    return Usage(name, field("vgpr_count"), spilled, shared, len(re.findall(load, code)), resident, loop)
+    wide, products = len(re.findall(load, code)), code.count("v_mfma")
+    return Usage(name, field("vgpr_count"), spilled, shared, wide, resident, loop, products, 0)
 
 
 def _loop(code: str, label: str, branch: str, load: str, copy: str, exponential: str) -> Loop | None:

@@ -17,12 +17,20 @@ from typing import Any
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     raise RuntimeError("TRITON_INTERPRET: expected unset or 0 for compiling, got 1")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aot_machine_code import usage
-from entropy_kernels.backends.triton import policy_loss, selection, tiling, token_stats_kernels, tuning
+from entropy_kernels.backends.triton import (
+    linear_token_stats,
+    policy_loss,
+    selection,
+    tiling,
+    token_stats_kernels,
+    tuning,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,20 +39,31 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _INT64 = ("ignore_index", "vocab_start", "vocab_size")
 
 
 def hardware(target: GPUTarget) -> tiling.Hardware:
-    return tiling.Hardware(132, target.warp_size, target.backend == "cuda")
+    if target.backend != "cuda":
+        return tiling.Hardware(132, target.warp_size, False, descriptors=False, shared=64 << 10)
+    hopper = target.arch >= 90
+    return tiling.Hardware(132, target.warp_size, True, descriptors=hopper, shared=(227 if hopper else 163) << 10)
 
 
-def _source(kernel: Any, dtype: str, constants: dict[str, Any], aligned: set[str]) -> ASTSource:
-    """The kernel as the launcher would specialise it: ``aligned`` arguments are divisible by 16."""
+def _source(
+    kernel: Any, dtype: str, constants: dict[str, Any], aligned: set[str], types: dict[str, str] | None = None
+) -> ASTSource:
+    """The kernel as the launcher would specialise it: ``aligned`` arguments are divisible by 16.
+
+    ``types``: of arguments whose names do not tell.
+    """
     accumulate = "fp64" if dtype == "fp64" else "fp32"
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
+        elif types and name in types:
+            signature[name] = types[name]
         elif name == "target_ptr":
             signature[name] = "*i64"
         elif name in ("logits_ptr", "dlogits_ptr"):
@@ -100,6 +119,31 @@ def backward(
     if aligned:
         divisible |= {"stride_b", "stride_l", "out_b", "out_l", "width", "columns"}
     source = _source(token_stats_kernels.backward_kernel, dtype, constants, divisible)
+    return triton.compile(source, target=target, options={"num_warps": cut.warps, **token_stats_kernels.COMPILE})
+
+
+def linear(
+    target: GPUTarget, dtype: str, *, second: bool = True, softcap: bool = False, bias: bool = True,
+    described: bool = True, rows: int = tuning.MAX_ROWS, candidate: int = 0,
+) -> Any:  # fmt: skip
+    """None if the target has not that many candidates; by addresses where it has no descriptors."""
+    on = hardware(target)
+    described = described and on.descriptors and _BYTES[dtype] == 2
+    cuts = tiling.linear_candidates(_BYTES[dtype], rows, described, softcap, on)
+    if candidate >= len(cuts):
+        return None
+    cut = cuts[candidate]
+    constants = {"SECOND": second, "SOFTCAP": softcap, "BIAS": bias, "DESCRIPTORS": described, "ROWS": cut.rows}
+    constants |= {"COLUMNS": cut.columns, "FEATURES": cut.features, "STAGES": cut.stages}
+    constants |= {"LOGITS": linear_token_stats.DTYPES[_DTYPES[dtype]], "hidden_stride_k": 1, "weight_stride_k": 1}
+    types = {"bias_ptr": f"*{dtype}", "hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}"}
+    divisible = {"features", "hidden_stride", "weight_stride"}
+    if described:
+        types["hidden_ptr"] = f"tensordesc<{dtype}[{cut.rows}, {cut.features}]>"
+        types["weight_ptr"] = f"tensordesc<{dtype}[{cut.columns}, {cut.features}]>"
+    else:
+        divisible |= {"hidden_ptr", "weight_ptr"}
+    source = _source(linear_token_stats.linear_forward_kernel, dtype, constants, divisible, types)
     return triton.compile(source, target=target, options={"num_warps": cut.warps, **token_stats_kernels.COMPILE})
 
 
@@ -161,6 +205,16 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "backward-fp64": (backward, {"dtype": "fp64"}),
     "backward-bf16-unaligned": (backward, {"dtype": "bf16", "aligned": False}),
     "backward-fp32-short": (backward, {"dtype": "fp32", "columns": 110}),
+    "linear-bf16": (linear, {"dtype": "bf16"}),
+    "linear-bf16-entropy": (linear, {"dtype": "bf16", "second": False, "bias": False}),
+    "linear-bf16-softcap": (linear, {"dtype": "bf16", "softcap": True}),
+    "linear-bf16-addresses": (linear, {"dtype": "bf16", "described": False}),
+    "linear-bf16-addresses-softcap": (linear, {"dtype": "bf16", "described": False, "softcap": True}),
+    "linear-bf16-few": (linear, {"dtype": "bf16", "rows": 64}),
+    "linear-bf16-few-softcap": (linear, {"dtype": "bf16", "rows": 64, "softcap": True}),
+    "linear-fp16": (linear, {"dtype": "fp16"}),
+    "linear-fp32": (linear, {"dtype": "fp32"}),
+    "linear-fp32-softcap": (linear, {"dtype": "fp32", "softcap": True}),
 }
 # The other candidates of the tuner; those of few rows differ in the number of parts only.
 CANDIDATES = {
@@ -173,6 +227,7 @@ CANDIDATES = {
     }.items()
     for i in range(1, 6)
 }
+CANDIDATES |= {f"linear-bf16-candidate-{i}": (linear, {"dtype": "bf16", "candidate": i}) for i in range(1, 6)}
 VARIANTS |= CANDIDATES
 
 _BLOCK = {"BLOCK": selection.BLOCK}
@@ -233,6 +288,7 @@ def _parameters() -> None:
         token_stats_kernels.forward_kernel,
         token_stats_kernels.merge_kernel,
         token_stats_kernels.backward_kernel,
+        linear_token_stats.linear_forward_kernel,
     ]
     for kernel in [*over_rows, *TOKEN_KERNELS]:
         constants = [p.name for p in kernel.params if p.is_constexpr]

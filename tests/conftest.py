@@ -70,8 +70,10 @@ def places(op: str = "token_stats") -> list:
         reason = ek.backends()[op][place.backend]
         marks = [] if reason == "available" else [pytest.mark.skip(reason=f"backend {place.backend}: {reason}")]
         if place.device == "cuda":
-            # ops whose kernels are written together are tested together
-            together = [other for other in registry.OPS if registry._STEM[other] == registry._STEM[op]]
+            # ops whose kernels are written together are tested together, but for what a kernel of its own may do
+            alone = [fused for fused, _ in registry._FUSED]
+            together = [o for o in registry.OPS if registry._STEM[o] == registry._STEM[op] and o not in alone]
+            together = [op] if op in alone else together
             marks.append(on_gpu(place.backend, *together))
         params.append(pytest.param(place, marks=marks, id=str(place)))
     return params
@@ -157,7 +159,7 @@ def selection_place(request: pytest.FixtureRequest) -> Place:
 
 def loss_places() -> list:
     """Where the losses run: the CPU, and on a GPU each backend that can select there in the place of "auto"."""
-    ops = [op for op in registry.OPS if op != "token_stats"]
+    ops = [op for op in registry.OPS if not op.endswith("token_stats")]
     params = [pytest.param(Place("auto", "cpu"), id="cpu")]
     for backend in ("torch", "triton", "cuda") if torch.cuda.is_available() else ():
         marks = [on_gpu(backend, *ops)]

@@ -44,6 +44,11 @@ class Linear:
             tensors[name] = value
         return Linear(target=self.target, kwargs=self.kwargs, **tensors)
 
+    def to(self, device: str) -> Linear:
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        kwargs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
+        return Linear(**tensors, kwargs=kwargs)
+
     def factors(self) -> list[str]:
         return ["hidden", "weight"] + (["bias"] if self.bias is not None else [])
 

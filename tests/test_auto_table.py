@@ -123,7 +123,8 @@ def test_size_classes() -> None:
     # the same numbers in half the bytes
     assert of("token_stats", 128, 151_936) == "large"
     assert of("token_stats", 128, 151_936, dtype=torch.bfloat16) == "medium"
-    for op in set(registry.OPS) - {"token_stats"}:
+    assert of("linear_token_stats", 128, 151_936, dtype=torch.bfloat16) == "medium"
+    for op in set(registry.OPS) - {"token_stats", "linear_token_stats"}:
         assert [of(op, n) for n in (1, 4096, 4097, 1 << 19, (1 << 19) + 1)] == [
             "small", "small", "medium", "medium", "large",
         ]  # fmt: skip
@@ -191,7 +192,7 @@ def test_doctor_explains_a_measured_choice(monkeypatch: pytest.MonkeyPatch, caps
     report = json.loads(capsys.readouterr().out)
     assert report["architecture"] == "sm_90"
     by_class = {(c["op"], c["dtype"], c["size"]): c for c in report["auto"]}
-    assert len(by_class) == len(report["auto"]) == (3 + len(registry.OPS) - 1) * len(auto_table.SIZES)
+    assert len(by_class) == len(report["auto"]) == (2 * 3 + len(registry.OPS) - 2) * len(auto_table.SIZES)
     large, small = by_class["token_stats", "bf16", "large"], by_class["token_stats", "bf16", "small"]
     assert (large["backend"], large["times"]) == ("cuda", {"cuda": 1.0, "torch": 12.0})
     assert large["sources"][0]["file"] == SOURCE.file and SOURCE.machine in large["reason"]

@@ -66,6 +66,17 @@ def test_rows_from_records(tmp_path: Path) -> None:
     assert auto_table.parse(json.loads(maker.text(table))) == table
 
 
+@pytest.mark.parametrize(("triton", "first"), [(8.0, "triton"), (9.9, "cuda"), (12.0, "cuda")])
+def test_a_fused_kernel_has_to_beat_all_others(triton: float, first: str, tmp_path: Path) -> None:
+    """From hidden states: by more than the spread, of the backend that is best in parts."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bf16", "size": {"rows": 8192, "features": 64, "vocab": 999}}
+    times = {"triton": triton, "torch": 20.0, "cuda": 10.0}
+    records = [record("linear_logprob_entropy", f"ours-{name}", "x", time, **options) for name, time in times.items()]
+    path = bench(tmp_path / "bench.json", *records, machine=HOPPER)
+    (row,) = maker.make([path], []).rows.values()
+    assert row.key == ("linear_token_stats", "sm_90", "bf16", "medium") and row.order[0] == first
+
+
 def test_a_difference_below_the_spread_keeps_the_default_order(tmp_path: Path) -> None:
     def order(cuda: float, triton: float, spread: float) -> tuple[str, ...]:
         options: dict[str, Any] = {"device": "cuda", "dtype": "bf16"}

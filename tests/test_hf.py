@@ -103,6 +103,27 @@ def test_parts_make_the_logits(family: str) -> None:
     torch.testing.assert_close(logits, model(input_ids).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["subclass", "hooked"])
+def test_a_head_that_is_more_than_its_weight(how: str) -> None:
+    """Its forward is what counts: quantised and adapted heads are classes of their own, offloading replaces it."""
+    model, input_ids = make("llama"), ids(2, 7)
+    head = model.lm_head
+    if how == "subclass":
+
+        class Doubled(torch.nn.Linear):
+            def forward(self, hidden: Tensor) -> Tensor:
+                return 2 * super().forward(hidden)
+
+        head.__class__ = Doubled
+    else:
+        plain = head.forward
+        head.forward = lambda hidden: 2 * plain(hidden)
+    got = ek.hf.causal_lm_logprob_entropy(model, input_ids)
+    want = expected(model, input_ids, ek.hf.next_tokens(input_ids))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_checkpointing() -> None:
     model, input_ids = make("llama"), ids(2, 9)
     weigh(ek.hf.causal_lm_logprob_entropy(model, input_ids)).backward()

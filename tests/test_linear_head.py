@@ -98,6 +98,45 @@ def test_lora(budget: int) -> None:
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+class Int8:
+    """A head in eight bits with a scale per row, of which a slice is dequantised at a time."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.scale = nn.Parameter(weight.float().abs().amax(1, keepdim=True) / 127)
+        self.codes = (weight / self.scale).round().to(torch.int8)
+        self.widths: list[int] = []
+
+    def parameters(self) -> list[Tensor]:
+        return [self.scale]
+
+    def weight(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        return (self.codes[start:stop] * self.scale[start:stop]).to(dtype)
+
+    def __call__(self, hidden: Tensor, start: int, stop: int) -> Tensor:
+        self.widths.append(stop - start)
+        return hidden @ self.weight(hidden.dtype, start, stop).t()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_a_quantised_head(dtype: torch.dtype) -> None:
+    """Values, and the gradients of the hidden states and of the scales, are those of the dequantised weight."""
+    case = make(20, dtype=dtype, bias=False, vocab=3000)
+    head = Int8(case.weight.detach())
+    found = []
+    for ours in (True, False):
+        hidden, head.scale.grad = case.hidden.clone().requires_grad_(), None
+        weight = head if ours else head.weight(dtype)
+        options = {"vocab_size": 3000, "memory_budget": 200_000 if ours else 1 << 30}
+        out = ek.linear_token_stats(hidden, weight, case.target, **options)
+        up = upstream(case)
+        torch.autograd.backward([getattr(out, n) for n in up], list(up.values()))
+        found.append([*(x.detach() for x in out), hidden.grad, head.scale.grad])
+    assert 0 < max(head.widths) < 3000 // 2
+    for got, want in zip(*found, strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
 def test_dropout_is_drawn_once() -> None:
     """The backward pass runs the head again, and must meet the masks of the forward pass; and draw nothing itself."""
     lora = Lora(dropout=0.5, dtype=torch.float64)

@@ -12,7 +12,7 @@ import entropy_kernels as ek
 import linear_cases
 from calls import same_bits
 from cases import INF, NAN
-from conftest import Place
+from conftest import Place, places
 from linear_cases import ALL, Linear, budgets, dense, judge, make, run
 
 
@@ -83,13 +83,14 @@ CASES: dict[str, Callable[[torch.dtype], Linear]] = {
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("place", places("linear_token_stats"))
 def test_every_mode(name: str, dtype: torch.dtype, place: Place) -> None:
     """Logits kept, and made again in one tile and in many: each within the errors of materialised logits."""
-    if place.device != "cpu":
-        pytest.skip("on a GPU: test_on_a_gpu")
+    if dtype not in place.dtypes:
+        pytest.skip("fp64 is for the CPU")
     if place.interpreted and (dtype != torch.float32 or name not in ("plain", "masked", "ignored")):
         pytest.skip("the tiles are the same code; the kernels have their own tests")
-    case = CASES[name](dtype)
+    case = CASES[name](dtype).to(place.device)
     modes = list(budgets(case))
     assert modes[0][0].startswith("keep") and (case.target.numel() < 20 or len(case.weight) < 800 or len(modes) > 1)
     for _, budget in modes[:2] if place.interpreted else modes:
@@ -275,6 +276,32 @@ def test_autocast(dtype: torch.dtype) -> None:
             assert results[name].dtype == torch.float32
             torch.testing.assert_close(results[name], expected[name].float(), rtol=0.05, atol=0.05)
     assert not same_bits(results["d_weight"], results["d_weight"].to(dtype).float())
+
+
+def test_autocast_against_materialised_logits() -> None:
+    """Under bf16 autocast with fp32 parameters: the same values, and gradients that are no worse, in fp32."""
+    case = make(60, features=32, vocab=1500)
+    exact = dense(case, torch.float64)
+    leaves = case.copy("hidden", "weight", "bias")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = torch.nn.functional.linear(leaves.hidden, leaves.weight, leaves.bias)
+        out = ek.token_stats(logits, case.target)
+        modes = list(budgets(case))
+    assert logits.dtype == torch.bfloat16 and len(modes) > 2
+    up = linear_cases.upstream(case)
+    inputs = [leaves.hidden, leaves.weight, leaves.bias]
+    gradients = torch.autograd.grad([getattr(out, name) for name in up], inputs, list(up.values()))
+    theirs = dict(zip(("d_hidden", "d_weight", "d_bias"), gradients, strict=True))
+    for _, budget in modes:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = run(case, memory_budget=budget)
+        for name, value in out._asdict().items():
+            error, allowed = ((x.double() - exact[name]).norm() for x in (ours[name], value))
+            assert error <= 1.1 * allowed, f"{name}: {error:.3g} > {allowed:.3g}"
+        for name, value in theirs.items():
+            assert ours[name].dtype == value.dtype == torch.float32
+            error, allowed = ((x.double() - exact[name]).norm() for x in (ours[name], value))
+            assert error <= 1.1 * allowed, f"{name}: {error:.3g} > {allowed:.3g}"
 
 
 @pytest.mark.parametrize("chunks", ("keep", "recompute"))

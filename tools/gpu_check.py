@@ -118,7 +118,7 @@ def plan(
     return steps
 
 
-_OUR_KERNELS = "token_stats|selection|covariance|policy_loss"
+_OUR_KERNELS = "token_stats|linear_forward|selection|covariance|policy_loss"
 
 
 def _doctor(python: str, report: Path) -> str:

@@ -66,6 +66,24 @@ def statistics(
     return Call(f"{function} {rows}×{vocab} {str(dtype)[6:]} {layout} {what}".strip(), run)
 
 
+def from_hidden(rows: int, features: int, vocab: int, dtype: torch.dtype, *, layout: str = "", **options: Any) -> Call:
+    """Without a gradient; in Triton the product is the kernel's. Layout "odd": rows lie off the 16 bytes."""
+
+    def run(device: str, backend: str) -> Results:
+        generator = torch.Generator().manual_seed(rows + vocab)
+        extra = 1 if layout == "odd" else 0
+        hidden, weight = (torch.randn(n, features + extra, generator=generator) for n in (rows, vocab))
+        hidden, weight = (x.to(device, dtype)[:, extra:] for x in (hidden, weight / features**0.5))
+        target = torch.randint(vocab, (rows,), generator=generator).to(device)
+        # rounded to the dtype of the products, sums in another order would differ in more than their last digits
+        return tuple(
+            ek.linear_token_stats(hidden, weight, target, backend=backend, logits_dtype=torch.float32, **options)
+        )
+
+    what = " ".join(f"{name}={value}" for name, value in options.items())
+    return Call(f"from hidden {rows}×{features}×{vocab} {str(dtype)[6:]} {layout} {what}".strip(), run)
+
+
 def batch(tokens: int, device: str) -> dict[str, Tensor]:
     """Covariances of which many tie, log-probs, advantages, masks, shuffled indices."""
     generator = torch.Generator().manual_seed(tokens)
@@ -168,6 +186,9 @@ def small() -> Iterator[Call]:
         yield statistics(2, vocab, bf16, layout="misaligned")
         yield statistics(2, vocab, fp32, layout="misaligned", inplace_backward=True)
     yield statistics(5, 203, fp16, layout="strided", inplace_backward=True)
+    # products with the statistics in their epilogue: copies of blocks, loads, one and several tiles and parts
+    for dtype, rows, layout in itertools.product((bf16, fp16, fp32), (7, 200), ("", "odd")):
+        yield from_hidden(rows, 136, 1001, dtype, layout=layout, softcap=None if layout else 20.0)
     # clusters of 1, 2, 4, 8 and 16 blocks; a cooperative grid
     for tokens in (1, 700, 5000, 12_000, 30_000, 60_000, 524_289):
         yield selection(tokens)
@@ -181,6 +202,7 @@ def large() -> Iterator[Call]:
     for dtype, function in itertools.product((torch.bfloat16, torch.float32), ("logprob_entropy", "token_stats")):
         yield statistics(2048, 151_936, dtype, function=function)
     yield statistics(64, 151_936, torch.bfloat16)
+    yield from_hidden(2048, 4096, 151_936, torch.bfloat16)
     for tokens in (1 << 16, 1 << 22):
         yield selection(tokens)
         yield fused_loss(tokens)

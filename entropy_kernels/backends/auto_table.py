@@ -28,7 +28,7 @@ FORMAT = 1
 SIZES = ("small", "medium", "large")
 _BYTES = (1 << 20, 1 << 26)
 _TOKENS = (1 << 12, 1 << 19)
-_COUNTED_IN_BYTES = ("token_stats",)
+_COUNTED_IN_BYTES = ("token_stats", "linear_token_stats")
 SIZE_TEXT = (
     f"small, medium, large are up to {_BYTES[0] >> 20} MiB, up to {_BYTES[1] >> 20} MiB and more of logits; "
     f"up to {_TOKENS[0]}, up to {_TOKENS[1]} and more tokens"

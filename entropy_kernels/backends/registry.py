@@ -19,6 +19,8 @@ BACKENDS = ("torch", "triton", "cpu", "cuda")
 # op -> the kernel functions that a backend must have to serve it
 OPS: dict[str, tuple[str, ...]] = {
     "token_stats": ("token_stats_forward", "token_stats_backward"),
+    # products by torch, a tile at a time, between these
+    "linear_token_stats": ("token_stats_forward", "token_stats_backward"),
     "token_covariance": ("token_covariance",),
     "clip_cov_mask": ("clip_cov_mask",),
     "kl_cov_mask": ("kl_cov_mask",),
@@ -26,7 +28,11 @@ OPS: dict[str, tuple[str, ...]] = {
 }
 # op -> file stem of its kernels in eager/ and triton/
 _STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_cov_mask": "selection"}
-_STEM |= {"kl_cov_mask": "selection", "policy_loss": "policy_loss"}
+_STEM |= {"kl_cov_mask": "selection", "policy_loss": "policy_loss", "linear_token_stats": "token_stats"}
+
+# (op, backend) -> a kernel, in a file of the op's name, that does all of a pass in one. Whoever names the backend gets
+# it; "auto" takes it only in classes in which it was measured to be the fastest.
+_FUSED = {("linear_token_stats", "triton"): "linear_token_stats_forward"}
 
 # Device type -> backends in the order that "auto" tries them in where nothing was measured. What was measured, and
 # which GPU kernels a hardware run has verified, is in auto_table.json.
@@ -104,9 +110,13 @@ def measured(op: str, device_type: str, dtype: str | None, size: str | None) -> 
     return auto_table.load().rows.get((op, "cpu" if device_type == "cpu" else architecture(), dtype, size))
 
 
-def default_order(device_type: str) -> tuple[str, ...]:
-    """The backends that "auto" tries, in order, where nothing was measured."""
-    return _DEFAULT_ORDER.get(device_type, ("torch",))
+def default_order(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends that can serve "auto", in the order to prefer where measurements do not tell them apart.
+
+    Torch can do everything: those behind it, fused ones, are taken only where a measurement puts them before it.
+    """
+    order = _DEFAULT_ORDER.get(device_type, ("torch",))
+    return tuple(sorted(order, key=lambda name: (op, name) in _FUSED))
 
 
 def preference(op: str, device_type: str, dtype: str | None = None, size: str | None = None) -> tuple[str, ...]:
@@ -115,10 +125,10 @@ def preference(op: str, device_type: str, dtype: str | None = None, size: str | 
     Those that were measured for this dtype ("bf16") and size class ("large") come as the measurement ranks them, the
     others behind them, and torch, which always can, ends the list.
     """
-    row, order = measured(op, device_type, dtype, size), default_order(device_type)
-    if row is None:
-        return order
-    ranked = [*row.order, *(name for name in order if name not in row.order and name not in row.left_out), "torch"]
+    row, ranked = measured(op, device_type, dtype, size), [*default_order(op, device_type)]
+    if row is not None:
+        rest = (name for name in ranked if name not in row.order and name not in row.left_out)
+        ranked = [*row.order, *rest, "torch"]
     return tuple(ranked[: ranked.index("torch") + 1])
 
 
@@ -166,6 +176,15 @@ def kernel(op: str, name: str, backend: str, tensor: Tensor) -> Callable:
         return _kernel(op, name, backend, tensor.device.type)
     size = size_class(op, tensor.numel(), tensor.element_size())
     return _kernel(op, name, backend, tensor.device.type, tensor.dtype, size)
+
+
+def fused(op: str, backend: str, device_type: str, dtype: torch.dtype, size: str) -> Callable | None:
+    """The kernel that does a forward pass of ``op`` in one, where it serves ``backend``; None: it is done in parts."""
+    chosen = resolve(op, backend, device_type, auto_table.DTYPES.get(dtype), size)
+    name = _FUSED.get((op, chosen))
+    if name is None:
+        return None
+    return getattr(importlib.import_module(f"entropy_kernels.backends.{chosen}.{op}"), name)
 
 
 def backends() -> dict[str, dict[str, str]]:

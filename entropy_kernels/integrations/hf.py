@@ -29,6 +29,8 @@ class CausalLMParts(NamedTuple):
     """Factor of the hidden states: Cohere multiplies its logits, Granite divides them."""
     softcap: float | None
     """Of the logits: Gemma 2 and 3."""
+    vocab_size: int | None
+    """Of a head that does not tell; else None."""
 
 
 def next_tokens(
@@ -93,8 +95,9 @@ def causal_lm_logprob_entropy(
         logprob, entropy = ek.hf.causal_lm_logprob_entropy(model, input_ids, attention_mask=mask)
 
     replaces ``logits = model(input_ids, ...).logits`` and what follows. Gradients reach every parameter, a tied
-    embedding through both of its uses. Gradient checkpointing, autocast and adapters of the backbone work as in
-    ``model(...)``; the final softcap of Gemma 2 and 3, and the scale of Granite's and Cohere's logits, are the model's.
+    embedding through both of its uses. Gradient checkpointing, autocast and adapters work as in ``model(...)``; a head
+    that is more than its weight (LoRA, quantised) is called with a tile of the tokens at a time. The final softcap of
+    Gemma 2 and 3, and the scale of Granite's and Cohere's logits, are the model's.
 
     Args:
         model: a transformers causal language model, or a PEFT model around one; not one wrapped in DDP or FSDP1,
@@ -112,7 +115,7 @@ def causal_lm_logprob_entropy(
         ``LogprobEntropy`` of (B, L): position t belongs to the token at t + 1; 0 where there is no label.
 
     Raises:
-        TypeError: a model without a linear output head, or one that is wrapped.
+        TypeError: a model without an output head, one that is wrapped, or a PEFT model that adds tokens to the prompt.
         ValueError: arguments of the wrong shape.
     """
     parts = causal_lm_parts(model)
@@ -134,6 +137,7 @@ def causal_lm_logprob_entropy(
         parts.weight,
         target,
         parts.bias,
+        vocab_size=parts.vocab_size,
         temperature=temperature,
         softcap=parts.softcap,
         ignore_index=ignore_index,
@@ -155,25 +159,25 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
             compare the two once (the trainer does).
 
     Raises:
-        TypeError: a model without a linear output head, or one that is wrapped.
+        TypeError: a model without an output head, one that is wrapped, or a PEFT model that adds tokens to the prompt.
     """
     model = _unwrapped(model)
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     backbone = getattr(model, "base_model", None)
-    if not isinstance(getattr(head, "weight", None), Tensor) or backbone is None or backbone is model:
+    if head is None or backbone is None or backbone is model:
         raise TypeError(
-            "model: expected a transformers causal language model with a linear output head, "
-            f"got {type(model).__name__}"
+            f"model: expected a transformers causal language model with an output head, got {type(model).__name__}"
         )
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    # an adapter's `weight` is that of the layer it wraps, a quantised one's is no matrix: these are called instead
-    plain = isinstance(head, torch.nn.Linear) and head.weight.is_floating_point()
+    # Adapters, quantised weights or hooks may do more than the attributes of the head tell: these are called instead
+    plain = getattr(head.forward, "__func__", None) is torch.nn.Linear.forward and head.weight.is_floating_point()
     return CausalLMParts(
         backbone,
         head.weight if plain else head,
         head.bias if plain else None,
         _logit_scale(config),
         getattr(config, "final_logit_softcapping", None),
+        None if hasattr(head, "out_features") else config.vocab_size,
     )
 
 
@@ -186,6 +190,11 @@ def _unwrapped(model: Any) -> Any:
         raise TypeError(
             f"model: expected the model itself, got {type(model).__name__}, whose forward (which synchronises the "
             "gradients) would be gone past; call this function inside of the forward of the module that you wrap"
+        )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise TypeError(
+            "model: expected a PEFT model with adapters in its layers, "
+            f"got {model.active_peft_config.peft_type}, whose virtual tokens would be left out"
         )
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

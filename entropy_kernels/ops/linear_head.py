@@ -103,16 +103,16 @@ class _HeadTokenStats(torch.autograd.Function):
         row_parts, column_parts = parts(h.shape[0], ctx.cut[0]), parts(head.vocab, ctx.cut[1])
         states: list[_State] = []
 
-        def logits_of(r: slice, c: slice) -> Tensor:
+        def state_of(r: slice, c: slice) -> Tensor:
             if ctx.needs_input_grad[3] or parameters:
                 if not states:
                     with _State(h.device).again(), torch.enable_grad():
                         _check_leaves(head(h[r][:1].detach(), c), head.parameters)
                 states.append(_State(h.device))
-            return head(h[r], c)
+            return linear_tiles.state_of_logits(head(h[r], c), labels[r], at(t, r), numbers, c.start, want)
 
         outputs, state = linear_tiles.statistics(
-            logits_of, row_parts if h.shape[0] else [], column_parts, labels, t, numbers, want, head.vocab
+            state_of, row_parts if h.shape[0] else [], column_parts, labels, t, numbers, want, head.vocab
         )
         outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
         ctx.save_for_backward(hidden, target, temperature, state, *parameters)

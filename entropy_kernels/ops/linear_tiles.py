@@ -17,6 +17,7 @@ from torch import Tensor
 
 from entropy_kernels._arguments import process_group_of
 from entropy_kernels.backends import registry, reused_memory
+from entropy_kernels.backends.auto_table import size_class
 from entropy_kernels.backends.eager.softmax_state import finalize, merge, state_rows
 from entropy_kernels.ops.linear_plan import Problem, columns_here, padded, tiles
 from entropy_kernels.ops.products import multiply, multiply_add
@@ -95,7 +96,7 @@ def spread(rows: Tensor | None, value: Tensor, total: int) -> Tensor:
 
 
 def statistics(
-    logits_of: Callable[[slice, slice], Tensor],
+    state_of: Callable[[slice, slice], Tensor],
     row_parts: list[slice],
     column_parts: list[slice],
     target: Tensor,  # (N,)
@@ -106,21 +107,14 @@ def statistics(
 ) -> tuple[list[Tensor], Tensor]:
     """The four statistics, each (N,) or empty, and the state (K, N).
 
-    ``logits_of(rows, columns)`` gives a tile of the logits; it may reuse the memory of the one before. ``end``: first
-    global id beyond this rank's shard.
+    ``state_of(rows, columns)`` gives the state (K, n) of a tile. ``end``: first global id beyond this rank's shard.
     """
     state = temperature.new_empty((state_rows(want), target.numel()))
     for rows in row_parts:
-        t = at(temperature, rows)
         states = state.new_empty((len(column_parts), state.shape[0], rows.stop - rows.start))
         for i, columns in enumerate(column_parts):
-            z = logits_of(rows, columns)[None]
-            forward = registry.kernel("token_stats", "token_stats_forward", numbers.backend, z)
-            states[i] = forward(
-                z, target[rows], t, numbers.softcap, numbers.ignore_index, numbers.vocab_start + columns.start,
-                numbers.vocab_size, want,
-            )[4]  # fmt: skip
-        state[:, rows] = states[0] if len(column_parts) == 1 else merge(states, t)
+            states[i] = state_of(rows, columns)
+        state[:, rows] = states[0] if len(column_parts) == 1 else merge(states, at(temperature, rows))
     if numbers.group:
         *outputs, state = merge_shards(
             state, end, target, temperature, numbers.ignore_index, numbers.vocab_size, want, numbers.group
@@ -129,6 +123,13 @@ def statistics(
     ignored = target == numbers.ignore_index
     invalid = ((target < 0) | (target >= numbers.vocab_size)) & ~ignored
     return finalize(state, temperature, want, ignored, invalid), state
+
+
+def state_of_logits(z: Tensor, target: Tensor, temperature: Tensor, numbers: Numbers, start: int, want: int) -> Tensor:
+    """The state (K, n) of a tile z (n, v) that begins at column ``start`` of the shard."""
+    run = registry.kernel("token_stats", "token_stats_forward", numbers.backend, z)
+    settings = (numbers.softcap, numbers.ignore_index, numbers.vocab_start + start, numbers.vocab_size, want)
+    return run(z[None], target, temperature, *settings)[4]
 
 
 def forward(
@@ -149,20 +150,39 @@ def forward(
     temperature = at(temperature, rows)
     p = problem(hidden, weight, numbers, needs)
     row_size, column_size = tiles(p, kept is not None)
-    operand = p.operand
-    buffer = workspace(row_size, column_size, numbers.logits, hidden.device) if kept is None else kept
+    fused = None if kept is not None else _fused(p, numbers)
+    scratch = row_size * padded(column_size) * numbers.logits.itemsize  # bytes that a tile takes, or would take
+    if fused is not None and weight.dtype == p.operand:
+        column_size = max(1, p.columns)  # there is no tile, and no copy of a part of the weight
+    buffer = kept
+    if kept is None and fused is None:
+        buffer = workspace(row_size, column_size, numbers.logits, hidden.device)
 
-    def logits_of(r: slice, c: slice) -> Tensor:
+    def state_of(r: slice, c: slice) -> Tensor:
+        h, w, b = hidden[r].to(p.operand), weight[c].to(p.operand), None if bias is None else bias[c]
+        labels, t = target[r], at(temperature, r)
+        if fused is not None:
+            settings = (numbers.softcap, numbers.ignore_index, numbers.vocab_start + c.start, numbers.vocab_size, want)
+            return fused(h, w, b, labels, t, *settings, numbers.logits, scratch)[4]
+        assert buffer is not None
         z = _tile(buffer, r, c, kept is not None)
-        multiply(z, hidden[r].to(operand), weight[c].to(operand).t(), None if bias is None else bias[c])
-        return z
+        multiply(z, h, w.t(), b)
+        return state_of_logits(z, labels, t, numbers, c.start, want)
 
     outputs, state = statistics(
-        logits_of, parts(p.rows, row_size), parts(p.columns, column_size), target, temperature, numbers, want,
+        state_of, parts(p.rows, row_size), parts(p.columns, column_size), target, temperature, numbers, want,
         numbers.vocab_start + weight.shape[0],
     )  # fmt: skip
     outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
     return outputs, spread(rows, state.t(), total).t().contiguous()
+
+
+def _fused(p: Problem, numbers: Numbers) -> Callable | None:
+    """A kernel that makes states without logits, where one serves; there is none for fp64."""
+    if p.product == torch.float64:
+        return None
+    size = size_class("linear_token_stats", p.rows * p.columns, p.product.itemsize)
+    return registry.fused("linear_token_stats", numbers.backend, p.device_type, p.product, size)
 
 
 def _tile(buffer: Tensor, r: slice, c: slice, whole: bool) -> Tensor:

@@ -98,6 +98,22 @@ def add_tile(
 
 
 @triton.jit
+def add_rows(z, m, s, w, s2, w2, scale, SECOND_ORDER: tl.constexpr):
+    """Add logits z (ROWS, COLUMNS) to one state per row, m and sums and ``scale`` of shape (ROWS, 1)."""
+    top = tl.maximum(m, tl.max(z, axis=1, keep_dims=True))
+    s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, scale, SECOND_ORDER)
+    t = bits_below(z, finite_top(top), scale)
+    e = tl.exp2(t)
+    te = t * e
+    s += tl.sum(e, axis=1, keep_dims=True)
+    w -= tl.sum(te, axis=1, keep_dims=True)
+    if SECOND_ORDER:
+        s2 += tl.sum(e * e, axis=1, keep_dims=True)
+        w2 -= tl.sum(te * e, axis=1, keep_dims=True)
+    return top, s, w, s2, w2
+
+
+@triton.jit
 def total(s):
     """Sum of s over parts, in fp64: the part with the maximum holds 1 + little, and H ≈ log s lives in the little."""
     return tl.sum(s.to(tl.float64)).to(s.dtype)

@@ -1,4 +1,4 @@
-"""How the Triton kernels of token_stats cut rows into tiles, programs and parts: the candidates of tuning.py.
+"""How the Triton kernels of token_stats and linear_token_stats cut their work: the candidates of tuning.py.
 
 The first candidate is the choice without a measurement; it comes from counts of registers, instructions and bytes in
 flight (docs/gpu.md, "Triton"), as does the reason beside each of the others. All candidates of a class are compiled
@@ -17,11 +17,17 @@ MAX_SPLITS = 128  # parts of one row; the merge kernel reads them as one vector
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a choice depends on. ``asynchronous``: copies into shared memory that no register waits for."""
+    """What a choice depends on.
+
+    ``asynchronous``: copies into shared memory that no register waits for; ``descriptors``: of whole blocks, by the
+    hardware (TMA); ``shared``: bytes of that memory that a program may have.
+    """
 
     multiprocessors: int
     warp_size: int
     asynchronous: bool
+    descriptors: bool = True
+    shared: int = 227 << 10
 
 
 @functools.cache
@@ -30,8 +36,15 @@ def hardware(device: torch.device) -> Hardware:
     if device.type != "cuda":
         return Hardware(1, 256, True)
     properties = torch.cuda.get_device_properties(device)
-    asynchronous = torch.version.hip is None and properties.major >= 8
-    return Hardware(properties.multi_processor_count, properties.warp_size, asynchronous)
+    nvidia = torch.version.hip is None
+    return Hardware(
+        properties.multi_processor_count,
+        properties.warp_size,
+        asynchronous=nvidia and properties.major >= 8,
+        descriptors=nvidia and properties.major >= 9,
+        # what may be had beyond the 48 KB that need no asking
+        shared=getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
+    )
 
 
 @dataclass(frozen=True)
@@ -165,3 +178,61 @@ def backward_candidates(itemsize: int, width: int, aligned: bool, on: Hardware) 
     if warps > 1:
         others.append(cut(elements, 2 * warps, 8))  # a row's constants once for twice the logits
     return tuple(dict.fromkeys([first, *others]))
+
+
+@dataclass(frozen=True)
+class LinearTiling:
+    """How linear_token_stats cuts products: tiles of ``rows`` tokens × ``columns`` of the vocabulary, ``features`` of H
+    at a time, of which ``stages`` wait in shared memory; ``group`` tiles of rows go through the vocabulary together.
+    """
+
+    rows: int
+    columns: int
+    features: int
+    warps: int
+    stages: int
+    group: int = 16
+
+    def shared(self, itemsize: int) -> int:
+        """Bytes of shared memory for the factors."""
+        return (self.rows + self.columns) * self.features * itemsize * self.stages
+
+    def parts(self, rows: int, columns: int, most: int, multiprocessors: int) -> tuple[int, int]:
+        """(parts of the vocabulary, at most ``most`` unless that is 0; tiles of each part).
+
+        Programs run in waves of one per multiprocessor, and each costs its tiles and about half a tile more. Not so few
+        that more than one group would run at a time: the hidden states of all would not stay in the L2 cache.
+        """
+        tiles, row_tiles = max(1, -(-columns // self.columns)), -(-rows // self.rows)
+        most = max(1, min(most, tiles, MAX_SPLITS))
+        fewest = min(most, -(-2 * multiprocessors // min(row_tiles, self.group)))
+
+        def cost(parts: int) -> float:
+            return -(-row_tiles * parts // multiprocessors) * (-(-tiles // parts) + 0.5)
+
+        tiles_per_part = -(-tiles // min(range(fewest, most + 1), key=cost))
+        return -(-tiles // tiles_per_part), tiles_per_part
+
+
+@functools.lru_cache(maxsize=1024)
+def linear_candidates(
+    itemsize: int, rows: int, described: bool, softcap: bool, on: Hardware
+) -> tuple[LinearTiling, ...]:
+    """Tilings of linear_token_stats worth a measurement for about ``rows`` tokens; the default first.
+
+    A tile of 128 × 256 reads least per multiplication; of two programs with half of it each, one can multiply while the
+    other is in its epilogue. Both hold 128 sums per thread, which leaves no registers for a softcap, nor for addresses
+    where no hardware copies ``described`` blocks. fp32 is not for tensor cores, and its factors take registers.
+    """
+    if itemsize == 4:
+        return (LinearTiling(64, 32, 32, 4, 2),)
+    height = 64 if rows <= 64 else 128  # half of a taller tile would be empty
+    cuts = []
+    if described and not softcap and height == 128:
+        wide = LinearTiling(128, 256, 64, 8, 3)
+        cuts = [wide, replace(wide, stages=4), LinearTiling(128, 128, 64, 4, 3)]
+    if described:
+        cuts.append(LinearTiling(height, 128, 64, 8, 3 if height == 128 else 4))
+    room = on.shared - (4 << 10)  # for what crosses warps in the sums of rows
+    fitting = [cut for cut in cuts if cut.shared(itemsize) <= room]
+    return tuple(fitting) or (LinearTiling(height, 128, 32, 8, 4 if on.asynchronous else 2),)

@@ -74,7 +74,7 @@ def token_stats_forward(
     """
     rows, columns = logits.shape[0] * logits.shape[1], max(0, min(logits.shape[2], vocab_size - vocab_start))
     if rows == 0:
-        return _forward_outputs(rows, temperature, want)
+        return forward_outputs(rows, temperature, want)
     device, aligned = logits.device, _aligned(logits, _rows_of(logits))
     shape = ShapeClass.of("forward", logits.dtype, aligned, want >= 4, softcap != 0, columns, rows)
     candidates = tiling.forward_candidates(logits.element_size(), columns, shape.rows, aligned, tiling.hardware(device))
@@ -90,7 +90,7 @@ def token_stats_forward(
         return _forward(cut, logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
 
 
-def _forward_outputs(rows: int, temperature: Tensor, want: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward_outputs(rows: int, temperature: Tensor, want: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logprob, entropy, collision, covariance = (temperature.new_empty(rows if want & (1 << i) else 0) for i in range(4))
     return logprob, entropy, collision, covariance, temperature.new_empty((state_rows(want), rows))
 
@@ -109,7 +109,7 @@ def _forward(
     """token_stats_forward for at least one row, cut as ``cut`` says, on the current device."""
     batch, length, vocab = logits.shape
     rows, columns = batch * length, max(0, min(vocab, vocab_size - vocab_start))
-    results = _forward_outputs(rows, temperature, want)
+    results = forward_outputs(rows, temperature, want)
     *outputs, state = results
     multiprocessors = tiling.hardware(logits.device).multiprocessors
     parts, tiles_per_part = cut.parts(rows, columns, logits.element_size(), multiprocessors)

@@ -32,7 +32,7 @@ from entropy_kernels.backends.triton.softmax_state import (
 # Each loop says for itself how far it loads ahead (num_stages is for those that do not); sums of products are fused.
 COMPILE = {"num_stages": 1, "enable_fp_fusion": True}
 
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
@@ -251,9 +251,9 @@ def merge_kernel(
 
 
 @triton.jit
-def _rounded(x, OUT: tl.constexpr):
+def rounded(x, OUT: tl.constexpr):
     """x in dtype OUT, rounded to nearest even."""
-    if OUT == tl.bfloat16 and _INTERPRETED:  # noqa: SIM300
+    if OUT == tl.bfloat16 and INTERPRETED:  # noqa: SIM300
         # a cast in Triton's interpreter truncates, where the hardware rounds
         bits = x.to(tl.int32, bitcast=True)
         bits = tl.where(x != x, 0x7FC0, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
@@ -392,7 +392,7 @@ def backward_kernel(
                 current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
                 SOFTCAP, COLLISION,
             )  # fmt: skip
-            tl.store(out_ptr + tile * out_jump + out_offset, _rounded(gradient, OUT))
+            tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT))
     else:
         following = tl.load(tile_ptr + offset, mask=_all_or_none(column, first, whole_end))
         for tile in range(first, whole_end):
@@ -403,7 +403,7 @@ def backward_kernel(
                 current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
                 SOFTCAP, COLLISION,
             )  # fmt: skip
-            tl.store(out_ptr + tile * out_jump + out_offset, _rounded(gradient, OUT))
+            tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT))
 
     # What is left: the tile in which the existing columns end, padded columns, rows without a gradient.
     for tile in range(tl.maximum(first, whole_end), last):
@@ -415,4 +415,4 @@ def backward_kernel(
             SOFTCAP, COLLISION,
         )  # fmt: skip
         gradient = tl.where(exists, gradient, 0.0)
-        tl.store(out_ptr + tile * out_jump + out_offset, _rounded(gradient, OUT), mask=place < width)
+        tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT), mask=place < width)

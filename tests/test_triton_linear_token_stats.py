@@ -1,0 +1,323 @@
+"""The Triton kernel with the statistics in the product's epilogue: every tiling, layouts, what it is chosen for.
+
+On a machine without a GPU it runs in Triton's interpreter (conftest.py), so shapes are small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import entropy_kernels as ek
+from conftest import on_gpu
+from entropy_kernels.backends import registry
+from entropy_kernels.backends.eager import token_stats as eager
+from entropy_kernels.backends.eager.softmax_state import merge
+from entropy_kernels.backends.triton import linear_token_stats as kernels
+from entropy_kernels.backends.triton import tiling, tuning
+from entropy_kernels.backends.triton.tiling import LinearTiling
+from entropy_kernels.ops import linear_tiles
+from linear_cases import budgets, judge, run
+from pretended import pretend_gpu, row, use_table, verified
+from test_linear_token_stats import CASES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # the interpreter is numpy, which warns of NaN
+if DEVICE == "cuda":
+    pytestmark.append(on_gpu("triton", "linear_token_stats"))
+ALL = 15
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HARDWARE = {
+    "sm_90": tiling.Hardware(2, 32, True),
+    "sm_80": tiling.Hardware(2, 32, True, descriptors=False, shared=163 << 10),
+    "gfx942": tiling.Hardware(2, 64, False, descriptors=False, shared=64 << 10),
+}
+
+
+def inputs(rows: int, features: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """hidden, weight, bias, target, temperature."""
+    hidden = torch.randn(rows, features).to(DEVICE, dtype)
+    weight = (torch.randn(vocab, features) * 2 / features**0.5).to(DEVICE, dtype)
+    temperature = (torch.rand(rows) + 0.5).to(DEVICE)
+    return hidden, weight, torch.randn(vocab).to(DEVICE, dtype), torch.randint(vocab, (rows,)).to(DEVICE), temperature
+
+
+def exact(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, *rest: Any) -> Any:
+    logits = hidden.double() @ weight.double().t()
+    logits = logits if bias is None else logits + bias.double()
+    return eager.token_stats_forward(logits[None], target, temperature.double(), *rest)
+
+
+def close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], atol: float = 1e-5, rtol: float = 2e-5) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=atol, rtol=rtol, equal_nan=True)
+
+
+def forward(*arguments: Any, logits: torch.dtype = torch.float32, scratch: int = 1 << 20) -> tuple[Tensor, ...]:
+    return kernels.linear_token_stats_forward(*arguments, logits, scratch)
+
+
+# ---- through the public functions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_values_without_logits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the errors of materialised logits, and not a single product outside of the kernel."""
+    case = CASES[name](dtype).to(DEVICE)
+    monkeypatch.setattr(linear_tiles, "multiply", lambda *_: pytest.fail("a product by torch"))
+    judge(case, run(case, grad=(), backend="triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ("plain", "ignored", "padding", "softcap"))
+def test_gradients_from_its_state(name: str, dtype: torch.dtype) -> None:
+    """The recomputing backward pass starts from the state that the kernel has left."""
+    case = CASES[name](dtype).to(DEVICE)
+    _, budget = next(found for found in budgets(case) if found[0].startswith("recompute"))
+    judge(case, run(case, memory_budget=budget, backend="triton"))
+
+
+def test_autocast_converts_a_part_of_the_weight_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["plain"](torch.float32).to(DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        plan = ek.linear_plan(case.hidden, case.weight, case.bias, memory_budget=40_000)
+        got = run(case, grad=(), memory_budget=40_000, backend="triton")
+        expected = run(case, grad=(), backend="torch")
+    assert plan.vocab_chunks > 1
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=0.05, atol=0.05)
+
+
+def test_fp64_and_kept_logits_go_through_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "linear_token_stats_forward", lambda *_: pytest.fail("the fused kernel"))
+    case = CASES["plain"](torch.float32).to(DEVICE)
+    run(case, backend="triton")
+    if DEVICE == "cpu":
+        run(CASES["plain"](torch.float64), grad=(), backend="triton")
+
+
+# ---- when it is chosen -----------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_it_only_where_it_measured_fastest(
+    monkeypatch: pytest.MonkeyPatch, forgetful_registry: None
+) -> None:
+    pretend_gpu(monkeypatch, gpu=True)
+
+    def served(backend: str = "auto") -> Any:
+        return registry.fused("linear_token_stats", backend, "cuda", torch.bfloat16, "large")
+
+    proof = [verified("linear_token_stats", backend, "sm_90") for backend in ("triton", "cuda")]
+    named = ("linear_token_stats", "sm_90", "bf16", "large")
+    use_table(monkeypatch)
+    assert served("triton") is kernels.linear_token_stats_forward
+    assert served("torch") is served("cuda") is None
+    assert served() is None
+    for entries in (
+        proof,  # verified, not measured
+        [proof[0]],  # not even if nothing else of ours is
+        [row(*named, triton=1.0, torch=2.0)],  # measured, not verified
+        [*proof, row(*named, cuda=1.0, triton=1.1, torch=2.0)],  # measured, and slower
+        [*proof, row("token_stats", *named[1:], triton=1.0, cuda=2.0)],  # of another op
+    ):
+        use_table(monkeypatch, *entries)
+        assert served() is None
+    use_table(monkeypatch, *proof, row(*named, triton=1.0, cuda=1.1, torch=2.0))
+    assert served() is kernels.linear_token_stats_forward
+
+
+def test_a_tie_is_for_the_products() -> None:
+    assert registry.default_order("linear_token_stats", "cuda") == ("cuda", "torch", "triton")
+    assert registry.default_order("token_stats", "cuda") == ("cuda", "triton", "torch")
+
+
+# ---- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", (0.0, 3.0))
+@pytest.mark.parametrize("rows", (40, 150))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target", HARDWARE)
+def test_every_tiling(
+    target: str, dtype: torch.dtype, rows: int, softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tiles of rows, in groups that do not divide them; parts of one and of several tiles, the last one short."""
+    on = HARDWARE[target]
+    if DEVICE == "cuda" and target != "sm_90":
+        pytest.skip("cut for another GPU")
+    monkeypatch.setattr(tiling, "hardware", lambda device: on)
+    case = inputs(rows, 80, 1100, dtype)
+    expected = exact(*case, softcap, -100, 0, 1090, ALL)
+    for described in (True, False) if on.descriptors and dtype.itemsize == 2 else (False,):
+        for cut in tiling.linear_candidates(dtype.itemsize, rows, described, softcap != 0, on):
+            cut = LinearTiling(cut.rows, cut.columns, cut.features, cut.warps, cut.stages, group=2)
+            got = kernels._forward(
+                cut, *case, softcap, -100, 0, 1090, 1090, ALL, torch.float32, 1 << 20, described
+            )  # fmt: skip
+            close(got, expected)
+
+
+def test_parts() -> None:
+    """They cover the vocabulary, keep to the memory, and fill the multiprocessors."""
+    cut = LinearTiling(128, 128, 64, 8, 3)
+    for rows in (1, 100, 8192):
+        for columns in (0, 1, 128, 129, 128_256):
+            for most in (0, 1, 5, 1000):
+                parts, tiles = cut.parts(rows, columns, most, 132)
+                assert 1 <= parts <= max(1, min(most, tiling.MAX_SPLITS))
+                assert parts * tiles * 128 >= columns and (parts - 1) * tiles * 128 <= max(0, columns - 1)
+    assert cut.parts(1, 128_256, 1000, 132)[0] > 100
+    assert cut.parts(8192, 128_256, 1000, 132)[0] > 16
+
+
+@pytest.mark.parametrize("scratch", (0, 2 * 24 * 70, 1 << 20))
+def test_memory_for_parts(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "hardware", lambda device: tiling.Hardware(8, 32, True, descriptors=False))
+    case = inputs(70, 24, 700)
+    close(forward(*case, 0.0, -100, 0, 700, ALL, scratch=scratch), exact(*case, 0.0, -100, 0, 700, ALL))
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("want", (1, 3, 4, 8, 15))
+def test_what_is_wanted(want: int, bias: bool) -> None:
+    case = list(inputs(5, 24, 90))
+    case[2] = case[2] if bias else None
+    got = forward(*case, 0.0, -100, 0, 90, want)
+    assert got[4].shape == (6 if want >= 4 else 4, 5)
+    close(got, exact(*case, 0.0, -100, 0, 90, want))
+
+
+def test_shards_merge() -> None:
+    """Unequal parts, one of padding alone and one without columns, as ranks and chunks hand them over."""
+    hidden, weight, bias, target, temperature = inputs(20, 24, 300)
+    weight[280:] = math.nan
+    states = []
+    for a, b in ((0, 7), (7, 7), (7, 250), (250, 285), (285, 300)):
+        part = (hidden, weight[a:b], bias[a:b], target % 280, temperature)
+        states.append(forward(*part, 0.0, -100, a, 280, ALL)[4])
+    whole = exact(hidden, weight[:280], bias[:280], target % 280, temperature, 0.0, -100, 0, 280, ALL)[4]
+    close((merge(torch.stack(states), temperature),), (whole,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_rounded_once(dtype: torch.dtype) -> None:
+    """Bias included, to nearest even; what is left is the order of the product's sums, so a few may round elsewise."""
+    case = inputs(20, 64, 300, torch.float32)
+    hidden, weight, bias, target, temperature = case
+    logits = (hidden.double() @ weight.double().t() + bias.double()).to(dtype)
+    expected = eager.token_stats_forward(logits.double()[None], target, temperature.double(), 0.0, -100, 0, 300, ALL)
+    got = forward(*case, 0.0, -100, 0, 300, ALL, logits=dtype)
+    away = exact(*case, 0.0, -100, 0, 300, ALL)
+    for i in range(4):
+        error, rounding = ((got[i].double() - x[i]).abs() for x in (expected, away))
+        assert error.median() < 2e-5
+        assert dtype == torch.float32 or error.median() < 0.1 * rounding.median()
+
+
+def special(value: float, where: str) -> tuple[Tensor, ...]:
+    hidden, weight, bias, target, temperature = inputs(6, 24, 300)
+    if where == "state":
+        hidden[2, 3] = value
+    elif where == "entry":
+        weight[17, 3] = value
+    else:
+        bias[17] = value
+    return hidden, weight, bias, target, temperature
+
+
+@pytest.mark.parametrize("where", ("state", "entry", "bias"))
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+def test_non_finite_numbers(value: float, where: str) -> None:
+    """NaN and +inf poison the rows that meet them, and no other; -inf in the bias masks an entry."""
+    case = special(value, where)
+    got = forward(*case, 0.0, -100, 0, 300, ALL)
+    close(got[:4], exact(*case, 0.0, -100, 0, 300, ALL)[:4])
+    bad = got[1].isnan()
+    if where == "state":
+        assert bad[2] and bad.sum() == 1
+    elif where == "bias":
+        assert bad.all() if value != -math.inf else not bad.any()
+
+
+def test_rows_by_label_and_temperature() -> None:
+    case = list(inputs(6, 24, 300))
+    case[3] = torch.tensor([-100, 0, 299, 300, -1, 5], device=DEVICE)
+    case[0][0] = math.nan
+    case[4][5] = 0.0
+    got = forward(*case, 0.0, -100, 0, 300, ALL)
+    close(got[:4], exact(*case, 0.0, -100, 0, 300, ALL)[:4])
+    assert [x[0].item() for x in got[:4]] == [0] * 4 and got[0][3:].isnan().all()
+    case[3] = torch.full((6,), -100, device=DEVICE, dtype=torch.int32)
+    assert not torch.stack(forward(*case, 0.0, -100, 0, 300, ALL)[:4]).any(), "nothing but ignored rows"
+
+
+def test_a_masked_vocabulary() -> None:
+    """All of it but one entry, and all of it."""
+    hidden, weight, bias, target, temperature = inputs(6, 24, 300)
+    bias[:] = -math.inf
+    assert forward(hidden, weight, bias, target, temperature, 0.0, -100, 0, 300, 3)[1].isnan().all()
+    bias[target[0]] = 1.0
+    logprob, entropy, *_ = forward(hidden, weight, bias, target, temperature, 0.0, -100, 0, 300, 3)
+    assert logprob[0] == 0 and (entropy == 0).all() and not entropy.signbit().any()
+    assert (logprob[target != target[0]] == -math.inf).all()
+
+
+@pytest.mark.parametrize("gap", (12.0, 15.0, 40.0))
+def test_collapsed_entropy(gap: float) -> None:
+    hidden, weight = torch.ones(3, 16, device=DEVICE), torch.zeros(2048, 16, device=DEVICE)
+    weight[7] = gap / 16
+    case = (hidden, weight, None, torch.full((3,), 7, device=DEVICE), torch.ones(1, device=DEVICE))
+    got, expected = (f(*case, 0.0, -100, 0, 2048, 3)[1].double() for f in (forward, exact))
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_layouts(dtype: torch.dtype) -> None:
+    """Rows that no descriptor can describe, transposed weights, strides; empty sides."""
+    hidden, weight, bias, target, temperature = inputs(20, 64, 304, dtype)
+    expected = exact(hidden, weight, bias, target, temperature, 0.0, -100, 0, 304, ALL)
+    wide = torch.stack([hidden, hidden + 1], -1)[..., 0]
+    odd = torch.cat([weight[:, :1], weight], 1)[:, 1:]
+    flat = weight.t().contiguous().t()
+    strided = torch.stack([bias, bias], -1)[:, 0]
+    for h, w in ((hidden, weight), (wide, weight), (hidden, odd), (hidden, flat)):
+        close(forward(h, w, strided, target, temperature, 0.0, -100, 0, 304, ALL), expected)
+    one = forward(hidden, weight[:1], bias[:1], target * 0, temperature, 0.0, -100, 0, 1, ALL)
+    assert not torch.stack([one[0], one[1], one[3]]).any() and (one[2] == 1).all()
+    assert forward(hidden[:0], weight, bias, target[:0], temperature[:0], 0.0, -100, 0, 304, ALL)[0].shape == (0,)
+
+
+def test_scratch_of_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded, and good for every candidate; two sizes of H are two classes."""
+    shapes, ran = [], []
+    real = kernels._forward
+
+    def choose(shape: Any, device: Any, cuts: tuple[LinearTiling, ...], scratch: Callable[..., Any]) -> LinearTiling:
+        shapes.append(shape)
+        run = scratch(30_000)
+        for cut in cuts:
+            run(cut)
+        return cuts[0]
+
+    def record(cut: LinearTiling, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+        ran.append(hidden.nbytes + weight.nbytes)
+        return real(cut, hidden, weight, *rest)
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(kernels, "_forward", record)
+    for features in (64, 65):
+        case = inputs(150, features, 300, torch.bfloat16)
+        before = [x.clone() for x in case]
+        close(forward(*case, 0.0, -100, 0, 300, 3), exact(*case, 0.0, -100, 0, 300, 3))
+        assert all(torch.equal(a, b) for a, b in zip(before, case, strict=True))
+        assert len(ran) >= 2 and all(size <= 30_000 for size in ran[:-1])
+        ran.clear()
+    assert shapes[0].file != shapes[1].file and shapes[0].direction == "linear-6"
