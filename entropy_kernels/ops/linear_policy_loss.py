@@ -218,10 +218,10 @@ def gradients(
     for r in row_parts:
         z = buffer[: r.stop - r.start]
         multiply(z, h[r], w.t(), b)
-        (logprob[r], entropy[r], _, _), state[:, r] = linear_tiles.statistics(
-            lambda *_, z=z: z, [slice(0, z.shape[0])], [slice(0, p.columns)], labels[r], at(t, r), numbers, want,
-            numbers.vocab_start + weight.shape[0],
-        )  # fmt: skip
+        found = linear_tiles.state_of_logits(z, labels[r], at(t, r), numbers, 0, want)
+        (logprob[r], entropy[r], _, _), state[:, r] = linear_tiles.finished(
+            found, labels[r], at(t, r), numbers, want, numbers.vocab_start + weight.shape[0]
+        )
         if r is row_parts[-1]:
             break
         with _differentiating():

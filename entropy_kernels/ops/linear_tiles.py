@@ -115,6 +115,18 @@ def statistics(
         for i, columns in enumerate(column_parts):
             states[i] = state_of(rows, columns)
         state[:, rows] = states[0] if len(column_parts) == 1 else merge(states, at(temperature, rows))
+    return finished(state, target, temperature, numbers, want, end)
+
+
+def finished(
+    state: Tensor,  # (K, N), of all of this rank's columns
+    target: Tensor,  # (N,)
+    temperature: Tensor,  # (1,) or (N,)
+    numbers: Numbers,
+    want: int,
+    end: int,
+) -> tuple[list[Tensor], Tensor]:
+    """The statistics and the state over all ranks, as in :func:`statistics`."""
     if numbers.group:
         *outputs, state = merge_shards(
             state, end, target, temperature, numbers.ignore_index, numbers.vocab_size, want, numbers.group
