@@ -491,6 +491,7 @@ def step(
 @pytest.mark.parametrize("method", LOSSES)
 def test_compiled_without_a_graph_break(method: str, buffered: bool) -> None:
     """A new seed and a new coefficient do not compile anew."""
+    torch._dynamo.reset()
     case = make(method, **COMPILED[method])
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
@@ -509,6 +510,7 @@ def test_compiled_without_a_graph_break(method: str, buffered: bool) -> None:
 
 
 def test_inductor() -> None:
+    torch._dynamo.reset()
     case = make("clip_cov", **COMPILED["clip_cov"])
     leaves = case.leaves()
     torch.compile(step, fullgraph=True)(*leaves, case, 0.01, 3, None)[0].backward()
