@@ -13,7 +13,7 @@ import entropy_kernels as ek
 
 pytest.importorskip("transformers")
 
-from hf_models import FAMILIES, make
+from hf_models import FAMILIES, OTHERS, SIZES, make, transformers
 
 
 def ids(*shape: int) -> Tensor:
@@ -53,7 +53,14 @@ def test_values_and_parameter_gradients(family: str) -> None:
 
 
 def test_a_dropped_softcap_or_scale_would_show() -> None:
-    for family, attribute, neutral in (("gemma2", "final_logit_softcapping", None), ("granite", "logits_scaling", 1.0)):
+    for family, attribute, neutral in (
+        ("gemma2", "final_logit_softcapping", None),
+        ("recurrent-gemma", "logits_soft_cap", 1e9),
+        ("granite", "logits_scaling", 1.0),
+        ("hyperclovax", "logits_scaling", 1.0),
+        ("falcon-h1", "lm_head_multiplier", 1.0),
+        ("inkling", "logits_mup_width_multiplier", 1.0),
+    ):
         model, input_ids = make(family), ids(2, 7)
         want = expected(model, input_ids, ek.hf.next_tokens(input_ids))
         setattr(model.config, attribute, neutral)
@@ -93,14 +100,78 @@ def test_an_adapter_on_the_head_is_not_passed_over() -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_parts_make_the_logits(family: str) -> None:
-    model, input_ids = make(family), ids(2, 7)
+def assert_parts_make_the_logits(model: Any) -> None:
+    input_ids = ids(2, 7).clamp(max=90)  # no image tokens
     parts = ek.hf.causal_lm_parts(model)
-    logits = torch.nn.functional.linear(parts.backbone(input_ids)[0] * parts.scale, parts.weight, parts.bias)
+    hidden = parts.backbone(input_ids, use_cache=False)[0] * parts.scale
+    if isinstance(parts.weight, Tensor):
+        logits = torch.nn.functional.linear(hidden, parts.weight, parts.bias)
+    else:
+        logits = parts.weight(hidden)
     if parts.softcap is not None:
         logits = parts.softcap * torch.tanh(logits / parts.softcap)
-    torch.testing.assert_close(logits, model(input_ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, model(input_ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_parts_make_the_logits(family: str) -> None:
+    assert_parts_make_the_logits(make(family))
+
+
+@pytest.mark.parametrize("family", ["granite", "hyperclovax", "minicpm3", "inkling", "gemma2"])
+def test_a_head_with_a_bias_beside_a_scale(family: str) -> None:
+    """A factor of the logits is one of the bias, too; a factor of the hidden states is not."""
+    model = make(family)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(97))
+    assert_parts_make_the_logits(model)
+    input_ids, other = ids(2, 7), copy.deepcopy(model)
+    weigh(ek.hf.causal_lm_logprob_entropy(model, input_ids)).backward()
+    weigh(expected(other, input_ids, ek.hf.next_tokens(input_ids))).backward()
+    torch.testing.assert_close(model.lm_head.bias.grad, other.lm_head.bias.grad, rtol=1e-4, atol=2e-5)
+    model.lm_head = Adapted(model.lm_head)
+    assert_parts_make_the_logits(model)
+
+
+REFUSED = {
+    "BertLMHeadModel": ("BertConfig", {**SIZES, "is_decoder": True}, "which has cls.predictions.transform"),
+    "RobertaForCausalLM": ("RobertaConfig", {**SIZES, "is_decoder": True}, "which has lm_head.dense.weight beside"),
+    "ElectraForCausalLM": ("ElectraConfig", {**SIZES, "is_decoder": True, "embedding_size": 32}, "which has generator"),
+    "BartForConditionalGeneration": (
+        "BartConfig",
+        {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48},
+        "expected a causal language model without an encoder",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_make_their_logits_otherwise(name: str) -> None:
+    config, options, message = REFUSED[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**options))
+    with pytest.raises(TypeError, match=f"model: .*{message}"):
+        ek.hf.causal_lm_parts(model)
+
+
+def test_attributes_that_change_logits_otherwise() -> None:
+    for name, value, neutral in (
+        ("mup_width_multiplier", 8.0, 1.0),
+        ("output_multiplier_scale", 0.5, 1),
+        ("mup_output_alpha", 2.2, None),
+        ("scale_logits", True, False),
+        ("dim_model_base", 8, 32),
+    ):
+        model = make("llama")
+        setattr(model.config, name, neutral)
+        ek.hf.causal_lm_parts(model)
+        setattr(model.config, name, value)
+        with pytest.raises(TypeError, match=f"are known here, got LlamaForCausalLM with {name}={value}"):
+            ek.hf.causal_lm_parts(model)
+    model = make("inkling")
+    model.config.unpadded_vocab_size = 90
+    assert model(ids(1, 3).clamp(max=80)).logits.shape[-1] == 90
+    with pytest.raises(TypeError, match="got InklingForCausalLM with unpadded_vocab_size=90"):
+        ek.hf.causal_lm_parts(model)
 
 
 @pytest.mark.parametrize("how", ["subclass", "hooked"])

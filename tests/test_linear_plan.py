@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -148,3 +149,21 @@ def test_predicted_memory_of_a_policy_loss(dtype: torch.dtype, grad: tuple[str, 
             fixed = vocab * features * 8 + rows * features * 24
             assert plan.peak_bytes <= budget + fixed
         assert 1 in seen and max(seen) > 3
+
+
+@pytest.mark.parametrize("changes", [0, 3, 16, None])
+def test_the_least_budget_of_a_policy_loss_is_the_one_it_names(changes: int | None) -> None:
+    def rows(budget: int) -> int:
+        dtypes = [torch.float32] * 4
+        return planning.loss_rows(
+            planning.Problem(50, 32, 300, *dtypes, "cpu", True, True, False, False, budget), changes
+        )
+
+    with pytest.raises(ValueError, match="memory_budget: expected at least") as refused:
+        rows(1)
+    named = re.search(r"at least (\d+) bytes", str(refused.value))
+    assert named is not None
+    least = int(named[1])
+    assert rows(least) >= 16
+    with pytest.raises(ValueError, match=f"expected at least {least} bytes"):
+        rows(least - 1)

@@ -510,7 +510,7 @@ def test_compiled_without_a_graph_break(method: str, buffered: bool) -> None:
 
 
 def test_inductor() -> None:
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # the recompilations of the tests before count towards its limit
     case = make("clip_cov", **COMPILED["clip_cov"])
     leaves = case.leaves()
     torch.compile(step, fullgraph=True)(*leaves, case, 0.01, 3, None)[0].backward()

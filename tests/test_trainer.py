@@ -148,7 +148,6 @@ def test_selection_is_that_of_the_whole_minibatch(method: str) -> None:
     settings = dataclasses.replace(TINY, method=method)  # type: ignore[arg-type]
     whole = select(settings, parts_of(), seed=3)
     split = select(settings, parts_of(4), seed=3)
-    assert whole is not None and split is not None
     assert torch.equal(torch.cat(split), whole[0])
     part = parts_of()[0]
     assert not (whole[0] & ~part.mask).any()
@@ -171,7 +170,8 @@ def test_controls_draw_as_many_tokens_elsewhere() -> None:
 
 
 def test_grpo_selects_nothing() -> None:
-    assert select(TINY, parts_of(), seed=0) is None
+    with pytest.raises(ValueError, match=r"config\.method: expected one that selects tokens, got 'grpo'"):
+        select(TINY, parts_of(), seed=0)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -279,9 +279,10 @@ def test_selection_with_old_logprobs_needs_no_extra_forward(tmp_path: Path, monk
         return original(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ppo, "fresh_logprob", counted)
-    ppo.train(config(tmp_path / "new", steps=1, method="kl_cov", micro_batches=2))
+    options = {"steps": 1, "method": "kl_cov", "micro_batches": 2, "measure_memory": False}
+    ppo.train(config(tmp_path / "new", **options))
     assert calls["n"] == 4
-    ppo.train(config(tmp_path / "old", steps=1, method="kl_cov", micro_batches=2, selection_logprob="old"))
+    ppo.train(config(tmp_path / "old", selection_logprob="old", **options))
     assert calls["n"] == 4
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
+import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, heads, ppo
-from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.heads import compare_heads
+from entropy_kernels.trainer.config import METHODS, TrainerConfig
 from entropy_kernels.trainer.policy import Encoded, Policy, word_tokenizer
 from entropy_kernels.trainer.progress import describe_memory
 from entropy_kernels.trainer.rollout import Rollout, score
@@ -29,14 +29,16 @@ def policy_of(family: str = "llama", head: str = "linear", memory_budget: int | 
     return Policy(make(family), word_tokenizer(["a"]), end_id=2, head=head, memory_budget=memory_budget)
 
 
-def rollout_of(policy: Policy, rows: int = 6) -> Rollout:
-    """Left-padded prompts of 1 to 4 tokens, right-padded completions of 2 to 5, old log-probs near the policy's."""
+def rollout_of(policy: Policy, rows: int = 6, padded: bool = True) -> Rollout:
+    """Right-padded completions of 2 to 5 tokens, old log-probs near the policy's; prompts of 4 tokens, or left-padded
+    ones of 1 to 4."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> Tensor:
         return torch.randint(3, 97, (rows, length), generator=generator)
 
-    prompt = torch.arange(4) >= 3 - torch.arange(rows)[:, None] % 4
+    prompt = torch.arange(4) >= (3 - torch.arange(rows)[:, None] % 4 if padded else 0)
+    prompt = prompt.expand(rows, 4)
     mask = torch.arange(5) < 2 + torch.arange(rows)[:, None] % 4
     prompts, completions = Encoded(ids(4).masked_fill(~prompt, 0), prompt.long()), ids(5).masked_fill(~mask, 0)
     logprob, entropy, covariance = score(policy, SETTINGS, prompts, completions, mask)
@@ -57,7 +59,7 @@ def step(
         selected = rollout.mask & (torch.arange(rollout.mask.numel()).view(rollout.mask.shape) % 5 == 0)
     rows = torch.arange(len(rollout.ids))
     tokens = int(rollout.mask.sum())
-    result, _ = ppo.backward(policy, rollout, rows, settings, lambda _: selected, tokens=tokens, sequences=len(rows))
+    result, _ = ppo.backward(policy, rollout, rows, settings, selected, tokens=tokens, sequences=len(rows))
     gradients = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(policy.model.parameters()))
     return result.loss.detach(), result.metrics, gradients
@@ -137,23 +139,143 @@ def test_a_whole_step_is_the_same_from_one_seed(tmp_path: Path, method: str) -> 
         assert (value - weights["logits"][name]).abs().mean() < 1e-3 * TINY.lr, name
 
 
+# --- a whole update: which of our ops it takes, and that the other head's is the same ---------------------------------
+
+#: Several parts for either op, by micro-batches, of which one has 84 or 28 tokens; float64.
+FEW_BYTES = {1: 84_000, 3: 42_000}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Calls that build a gradient, by op."""
+    calls = {"linear_policy_loss": 0, "linear_logprob_entropy": 0}
+
+    def count(name: str) -> None:
+        original = getattr(heads.ek, name)
+
+        def call(*args: object, **options: object) -> object:
+            calls[name] += torch.is_grad_enabled()
+            return original(*args, **options)
+
+        monkeypatch.setattr(heads.ek, name, call)
+
+    for name in calls:
+        count(name)
+    return calls
+
+
+def updated(
+    policy: Policy, rollout: Rollout, settings: TrainerConfig, head: str
+) -> tuple[dict[str, float], Tensor, dict[str, Tensor]]:
+    """Metrics, dropped tokens and gradients of one update that leaves the weights where they are."""
+    dropped = torch.zeros_like(rollout.mask)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    rows = torch.arange(len(rollout.ids)).flip(0)
+    metrics = ppo.update(policy.with_head(head), optimizer, rollout, rows, settings, seed=5, dropped=dropped)
+    return metrics, dropped, {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+
+
+def in_float64(family: str, micro_batches: int) -> tuple[Policy, Rollout]:
+    policy = policy_of(family, memory_budget=FEW_BYTES[micro_batches])
+    policy.model.double()
+    rollout = rollout_of(policy, rows=24, padded=False)  # left padding in float64 makes transformers' masks give NaN
+    rollout.advantages = rollout.advantages.double()
+    return policy, rollout
+
+
+def assert_same_update(policy: Policy, rollout: Rollout, settings: TrainerConfig) -> None:
+    metrics, dropped, gradients = updated(policy, rollout, settings, "linear")
+    other_metrics, other_dropped, other_gradients = updated(policy, rollout, settings, "logits")
+    assert metrics == pytest.approx(other_metrics, rel=1e-9, abs=1e-12)
+    assert torch.equal(dropped, other_dropped)
+    for name, gradient in gradients.items():
+        scale = float(other_gradients[name].abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(
+            gradient, other_gradients[name], rtol=1e-8, atol=1e-9 * scale, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+UPDATE = dataclasses.replace(SETTINGS, cov_ratio=0.2, cov_low=-9.0, cov_high=9.0, grad_clip=0.0)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("selection_logprob", ["old", "new"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_update_is_the_same_and_takes_three_products_where_it_can(
+    method: str, selection_logprob: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, rollout = in_float64("gemma2", micro_batches)
+    settings = dataclasses.replace(
+        UPDATE, method=method, selection_logprob=selection_logprob, micro_batches=micro_batches
+    )  # type: ignore[arg-type]
+    tokens = policy.outputs(rollout.prompts, rollout.ids, rollout.mask)[rollout.mask][: 84 // micro_batches]
+    for policy_loss in (True, False):
+        head, budget = policy.model.lm_head.weight, FEW_BYTES[micro_batches]
+        plan = ek.linear_plan(tokens, head, memory_budget=budget, policy_loss=policy_loss)
+        assert plan.row_chunks * plan.vocab_chunks > 1, plan
+    calls = counted(monkeypatch)
+    assert_same_update(policy, rollout, settings)
+    late = method != "grpo" and selection_logprob == "new" and micro_batches == 1
+    assert calls["linear_policy_loss"] == (0 if late else micro_batches)
+    assert calls["linear_logprob_entropy"] == (1 if late else 0)
+    metrics = updated(policy, rollout, settings, "linear")[0]
+    assert (metrics["tokens_dropped"] + metrics["tokens_penalized"] > 0) == (method != "grpo")
+
+
+@pytest.mark.parametrize("mode", ["seq-mean-token-mean", "seq-mean-token-sum", "token-sum"])
+@pytest.mark.parametrize("family", ["phi, with bias", "granite"])
+def test_an_update_in_other_sums_and_families(family: str, mode: str) -> None:
+    policy, rollout = in_float64(family, 3)
+    settings = dataclasses.replace(UPDATE, method="clip_cov", micro_batches=3, loss_agg_mode=mode)  # type: ignore
+    assert_same_update(policy, rollout, settings)
+
+
+@pytest.mark.parametrize(
+    "change", [{"entropy_coef": 0.0}, {"dropped": None}, {"batch_num_tokens": 1}, {"clip_low": 0.5}]
+)
+def test_an_update_with_another_loss_would_show(change: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, rollout = in_float64("llama", 3)
+    original = heads.ek.linear_policy_loss
+
+    def other(*args: object, **options: object) -> object:
+        if change.keys() == {"dropped"}:
+            change["dropped"] = torch.zeros_like(options["mask"])  # type: ignore[call-overload]
+        return original(*args, **{**options, **change})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(heads.ek, "linear_policy_loss", other)
+    with pytest.raises(AssertionError):
+        assert_same_update(policy, rollout, dataclasses.replace(UPDATE, method="clip_cov", micro_batches=3))
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_within_a_budget_no_logits_exist(undisturbed: None) -> None:
-    policy = policy_of(memory_budget=1 << 20)
+    policy = policy_of(memory_budget=2 << 20)
     policy.model.resize_token_embeddings(20_000, mean_resizing=False)
     rollout = rollout_of(policy, rows=64)
     logits = 4 * rollout.ids.numel() * 20_000  # 25.6 MB
-    backward = ppo.first_micro_batch(rollout, SETTINGS)
-    row = compare_heads(policy, backward)
+    row = ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS)
     gradients = sum(4 * p.numel() for p in policy.model.parameters())
     assert row["memory/logits"] > logits + gradients
-    assert row["memory/linear"] < gradients + (1 << 20) + 3_000_000  # 64 rows of activations
+    assert row["memory/linear"] < gradients + (2 << 20) + 3_000_000  # 64 rows of activations
     assert row["head_gap"] < 1e-5
     assert all(p.grad is None for p in policy.model.parameters())
-    roomy = compare_heads(Policy(policy.model, policy.tokenizer, end_id=2), backward)  # 1 GiB: kept, once
-    assert logits < roomy["memory/linear"] - gradients < 2 * logits
+    roomy = Policy(policy.model, policy.tokenizer, end_id=2)  # 1 GiB: all tokens at once
+    row = ppo.compare_on_first_micro_batch(roomy, rollout, SETTINGS)
+    assert logits < row["memory/linear"] - gradients < 2 * logits
+
+
+@pytest.mark.parametrize(("selection_logprob", "late"), [("old", 0), ("new", 1)])
+def test_what_is_measured_is_the_step_as_it_runs(
+    selection_logprob: str, late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of()
+    rollout = rollout_of(policy)
+    calls = counted(monkeypatch)
+    settings = dataclasses.replace(SETTINGS, method="kl_cov", selection_logprob=selection_logprob)  # type: ignore
+    ppo.compare_on_first_micro_batch(policy, rollout, settings)
+    assert calls == {"linear_policy_loss": 1 - late, "linear_logprob_entropy": late}
 
 
 def test_measuring_leaves_the_run_as_it_is(tmp_path: Path) -> None:
@@ -167,19 +289,20 @@ def test_measuring_leaves_the_run_as_it_is(tmp_path: Path) -> None:
 def test_logits_that_ek_hf_does_not_know_are_refused() -> None:
     policy = policy_of()
     policy.model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
-    backward = ppo.first_micro_batch(rollout_of(policy), SETTINGS)
+    rollout = rollout_of(policy)
     with pytest.raises(ValueError, match=r"head: expected, for linear.*nats off on average; take --head logits"):
-        compare_heads(policy, backward)
-    assert compare_heads(policy.with_head("logits"), backward)["head_gap"] > 0.1  # told, and not refused
+        ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS)
+    row = ppo.compare_on_first_micro_batch(policy.with_head("logits"), rollout, SETTINGS)
+    assert row["head_gap"] > 0.1  # told, and not refused
 
 
 def test_a_model_without_a_linear_head(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(head="logits")
-    backward = ppo.first_micro_batch(rollout_of(policy), SETTINGS)
+    rollout = rollout_of(policy)
     monkeypatch.setattr(policy.model, "get_output_embeddings", lambda: None)
-    assert compare_heads(policy, backward).keys() == {"memory/logits"}
+    assert ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS).keys() == {"memory/logits"}
     with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
-        compare_heads(policy.with_head("linear"), backward)
+        ppo.compare_on_first_micro_batch(policy.with_head("linear"), rollout, SETTINGS)
 
 
 def test_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +317,7 @@ def test_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         return measured(call, device)  # type: ignore[arg-type]
 
     monkeypatch.setattr(heads, "peak_allocated", full)
-    row = compare_heads(policy, ppo.first_micro_batch(rollout_of(policy), SETTINGS))
+    row = ppo.compare_on_first_micro_batch(policy, rollout_of(policy), SETTINGS)
     assert row["memory/logits"] == math.inf and row["memory/linear"] > 0
     assert describe_memory(row).endswith("MB, logits does not fit.")  # type: ignore[union-attr]
 

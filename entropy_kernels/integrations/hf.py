@@ -12,9 +12,37 @@ import entropy_kernels as ek
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
 
+# How transformers' models make their logits, by attribute of the text configuration. A factor is the value to a power.
+_FACTORS = {
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "output_multiplier": 1,  # Muse
+    "logits_scaling": -1,  # Granite
+    "logits_mup_width_multiplier": -1,  # Inkling
+}
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+# Exceptions, by `model_type`
+_MULTIPLIES = {"hyperclovax"}  # where others divide
+_BEFORE_THE_HEAD = {"minicpm3", "inkling_text"}  # the factor is that of the hidden states: a bias does not have it
+_UNUSED = {  # the configuration has a factor or a softcap, of its own or of its text model, that the logits do not
+    "aya_vision", "cohere2_vision", "gemma3", "granite_speech", "granite_speech_plus", "mpt",
+}  # fmt: skip
+# Known to change logits, in models whose code is not in transformers. Neutral values change none.
+_OTHERS = (
+    "mup_output_alpha", "mup_width_scale", "output_logits_scale", "width_scale",  # Jais
+    "mup_width_multiplier",  # Phi-3-small
+    "output_multiplier_scale",  # Grok-1
+    "scale_logits",  # OLMo's first code
+)  # fmt: skip
+_NEUTRAL = (None, 0, 1)
+# Names of layers that people put beside the head, for other purposes; any others are taken to be before it
+_BESIDE = ("value", "v_head", "score", "critic", "reward")
+
 
 class CausalLMParts(NamedTuple):
     """A causal language model in two: its logits are softcap(``hidden @ weight.T + bias``), hidden = scale · backbone.
+
+    A factor of the model's logits is in ``scale`` and ``bias``; of a head that is called, in what it returns.
 
     ``weight``, ``bias`` and ``softcap`` are arguments of :func:`entropy_kernels.linear_logprob_entropy` as they stand.
     """
@@ -26,9 +54,9 @@ class CausalLMParts(NamedTuple):
     bias: Tensor | None
     """(V,)"""
     scale: float
-    """Factor of the hidden states: Cohere multiplies its logits, Granite divides them."""
+    """Factor of the hidden states."""
     softcap: float | None
-    """Of the logits: Gemma 2 and 3."""
+    """Of the logits."""
     vocab_size: int | None
     """Of a head that does not tell; else None."""
 
@@ -96,8 +124,8 @@ def causal_lm_logprob_entropy(
 
     replaces ``logits = model(input_ids, ...).logits`` and what follows. Gradients reach every parameter, a tied
     embedding through both of its uses. Gradient checkpointing, autocast and adapters work as in ``model(...)``; a head
-    that is more than its weight (LoRA, quantised) is called with a tile of the tokens at a time. The final softcap of
-    Gemma 2 and 3, and the scale of Granite's and Cohere's logits, are the model's.
+    that is more than its weight (LoRA, quantised) is called with a tile of the tokens at a time. Softcaps (Gemma) and
+    scales of the logits (Granite, Cohere, Falcon-H1 and others) are the model's.
 
     Args:
         model: a transformers causal language model, or a PEFT model around one; not one wrapped in DDP or FSDP1,
@@ -115,7 +143,7 @@ def causal_lm_logprob_entropy(
         ``LogprobEntropy`` of (B, L): position t belongs to the token at t + 1; 0 where there is no label.
 
     Raises:
-        TypeError: a model without an output head, one that is wrapped, or a PEFT model that adds tokens to the prompt.
+        TypeError: as :func:`causal_lm_parts`.
         ValueError: arguments of the wrong shape.
     """
     parts = causal_lm_parts(model)
@@ -155,11 +183,13 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
         stats = ek.linear_token_stats(hidden, parts.weight, input_ids[:, -n:], parts.bias, softcap=parts.softcap)
 
     Args:
-        model: as there. A model that makes its logits in yet another way cannot be told from its configuration:
+        model: as there. Code of a model's own that makes logits in a way which no attribute tells is not noticed:
             compare the two once (the trainer does).
 
     Raises:
-        TypeError: a model without an output head, one that is wrapped, or a PEFT model that adds tokens to the prompt.
+        TypeError: a model without an output head, with layers between backbone and head, with an encoder, one that is
+            known to change its logits in another way than by a factor and a softcap, one that is wrapped, or a PEFT
+            model that adds tokens to the prompt.
     """
     model = _unwrapped(model)
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -169,16 +199,16 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
             f"model: expected a transformers causal language model with an output head, got {type(model).__name__}"
         )
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    _check_logits(model, backbone, head, config)
+    before, after, softcap = _hidden_scale_logit_scale_softcap(model.config, config)
+    vocab_size = None if getattr(head, "out_features", None) is not None else config.vocab_size
     # Adapters, quantised weights or hooks may do more than the attributes of the head tell: these are called instead
     plain = getattr(head.forward, "__func__", None) is torch.nn.Linear.forward and head.weight.is_floating_point()
-    return CausalLMParts(
-        backbone,
-        head.weight if plain else head,
-        head.bias if plain else None,
-        _logit_scale(config),
-        getattr(config, "final_logit_softcapping", None),
-        None if hasattr(head, "out_features") else config.vocab_size,
-    )
+    if not plain:
+        called = head if after == 1 else _Scaled(head, after)
+        return CausalLMParts(backbone, called, None, before, softcap, vocab_size)
+    bias = head.bias if head.bias is None or after == 1 else head.bias * after
+    return CausalLMParts(backbone, head.weight, bias, before * after, softcap, vocab_size)
 
 
 def _unwrapped(model: Any) -> Any:
@@ -199,10 +229,59 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _logit_scale(config: Any) -> float:
-    """Factor of the logits before the softmax: Cohere multiplies, Granite divides."""
-    scaling = getattr(config, "logits_scaling", None)
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(scaling or 1.0)
+class _Scaled(torch.nn.Module):
+    """A head whose logits are multiplied, its bias or adapter included."""
+
+    def __init__(self, head: torch.nn.Module, scale: float) -> None:
+        super().__init__()
+        self._head, self._scale = head, scale
+        self.out_features = getattr(head, "out_features", None)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self._head(hidden)
+        return logits * self._scale
+
+
+def _hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, float, float | None]:
+    """Factor of the hidden states, factor of the logits, softcap; of the model's configuration and its text model's."""
+    if config.model_type in _UNUSED:
+        return 1.0, 1.0, None
+    scale = 1.0
+    for name, power in _FACTORS.items():
+        value = getattr(text, name, None)
+        scale *= 1.0 if value is None else float(value) ** (abs(power) if text.model_type in _MULTIPLIES else power)
+    softcaps = [value for name in _SOFTCAPS if (value := getattr(text, name, None)) is not None]
+    before, after = (scale, 1.0) if text.model_type in _BEFORE_THE_HEAD else (1.0, scale)
+    return before, after, float(softcaps[0]) if softcaps else None
+
+
+def _check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, config: Any) -> None:
+    """Refuse what would give other logits than the model's without a word."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"model: expected a causal language model without an encoder, got {type(model).__name__}")
+    known = {id(p) for part in (backbone, head) for p in part.parameters()}
+    others = [name for name, p in model.named_parameters() if id(p) not in known]
+    between = [name for name in others if not any(word in name.lower() for word in _BESIDE)]
+    if between:
+        raise TypeError(
+            "model: expected one whose linear head comes right after its backbone, "
+            f"got {type(model).__name__}, which has {between[0]} beside them"
+        )
+    values = {name: getattr(config, name, None) for name in _OTHERS}
+    changing = [f"{name}={value!r}" for name, value in values.items() if value is True or value not in _NEUTRAL]
+    width = getattr(config, "hidden_size", None)
+    if getattr(config, "dim_model_base", width) != width and not hasattr(config, "logits_scaling"):  # MiniCPM 1 and 2
+        changing.append(f"dim_model_base={config.dim_model_base!r}")
+    rows, padded = getattr(config, "unpadded_vocab_size", None), getattr(config, "vocab_size", 0)
+    if rows is not None and rows < padded:  # Inkling: logits behind it are cut off
+        changing.append(f"unpadded_vocab_size={rows}")
+    if config.model_type == "chameleon":
+        changing.append("image tokens, which are ruled out")
+    if changing:
+        raise TypeError(
+            "model: expected one whose logits are those of a linear head, with a factor and a softcap that are known "
+            f"here, got {type(model).__name__} with {', '.join(changing)}"
+        )
 
 
 def _sequence_ends(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

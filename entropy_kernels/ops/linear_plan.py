@@ -248,10 +248,12 @@ def loss_rows(p: Problem, changes: int | None) -> int:
     most = p.budget // (row + again)  # if all of a part may have to be made again
     if changes is not None and most > changes:
         most = (p.budget - changes * again) // row
-    if most < min(p.rows, _LEAST_ROWS):
+    least = min(p.rows, _LEAST_ROWS)
+    if most < least:
+        needed = least * row + (least if changes is None else min(least, changes)) * again
         raise ValueError(
-            f"memory_budget: expected at least {min(p.rows, _LEAST_ROWS) * (row + again)} bytes for the logits of "
-            f"{min(p.rows, _LEAST_ROWS)} tokens, V={p.columns}, got {p.budget}"
+            f"memory_budget: expected at least {needed} bytes for the logits of {least} tokens, V={p.columns}, "
+            f"got {p.budget}"
         )
     room = changes if changes is not None and changes < most else 0
     return _even(p.rows + room, max(most, _LEAST_ROWS), _LEAST_ROWS)

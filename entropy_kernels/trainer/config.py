@@ -93,8 +93,9 @@ class TrainerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of weights and activations. Statistics and losses are float32 in both."""
     head: Literal["linear", "logits"] = "linear"
-    """linear: log-probs and entropies from hidden states, by linear_logprob_entropy in place of the model's head.
-    logits: from the model's logits, which then exist for a whole micro-batch. The same up to rounding."""
+    """linear: losses, log-probs and entropies from hidden states, by linear_policy_loss and linear_logprob_entropy in
+    place of the model's head. logits: from the model's logits, which then exist for a whole micro-batch. The same up to
+    rounding."""
     memory_budget: int | None = None
     """Bytes that the ops of head = linear may use for logits; none is their default, 1 GiB."""
 
@@ -174,7 +175,8 @@ class TrainerConfig:
     """KL-Cov's penalty coefficient beta (paper: 1)."""
     selection_logprob: Literal["new", "old"] = "new"
     """Log-probs that selection uses: new (those of the update; one more forward without gradient if micro_batches > 1)
-    or old (the rollout's; no extra forward)."""
+    or old (the rollout's; no extra forward). With new and one micro-batch head = linear has its log-probs first and its
+    gradients later, by linear_logprob_entropy: a fourth product where the logits exceed memory_budget."""
 
     # --- evaluation and measurements ---------------------------------------------------------------------------------
     eval_every: int = 8
@@ -263,13 +265,25 @@ class TrainerConfig:
         _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
 
     @property
+    def loss(self) -> Literal["ppo", "clip_cov", "kl_cov"]:
+        """The loss of the method: a control has that of the method whose selection it replaces."""
+        if self.method in ("clip_cov", "random_dropped"):
+            return "clip_cov"
+        return "ppo" if self.method == "grpo" else "kl_cov"
+
+    @property
+    def selects_late(self) -> bool:
+        """Whether the selection needs the log-probs of the very forward that the loss is taken of."""
+        return self.loss != "ppo" and self.selection_logprob == "new" and self.micro_batches == 1
+
+    @property
     def selection_ratio(self) -> float:
         """Fraction of tokens that the method selects; 0 for grpo."""
-        if self.method == "grpo":
+        if self.loss == "ppo":
             return 0.0
         if self.cov_ratio is not None:
             return self.cov_ratio
-        return 0.03 if self.method in ("clip_cov", "random_dropped") else 0.07
+        return 0.03 if self.loss == "clip_cov" else 0.07
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""

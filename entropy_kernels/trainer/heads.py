@@ -36,6 +36,17 @@ class Head(Protocol):
     def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
         """All four statistics."""
 
+    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
+        """The loss of `options`, see :func:`loss_of_stats`; the backward pass may overwrite `outputs`."""
+
+
+def loss_of_stats(stats: ek.LogprobEntropy, method: str, **options: Any) -> ek.PolicyLoss:
+    """The loss named as in :func:`entropy_kernels.linear_policy_loss`, of statistics that are there already."""
+    losses: dict[str, Callable[..., ek.PolicyLoss]] = {
+        "ppo": ek.policy_loss, "clip_cov": ek.clip_cov_loss, "kl_cov": ek.kl_cov_loss,
+    }  # fmt: skip
+    return losses[method](stats.logprob, entropy=stats.entropy, **options)
+
 
 class LinearHead:
     """Hidden states (B, L, H), and this library's ops in place of the model's head: logits exist within a budget."""
@@ -50,17 +61,21 @@ class LinearHead:
         return hidden if parts.scale == 1 else hidden * parts.scale
 
     def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
-        parts = ek.hf.causal_lm_parts(self._model)
-        return ek.linear_logprob_entropy(
-            outputs, parts.weight, target, parts.bias, temperature=temperature, softcap=parts.softcap,
-            memory_budget=self._memory_budget,
-        )  # fmt: skip
+        return self._call(ek.linear_logprob_entropy, outputs, target, temperature)
 
     def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
+        return self._call(ek.linear_token_stats, outputs, target, temperature)
+
+    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
+        return self._call(ek.linear_policy_loss, outputs, target, temperature, **options)
+
+    def _call(
+        self, function: Callable[..., Any], outputs: Tensor, target: Tensor, temperature: float, **options: Any
+    ) -> Any:
         parts = ek.hf.causal_lm_parts(self._model)
-        return ek.linear_token_stats(
-            outputs, parts.weight, target, parts.bias, temperature=temperature, softcap=parts.softcap,
-            memory_budget=self._memory_budget,
+        return function(
+            outputs, parts.weight, target, bias=parts.bias, temperature=temperature, softcap=parts.softcap,
+            memory_budget=self._memory_budget, **options,
         )  # fmt: skip
 
 
@@ -80,20 +95,27 @@ class LogitsHead:
     def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
         return ek.token_stats(outputs, target, temperature=temperature)
 
+    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
+        return loss_of_stats(self.logprob_entropy(outputs, target, temperature), **options)
+
 
 def make_head(name: str, model: Any, memory_budget: int | None) -> Head:
     """The head of a configuration's name."""
     return LinearHead(model, memory_budget) if name == "linear" else LogitsHead(model)
 
 
-def compare_heads(policy: Policy, backward: Callable[[Policy], Tensor]) -> dict[str, float]:
+def compare_heads(
+    policy: Policy, backward: Callable[[Policy], None], logprob: Callable[[Policy], Tensor]
+) -> dict[str, float]:
     """Peak memory of a micro-batch with the head in use and with the other, and how far they are apart.
 
     Parameters
     ----------
     backward : callable
-        Forward, loss and backward of one micro-batch under a policy's head; returns the log-probs of its valid tokens.
-        The gradients that it leaves are removed.
+        Forward, loss and backward of one micro-batch under a policy's head, which is what is measured. The gradients
+        that it leaves are removed.
+    logprob : callable
+        The log-probs of its valid tokens under a policy's head.
 
     Returns
     -------
@@ -107,35 +129,29 @@ def compare_heads(policy: Policy, backward: Callable[[Policy], Tensor]) -> dict[
         The head in use is linear and its log-probs are not those of the model.
     """
     mine, other = policy.head_name, "logits" if policy.head_name == "linear" else "linear"
-    peak, logprob = _peak(policy.with_head(mine), backward)
-    row = {f"memory/{mine}": float(peak)}
+    row = {f"memory/{mine}": _peak(policy.with_head(mine), backward)}
     try:
         ek.hf.causal_lm_parts(policy.model)
     except TypeError:
         return row
     try:
-        peak, other_logprob = _peak(policy.with_head(other), backward)
+        row[f"memory/{other}"] = _peak(policy.with_head(other), backward)
+        gap = float((logprob(policy.with_head(mine)) - logprob(policy.with_head(other))).abs().mean())
     except torch.OutOfMemoryError:
         policy.model.zero_grad(set_to_none=True)
         return {**row, f"memory/{other}": math.inf}
-    gap = float((logprob - other_logprob).abs().mean())
     if mine == "linear" and not gap <= ROUNDING[policy.model.dtype]:
         raise ValueError(
             "head: expected, for linear, a model whose logits come from a linear head, with a scale and a softcap that "
             f"ek.hf knows, got one whose log-probs are {gap:.2g} nats off on average; take --head logits"
         )
-    return {**row, f"memory/{other}": float(peak), "head_gap": gap}
+    return {**row, "head_gap": gap}
 
 
-def _peak(policy: Policy, backward: Callable[[Policy], Tensor]) -> tuple[int, Tensor]:
-    logprobs: list[Tensor] = []
-
-    def call() -> None:
-        logprobs.append(backward(policy))
-
+def _peak(policy: Policy, backward: Callable[[Policy], None]) -> float:
     if policy.device.type == "cuda":
-        call()  # the first call allocates workspaces of cuBLAS that stay
+        backward(policy)  # the first call allocates workspaces of cuBLAS that stay
         policy.model.zero_grad(set_to_none=True)
-    peak = peak_allocated(call, policy.device)
+    peak = peak_allocated(lambda: backward(policy), policy.device)
     policy.model.zero_grad(set_to_none=True)
-    return peak, logprobs[-1]
+    return float(peak)

@@ -225,6 +225,16 @@ class Policy:
         with self.clock:
             return self._head.logprob_entropy(outputs, _target(ids, mask), temperature)
 
+    def policy_loss(
+        self, outputs: Tensor, ids: Tensor, mask: Tensor, *, temperature: float, **options: Any
+    ) -> ek.PolicyLoss:
+        """A policy loss of completion tokens; its backward pass may overwrite `outputs`.
+
+        `options`: ``method`` and what else :func:`entropy_kernels.linear_policy_loss` takes for the loss.
+        """
+        with self.clock:
+            return self._head.policy_loss(outputs, _target(ids, mask), temperature, mask=mask, **options)
+
     def save(self, directory: Path) -> None:
         """Write model and tokenizer; the directory appears whole or not at all."""
         scratch = directory.with_name(directory.name + ".tmp")

@@ -37,7 +37,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.entropy_change import FirstOrder
-from entropy_kernels.trainer.heads import compare_heads
+from entropy_kernels.trainer.heads import compare_heads, loss_of_stats
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog
 from entropy_kernels.trainer.policy import Encoded, Policy, build_policy, load_policy
 from entropy_kernels.trainer.rollout import Rollout, collect, evaluate, mean_over, score
@@ -49,6 +49,10 @@ from entropy_kernels.trainer.warm_start import warm_start
 SMALL = 0.1
 
 Report = Callable[[str, int, int, dict[str, Any]], None]
+
+#: The mask (B, L) of the tokens that a micro-batch's loss drops or penalises, None under GRPO; or a function that gives
+#: it from their log-probs, where the forward of the update has to be run first.
+Selection = Tensor | Callable[[Tensor], Tensor | None] | None
 
 
 def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
@@ -127,7 +131,7 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
         row |= describe(rollout, config)
         collected = time.perf_counter()
         if config.measure_memory and step == 0:
-            row |= compare_heads(policy, first_micro_batch(rollout, config))
+            row |= compare_on_first_micro_batch(policy, rollout, config)
         first_order = None
         if config.first_order_every and step % config.first_order_every == 0:
             first_order = FirstOrder(policy, rollout, config)
@@ -202,38 +206,38 @@ def update(
     """
     micro_rows = rows.chunk(config.micro_batches)
 
-    def choose(logprobs: list[Tensor]) -> list[Tensor] | None:
+    def choose(logprobs: list[Tensor]) -> list[Tensor]:
         parts = [part_of(rollout, r, logprob) for r, logprob in zip(micro_rows, logprobs, strict=True)]
         with policy.clock:
             return select(config, parts, seed=seed)
 
-    masks: list[Tensor] | None = None
-    # With several micro-batches the log-probs of all of them are needed before the first loss: either the rollout's own
-    # ("old"), or those of one more forward without gradient. With one, the forward of the update gives them.
-    if config.selection_logprob == "old":
-        masks = choose([rollout.old_logprob[r] for r in micro_rows])
-    elif config.micro_batches > 1 and config.method != "grpo":
-        masks = choose([fresh_logprob(policy, rollout, r, config) for r in micro_rows])
-
-    def pick(i: int, logprob: Tensor) -> Tensor | None:
-        chosen = choose([logprob]) if masks is None and config.micro_batches == 1 else masks
-        return None if chosen is None else chosen[i]
+    # The masks of all micro-batches before the first loss, from the rollout's log-probs ("old") or those of one more
+    # forward without gradient. Only where there is one micro-batch does the forward of the update itself give them.
+    selections: list[Selection]
+    if config.method == "grpo":
+        selections = [None] * len(micro_rows)
+    elif config.selects_late:
+        selections = [lambda logprob: choose([logprob])[0]]
+    elif config.selection_logprob == "old":
+        selections = [*choose([rollout.old_logprob[r] for r in micro_rows])]
+    else:
+        selections = [*choose([fresh_logprob(policy, rollout, r, config) for r in micro_rows])]
 
     optimizer.zero_grad(set_to_none=True)
     tokens = int(rollout.mask[rows].sum())
     parts: list[tuple[int, dict[str, Tensor]]] = []
     loss_total, selected = 0.0, 0
-    for i, r in enumerate(micro_rows):
-        result, chosen = backward(policy, rollout, r, config, partial(pick, i), tokens=tokens, sequences=len(rows))
+    for r, selection in zip(micro_rows, selections, strict=True):
+        result, chosen = backward(policy, rollout, r, config, selection, tokens=tokens, sequences=len(rows))
         loss_total += float(result.loss.detach())
         parts.append((int(rollout.mask[r].sum()), result.metrics))
         if chosen is not None:
             selected += int(chosen.sum())
-            if config.method in ("clip_cov", "random_dropped"):
+            if config.loss == "clip_cov":
                 dropped[r] |= chosen
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.grad_clip or float("inf"))
     optimizer.step()
-    drops = config.method in ("clip_cov", "random_dropped")
+    drops = config.loss == "clip_cov"
     counts = {"tokens_dropped": selected if drops else 0, "tokens_penalized": 0 if drops else selected}
     return {**merge_parts(parts), "loss": loss_total, "grad_norm": float(norm), **counts}
 
@@ -243,78 +247,67 @@ def backward(
     rollout: Rollout,
     rows: Tensor,
     config: TrainerConfig,
-    pick: Callable[[Tensor], Tensor | None],
+    selection: Selection,
     *,
     tokens: int,
     sequences: int,
 ) -> tuple[ek.PolicyLoss, Tensor | None]:
     """Forward, loss and backward of a micro-batch; its gradient is added to the weights'.
 
-    `pick` gives the mask of its selected tokens from their log-probs (B, L); `tokens` and `sequences` are those of the
-    minibatch, which the loss is normalised by. Returns the loss and the mask.
+    `tokens` and `sequences` are those of the minibatch, which the loss is normalised by: micro-batch losses add up to
+    one. Returns the loss and the mask of the selected tokens.
     """
     ids, mask = rollout.ids[rows], rollout.mask[rows]
     outputs = policy.outputs(Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows]), ids, mask)
     # The graph is cut at the model's outputs: our backward and the network's run one after the other, so that the time
     # spent in our ops is measured.
     leaf = outputs.detach().requires_grad_()
-    stats = policy.logprob_entropy(leaf, ids, mask, temperature=config.temperature)
-    selected = pick(stats.logprob.detach())
+    options = partial(loss_options, config, rollout, rows, tokens=tokens, sequences=sequences)
+    selected: Tensor | None
+    if callable(selection):
+        stats = policy.logprob_entropy(leaf, ids, mask, temperature=config.temperature)
+        selected = selection(stats.logprob.detach())
+        with policy.clock:
+            result = loss_of_stats(stats, mask=mask, **options(selected))
+    else:
+        selected = selection
+        result = policy.policy_loss(leaf, ids, mask, temperature=config.temperature, **options(selected))
     with policy.clock:
-        result = loss_of(config, stats, rollout, rows, selected, tokens, sequences)
         result.loss.backward()
     outputs.backward(leaf.grad)
     return result, selected
 
 
-def first_micro_batch(rollout: Rollout, config: TrainerConfig) -> Callable[[Policy], Tensor]:
-    """:func:`backward` of the rollout's first rows, as many as a micro-batch has, for measurements; selects nothing.
-
-    The function returned gives the log-probs of the valid tokens.
-    """
-    rows = torch.arange(rollout.ids.shape[0] // (config.minibatches * config.micro_batches), device=rollout.ids.device)
-    mask = rollout.mask[rows]
-
-    def run(policy: Policy) -> Tensor:
-        seen: list[Tensor] = []
-
-        def pick(logprob: Tensor) -> Tensor | None:
-            seen.append(logprob[mask])
-            return None if config.method == "grpo" else torch.zeros_like(mask)
-
-        backward(policy, rollout, rows, config, pick, tokens=int(mask.sum()), sequences=len(rows))
-        return seen[0]
-
-    return run
-
-
-def loss_of(
-    config: TrainerConfig,
-    stats: ek.LogprobEntropy,
-    rollout: Rollout,
-    rows: Tensor,
-    selected: Tensor | None,
-    minibatch_tokens: int,
-    minibatch_rows: int,
-) -> ek.PolicyLoss:
-    """The loss of one micro-batch, normalised by its whole minibatch, so that micro-batch losses add up to one."""
-    common: dict[str, Any] = {
-        "logprob": stats.logprob,
+def loss_options(
+    config: TrainerConfig, rollout: Rollout, rows: Tensor, selected: Tensor | None, *, tokens: int, sequences: int
+) -> dict[str, Any]:
+    """Arguments of a micro-batch's loss, but for its statistics and its mask."""
+    options: dict[str, Any] = {
+        "method": config.loss,
         "old_logprob": rollout.old_logprob[rows],
         "advantages": rollout.advantages[rows],
-        "mask": rollout.mask[rows],
-        "entropy": stats.entropy,
         "entropy_coef": config.entropy_coef,
         "loss_agg_mode": config.loss_agg_mode,
-        "batch_num_tokens": minibatch_tokens,
-        "global_batch_size": minibatch_rows,
+        "batch_num_tokens": tokens,
+        "global_batch_size": sequences,
     }
-    low, high = config.clip_low, config.clip_high
-    if config.method == "grpo":
-        return ek.policy_loss(**common, clip_low=low, clip_high=high)
-    if config.method in ("clip_cov", "random_dropped"):
-        return ek.clip_cov_loss(**common, clip_low=low, clip_high=high, preset="verl", dropped=selected)
-    return ek.kl_cov_loss(**common, preset="verl", kl_coef=config.kl_coef, penalized=selected)
+    if config.loss == "kl_cov":
+        return {**options, "preset": "verl", "kl_coef": config.kl_coef, "penalized": selected}
+    options |= {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    return options if config.loss == "ppo" else {**options, "preset": "verl", "dropped": selected}
+
+
+def compare_on_first_micro_batch(policy: Policy, rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
+    """:func:`compare_heads` on the rollout's first rows, as many as a micro-batch has; nothing is selected."""
+    rows = torch.arange(rollout.ids.shape[0] // (config.minibatches * config.micro_batches), device=rollout.ids.device)
+    mask = rollout.mask[rows]
+    none = None if config.loss == "ppo" else torch.zeros_like(mask)
+    selection = (lambda logprob: none) if config.selects_late else none
+
+    def step(policy: Policy) -> None:
+        backward(policy, rollout, rows, config, selection, tokens=int(mask.sum()), sequences=len(rows))
+
+    return compare_heads(policy, step, lambda policy: fresh_logprob(policy, rollout, rows, config)[mask])
 
 
 def part_of(rollout: Rollout, rows: Tensor, logprob: Tensor) -> Part:

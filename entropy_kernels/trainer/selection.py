@@ -22,15 +22,15 @@ class Part:
     token_index: Tensor  # int64: position in the rollout, which makes the draw independent of the split
 
 
-def select(config: TrainerConfig, parts: list[Part], *, seed: int) -> list[Tensor] | None:
-    """Masks (B, L) bool, one per part, of the tokens to drop or penalise; None for plain GRPO.
+def select(config: TrainerConfig, parts: list[Part], *, seed: int) -> list[Tensor]:
+    """Masks (B, L) bool, one per part, of the tokens that Clip-Cov, KL-Cov or their controls drop or penalise.
 
     Means, counts and ranks are those of all parts together. The controls count what their method would have selected
     and draw as many valid tokens with a key of their own.
     """
-    if config.method == "grpo":
-        return None
-    drops = config.method in ("clip_cov", "random_dropped")
+    if config.loss == "ppo":
+        raise ValueError(f"config.method: expected one that selects tokens, got {config.method!r}")
+    drops = config.loss == "clip_cov"
     batch = ek.SelectionBatch()
     for part in parts:
         exclude = ppo_clipped(part, config) if drops else None
