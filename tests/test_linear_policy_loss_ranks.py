@@ -122,3 +122,44 @@ def test_a_batch_over_two_ranks() -> None:
             torch.testing.assert_close(sum(f[key] for f in found), right, rtol=1e-10, atol=1e-13)
         if method != "ppo":
             assert found[0]["selected"] == found[1]["selected"] == expected.metrics["selected_frac"] > 0
+
+
+N, H, WIDE, NARROW = 1000, 16, 1900, 100
+
+
+def bf16_batch() -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(N, H, generator=g).bfloat16(), torch.randn(WIDE + NARROW, H, generator=g).bfloat16()
+    target = torch.randint(WIDE + NARROW, (N,), generator=g)
+    old = ek.linear_logprob_entropy(hidden, weight, target).logprob + 0.1 * torch.randn(N, generator=g)
+    return hidden, weight, target, old, torch.randn(N, generator=g)
+
+
+def narrow(rank: int, world: int) -> torch.Tensor:
+    """Runs on every rank: a shard that needs many parts, and one that alone would need a single one."""
+    hidden, weight, target, old, advantages = bf16_batch()
+    start, stop = ((0, WIDE), (WIDE, WIDE + NARROW))[rank]
+    mine = weight[start:stop].clone().requires_grad_()
+    ek.linear_policy_loss(
+        hidden, mine, target, old, advantages, None, vocab_group=dist.group.WORLD, vocab_start=start,
+        vocab_size=WIDE + NARROW, memory_budget=1_200_000, logits_dtype=torch.float32,
+    ).loss.backward()  # fmt: skip
+    assert mine.grad is not None
+    return mine.grad
+
+
+def test_a_narrow_shard_is_summed_as_the_others() -> None:
+    """In fp32 and rounded once, though its own budget asks for no parts."""
+    ours = run_ranks(2, narrow)[1]
+    hidden, weight, target, old, advantages = bf16_batch()
+    grads = []
+    for dtype in (torch.float64, torch.bfloat16):
+        w = weight.to(dtype).requires_grad_()
+        wide = torch.promote_types(dtype, torch.float32)
+        logprob = ek.linear_logprob_entropy(hidden.to(dtype), w, target, logits_dtype=wide).logprob
+        ek.policy_loss(logprob, old, advantages, None).loss.backward()
+        assert w.grad is not None
+        grads.append(w.grad[WIDE:].double())
+    exact, base = grads
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - exact).norm() <= 1.05 * (base - exact).norm()
