@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import entropy_kernels as ek
 from calls import same_bits
@@ -122,6 +124,52 @@ def test_a_batch_over_two_ranks() -> None:
             torch.testing.assert_close(sum(f[key] for f in found), right, rtol=1e-10, atol=1e-13)
         if method != "ppo":
             assert found[0]["selected"] == found[1]["selected"] == expected.metrics["selected_frac"] > 0
+
+
+def dtensors(rank: int, world: int) -> dict[str, Any]:
+    """Runs on every rank: a DTensor head, gathered or as this rank's shard, without a buffer and with one."""
+    mesh = init_device_mesh("cpu", (world,))
+    case = make("kl_cov", ratio=0.1, entropy_coef=0.01)
+    shard = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()
+
+    def call(buffer: Any, group: Any) -> None:
+        ek.linear_policy_loss(
+            case.hidden, shard, case.target, case.old_logprob, case.advantages, case.mask, method="kl_cov",
+            memory_budget=BUDGET["many parts"], vocab_group=group, grad_buffer=buffer, **case.options,
+        ).loss.backward()  # fmt: skip
+
+    results: dict[str, Any] = {}
+    for name, group in (("gathered", None), ("shard", dist.group.WORLD)):
+        shard.grad = None
+        call(None, group)
+        results[name] = shard.grad.full_tensor()
+    shard.grad = None
+    results["buffer"] = torch.zeros_like(shard.to_local()).detach()
+    call(results["buffer"], dist.group.WORLD)
+    results["untouched"] = shard.grad is None
+    whole = torch.zeros_like(case.weight)
+    for name, buffer, group in (
+        ("DTensor", torch.zeros_like(shard).detach(), dist.group.WORLD), ("gathered weight", whole, None)
+    ):  # fmt: skip
+        try:
+            call(buffer, group)
+        except (TypeError, ValueError) as error:
+            results[name] = str(error)
+    return results
+
+
+def test_a_dtensor_head() -> None:
+    ranks = run_ranks(2, dtensors)
+    case = make("kl_cov", ratio=0.1, entropy_coef=0.01)
+    case.bias = None
+    _, (_, right, _) = composed(case)
+    for rank in ranks:
+        torch.testing.assert_close(rank["gathered"], 2 * right, rtol=1e-10, atol=1e-13)  # both ranks have all tokens
+        torch.testing.assert_close(rank["shard"], right, rtol=1e-10, atol=1e-13)
+        assert rank["untouched"]
+        assert "grad_buffer: expected a plain torch.Tensor" in rank["DTensor"]
+        assert "grad_buffer: expected None beside a DTensor" in rank["gathered weight"]
+    torch.testing.assert_close(torch.cat([rank["buffer"] for rank in ranks]), right, rtol=1e-10, atol=1e-13)
 
 
 N, H, WIDE, NARROW = 1000, 16, 1900, 100
