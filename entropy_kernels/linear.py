@@ -283,7 +283,7 @@ def linear_loss(
         if head is not weight and vocab_group is None:
             raise ValueError(
                 "grad_buffer: expected None beside a DTensor weight without a vocab_group, whose gradient is reduced "
-                "over the mesh, got a tensor; call with weight.full_tensor().detach().requires_grad_(), reduce the buffer"
+                "over the mesh, got a tensor; pass weight.full_tensor().detach().requires_grad_(), reduce the buffer"
             )
         if not call.problem.need_weight:
             raise ValueError("grad_buffer: expected None for a weight that needs no gradient, got a tensor")

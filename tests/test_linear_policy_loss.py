@@ -289,8 +289,15 @@ def test_what_is_not_finite_shows_without_reading_back(overflowing: int, monkeyp
         assert torch.equal(ours.isfinite(), theirs.isfinite()) and not ours.isfinite().all()
 
 
-def test_padding_reaches_nothing() -> None:
-    """NaN hidden states, labels out of range, NaN log-probs and advantages where the mask is 0; ignored labels."""
+@pytest.mark.parametrize("drops", (True, False))
+def test_padding_reaches_nothing(drops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN hidden states, labels out of range, NaN log-probs and advantages where the mask is 0; ignored labels.
+
+    ``drops``: padding is left out of the products; else it is in them, as on a GPU.
+    """
+    if not drops:
+        monkeypatch.setattr(op, "kept_rows", lambda dropped: None)
+        monkeypatch.setattr(op, "_reading_back_costs", lambda device: True)
     for method, options in (("ppo", {}), ("kl_cov", {"ratio": 0.1}), ("clip_cov", {"seed": 1, "ratio": 0.2})):
         case = make(method, entropy_coef=0.01, **options)
         assert case.mask is not None
