@@ -263,6 +263,22 @@ def test_tokens_of_huge_coefficient_are_held_out(size: float, count: int, monkey
         assert_same(case, BUDGETS[torch.float32][2], 1e-5)
 
 
+@pytest.mark.parametrize("overflowing", (False, True))
+def test_more_huge_coefficients_than_are_held_out(overflowing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without reading back there is room for so many; the others stay in, and one that is not finite shows."""
+    monkeypatch.setattr(op, "_reading_back_costs", lambda device: True)
+    case = make("kl_cov", k=1)
+    flat, huge = case.old_logprob.view(-1), VALID[: HELD_OUT + 12]
+    flat[huge] -= 6  # a ratio of 400
+    if overflowing:
+        flat[VALID[1]] -= 1000
+    if not overflowing:
+        assert_same(case, BUDGETS[torch.float64][2], 1e-12)
+        return
+    _, found = fused(case, BUDGETS[torch.float64][2])
+    assert all(x is not None and not x.isfinite().all() for x in found)
+
+
 def test_what_is_not_finite_shows() -> None:
     """An overflowing ratio that nothing holds or drops: NaN in the composed path, and here; no other token hides it."""
     case = far_off("kl_cov", 1, 1000, k=0, preset="paper").to(torch.float32)
@@ -381,16 +397,20 @@ def test_micro_batches_into_one_buffer(method: str, count: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-def test_the_buffer_is_fp32_and_not_rounded() -> None:
-    """Many small bf16 gradients add up in fp32; in bf16 they would stop to."""
-    case = make("ppo", entropy_coef=0.01).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_the_buffer_is_fp32_and_not_rounded(dtype: torch.dtype) -> None:
+    """Many small gradients of halves add up in fp32; in bf16 they would stop to."""
+    case = make("ppo", entropy_coef=0.01).to(dtype)
     case.advantages, case.old_logprob = case.advantages.float(), case.old_logprob.float()
     buffer = torch.zeros(V, H)
     for _ in range(40):
-        fused(case, BUDGETS[torch.bfloat16][1], grad_buffer=buffer)
+        fused(case, BUDGETS[dtype][1], grad_buffer=buffer)
     once = torch.zeros(V, H)
-    fused(case, BUDGETS[torch.bfloat16][1], grad_buffer=once)
+    fused(case, BUDGETS[dtype][1], grad_buffer=once)
     assert (buffer / 40 - once).norm() <= 1e-5 * once.norm()
+    _, right = composed(case)
+    assert right[1] is not None
+    assert (once - right[1].float()).norm() <= 3e-2 * once.norm()
 
 
 def test_a_factor_on_the_loss() -> None:
