@@ -278,8 +278,13 @@ def linear_loss(
             refuse_forward_mode("linear_policy_loss", tensor)
     head, wide = call.tensors[1], call.problem.wide
     if grad_buffer is not None:
-        if not isinstance(grad_buffer, Tensor):
-            raise TypeError(f"grad_buffer: expected a torch.Tensor or None, got {type(grad_buffer).__name__}")
+        if not isinstance(grad_buffer, Tensor) or hasattr(grad_buffer, "full_tensor"):
+            raise TypeError(f"grad_buffer: expected a plain torch.Tensor or None, got {type(grad_buffer).__name__}")
+        if head is not weight and vocab_group is None:
+            raise ValueError(
+                "grad_buffer: expected None beside a DTensor weight without a vocab_group, whose gradient is reduced "
+                "over the mesh, got a tensor; pass weight.full_tensor().detach().requires_grad_(), reduce the buffer"
+            )
         if not call.problem.need_weight:
             raise ValueError("grad_buffer: expected None for a weight that needs no gradient, got a tensor")
         if (grad_buffer.shape, grad_buffer.dtype, grad_buffer.device) != (head.shape, wide, head.device):

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 import entropy_kernels as ek
@@ -261,6 +263,22 @@ def test_tokens_of_huge_coefficient_are_held_out(size: float, count: int, monkey
         assert_same(case, BUDGETS[torch.float32][2], 1e-5)
 
 
+@pytest.mark.parametrize("overflowing", (False, True))
+def test_more_huge_coefficients_than_are_held_out(overflowing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without reading back there is room for so many; the others stay in, and one that is not finite shows."""
+    monkeypatch.setattr(op, "_reading_back_costs", lambda device: True)
+    case = make("kl_cov", k=1)
+    flat, huge = case.old_logprob.view(-1), VALID[: HELD_OUT + 12]
+    flat[huge] -= 6  # a ratio of 400
+    if overflowing:
+        flat[VALID[1]] -= 1000
+    if not overflowing:
+        assert_same(case, BUDGETS[torch.float64][2], 1e-12)
+        return
+    _, found = fused(case, BUDGETS[torch.float64][2])
+    assert all(x is not None and not x.isfinite().all() for x in found)
+
+
 def test_what_is_not_finite_shows() -> None:
     """An overflowing ratio that nothing holds or drops: NaN in the composed path, and here; no other token hides it."""
     case = far_off("kl_cov", 1, 1000, k=0, preset="paper").to(torch.float32)
@@ -287,8 +305,15 @@ def test_what_is_not_finite_shows_without_reading_back(overflowing: int, monkeyp
         assert torch.equal(ours.isfinite(), theirs.isfinite()) and not ours.isfinite().all()
 
 
-def test_padding_reaches_nothing() -> None:
-    """NaN hidden states, labels out of range, NaN log-probs and advantages where the mask is 0; ignored labels."""
+@pytest.mark.parametrize("drops", (True, False))
+def test_padding_reaches_nothing(drops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN hidden states, labels out of range, NaN log-probs and advantages where the mask is 0; ignored labels.
+
+    ``drops``: padding is left out of the products; else it is in them, as on a GPU.
+    """
+    if not drops:
+        monkeypatch.setattr(op, "kept_rows", lambda dropped: None)
+        monkeypatch.setattr(op, "_reading_back_costs", lambda device: True)
     for method, options in (("ppo", {}), ("kl_cov", {"ratio": 0.1}), ("clip_cov", {"seed": 1, "ratio": 0.2})):
         case = make(method, entropy_coef=0.01, **options)
         assert case.mask is not None
@@ -372,16 +397,20 @@ def test_micro_batches_into_one_buffer(method: str, count: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
-def test_the_buffer_is_fp32_and_not_rounded() -> None:
-    """Many small bf16 gradients add up in fp32; in bf16 they would stop to."""
-    case = make("ppo", entropy_coef=0.01).to(torch.bfloat16)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_the_buffer_is_fp32_and_not_rounded(dtype: torch.dtype) -> None:
+    """Many small gradients of halves add up in fp32; in bf16 they would stop to."""
+    case = make("ppo", entropy_coef=0.01).to(dtype)
     case.advantages, case.old_logprob = case.advantages.float(), case.old_logprob.float()
     buffer = torch.zeros(V, H)
     for _ in range(40):
-        fused(case, BUDGETS[torch.bfloat16][1], grad_buffer=buffer)
+        fused(case, BUDGETS[dtype][1], grad_buffer=buffer)
     once = torch.zeros(V, H)
-    fused(case, BUDGETS[torch.bfloat16][1], grad_buffer=once)
+    fused(case, BUDGETS[dtype][1], grad_buffer=once)
     assert (buffer / 40 - once).norm() <= 1e-5 * once.norm()
+    _, right = composed(case)
+    assert right[1] is not None
+    assert (once - right[1].float()).norm() <= 3e-2 * once.norm()
 
 
 def test_a_factor_on_the_loss() -> None:
@@ -405,6 +434,88 @@ def test_a_factor_on_the_loss() -> None:
     for leaf, right64 in zip((hidden, weight, bias), exact, strict=True):
         assert leaf is not None and leaf.grad is not None and right64 is not None
         assert (leaf.grad.double() / 65536 - right64).norm() <= 3e-2 * right64.norm()
+
+
+def test_large_advantages_in_fp16() -> None:
+    """Raw rewards: what the composed path holds as a share of a mean does not overflow here."""
+    case = make("ppo")
+    case.advantages = (case.advantages * 1e5).float()
+    case.old_logprob = case.old_logprob.float()
+    low = case.to(torch.float16)
+    _, exact = composed(low.to(torch.float64))
+    _, base = composed(low)
+    for budget in BUDGETS[torch.float16]:
+        _, found = fused(low, budget)
+        for right, theirs, ours in zip(exact, base, found, strict=True):
+            assert right is not None and theirs is not None and ours is not None
+            theirs, ours = ((x.double() - right).norm() / right.norm() for x in (theirs, ours))
+            assert ours <= 1.5 * theirs
+
+
+NUMBERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "numpy's ints": ("kl_cov", {"k": np.int64(3), "dp_size": np.int32(2), "batch_num_tokens": np.int64(70)},
+                     {"k": 3, "dp_size": 2, "batch_num_tokens": 70}),
+    "numpy's others": ("clip_cov", {"ratio": np.float64(0.1), "seed": np.int64(3), "preset": np.str_("paper"),
+                                    "clip_low": np.float64(0.5), "low": np.float64(-1)},
+                       {"ratio": 0.1, "seed": 3, "preset": "paper", "clip_low": 0.5, "low": -1.0}),
+    "an open band": ("clip_cov", {"ratio": 0.1, "seed": 3, "low": 0.01, "high": float("inf")},
+                     {"ratio": 0.1, "seed": 3, "low": 0.01, "high": 1e300}),
+    "no band": ("clip_cov", {"ratio": 0.1, "seed": 3, "low": -float("inf"), "high": np.inf},
+                {"ratio": 0.1, "seed": 3, "low": -1e300, "high": 1e300}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_any_library(name: str) -> None:
+    method, given, plain = NUMBERS[name]
+    result = assert_same(make(method, **given), BUDGETS[torch.float64][2], 1e-12)
+    assert result.metrics["selected_frac"] > 0
+    assert torch.equal(result.loss, fused(make(method, **plain), BUDGETS[torch.float64][2])[0].loss)
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_checkpointed(reentrant: bool, products: list[int]) -> None:
+    """The gradients of the loss inside are not the checkpoint's: it has nothing to make again but what others saved."""
+    case = make("kl_cov", ratio=0.1, entropy_coef=0.01)
+    assert case.mask is not None
+    _, right = composed(case)
+    for early in (False, True):
+        for buffer in (None, torch.zeros_like(case.weight)):
+            hidden, weight, bias = leaves = case.leaves()
+
+            def loss(h: Tensor, w: Tensor, b: Tensor, buffer: Tensor | None = buffer) -> Tensor:
+                return ek.linear_policy_loss(
+                    h, w, case.target, case.old_logprob, case.advantages, case.mask, b, method="kl_cov",
+                    memory_budget=BUDGETS[torch.float64][2], grad_buffer=buffer, **case.options,
+                ).loss  # fmt: skip
+
+            products.clear()
+            with set_checkpoint_early_stop(early):
+                checkpoint(loss, hidden, weight, bias, use_reentrant=reentrant).backward()
+            if not reentrant:
+                assert sum(products) <= 3 * (len(VALID) + int(0.1 * len(VALID))) * H * V
+            found = [None if x is None else x.grad for x in leaves]
+            if buffer is not None:
+                found[1] = buffer
+            for ours, theirs in zip(found, right, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)
+
+
+def test_constants() -> None:
+    """A gradient is never lost without a word."""
+    case = make("kl_cov")
+    hidden, weight, bias = case.leaves()
+    args = (hidden, weight, case.target, case.old_logprob, case.advantages, case.mask, bias)
+    for name in ("entropy_coef", "kl_coef", "loss_scale_factor"):
+        with pytest.raises(ValueError, match=f"{name}: expected a constant, got a tensor that requires grad"):
+            ek.linear_policy_loss(*args, method="kl_cov", **{name: torch.tensor(0.1, requires_grad=True)})
+    frozen = (case.hidden, case.weight, *args[2:-1])
+    buffer = torch.zeros_like(case.weight)
+    with pytest.raises(ValueError, match="grad_buffer: expected None for a weight that needs no gradient"):
+        ek.linear_policy_loss(*frozen, grad_buffer=buffer)
+    with torch.no_grad():  # as an evaluation with the arguments of a training step
+        ek.linear_policy_loss(*args, method="kl_cov", grad_buffer=buffer)
+    assert not buffer.any()
 
 
 def test_without_gradients_and_through_a_head() -> None:
@@ -487,6 +598,12 @@ def step(
     return loss * 1.0, metrics
 
 
+@pytest.fixture
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("buffered", (False, True))
 @pytest.mark.parametrize("method", LOSSES)
 def test_compiled_without_a_graph_break(method: str, buffered: bool) -> None:
@@ -509,6 +626,7 @@ def test_compiled_without_a_graph_break(method: str, buffered: bool) -> None:
     assert counter.frame_count <= 3
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_inductor() -> None:
     torch._dynamo.reset()  # the recompilations of the tests before count towards its limit
     case = make("clip_cov", **COMPILED["clip_cov"])
@@ -535,11 +653,12 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "preset": (ValueError, "preset: expected one of", {"method": "kl_cov", "preset": "mine"}),
     "buffer's dtype": (ValueError, "grad_buffer: expected torch.float32", {"grad_buffer": torch.zeros(V, H).half()}),
     "buffer's shape": (ValueError, "grad_buffer: expected torch.float32", {"grad_buffer": torch.zeros(H, V)}),
-    "buffer": (TypeError, "grad_buffer: expected a torch.Tensor", {"grad_buffer": 3}),
+    "buffer": (TypeError, "grad_buffer: expected a plain torch.Tensor", {"grad_buffer": 3}),
     "buffer that requires grad": (ValueError, "grad_buffer: expected a tensor that does not",
                                   {"grad_buffer": torch.zeros(V, H, requires_grad=True)}),
     "budget": (ValueError, "memory_budget: expected at least", {"memory_budget": 1000}),
     "temperature": (ValueError, "temperature", {"temperature": 0.0}),
+    "ignore_index": (TypeError, "ignore_index: expected an int, got float", {"ignore_index": 1.5}),
     "backend": (ValueError, "backend", {"backend": "mkl"}),
 }  # fmt: skip
 
@@ -570,6 +689,7 @@ def test_errors_of_tensors() -> None:
         (3, case.old_logprob[:, :3], "old_logprob: expected target's shape"),
         (3, case.target, "old_logprob|floating"),
         (4, case.advantages[:, :3], "advantages: expected"),
+        (0, [1.0], "hidden: expected a torch.Tensor"),
         (5, torch.ones(3), "mask: expected"),
     ):
         wrong = [*args[:i], value, *args[i + 1 :]]
@@ -603,6 +723,21 @@ def test_one_backward_pass() -> None:
 def test_metrics_carry_no_gradient() -> None:
     result, _ = fused(make("clip_cov", seed=1), 240_000)
     assert not any(value.requires_grad for value in result.metrics.values())
+
+
+@pytest.mark.parametrize("place", places("policy_loss"))
+def test_a_factor_is_not_rounded(place: Place) -> None:
+    """1/3 has no exact bf16; the gradients are rounded, not the factor. Old log-probs may be of any dtype."""
+    case = make("ppo", entropy_coef=0.01).to(torch.bfloat16)
+    rest = [x.to(place.device) for x in (case.target, case.old_logprob, case.advantages.float(), case.mask)]  # type: ignore[union-attr]
+    results = []
+    for factor in (1.0, 1 / 3):
+        leaves = [x.detach().to(place.device).requires_grad_() for x in case.leaves()]  # type: ignore[union-attr]
+        loss = ek.linear_policy_loss(*leaves[:2], *rest, leaves[2], entropy_coef=0.01, backend=place.backend).loss
+        (loss * factor).backward()
+        results.append([x.grad for x in leaves])
+    hidden, third = results[0][0], results[1][0]  # rounded once before the factor, and once after it
+    assert torch.equal((hidden.float() * torch.tensor(1 / 3, device=place.device)).bfloat16(), third)
 
 
 @pytest.mark.parametrize("place", places("policy_loss"))

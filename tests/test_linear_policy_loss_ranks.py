@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import entropy_kernels as ek
 from calls import same_bits
@@ -122,3 +124,90 @@ def test_a_batch_over_two_ranks() -> None:
             torch.testing.assert_close(sum(f[key] for f in found), right, rtol=1e-10, atol=1e-13)
         if method != "ppo":
             assert found[0]["selected"] == found[1]["selected"] == expected.metrics["selected_frac"] > 0
+
+
+def dtensors(rank: int, world: int) -> dict[str, Any]:
+    """Runs on every rank: a DTensor head, gathered or as this rank's shard, without a buffer and with one."""
+    mesh = init_device_mesh("cpu", (world,))
+    case = make("kl_cov", ratio=0.1, entropy_coef=0.01)
+    shard = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()
+
+    def call(buffer: Any, group: Any) -> None:
+        ek.linear_policy_loss(
+            case.hidden, shard, case.target, case.old_logprob, case.advantages, case.mask, method="kl_cov",
+            memory_budget=BUDGET["many parts"], vocab_group=group, grad_buffer=buffer, **case.options,
+        ).loss.backward()  # fmt: skip
+
+    results: dict[str, Any] = {}
+    for name, group in (("gathered", None), ("shard", dist.group.WORLD)):
+        shard.grad = None
+        call(None, group)
+        results[name] = shard.grad.full_tensor()
+    shard.grad = None
+    results["buffer"] = torch.zeros_like(shard.to_local()).detach()
+    call(results["buffer"], dist.group.WORLD)
+    results["untouched"] = shard.grad is None
+    whole = torch.zeros_like(case.weight)
+    for name, buffer, group in (
+        ("DTensor", torch.zeros_like(shard).detach(), dist.group.WORLD), ("gathered weight", whole, None)
+    ):  # fmt: skip
+        try:
+            call(buffer, group)
+        except (TypeError, ValueError) as error:
+            results[name] = str(error)
+    return results
+
+
+def test_a_dtensor_head() -> None:
+    ranks = run_ranks(2, dtensors)
+    case = make("kl_cov", ratio=0.1, entropy_coef=0.01)
+    case.bias = None
+    _, (_, right, _) = composed(case)
+    for rank in ranks:
+        torch.testing.assert_close(rank["gathered"], 2 * right, rtol=1e-10, atol=1e-13)  # both ranks have all tokens
+        torch.testing.assert_close(rank["shard"], right, rtol=1e-10, atol=1e-13)
+        assert rank["untouched"]
+        assert "grad_buffer: expected a plain torch.Tensor" in rank["DTensor"]
+        assert "grad_buffer: expected None beside a DTensor" in rank["gathered weight"]
+    torch.testing.assert_close(torch.cat([rank["buffer"] for rank in ranks]), right, rtol=1e-10, atol=1e-13)
+
+
+N, H, WIDE, NARROW = 1000, 16, 1900, 100
+
+
+def bf16_batch() -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(N, H, generator=g).bfloat16(), torch.randn(WIDE + NARROW, H, generator=g).bfloat16()
+    target = torch.randint(WIDE + NARROW, (N,), generator=g)
+    old = ek.linear_logprob_entropy(hidden, weight, target).logprob + 0.1 * torch.randn(N, generator=g)
+    return hidden, weight, target, old, torch.randn(N, generator=g)
+
+
+def narrow(rank: int, world: int) -> torch.Tensor:
+    """Runs on every rank: a shard that needs many parts, and one that alone would need a single one."""
+    hidden, weight, target, old, advantages = bf16_batch()
+    start, stop = ((0, WIDE), (WIDE, WIDE + NARROW))[rank]
+    mine = weight[start:stop].clone().requires_grad_()
+    ek.linear_policy_loss(
+        hidden, mine, target, old, advantages, None, vocab_group=dist.group.WORLD, vocab_start=start,
+        vocab_size=WIDE + NARROW, memory_budget=1_200_000, logits_dtype=torch.float32,
+    ).loss.backward()  # fmt: skip
+    assert mine.grad is not None
+    return mine.grad
+
+
+def test_a_narrow_shard_is_summed_as_the_others() -> None:
+    """In fp32 and rounded once, though its own budget asks for no parts."""
+    ours = run_ranks(2, narrow)[1]
+    hidden, weight, target, old, advantages = bf16_batch()
+    grads = []
+    for dtype in (torch.float64, torch.bfloat16):
+        w = weight.to(dtype).requires_grad_()
+        wide = torch.promote_types(dtype, torch.float32)
+        logprob = ek.linear_logprob_entropy(hidden.to(dtype), w, target, logits_dtype=wide).logprob
+        ek.policy_loss(logprob, old, advantages, None).loss.backward()
+        assert w.grad is not None
+        grads.append(w.grad[WIDE:].double())
+    exact, base = grads
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - exact).norm() <= 1.05 * (base - exact).norm()

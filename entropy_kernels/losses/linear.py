@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels._arguments import process_group_of, scalar_tensor
+from entropy_kernels._arguments import integer, process_group_of, scalar_tensor
 from entropy_kernels.linear import changes_of, linear_loss, register_loss
 from entropy_kernels.losses import functional, presets
 from entropy_kernels.losses.aggregation import Aggregation
@@ -96,12 +97,14 @@ def linear_policy_loss(
             there are several parts, is beside it.
         grad_buffer: fp32 (fp64 for fp64) of ``weight``'s shape, to which the head's gradient is added in this call,
             unrounded, instead of going to ``weight.grad``: for sums over micro-batches. It is the gradient of this
-            loss: differentiate the loss as it is, and scale it by ``batch_num_tokens`` and the like.
+            loss: differentiate the loss as it is, and scale it by ``batch_num_tokens`` and the like. Every call with
+            gradients adds to it, also the second one that a checkpoint with ``use_reentrant=False`` may make.
         backend: "auto", "torch", "triton", "cpu" or "cuda", for statistics, selection and loss.
         options: keyword arguments of :func:`entropy_kernels.policy_loss`, of :func:`entropy_kernels.clip_cov_loss` or
             of :func:`entropy_kernels.kl_cov_loss`, as the method says; not ``entropy``, which is computed here, whose
-            bonus is ``entropy_coef`` as there. To select over several calls, :class:`entropy_kernels.SelectionBatch`
-            and ``dropped=`` or ``penalized=``: the result then does not depend on how the batch is split.
+            bonus is ``entropy_coef`` as there. Coefficients are constants. To select over several calls,
+            :class:`entropy_kernels.SelectionBatch` and ``dropped=`` or ``penalized=``: the result then does not depend
+            on how the batch is split.
 
     Returns:
         :class:`entropy_kernels.PolicyLoss`, as the losses; the metric ``entropy`` is always there. One backward pass.
@@ -118,13 +121,14 @@ def linear_policy_loss(
         "memory_budget": memory_budget, "backend": backend,
     }  # fmt: skip
     options = {**options, "backend": backend}
-    for name, value in (("target", target), ("old_logprob", old_logprob)):
+    for name, value in (("hidden", hidden), ("target", target), ("old_logprob", old_logprob)):
         check_tensor(name, value)
+    ignore_index = integer("ignore_index", ignore_index)
     if old_logprob.shape != target.shape:
         raise ValueError(f"old_logprob: expected target's shape {tuple(target.shape)}, got {tuple(old_logprob.shape)}")
     if not torch.compiler.is_compiling():
         with torch.no_grad():  # every error of the loss, before the work and before anything is added to a buffer
-            stand_in = old_logprob.detach()
+            stand_in = old_logprob.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
             loss(stand_in, old_logprob, advantages, mask, entropy=torch.zeros_like(stand_in), **options)
     valid = check_mask("mask", mask, old_logprob)
     if valid is not None:
@@ -134,8 +138,13 @@ def linear_policy_loss(
     if not isinstance(weight, Tensor) or not torch.is_grad_enabled() or not differentiable:
         if grad_buffer is not None and not isinstance(weight, Tensor):
             raise ValueError("grad_buffer: expected None beside a weight that is a module or a function, got a tensor")
+        if grad_buffer is not None and torch.is_grad_enabled():
+            raise ValueError("grad_buffer: expected None for a weight that needs no gradient, got a tensor")
         logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
         return loss(logprob, old_logprob, advantages, mask, entropy=entropy, **options)
+    for name in _TENSORS:
+        if isinstance(options.get(name), Tensor) and options[name].requires_grad and name != "ref_logprob":
+            raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
     names = _metric_names(method, options)
     description, tensors = _described(method, options, old_logprob.device)
     tensors += [old_logprob.detach(), expand_advantages(advantages, old_logprob), valid]
@@ -197,10 +206,19 @@ def _described(method: str, options: dict[str, Any], device: torch.device) -> tu
         said = name in _TENSORS and tensors[_TENSORS.index(name)] is not None
         if said or (value is None and name not in ("clip_low", "clip_high")):  # there None has a meaning
             continue
-        if not isinstance(value, (bool, str)) and value is not None:
-            value = int(value) if isinstance(value, (int, torch.SymInt)) else float(value)
-        words.append(f"{name!r}: {value!r}")
+        words.append(f"{name!r}: {_literal(value)}")
     return "{" + ", ".join(words) + "}", tensors
+
+
+def _literal(value: Any) -> str:
+    """What ``ast.literal_eval`` makes the Python number, string or None of that ``value`` is (numpy's among them)."""
+    if isinstance(value, str):
+        return repr(str(value))
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, (numbers.Integral, torch.SymInt)):
+        return repr(int(value))
+    return repr(float(value)).replace("inf", "1e999")  # inf is no literal
 
 
 class _Batch:
@@ -222,15 +240,17 @@ class _Batch:
             mask = torch.ones_like(self._old, dtype=torch.bool)
         aggregation = Aggregation(*(options.get(name, default) for name, default in _AGGREGATION.items()))
         self._weights = aggregation.weights(mask)
-        size = torch.where(mask, self._advantages, 0).double().abs()
-        self._huge = _HUGE * size.sum() / size.count_nonzero().clamp(min=1)
+        self._size = torch.where(mask, self._advantages, 0).double().abs()
+        self._huge = _HUGE * self._size.sum() / self._size.count_nonzero().clamp(min=1)
         self.result: tuple[Tensor, Tensor]
 
     @property
     def scale(self) -> Tensor:
         """See ops/linear_policy_loss.py."""
-        largest = self._weights.amax() if self._weights.numel() else self._weights.new_zeros(())
-        return torch.exp2(-torch.log2(largest.clamp(min=2.0**-60)).ceil()).float()
+        if not self._weights.numel():
+            return self._weights.new_ones(()).float()
+        largest = (self._weights * self._size.nan_to_num(0, 0).clamp(min=1)).amax()
+        return torch.exp2(-torch.log2(largest.clamp(2.0**-60, 2.0**60)).ceil()).float()
 
     def _predictor(self, method: str) -> tuple[Callable[..., PolicyLoss], dict[str, Any]]:
         """The loss that a token has if it is not selected; where nothing is selected, the loss itself."""

@@ -68,10 +68,18 @@ class Coefficients(Protocol):
 LossOf = Callable[[str, "list[Tensor | None]"], Coefficients]
 
 
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
 @contextlib.contextmanager
 def _differentiating() -> Iterator[None]:
-    """Autograd works inside, as the loss needs it, though this op runs below autograd."""
-    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+    """Autograd works inside, as the loss needs it, though this op runs below autograd.
+
+    The caller's hooks on saved tensors are not for this graph: those of a checkpoint would run this very call again.
+    """
+    hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad(), hooks:
         for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
             torch._C._dispatch_tls_set_dispatch_key_excluded(getattr(torch._C.DispatchKey, name), False)
         yield
@@ -152,7 +160,7 @@ def gradients(
     row_parts = parts(p.rows, size)
     # fp16 cannot hold a share of a mean over many tokens, and the factor of a GradScaler comes only later
     scale = coefficients.scale if p.scaled else None
-    sums = _Sums(h, weight, bias, p, numbers.group, part < total, grad_buffer, scale)
+    sums = _Sums(h, weight, bias, p, numbers.group, size < total, grad_buffer, scale)
     h = h.to(p.operand)
     w = weight[: p.columns].to(p.operand)
     b = None if bias is None else bias[: p.columns]
@@ -254,6 +262,8 @@ def gradients(
             # More than there was room for? Then the gradient is not finite, and is to show it
             sums.hidden.masked_fill_(~torch.isfinite(c)[:, None], float("nan"))
         sums.hidden = spread(rows, sums.hidden, total)
+    if sums.weight is not None:  # another rank may have asked for more parts than this one
+        sums.weight = sums.weight.to(kept_dtype(weight.dtype, p.wide, part < total))
     return sums.hidden, sums.weight, sums.bias, scale
 
 
@@ -397,6 +407,8 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     if out is gradient and factor.device.type == "cpu" and factor.item() == 1:
         return out
+    if factor.is_cuda:  # a GPU rounds a 0-d tensor to the other operand's dtype first; one with dimensions it does not
+        factor = factor.view([1] * gradient.dim())
     return torch.mul(gradient, factor, out=out)
 
 
