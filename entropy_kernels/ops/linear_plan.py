@@ -19,7 +19,7 @@ _GPU_TILE = 1 << 27
 # Rows of a tile where no gradient of the head is summed over them, so that cutting them costs nothing
 _ROWS = {"cpu": 1 << 12}
 _GPU_ROWS = 1 << 14
-HELD_OUT = 64  # tokens that linear_policy_loss holds out because their coefficient is huge
+HELD_OUT = 64  # tokens of huge coefficient that linear_policy_loss holds out where it does not count them
 _STATE_ROWS = 10  # of fp32 per row and chunk: the state's 6 and what their merge needs at once
 
 

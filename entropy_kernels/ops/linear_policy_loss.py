@@ -171,6 +171,8 @@ def gradients(
     state = temperature.new_empty((state_rows(want), p.rows))
     applied, applied_e = torch.zeros_like(logprob), torch.zeros_like(logprob)  # c and e, so far
     held = torch.zeros((), dtype=torch.int64, device=h.device)
+    # where their number is not read back, there is room for so many beside those selected
+    most_held = HELD_OUT if changes is not None and _reading_back_costs(h.device) else p.rows
 
     def differentiate(z: Tensor, index: Any, c: Tensor, e: Tensor | None) -> Tensor:
         """The gradient of the logits ``z`` of the tokens ``index``, over them."""
@@ -238,7 +240,7 @@ def gradients(
             finite = torch.isfinite(c)
             count = held + (huge & finite).cumsum(0)
             held = count[-1]
-            c = torch.where(finite & ~(huge & (count <= HELD_OUT)), c, 0)
+            c = torch.where(finite & ~(huge & (count <= most_held)), c, 0)
         applied[r] = c
         if e is not None:
             applied_e[r] = e
