@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import entropy_kernels as ek
 from calls import same_bits
 from gloo import run_ranks
-from test_linear_policy_loss import BUDGETS, SCENARIOS, B, V, composed, make
+from linear_policy_cases import BUDGETS, SCENARIOS, B, V, composed, make
 
 NAMES = ("ppo, all terms", "clip_cov, entropy bonus", "kl_cov, first and last", "kl_cov, all", "kl_cov, was 0")
 BUDGET = {"one part": 1 << 30, "many parts": BUDGETS[torch.float64][2]}
