@@ -116,7 +116,7 @@ _HIDDEN_OPS = {
     "linear_logprob_entropy_fwdbwd": "the same with both gradients",
     "linear_clip_cov_loss": "Clip-Cov loss with both gradients",
 }
-_HIDDEN_OURS = ("ours", "ours-recompute", "ours-composed", "ours-parts")
+_HIDDEN_OURS = ("ours", "ours-fp32-logits", "ours-recompute", "ours-composed", "ours-parts")
 
 
 def hidden_table(found: Sequence[Record]) -> str:

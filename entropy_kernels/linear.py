@@ -333,7 +333,8 @@ def _through_head(
             "vocab_size: expected the number of logits that the head gives, as it has no out_features, got None"
         )
     _, size, _ = vocabulary("weight", vocab_size if width is None else width, None, None, vocab_size)  # type: ignore[arg-type]
-    parameters = function.parameters() if hasattr(function, "parameters") and torch.is_grad_enabled() else ()
+    given = getattr(function, "parameters", ())
+    parameters = (given() if callable(given) else given) if torch.is_grad_enabled() else ()
     head = Head(
         function,
         not module,

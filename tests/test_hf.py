@@ -266,3 +266,37 @@ def test_models_that_do_not_fit() -> None:
         ek.hf.causal_lm_logprob_entropy(torch.nn.Linear(3, 3), ids(1, 4))
     with pytest.raises(ValueError, match="input_ids: expected"):
         ek.hf.causal_lm_logprob_entropy(model, ids(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temprature": 0.1}, "temprature: expected .* did you mean temperature"),
+        ({"labels": torch.zeros(1, 7)}, "labels: expected an option of causal_lm_logprob_entropy"),
+        ({"use_cache": True}, "use_cache: expected"),
+        ({"softcap": 3.0}, "softcap: expected"),
+        ({"cu_seqlens": [0, 7]}, "cu_seqlens: expected a torch.Tensor, got list"),
+    ],
+)
+def test_options_that_would_be_swallowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        ek.hf.causal_lm_logprob_entropy(make("llama"), ids(1, 7), **options)
+
+
+def test_a_mask_beside_packed_sequences() -> None:
+    """transformers would let the sequences see each other."""
+    input_ids = ids(1, 7)
+    with pytest.raises(ValueError, match="attention_mask: expected None beside cu_seqlens"):
+        ek.hf.causal_lm_logprob_entropy(
+            make("llama"), input_ids, cu_seqlens=torch.tensor([0, 3, 7]), attention_mask=torch.ones_like(input_ids)
+        )
+
+
+def test_a_value_head_beside_the_head_is_nobodys_business() -> None:
+    model, input_ids = make("llama"), ids(1, 7)
+    want = ek.hf.causal_lm_logprob_entropy(model, input_ids)
+    model.v_head = torch.nn.Linear(model.config.hidden_size, 1)
+    torch.testing.assert_close(ek.hf.causal_lm_logprob_entropy(model, input_ids), want)
+    model.transform = torch.nn.Linear(3, 3)
+    with pytest.raises(TypeError, match=r"comes right after its backbone, .* transform\.weight beside them"):
+        ek.hf.causal_lm_logprob_entropy(model, input_ids)

@@ -270,3 +270,16 @@ def sharded(rank: int, world: int, vocab: int) -> dict[str, Any]:
 def test_a_dtensor_weight_over_the_vocabulary(vocab: int) -> None:
     for found in run_ranks(3, sharded, vocab):
         judge(make(24, vocab=vocab), found)
+
+
+def test_parameters_of_a_function_in_a_list() -> None:
+    hidden, weight = torch.randn(9, 4), torch.randn(150, 4, requires_grad=True)
+    target = torch.arange(9)
+
+    def part(h: Tensor, start: int, stop: int) -> Tensor:
+        return h @ weight[start:stop].t()
+
+    part.parameters = [weight]  # type: ignore[attr-defined]
+    ek.linear_logprob_entropy(hidden, part, target, vocab_size=150).logprob.sum().backward()
+    (expected,) = torch.autograd.grad(ek.linear_logprob_entropy(hidden, weight, target).logprob.sum(), weight)
+    torch.testing.assert_close(weight.grad, expected)

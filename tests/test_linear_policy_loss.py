@@ -269,3 +269,15 @@ def test_on_every_backend(place: Place, method: str) -> None:
         for ours, theirs in zip(found, right, strict=True):
             assert ours is not None and theirs is not None
             assert (ours.cpu() - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+def test_without_a_mask_the_tokens_with_a_label_count() -> None:
+    case = make("kl_cov", ratio=0.1, entropy_coef=0.01)
+    assert case.mask is not None
+    expected, right = composed(case)
+    case.target[~case.mask], case.mask = -100, None
+    for budget in BUDGETS[torch.float64]:
+        result, found = fused(case, budget)
+        torch.testing.assert_close(result.loss, expected.loss)
+        for ours, theirs in zip(found, right, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-14)

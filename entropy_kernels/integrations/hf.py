@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,6 +37,9 @@ _OTHERS = (
     "scale_logits",  # OLMo's first code
 )  # fmt: skip
 _NEUTRAL = (None, 0, 1)
+_NOT_OF_THE_BACKBONE = (
+    "labels", "logits_to_keep", "num_logits_to_keep", "use_cache", "softcap", "entropy_coef", "method", "vocab_size",
+)  # fmt: skip
 # Names of layers that people put beside the head, for other purposes; any others are taken to be before it
 _BESIDE = ("value", "v_head", "score", "critic", "reward")
 
@@ -157,6 +162,12 @@ def causal_lm_logprob_entropy(
             ignore_index=ignore_index,
         )  # fmt: skip
     _check_shape("target", target, input_ids)
+    if cu_seqlens is not None and attention_mask is not None:
+        raise ValueError(
+            "attention_mask: expected None beside cu_seqlens, which say where sequences and padding are, got a tensor "
+            "(with which transformers would let packed sequences see each other)"
+        )
+    _check_options(parts.backbone, model_options)
     hidden = parts.backbone(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **model_options
     )[0]  # (B, L, H)
@@ -209,6 +220,21 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
         return CausalLMParts(backbone, called, None, before, softcap, vocab_size)
     bias = head.bias if head.bias is None or after == 1 else head.bias * after
     return CausalLMParts(backbone, head.weight, bias, before * after, softcap, vocab_size)
+
+
+def _check_options(backbone: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Refuse what backbones would swallow without a word: misspelt names of ours, and what belongs to the head."""
+    known = inspect.signature(backbone.forward).parameters
+    ours = [
+        name for name, p in inspect.signature(causal_lm_logprob_entropy).parameters.items() if p.kind is p.KEYWORD_ONLY
+    ]
+    for name in options:
+        close = [] if name in known else difflib.get_close_matches(name, ours, 1, 0.75)
+        if close or name in _NOT_OF_THE_BACKBONE:
+            raise TypeError(
+                f"{name}: expected an option of causal_lm_logprob_entropy or of the backbone, got one of neither"
+                + (f"; did you mean {close[0]}?" if close else "")
+            )
 
 
 def _unwrapped(model: Any) -> Any:
@@ -287,6 +313,8 @@ def _check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, 
 def _sequence_ends(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(L,) bool: the last token of a sequence, and everything behind the last sequence."""
     length = input_ids.shape[-1]
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
     if input_ids.numel() != length or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise ValueError(
             "cu_seqlens: expected (S + 1,) int for input_ids of shape (L,) or (1, L), "

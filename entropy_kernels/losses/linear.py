@@ -90,7 +90,7 @@ def linear_policy_loss(
             logits_dtype: as in :func:`entropy_kernels.linear_logprob_entropy`. A weight that is a module or a function
             is computed as above, with recomputation.
         old_logprob, advantages, mask: as in :func:`entropy_kernels.policy_loss`, in ``target``'s shape (..., L).
-            ``target`` is not read where the mask is 0.
+            ``target`` is not read where the mask is 0; None: the tokens that have a label count.
         method: "ppo", "clip_cov" or "kl_cov".
         memory_budget: bytes for the logits of a part of the tokens and what goes with them, 1 GiB by default.
             ``linear_plan(..., policy_loss=True)`` says what it comes to; the head's gradient, summed in fp32 where
@@ -131,8 +131,9 @@ def linear_policy_loss(
             stand_in = old_logprob.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
             loss(stand_in, old_logprob, advantages, mask, entropy=torch.zeros_like(stand_in), **options)
     valid = check_mask("mask", mask, old_logprob)
-    if valid is not None:
-        target = torch.where(valid, target, ignore_index)
+    if valid is None:
+        valid = target != ignore_index
+    target = torch.where(valid, target, ignore_index)
 
     differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in (hidden, weight, bias))
     if not isinstance(weight, Tensor) or not torch.is_grad_enabled() or not differentiable:
@@ -141,7 +142,7 @@ def linear_policy_loss(
         if grad_buffer is not None and torch.is_grad_enabled():
             raise ValueError("grad_buffer: expected None for a weight that needs no gradient, got a tensor")
         logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
-        return loss(logprob, old_logprob, advantages, mask, entropy=entropy, **options)
+        return loss(logprob, old_logprob, advantages, valid, entropy=entropy, **options)
     for name in _TENSORS:
         if isinstance(options.get(name), Tensor) and options[name].requires_grad and name != "ref_logprob":
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")

@@ -35,7 +35,8 @@ class LinearPlan:
         vocab_chunk: vocabulary entries per tile.
         row_chunks: number of tiles along the tokens.
         vocab_chunks: number of tiles along the vocabulary.
-        kept_bytes: what stays allocated from the forward pass to the backward pass, beside inputs and results.
+        kept_bytes: what stays allocated from the forward pass to the backward pass, beside inputs and results; of mode
+            "in_forward" the gradients, as they wait there.
         peak_bytes: most memory in use at once in either pass, beside inputs, results and gradients.
     """
 
