@@ -15,9 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.implementations import BAND, CLIP_COV_RATIO, KL_COV_RATIO, TOPK
 from benchmarks.linear_checks import check_floor, check_linear, check_loss
-from benchmarks.registry import EVERYTHING, GRADIENT, MEAN_LOGPROB, Implementation
+from benchmarks.registry import (
+    BAND,
+    CLIP_COV_RATIO,
+    EVERYTHING,
+    GRADIENT,
+    KL_COV_RATIO,
+    MEAN_LOGPROB,
+    TOPK,
+    Implementation,
+)
 from benchmarks.shapes import Case, Inputs
 
 CHECKED_ROWS = 16

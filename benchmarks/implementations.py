@@ -14,10 +14,15 @@ from torch import Tensor
 import entropy_kernels as ek
 from benchmarks import calls, linear, linear_peers, peers
 from benchmarks.registry import (
+    BAND,
+    CLIP_COV_RATIO,
     EVERYTHING,
+    KL_COV_RATIO,
     LOGPROB,
     OPS,
     REGISTRY,
+    SEED,
+    TOPK,
     Implementation,
     Prepared,
     always,
@@ -30,13 +35,6 @@ from benchmarks.shapes import Case, Inputs
 from entropy_kernels.backends import registry
 
 __all__ = ["OPS", "REGISTRY", "Implementation", "Prepared", "names", "of_op", "ours_for", "register"]
-
-# Selected fractions: the library's defaults, the paper's 2e-4 (Clip-Cov) and 2e-3 (KL-Cov).
-CLIP_COV_RATIO = 2e-4
-KL_COV_RATIO = 2e-3
-BAND = (1.0, 5.0)
-TOPK = 800
-SEED = 1234
 
 # --- ours ------------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks.registry import LINEAR_LOSSES, Implementation, Prepared, always, fits, register
+from benchmarks.registry import (
+    BAND,
+    CLIP_COV_RATIO,
+    LINEAR_LOSSES,
+    SEED,
+    Implementation,
+    Prepared,
+    always,
+    fits,
+    register,
+)
 from benchmarks.shapes import Case, Inputs
 
 Function = Callable[..., Any]
@@ -25,9 +35,6 @@ ENOUGH = 1 << 50  # bytes: the logits are kept
 # Made again in tiles: less than the bf16 logits take where the bars are stated; a GPU's tiles want more
 TIGHT = {"cpu": 64 << 20, "cuda": 10**9}
 MANY = 4  # tiles along the tokens and along the vocabulary, at least, where the errors of their sums are looked at
-SEED = 1234
-CLIP_COV_RATIO = 2e-4  # the library's default
-BAND = (1.0, 5.0)
 POLICY = ("hidden", "weight", "target", "old_logprob", "advantages", "mask")
 
 # --- calls ------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.linear import BAND, CLIP_COV_RATIO
-from benchmarks.registry import EVERYTHING, GRADIENT, MEAN_LOGPROB, Implementation
+from benchmarks.registry import BAND, CLIP_COV_RATIO, EVERYTHING, GRADIENT, MEAN_LOGPROB, Implementation
 from benchmarks.shapes import Case, Inputs
 
 CHECKED = 16  # tokens, and rows of the head

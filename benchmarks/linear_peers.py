@@ -18,6 +18,8 @@ from torch import Tensor
 from benchmarks import linear, peers, standins
 from benchmarks.peers import Loader, Unavailable
 from benchmarks.registry import (
+    BAND,
+    CLIP_COV_RATIO,
     EVERYTHING,
     GRADIENT,
     LOGPROB,
@@ -200,7 +202,7 @@ LOSSES: dict[tuple[str, str], Loader] = {
     ("linear_clip_cov_loss", "verl"): Loader(
         functools.partial(
             _verl_loss, "clip_cov",
-            clip_cov_ratio=linear.CLIP_COV_RATIO, clip_cov_lb=linear.BAND[0], clip_cov_ub=linear.BAND[1],
+            clip_cov_ratio=CLIP_COV_RATIO, clip_cov_lb=BAND[0], clip_cov_ub=BAND[1],
         )
     ),
 }  # fmt: skip

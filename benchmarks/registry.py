@@ -36,6 +36,12 @@ OPS: dict[str, str] = {
     "linear_clip_cov_loss": "Clip-Cov loss (verl's definition) from the same, selection included, and its gradients",
     "linear_floor": "the matrix products alone: the one of the forward pass; all three; with those of a recomputation",
 }
+# Selected fractions: the library's defaults, the paper's 2e-4 (Clip-Cov) and 2e-3 (KL-Cov).
+CLIP_COV_RATIO = 2e-4
+KL_COV_RATIO = 2e-3
+BAND = (1.0, 5.0)
+TOPK = 800
+SEED = 1234
 STATISTICS = ("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd", "token_stats")
 SELECTION = ("token_covariance", "clip_cov_mask", "kl_cov_mask")
 LINEAR = ("linear_floor", "linear_logprob_entropy", "linear_logprob_entropy_fwdbwd")

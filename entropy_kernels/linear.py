@@ -194,9 +194,8 @@ def _linear_token_stats(
 class _Checked(NamedTuple):
     """A call with a plain weight, after its arguments were checked."""
 
-    tensors: tuple[
-        Tensor, Tensor, Tensor | None, Tensor, Tensor
-    ]  # hidden (N, H), weight, bias, target (N,), temperature
+    # hidden (N, H), weight, bias, target (N,), temperature
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
     numbers: Numbers
     problem: Problem
 

@@ -3,7 +3,7 @@
 from entropy_kernels.losses.aggregation import AGG_MODES
 from entropy_kernels.losses.functional import clip_cov_loss, kl_cov_loss, policy_loss
 from entropy_kernels.losses.kl import KL_ESTIMATORS, kl_estimate
-from entropy_kernels.losses.linear import linear_policy_loss
+from entropy_kernels.losses.linear import LOSSES, linear_policy_loss
 from entropy_kernels.losses.metrics import METRICS, metric_table
 from entropy_kernels.losses.modules import ClipCovLoss, KlCovLoss, PolicyLossModule
 from entropy_kernels.losses.presets import CLIP_COV, KL_COV, ClipCovPreset, KlCovPreset
@@ -14,6 +14,7 @@ __all__ = [
     "CLIP_COV",
     "KL_COV",
     "KL_ESTIMATORS",
+    "LOSSES",
     "METRICS",
     "ClipCovLoss",
     "ClipCovPreset",

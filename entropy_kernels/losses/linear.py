@@ -21,7 +21,7 @@ from entropy_kernels.losses.metrics import METRICS
 from entropy_kernels.losses.total import PolicyLoss
 from entropy_kernels.selection import expand_advantages, seed_tensor
 
-_LOSSES: dict[str, Callable[..., PolicyLoss]] = {
+LOSSES: dict[str, Callable[..., PolicyLoss]] = {  # by `method`
     "ppo": functional.policy_loss,
     "clip_cov": functional.clip_cov_loss,
     "kl_cov": functional.kl_cov_loss,
@@ -47,7 +47,7 @@ _KEYWORDS = {
         for name, parameter in inspect.signature(loss).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name not in ("entropy", "backend")
     ]
-    for method, loss in _LOSSES.items()
+    for method, loss in LOSSES.items()
 }
 _HUGE = 8.0  # × the mean size of the advantages that are not 0
 
@@ -114,7 +114,7 @@ def linear_policy_loss(
         RuntimeError: a second backward pass, double backward, or a factor on the loss beside a ``grad_buffer``.
     """
     _check_names(method, options)
-    loss = _LOSSES[method]
+    loss = LOSSES[method]
     head: dict[str, Any] = {
         "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index, "vocab_group": vocab_group,
         "vocab_start": vocab_start, "vocab_size": vocab_size, "logits_dtype": logits_dtype,
@@ -162,7 +162,8 @@ def _selects(method: str, options: dict[str, Any]) -> bool:
 
 
 def _preset(method: str, options: dict[str, Any]) -> Any:
-    return (presets.CLIP_COV if method == "clip_cov" else presets.KL_COV)[options.get("preset", "verl")]
+    known: Any = presets.CLIP_COV if method == "clip_cov" else presets.KL_COV
+    return presets.find(known, options.get("preset", "verl"))
 
 
 def _changes(method: str, options: dict[str, Any], tokens: int) -> int | None:
@@ -232,7 +233,7 @@ class _Batch:
         options |= {name: value for name, value in zip(_TENSORS, tensors, strict=False) if value is not None}
         if "batch_group" in options:
             options["batch_group"] = process_group_of(options["batch_group"])
-        self._loss, self._options, self._mask = _LOSSES[method], options, mask
+        self._loss, self._options, self._mask = LOSSES[method], options, mask
         self._names = _metric_names(method, options)
         assert self._old is not None and self._advantages is not None
         self.changes = _changes(method, options, self._old.numel())
@@ -303,8 +304,8 @@ def _differentiated(
 
 
 def _check_names(method: Any, options: dict[str, Any]) -> None:
-    if method not in _LOSSES:
-        raise ValueError(f"method: expected one of {', '.join(map(repr, _LOSSES))}, got {method!r}")
+    if method not in LOSSES:
+        raise ValueError(f"method: expected one of {', '.join(map(repr, LOSSES))}, got {method!r}")
     unknown = [name for name in options if name not in _KEYWORDS[method]]
     if unknown:
         why = " (entropy is computed here)" if "entropy" in unknown else ""

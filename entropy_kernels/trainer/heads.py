@@ -15,6 +15,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels._memory import peak_allocated
+from entropy_kernels.losses import LOSSES
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.policy import Policy
@@ -42,10 +43,7 @@ class Head(Protocol):
 
 def loss_of_stats(stats: ek.LogprobEntropy, method: str, **options: Any) -> ek.PolicyLoss:
     """The loss named as in :func:`entropy_kernels.linear_policy_loss`, of statistics that are there already."""
-    losses: dict[str, Callable[..., ek.PolicyLoss]] = {
-        "ppo": ek.policy_loss, "clip_cov": ek.clip_cov_loss, "kl_cov": ek.kl_cov_loss,
-    }  # fmt: skip
-    return losses[method](stats.logprob, entropy=stats.entropy, **options)
+    return LOSSES[method](stats.logprob, entropy=stats.entropy, **options)
 
 
 class LinearHead:
