@@ -301,10 +301,14 @@ def test_rows_have_every_promised_number(tmp_path: Path) -> None:
             "grad_norm",
             "memory/linear",
             "memory/logits",
+            "memory/torch",
             "head_gap",
             "time/tokens_per_s",
             "time/ops_share",
             "time/step",
+            "time/sample",
+            "time/verify",
+            "time/score",
         ),
     }
     assert promised <= rows[0].keys()

@@ -15,13 +15,14 @@ pytest.importorskip("tyro")
 
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, heads, ppo
-from entropy_kernels.trainer.config import METHODS, TrainerConfig
+from entropy_kernels.trainer.config import HEADS, METHODS, TrainerConfig
 from entropy_kernels.trainer.policy import Encoded, Policy, word_tokenizer
 from entropy_kernels.trainer.progress import describe_memory
 from entropy_kernels.trainer.rollout import Rollout, score
 from hf_models import FAMILIES, make
 from trainer_setup import TINY, config, easy, rows_without_times  # noqa: F401
 
+OTHERS = [head for head in HEADS if head != "linear"]
 SETTINGS = dataclasses.replace(TINY, temperature=0.7, entropy_coef=0.05, minibatches=1)
 
 
@@ -67,17 +68,19 @@ def step(
 
 def assert_same(policy: Policy, rollout: Rollout, settings: TrainerConfig) -> None:
     loss, metrics, gradients = step(policy, rollout, settings)
-    other_loss, other_metrics, other_gradients = step(policy.with_head("logits"), rollout, settings)
-    torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
-    assert metrics.keys() == other_metrics.keys()
-    for name, value in metrics.items():
-        torch.testing.assert_close(value, other_metrics[name], rtol=1e-4, atol=1e-5)
-    for name, gradient in gradients.items():
-        scale = float(other_gradients[name].abs().max())
-        assert scale > 0, name
-        torch.testing.assert_close(
-            gradient, other_gradients[name], rtol=1e-4, atol=2e-5 * scale, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    for head in OTHERS:
+        other_loss, other_metrics, other_gradients = step(policy.with_head(head), rollout, settings)
+        torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=1e-6)
+        assert metrics.keys() == other_metrics.keys()
+        for name, value in metrics.items():
+            torch.testing.assert_close(value, other_metrics[name], rtol=1e-4, atol=1e-5)
+        for name, gradient in gradients.items():
+            scale = float(other_gradients[name].abs().max())
+            assert scale > 0, name
+            torch.testing.assert_close(
+                gradient, other_gradients[name], rtol=1e-4, atol=2e-5 * scale,
+                msg=lambda text, at=(head, name): f"{at}: {text}",
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,9 +109,10 @@ def test_scores_are_those_of_the_logits(family: str) -> None:
     policy = policy_of(family)
     rollout = rollout_of(policy)
     args = (SETTINGS, rollout.prompts, rollout.ids, rollout.mask)
-    for ours, others in zip(score(policy, *args), score(policy.with_head("logits"), *args), strict=True):
-        torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-5)
-        assert (ours[~rollout.mask] == 0).all()
+    for head in OTHERS:
+        for ours, others in zip(score(policy, *args), score(policy.with_head(head), *args), strict=True):
+            torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-5)
+            assert (ours[~rollout.mask] == 0).all() and (others[~rollout.mask] == 0).all()
 
 
 def test_only_completion_rows_reach_the_head() -> None:
@@ -121,22 +125,23 @@ def test_only_completion_rows_reach_the_head() -> None:
 @pytest.mark.parametrize("method", ["grpo", "clip_cov", "kl_cov"])
 def test_a_whole_step_is_the_same_from_one_seed(tmp_path: Path, method: str) -> None:
     logs, weights = {}, {}
-    for head in ("linear", "logits"):
+    for head in HEADS:
         ppo.train(
             config(tmp_path / head, head=head, method=method, steps=1, cov_low=-9.0, cov_high=9.0, cov_ratio=0.1,
                    warm_steps=3, warm_batch=8, entropy_coef=0.01)
         )  # fmt: skip
         logs[head] = rows_without_times(tmp_path / head)
         weights[head] = torch.load(tmp_path / head / "checkpoint.pt", weights_only=True)["model"]
-    for ours, others in zip(logs["linear"], logs["logits"], strict=True):
-        assert ours.keys() == others.keys()
-        for name, value in ours.items():
-            if name not in ("sampling_gap", "head_gap"):
-                assert others[name] == pytest.approx(value, rel=2e-3, abs=2e-5), (ours["step"], name)
+    for head in ("logits", "torch"):
+        for ours, others in zip(logs["linear"], logs[head], strict=True):
+            assert ours.keys() == others.keys()
+            for name, value in ours.items():
+                if name not in ("sampling_gap", "head_gap"):
+                    assert others[name] == pytest.approx(value, rel=2e-3, abs=2e-5), (head, ours["step"], name)
+        for name, value in weights["linear"].items():
+            # not the largest difference: where a gradient vanishes, AdamW makes a whole step of its rounding
+            assert (value - weights[head][name]).abs().mean() < 1e-3 * TINY.lr, (head, name)
     assert logs["linear"][0]["head_gap"] < 1e-5
-    for name, value in weights["linear"].items():
-        # not the largest difference: where a gradient vanishes, AdamW makes a whole step of its rounding
-        assert (value - weights["logits"][name]).abs().mean() < 1e-3 * TINY.lr, name
 
 
 # --- a whole update: which of our ops it takes, and that the other head's is the same ---------------------------------
@@ -170,6 +175,7 @@ def updated(
     dropped = torch.zeros_like(rollout.mask)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     rows = torch.arange(len(rollout.ids)).flip(0)
+    settings = dataclasses.replace(settings, head=head)  # type: ignore[arg-type]
     metrics = ppo.update(policy.with_head(head), optimizer, rollout, rows, settings, seed=5, dropped=dropped)
     return metrics, dropped, {name: p.grad.clone() for name, p in policy.model.named_parameters()}
 
@@ -184,15 +190,17 @@ def in_float64(family: str, micro_batches: int) -> tuple[Policy, Rollout]:
 
 def assert_same_update(policy: Policy, rollout: Rollout, settings: TrainerConfig) -> None:
     metrics, dropped, gradients = updated(policy, rollout, settings, "linear")
-    other_metrics, other_dropped, other_gradients = updated(policy, rollout, settings, "logits")
-    assert metrics == pytest.approx(other_metrics, rel=1e-9, abs=1e-12)
-    assert torch.equal(dropped, other_dropped)
-    for name, gradient in gradients.items():
-        scale = float(other_gradients[name].abs().max())
-        assert scale > 0, name
-        torch.testing.assert_close(
-            gradient, other_gradients[name], rtol=1e-8, atol=1e-9 * scale, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    for head in OTHERS:
+        other_metrics, other_dropped, other_gradients = updated(policy, rollout, settings, head)
+        assert metrics == pytest.approx(other_metrics, rel=1e-9, abs=1e-12)
+        assert torch.equal(dropped, other_dropped)
+        for name, gradient in gradients.items():
+            scale = float(other_gradients[name].abs().max())
+            assert scale > 0, name
+            torch.testing.assert_close(
+                gradient, other_gradients[name], rtol=1e-8, atol=1e-9 * scale,
+                msg=lambda text, at=(head, name): f"{at}: {text}",
+            )  # fmt: skip
 
 
 UPDATE = dataclasses.replace(SETTINGS, cov_ratio=0.2, cov_low=-9.0, cov_high=9.0, grad_clip=0.0)
@@ -282,7 +290,7 @@ def test_measuring_leaves_the_run_as_it_is(tmp_path: Path) -> None:
     for measured in (True, False):
         ppo.train(config(tmp_path / str(measured), measure_memory=measured, method="clip_cov"))
     with_it, without = rows_without_times(tmp_path / "True"), rows_without_times(tmp_path / "False")
-    added = {name: with_it[0].pop(name) for name in ("memory/linear", "memory/logits", "head_gap")}
+    added = {name: with_it[0].pop(name) for name in ("memory/linear", "memory/logits", "memory/torch", "head_gap")}
     assert all(added.values()) and with_it == without
 
 
@@ -300,7 +308,7 @@ def test_a_model_without_a_linear_head(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(head="logits")
     rollout = rollout_of(policy)
     monkeypatch.setattr(policy.model, "get_output_embeddings", lambda: None)
-    assert ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS).keys() == {"memory/logits"}
+    assert ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS).keys() == {"memory/logits", "memory/torch"}
     with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
         ppo.compare_on_first_micro_batch(policy.with_head("linear"), rollout, SETTINGS)
 
@@ -319,7 +327,7 @@ def test_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "peak_allocated", full)
     row = ppo.compare_on_first_micro_batch(policy, rollout_of(policy), SETTINGS)
     assert row["memory/logits"] == math.inf and row["memory/linear"] > 0
-    assert describe_memory(row).endswith("MB, logits does not fit.")  # type: ignore[union-attr]
+    assert describe_memory(row).find("MB, logits does not fit, torch") > 0  # type: ignore[union-attr]
 
 
 def test_memory_as_a_sentence() -> None:

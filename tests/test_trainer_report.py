@@ -14,12 +14,14 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
-from entropy_kernels.trainer import checkpoint, drivers, ppo, reproduce
+from entropy_kernels.trainer import checkpoint, drivers, ppo
 from entropy_kernels.trainer.__main__ import main
-from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS
+from entropy_kernels.trainer.config import HEADS, TrainerConfig
+from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, read_rows
 from entropy_kernels.trainer.progress import ProgressBoard
 from entropy_kernels.trainer.report import write_report
+from entropy_kernels.trainer.report_text import markdown
+from entropy_kernels.trainer.summary import PHASES, criteria
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 
 # --- configuration and command line ----------------------------------------------------------------------------------
@@ -33,7 +35,8 @@ from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # no
         ({"cov_low": 5.0}, r"cov_low: expected less than cov_high = 5.0, got 5.0"),
         ({"cov_band": "quantile"}, r"cov_low, cov_high: expected quantiles in \[0, 1\]"),
         ({"cov_ratio": 2.0}, r"cov_ratio: expected a fraction in \(0, 1\], got 2.0"),
-        ({"head": "hidden"}, r"head: expected one of linear, logits, got 'hidden'"),
+        ({"head": "hidden"}, r"head: expected one of linear, logits, torch, got 'hidden'"),
+        ({"dtype": "float16"}, r"dtype: expected one of float32, bfloat16, mixed, got 'float16'"),
         ({"memory_budget": 0}, r"memory_budget: expected a number of bytes > 0, got 0"),
         ({"samples_per_prompt": 1}, r"samples_per_prompt: expected at least 2"),
         ({"method": "clipcov"}, r"method: expected one of grpo, clip_cov.*got 'clipcov'"),
@@ -112,6 +115,7 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     page = write_report(
         tmp_path / "report",
         {method: [log] for method, log in logs.items()},
+        base=TINY,
         experiment=drivers.start_experiment(TINY, start),
         command="python -m entropy_kernels.trainer quickstart --seed 0",
         seeds=[0],
@@ -129,14 +133,16 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     assert set(record["methods"]) == set(methods)
     for text in ("What does not show at this scale", "torch", "pass@8", "straight line", "Clip-Cov"):
         assert text in page
-    memory = {head: record["methods"]["grpo"][f"memory_{head}"]["mean"] for head in ("linear", "logits")}
-    assert f"by head: linear {memory['linear'] / 1e6:.1f} MB, logits {memory['logits'] / 1e6:.1f} MB." in page
-    assert "by head: linear" in reproduce.markdown(record)
+    memory = {head: f"{head} {record['methods']['grpo'][f'memory_{head}']['mean'] / 1e6:.1f} MB" for head in HEADS}
+    assert f"by head: {memory['linear']}, {memory['logits']}, {memory['torch']}." in page
+    assert "What a step costs" in page and record["hardware"] in page
+    text = markdown(record, picture="x.png")
+    assert "by head: linear" in text and "# Walk, with random-token controls, 1 seed" in text and "tokens/s" in text
 
 
 def test_report_needs_the_baseline(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"runs: expected the baseline 'grpo' among them, got kl_cov"):
-        write_report(tmp_path, {"kl_cov": []}, experiment={}, command="", seeds=[0], seconds=0.0, title="")
+        write_report(tmp_path, {"kl_cov": []}, base=TINY, experiment={}, command="", seeds=[0], seconds=0.0, title="")
 
 
 def test_runs_side_by_side_reports_a_failure(tmp_path: Path) -> None:
@@ -163,22 +169,53 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
         }
     )
     page = write_report(
-        tmp_path, {"grpo": [log]}, experiment={"predicted": [], "measured": []}, command="c", seeds=[0], seconds=1.0,
-        title="t",
+        tmp_path, {"grpo": [log]}, base=TINY, experiment={"predicted": [], "measured": []}, command="c", seeds=[0],
+        seconds=1.0, title="t",
     )  # fmt: skip
     assert "no token had an advantage" in page.read_text()
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
 
 
-def test_reproduction_keeps_complete_runs_and_continues_others(tmp_path: Path) -> None:
+def test_complete_runs_are_kept_and_others_continued(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", steps=2)
-    assert not reproduce.complete(settings) and not reproduce.continuable(settings)
+    assert drivers.unfinished({"run": settings}) == {"run": settings}
     ppo.train(settings)
     longer = dataclasses.replace(settings, steps=3)
-    assert reproduce.complete(settings)
-    assert reproduce.continuable(settings)
-    assert not reproduce.complete(longer) and not reproduce.continuable(longer)
+    assert drivers.unfinished({"run": settings}) == {}
+    assert drivers.unfinished({"run": longer}) == {"run": longer}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    assert not reproduce.complete(settings)
-    assert reproduce.continuable(settings)
+    assert drivers.unfinished({"run": settings}) == {"run": dataclasses.replace(settings, resume=True)}
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {**TINY.to_dict(), "warm_steps": 2, "warm_batch": 8, "dtype": "mixed", "steps": 4, "measure_memory": False}
+    checkpoint.write_json(tmp_path / "tiny.json", {**values, "command": ["what a run adds"]})
+    flags = ["compare", "--config", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "out")]
+    flags += ["--methods", "grpo", "kl_cov", "--torch-ops", "kl_cov", "--workers", "2", "--no-progress"]
+    assert main([*flags, "--steps", "3"]) == 0
+    out = tmp_path / "out"
+    record = json.loads((out / "summary.json").read_text())
+    assert set(record["methods"]) == {"grpo", "kl_cov", "kl_cov_torch_ops"}
+    assert all(values[f"seconds_{name}"]["mean"] > 0 for values in record["methods"].values() for name in PHASES)
+    assert "KL-Cov, torch ops" in (out / "report.html").read_text()
+    assert {path.stem for path in (out / "csv").iterdir()} == set(record["methods"])
+    assert (out / "curves.png").exists() and "| KL-Cov, torch ops |" in (out / "report.md").read_text()
+    first = {name: read_rows(out / name / "metrics.jsonl")[0] for name in record["methods"]}
+    assert first["kl_cov"]["entropy"] == pytest.approx(first["kl_cov_torch_ops"]["entropy"], abs=1e-3)
+    assert json.loads((out / "kl_cov_torch_ops" / "config.json").read_text())["head"] == "torch"
+    # a run that is complete stays as it is, and a method that was not asked for before is added
+    before = (out / "grpo" / "metrics.jsonl").stat().st_mtime_ns
+    assert main([*flags, "--steps", "3", "--reuse", "--methods", "grpo", "clip_cov"]) == 0
+    assert (out / "grpo" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert set(json.loads((out / "summary.json").read_text())["methods"]) == {"grpo", "clip_cov", "kl_cov_torch_ops"}
+    capsys.readouterr()
+    assert main([*flags, "--methods", "kl_cov"]) == 2
+    assert "methods, torch_ops: expected 'grpo' and others of" in capsys.readouterr().err
+
+
+def test_claims_of_the_walk_are_not_made_of_other_tasks() -> None:
+    summary = {"grpo": {"entropy_fall": {"mean": 0.1, "sd": None, "seeds": [0.1]}}}
+    experiment = {"predicted": [1.0, 2.0, 3.0], "measured": [1.0, 2.0, 3.0]}
+    assert len(criteria(summary, experiment)) == 3
+    assert [check["holds"] for check in criteria(summary, experiment, walk=False)] == [True, True]

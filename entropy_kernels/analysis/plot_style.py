@@ -33,6 +33,8 @@ _METHODS = (
     (r"^rloo$", _BASELINE, "RLOO"),
     (r"^ppo$", _BASELINE, "PPO"),
 )
+# What stands beside a method, by a word in its name.
+_BESIDE = ((r"random|control", "random tokens"), (r"torch_ops", "torch ops"))
 # Controls that are named by what they do: dropping is Clip-Cov's treatment, the penalty KL-Cov's.
 _CONTROLS = (
     (r"drop", _BLUE, "Random tokens dropped"),
@@ -42,7 +44,8 @@ _CONTROLS = (
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """How a run is drawn everywhere: one colour per method, controls dashed in their method's colour."""
+    """How a run is drawn everywhere: one colour per method, controls dashed in their method's colour, and so
+    is a run by torch's own operations."""
 
     color: str
     label: str
@@ -62,13 +65,15 @@ class MethodStyle:
 def method_style(name: str, position: int = 0) -> MethodStyle:
     """Style of a run by its name: "clip_cov", "KL-Cov", "kl_cov_random", "baseline", … ; others by ``position``.
 
-    A name with "random" or "control" in it is a control: its method's colour, dashed and thinner.
+    A name with "random" or "control" in it is a control: its method's colour, dashed and thinner. So is one with
+    "torch_ops": the method by torch's own operations.
     """
     key = re.sub(r"[\s-]+", "_", name.strip().lower())
-    control = bool(re.search(r"random|control", key))
+    beside = next((text for pattern, text in _BESIDE if re.search(pattern, key)), None)
+    control = beside is not None
     for pattern, color, label in _METHODS:
         if re.search(pattern, key):
-            return MethodStyle(color, f"{label}, random tokens" if control else _display(name, key, label), control)
+            return MethodStyle(color, f"{label}, {beside}" if control else _display(name, key, label), control)
     if control:
         for pattern, color, label in _CONTROLS:
             if re.search(pattern, key):

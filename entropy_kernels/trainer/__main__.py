@@ -1,8 +1,7 @@
-"""``python -m entropy_kernels.trainer [quickstart | reproduce | from-config FILE] [flags]``."""
+"""``python -m entropy_kernels.trainer [quickstart | reproduce | compare | from-config FILE] [flags]``."""
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 USAGE = """usage: python -m entropy_kernels.trainer [flags]             one run; --help lists the flags
        python -m entropy_kernels.trainer quickstart [flags]  GRPO, Clip-Cov and KL-Cov from one start, and a report
        python -m entropy_kernels.trainer reproduce [flags]   three seeds with the random-token controls, and a verdict
+       python -m entropy_kernels.trainer compare --config FILE [flags]  the methods and torch's own ops, any model
        python -m entropy_kernels.trainer from-config FILE [flags]  one run from the config.json of another
 """
 
@@ -39,11 +39,16 @@ def _main(arguments: list[str]) -> int:
             from entropy_kernels.trainer import reproduce
 
             return reproduce.run(_parse(reproduce.Reproduce, arguments[1:], "reproduce"))
+        if command == "compare":
+            from entropy_kernels.trainer import compare
+
+            compare.run(_parse(compare.Compare, arguments[1:], "compare"))
+            return 0
         if command == "from-config":
             if len(arguments) < 2 or arguments[1].startswith("-"):
                 raise ValueError("from-config: expected a FILE, then flags, got no file")
             return _from_config(Path(arguments[1]), arguments[2:])
-        raise ValueError(f"command: expected quickstart, reproduce or from-config, got {command!r}\n{USAGE}")
+        raise ValueError(f"command: expected quickstart, reproduce, compare or from-config, got {command!r}\n{USAGE}")
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -63,17 +68,7 @@ def _one_run(arguments: list[str]) -> int:
 def _from_config(path: Path, flags: list[str]) -> int:
     from entropy_kernels.trainer.config import TrainerConfig
 
-    if not path.exists():
-        raise FileNotFoundError(f"from-config: expected a file, got {path}, which does not exist")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"from-config: expected JSON in {path}, got {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"from-config: expected a JSON object in {path}, got {type(values).__name__}")
-    for name in ("command", "versions"):
-        values.pop(name, None)
-    config = TrainerConfig.from_dict(values)
+    config = TrainerConfig.from_json(path)
     return _train(_parse(TrainerConfig, flags, f"from-config {path}", default=config) if flags else config)
 
 

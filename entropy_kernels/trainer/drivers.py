@@ -106,6 +106,35 @@ def _show(name: str, config: TrainerConfig, board: ProgressBoard) -> None:
         board.update(name, min(len(rows), config.steps), config.steps, note)
 
 
+def unfinished(runs: dict[str, TrainerConfig]) -> dict[str, TrainerConfig]:
+    """The runs that are not complete in their directories, to be continued where they have a checkpoint."""
+    waiting = {name: config for name, config in runs.items() if not _complete(config)}
+    return {name: dataclasses.replace(config, resume=_continuable(config)) for name, config in waiting.items()}
+
+
+def _continuable(config: TrainerConfig) -> bool:
+    """Whether a run of exactly this configuration left a checkpoint in its directory."""
+    return _same_configuration(config) and (config.out / "checkpoint.pt").exists()
+
+
+def _complete(config: TrainerConfig) -> bool:
+    """Whether a run of exactly this configuration has finished in its directory."""
+    if not _same_configuration(config):
+        return False
+    rows = read_rows(config.out / "metrics.jsonl")
+    return bool(rows) and rows[-1]["step"] == config.steps
+
+
+def _same_configuration(config: TrainerConfig) -> bool:
+    """Whether the run in the directory of `config` was made under it."""
+    saved, metrics = config.out / "config.json", config.out / "metrics.jsonl"
+    if not (saved.exists() and metrics.exists()):
+        return False
+    values = json.loads(saved.read_text(encoding="utf-8"))
+    ignored = {"overwrite", "progress", "resume"}
+    return all(values.get(k) == v for k, v in config.to_dict().items() if k not in ignored)
+
+
 def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[float]]:
     """Measured and predicted entropy change with the logits of the start as parameters; see `logits_as_parameters`."""
     from entropy_kernels.trainer.entropy_change import logits_as_parameters

@@ -1,4 +1,5 @@
-"""How completion tokens get their statistics: from hidden states (``linear``), or from the model's logits (``logits``).
+"""How completion tokens get their statistics: from hidden states (``linear``), from the model's logits (``logits``), or
+from these without this library's kernels (``torch``).
 
 A head has ``outputs``, what the model gives at the positions that predict completion tokens, and the statistics of
 these. The gradient's graph is cut between the two (:func:`entropy_kernels.trainer.ppo.backward`).
@@ -16,6 +17,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels._memory import peak_allocated
 from entropy_kernels.losses import LOSSES
+from entropy_kernels.trainer.config import HEADS
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.policy import Policy
@@ -97,15 +99,43 @@ class LogitsHead:
         return loss_of_stats(self.logprob_entropy(outputs, target, temperature), **options)
 
 
+class TorchHead(LogitsHead):
+    """The model's logits, and torch's own operations on them: what a trainer without this library does."""
+
+    def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
+        return ek.LogprobEntropy(*self._first(self._logp(outputs, temperature), target))
+
+    def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
+        logp = self._logp(outputs, temperature)
+        logprob, entropy = self._first(logp, target)
+        p, ignored = logp.exp(), target < 0
+        collision = (p * p).sum(-1)
+        covariance = logprob.exp() * (logprob + entropy) - ((p * p * logp).sum(-1) + entropy * collision)
+        return ek.TokenStats(logprob, entropy, collision.masked_fill(ignored, 0), covariance.masked_fill(ignored, 0))
+
+    @staticmethod
+    def _logp(outputs: Tensor, temperature: float) -> Tensor:
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return torch.log_softmax(wide / temperature, dim=-1)  # (B, L, V)
+
+    @staticmethod
+    def _first(logp: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        ignored = target < 0
+        logprob = logp.gather(-1, target.clamp_min(0)[..., None])[..., 0]
+        return logprob.masked_fill(ignored, 0), (-(logp.exp() * logp).sum(-1)).masked_fill(ignored, 0)
+
+
 def make_head(name: str, model: Any, memory_budget: int | None) -> Head:
     """The head of a configuration's name."""
-    return LinearHead(model, memory_budget) if name == "linear" else LogitsHead(model)
+    if name == "linear":
+        return LinearHead(model, memory_budget)
+    return LogitsHead(model) if name == "logits" else TorchHead(model)
 
 
 def compare_heads(
     policy: Policy, backward: Callable[[Policy], None], logprob: Callable[[Policy], Tensor]
 ) -> dict[str, float]:
-    """Peak memory of a micro-batch with the head in use and with the other, and how far they are apart.
+    """Peak memory of a micro-batch with each head, and how far the linear one is from the logits.
 
     Parameters
     ----------
@@ -118,27 +148,33 @@ def compare_heads(
     Returns
     -------
     dict
-        ``memory/linear`` and ``memory/logits`` in bytes, infinite for one that does not fit on the GPU, and
-        ``head_gap``. Of a model without a linear head, under ``logits``, only its own.
+        ``memory/HEAD`` in bytes, infinite for one that does not fit on the GPU, and ``head_gap``. Of a model without a
+        linear head, under another, without the linear one.
 
     Raises
     ------
     ValueError
         The head in use is linear and its log-probs are not those of the model.
     """
-    mine, other = policy.head_name, "logits" if policy.head_name == "linear" else "linear"
+    mine = policy.head_name
     row = {f"memory/{mine}": _peak(policy.with_head(mine), backward)}
+    linear = True
     try:
         ek.hf.causal_lm_parts(policy.model)
     except TypeError:
+        linear = False
+    for head in HEADS:
+        if head == mine or (head == "linear" and not linear):
+            continue
+        try:
+            row[f"memory/{head}"] = _peak(policy.with_head(head), backward)
+        except torch.OutOfMemoryError:
+            policy.model.zero_grad(set_to_none=True)
+            row[f"memory/{head}"] = math.inf
+    if not linear or math.isinf(max(row["memory/linear"], row["memory/logits"])):
         return row
-    try:
-        row[f"memory/{other}"] = _peak(policy.with_head(other), backward)
-        gap = float((logprob(policy.with_head(mine)) - logprob(policy.with_head(other))).abs().mean())
-    except torch.OutOfMemoryError:
-        policy.model.zero_grad(set_to_none=True)
-        return {**row, f"memory/{other}": math.inf}
-    if mine == "linear" and not gap <= ROUNDING[policy.model.dtype]:
+    gap = float((logprob(policy.with_head("linear")) - logprob(policy.with_head("logits"))).abs().mean())
+    if mine == "linear" and not gap <= ROUNDING[torch.bfloat16 if policy.mixed else policy.model.dtype]:
         raise ValueError(
             "head: expected, for linear, a model whose logits come from a linear head, with a scale and a softcap that "
             f"ek.hf knows, got one whose log-probs are {gap:.2g} nats off on average; take --head logits"

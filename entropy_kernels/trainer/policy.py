@@ -82,6 +82,8 @@ class Policy:
         The token that ends a completion; None for completions of fixed length.
     head, memory_budget
         As in the configuration.
+    mixed : bool
+        Matrix products in bfloat16, whatever the dtype of the weights (torch.autocast).
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Policy:
         end_id: int | None,
         head: str = "linear",
         memory_budget: int | None = None,
+        mixed: bool = False,
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: expected one with a pad token, got none")
@@ -99,8 +102,11 @@ class Policy:
         self.tokenizer = tokenizer
         self.end_id = end_id
         self.head_name = head
+        self.mixed = mixed
         self._memory_budget = memory_budget
         self._head = make_head(head, model, memory_budget)
+        # sampling has the logits of one position, whatever the head
+        self._sampled = make_head("torch" if head == "torch" else "logits", model, memory_budget)
         self.clock = OpClock(self.device)
         self.tokenizer.padding_side = "left"
 
@@ -109,9 +115,21 @@ class Policy:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def backend(self) -> str:
+        """Of this library's selection and losses, which have torch's own operations as one of their backends."""
+        return "torch" if self.head_name == "torch" else "auto"
+
     def with_head(self, head: str) -> Policy:
         """The same model under another head, with a clock of its own."""
-        return Policy(self.model, self.tokenizer, end_id=self.end_id, head=head, memory_budget=self._memory_budget)
+        return Policy(
+            self.model, self.tokenizer, end_id=self.end_id, head=head, memory_budget=self._memory_budget,
+            mixed=self.mixed,
+        )  # fmt: skip
+
+    def precision(self) -> Any:
+        """A context in which the model and its head run in the precision of the products."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
     def encode(self, prompts: Sequence[str]) -> Encoded:
         """Prompts as left-padded ids, through the chat template where the tokenizer has one."""
@@ -161,12 +179,13 @@ class Policy:
         """
         attention = torch.cat([prompts.mask, mask.to(prompts.mask.dtype)], dim=1)
         # a mask of ones is left out: attention then takes its causal fast path
-        return self._head.outputs(
-            ids.shape[1],
-            input_ids=torch.cat([prompts.ids, ids], dim=1),
-            attention_mask=None if self._full(attention) else attention,
-            position_ids=(attention.cumsum(1) - 1).clamp_min(0),
-        )
+        with self.precision():
+            return self._head.outputs(
+                ids.shape[1],
+                input_ids=torch.cat([prompts.ids, ids], dim=1),
+                attention_mask=None if self._full(attention) else attention,
+                position_ids=(attention.cumsum(1) - 1).clamp_min(0),
+            )
 
     @torch.no_grad()
     def sample(
@@ -185,21 +204,22 @@ class Policy:
         step_ids, alive = prompts.ids, torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
         ids, masks, logprobs, entropies = [], [], [], []
         for _ in range(max_new_tokens):
-            output = self.model(
-                input_ids=step_ids,
-                attention_mask=None if full else attention,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            with self.precision():
+                output = self.model(
+                    input_ids=step_ids,
+                    attention_mask=None if full else attention,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
             logits = output.logits[:, -1]  # (B, V)
             probabilities = torch.softmax(logits.float() / temperature, dim=-1)
             drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
             if self.end_id is not None:
                 drawn = torch.where(alive[:, None], drawn, self.tokenizer.pad_token_id)
             with self.clock:
-                scored = ek.logprob_entropy(logits, _target(drawn[:, 0], alive), temperature=temperature)
+                scored = self._sampled.logprob_entropy(logits, _target(drawn[:, 0], alive), temperature)
             ids.append(drawn)
             masks.append(alive)
             logprobs.append(scored.logprob)
@@ -217,12 +237,12 @@ class Policy:
 
     def token_stats(self, outputs: Tensor, ids: Tensor, mask: Tensor, *, temperature: float) -> ek.TokenStats:
         """All four statistics of completion tokens (B, L), from their :meth:`outputs`; masked tokens give 0."""
-        with self.clock:
+        with self.clock, self.precision():
             return self._head.token_stats(outputs, _target(ids, mask), temperature)
 
     def logprob_entropy(self, outputs: Tensor, ids: Tensor, mask: Tensor, *, temperature: float) -> ek.LogprobEntropy:
         """Log-prob and entropy, as :meth:`token_stats`; its backward pass may overwrite `outputs`."""
-        with self.clock:
+        with self.clock, self.precision():
             return self._head.logprob_entropy(outputs, _target(ids, mask), temperature)
 
     def policy_loss(
@@ -232,7 +252,7 @@ class Policy:
 
         `options`: ``method`` and what else :func:`entropy_kernels.linear_policy_loss` takes for the loss.
         """
-        with self.clock:
+        with self.clock, self.precision():
             return self._head.policy_loss(outputs, _target(ids, mask), temperature, mask=mask, **options)
 
     def save(self, directory: Path) -> None:
@@ -283,7 +303,6 @@ def build_policy(config: TrainerConfig, task: Task) -> Policy:
     ``tiny`` is initialised from `config.warm_seed`; every other name is loaded.
     """
     transformers = _transformers()
-    dtype = getattr(torch, config.dtype)
     device = resolve_device(config.device)
     if config.model == "tiny":
         model, tokenizer = _tiny(config, task)
@@ -294,7 +313,7 @@ def build_policy(config: TrainerConfig, task: Task) -> Policy:
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(config.model)
-    return _finish(model.to(device=device, dtype=dtype), tokenizer, config, task)
+    return _finish(model.to(device=device, dtype=config.weight_dtype), tokenizer, config, task)
 
 
 def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
@@ -304,9 +323,8 @@ def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
         raise FileNotFoundError(f"warm_start_from: expected a saved model in {directory}, got no config.json there")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    return _finish(
-        model.to(device=resolve_device(config.device), dtype=getattr(torch, config.dtype)), tokenizer, config, task
-    )
+    model = model.to(device=resolve_device(config.device), dtype=config.weight_dtype)
+    return _finish(model, tokenizer, config, task)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -353,15 +371,23 @@ def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Po
     if config.model == "tiny":
         # ten positions: plain matrix products take 10 to 15 % less time than the fused attention
         model.set_attn_implementation("eager")
+    if not config.chat_template:
+        tokenizer.chat_template = None
     # eval mode for good: dropout would make the scored distribution differ from the sampled one
     model.eval()
-    if task.fixed_length:
-        return Policy(model, tokenizer, end_id=None, head=config.head, memory_budget=config.memory_budget)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"model: expected a tokenizer with an end-of-sequence token for {task.name}, got none")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Policy(model, tokenizer, end_id=tokenizer.eos_token_id, head=config.head, memory_budget=config.memory_budget)
+    if not task.fixed_length:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"model: expected a tokenizer with an end-of-sequence token for {task.name}, got none")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return Policy(
+        model,
+        tokenizer,
+        end_id=None if task.fixed_length else tokenizer.eos_token_id,
+        head=config.head,
+        memory_budget=config.memory_budget,
+        mixed=config.dtype == "mixed",
+    )
 
 
 def _transformers() -> Any:

@@ -125,6 +125,9 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
         if config.eval_every and step % config.eval_every == 0:
             row |= validate(policy, task, config, step)
         started, ops_before = time.perf_counter(), policy.clock.seconds
+        on_gpu = policy.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(policy.device)
 
         # 1. sample, verify, score: the policy that the row describes
         rollout = collect(policy, task, config, step=step, generator=sampler)
@@ -164,7 +167,10 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
         ended = time.perf_counter()
         measuring += ended - updated
 
+        if on_gpu and not (config.measure_memory and step == 0):
+            row["memory/peak"] = float(torch.cuda.max_memory_allocated(policy.device))
         row["time/rollout"] = collected - started
+        row |= {f"time/{name}": seconds for name, seconds in rollout.seconds.items()}
         row["time/measure"] = measuring
         row["time/update"] = ended - collected - measuring
         row["time/step"] = ended - started
@@ -209,7 +215,7 @@ def update(
     def choose(logprobs: list[Tensor]) -> list[Tensor]:
         parts = [part_of(rollout, r, logprob) for r, logprob in zip(micro_rows, logprobs, strict=True)]
         with policy.clock:
-            return select(config, parts, seed=seed)
+            return select(config, parts, seed=seed, backend=policy.backend)
 
     # The masks of all micro-batches before the first loss, from the rollout's log-probs ("old") or those of one more
     # forward without gradient. Only where there is one micro-batch does the forward of the update itself give them.
@@ -262,7 +268,7 @@ def backward(
     # The graph is cut at the model's outputs: our backward and the network's run one after the other, so that the time
     # spent in our ops is measured.
     leaf = outputs.detach().requires_grad_()
-    options = partial(loss_options, config, rollout, rows, tokens=tokens, sequences=sequences)
+    options = partial(loss_options, config, rollout, rows, tokens=tokens, sequences=sequences, backend=policy.backend)
     selected: Tensor | None
     if callable(selection):
         stats = policy.logprob_entropy(leaf, ids, mask, temperature=config.temperature)
@@ -279,7 +285,14 @@ def backward(
 
 
 def loss_options(
-    config: TrainerConfig, rollout: Rollout, rows: Tensor, selected: Tensor | None, *, tokens: int, sequences: int
+    config: TrainerConfig,
+    rollout: Rollout,
+    rows: Tensor,
+    selected: Tensor | None,
+    *,
+    tokens: int,
+    sequences: int,
+    backend: str,
 ) -> dict[str, Any]:
     """Arguments of a micro-batch's loss, but for its statistics and its mask."""
     options: dict[str, Any] = {
@@ -290,6 +303,7 @@ def loss_options(
         "loss_agg_mode": config.loss_agg_mode,
         "batch_num_tokens": tokens,
         "global_batch_size": sequences,
+        "backend": backend,
     }
     if config.loss == "kl_cov":
         return {**options, "preset": "verl", "kl_coef": config.kl_coef, "penalized": selected}

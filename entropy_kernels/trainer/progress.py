@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from entropy_kernels.trainer.config import HEADS
+
 #: Seconds between plain lines of one run, where no terminal is there to redraw.
 PLAIN_INTERVAL = 20.0
 
@@ -101,7 +103,7 @@ def describe_memory(row: Mapping[str, Any]) -> str | None:
     """The measured peak memory with either head, as a sentence; None for a row without it."""
     shown = [
         f"{head} {f'{peak / 1e6:.1f} MB' if math.isfinite(peak) else 'does not fit'}"
-        for head in ("linear", "logits")
+        for head in HEADS
         if (peak := row.get(f"memory/{head}")) is not None
     ]
     start = "Peak memory of a micro-batch's forward, loss and backward, by head: "

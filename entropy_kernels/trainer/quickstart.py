@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from entropy_kernels.trainer.compare import run_methods
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.drivers import load_runs, run_side_by_side, shared_warm_start, start_experiment
-from entropy_kernels.trainer.progress import ProgressBoard
-from entropy_kernels.trainer.report import memory_line, write_report
 
 
 @dataclass
@@ -36,49 +32,15 @@ class Quickstart:
 
 def run(options: Quickstart) -> Path:
     """Do it all; returns the path of report.html."""
-    if options.workers < 1:
-        raise ValueError(f"workers: expected an integer >= 1, got {options.workers}")
-    started = time.time()
     methods = ["grpo", "clip_cov", "kl_cov", *(["random_dropped"] if options.control else [])]
-    base = TrainerConfig(seed=options.seed, steps=options.steps, warm_steps=options.warm_steps)
-    with ProgressBoard(enabled=options.progress) as board:
-        start = shared_warm_start(base, options.out / "warm_start", board)
-        configs = {
-            method: TrainerConfig(
-                out=options.out / method,
-                seed=options.seed,
-                steps=options.steps,
-                method=method,  # type: ignore[arg-type]
-                warm_steps=options.warm_steps,
-                warm_start_from=start,
-            )
-            for method in methods
-        }
-        run_side_by_side(configs, workers=options.workers, board=board)
-    experiment = start_experiment(base, start)
-    command = [
-        "python",
-        "-m",
-        "entropy_kernels.trainer",
-        "quickstart",
-        "--out",
-        str(options.out),
-        "--seed",
-        str(options.seed),
-    ]
+    command = ["quickstart", "--out", str(options.out), "--seed", str(options.seed)]
     command += ["--steps", str(options.steps), "--warm-steps", str(options.warm_steps)]
-    path = write_report(
+    return run_methods(
+        TrainerConfig(seed=options.seed, steps=options.steps, warm_steps=options.warm_steps),
         options.out,
-        {name: [log] for name, log in load_runs({name: c.out for name, c in configs.items()}).items()},
-        experiment=experiment,
-        command=shlex.join(command),
-        seeds=[options.seed],
-        seconds=time.time() - started,
+        methods=methods,
+        workers=options.workers,
+        command="python -m entropy_kernels.trainer " + shlex.join(command),
         title="Entropy collapse and two cures, on a task that fits into a minute",
+        progress=options.progress,
     )
-    if options.progress:
-        memory = memory_line(json.loads((options.out / "summary.json").read_text(encoding="utf-8"))["methods"])
-        if memory:
-            print(memory)
-        print(f"report: {path}")
-    return path

@@ -27,22 +27,26 @@ TEMPLATE = """<!doctype html>
 <body>
 <h1>{{ title }}</h1>
 <p class="muted">Seed{{ "s" if record.seeds|length > 1 else "" }} {{ record.seeds|join(", ") }} · {{ minutes }}
-minutes · {% for name, value in record.versions.items() %}{{ name }} {{ value }}{{ " · " if not loop.last else "" }}{%
-endfor %}</p>
+minutes · {{ record.hardware }} · {% for name, value in record.versions.items() %}{{ name }} {{ value }}{{ " · " if not
+loop.last else "" }}{% endfor %}</p>
 <pre>{{ record.command }}</pre>
 
-<p>A small Llama learns by PPO to walk from one number to another in four arithmetic moves. An exact verifier pays 1
-for a right walk and nothing else, and every prompt has many right walks. All runs start from the same supervised warm
-start; they differ in which tokens lose their gradient (Clip-Cov), get a penalty (KL-Cov), or neither (baseline). The
-dashed controls treat as many tokens, chosen at random.</p>
+<p>{{ about }} All runs start from the same model; they differ in which tokens lose their gradient (Clip-Cov), get a
+penalty (KL-Cov), or neither (baseline). Dashed are controls, which treat as many tokens, chosen at random, and runs
+that take torch's own operations in place of this library's.</p>
 
 <h2>Where the runs end</h2>
 <div class="wide">{{ end_table|safe }}</div>
 <p class="muted">H: policy entropy in nats per token, mean of the last rollouts. pass@k: chance that one of k samples
-is right, on held-out prompts, unbiased. Distinct right: different right walks among the samples of a prompt. Share of
-ops: time in this library's ops, by default with the head's matrix products, over the time of a step.{% if memory %}
-{{ memory }} Linear: from hidden states; logits: materialised. Weights and optimizer state, the same under both, are
-not counted.{% endif %}</p>
+is right, on held-out prompts, unbiased. Distinct right: different right answers among the samples of a prompt. Share of
+ops: time in this library's ops, by default with the head's matrix products, over the time of a step.</p>
+
+<h2>What a step costs</h2>
+<div class="wide">{{ cost_table|safe }}</div>
+<p class="muted">Seconds, medians over the steps. Measure: what the entropy change of a step is measured with.
+Statistics and losses: in all parts of the step together, forward and backward, from hidden states with the head's
+matrix products.{% if memory %} {{ memory }} Linear: from hidden states; logits: materialised; torch: materialised, and
+torch's own operations. Weights and optimizer state, the same under all, are not counted.{% endif %}</p>
 
 <h2>Entropy</h2>
 <img alt="Policy entropy over training steps" src="{{ pictures.entropy }}">
@@ -65,7 +69,7 @@ and measurement agree to rounding and curvature (first panel). In a network a st
 all others, and AdamW rescales the step of every weight, so a sum of per-token predictions keeps the direction and
 loses the size (second panel; its prediction is for a unit step, so only correlation and sign mean something). The
 gradient of the entropy in the weights, times the change of the weights in one update, contains all of this and is again
-exact to first order (third panel). Over the four updates of a rollout curvature
+exact to first order (third panel). Over all updates of a rollout curvature
 adds up, and the agreement is less close.</p>
 
 <h2>Covariance is heavy-tailed</h2>
@@ -76,12 +80,12 @@ adds up, and the agreement is less close.</p>
 <table class="data"><thead><tr><th scope="col">claim</th><th scope="col">measured</th><th
 scope="col"></th></tr></thead><tbody> {% for check in record.criteria %}<tr><th scope="row">{{ check.claim
 }}</th><td>{{ check.figure }}</td><td class="{{ "yes" if check.holds else "no" }}"></td></tr> {% endfor
-%}</tbody></table> {% if record.seeds|length == 1 %}<p class="muted">The claims are stated for three
+%}</tbody></table> {% if walk and record.seeds|length == 1 %}<p class="muted">The claims are stated for three
 seeds, <code>make reproduce-toy</code>: one seed has no spread to compare with and may miss a claim (Clip-Cov was seen
 to end with 1.8 to 2.1 times the baseline's entropy).</p>{% endif %}
 
 <h2>What does not show at this scale</h2>
-<ul>{% for line in limits %}<li>{{ line }}</li>{% endfor %}</ul>
+<ul>{% for line in record.limits %}<li>{{ line }}</li>{% endfor %}</ul>
 </body>
 </html>
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Rollout:
     entropy: Tensor  # (B, L) float32, nats
     vocab_covariance: Tensor  # (B, L) float32
     sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
+    seconds: dict[str, float] = field(default_factory=dict)  # of sample, verify, score
 
     @property
     def tokens(self) -> int:
@@ -48,12 +50,19 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
     The old log-probs come from a full forward in the same shapes as training, not from the sampling pass: the first
     update then starts at ratio 1 exactly. How far the two passes differ is reported as `sampling_gap`.
     """
+    # each part ends with a value that the host waits for, so that a GPU's time is its own
+    times = [time.perf_counter()]
     prompts = task.prompts(config.prompts_per_step, seed=config.seed * 1_000_003 + step, split="train")
     encoded, completions = sample_groups(policy, task, config, prompts, config.samples_per_prompt, generator)
+    float(completions.logprob.sum())
+    times.append(time.perf_counter())
     rewards = torch.tensor(verify_all(task, prompts, policy.decode(completions)), dtype=torch.float32)
+    times.append(time.perf_counter())
     rewards = rewards.view(config.prompts_per_step, config.samples_per_prompt).to(policy.device)
     per_row = group_advantages(rewards, estimator=config.advantage, normalize_std=config.normalize_std)
     logprob, entropy, covariance = score(policy, config, encoded, completions.ids, completions.mask)
+    gap = float((logprob - completions.logprob).abs().max())
+    times.append(time.perf_counter())
     return Rollout(
         prompts=encoded,
         ids=completions.ids,
@@ -63,7 +72,8 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
         old_logprob=logprob,
         entropy=entropy,
         vocab_covariance=covariance,
-        sampling_gap=float((logprob - completions.logprob).abs().max()),
+        sampling_gap=gap,
+        seconds={name: times[i + 1] - times[i] for i, name in enumerate(("sample", "verify", "score"))},
     )
 
 

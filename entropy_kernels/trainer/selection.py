@@ -22,7 +22,7 @@ class Part:
     token_index: Tensor  # int64: position in the rollout, which makes the draw independent of the split
 
 
-def select(config: TrainerConfig, parts: list[Part], *, seed: int) -> list[Tensor]:
+def select(config: TrainerConfig, parts: list[Part], *, seed: int, backend: str = "auto") -> list[Tensor]:
     """Masks (B, L) bool, one per part, of the tokens that Clip-Cov, KL-Cov or their controls drop or penalise.
 
     Means, counts and ranks are those of all parts together. The controls count what their method would have selected
@@ -31,7 +31,7 @@ def select(config: TrainerConfig, parts: list[Part], *, seed: int) -> list[Tenso
     if config.loss == "ppo":
         raise ValueError(f"config.method: expected one that selects tokens, got {config.method!r}")
     drops = config.loss == "clip_cov"
-    batch = ek.SelectionBatch()
+    batch = ek.SelectionBatch(backend=backend)
     for part in parts:
         exclude = ppo_clipped(part, config) if drops else None
         batch.add(part.logprob, part.advantages, part.mask, part.token_index, exclude=exclude)
@@ -50,7 +50,7 @@ def select(config: TrainerConfig, parts: list[Part], *, seed: int) -> list[Tenso
     count = int(sum(int(mask.sum()) for mask in chosen))
     if count == 0:
         return chosen
-    uniform = ek.SelectionBatch()
+    uniform = ek.SelectionBatch(backend=backend)
     for part in parts:
         # equal advantages make every covariance 0, so that every valid token is in the band
         uniform.add(part.logprob, torch.zeros_like(part.advantages), part.mask, part.token_index)
