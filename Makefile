@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test bench bench-readme bench-save bench-compare cuda-check gpu-check gpu-wheels lint format clean
+.PHONY: help setup train reproduce-toy test bench bench-readme bench-save bench-compare cuda-check gpu-check gpu-train gpu-wheels lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,11 +47,15 @@ bench-compare: setup ## time the regression set; fails if a minimum is 25 % abov
 bench-readme: setup ## write the README's figures and plots from the result files
 	$(BIN)/python -m benchmarks.readme
 
-gpu-wheels: setup ## the benchmark's peers as wheels in .wheels/, for a GPU machine without a network
+gpu-wheels: setup ## what gpu-check and gpu-train need in .wheels/, for a GPU machine without a network
 	$(BIN)/python tools/gpu_wheels.py
+	$(BIN)/python tools/gpu_wheels.py --trainer
 
 gpu-check: ## on a machine with a GPU: build, tests, sanitizer, benchmark in one call of nine minutes
 	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
+
+gpu-train: ## on a machine with a GPU, after gpu-check: SmolLM2-135M under three methods, and by torch's ops
+	$(PYTHON) tools/gpu_train.py $(GPU_TRAIN_ARGS)
 
 cuda-check: setup ## compile every CUDA kernel for sm_80, sm_90a and sm_100a, without a GPU; fails on a spill
 	$(BIN)/python tools/cuda_check.py

@@ -1,7 +1,7 @@
 """``make gpu-check``: everything that a GPU has to show, in one call of at most nine minutes.
 
 For a machine with a GPU, its own torch, a toolkit, and no network; packages that it lacks may lie as wheels in
-``.wheels/``. What is short or worth most comes first: build, self-check, the tests of the CUDA kernels on the GPU,
+``.wheels/peers``. What is short or worth most comes first: build, self-check, the tests of the CUDA kernels on the GPU,
 compute-sanitizer, the other tests, and the benchmark with all the time that is left, of which a share is kept for it.
 One step runs at a time: nothing disturbs a measurement. A step that fails or runs out of time does not stop the next
 ones, and the results are written anew after each (tools/gpu_summary.py), so that a run that is cut off leaves them.
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--list", action="store_true", help="print the steps and stop")
     arguments = parser.parse_args(argv)
     gpu, commit, work = find_gpu(), commit_of(arguments.commit), arguments.work.resolve()
-    wheels = ROOT / ".wheels"
+    wheels = ROOT / ".wheels" / "peers"
     steps = plan(sys.executable, work, wheels=wheels, gpu=gpu, commit=commit, profile=arguments.profile)
     if arguments.only:
         wanted = arguments.only.split(",")
