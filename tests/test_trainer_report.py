@@ -120,6 +120,7 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
         command="python -m entropy_kernels.trainer quickstart --seed 0",
         seeds=[0],
         seconds=61.0,
+        workers=2,
         title="A <report>",
     ).read_text()
     assert "A &lt;report&gt;" in page
@@ -135,14 +136,16 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
         assert text in page
     memory = {head: f"{head} {record['methods']['grpo'][f'memory_{head}']['mean'] / 1e6:.1f} MB" for head in HEADS}
     assert f"by head: {memory['linear']}, {memory['logits']}, {memory['torch']}." in page
-    assert "What a step costs" in page and record["hardware"] in page
+    assert "What a step costs" in page and "2 runs at the same time." in page and record["hardware"] in page
     text = markdown(record, picture="x.png")
     assert "by head: linear" in text and "# Walk, with random-token controls, 1 seed" in text and "tokens/s" in text
 
 
 def test_report_needs_the_baseline(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"runs: expected the baseline 'grpo' among them, got kl_cov"):
-        write_report(tmp_path, {"kl_cov": []}, base=TINY, experiment={}, command="", seeds=[0], seconds=0.0, title="")
+        write_report(
+            tmp_path, {"kl_cov": []}, base=TINY, experiment={}, command="", seeds=[0], seconds=0.0, workers=1, title=""
+        )
 
 
 def test_runs_side_by_side_reports_a_failure(tmp_path: Path) -> None:
@@ -170,7 +173,7 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
     )
     page = write_report(
         tmp_path, {"grpo": [log]}, base=TINY, experiment={"predicted": [], "measured": []}, command="c", seeds=[0],
-        seconds=1.0, title="t",
+        seconds=1.0, workers=1, title="t",
     )  # fmt: skip
     assert "no token had an advantage" in page.read_text()
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))

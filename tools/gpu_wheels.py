@@ -1,8 +1,8 @@
 """``make gpu-wheels``: what a GPU machine without a network lacks, in ``.wheels/``, to travel with the working tree.
 
-``make gpu-check`` installs there what lies in ``.wheels/peers``, without dependencies; the peers' kernels need only torch and
-triton, and verl's losses are loaded without its cluster (benchmarks/standins.py). quack's cross-entropies and Liger's
-scaled one are left out: they need nvidia-cutlass-dsl, 84 MiB. Versions are those of the ``bench`` extra in
+``make gpu-check`` installs there what lies in ``.wheels/peers``, without dependencies; the peers' kernels need only
+torch and triton, and verl's losses are loaded without its cluster (benchmarks/standins.py). quack's cross-entropies and
+Liger's scaled one are left out: they need nvidia-cutlass-dsl, 84 MiB. Versions are those of the ``bench`` extra in
 pyproject.toml.
 
 ``make gpu-train`` needs what comes with ``--trainer``: packages in ``.wheels/trainer``, and the wheel with the weights

@@ -134,6 +134,7 @@ def run_methods(
         command=command,
         seeds=[base.seed],
         seconds=time.time() - started,
+        workers=workers,
         title=title,
     )
     write_kept(out, runs, names=logs, picture="curves.png")

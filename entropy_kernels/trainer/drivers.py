@@ -24,6 +24,8 @@ from entropy_kernels.trainer.warm_start import warm_start
 
 #: Seconds between looks at the logs of running processes.
 _POLL = 0.5
+#: Of float64 logits in the experiment with logits as parameters, which holds a few such tensors.
+_EXPERIMENT_BYTES = 512 << 20
 
 
 def shared_warm_start(config: TrainerConfig, directory: Path, board: ProgressBoard) -> Path:
@@ -145,7 +147,9 @@ def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[f
     policy = load_policy(directory, config, task)
     sampler = torch.Generator(policy.device).manual_seed(config.seed)
     rollout = collect(policy, task, config, step=0, generator=sampler)
-    return logits_as_parameters(policy, rollout, temperature=config.temperature)
+    row = 8 * rollout.ids.shape[1] * policy.model.config.vocab_size  # bytes of its logits
+    rows = max(1, min(128, _EXPERIMENT_BYTES // row))
+    return logits_as_parameters(policy, rollout, temperature=config.temperature, rows=rows)
 
 
 def load_runs(directories: dict[str, Path]) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from entropy_kernels.trainer.policy import resolve_device
 from entropy_kernels.trainer.ppo import versions
 from entropy_kernels.trainer.report_template import TEMPLATE
 from entropy_kernels.trainer.report_text import (
+    COSTS,
     WALK,
+    beside,
     change_lines,
     cost_rows,
     end_rows,
@@ -74,6 +76,7 @@ def write_report(
     command: str,
     seeds: Sequence[int],
     seconds: float,
+    workers: int,
     title: str,
 ) -> Path:
     """Write report.html, its PNGs and summary.json into `out`; returns the path of the page.
@@ -92,6 +95,8 @@ def write_report(
     seeds : sequence of int
     seconds : float
         Wall time of everything.
+    workers : int
+        Runs at the same time.
     title : str
     """
     if "grpo" not in runs:
@@ -118,6 +123,7 @@ def write_report(
         "hardware": hardware_line(base),
         "seeds": list(seeds),
         "seconds": round(seconds, 1),
+        "workers": workers,
         "versions": versions(),
         "criteria": checks,
         "logits_as_parameters": fit,
@@ -134,6 +140,7 @@ def write_report(
         walk=walk,
         pictures=pictures,
         end_table=html_table(*end_rows(summary)),
+        costs=COSTS + beside(workers),
         cost_table=html_table(*cost_rows(summary)),
         memory=memory_line(summary),
         covariance_table=plots.html_table(

@@ -43,10 +43,9 @@ ops: time in this library's ops, by default with the head's matrix products, ove
 
 <h2>What a step costs</h2>
 <div class="wide">{{ cost_table|safe }}</div>
-<p class="muted">Seconds, medians over the steps. Measure: what the entropy change of a step is measured with.
-Statistics and losses: in all parts of the step together, forward and backward, from hidden states with the head's
-matrix products.{% if memory %} {{ memory }} Linear: from hidden states; logits: materialised; torch: materialised, and
-torch's own operations. Weights and optimizer state, the same under all, are not counted.{% endif %}</p>
+<p class="muted">{{ costs }}{% if memory %} {{ memory }} Linear: from hidden states; logits:
+materialised; torch: materialised, and torch's own operations.
+Weights and optimizer state, the same under all, are not counted.{% endif %}</p>
 
 <h2>Entropy</h2>
 <img alt="Policy entropy over training steps" src="{{ pictures.entropy }}">

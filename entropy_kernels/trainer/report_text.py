@@ -27,6 +27,10 @@ END_COLUMNS = (
     ("ops_share", "share of ops", 2),
 )
 
+COSTS = (
+    "Seconds, medians over the steps. Measure: what the entropy change of a step is measured with. Statistics and "
+    "losses: in all parts of the step, forward and backward, from hidden states with the head's matrix products."
+)
 #: What a step costs: name in the summary, head, divisor, decimals.
 COST_COLUMNS = (
     ("tokens_per_s", "tokens/s", 1, 0),
@@ -204,7 +208,9 @@ def markdown(record: Mapping[str, Any], *, picture: str) -> str:
             "",
             *markdown_table(*end_rows(summary)),
             "",
-            "## What a step costs, medians",
+            "## What a step costs",
+            "",
+            COSTS + beside(record["workers"]),
             "",
             *markdown_table(*cost_rows(summary)),
             "",
@@ -228,6 +234,11 @@ def markdown(record: Mapping[str, Any], *, picture: str) -> str:
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Its lines."""
     return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def beside(workers: int) -> str:
+    """What the times are to be read with."""
+    return f" {workers} runs at the same time." if workers > 1 else ""
 
 
 def heading(record: Mapping[str, Any]) -> str:

@@ -88,6 +88,7 @@ def run(options: Reproduce) -> int:
         command=command,
         seeds=options.seeds,
         seconds=time.time() - started,
+        workers=options.workers,
         title=f"Entropy collapse and two cures over {len(options.seeds)} seeds, with random-token controls",
     )
     write_kept(options.out, runs, names=logs, picture="toy.png")
