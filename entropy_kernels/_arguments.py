@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ def check_number(name: str, value: Any) -> None:
     value = number(name, value)
     if value != value or value in (float("inf"), -float("inf")):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def values_are_checked(tensor: torch.Tensor) -> bool:
+    """Errors that need values are raised on the CPU; elsewhere with ENTROPY_KERNELS_DEBUG=1: they cost a sync."""
+    return tensor.device.type == "cpu" or os.environ.get("ENTROPY_KERNELS_DEBUG", "0") == "1"
 
 
 def scalar_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
