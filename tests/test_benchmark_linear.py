@@ -225,6 +225,29 @@ def test_stated_memory_is_the_plans_and_the_results() -> None:
     assert REGISTRY[FORWARD, "eager"].make(case, inputs).stated_bytes is None
 
 
+@pytest.mark.parametrize("op", LINEAR_LOSSES)
+def test_a_loss_states_the_memory_of_its_plan(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than it takes; the rows and the table of a run have both."""
+    shape = HiddenShape(512, 64, 8000)  # 16 MB of logits: small beside it what the process allocates by itself
+    monkeypatch.setitem(linear.TIGHT, "cpu", 4 << 20)
+    names = {"ours": linear.ENOUGH, "ours-parts": 4 << 20, "ours-composed": None}
+    group = Group("From hidden states", ((op, Case(shape, torch.float32, CPU)),), only=frozenset(names), cold=False)
+    settings = Settings(repeats=1, cache="hot", memory=True)
+    found = run_group(group, settings, CPU, Bandwidth(1e10, 1e10, 1), lambda _: None)
+    assert [record.implementation for record in found] == list(names)
+    hidden, weight = (torch.empty(rows, 64, requires_grad=True) for rows in (512, 8000))
+    for record, budget in zip(found, names.values(), strict=True):
+        assert record.status == "ok" and record.peak_extra_bytes
+        if budget is None:
+            assert record.stated_bytes is None
+            continue
+        plan = ek.linear_plan(hidden, weight, memory_budget=budget, policy_loss=True)
+        assert record.stated_bytes == plan.peak_bytes + 4 * (hidden.numel() + weight.numel()) + 4
+        assert record.peak_extra_bytes < record.stated_bytes + (1 << 20)
+    assert found[1].stated_bytes < found[0].stated_bytes
+    assert "stated memory" in tables.group_table(found)
+
+
 @pytest.mark.parametrize("name", ("ours", "ours-parts"))
 @pytest.mark.parametrize("op", LINEAR_LOSSES)
 def test_the_fused_loss_is_right(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
