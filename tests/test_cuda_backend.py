@@ -12,12 +12,12 @@ import torch
 
 import entropy_kernels as ek
 from calls import bound, check, same_bits, upstream
-from cases import plain
 from conftest import Place, on_gpu
 from entropy_kernels.backends import native, registry
 from entropy_kernels.backends.eager import softmax_state
 from pretended import pretend_gpu
 from reference import NAMES
+from sample import plain
 
 REASON = ek.backends()["token_stats"]["cuda"]
 hardware = [
