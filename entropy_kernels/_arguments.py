@@ -72,3 +72,12 @@ def refuse_forward_mode(name: str, value: torch.Tensor) -> None:
     """Raise where a tangent of ``value`` would be lost without a word."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")
+
+
+def refuse_functional_grad(name: str, *values: torch.Tensor) -> None:
+    """Raise in place of torch's error, which speaks to whoever wrote the operator."""
+    if any(map(torch._C._functorch.is_gradtrackingtensor, values)):
+        raise NotImplementedError(
+            f"{name}: torch.func's derivatives (grad, vjp, jacrev, ...) are not supported; use torch.autograd.grad, or "
+            "backward()"
+        )

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import all_gather, process_group_of, refuse_forward_mode, values_are_checked
+from entropy_kernels._arguments import (
+    all_gather,
+    process_group_of,
+    refuse_forward_mode,
+    refuse_functional_grad,
+    values_are_checked,
+)
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import (
     COLLISION,
@@ -232,6 +238,7 @@ class _TokenStatsBackward(torch.autograd.Function):
 
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
     if inputs[0].requires_grad and torch.is_grad_enabled():
+        refuse_functional_grad("logprob_entropy / token_stats", inputs[0])
         return _TokenStats.apply(*inputs)
     refuse_forward_mode("logprob_entropy / token_stats", inputs[0])
     with torch._C._AutoDispatchBelowAutograd():
