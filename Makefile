@@ -37,12 +37,16 @@ test: setup ## the whole test suite
 bench: setup ## measure ours and peers on this machine; writes benchmarks/results/<machine>/ (with BENCH_ARGS: runs/bench/<machine>/)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
-bench-save: setup ## time the regression set and save it as the base of bench-compare
-	$(BIN)/python -m pytest benchmarks/test_regression.py --benchmark-save=base $(PYTEST_ARGS)
+# Times of another machine, or of another number of threads, are nothing to compare with: each has a folder of its own.
+REGRESSION = store=.benchmarks/$$($(BIN)/python -m benchmarks.machine) && \
+	run="$(BIN)/python -m pytest benchmarks/test_regression.py --benchmark-storage=file://$$store"
 
-bench-compare: setup ## time the regression set; fails if a minimum is 25 % above the last saved run (on a quiet machine)
-	test -d .benchmarks || { echo "nothing to compare with: run make bench-save first" >&2; exit 1; }
-	$(BIN)/python -m pytest benchmarks/test_regression.py --benchmark-compare --benchmark-compare-fail=min:25% $(PYTEST_ARGS)
+bench-save: setup ## time the regression set and save it as the base of bench-compare
+	$(REGRESSION) && $$run --benchmark-save=base $(PYTEST_ARGS)
+
+bench-compare: setup ## time the regression set; fails if a minimum is 25 % above this machine's last saved run
+	$(REGRESSION) && { test -d $$store || { echo "nothing of this machine in $$store: run make bench-save first" >&2; exit 1; }; } && \
+	$$run --benchmark-compare --benchmark-compare-fail=min:25% $(PYTEST_ARGS)
 
 bench-readme: setup ## write the README's figures and plots from the result files
 	$(BIN)/python -m benchmarks.readme

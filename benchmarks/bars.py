@@ -124,10 +124,15 @@ class _Judge:
         return result
 
 
-def judge(records: Sequence[Record], plan: Plan, device_type: str, bandwidth: Bandwidth) -> list[Verdict]:
-    """Verdicts on what the records hold: on a CPU for every shape of the plan, on a GPU :mod:`benchmarks.bars_gpu`."""
+def judge(
+    records: Sequence[Record], plan: Plan, device_type: str, bandwidth: Bandwidth, gpu: str = ""
+) -> list[Verdict]:
+    """Verdicts on what the records hold: on a CPU for every shape of the plan, on a GPU :mod:`benchmarks.bars_gpu`.
+
+    ``gpu``: its name.
+    """
     if device_type != "cpu":
-        return bars_gpu.judge(records, bandwidth)
+        return bars_gpu.judge(records, bandwidth, gpu)
     judge_ = _Judge(records, device_type)
     verdicts = [verdict for shape in plan.logits for verdict in judge_.logits(str(shape))]
     hidden = [shape for shape in plan.hidden if shape in BARS.hidden] or plan.hidden

@@ -43,7 +43,7 @@ OURS = {f"ours-{backend}": backend for backend in registry.BACKENDS}
 
 def ours_for(device_type: str) -> str:
     """Name of our implementation that "auto" serves on a device: the one that the bars judge."""
-    return f"ours-{registry.resolve('token_stats', 'auto', device_type)}"
+    return f"ours-{registry.resolve('token_stats', 'auto', torch.device(device_type))}"
 
 
 def _ours_supports(function: str, op: str, backend: str, case: Case) -> str | None:
@@ -53,7 +53,7 @@ def _ours_supports(function: str, op: str, backend: str, case: Case) -> str | No
         return f"runs on {backend} tensors only"
     if backend == "triton" and case.device.type == "cpu":
         return "on the CPU only Triton's interpreter runs, which is for tests"
-    return registry.unavailable(op, backend) if op in registry.OPS and backend != "auto" else None
+    return registry.unavailable(op, backend, case.device) if op in registry.OPS and backend != "auto" else None
 
 
 def _ours_function(function: str, options: dict[str, Any], case: Case) -> Callable[..., Any]:

@@ -118,10 +118,10 @@ def tiled(hidden: Tensor, weight: Tensor, **options: Any) -> int:
 
 
 def result_bytes(op: str, case: Case) -> int:
-    """Of log-prob and entropy in fp32, and of the gradients where there are some."""
+    """Of log-prob and entropy in fp32, or of a loss, and of the gradients where there are some."""
     shape: Any = case.shape
     gradients = (shape.rows + shape.vocab) * shape.features * case.dtype.itemsize
-    return 8 * shape.rows + (0 if op == "linear_logprob_entropy" else gradients)
+    return (4 if op in LINEAR_LOSSES else 8 * shape.rows) + (0 if op == "linear_logprob_entropy" else gradients)
 
 
 def _ours(op: str, budget: Budget, options: dict[str, Any], case: Case, inputs: Inputs) -> Prepared:
@@ -147,11 +147,18 @@ def _composed_loss(op: str, hidden: Tensor, weight: Tensor, target: Tensor, *res
     return ek.clip_cov_loss(logprob, *rest, seed=SEED, ratio=CLIP_COV_RATIO).loss
 
 
-def _fused_loss(budget: Budget, op: str, *arguments: Tensor) -> Tensor:
+def _ours_loss(op: str, budget: Budget, case: Case, inputs: Inputs) -> Prepared:
     options: dict[str, Any] = {"method": "ppo"}
     if op == "linear_clip_cov_loss":
         options = {"method": "clip_cov", "seed": SEED, "ratio": CLIP_COV_RATIO}
-    return ek.linear_policy_loss(*arguments, memory_budget=budget(*arguments[:2]), **options).loss
+    leaves = _leaves(inputs)
+    options["memory_budget"] = budget(*leaves)
+    plan = ek.linear_plan(*leaves, memory_budget=options["memory_budget"], policy_loss=True)
+
+    def fused(*arguments: Tensor) -> Tensor:
+        return ek.linear_policy_loss(*arguments, **options).loss
+
+    return replace(policy(lambda _: fused, case, inputs), stated_bytes=plan.peak_bytes + result_bytes(op, case))
 
 
 # --- plain torch, as it is written by hand ----------------------------------------------------------------------------
@@ -299,9 +306,9 @@ def register_all() -> None:
         _register_ours(op)
         _register_torch(op)
     for op in LINEAR_LOSSES:
+        for name, budget, supports in (("ours", _kept, room(1.0)), ("ours-parts", _tight, room(0.1))):
+            register(Implementation(op, name, "ours", functools.partial(_ours_loss, op, budget), supports))
         rows: tuple[tuple[str, str, Function, Supports], ...] = (
-            ("ours", "ours", functools.partial(_fused_loss, _kept), room(1.0)),
-            ("ours-parts", "ours", functools.partial(_fused_loss, _tight), room(0.1)),
             ("ours-composed", "ours", _composed_loss, room(1.0)),
             ("eager", "peer", eager_loss, room(4.0)),
         )

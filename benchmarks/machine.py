@@ -133,6 +133,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def main() -> None:
+    """Print a name for times that may be compared: of this machine's GPU or processor, with its number of threads."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"{slug(device)}-{torch.get_num_threads()}threads")
+
+
 def _git(*arguments: str) -> str | None:
     """Output of a git command in the repository; None outside one."""
     try:
@@ -140,3 +146,7 @@ def _git(*arguments: str) -> str | None:
     except OSError:
         return None
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
+def values_are_checked(tensor: torch.Tensor) -> bool:
+    """Errors that need values are raised on the CPU; elsewhere with ENTROPY_KERNELS_DEBUG=1: they cost a sync."""
+    return tensor.device.type == "cpu" or os.environ.get("ENTROPY_KERNELS_DEBUG", "0") == "1"
+
+
 def scalar_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A number as a 0-d tensor. The compiler keeps one symbolic that multiplies, and specialises on one that fills."""
     if torch.compiler.is_compiling():
@@ -66,3 +72,12 @@ def refuse_forward_mode(name: str, value: torch.Tensor) -> None:
     """Raise where a tangent of ``value`` would be lost without a word."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")
+
+
+def refuse_functional_grad(name: str, *values: torch.Tensor) -> None:
+    """Raise in place of torch's error, which speaks to whoever wrote the operator."""
+    if any(map(torch._C._functorch.is_gradtrackingtensor, values)):
+        raise NotImplementedError(
+            f"{name}: torch.func's derivatives (grad, vjp, jacrev, ...) are not supported; use torch.autograd.grad, or "
+            "backward()"
+        )

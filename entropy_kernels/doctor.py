@@ -32,7 +32,7 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
             "versions": dict(versions()),
             "hardware": dict(hardware()),
             "backends": ek.backends(),
-            "architecture": registry.architecture() if "cuda" in device_types() else None,
+            "architecture": registry.architecture(_gpus()[0]) if "cuda" in device_types() else None,
             "auto": [{**asdict(choice), "reason": choice.reason} for choice in auto_choices()],
             "triton_tilings": triton_tilings(),
             "checks": [asdict(c) for c in checks],
@@ -139,32 +139,44 @@ class Choice:
             best = "best" if next(iter(self.times)) == self.backend else "best that may run"
             why = [f"{best} of those measured ({'; '.join(map(str, self.sources))})"]
         else:
-            why = [f"not measured; the first of {', '.join(registry.preference(self.op, self.device))} that may run"]
+            order = registry.preference(self.op, torch.device(self.device))
+            why = [f"not measured; the first of {', '.join(order)} that may run"]
         return "; ".join([*why, *(f"not {name}: {reason}" for name, reason in self.skipped.items())])
 
 
 def auto_choices() -> list[Choice]:
-    """One for every op, device type that is here, dtype and size class."""
+    """One for every op, kind of device that is here, dtype and size class."""
+    devices = [device for name in device_types() for device in (_gpus() if name == "cuda" else [torch.device(name)])]
     return [
         _choice(op, device, dtype, size)
         for op in registry.OPS
-        for device in device_types()
-        for dtype in auto_table.dtypes_of(op, device)
+        for device in devices
+        for dtype in auto_table.dtypes_of(op, device.type)
         for size in auto_table.SIZES
     ]
 
 
-def _choice(op: str, device: str, dtype: str, size: str) -> Choice:
+def _gpus() -> list[torch.device]:
+    """One GPU of each architecture, the current one first."""
+    current = torch.cuda.current_device()
+    order = sorted(range(torch.cuda.device_count()), key=lambda index: index != current)
+    found: dict[str, torch.device] = {}
+    for device in (torch.device("cuda", index) for index in order):
+        found.setdefault(registry.architecture(device), device)
+    return list(found.values())
+
+
+def _choice(op: str, device: torch.device, dtype: str, size: str) -> Choice:
     row, chosen = registry.measured(op, device, dtype, size), registry.resolve(op, "auto", device, dtype, size)
     order = registry.preference(op, device, dtype, size)
     skipped = dict(row.left_out) if row else {}
     for name in order[: order.index(chosen)]:
         skipped[name] = registry.skipped(op, name, device) or ""
-    reason = registry.unavailable(op, chosen)
+    reason = registry.unavailable(op, chosen, device)
     if reason is not None:
         chosen, skipped = "none", {**skipped, chosen: reason}
     times = {name: row.times[name] for name in row.order} if row else {}
-    return Choice(op, device, dtype, size, chosen, times, row.sources if row else (), skipped)
+    return Choice(op, str(device), dtype, size, chosen, times, row.sources if row else (), skipped)
 
 
 def _auto_rows() -> list[tuple[str, str, str, str, str]]:

@@ -68,6 +68,7 @@ def logprob_entropy(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
         IndexError: a label out of range (CPU; on a GPU the token's outputs are NaN, and
             ENTROPY_KERNELS_DEBUG=1 makes it an error there too, at the price of a sync).
+        RuntimeError: double backward. NotImplementedError: forward-mode differentiation, torch.func's derivatives.
     """
     outputs = _token_stats(
         logits, target, temperature, softcap, ignore_index, inplace_backward, vocab_group, vocab_start, vocab_size,

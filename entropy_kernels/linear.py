@@ -78,7 +78,7 @@ def linear_logprob_entropy(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range, or a budget that is too small.
         IndexError: a label out of range (CPU; on a GPU the token's outputs are NaN).
-        RuntimeError: double backward. NotImplementedError: forward-mode differentiation.
+        RuntimeError: double backward. NotImplementedError: forward-mode differentiation, torch.func's derivatives.
     """
     outputs = _linear_token_stats(
         hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,

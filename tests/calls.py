@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from cases import Sample
 from compare import Bound
 from conftest import Place
+from sample import Sample
 
 
 def upstream(sample: Sample, *names: str, seed: int = 3) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 import reference
-from cases import labels, normal
+from sample import labels, normal
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32, torch.float64)

@@ -13,14 +13,21 @@ SOURCE = auto_table.Source("benchmarks/results/some/bench.json", "some-machine",
 
 
 def pretend_gpu(
-    monkeypatch: pytest.MonkeyPatch, *, gpu: bool, capability: tuple[int, int] = (9, 0), kernels: str = "token_stats"
+    monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], gpu: bool = True, kernels: str = "token_stats"
 ) -> None:
-    """A CUDA half that loads, with kernels whose names begin with ``kernels``, and a GPU or none."""
+    """A CUDA half that loads, with kernels whose names begin with ``kernels``, and GPUs (one of sm_90) or none."""
+    gpus = capabilities or ((9, 0),)
+
+    def capability(device: torch.device | None = None) -> tuple[int, int]:
+        return gpus[0 if device is None or device.index is None else device.index]
+
     monkeypatch.setattr(native, "cuda_load_error", None)
     monkeypatch.setattr(native, "has_cuda_kernel", lambda name: name.startswith(kernels))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(registry, "architecture", lambda: "sm_{}{}".format(*capability))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus) if gpu else 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(registry, "architecture", lambda device=None: "sm_{}{}".format(*capability(device)))
 
 
 def row(op: str, architecture: str, dtype: str, size: str, **times: float) -> auto_table.Row:

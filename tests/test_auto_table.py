@@ -6,6 +6,7 @@ import json
 import math
 import timeit
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.usefixtures("forgetful_registry")
 needs_cpu = pytest.mark.skipif(
     ek.backends()["token_stats"]["cpu"] != "available", reason="the C++ kernels are not built"
 )
+
+GPU = torch.device("cuda", 0)
 
 
 def chosen(op: str, tensor: torch.Tensor) -> str:
@@ -66,15 +69,15 @@ def test_both_passes_run_on_what_the_table_names(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_unverified_gpu_backend_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch, gpu=True)
+    pretend_gpu(monkeypatch)
     named = row("token_stats", "sm_90", "bf16", "large", cuda=1.0, torch=9.0)
     use_table(monkeypatch, named)
-    assert registry.resolve("token_stats", "auto", "cuda", "bf16", "large") == "torch"
-    assert registry.resolve("token_stats", "auto", "cuda") == "torch"
-    assert registry.resolve("token_stats", "cuda", "cuda") == "cuda"
-    reason = registry.unverified("token_stats", "cuda", "cuda")
+    assert registry.resolve("token_stats", "auto", GPU, "bf16", "large") == "torch"
+    assert registry.resolve("token_stats", "auto", GPU) == "torch"
+    assert registry.resolve("token_stats", "cuda", GPU) == "cuda"
+    reason = registry.unverified("token_stats", "cuda", GPU)
     assert reason == "no hardware run has verified it on sm_90 yet; backend='cuda' runs it all the same"
-    assert registry.unverified("token_stats", "torch", "cuda") is None
+    assert registry.unverified("token_stats", "torch", GPU) is None
     # verified, but of another op, as another backend, or on another GPU
     for other in (
         verified("kl_cov_mask", "cuda", "sm_90"),
@@ -82,36 +85,80 @@ def test_an_unverified_gpu_backend_is_never_chosen(monkeypatch: pytest.MonkeyPat
         verified("token_stats", "cuda", "sm_80"),
     ):
         use_table(monkeypatch, named, other)
-        assert registry.resolve("token_stats", "auto", "cuda", "bf16", "large") != "cuda"
+        assert registry.resolve("token_stats", "auto", GPU, "bf16", "large") != "cuda"
 
 
 def test_a_verified_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch, gpu=True)
+    pretend_gpu(monkeypatch)
     pair = verified("token_stats", "cuda", "sm_90")
     use_table(monkeypatch, pair)
-    assert registry.resolve("token_stats", "auto", "cuda", "bf16", "large") == "cuda"
-    assert registry.resolve("token_stats", "auto", "cuda") == "cuda"
-    assert registry.resolve("kl_cov_mask", "auto", "cuda") == "torch"
+    assert registry.resolve("token_stats", "auto", GPU, "bf16", "large") == "cuda"
+    assert registry.resolve("token_stats", "auto", GPU) == "cuda"
+    assert registry.resolve("kl_cov_mask", "auto", GPU) == "torch"
     # a measurement in which torch was the best is obeyed, in its class only
     use_table(monkeypatch, pair, row("token_stats", "sm_90", "fp32", "small", torch=1.0, cuda=1.5))
-    assert registry.resolve("token_stats", "auto", "cuda", "fp32", "small") == "torch"
-    assert registry.resolve("token_stats", "auto", "cuda", "fp32", "large") == "cuda"
+    assert registry.resolve("token_stats", "auto", GPU, "fp32", "small") == "torch"
+    assert registry.resolve("token_stats", "auto", GPU, "fp32", "large") == "cuda"
 
 
 def test_the_next_one_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch, gpu=True)
-    monkeypatch.setattr(registry, "unavailable", lambda op, backend: "broken" if backend == "cuda" else None)
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(registry, "unavailable", lambda op, backend, device: "broken" if backend == "cuda" else None)
     pairs = [verified("token_stats", backend, "sm_90") for backend in ("cuda", "triton")]
     use_table(monkeypatch, row("token_stats", "sm_90", "bf16", "large", cuda=1.0, triton=1.1, torch=9.0), *pairs)
-    assert registry.resolve("token_stats", "auto", "cuda", "bf16", "large") == "triton"
-    assert registry.resolve("token_stats", "auto", "cuda", "fp16", "large") == "triton"
+    assert registry.resolve("token_stats", "auto", GPU, "bf16", "large") == "triton"
+    assert registry.resolve("token_stats", "auto", GPU, "fp16", "large") == "triton"
     wrong = auto_table.Row(
         "token_stats", "sm_90", "bf16", "large", ("torch",), {"torch": 1.0}, 1, (SOURCE,), {"triton": "wrong: 2 ≠ 3"}
     )
     use_table(monkeypatch, wrong, *pairs)
-    assert registry.preference("token_stats", "cuda", "bf16", "large") == ("torch",)
-    assert registry.preference("token_stats", "cpu") == ("cpu", "torch")
-    assert registry.resolve("token_stats", "auto", "xpu", "bf16", "large") == "torch"
+    assert registry.preference("token_stats", GPU, "bf16", "large") == ("torch",)
+    assert registry.preference("token_stats", torch.device("cpu")) == ("cpu", "torch")
+    assert registry.resolve("token_stats", "auto", torch.device("xpu"), "bf16", "large") == "torch"
+
+
+def test_two_gpus_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU that holds the tensor decides, whichever was asked about first and whichever is the current one."""
+    pretend_gpu(monkeypatch, (9, 0), (8, 0), (7, 5))
+    hopper, ampere, turing = (torch.device("cuda", index) for index in range(3))
+    use_table(
+        monkeypatch,
+        *(verified("token_stats", "cuda", name) for name in ("sm_90", "sm_80")),
+        row("token_stats", "sm_80", "bf16", "large", torch=1.0, cuda=1.5),
+    )
+    for _ in range(2):  # the second time from memory
+        assert registry.resolve("token_stats", "auto", hopper, "bf16", "large") == "cuda"
+        assert registry.resolve("token_stats", "auto", ampere, "bf16", "large") == "torch"
+        assert registry.resolve("token_stats", "cuda", ampere) == "cuda"
+        assert registry.resolve("token_stats", "auto", turing) == "torch"
+        with pytest.raises(RuntimeError, match=r"needs compute capability 8\.0 or higher, this GPU is sm_75"):
+            registry.resolve("token_stats", "cuda", turing)
+    reason = registry.unverified("token_stats", "triton", ampere)
+    assert reason is not None and "on sm_80 yet" in reason
+
+    # a call: the kernel of the tensor's device
+    tensors = [SimpleNamespace(device=d, dtype=torch.bfloat16, numel=lambda: 1 << 28, element_size=lambda: 2)
+               for d in (hopper, ampere)]  # fmt: skip
+    modules = [registry.kernel("token_stats", "token_stats_forward", "auto", t).__module__ for t in tensors]
+    assert [name.rpartition(".")[2] for name in modules] == ["native", "token_stats"]
+
+    monkeypatch.setattr(doctor, "device_types", lambda: ["cuda"])
+    choices = {c.device: c.backend for c in doctor.auto_choices() if (c.op, c.dtype, c.size) ==
+               ("token_stats", "bf16", "large")}  # fmt: skip
+    assert choices == {"cuda:0": "cuda", "cuda:1": "torch", "cuda:2": "torch"}
+
+
+def test_the_architecture_of_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        asked.append(device.index)
+        return SimpleNamespace(major=9 - device.index, minor=0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert [registry.architecture(torch.device("cuda", i)) for i in (0, 1, 0, 1)] == ["sm_90", "sm_80"] * 2
+    assert asked == [0, 1]
 
 
 def test_size_classes() -> None:
@@ -179,7 +226,7 @@ def test_the_choice_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_explains_a_measured_choice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    pretend_gpu(monkeypatch, gpu=True)
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(doctor, "device_types", lambda: ["cuda"])
     monkeypatch.setattr(doctor, "hardware", lambda: [("GPU 0", "pretended")])
     use_table(
@@ -208,7 +255,7 @@ def test_doctor_explains_a_measured_choice(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_doctor_names_what_was_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch, gpu=True)
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(doctor, "device_types", lambda: ["cuda"])
     use_table(monkeypatch, row("token_stats", "sm_90", "bf16", "large", cuda=1.0, torch=12.0))
     (choice,) = (c for c in doctor.auto_choices() if (c.op, c.dtype, c.size) == ("token_stats", "bf16", "large"))

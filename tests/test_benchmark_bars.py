@@ -185,7 +185,7 @@ def _changed(op: str, name: str, shape: str, **fields: Any) -> list[Record]:
 
 
 def test_gpu_bars_hold_on_a_run_that_reaches_them() -> None:
-    verdicts = bars.judge(_good(), GRID, "cuda", H200)
+    verdicts = bars.judge(_good(), GRID, "cuda", H200, "NVIDIA H200")
     assert [verdict.text for verdict in verdicts if not verdict.passed] == []
     assert len(verdicts) == 23
     both = next(verdict for verdict in verdicts if "1.65 ms" in verdict.text)
@@ -199,6 +199,28 @@ def test_gpu_bars_hold_on_a_run_that_reaches_them() -> None:
     verl = next(verdict for verdict in verdicts if verdict.text.endswith("verl's path") and "backward" in verdict.text)
     assert verl.value == pytest.approx(5.0)
     assert "FAIL" not in tables.bars_table(verdicts)
+
+
+def test_plain_times_are_stated_for_one_gpu() -> None:
+    """On another one ratios to its own bandwidth count, and what has none is shown without a verdict."""
+    copy = 2.9e12
+    slower = Bandwidth(read=3.1e12, copy=copy, buffer_bytes=1)
+    floor = 3 * HEADLINE.rows * HEADLINE.vocab * 2 / copy
+    for both, passes in ((1.1 * floor, True), (1.13 * floor, False)):
+        records = _changed("logprob_entropy_fwdbwd", "ours-cuda", SHAPE, summary=_cold(both))
+        found = {v.text: v for v in bars.judge(records, GRID, "cuda", slower, "NVIDIA H100 80GB HBM3")}
+        (verdict,) = (v for text, v in found.items() if "× its floor" in text)
+        assert (
+            verdict.passed is passes and verdict.limit == pytest.approx(1.12e3 * floor) and "1.65" not in verdict.text
+        )
+        verdict = found["clip_cov_loss, selection, loss and gradient"]
+        assert verdict.passed is None and verdict.value == pytest.approx(15) and not verdict.absent
+        table = tables.bars_table([verdict])
+        assert "stated for an H200, not judged here: ours-cuda" in table and "15" in table
+    # the same floor on a faster one is no excuse for an H200's time
+    faster = Bandwidth(read=8e12, copy=7e12, buffer_bytes=1)
+    verdict = next(v for v in bars.judge(_good(), GRID, "cuda", faster, "NVIDIA B200") if "× its floor" in v.text)
+    assert verdict.passed is False
 
 
 ONE, BOTH = "logprob_entropy", "logprob_entropy_fwdbwd"
@@ -239,22 +261,22 @@ BATCH, TOKENS, HIDDEN = bars_gpu.BATCH, bars_gpu.TOKENS, bars_gpu.HIDDEN
     ],
 )
 def test_each_gpu_bar_can_fail(text: str, op: str, name: str, shape: str, change: dict[str, Any]) -> None:
-    verdicts = bars.judge(_changed(op, name, shape, **change), GRID, "cuda", H200)
+    verdicts = bars.judge(_changed(op, name, shape, **change), GRID, "cuda", H200, "NVIDIA H200")
     failed = [verdict.text for verdict in verdicts if verdict.passed is False]
     assert 1 <= len(failed) <= 2 and any(text in words for words in failed), failed
 
 
 def test_products_timed_in_turns_with_a_row_count_more_than_those_of_another_minute() -> None:
     in_turn = {"three products": _cold(31.5e-3)}
-    verdicts = bars.judge(_changed(HIDDEN_OPS[1], "ours", HIDDEN, products=in_turn), GRID, "cuda", H200)
+    verdicts = bars.judge(_changed(HIDDEN_OPS[1], "ours", HIDDEN, products=in_turn), GRID, "cuda", H200, "NVIDIA H200")
     verdict = next(v for v in verdicts if "time over three products" in v.text and "backward" in v.text)
     assert verdict.value == pytest.approx(32 / 31.5) and verdict.note == "timed in turns"
 
 
 def test_gpu_bars_without_their_rows_are_absent_or_say_why() -> None:
-    assert all(verdict.absent for verdict in bars.judge([], GRID, "cuda", H200))
+    assert all(verdict.absent for verdict in bars.judge([], GRID, "cuda", H200, "NVIDIA H200"))
     failed = _changed("logprob_entropy_fwdbwd", "compile", SHAPE, status="failed", reason="Unsupported", summary={})
-    verdict = next(v for v in bars.judge(failed, GRID, "cuda", H200) if "torch.compile" in v.text)
+    verdict = next(v for v in bars.judge(failed, GRID, "cuda", H200, "NVIDIA H200") if "torch.compile" in v.text)
     assert verdict.passed is None and not verdict.absent and "Unsupported" in verdict.note
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bars, implementations, timing, traffic
+from benchmarks import bars, implementations, machine, timing, traffic
 from benchmarks.implementations import REGISTRY, Implementation, Prepared
 from benchmarks.measure import Settings, run_group
 from benchmarks.plans import BARS, QUICK, Group, groups
@@ -95,6 +95,20 @@ def test_groups_hold_what_is_compared() -> None:
     assert {op for op, _ in forward.entries} == {"logits_floor", "logprob_entropy", "token_stats"}
     assert {case.dtype for _, case in forward.entries} == {torch.float32, torch.bfloat16}
     assert bars.at_the_stated_sizes(BARS, "cpu") and not bars.at_the_stated_sizes(QUICK, "cpu")
+
+
+def test_saved_times_are_kept_apart_by_machine_and_threads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What make bench-save and bench-compare use as a folder: one word, another one for each."""
+    names = set()
+    for cpu, threads in (("EPYC", 1), ("EPYC", 2), ("Xeon", 2)):
+        monkeypatch.setattr(machine, "_cpuinfo", lambda cpu=cpu: {"model name": f"Some(R) {cpu} 16-Core"})
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        machine.main()
+        (name,) = capsys.readouterr().out.split()
+        names.add(name)
+    assert len(names) == 3 and all("/" not in name for name in names)
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------

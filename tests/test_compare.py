@@ -10,8 +10,8 @@ from torch import Tensor
 
 import reference
 from calls import upstream
-from cases import Sample, plain
 from compare import Bound
+from sample import Sample, plain
 
 # V = 97 has large probabilities, 151 936 (Qwen) has ones of 1e-5, where a constant tolerance would accept anything.
 VOCABULARIES = (97, 151_936)

@@ -12,12 +12,12 @@ import torch
 
 import entropy_kernels as ek
 from calls import bound, check, same_bits, upstream
-from cases import plain
 from conftest import Place, on_gpu
 from entropy_kernels.backends import native, registry
 from entropy_kernels.backends.eager import softmax_state
 from pretended import pretend_gpu
 from reference import NAMES
+from sample import plain
 
 REASON = ek.backends()["token_stats"]["cuda"]
 hardware = [
@@ -29,16 +29,16 @@ def test_reasons_why_not(forgetful_registry: None, monkeypatch: pytest.MonkeyPat
     pretend_gpu(monkeypatch, gpu=False)
     assert registry.unavailable("token_stats", "cuda") == "no CUDA device"
     registry.unavailable.cache_clear()
-    pretend_gpu(monkeypatch, gpu=True)
+    pretend_gpu(monkeypatch)
     assert registry.unavailable("token_stats", "cuda") is None
     assert registry.unavailable("kl_cov_mask", "cuda") == "no CUDA kernel kl_cov_mask yet"
     registry.unavailable.cache_clear()
-    pretend_gpu(monkeypatch, gpu=True, capability=(7, 5))
+    pretend_gpu(monkeypatch, (7, 5))
     assert registry.unavailable("token_stats", "cuda") == "needs compute capability 8.0 or higher, this GPU is sm_75"
     registry.unavailable.cache_clear()
     monkeypatch.setattr(native, "cuda_load_error", "built without CUDA")
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot run token_stats here: built without CUDA"):
-        registry.resolve("token_stats", "cuda", "cuda")
+        registry.resolve("token_stats", "cuda", torch.device("cuda"))
 
 
 def test_kernel_report_is_read() -> None:

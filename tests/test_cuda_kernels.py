@@ -17,11 +17,12 @@ from torch import Tensor
 
 import cuda_emulator
 from calls import check, run, same_bits, upstream
-from cases import CASES, Case, labels, normal, plain
+from cases import CASES
 from conftest import Place
 from cuda_emulator import Emulated
 from entropy_kernels.backends import native, registry
 from entropy_kernels.backends.eager import token_stats as eager
+from sample import Case, labels, normal, plain
 
 for reason in (native.load_error, cuda_emulator.missing()):
     if reason is not None:

@@ -145,6 +145,33 @@ def test_results_of_other_sources_are_dropped(tmp_path: Path, monkeypatch: pytes
         assert (summary["sources"], summary["commit"]) == ("new", "abc")
 
 
+@pytest.mark.parametrize("argument", ["--out", "--work", "$OUT"])
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [("file", "File exists"), ("file/below", "Not a directory"), ("/proc", None)],  # /proc: not even for root
+)
+def test_a_folder_that_cannot_be_written_to(
+    argument: str,
+    place: str,
+    why: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu_check, "run", lambda *_, **__: pytest.fail("a step was run"))
+    (tmp_path / "file").write_text("")
+    folders = {"--out": tmp_path / "o", "--work": tmp_path / "w"}
+    name = "--out" if argument == "$OUT" else argument
+    folders[name] = tmp_path / place
+    if argument == "$OUT":
+        monkeypatch.setenv("OUT", str(folders.pop("--out")))
+    flags = [word for flag, folder in folders.items() for word in (flag, str(folder))]
+    assert gpu_check.main([*flags, "--rehearse"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"argument {name}: expected a folder to write to, got {tmp_path / place}" in said
+    assert why is None or why in said
+
+
 def test_the_fingerprint_is_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels.integrations import hf
 
 pytest.importorskip("transformers")
 
@@ -256,6 +257,35 @@ class TestNextTokens:
             ek.hf.next_tokens(torch.arange(3), attention_mask=torch.ones(4))
         with pytest.raises(ValueError, match="cu_seqlens: expected"):
             ek.hf.next_tokens(torch.ones(2, 3, dtype=torch.int64), cu_seqlens=torch.tensor([0, 3]))
+        for wrong in (torch.empty(0, dtype=torch.int64), torch.tensor([False, True])):
+            with pytest.raises(ValueError, match=r"cu_seqlens: expected \(S \+ 1,\) int"):
+                ek.hf.next_tokens(torch.arange(3), cu_seqlens=wrong)
+
+    @pytest.mark.parametrize(
+        ("ends", "got"),
+        [
+            ([0, 2, 8], "0 to 8"),
+            ([1, 2, 7], "1 to 7"),
+            ([-1, 2, 7], "-1 to 7"),
+            ([0, 5, 2, 7], "5 before 2"),
+            ([0, 9, 7], "9 before 7"),
+        ],
+        ids=str,
+    )
+    def test_numbers_that_bound_no_sequences(self, ends: list[int], got: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        cu_seqlens, packed = torch.tensor(ends, dtype=torch.int32), torch.arange(7)[None]
+        message = f"cu_seqlens: expected numbers from 0 to at most L = 7 that never fall, got {got}"
+        with pytest.raises(ValueError, match=message):
+            ek.hf.next_tokens(packed, cu_seqlens=cu_seqlens)
+        with pytest.raises(ValueError, match=message):
+            ek.hf.causal_lm_logprob_entropy(make("llama"), packed, cu_seqlens=cu_seqlens, target=packed)
+        monkeypatch.setattr(hf, "values_are_checked", lambda tensor: False)  # as on a GPU, where it would cost a sync
+        ek.hf.next_tokens(packed, cu_seqlens=cu_seqlens)
+
+    def test_packed_sequences_in_a_compiled_graph(self) -> None:
+        compiled = torch.compile(ek.hf.next_tokens, fullgraph=True, backend="aot_eager")
+        arguments = {"input_ids": torch.arange(7), "cu_seqlens": torch.tensor([0, 2, 5, 7])}
+        assert compiled(**arguments).tolist() == ek.hf.next_tokens(**arguments).tolist()
 
 
 def test_models_that_do_not_fit() -> None:

@@ -88,6 +88,23 @@ def test_no_second_derivatives() -> None:
         gradient.square().sum().backward()
 
 
+@pytest.mark.parametrize("name", ("hidden", "weight", "bias", "head", "loss"))
+def test_no_functional_derivatives(name: str) -> None:
+    tensors = {"hidden": torch.randn(N, H), "weight": torch.randn(V, H), "bias": torch.randn(V)}
+    module, batch = torch.nn.Linear(H, V), (torch.zeros(N), torch.ones(N), torch.ones(N, dtype=torch.bool))
+
+    def by(value: torch.Tensor) -> torch.Tensor:
+        if name == "head":
+            return call(hidden=value, weight=module).entropy.sum()
+        if name == "loss":
+            target = torch.zeros(N, dtype=torch.int64)
+            return ek.linear_policy_loss(value, tensors["weight"], target, *batch, method="ppo").loss
+        return call(**(tensors | {name: value})).entropy.sum()
+
+    with pytest.raises(NotImplementedError, match=r"linear_\w+.*: torch\.func's derivatives"):
+        torch.func.grad(by)(tensors.get(name, tensors["hidden"]))
+
+
 @pytest.mark.parametrize("name", ("hidden", "weight", "bias"))
 def test_no_forward_mode(name: str) -> None:
     tensors = {"hidden": torch.randn(N, H), "weight": torch.randn(V, H), "bias": torch.randn(V)}

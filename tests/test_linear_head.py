@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import entropy_kernels as ek
-from cases import NAN
 from gloo import run_ranks
 from linear_cases import Linear, judge, make, upstream
+from sample import NAN
 
 
 class Lora(nn.Module):

@@ -11,9 +11,9 @@ import torch
 import entropy_kernels as ek
 import linear_cases
 from calls import same_bits
-from cases import INF, NAN
 from conftest import Place, places
 from linear_cases import ALL, Linear, budgets, dense, judge, make, run
+from sample import INF, NAN
 
 
 def masked(dtype: torch.dtype) -> Linear:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 import entropy_kernels as ek
 from calls import same_bits
-from cases import INF, NAN
 from gloo import run_ranks
 from linear_cases import Linear, judge, make, upstream
+from sample import INF, NAN
 
 WORLDS = (2, 3, 4)
 BUDGETS = {"keep": 1 << 30, "recompute": 40_000}

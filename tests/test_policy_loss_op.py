@@ -310,6 +310,20 @@ def test_forward_mode_is_an_error() -> None:
             call(dual, "auto")
 
 
+@pytest.mark.parametrize("options", [{}, {"dropped": torch.arange(50) == 3}], ids=["drawn", "given"])
+def test_functional_derivatives_are_an_error(options: dict[str, Any]) -> None:
+    old, advantages, mask = -torch.rand(50), torch.randn(50), torch.ones(50, dtype=torch.bool)
+    options = {"seed": None if "dropped" in options else 1, **options}
+
+    def loss(logprob: torch.Tensor) -> torch.Tensor:
+        return ek.clip_cov_loss(logprob, old, advantages, mask, **options).loss
+
+    with pytest.raises(
+        NotImplementedError, match=r"policy_loss: torch\.func's derivatives .* use torch\.autograd\.grad"
+    ):
+        torch.func.grad(loss)(old)
+
+
 def test_float64_has_one_backend() -> None:
     logprob = -torch.rand(50, dtype=torch.float64)
     assert call(logprob, "auto")[0].dtype == torch.float64

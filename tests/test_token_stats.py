@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import entropy_kernels as ek
 from calls import bound, check, moved, run, same_bits, upstream
-from cases import HALF, Sample, labels, normal, plain
 from conftest import Place
+from sample import HALF, Sample, labels, normal, plain
 
 # The vocabularies of SPEC §4: Llama 2, Llama 3, DeepSeek-like, Qwen, Gemma 2 and Gemma 3. A few rows each: what
 # depends on V is the walk over a row. 257 and 8191 are one more and one less than a power of two.

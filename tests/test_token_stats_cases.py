@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from calls import check, run
-from cases import CASES, Case
+from cases import CASES
 from conftest import Place, places
+from sample import Case
 
 
 def everything() -> list:

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import entropy_kernels as ek
 from calls import bound, upstream
-from cases import Sample, normal, plain
 from conftest import Place
+from sample import Sample, normal, plain
 
 
 @pytest.fixture(autouse=True)

@@ -260,6 +260,21 @@ def test_forward_mode_is_refused(place):
         ek.logprob_entropy(forward_ad.make_dual(logits, logits), target, backend=place.backend)
 
 
+def test_functional_derivatives_are_refused(place):
+    logits, target = torch.randn(2, 5, device=place.device), torch.tensor([0, 1], device=place.device)
+
+    def entropy(logits, factor):
+        return factor * ek.logprob_entropy(logits, target, backend=place.backend).entropy.sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(NotImplementedError, match=r"logprob_entropy / token_stats: torch\.func's derivatives"):
+            transform(entropy)(logits, 2.0)
+    # of another argument it is nothing to us
+    factor = torch.tensor(2.0, device=place.device)
+    by_factor = torch.func.grad(entropy, argnums=1)(logits, factor)
+    torch.testing.assert_close(by_factor, entropy(logits, 1.0))
+
+
 def test_numbers_of_numpy_are_numbers():
     logits, target = torch.randn(2, 5), torch.tensor([0, 1])
     plain = ek.logprob_entropy(logits, target, temperature=0.5, softcap=3.0, ignore_index=1, vocab_size=4)

@@ -9,9 +9,9 @@ import torch
 
 import entropy_kernels as ek
 from calls import bound, check, run, same_bits, upstream
-from cases import Sample, normal, plain
 from conftest import Place
 from reference import DIFFERENTIABLE
+from sample import Sample, normal, plain
 
 COMBINATIONS = [c for n in (1, 2, 3) for c in itertools.combinations(DIFFERENTIABLE, n)]
 

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 import entropy_kernels as ek
 from calls import bound, same_bits, upstream
-from cases import CASES, INF, NAN, Sample, normal, plain
+from cases import CASES
 from conftest import Place
 from gloo import run_ranks
+from sample import INF, NAN, Sample, normal, plain
 
 WORLDS = (2, 3, 4)
 

@@ -110,10 +110,10 @@ def test_fp64_and_kept_logits_go_through_products(monkeypatch: pytest.MonkeyPatc
 def test_auto_takes_it_only_where_it_measured_fastest(
     monkeypatch: pytest.MonkeyPatch, forgetful_registry: None
 ) -> None:
-    pretend_gpu(monkeypatch, gpu=True)
+    pretend_gpu(monkeypatch)
 
     def served(backend: str = "auto") -> Any:
-        return registry.fused("linear_token_stats", backend, "cuda", torch.bfloat16, "large")
+        return registry.fused("linear_token_stats", backend, torch.device("cuda"), torch.bfloat16, "large")
 
     proof = [verified("linear_token_stats", backend, "sm_90") for backend in ("triton", "cuda")]
     named = ("linear_token_stats", "sm_90", "bf16", "large")

@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -248,6 +249,16 @@ def missing(gpu: Gpu | None) -> str | None:
     return None
 
 
+def unwritable(argument: str, folder: Path) -> str | None:
+    """Why nothing can be written into a folder, which is made if it is not there; None if it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"argument {argument}: expected a folder to write to, got {folder}: {error.strerror}"
+
+
 def fingerprint() -> str:
     """Of the sources, which may come without their repository."""
     digest = hashlib.sha256()
@@ -271,7 +282,7 @@ def commit_of(given: str | None) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all; 0 if every step passed."""
+    """Run all; 0 if every step passed, 2 if none could begin."""
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add(
@@ -306,11 +317,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"gpu-check: {reason}; every step needs it (--rehearse runs them all the same)", file=sys.stderr)
         return 2
+    out = arguments.out or ROOT / "benchmarks" / "results" / (gpu.slug if gpu else "no-gpu")
+    reason = unwritable("--work", work) or unwritable("--out", out)
+    if reason is not None:
+        print(f"gpu-check: {reason}", file=sys.stderr)
+        return 2
     sources = fingerprint()
     if gpu_summary.sources_of(work) not in (None, sources):
         shutil.rmtree(work)  # what is known is of other sources
     head = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": commit, "sources": sources}
-    out = arguments.out or ROOT / "benchmarks" / "results" / (gpu.slug if gpu else "no-gpu")
     results = run(steps, work, out, deadline=arguments.seconds, gpu=gpu, head=head)
     print(f"results in {out}, logs in {work}")
     return 0 if all(result.state == PASSED for result in results) else 1

@@ -40,7 +40,7 @@ class Gpu:
 
     @property
     def slug(self) -> str:
-        """Folder of its results: h200."""
+        """Folder of its results: h200, h100-80gb-hbm3."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower().replace("nvidia", "")).strip("-")
 
     @property

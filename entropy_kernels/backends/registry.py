@@ -50,10 +50,13 @@ def _module_name(op: str, backend: str) -> str:
 
 
 @functools.cache
-def unavailable(op: str, backend: str) -> str | None:
-    """None if ``backend`` can run ``op`` in this process, else the reason why not."""
+def unavailable(op: str, backend: str, device: torch.device | None = None) -> str | None:
+    """None if ``backend`` can run ``op`` in this process, else the reason why not.
+
+    ``device``: of the tensors; without one the current GPU is asked, where the backend needs one.
+    """
     if backend == "cuda":
-        return _cuda_unavailable(op)
+        return _cuda_unavailable(op, device)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install 'entropy_kernels[triton]')"
@@ -72,42 +75,42 @@ def unavailable(op: str, backend: str) -> str | None:
     return f"no kernel {', '.join(missing)} in {module.__name__}" if missing else None
 
 
-def _cuda_unavailable(op: str) -> str | None:
+def _cuda_unavailable(op: str, device: torch.device | None) -> str | None:
     from entropy_kernels.backends import native
 
     if native.cuda_load_error is not None:
         return native.cuda_load_error
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"needs compute capability 8.0 or higher, this GPU is {architecture()}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs compute capability 8.0 or higher, this GPU is {architecture(device)}"
     missing = [name for name in OPS[op] if not native.has_cuda_kernel(name)]
     return f"no CUDA kernel {', '.join(missing)} yet" if missing else None
 
 
 @functools.cache
-def architecture() -> str:
-    """Of the current GPU: sm_90, gfx942."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+def architecture(device: torch.device | None = None) -> str:
+    """Of a GPU, the current one by default: sm_90, gfx942."""
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
 
 
-def unverified(op: str, backend: str, device_type: str) -> str | None:
+def unverified(op: str, backend: str, device: torch.device) -> str | None:
     """Why "auto" does not choose a backend that could run: our GPU kernels, until hardware has verified them."""
-    if device_type == "cpu" or backend == "torch":
+    if device.type == "cpu" or backend == "torch":
         return None
-    if (op, backend, architecture()) in auto_table.load().verified:
+    if (op, backend, architecture(device)) in auto_table.load().verified:
         return None
-    return f"no hardware run has verified it on {architecture()} yet; backend={backend!r} runs it all the same"
+    return f"no hardware run has verified it on {architecture(device)} yet; backend={backend!r} runs it all the same"
 
 
-def measured(op: str, device_type: str, dtype: str | None, size: str | None) -> Row | None:
-    """The table's row for a class on this machine's CPU or current GPU; None where nothing was measured."""
-    if dtype is None or size is None or device_type not in _DEFAULT_ORDER:
+def measured(op: str, device: torch.device, dtype: str | None, size: str | None) -> Row | None:
+    """The table's row for a class on this machine's CPU or one of its GPUs; None where nothing was measured."""
+    if dtype is None or size is None or device.type not in _DEFAULT_ORDER:
         return None
-    return auto_table.load().rows.get((op, "cpu" if device_type == "cpu" else architecture(), dtype, size))
+    return auto_table.load().rows.get((op, "cpu" if device.type == "cpu" else architecture(device), dtype, size))
 
 
 def default_order(op: str, device_type: str) -> tuple[str, ...]:
@@ -119,13 +122,13 @@ def default_order(op: str, device_type: str) -> tuple[str, ...]:
     return tuple(sorted(order, key=lambda name: (op, name) in _FUSED))
 
 
-def preference(op: str, device_type: str, dtype: str | None = None, size: str | None = None) -> tuple[str, ...]:
-    """The backends that "auto" tries for ``op`` on a device type, in order.
+def preference(op: str, device: torch.device, dtype: str | None = None, size: str | None = None) -> tuple[str, ...]:
+    """The backends that "auto" tries for ``op`` on a device, in order.
 
     Those that were measured for this dtype ("bf16") and size class ("large") come as the measurement ranks them, the
     others behind them, and torch, which always can, ends the list.
     """
-    row, ranked = measured(op, device_type, dtype, size), [*default_order(op, device_type)]
+    row, ranked = measured(op, device, dtype, size), [*default_order(op, device.type)]
     if row is not None:
         rest = (name for name in ranked if name not in row.order and name not in row.left_out)
         ranked = [*row.order, *rest, "torch"]
@@ -133,33 +136,36 @@ def preference(op: str, device_type: str, dtype: str | None = None, size: str | 
 
 
 @functools.cache
-def resolve(op: str, backend: str, device_type: str, dtype: str | None = None, size: str | None = None) -> str:
-    """Name of the backend that serves ``op`` on a device type; raises if the one asked for cannot.
+def resolve(op: str, backend: str, device: torch.device, dtype: str | None = None, size: str | None = None) -> str:
+    """Name of the backend that serves ``op`` on a device; raises if the one asked for cannot.
 
-    ``dtype`` and ``size`` (see :mod:`.auto_table`) matter to "auto" only; without them it takes the default order.
+    Args:
+        device: of a tensor, so that a GPU comes with its index: two GPUs of a machine may differ, and what was
+            found for one of them is remembered.
+        dtype, size: see :mod:`.auto_table`; they matter to "auto" only, which takes the default order without them.
     """
     if backend == "auto":
-        return next(name for name in preference(op, device_type, dtype, size) if not skipped(op, name, device_type))
+        return next(name for name in preference(op, device, dtype, size) if not skipped(op, name, device))
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
-    if backend in ("cpu", "cuda") and backend != device_type:
-        raise ValueError(f"backend: expected one that runs on {device_type} tensors, got {backend!r}")
-    reason = unavailable(op, backend)
+    if backend in ("cpu", "cuda") and backend != device.type:
+        raise ValueError(f"backend: expected one that runs on {device.type} tensors, got {backend!r}")
+    reason = unavailable(op, backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run {op} here: {reason}")
     return backend
 
 
-def skipped(op: str, backend: str, device_type: str) -> str | None:
+def skipped(op: str, backend: str, device: torch.device) -> str | None:
     """Why "auto" passes over a backend; torch is what is left, and raises by itself where it cannot."""
-    return None if backend == "torch" else unavailable(op, backend) or unverified(op, backend, device_type)
+    return None if backend == "torch" else unavailable(op, backend, device) or unverified(op, backend, device)
 
 
 @functools.cache
 def _kernel(
-    op: str, name: str, backend: str, device_type: str, dtype: torch.dtype | None = None, size: str | None = None
+    op: str, name: str, backend: str, device: torch.device, dtype: torch.dtype | None = None, size: str | None = None
 ) -> Callable:
-    chosen = resolve(op, backend, device_type, None if dtype is None else auto_table.DTYPES.get(dtype), size)
+    chosen = resolve(op, backend, device, None if dtype is None else auto_table.DTYPES.get(dtype), size)
     return getattr(importlib.import_module(_module_name(op, chosen)), name)
 
 
@@ -169,18 +175,18 @@ def kernel(op: str, name: str, backend: str, tensor: Tensor) -> Callable:
     Called inside the op, so that a compiled graph holds the backend's name and no look-up.
 
     Raises:
-        ValueError: no such backend, or one that does not run on this device type.
+        ValueError: no such backend, or one that does not run on this type of device.
         RuntimeError: the backend cannot run here, with the reason.
     """
     if backend != "auto":
-        return _kernel(op, name, backend, tensor.device.type)
+        return _kernel(op, name, backend, tensor.device)
     size = size_class(op, tensor.numel(), tensor.element_size())
-    return _kernel(op, name, backend, tensor.device.type, tensor.dtype, size)
+    return _kernel(op, name, backend, tensor.device, tensor.dtype, size)
 
 
-def fused(op: str, backend: str, device_type: str, dtype: torch.dtype, size: str) -> Callable | None:
+def fused(op: str, backend: str, device: torch.device, dtype: torch.dtype, size: str) -> Callable | None:
     """The kernel that does a forward pass of ``op`` in one, where it serves ``backend``; None: it is done in parts."""
-    chosen = resolve(op, backend, device_type, auto_table.DTYPES.get(dtype), size)
+    chosen = resolve(op, backend, device, auto_table.DTYPES.get(dtype), size)
     name = _FUSED.get((op, chosen))
     if name is None:
         return None
@@ -188,5 +194,6 @@ def fused(op: str, backend: str, device_type: str, dtype: torch.dtype, size: str
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """``{op: {backend: "available" or the reason why not}}`` for this process."""
-    return {op: {name: unavailable(op, name) or "available" for name in BACKENDS} for op in OPS}
+    """``{op: {backend: "available" or the reason why not}}`` for this process, and its current GPU if it has one."""
+    gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+    return {op: {name: unavailable(op, name, gpu) or "available" for name in BACKENDS} for op in OPS}

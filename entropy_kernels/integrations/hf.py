@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels._arguments import values_are_checked
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
 
@@ -82,19 +83,22 @@ def next_tokens(
             and is none.
         position_ids: ``input_ids``'s shape; a position that does not follow the one before it begins a sequence
             (several sequences packed in one row).
-        cu_seqlens: (S + 1,) int: sequence s of a packed row, (L,) or (1, L), is [cu_seqlens[s], cu_seqlens[s + 1]);
-            what lies behind the last one is padding.
+        cu_seqlens: (S + 1,) int, from 0 to at most L, never falling: sequence s of a packed row, (L,) or (1, L), is
+            [cu_seqlens[s], cu_seqlens[s + 1]); what lies behind the last one is padding.
 
     Returns:
-        ``input_ids``'s shape and dtype; nothing is read back by the host.
+        ``input_ids``'s shape and dtype; nothing is read back from a GPU.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong dtype or shape.
+        TypeError, ValueError: an argument of the wrong dtype or shape, or values that are no ``cu_seqlens`` (on the
+            CPU; on a GPU they give wrong labels, and ENTROPY_KERNELS_DEBUG=1 makes it an error there too, at the price
+            of a sync).
     """
     _check_ids(input_ids)
     target = torch.full_like(input_ids, ignore_index)
     target[..., :-1] = input_ids[..., 1:]
     if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, input_ids)
         last = _sequence_ends(input_ids, cu_seqlens)
         target = torch.where(last.view(input_ids.shape), ignore_index, target)
     if position_ids is not None:
@@ -149,7 +153,7 @@ def causal_lm_logprob_entropy(
 
     Raises:
         TypeError: as :func:`causal_lm_parts`.
-        ValueError: arguments of the wrong shape.
+        ValueError: arguments of the wrong shape; values that are no ``cu_seqlens``, as :func:`next_tokens`.
     """
     parts = causal_lm_parts(model)
     if input_ids.dim() != 2:
@@ -312,15 +316,7 @@ def _check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, 
 
 def _sequence_ends(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(L,) bool: the last token of a sequence, and everything behind the last sequence."""
-    length = input_ids.shape[-1]
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
-    if input_ids.numel() != length or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-        raise ValueError(
-            "cu_seqlens: expected (S + 1,) int for input_ids of shape (L,) or (1, L), "
-            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} for {tuple(input_ids.shape)}"
-        )
-    place = torch.arange(length, device=input_ids.device)
+    place = torch.arange(input_ids.shape[-1], device=input_ids.device)
     # the number of sequences that end at or before t + 1 grows where one ends
     ends = torch.searchsorted(cu_seqlens.to(place), place + 1, right=True)
     ends = ends != torch.searchsorted(cu_seqlens.to(place), place, right=True)
@@ -329,7 +325,7 @@ def _sequence_ends(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def _positions(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Position of each token in its sequence, 0, 1, … again behind the last one."""
-    _sequence_ends(input_ids, cu_seqlens)  # checks
+    _check_cu_seqlens(cu_seqlens, input_ids)
     place = torch.arange(input_ids.shape[-1], device=input_ids.device)
     starts = cu_seqlens.to(place)
     return (place - starts[torch.searchsorted(starts, place, right=True) - 1]).view(input_ids.shape)
@@ -346,3 +342,27 @@ def _check_ids(input_ids: Any) -> None:
 def _check_shape(name: str, value: Tensor, input_ids: Tensor) -> None:
     if value.shape != input_ids.shape:
         raise ValueError(f"{name}: expected input_ids's shape {tuple(input_ids.shape)}, got {tuple(value.shape)}")
+
+
+def _check_cu_seqlens(cu_seqlens: Any, input_ids: Tensor) -> None:
+    length = input_ids.shape[-1]
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+    integers = not (cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool)
+    if input_ids.numel() != length or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not integers:
+        raise ValueError(
+            "cu_seqlens: expected (S + 1,) int for input_ids of shape (L,) or (1, L), "
+            f"got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} for {tuple(input_ids.shape)}"
+        )
+    # a compiled graph would break where the host looks at a value
+    if torch.compiler.is_compiling() or not values_are_checked(cu_seqlens):
+        return
+    first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
+    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
+    if first != 0 or last > length or falls.numel() > 0:
+        if falls.numel() > 0:
+            place = int(falls[0])
+            got = f"{cu_seqlens[place].item()} before {cu_seqlens[place + 1].item()}"
+        else:
+            got = f"{first} to {last}"
+        raise ValueError(f"cu_seqlens: expected numbers from 0 to at most L = {length} that never fall, got {got}")

@@ -87,6 +87,7 @@ def policy_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range, or one that another
             argument requires.
+        NotImplementedError: forward-mode differentiation, torch.func's derivatives.
     """
     clips = Clips(clip_low, clip_high, dual_clip)
     clips.check()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import refuse_forward_mode
+from entropy_kernels._arguments import refuse_forward_mode, refuse_functional_grad
 from entropy_kernels.backends import registry
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import head_tile
@@ -174,6 +174,7 @@ def head_token_stats(
     """As ``linear_token_stats``, through ``head``; hidden (N, H), target (N,), temperature (1,) or (N,)."""
     check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
     refuse_forward_mode(_NAME, hidden)
+    refuse_functional_grad(_NAME, hidden, *head.parameters)
     if torch.is_grad_enabled() and not hidden.requires_grad and not head.parameters and target.numel():
         with _State(hidden.device).again():  # a gradient that nobody asked for, and that somebody may miss
             _check_leaves(head(hidden[:1], slice(0, min(head.vocab, 64) if head.sliced else head.vocab)), [])

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import process_group_of
+from entropy_kernels._arguments import process_group_of, refuse_functional_grad
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.ops import linear_tiles
@@ -417,6 +417,7 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 def _autograd(*inputs: Any) -> tuple[Tensor, ...]:
     tensors = [x for x in inputs[:3] if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        refuse_functional_grad("linear_policy_loss", *tensors)
         return _LinearPolicyLoss.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return linear_policy_loss(*inputs)

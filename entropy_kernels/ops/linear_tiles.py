@@ -162,7 +162,7 @@ def forward(
     temperature = at(temperature, rows)
     p = problem(hidden, weight, numbers, needs)
     row_size, column_size = tiles(p, kept is not None)
-    fused = None if kept is not None else _fused(p, numbers)
+    fused = None if kept is not None else _fused(p, numbers, hidden.device)
     scratch = row_size * padded(column_size) * numbers.logits.itemsize  # bytes that a tile takes, or would take
     if fused is not None and weight.dtype == p.operand:
         column_size = max(1, p.columns)  # there is no tile, and no copy of a part of the weight
@@ -189,12 +189,12 @@ def forward(
     return outputs, spread(rows, state.t(), total).t().contiguous()
 
 
-def _fused(p: Problem, numbers: Numbers) -> Callable | None:
+def _fused(p: Problem, numbers: Numbers, device: torch.device) -> Callable | None:
     """A kernel that makes states without logits, where one serves; there is none for fp64."""
     if p.product == torch.float64:
         return None
     size = size_class("linear_token_stats", p.rows * p.columns, p.product.itemsize)
-    return registry.fused("linear_token_stats", numbers.backend, p.device_type, p.product, size)
+    return registry.fused("linear_token_stats", numbers.backend, device, p.product, size)
 
 
 def _tile(buffer: Tensor, r: slice, c: slice, whole: bool) -> Tensor:

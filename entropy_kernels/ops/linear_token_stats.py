@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import refuse_forward_mode
+from entropy_kernels._arguments import refuse_forward_mode, refuse_functional_grad
 from entropy_kernels.backends.eager.softmax_state import COLLISION, ENTROPY, LOGPROB, VOCAB_COVARIANCE, state_rows
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import columns_here, padded
@@ -173,6 +173,7 @@ class _LinearTokenStatsBackward(torch.autograd.Function):
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
     tensors = [x for x in inputs[:3] if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        refuse_functional_grad(_NAME, *tensors)
         return _LinearTokenStats.apply(*inputs)
     for tensor in tensors:
         refuse_forward_mode(_NAME, tensor)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import refuse_forward_mode
+from entropy_kernels._arguments import refuse_forward_mode, refuse_functional_grad
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.policy_names import METRICS, TOTALS
 from entropy_kernels.ops.selection import flat
@@ -131,6 +131,7 @@ class _OnlyOnce(torch.autograd.Function):
 
 def _autograd(*inputs: Any) -> tuple[Tensor, ...]:
     if inputs[0].requires_grad and torch.is_grad_enabled():
+        refuse_functional_grad("policy_loss", inputs[0])
         return _PolicyLoss.apply(*inputs)
     refuse_forward_mode("policy_loss", inputs[0])
     with torch._C._AutoDispatchBelowAutograd():

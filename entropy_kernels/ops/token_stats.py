@@ -6,13 +6,18 @@ The last output is the softmax state (K, N) that the backward pass starts from; 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import all_gather, process_group_of, refuse_forward_mode
+from entropy_kernels._arguments import (
+    all_gather,
+    process_group_of,
+    refuse_forward_mode,
+    refuse_functional_grad,
+    values_are_checked,
+)
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import (
     COLLISION,
@@ -58,10 +63,8 @@ def temperature_range(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Errors that need the values: on the CPU always, elsewhere (it costs a sync) with ENTROPY_KERNELS_DEBUG=1."""
-    if target.device.type != "cpu" and os.environ.get("ENTROPY_KERNELS_DEBUG", "0") != "1":
-        return
-    if target.numel() == 0:
+    """Errors that need the values, where they are looked at."""
+    if target.numel() == 0 or not values_are_checked(target):
         return
     lowest, highest = target.aminmax()
     if lowest.item() < 0 or highest.item() >= vocab_size:
@@ -235,6 +238,7 @@ class _TokenStatsBackward(torch.autograd.Function):
 
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
     if inputs[0].requires_grad and torch.is_grad_enabled():
+        refuse_functional_grad("logprob_entropy / token_stats", inputs[0])
         return _TokenStats.apply(*inputs)
     refuse_forward_mode("logprob_entropy / token_stats", inputs[0])
     with torch._C._AutoDispatchBelowAutograd():
