@@ -106,8 +106,11 @@ class HostThread {
   void wait(Barrier& barrier, int parity) {
     block_.group.scheduler.wait([&barrier, parity] { return (barrier.phase & 1) != parity; });
   }
+  void reads_before_copies() { ordered_ = true; }
   void copy(Words* to, const Words* from, int bytes, Barrier& barrier) {
     require(published_, "a copy before the barriers were published");
+    require(barrier.phase == 0 || ordered_, "a copy over what was read, without a fence behind the reads");
+    ordered_ = false;
     require(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<std::uintptr_t>(to) % 16 == 0 &&
                 reinterpret_cast<std::uintptr_t>(from) % 16 == 0,
             "a bulk copy of an odd size or from or to a misaligned address");
@@ -144,7 +147,7 @@ class HostThread {
   Block& block_;
   int block_index_, index_, count_;
   unsigned shuffles_ = 0;
-  bool published_ = false;
+  bool published_ = false, ordered_ = false;
   long arrived_at_ = 0;
 };
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 import cuda_build
@@ -87,6 +90,22 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: expected entries like .* got 'Hopper'"):
         cuda_build.gencode_flags(["Hopper"])
+
+
+@pytest.mark.skipif(cuda_build.nvcc() is None, reason="no CUDA toolkit")
+@pytest.mark.parametrize("qualifier", ["", "constexpr", "__host__ __device__"])
+def test_a_kernel_that_calls_host_code_is_no_build(tmp_path: Path, qualifier: str) -> None:
+    """nvcc only warns by default, and leaves out what comes behind the call."""
+    source = tmp_path / "kernel.cu"
+    source.write_text(
+        f"{qualifier} int f(int x) {{ return x; }}\n"
+        "template <class T> __host__ __device__ T g(T x) { return f(x); }\n"
+        "__global__ void kernel(int* x) { *x = g(*x); }\n"
+    )
+    flags = [*cuda_build.NVCC_FLAGS, "-arch=compute_80", "-ptx", "-o", str(tmp_path / "kernel.ptx")]
+    done = subprocess.run([str(cuda_build.nvcc()), *flags, str(source)], capture_output=True, text=True)
+    assert (done.returncode == 0) == (qualifier == "__host__ __device__"), done.stderr
+    assert done.returncode == 0 or "__host__ function" in done.stdout + done.stderr
 
 
 def test_reasons_to_build_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,7 +118,7 @@ enum PolicyMaximum : int { kRatioMaximum, kCovarianceMaximum, kPolicyMaxima };
 constexpr int kPolicyTotals = int{kPolicySums} + int{kPolicyMaxima};
 
 // Sums of zeros and ones.
-constexpr bool is_count(int sum) {
+EK_HOST_DEVICE constexpr bool is_count(int sum) {
   return sum == kClippedSum || sum == kClippedLowerSum || sum >= kInBandSum;
 }
 

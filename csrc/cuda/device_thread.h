@@ -74,6 +74,11 @@ struct DeviceThread {
         "r"(parity)
         : "memory");
   }
+  // Orders reads of shared memory that this thread has waited for before its next copy over them: no barrier does that by
+  // itself, as copies are of another proxy.
+  __device__ __forceinline__ void reads_before_copies() const {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
   // Copies from global to this block's shared memory; the barrier's one arrival, complete when the bytes are there.
   __device__ __forceinline__ void copy(Words* to, const Words* from, int bytes, Barrier& barrier) const {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes)

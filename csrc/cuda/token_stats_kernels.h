@@ -175,6 +175,7 @@ struct BulkSource {
     if (thread.index() == 0 && taken > 0 && refill < tiles) {
       const int before = stage == 0 ? kStages - 1 : stage - 1;
       thread.wait(shared.empty[before], stage == 0 ? phase ^ 1 : phase);
+      thread.reads_before_copies();
       request(refill, before);
     }
     thread.wait(shared.full[stage], phase);
