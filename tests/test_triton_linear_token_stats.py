@@ -321,3 +321,13 @@ def test_scratch_of_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(ran) >= 2 and all(size <= 30_000 for size in ran[:-1])
         ran.clear()
     assert shapes[0].file != shapes[1].file and shapes[0].direction == "linear-6"
+
+
+def test_which_matrices_the_hardware_copies_by_itself() -> None:
+    from entropy_kernels.backends.triton.linear_token_stats import _describable
+
+    matrix = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert _describable(matrix) and _describable(matrix[:, :24]) and _describable(matrix[::2])
+    for other in (matrix.float(), matrix[:, 1:], matrix.t(), matrix[:1].expand(8, 64), matrix[:0], matrix[:, :60:2]):
+        assert not _describable(other)
+    assert not _describable(torch.zeros(8, 60, dtype=torch.bfloat16))  # rows of 120 bytes

@@ -207,11 +207,12 @@ def linear_token_stats_forward(
 def _describable(matrix: Tensor) -> bool:
     """Whether the hardware can copy blocks of it by itself: aligned rows of neighbouring elements.
 
-    Not of fp32, where the factors go on to registers.
+    Not of fp32, where the factors go on to registers, and not of rows that overlap, such as one that is expanded.
     """
     size = matrix.element_size()
     aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * size % 16 == 0
-    return size == 2 and aligned and matrix.stride(1) == 1 and min(matrix.shape) > 0
+    apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return size == 2 and aligned and apart and min(matrix.shape) > 0
 
 
 def _forward(
