@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The fork server has imported torch once and has no threads, so a rank starts in milliseconds and forks safely.
+# The fork server has imported torch once and has no threads, so a rank starts in milliseconds and forks safely. Without
+# the last one each rank would import the compiler by itself, in 3 s: use_deterministic_algorithms does.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "entropy_kernels"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "entropy_kernels", "torch._inductor.config"])
 
 TIMEOUT = 120  # seconds that a collective, and a whole run, may take on a busy machine
 

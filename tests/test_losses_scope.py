@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
 from entropy_kernels import policy
+from gloo import run_ranks
 from loss_cases import MODES, leaf
 
 ROWS, LENGTH = 8, 12
@@ -179,23 +178,17 @@ def check_compiled_rank(group: Any, size: int) -> None:
     torch.testing.assert_close(own, grad)
 
 
-def _rank_main(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+def on_rank(rank: int, world: int) -> None:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     check_rank(dist.group.WORLD, 4)
     check_rank(pairs[rank // 2], 2)
     if rank < 2:
         check_compiled_rank(pairs[0], 2)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-def test_ranks_share_the_loss_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_loss_of_the_batch() -> None:
     """Real gloo groups of 4 and 2 ranks: loss, gradients and metrics; one of the ranks has no rows."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(ek.__file__).parents[1]), str(Path(__file__).parent)]))
-    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path / "store"),), nprocs=4)
+    run_ranks(4, on_rank)
 
 
 # ---- compiled, and without a sync -----------------------------------------------------------------------------------

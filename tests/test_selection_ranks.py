@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import entropy_kernels as ek
 from calls import same_bits
+from gloo import run_ranks
 
 WORLD = 4
 TOKENS = 6000
@@ -74,9 +72,7 @@ def select(shard: dict[str, Tensor], group: Any, backend: str) -> dict[str, Tens
     return out
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+def select_on_ranks(rank: int, world: int) -> dict[tuple[str, int, str], dict[str, Tensor]]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     groups = {"two": pairs[rank // 2], "four": dist.group.WORLD}
     results = {}
@@ -87,24 +83,12 @@ def run_rank(rank: int, folder: str) -> None:
             for backend in BACKENDS:
                 if ek.backends()["clip_cov_mask"][backend] == "available":
                     results[name, number, backend] = select(shard, group, backend)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
-def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        mp.spawn(run_rank, args=(str(folder),), nprocs=WORLD)
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]
+def by_rank() -> list[dict]:
+    return run_ranks(WORLD, select_on_ranks)
 
 
 @pytest.fixture(scope="module")
