@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -35,18 +38,18 @@ def test_the_configurations_can_work(path: Path) -> None:
     assert task.verify(prompt, f"<answer>{prompt.data['answer']}</answer>") == 1.0
 
 
-def wheel(path: Path) -> bytes:
-    """A package `carried` of one module, as a wheel."""
+def wheel(path: Path, name: str = "carried") -> bytes:
+    """A package of one module, as a wheel."""
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("carried.py", "VALUE = 7\n" + "# " + os.urandom(3000).hex())
-        meta = "carried-1.0.dist-info"
-        archive.writestr(f"{meta}/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+        archive.writestr(f"{name}.py", "VALUE = 7\n" + "# " + os.urandom(3000).hex())
+        meta = f"{name}-1.0.dist-info"
+        archive.writestr(f"{meta}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         archive.writestr(f"{meta}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{meta}/RECORD", "")
     return path.read_bytes()
 
 
-def test_a_wheel_in_parts_is_installed_when_all_have_come(tmp_path: Path) -> None:
+def test_a_wheel_in_parts_is_installed_when_all_have_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tmp_path / "carried-1.0-py3-none-any.whl"
     data = wheel(whole)
     wheels, site = tmp_path / "wheels", tmp_path / "there" / "site"
@@ -60,8 +63,17 @@ def test_a_wheel_in_parts_is_installed_when_all_have_come(tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError, match=rf"carried-1.0-py3-none-any.whl: expected {len(parts)} parts"):
         gpu_train.install(wheels, site)
     parts[1].write_bytes(late)
+    with pytest.raises(FileNotFoundError, match=r"trainer: expected in .* beside weights-\*, got none"):
+        gpu_train.install(wheels, site)
+    (wheels / "trainer").mkdir()
     gpu_train.install(wheels, site)
     assert "VALUE = 7" in (site / "carried.py").read_text()
+    # what comes later is installed, too, and nothing twice
+    wheel(wheels / "trainer" / "late-1.0-py3-none-any.whl", "late")
+    gpu_train.install(wheels, site)
+    assert (site / "late.py").exists()
+    monkeypatch.setattr(gpu_train.subprocess, "run", lambda *_, **__: pytest.fail("installed again"))
+    gpu_train.install(wheels, site)
 
 
 def test_nothing_to_install(tmp_path: Path) -> None:
@@ -101,3 +113,21 @@ def test_a_run_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu_train, "WHEELS", tmp_path / "none")
     call = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--config", str(tmp_path / "bad.json")]
     assert gpu_train.main(call) == 1
+
+
+def test_a_signal_stops_the_runs_too(tmp_path: Path) -> None:
+    values = {**TINY.to_dict(), "warm_steps": 2000, "warm_batch": 8}
+    checkpoint.write_json(tmp_path / "slow.json", values)
+    command = [sys.executable, str(gpu_train.ROOT / "tools" / "gpu_train.py"), "--config", str(tmp_path / "slow.json")]
+    command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not child.exists():
+        process.kill()
+        pytest.skip("no /proc here")
+    while not (children := child.read_text().split()):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not any(Path(f"/proc/{number}").exists() for number in children)

@@ -352,3 +352,24 @@ def test_a_run_from_before_the_linear_head_resumes_under_logits(tmp_path: Path) 
         ppo.train(config(tmp_path / "old", steps=3, resume=True))
     ppo.train(config(tmp_path / "old", steps=3, resume=True, head="logits"))
     assert rows_without_times(tmp_path / "old")[1:] == rows_without_times(tmp_path / "whole")[1:]
+
+
+def test_mixed_precision() -> None:
+    policy = policy_of()
+    rollout = rollout_of(policy)
+    exact = policy.outputs(rollout.prompts, rollout.ids, rollout.mask)
+    policy.mixed = True
+    rounded = policy.outputs(rollout.prompts, rollout.ids, rollout.mask)
+    assert 1e-6 < (rounded - exact).abs().max() < 0.1
+    with policy.full_precision():
+        assert torch.equal(policy.outputs(rollout.prompts, rollout.ids, rollout.mask), exact)
+    assert policy.mixed and policy.with_head("torch").mixed
+    row = ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS)
+    assert row["head_gap"] < 0.02
+    ours = step(policy, rollout, dataclasses.replace(SETTINGS, method="clip_cov"))
+    other = step(policy.with_head("torch"), rollout, dataclasses.replace(SETTINGS, method="clip_cov"))
+    torch.testing.assert_close(ours[0], other[0], rtol=0.02, atol=0.02)
+    for name, gradient in ours[2].items():
+        assert gradient.dtype == torch.float32
+        scale = float(other[2][name].abs().max())
+        torch.testing.assert_close(gradient, other[2][name], rtol=0.05, atol=0.05 * scale)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
+from entropy_kernels.trainer import tasks
 from entropy_kernels.trainer.tasks import Prompt, WalkTask, extract_answer, make_task, task_options, verify_all
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -104,3 +110,40 @@ def test_reasoning_gym_adapter() -> None:
         assert text == prompt.text
         assert task.verify(prompt, completion) == 1.0
         assert task.verify(prompt, "<answer>no number</answer>") < 1.0
+
+
+class Scorer(list):
+    """What reasoning-gym makes, with a scorer that evaluates the answer."""
+
+    def score_answer(self, answer: str, entry: dict[str, str]) -> float:
+        try:
+            while answer == "for ever":
+                pass
+            return float(eval(answer) == 5)
+        except Exception:
+            return 0.01
+
+
+@pytest.fixture
+def evaluating(monkeypatch: pytest.MonkeyPatch) -> None:
+    gym = types.SimpleNamespace(create_dataset=lambda *_, **__: Scorer())
+    monkeypatch.setitem(sys.modules, "reasoning_gym", gym)  # type: ignore[arg-type]
+    monkeypatch.setattr(tasks, "SCORING_SECONDS", 0.2)
+
+
+def test_an_answer_that_takes_for_ever_is_wrong(evaluating: None) -> None:
+    task = make_task("reasoning_gym:products")
+    handler = signal.getsignal(signal.SIGALRM)
+    assert task.verify(Prompt("", {}), "for ever") == 0.0
+    assert task.verify(Prompt("", {}), "2 + 3") == 1.0
+    assert task.verify(Prompt("", {}), "2 +") == 0.01
+    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    with ThreadPoolExecutor() as pool:  # where no signal comes
+        assert pool.submit(task.verify, Prompt("", {}), "5").result() == 1.0
+
+
+def test_what_the_model_wrote_is_not_run(evaluating: None) -> None:
+    task = make_task("reasoning_gym:countdown")
+    assert task.verify(Prompt("", {}), "<answer>(1 + 9) / 2</answer>") == 1.0
+    for answer in ("9**9**9**9", "__import__('os').getpid() * 0 + 5", "len('12345')", "factorial(10**9)"):
+        assert task.verify(Prompt("", {}), f"<answer>{answer}</answer>") == 0.0

@@ -16,6 +16,7 @@ first, beside this Python and not into it; the folders may come in different cal
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -37,9 +38,9 @@ COST_STEPS = 12
 #: Comparison -> its flags; in this order.
 COMPARISONS = {"cost": ("--steps", str(COST_STEPS), "--workers", "1"), "curves": ("--workers", "4")}
 #: Of a comparison, the files that are worth a commit.
-KEPT = ("report.md", "summary.json", "curves.png", "report.html")
+KEPT = ("report.md", "summary.json", "curves.png")  # a lent machine gives eight files back
 #: What else comes back, in one archive.
-LOGS = (".jsonl", ".json", ".log", ".csv", ".md")
+LOGS = (".jsonl", ".json", ".log", ".csv", ".md", ".html")
 #: Exit code of a call that has to be repeated.
 AGAIN = 3
 
@@ -63,19 +64,26 @@ def install(wheels: Path, site: Path) -> None:
             for part in found:
                 file.write(part.read_bytes())
         archives.append(whole)
-    if not archives or (site / "installed").exists():
+    if bool(parts) != (wheels / "trainer").is_dir():
+        there, missing = ("weights-*", "trainer") if parts else ("trainer", "weights-*")
+        raise FileNotFoundError(f"{missing}: expected in {wheels} beside {there}, got none; make gpu-wheels makes both")
+    stamp, names = site / "installed", "\n".join(path.name for path in archives)
+    if not archives or (stamp.exists() and stamp.read_text() == names):
         return
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*command, "--upgrade", "--target", str(site), *map(str, archives)], check=True)
-    (site / "installed").touch()
+    stamp.write_text(names)
 
 
 def train(name: str, config: Path, work: Path, deadline: float) -> int | None:
     """One comparison, until the deadline; its exit code, or None if the time was up."""
     out = work / name
     started = work / next(iter(COMPARISONS)) / "warm_start"
-    if started.exists() and not (out / "warm_start").exists():
-        shutil.copytree(started, out / "warm_start")  # one start for both
+    if (started / "warm_start.json").exists() and not (out / "warm_start").exists():
+        scratch = out / "warm_start.copy"  # one start for both, whole or not at all
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.copytree(started, scratch)
+        os.replace(scratch, out / "warm_start")
     command = [sys.executable, "-m", "entropy_kernels.trainer", "compare", "--config", str(config), "--out", str(out)]
     path = os.pathsep.join(filter(None, [str(SITE), str(ROOT), os.environ.get("PYTHONPATH")]))
     left = deadline - GRACE - time.monotonic()
@@ -89,12 +97,13 @@ def train(name: str, config: Path, work: Path, deadline: float) -> int | None:
         return process.wait(left)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE / 2)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
         return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its runs, too, however this ends
+        process.wait()
 
 
 def pack(work: Path, out: Path) -> None:
@@ -107,7 +116,7 @@ def pack(work: Path, out: Path) -> None:
     with tarfile.open(out / "smollm2-logs.tar.gz", "w:gz") as archive:
         for path in sorted(work.rglob("*")):
             inside = path.relative_to(work)
-            if path.suffix in LOGS and not {"warm_start", "model"} & set(inside.parts):
+            if path.suffix in LOGS and not {"warm_start", "model"} & {part.partition(".")[0] for part in inside.parts}:
                 archive.add(path, inside)
 
 
@@ -123,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--only", choices=list(COMPARISONS), help="one of the two comparisons")
     arguments = parser.parse_args(argv)
     deadline = time.monotonic() + arguments.seconds
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     SITE.parent.mkdir(parents=True, exist_ok=True)
     try:
         install(WHEELS, SITE)
@@ -134,10 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         codes[name] = train(name, arguments.config, arguments.work, deadline)
         pack(arguments.work, arguments.out)
         print(f"{name}: {'time is up, call again' if codes[name] is None else f'exit code {codes[name]}'}", flush=True)
-        if codes[name]:
-            return 1
     print(f"results in {arguments.out}, runs in {arguments.work}")
-    return AGAIN if None in codes.values() else 0
+    return 1 if any(codes.values()) else AGAIN if None in codes.values() else 0
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def run(options: Compare) -> Path:
     if options.seed is not None:
         base.seed = options.seed
     command = ["compare", "--config", str(options.config), "--out", str(options.out), "--methods", *options.methods]
+    command += ["--reuse"] if options.reuse else []
     command += ["--torch-ops", str(options.torch_ops), "--steps", str(base.steps), "--seed", str(base.seed)]
     return run_methods(
         base,

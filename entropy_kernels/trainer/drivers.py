@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -48,7 +49,16 @@ def shared_warm_start(config: TrainerConfig, directory: Path, board: ProgressBoa
     policy.save(directory)
     # the stamp comes last: without it the directory is made anew
     checkpoint.write_json(stamp, key)
+    del policy
+    _leave_gpu()  # to the runs
     return directory
+
+
+def _leave_gpu() -> None:
+    """Give cached memory back: other processes cannot have it otherwise."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def run_side_by_side(runs: dict[str, TrainerConfig], *, workers: int, board: ProgressBoard) -> None:
@@ -95,7 +105,12 @@ def _start(config: TrainerConfig) -> subprocess.Popen[bytes]:
             [sys.executable, "-m", "entropy_kernels.trainer", "from-config", str(config.out / "request.json")],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(config.threads)},
+            # a growing key-value cache leaves behind blocks that fit nothing else, and runs share a GPU
+            env={
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+                **os.environ,
+                "OMP_NUM_THREADS": str(config.threads),
+            },
         )
 
 

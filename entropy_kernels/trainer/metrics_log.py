@@ -44,7 +44,8 @@ DEFINITIONS = {
     "ratio_max": "largest probability ratio of the step",
     "nonfinite_tokens": "valid tokens with a non-finite loss, over all updates of the step",
     "grad_norm": "gradient norm before clipping, mean over updates",
-    "measured_dh": "entropy change of the step on its own tokens: mean after the updates minus mean before, nats",
+    "measured_dh": "entropy change of the step on its own tokens: mean after the updates minus mean before, nats; with "
+    "the rounding of dtype = mixed",
     "predicted_dh": "mean over tokens of -(A/T^2) C: change for a unit step in the logits, were they free parameters",
     "first_order_dh": "gradient of the mean entropy in the weights, times their change in the first update, nats",
     "first_update_dh": "entropy change of the step's first update on the rollout's tokens, nats",

@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,15 @@ class Policy:
             self.model, self.tokenizer, end_id=self.end_id, head=head, memory_budget=self._memory_budget,
             mixed=self.mixed,
         )  # fmt: skip
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Within: products in the precision of the weights."""
+        before, self.mixed = self.mixed, False
+        try:
+            yield
+        finally:
+            self.mixed = before
 
     def precision(self) -> Any:
         """A context in which the model and its head run in the precision of the products."""

@@ -137,7 +137,10 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
             row |= compare_on_first_micro_batch(policy, rollout, config)
         first_order = None
         if config.first_order_every and step % config.first_order_every == 0:
-            first_order = FirstOrder(policy, rollout, config)
+            # one small step changes less than products in half precision show
+            with policy.full_precision():
+                first_order = FirstOrder(policy, rollout, config)
+                entropy_before = entropy_now(policy, rollout, config)
         measuring = time.perf_counter() - collected
 
         # 2. several updates per rollout: from the second on, log-probs differ from the old ones
@@ -151,9 +154,10 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
                 if first_order is not None and len(updates) == 1:
                     probed = time.perf_counter()
                     row["first_order_dh"] = first_order.change()
-                    row["first_update_dh"] = entropy_now(policy, rollout, config) - row["entropy"]
-                    with first_order.fraction(SMALL):
-                        row["small_update_dh"] = (entropy_now(policy, rollout, config) - row["entropy"]) / SMALL
+                    with policy.full_precision():
+                        row["first_update_dh"] = entropy_now(policy, rollout, config) - entropy_before
+                        with first_order.fraction(SMALL):
+                            row["small_update_dh"] = (entropy_now(policy, rollout, config) - entropy_before) / SMALL
                     measuring += time.perf_counter() - probed
         row |= average(updates)
         updated = time.perf_counter()
@@ -164,6 +168,7 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
             row["measured_dh"] = entropy_now(policy, rollout, config) - row["entropy"]
         if first_order is not None:
             row["first_order_step_dh"] = first_order.change()
+            first_order = None  # as large as the model three times
         ended = time.perf_counter()
         measuring += ended - updated
 
@@ -390,6 +395,8 @@ def validate(policy: Policy, task: Task, config: TrainerConfig, step: int, *, fi
     if final:
         prefix, prompts, samples = "final", config.final_eval_prompts, config.final_eval_samples
     metrics = evaluate(policy, task, config, prompts=prompts, samples=samples, generator=generator)
+    if policy.device.type == "cuda":
+        torch.cuda.empty_cache()  # more completions at once than a step has: other runs on the GPU may need it
     seconds = time.perf_counter() - started
     return {**{f"{prefix}_{name}": value for name, value in metrics.items()}, f"time/{prefix}": seconds}
 

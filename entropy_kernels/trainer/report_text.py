@@ -156,12 +156,11 @@ def limits(summary: Mapping[str, Mapping[str, Any]], base: TrainerConfig) -> lis
         if method in summary and "final_pass1" in summary[method]:
             gap = summary[method]["final_pass1"]["mean"] - first["final_pass1"]["mean"]
             noise = max(summary[method]["final_pass1"]["sd"] or 0.0, first["final_pass1"]["sd"] or 0.0)
-            one = "seeds of the walk spread by .01 to .03, and this is one seed"
+            walk = base.task == "walk"
+            one = "seeds spread by .01 to .03, and this is one" if walk else "this is one seed"
             seeds = f"the seeds spread by {noise:.3f}" if noise else one
-            lines.append(
-                f"pass@1: {label} ends {gap:+.3f} from the baseline; {seeds}. "
-                "The gain that shows here is in pass@k and diversity."
-            )
+            shows = " The gain that shows here is in pass@k and diversity." if walk else ""
+            lines.append(f"pass@1: {label} ends {gap:+.3f} from the baseline; {seeds}.{shows}")
     if "law_r2" in first:
         lines.append(
             f"The shape of the law: on the baseline e^H explains {first['law_r2']['mean']:.3f} of the variance and a "
@@ -192,11 +191,12 @@ def markdown(record: Mapping[str, Any], *, picture: str) -> str:
     checks = [[c["claim"], c["figure"], "holds" if c["holds"] else "**does not hold**"] for c in record["criteria"]]
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
     seeds = len(record["seeds"])
+    minutes = f"{record['seconds'] / 60:.0f} minutes{again(record)}"
     return "\n".join(
         [
             f"# {heading(record)}, {seeds} seed{'s' if seeds > 1 else ''}",
             "",
-            f"`{record['command']}` took {record['seconds'] / 60:.0f} minutes on {record['hardware']} ({versions}).",
+            f"`{record['command']}` took {minutes} on {record['hardware']} ({versions}).",
             "",
             f"![entropy, pass@1 and pass@8 over training steps]({picture})",
             "",
@@ -236,6 +236,11 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
 
 
+def again(record: Mapping[str, Any]) -> str:
+    """That an earlier call did a part of the work."""
+    return " this time" if "--reuse" in record["command"].split() else ""
+
+
 def beside(workers: int) -> str:
     """What the times are to be read with."""
     return f" {workers} runs at the same time." if workers > 1 else ""
@@ -243,4 +248,7 @@ def beside(workers: int) -> str:
 
 def heading(record: Mapping[str, Any]) -> str:
     """What was trained, in a few words."""
-    return "Walk, with random-token controls" if record["task"] == "walk" else f"{record['model']} on {record['task']}"
+    if record["task"] != "walk":
+        return f"{record['model']} on {record['task']}"
+    controls = any(method.startswith("random") for method in record["methods"])
+    return "Walk, with random-token controls" if controls else "Walk"

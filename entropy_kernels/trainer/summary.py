@@ -49,11 +49,11 @@ def end_values(log: DataFrame) -> dict[str, float]:
         if f"time/{name}" in log and log[f"time/{name}"].notna().any():
             values[f"seconds_{name}"] = float(log[f"time/{name}"].median())
     if "memory/peak" in log and log["memory/peak"].notna().any():
-        values["memory_peak"] = float(log["memory/peak"].max())
+        values["memory_peak"] = float(log["memory/peak"].median())
     if "time/step" in log:
         values["seconds_per_step"] = float(log["time/step"].median())
-        values["ops_share"] = float(log["time/ops"].sum() / log["time/step"].sum())
-        values["tokens_per_s"] = float(log["tokens"].sum() / log["time/step"].sum())
+        values["ops_share"] = float((log["time/ops"] / log["time/step"]).median())
+        values["tokens_per_s"] = float((log["tokens"] / log["time/step"]).median())
     return values
 
 

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import ast
 import random
+import re
+import signal
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl
 
 Split = Literal["train", "validation"]
+
+#: Longest time that an answer's score may take.
+SCORING_SECONDS = 1.0
+#: Datasets of reasoning-gym whose answers are arithmetic that the scorer evaluates.
+_EVALUATED = frozenset({"countdown"})
 
 
 @dataclass(frozen=True)
@@ -195,8 +204,17 @@ class ReasoningGymTask:
         return [Prompt(f"{entry['question']}\n{self.instruction}", entry) for entry in entries]
 
     def verify(self, prompt: Prompt, completion: str) -> float:
-        """reasoning-gym's score of the extracted answer."""
-        return float(self._scorer.score_answer(answer=extract_answer(completion), entry=prompt.data))
+        """reasoning-gym's score of the extracted answer; 0 for one that its scorer cannot be asked about.
+
+        Some scorers evaluate what the model wrote: 9**9**9**9 would take for ever. One that takes longer than a second
+        is stopped, where the interpreter can be: in its main thread.
+        """
+        answer = extract_answer(completion)
+        if self._dataset in _EVALUATED and ("**" in answer or not re.fullmatch(r"[\d\s+\-*/().]*", answer)):
+            return 0.0
+        with _time_limit(SCORING_SECONDS):
+            return float(self._scorer.score_answer(answer=answer, entry=prompt.data))
+        return 0.0
 
     def demonstrations(self, count: int, *, seed: int, wrong_fraction: float) -> list[tuple[str, str]]:
         """The generator's own answers in the format of the instruction; some of them exchanged between problems."""
@@ -212,6 +230,31 @@ class ReasoningGymTask:
     def words(self) -> None:
         """No small vocabulary covers these problems."""
         return
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception: scorers catch those."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """What stands within is left after so many seconds."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: Any) -> None:
+        raise _OutOfTime
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _OutOfTime:
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def extract_answer(completion: str) -> str:
