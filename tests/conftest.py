@@ -63,10 +63,10 @@ def on_gpu(backend: str, *ops: str) -> pytest.MarkDecorator:
 
 def places(op: str = "token_stats") -> list:
     """pytest parameters: every backend of ``op`` on every device here, skipped with the reason where it cannot run."""
-    on_gpu = [Place(name, "cuda") for name in ("torch", "triton", "cuda")] if torch.cuda.is_available() else []
+    there = [Place(name, "cuda") for name in ("torch", "triton", "cuda")] if torch.cuda.is_available() else []
     interpreted = [] if torch.cuda.is_available() else [Place("triton", "cpu")]
     params = []
-    for place in (Place("torch", "cpu"), Place("cpu", "cpu"), *interpreted, *on_gpu):
+    for place in (Place("torch", "cpu"), Place("cpu", "cpu"), *interpreted, *there):
         reason = ek.backends()[op][place.backend]
         marks = [] if reason == "available" else [pytest.mark.skip(reason=f"backend {place.backend}: {reason}")]
         if place.device == "cuda":

@@ -110,10 +110,9 @@ def surrogate(case: Case, data: dict[str, Tensor], chosen: Tensor) -> tuple[Tens
     """Term and slope token by token, in Python's floats: SPEC of the losses, as written in docs/losses.md."""
     low, high, dual = case.clips
     terms, slopes = [], []
-    columns = (*(data[name] for name in ("logprob", "old_logprob", "advantages", "mask")), chosen)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    for logprob, old, advantage, valid, selected in rows:
-        difference = float(torch.tensor(logprob) - torch.tensor(old))  # in fp32, as the inputs are
+    differences = data["logprob"] - data["old_logprob"]  # in fp32, as the inputs are
+    columns = (differences, data["advantages"], data["mask"], chosen)
+    for difference, advantage, valid, selected in zip(*(column.tolist() for column in columns), strict=True):
         if not valid:
             term, slope = 0.0, 0.0
         elif not (math.isfinite(difference) and math.isfinite(advantage)):
