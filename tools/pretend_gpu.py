@@ -56,11 +56,11 @@ def _build_and_load() -> None:
 
 _build_and_load()
 
-import torch
-from torch import Tensor
-from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils._mode_utils import no_dispatch  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -71,7 +71,16 @@ WAITING = (
     "bincount", "repeat_interleave",
 )  # fmt: skip
 #: Beside operations tagged pointwise, these take a 0-d CPU tensor among those of a GPU, without a wait.
-TAKES_A_NUMBER = ("index_put", "index_put_", "_index_put_impl_", "fill", "fill_", "where", "masked_fill", "masked_fill_")
+TAKES_A_NUMBER = (
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "fill",
+    "fill_",
+    "where",
+    "masked_fill",
+    "masked_fill_",
+)
 MOVES = ("_to_copy", "copy_", "copy", "_copy_from", "set_")
 
 
@@ -153,7 +162,7 @@ class Device(TorchDispatchMode):
             self.sync(name)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("cpu")} if to is not None else kwargs
-        if name == "_to_copy" and not all(here) == to_gpu:  # between devices it is a copy, always
+        if name == "_to_copy" and all(here) != to_gpu:  # between devices it is a copy, always
             kwargs = {k: v for k, v in kwargs.items() if k != "non_blocking"}
         kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} if to_gpu else kwargs
         function = OUT_DTYPE.get(func, func)
@@ -188,7 +197,8 @@ class Device(TorchDispatchMode):
             strangers = [tensor for tensor in strangers if id(tensor) not in indices]
         if strangers:
             raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
+                f"({func})"
             )
 
     def _check_generator(self, kwargs: dict[str, Any], to_gpu: bool) -> None:
@@ -243,7 +253,9 @@ def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype, **out: Tensor) -> Tensor:
     return torch.mm(a.to(out_dtype), b.to(out_dtype), **out)
 
 
-def _addmm(c: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: Any = 1, alpha: Any = 1, **out: Any) -> Any:
+def _addmm(
+    c: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: Any = 1, alpha: Any = 1, **out: Any
+) -> Any:
     return torch.addmm(c.to(out_dtype), a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, **out)
 
 
@@ -372,8 +384,8 @@ def _synchronize(*args: Any) -> None:
 
 def _patch_torch() -> None:
     properties = types.SimpleNamespace(
-        name="Pretended H100", major=9, minor=0, multi_processor_count=132, total_memory=4 << 30, L2_cache_size=50 << 20,
-        warp_size=32, gcnArchName="", shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
+        name="Pretended H100", major=9, minor=0, multi_processor_count=132, total_memory=4 << 30,
+        L2_cache_size=50 << 20, warp_size=32, gcnArchName="", shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, is_integrated=False,
     )  # fmt: skip
     answers: dict[str, Any] = {
