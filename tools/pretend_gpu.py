@@ -385,7 +385,8 @@ def _synchronize(*args: Any) -> None:
 def _patch_torch() -> None:
     properties = types.SimpleNamespace(
         name="Pretended H100", major=9, minor=0, multi_processor_count=132, total_memory=4 << 30,
-        L2_cache_size=50 << 20, warp_size=32, gcnArchName="", shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
+        L2_cache_size=50 << 20, warp_size=32, gcnArchName="", shared_memory_per_block_optin=232448,
+        shared_memory_per_multiprocessor=233472,
         regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, is_integrated=False,
     )  # fmt: skip
     answers: dict[str, Any] = {
