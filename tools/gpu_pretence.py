@@ -1,7 +1,7 @@
 """A GPU that is pretended, to rehearse without one what will run on one: tests, benchmark, kernel_calls.
 
-    python tools/pretend_gpu.py -m pytest -m gpu tests/test_hardware.py
-    python tools/pretend_gpu.py tools/kernel_calls.py small
+    python tools/gpu_pretence.py -m pytest -m gpu tests/test_hardware.py
+    python tools/gpu_pretence.py tools/kernel_calls.py small
 
 Tensors "on cuda" are CPU tensors in a wrapper that says otherwise, and every operation on them comes by here. What is
 strict as on a GPU: tensors of two devices in one operation; host syncs under ``set_sync_debug_mode`` and while a graph
@@ -9,7 +9,7 @@ is captured; generators of another device; ``numpy()``. A graph is a list of the
 The CUDA backend is served by the C++ kernels, the Triton backend by Triton's interpreter.
 
 It cannot show anything of the kernels themselves, of streams, memory or speed, nor what torch's own CUDA operations
-would round or refuse otherwise; torch.compile is the identity. As a plugin (``pytest -p pretend_gpu``) it works in
+would round or refuse otherwise; torch.compile is the identity. As a plugin (``pytest -p gpu_pretence``) it works in
 the processes of xdist, too.
 """
 
@@ -39,11 +39,11 @@ os.environ["ENTROPY_KERNELS_TRITON_TUNE"] = "0"
 def _build_and_load() -> None:
     """Autograd's engine asks for streams below Python. It remembers what it found: so this comes before torch."""
     if "torch" in sys.modules:
-        raise RuntimeError("pretend_gpu: expected to be imported before torch")
+        raise RuntimeError("gpu_pretence: expected to be imported before torch")
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
-    source = HERE / "pretend_gpu.cpp"
+    source = HERE / "gpu_pretence.cpp"
     stamp = f"{source.stat().st_mtime_ns}-{torch_folder.stat().st_mtime_ns}"
-    library = Path(tempfile.gettempdir()) / f"pretend_gpu-{os.getuid()}-{stamp}.so"
+    library = Path(tempfile.gettempdir()) / f"gpu_pretence-{os.getuid()}-{stamp}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
         libraries = (f"-Wl,-rpath,{torch_folder / 'lib'}", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu")
@@ -176,7 +176,7 @@ class Device(TorchDispatchMode):
         known = {id(tensor.behind): tensor for tensor in tensors if isinstance(tensor, Pretended)}
         for tensor in known.values():
             if tensor.shape != tensor.behind.shape or tensor.stride() != tensor.behind.stride():
-                raise NotImplementedError(f"pretend_gpu: {func} changes the shape of its argument")
+                raise NotImplementedError(f"gpu_pretence: {func} changes the shape of its argument")
         on_gpu = to_gpu if name != "copy_" else here[0]
 
         def dress(tensor: Tensor) -> Tensor:
@@ -452,6 +452,7 @@ def pytest_load_initial_conftests() -> None:
 LIMITS = {
     "opcheck": "torch's checks of an operator want to change its tensors' shape",
     "compile": "torch.compile is the identity",
+    "test_no_kernel_uses_local_memory": "there are no kernels",
     "test_fake_tensors": "fake tensors are a pretence, too",
     "test_nothing_is_computed_without_a_gradient": "a wrapper is no inference tensor",
 }
@@ -472,7 +473,7 @@ def main() -> None:
     """Run a script or a module, as ``python`` does."""
     if len(sys.argv) < 2 or sys.argv[1:] == ["-m"]:
         sys.exit(__doc__)
-    sys.modules["pretend_gpu"] = sys.modules["__main__"]
+    sys.modules["gpu_pretence"] = sys.modules["__main__"]
     sys.path[0] = os.getcwd()
     pretend()
     if sys.argv[1] == "-m":
