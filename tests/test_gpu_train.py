@@ -112,7 +112,7 @@ def test_a_run_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     checkpoint.write_json(tmp_path / "bad.json", {"steps": -1})
     monkeypatch.setattr(gpu_train, "WHEELS", tmp_path / "none")
     call = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--config", str(tmp_path / "bad.json")]
-    assert gpu_train.main(call) == 1
+    assert gpu_train.main([*call, "--only", "cost"]) == 1
 
 
 def test_a_signal_stops_the_runs_too(tmp_path: Path) -> None:
