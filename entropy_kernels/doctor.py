@@ -15,6 +15,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels._console import print_table
+from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels.backends import auto_table, registry
 from entropy_kernels.self_check import Check, device_types, self_check
 
@@ -96,16 +97,15 @@ def hardware() -> list[tuple[str, str]]:
     """CPU, GPUs, threads and the environment variables that change what runs."""
     rows = [
         ("machine", f"{platform.machine()}, {platform.system()} {platform.release()}"),
-        ("CPU", _cpu_name()),
-        ("cores", f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable"),
+        ("CPU", cpu_name()),
+        ("cores", f"{usable_cores()} usable"),
         ("torch threads", str(torch.get_num_threads())),
         ("CPU capability, torch", torch.backends.cpu.get_cpu_capability()),
         ("CPU capability, ours", _capability()),
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            p = torch.cuda.get_device_properties(index)
-            rows.append((f"GPU {index}", f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"))
+            rows.append((f"GPU {index}", gpu_name(index)))
     else:
         rows.append(("GPU", "none that torch can use"))
     rows += [(key, value) for key, value in sorted(os.environ.items()) if key.startswith(_SWITCHES)]
@@ -243,11 +243,3 @@ def _capability() -> str:
     except RuntimeError as error:  # ENTROPY_KERNELS_CPU_CAPABILITY asks for one that this CPU lacks
         return f"error: {error}"
     return f"{found['selected']} (available: {', '.join(found['available'])})"
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"

@@ -83,7 +83,7 @@ def test_a_hanging_step_is_ended_with_its_children(tmp_path: Path) -> None:
 def test_a_step_out_of_time_may_write_what_it_has(tmp_path: Path) -> None:
     """As pytest does its report, and the benchmark its document."""
     code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written')"
-    (result,) = gpu_check.run([gpu_check.Step("slow", python(code), 5.0)], tmp_path, tmp_path / "o", deadline=60)
+    (result,) = gpu_check.run([gpu_check.Step("slow", python(code), 10.0)], tmp_path, tmp_path / "o", deadline=60)
     assert result.state == "out of time" and (tmp_path / "slow.log").read_text() == "written\n"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entropy_kernels import doctor
+from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels.analysis import plots
 from entropy_kernels.analysis.plot_style import method_style
 from entropy_kernels.trainer.checkpoint import write_bytes, write_json, write_text
@@ -157,10 +157,9 @@ def write_report(
 def hardware_line(base: TrainerConfig) -> str:
     """The GPU that runs of this configuration use, else the processor."""
     device = resolve_device(base.device)
-    rows = dict(doctor.hardware())
     if device.type == "cuda":
-        return rows[f"GPU {device.index or 0}"]
-    return f"{rows['CPU']}, {rows['cores']}, {base.threads} thread{'s' if base.threads > 1 else ''} a run"
+        return gpu_name(device.index or 0)
+    return f"{cpu_name()}, {usable_cores()} cores, {base.threads} thread{'s' if base.threads > 1 else ''} a run"
 
 
 def write_kept(out: Path, runs: Runs, *, names: Mapping[str, DataFrame], picture: str) -> None:
