@@ -172,6 +172,15 @@ def test_a_folder_that_cannot_be_written_to(
     assert why is None or why in said
 
 
+def test_a_rehearsal_pretends_a_gpu(tmp_path: Path) -> None:
+    """Tests and benchmark run behind tools/gpu_pretence.py; the others as they are."""
+    plan = gpu_check.plan(sys.executable, tmp_path, wheels=tmp_path, gpu=None)
+    commands = {step.name: gpu_check.pretended(step).command for step in plan}
+    assert commands["tests-cuda"][1:6] == ("-m", "pytest", "-p", "gpu_pretence", "-q")
+    assert commands["benchmark"][1:4] == ("tools/gpu_pretence.py", "-m", "benchmarks.run")
+    assert all(commands[step.name] == step.command for step in plan if step.name in ("machine", "build", "memcheck"))
+
+
 def test_the_fingerprint_is_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()

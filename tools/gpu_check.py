@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -120,6 +120,16 @@ def plan(
 
 
 _OUR_KERNELS = "token_stats|linear_forward|selection|covariance|policy_loss"
+
+
+def pretended(step: Step) -> Step:
+    """The same on a GPU that is pretended (tools/gpu_pretence.py), with the time that it takes there."""
+    start, rest = step.command[:3], step.command[3:]
+    if start[1:] == ("-m", "pytest"):
+        return replace(step, command=(*start, "-p", "gpu_pretence", *rest), limit=20 * step.limit)
+    if start[1:] == ("-m", "benchmarks.run"):
+        return replace(step, command=(start[0], "tools/gpu_pretence.py", *start[1:], *rest))
+    return step
 
 
 def _doctor(python: str, report: Path) -> str:
@@ -295,12 +305,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--profile", action="store_true", help="a last step: ncu on large calls of each kernel, as text")
     add("--tune", action="store_true", help="let Triton's tilings be measured, which takes seconds per class of shapes")
     add("--commit", default=os.environ.get("COMMIT"), help="of the sources, where there is no repository; or $COMMIT")
-    add("--rehearse", action="store_true", help="run the steps without a GPU too, to see what each would do")
+    add(
+        "--rehearse", action="store_true",
+        help="run the steps without a GPU too: tests and benchmark on a pretended one, the others as far as they go",
+    )  # fmt: skip
     add("--list", action="store_true", help="print the steps and stop")
     arguments = parser.parse_args(argv)
     gpu, commit, work = find_gpu(), commit_of(arguments.commit), arguments.work.resolve()
     wheels = ROOT / ".wheels" / "peers"
     steps = plan(sys.executable, work, wheels=wheels, gpu=gpu, commit=commit, profile=arguments.profile)
+    if arguments.rehearse and gpu is None:
+        steps = [pretended(step) for step in steps]
     if arguments.only:
         wanted = arguments.only.split(",")
         unknown = set(wanted) - {step.name for step in steps}

@@ -40,7 +40,7 @@ def _build_and_load() -> None:
     """Autograd's engine asks for streams below Python. It remembers what it found: so this comes before torch."""
     if "torch" in sys.modules:
         raise RuntimeError("gpu_pretence: expected to be imported before torch")
-    torch_folder = Path(importlib.util.find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
+    torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     source = HERE / "gpu_pretence.cpp"
     stamp = f"{source.stat().st_mtime_ns}-{torch_folder.stat().st_mtime_ns}"
     library = Path(tempfile.gettempdir()) / f"gpu_pretence-{os.getuid()}-{stamp}.so"
@@ -54,7 +54,7 @@ def _build_and_load() -> None:
     ctypes.CDLL(str(library))
 
 
-_build_and_load()
+_build_and_load()  # which is why the imports below are not at the top
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -160,8 +160,8 @@ class Device(TorchDispatchMode):
         self._check_generator(kwargs, to_gpu)
         if _waits(name, args, kwargs, any(here), to_gpu):
             self.sync(name)
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": torch.device("cpu")} if to is not None else kwargs
+        if to is not None:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
         if name == "_to_copy" and all(here) != to_gpu:  # between devices it is a copy, always
             kwargs = {k: v for k, v in kwargs.items() if k != "non_blocking"}
         kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} if to_gpu else kwargs
@@ -197,8 +197,7 @@ class Device(TorchDispatchMode):
             strangers = [tensor for tensor in strangers if id(tensor) not in indices]
         if strangers:
             raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
-                f"({func})"
+                f"Expected all tensors to be on the same device, but found at least two, cuda:0 and cpu ({func})"
             )
 
     def _check_generator(self, kwargs: dict[str, Any], to_gpu: bool) -> None:
@@ -384,10 +383,8 @@ def _synchronize(*args: Any) -> None:
 
 def _patch_torch() -> None:
     properties = types.SimpleNamespace(
-        name="Pretended H100", major=9, minor=0, multi_processor_count=132, total_memory=4 << 30,
-        L2_cache_size=50 << 20, warp_size=32, gcnArchName="", shared_memory_per_block_optin=232448,
-        shared_memory_per_multiprocessor=233472,
-        regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, is_integrated=False,
+        name="Pretended H100", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=4 << 30,
+        L2_cache_size=50 << 20, shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10,
     )  # fmt: skip
     answers: dict[str, Any] = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "_lazy_init": None,
@@ -403,15 +400,15 @@ def _patch_torch() -> None:
     torch.cuda.get_sync_debug_mode = lambda: ("default", "warn", "error").index(device.sync_mode)
     torch.cuda.set_sync_debug_mode, torch.cuda.synchronize = _set_sync_debug_mode, _synchronize
     torch.cuda.is_current_stream_capturing = lambda: device.graph is not None
-    torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph = Stream, Event, Graph  # type: ignore[misc, assignment]
-    torch.cuda.graph, torch.cuda.stream = capture, on_stream  # type: ignore[misc, assignment]
-    torch.cuda.device_of = torch.cuda.device = lambda *args: contextlib.nullcontext()  # type: ignore[misc, assignment]
+    torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph = Stream, Event, Graph
+    torch.cuda.graph, torch.cuda.stream = capture, on_stream
+    torch.cuda.device_of = torch.cuda.device = lambda *args: contextlib.nullcontext()
     # numbers of the pretended device are drawn from the CPU's generator
     torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
     torch.cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
     torch.cuda.set_rng_state_all = lambda states: torch.set_rng_state(states[0])
-    torch.Generator = Generator  # type: ignore[misc]
+    torch.Generator = Generator
     torch.version.cuda = "13.0"
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(1, device="cuda"): made on the CPU, then copied
     torch.compile = lambda function=None, **options: function or (lambda f: f)
@@ -427,7 +424,7 @@ def pretend() -> None:
             IN_PYTHON[name] = function
         implement(self, name, function, key, **options)
 
-    torch.library.Library.impl = remember  # type: ignore[method-assign]
+    torch.library.Library.impl = remember
     device.__enter__()
     sys.path.insert(0, str(HERE.parent))
     if importlib.util.find_spec("triton") is not None:
@@ -439,7 +436,7 @@ def pretend() -> None:
         tiling.hardware = lambda device: tiling.Hardware(1, 256, True)  # what the interpreter is fastest with
     from entropy_kernels.backends import native
 
-    native.cuda_load_error = native.load_error  # type: ignore[assignment]
+    native.cuda_load_error = native.load_error
     native.has_cuda_kernel = lambda name: True
 
 
@@ -453,6 +450,7 @@ LIMITS = {
     "opcheck": "torch's checks of an operator want to change its tensors' shape",
     "compile": "torch.compile is the identity",
     "test_no_kernel_uses_local_memory": "there are no kernels",
+    "test_double_has_only_plain_loads[600]": "the C++ kernel adds doubles in longer chains than a GPU",
     "test_fake_tensors": "fake tensors are a pretence, too",
     "test_nothing_is_computed_without_a_gradient": "a wrapper is no inference tensor",
 }
