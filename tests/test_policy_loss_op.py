@@ -111,8 +111,12 @@ def surrogate(case: Case, data: dict[str, Tensor], chosen: Tensor) -> tuple[Tens
     low, high, dual = case.clips
     terms, slopes = [], []
     differences = data["logprob"] - data["old_logprob"]  # in fp32, as the inputs are
-    columns = (differences, data["advantages"], data["mask"], chosen)
-    for difference, advantage, valid, selected in zip(*(column.tolist() for column in columns), strict=True):
+    d = differences.double().requires_grad_()
+    value = ek.losses.kl_estimate(d, case.estimator)
+    change = torch.autograd.grad(value.sum(), d)[0] if value.requires_grad else torch.zeros_like(d)
+    columns = (differences, data["advantages"], data["mask"], chosen, value, change)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    for difference, advantage, valid, selected, penalty, penalty_slope in rows:
         if not valid:
             term, slope = 0.0, 0.0
         elif not (math.isfinite(difference) and math.isfinite(advantage)):
@@ -129,11 +133,9 @@ def surrogate(case: Case, data: dict[str, Tensor], chosen: Tensor) -> tuple[Tens
                 slope = 0.0
                 term = 0.0 if case.selected == Selected.DROPPED else term
             if selected and case.selected == Selected.PENALISED:
-                d = torch.tensor(difference, dtype=torch.float64, requires_grad=True)
-                value = ek.losses.kl_estimate(d, case.estimator)
                 beta = float(data["coefficient"])
-                term += beta * value.item()
-                slope += beta * torch.autograd.grad(value, d)[0].item() if value.requires_grad else 0.0
+                term += beta * penalty
+                slope += beta * penalty_slope
         terms.append(term)
         slopes.append(slope)
     return torch.tensor(terms, dtype=torch.float64), torch.tensor(slopes, dtype=torch.float64)
