@@ -191,6 +191,20 @@ def test_complete_runs_are_kept_and_others_continued(tmp_path: Path) -> None:
     assert drivers.unfinished({"run": settings}) == {"run": dataclasses.replace(settings, resume=True)}
 
 
+def test_runs_from_a_start_that_was_made_anew_are_run_again(tmp_path: Path) -> None:
+    def start() -> Path:
+        made = dataclasses.replace(TINY, warm_steps=1, warm_batch=8)
+        return drivers.shared_warm_start(made, tmp_path / "start", ProgressBoard(enabled=False))
+
+    settings = config(tmp_path / "run", steps=1, warm_start_from=start())
+    ppo.train(settings)
+    start()
+    assert drivers.unfinished({"run": settings}) == {}
+    (tmp_path / "start" / "warm_start.json").unlink()
+    start()
+    assert drivers.unfinished({"run": settings}) == {"run": settings}
+
+
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {**TINY.to_dict(), "warm_steps": 2, "warm_batch": 8, "dtype": "mixed", "steps": 4, "measure_memory": False}
     checkpoint.write_json(tmp_path / "tiny.json", {**values, "command": ["what a run adds"]})

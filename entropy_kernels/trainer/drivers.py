@@ -147,6 +147,9 @@ def _same_configuration(config: TrainerConfig) -> bool:
     saved, metrics = config.out / "config.json", config.out / "metrics.jsonl"
     if not (saved.exists() and metrics.exists()):
         return False
+    start = None if config.warm_start_from is None else config.warm_start_from / "warm_start.json"
+    if start is not None and start.exists() and start.stat().st_mtime_ns > saved.stat().st_mtime_ns:
+        return False  # the run began at another one
     values = json.loads(saved.read_text(encoding="utf-8"))
     ignored = {"overwrite", "progress", "resume"}
     return all(values.get(k) == v for k, v in config.to_dict().items() if k not in ignored)
