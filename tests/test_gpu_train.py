@@ -109,7 +109,7 @@ def test_a_call_whose_time_is_up_and_the_next(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_run_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.write_json(tmp_path / "bad.json", {"steps": -1})
+    checkpoint.write_json(tmp_path / "bad.json", {"temperature": 0.0})
     monkeypatch.setattr(gpu_train, "WHEELS", tmp_path / "none")
     call = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--config", str(tmp_path / "bad.json")]
     assert gpu_train.main([*call, "--only", "cost"]) == 1

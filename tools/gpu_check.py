@@ -165,6 +165,8 @@ def run(
     steps: Sequence[Step], work: Path, out: Path, *, deadline: float, gpu: Gpu | None = None, head: dict | None = None
 ) -> list[Result]:
     """Run the steps within ``deadline`` seconds: logs go to ``work`` and, after each step, the results to ``out``."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a background job; steps would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     work.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + deadline
     results = {result.name: result for result in gpu_summary.earlier(work)}

@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--only", choices=list(COMPARISONS), help="one of the two comparisons")
     arguments = parser.parse_args(argv)
     deadline = time.monotonic() + arguments.seconds
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a background job; runs would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     SITE.parent.mkdir(parents=True, exist_ok=True)
     try:
