@@ -165,8 +165,7 @@ def run(
     steps: Sequence[Step], work: Path, out: Path, *, deadline: float, gpu: Gpu | None = None, head: dict | None = None
 ) -> list[Result]:
     """Run the steps within ``deadline`` seconds: logs go to ``work`` and, after each step, the results to ``out``."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a background job; steps would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed_interrupts()
     work.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + deadline
     results = {result.name: result for result in gpu_summary.earlier(work)}
@@ -200,7 +199,7 @@ def _run_step(step: Step, work: Path, end: float, needed: Result | None) -> Resu
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, **_ENVIRONMENT, **step.variables},
             )  # fmt: skip
-            code = _wait(process, limit)
+            code = wait(process, limit, min(GRACE, GRACE_SHARE * limit))
     except OSError as error:
         return Result(step.name, shown, FAILED, time.monotonic() - started, str(error))
     seconds = time.monotonic() - started
@@ -222,21 +221,26 @@ def _here(text: str) -> str:
     return text.replace(f"{ROOT}{os.sep}", "").replace(sys.executable, "python")
 
 
-def _wait(process: subprocess.Popen, limit: float) -> int | None:
-    """The exit code, or None if the time was up: then pytest and the benchmark write what they have, if interrupted."""
-    grace = min(GRACE, GRACE_SHARE * limit)
+def wait(process: subprocess.Popen, limit: float, grace: float) -> int | None:
+    """The exit code, or None if the time was up: then it is interrupted, and has `grace` seconds of the limit to write
+    what it has. It has to lead a session, whose other processes go with it, however this ends."""
     try:
         return process.wait(limit - grace)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-    try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
+        return None
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it has left behind, too
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return None
+
+
+def heed_interrupts() -> None:
+    """A background job ignores them, and what it starts would inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def find_gpu() -> Gpu | None:

@@ -16,7 +16,6 @@ first, beside this Python and not into it; the folders may come in different cal
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import signal
@@ -26,6 +25,9 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import gpu_check
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEELS = ROOT / ".wheels"
@@ -59,17 +61,17 @@ def install(wheels: Path, site: Path) -> None:
         expected = int(found[0].name.rpartition("-")[2])
         if len(found) != expected:
             raise FileNotFoundError(f"{name}: expected {expected} parts in {wheels}/weights-*, got {len(found)}")
-        whole = site.parent / name
-        with open(whole, "wb") as file:
-            for part in found:
-                file.write(part.read_bytes())
-        archives.append(whole)
+        archives.append(site.parent / name)
     if bool(parts) != (wheels / "trainer").is_dir():
         there, missing = ("weights-*", "trainer") if parts else ("trainer", "weights-*")
         raise FileNotFoundError(f"{missing}: expected in {wheels} beside {there}, got none; make gpu-wheels makes both")
     stamp, names = site / "installed", "\n".join(path.name for path in archives)
     if not archives or (stamp.exists() and stamp.read_text() == names):
         return
+    for name, found in parts.items():
+        with open(site.parent / name, "wb") as file:
+            for part in found:
+                file.write(part.read_bytes())
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*command, "--upgrade", "--target", str(site), *map(str, archives)], check=True)
     stamp.write_text(names)
@@ -86,24 +88,14 @@ def train(name: str, config: Path, work: Path, deadline: float) -> int | None:
         os.replace(scratch, out / "warm_start")
     command = [sys.executable, "-m", "entropy_kernels.trainer", "compare", "--config", str(config), "--out", str(out)]
     path = os.pathsep.join(filter(None, [str(SITE), str(ROOT), os.environ.get("PYTHONPATH")]))
-    left = deadline - GRACE - time.monotonic()
-    if left <= 0:
+    left = deadline - GRACE / 2 - time.monotonic()  # the other half is for packing
+    if left <= GRACE / 2:
         return None
     process = subprocess.Popen(
         [*command, "--reuse", *COMPARISONS[name]], cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
         start_new_session=True,
     )  # fmt: skip
-    try:
-        return process.wait(left)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE / 2)
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its runs, too, however this ends
-        process.wait()
+    return gpu_check.wait(process, left, GRACE / 2)
 
 
 def pack(work: Path, out: Path) -> None:
@@ -131,9 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seconds", type=float, default=SECONDS, help="for this call (default: %(default)s)")
     add("--only", choices=list(COMPARISONS), help="one of the two comparisons")
     arguments = parser.parse_args(argv)
-    deadline = time.monotonic() + arguments.seconds
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a background job; runs would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    deadline, work = time.monotonic() + arguments.seconds, arguments.work.resolve()
+    gpu_check.heed_interrupts()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     SITE.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -143,10 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     codes = {}
     for name in [arguments.only] if arguments.only else COMPARISONS:
-        codes[name] = train(name, arguments.config, arguments.work, deadline)
-        pack(arguments.work, arguments.out)
+        codes[name] = train(name, arguments.config.resolve(), work, deadline)
+        pack(work, arguments.out)
         print(f"{name}: {'time is up, call again' if codes[name] is None else f'exit code {codes[name]}'}", flush=True)
-    print(f"results in {arguments.out}, runs in {arguments.work}")
+    print(f"results in {arguments.out}, runs in {work}")
     return 1 if any(codes.values()) else AGAIN if None in codes.values() else 0
 
 
