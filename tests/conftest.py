@@ -28,6 +28,8 @@ import loss_cases
 import pretended
 from entropy_kernels.backends import auto_table, registry
 
+pytest_plugins = ["gpu_guard"]
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     import interpreter
 
@@ -178,31 +180,6 @@ def loss_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
         pretended.serve_auto_with(monkeypatch, place.backend)
         monkeypatch.setattr(loss_cases.OnDevice, "device", place.device)
     return place
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--gpu-backend", choices=("cuda", "triton", "rest"), help="of the tests marked gpu only those of this backend"
-    )
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Write into the report what a test marked gpu is about; leave out those that --gpu-backend does not ask for."""
-    wanted = config.getoption("--gpu-backend")
-    kept, left_out = [], []
-    for item in items:
-        marks = list(item.iter_markers("gpu"))
-        # the nearest one that names a backend: a parameter's goes before that of the module
-        named = next((mark.kwargs for mark in marks if mark.kwargs), {})
-        backend = named.get("backend", "")
-        if marks:
-            item.user_properties.append(("gpu_backend", backend))
-            item.user_properties.append(("gpu_ops", ",".join(named.get("ops", ()))))
-        group = backend if backend in ("cuda", "triton") else "rest"
-        (kept if wanted is None or (marks and group == wanted) else left_out).append(item)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = kept
 
 
 def pytest_configure(config: pytest.Config) -> None:
