@@ -1,7 +1,9 @@
-"""The pretended GPU is as strict as a real one: what it is for is to fail where a GPU would."""
+"""The fake GPU is as strict as a real one: what it is for is to fail where a GPU would. Faults can be planted."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "gpu_pretence.py"
-PROGRAM = """
+FOLDER = Path(__file__).resolve().parent / "fake_gpu"
+STRICT = """
 import torch
 import entropy_kernels as ek
 
@@ -58,9 +60,100 @@ print("as a GPU")
 """
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+FAULTY = """
+import os, signal, threading, time
+import torch
+import entropy_kernels as ek
+
+def results(backend):
+    out = ek.logprob_entropy(x, torch.tensor([1, 2, 3], device="cuda"), backend=backend)
+    (grad,) = torch.autograd.grad(out.logprob.sum() - out.entropy.sum(), x)
+    mask = ek.kl_cov_mask(out.logprob.detach(), k=1, backend=backend)
+    return [value.detach().cpu() for value in (out.logprob, out.entropy, grad, mask)]
+
+x = torch.randn(3, 9, device="cuda", requires_grad=True)
+backends = ("torch", "cuda", "triton")
+right = {backend: results(backend) for backend in backends}
+os.environ["PYTEST_CURRENT_TEST"] = "test_wrong (call)"
+for backend in backends:
+    same = [torch.allclose(ours, good) for ours, good in zip(results(backend), right[backend], strict=True)]
+    assert same == [backend == "torch"] * 4, (backend, same)
+
+os.environ["PYTEST_CURRENT_TEST"] = "test_lost (call)"
+for test in ("test_lost (call)", "test_next (call)"):  # the error is sticky
+    os.environ["PYTEST_CURRENT_TEST"] = test
+    for call in (lambda: x + 1, torch.cuda.synchronize, lambda: torch.ones(2, device="cuda")):
+        try:
+            call()
+        except RuntimeError as error:
+            assert "illegal memory access" in str(error), error
+        else:
+            raise AssertionError("expected an error")
+assert torch.ones(2).sum() == 2
+
+def handler(*args):
+    print("a signal's handler ran")
+
+def end():
+    time.sleep(1)
+    print("hangs", flush=True)
+    os._exit(7)
+
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+threading.Thread(target=end).start()
+os.environ["PYTEST_CURRENT_TEST"] = "test_hang (call)"
+torch.cuda.synchronize()
+print("returned", flush=True)
+"""
+
+
+def run(program: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """In ``folder``, where Python finds only what is installed."""
+    (folder / "program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), **variables}
+    return subprocess.run(
+        [sys.executable, "program.py"], capture_output=True, text=True, cwd=folder, env=environment, timeout=120
+    )
+
+
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@compiler
 def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, TOOL, program], capture_output=True, text=True, cwd=TOOL.parent.parent)
+    done = run(STRICT, tmp_path)
     assert done.returncode == 0 and done.stdout.endswith("as a GPU\n"), done.stderr
+
+
+@compiler
+def test_planted_faults(tmp_path: Path) -> None:
+    faults = {f"test_{fault} ": fault for fault in ("wrong", "lost", "hang")}
+    done = run(FAULTY, tmp_path, FAKE_GPU_FAULTS=json.dumps(faults))
+    assert (done.returncode, done.stdout) == (7, "hangs\n"), done.stderr
+    done = run("import torch; torch.ones(2, device='cuda')", tmp_path, FAKE_GPU_FAULTS='{"program.py": "lost"}')
+    assert "illegal memory access" in done.stderr
+
+
+def test_programs_without_torch_and_a_sitecustomize_behind_ours(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('behind')")
+    program = "import json, sys; print('torch' in sys.modules, 'fake_gpu' in sys.modules)"
+    done = run(program, tmp_path, PYTHONPATH=f"{FOLDER}{os.pathsep}{tmp_path}")
+    assert (done.stdout, done.stderr) == ("behind\nFalse False\n", "")
+
+
+def test_programs_of_the_driver_and_the_toolkit() -> None:
+    def output(*command: str, code: int = 0) -> str:
+        program, *arguments = command
+        done = subprocess.run([str(FOLDER / "bin" / program), *arguments], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return done.stdout
+
+    query = ("--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
+    assert output("nvidia-smi", *query) == "NVIDIA Fake H100, 9.0, 999.99\n"
+    assert output("nvidia-smi", "-q")
+    program = (sys.executable, "-c", "import sys; print(sys.argv[1:]); sys.exit(3)", "--tool")
+    checked = output("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *program, code=3)
+    assert checked == "['--tool']\n========= ERROR SUMMARY: 0 errors\n"
+    profiled = output("ncu", "--section", "SpeedOfLight", "--section", "Occupancy", *program, code=3)
+    assert profiled.startswith("['--tool']\n") and profiled.count("Section: ") == 2

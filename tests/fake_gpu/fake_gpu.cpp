@@ -1,6 +1,7 @@
 // What torch's autograd engine asks of a build with CUDA: a device that is there, whose streams and events do nothing.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <unistd.h>
 
 namespace at {
 
@@ -35,3 +36,8 @@ struct CUDAHooks final : CUDAHooksInterface {
 REGISTER_CUDA_HOOKS(CUDAHooks) // torch looks for this name
 
 } // namespace at
+
+// A wait for a device that hangs: a signal's handler in Python runs only after it, which is never.
+extern "C" void fake_gpu_hang() {
+  for (;;) pause();
+}

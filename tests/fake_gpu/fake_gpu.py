@@ -1,7 +1,4 @@
-"""A GPU that is pretended, to rehearse without one what will run on one: tests, benchmark, kernel_calls.
-
-    python tools/gpu_pretence.py -m pytest -m gpu tests/test_hardware.py
-    python tools/gpu_pretence.py tools/kernel_calls.py small
+"""A fake GPU, to rehearse without one what will run on one. Whoever imports this has it: see sitecustomize.py.
 
 Tensors "on cuda" are CPU tensors in a wrapper that says otherwise, and every operation on them comes by here. What is
 strict as on a GPU: tensors of two devices in one operation; host syncs under ``set_sync_debug_mode`` and while a graph
@@ -9,8 +6,12 @@ is captured; generators of another device; ``numpy()``. A graph is a list of the
 The CUDA backend is served by the C++ kernels, the Triton backend by Triton's interpreter.
 
 It cannot show anything of the kernels themselves, of streams, memory or speed, nor what torch's own CUDA operations
-would round or refuse otherwise; torch.compile is the identity. As a plugin (``pytest -p gpu_pretence``) it works in
-the processes of xdist, too.
+would round or refuse otherwise; torch.compile is the identity.
+
+Faults are planted by ``FAKE_GPU_FAULTS='{"part of a command line or of a test\'s name": fault}'``, with these faults:
+wrong   what our kernels return or write is wrong
+hang    the next operation never returns, as a wait for a device that hangs: in C, without the GIL
+lost    every operation fails from then on, as after an illegal memory access
 """
 
 from __future__ import annotations
@@ -18,49 +19,20 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.util
+import json
 import os
-import runpy
-import subprocess
 import sys
-import tempfile
 import time
 import types
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-HERE = Path(__file__).resolve().parent
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ["ENTROPY_KERNELS_TRITON_TUNE"] = "0"
-
-
-def _build_and_load() -> None:
-    """Autograd's engine asks for streams below Python. It remembers what it found: so this comes before torch."""
-    if "torch" in sys.modules:
-        raise RuntimeError("gpu_pretence: expected to be imported before torch")
-    torch_folder = Path(importlib.util.find_spec("torch").origin).parent
-    source = HERE / "gpu_pretence.cpp"
-    stamp = f"{source.stat().st_mtime_ns}-{torch_folder.stat().st_mtime_ns}"
-    library = Path(tempfile.gettempdir()) / f"gpu_pretence-{os.getuid()}-{stamp}.so"
-    if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}")
-        libraries = (f"-Wl,-rpath,{torch_folder / 'lib'}", f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu")
-        flags = ("-std=c++20", "-shared", "-fPIC", "-w", f"-I{torch_folder / 'include'}")
-        command = [os.environ.get("CXX", "g++"), *flags, str(source), *libraries, "-o", str(made)]
-        subprocess.run(command, check=True)
-        made.rename(library)
-    ctypes.CDLL(str(library))
-
-
-_build_and_load()  # which is why the imports below are not at the top
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.utils._mode_utils import no_dispatch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+import torch
+from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -83,14 +55,24 @@ TAKES_A_NUMBER = (
 )
 MOVES = ("_to_copy", "copy_", "copy", "_copy_from", "set_")
 
+FAULTS: dict[str, str] = json.loads(os.environ.get("FAKE_GPU_FAULTS", "{}"))
+if not {*FAULTS.values()} <= {"wrong", "hang", "lost"}:
+    raise ValueError(f"FAKE_GPU_FAULTS: expected faults out of wrong, hang, lost, got {FAULTS}")
 
-class Pretended(Tensor):
+
+def _fault() -> str | None:
+    """The planted fault that is active now."""
+    where = f"{' '.join(sys.orig_argv)} {os.environ.get('PYTEST_CURRENT_TEST', '')}" if FAULTS else ""
+    return next((fault for part, fault in FAULTS.items() if part in where), None)
+
+
+class GpuTensor(Tensor):
     """A tensor that says that it is on the GPU; ``behind`` has its values."""
 
     behind: Tensor
 
     @staticmethod
-    def __new__(cls, real: Tensor) -> Pretended:
+    def __new__(cls, real: Tensor) -> GpuTensor:
         made = Tensor._make_wrapper_subclass(
             cls, real.shape, strides=real.stride(), storage_offset=real.storage_offset(), dtype=real.dtype, device=CUDA
         )
@@ -119,18 +101,18 @@ class Pretended(Tensor):
         return self.numpy()
 
     def __repr__(self, **kwargs: Any) -> str:
-        return f"pretended {self.behind!r}"
+        return f"fake {self.behind!r}"
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.detach().clone().requires_grad_(self.requires_grad)
 
 
-Pretended.__name__ = "Tensor"  # as error messages show it
+GpuTensor.__name__ = "Tensor"  # as error messages show it
 
 
 def real(value: Any) -> Any:
-    """What is behind the pretence, in any structure."""
-    return tree_map_only(Pretended, lambda tensor: tensor.behind, value)
+    """What is behind the wrappers, in any structure."""
+    return tree_map_only(GpuTensor, lambda tensor: tensor.behind, value)
 
 
 class Device(TorchDispatchMode):
@@ -138,6 +120,7 @@ class Device(TorchDispatchMode):
 
     sync_mode = "default"
     graph: list[Any] | None = None  # the operations of a graph that is being captured
+    lost = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.dispatch(func, args, kwargs or {})
@@ -148,7 +131,8 @@ class Device(TorchDispatchMode):
             self._check_generator(kwargs, to_gpu=False)
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        here = [isinstance(tensor, Pretended) for tensor in tensors]
+        here = [isinstance(tensor, GpuTensor) for tensor in tensors]
+        self.reach()
         name = func._schema.name.split("::")[1]
         to_gpu = any(here) if to is None else to.type == "cuda"
         if func.namespace == "entropy_kernels":  # one written in Python: on to what it calls
@@ -166,6 +150,8 @@ class Device(TorchDispatchMode):
             kwargs = {k: v for k, v in kwargs.items() if k != "non_blocking"}
         kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} if to_gpu else kwargs
         function = OUT_DTYPE.get(func, func)
+        if func.namespace == "entropy_kernels_native" and _fault() == "wrong":
+            function = _spoiled(function)
         arguments = real((args, kwargs))
         with _disable_current_modes():
             result = function(*arguments[0], **arguments[1])
@@ -173,16 +159,16 @@ class Device(TorchDispatchMode):
             self.graph.append((function, arguments, result))
         if torch.Tag.inplace_view in func.tags:
             _reshape(func, args, kwargs)
-        known = {id(tensor.behind): tensor for tensor in tensors if isinstance(tensor, Pretended)}
+        known = {id(tensor.behind): tensor for tensor in tensors if isinstance(tensor, GpuTensor)}
         for tensor in known.values():
             if tensor.shape != tensor.behind.shape or tensor.stride() != tensor.behind.stride():
-                raise NotImplementedError(f"gpu_pretence: {func} changes the shape of its argument")
+                raise NotImplementedError(f"fake GPU: {func} changes the shape of its argument")
         on_gpu = to_gpu if name != "copy_" else here[0]
 
         def dress(tensor: Tensor) -> Tensor:
             if id(tensor) in known:
                 return known[id(tensor)]
-            return Pretended(tensor) if on_gpu else tensor
+            return GpuTensor(tensor) if on_gpu else tensor
 
         return tree_map_only(Tensor, dress, result)
 
@@ -206,14 +192,44 @@ class Device(TorchDispatchMode):
             wanted, found = ("cuda", "cpu") if to_gpu else ("cpu", "cuda")
             raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
 
+    def reach(self) -> None:
+        """Before anything that a device has to answer: faults that are planted."""
+        fault = _fault()
+        if fault == "hang":
+            ctypes.CDLL(None).fake_gpu_hang()
+        self.lost = self.lost or fault == "lost"
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     def sync(self, what: str) -> None:
         """The host would wait for the device here."""
+        self.reach()
         if self.graph is not None:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
         if self.sync_mode == "error":
             raise RuntimeError(f"{SYNC} ({what})")
         if self.sync_mode == "warn":
             warnings.warn(f"{SYNC} ({what})", stacklevel=2)
+
+
+def _spoiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, but wrong in all numbers and masks that it returns or writes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = [getattr(leaf, "base", leaf) for leaf in tree_leaves((args, kwargs))]  # a Triton descriptor has a base
+        given = [leaf for leaf in given if isinstance(leaf, Tensor)]
+        before = [tensor.clone() for tensor in given]
+        result = kernel(*args, **kwargs)
+        same = functools.partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
+        written = [tensor for tensor, old in zip(given, before, strict=True) if not same(tensor, old)]
+        for tensor in {id(tensor): tensor for tensor in (*tree_leaves(result), *written)}.values():
+            if isinstance(tensor, Tensor) and tensor.dtype in (torch.bool, torch.int8):  # Triton's masks are int8
+                tensor.copy_(tensor == 0)
+            elif isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.mul_(1.25).add_(0.25)
+        return result
+
+    return call
 
 
 def _reshape(func: Any, args: Any, kwargs: Any) -> None:
@@ -228,7 +244,7 @@ def _reshape(func: Any, args: Any, kwargs: Any) -> None:
 
 
 def _is_here(value: Any) -> bool:
-    return isinstance(value, Pretended) or (isinstance(value, (list, tuple)) and any(map(_is_here, value)))
+    return isinstance(value, GpuTensor) or (isinstance(value, (list, tuple)) and any(map(_is_here, value)))
 
 
 def _waits(name: str, args: Any, kwargs: dict[str, Any], from_gpu: bool, to_gpu: bool) -> bool:
@@ -237,11 +253,11 @@ def _waits(name: str, args: Any, kwargs: dict[str, Any], from_gpu: bool, to_gpu:
     if name == "_to_copy":
         return from_gpu != to_gpu and not kwargs.get("non_blocking") and args[0].numel() > 0
     if name == "copy_":
-        apart = isinstance(args[0], Pretended) != isinstance(args[1], Pretended)
+        apart = isinstance(args[0], GpuTensor) != isinstance(args[1], GpuTensor)
         return apart and not (args[2] if len(args) > 2 else kwargs.get("non_blocking")) and args[1].numel() > 0
     if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
         indices = [index for index in args[1] if index is not None]
-        if any(not isinstance(index, Pretended) for index in indices):
+        if any(not isinstance(index, GpuTensor) for index in indices):
             return True
         number = name != "index" and args[2].numel() == 1  # then it is masked_fill
         return not number and any(index.dtype in (torch.bool, torch.uint8) for index in indices)
@@ -290,14 +306,16 @@ class Stream:
 
 
 class Event:
-    """The host's clock: the pretended device is never behind."""
+    """The host's clock: the fake device is never behind."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     def record(self, stream: Any = None) -> None:
         self.at = time.perf_counter()
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        device.reach()
+
     def wait(self, stream: Any = None) -> None: ...
 
     def elapsed_time(self, end: Event) -> float:
@@ -311,6 +329,7 @@ class Graph:
         self.calls: list[Any] = []
 
     def replay(self) -> None:
+        device.reach()
         with _disable_current_modes(), torch.no_grad():
             for function, (args, kwargs), made in self.calls:
                 again = function(*args, **kwargs)
@@ -359,11 +378,14 @@ def _launcher(run: Any) -> Any:
             return type(value)(map(bare, value)) if not hasattr(value, "_fields") else type(value)(*map(bare, value))
         if hasattr(value, "block_shape"):
             return type(value)(bare(value.base), *(getattr(value, n) for n in ("shape", "strides", "block_shape")))
-        return value.behind if isinstance(value, Pretended) else value
+        return value.behind if isinstance(value, GpuTensor) else value
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
+        device.reach()
         arguments = tuple(map(bare, args)), {name: bare(value) for name, value in kwargs.items()}
         call = functools.partial(run, self)
+        if _fault() == "wrong":
+            call = _spoiled(call)
         with _disable_current_modes():
             call(*arguments[0], **arguments[1])
         if device.graph is not None:
@@ -377,13 +399,14 @@ def _set_sync_debug_mode(mode: Any) -> None:
 
 
 def _synchronize(*args: Any) -> None:
+    device.reach()
     if device.graph is not None:
         device.sync("synchronize")
 
 
 def _patch_torch() -> None:
     properties = types.SimpleNamespace(
-        name="Pretended H100", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=4 << 30,
+        name="Fake H100", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=4 << 30,
         L2_cache_size=50 << 20, shared_memory_per_block=48 << 10, shared_memory_per_block_optin=227 << 10,
     )  # fmt: skip
     answers: dict[str, Any] = {
@@ -403,7 +426,7 @@ def _patch_torch() -> None:
     torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph = Stream, Event, Graph
     torch.cuda.graph, torch.cuda.stream = capture, on_stream
     torch.cuda.device_of = torch.cuda.device = lambda *args: contextlib.nullcontext()
-    # numbers of the pretended device are drawn from the CPU's generator
+    # numbers of the fake device are drawn from the CPU's generator
     torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *args: torch.set_rng_state(state)
     torch.cuda.get_rng_state_all = lambda: [torch.get_rng_state()]
@@ -414,74 +437,59 @@ def _patch_torch() -> None:
     torch.compile = lambda function=None, **options: function or (lambda f: f)
 
 
-def pretend() -> None:
-    """From here on, there is a GPU."""
-    _patch_torch()
+def _remember_python_ops() -> None:
     implement = torch.library.Library.impl
 
-    def remember(self: Any, name: Any, function: Any, key: str = "", **options: Any) -> None:
+    def impl(self: Any, name: Any, function: Any, key: str = "", **options: Any) -> None:
         if self.ns == "entropy_kernels" and key == "CompositeExplicitAutograd":
             IN_PYTHON[name] = function
         implement(self, name, function, key, **options)
 
-    torch.library.Library.impl = remember
-    device.__enter__()
-    sys.path.insert(0, str(HERE.parent))
-    if importlib.util.find_spec("triton") is not None:
-        from triton.runtime import interpreter
+    torch.library.Library.impl = impl
 
-        interpreter.GridExecutor.__call__ = _launcher(interpreter.GridExecutor.__call__)
-        from entropy_kernels.backends.triton import tiling
 
-        tiling.hardware = lambda device: tiling.Hardware(1, 256, True)  # what the interpreter is fastest with
-    from entropy_kernels.backends import native
+def _patch_interpreter(interpreter: Any) -> None:
+    interpreter.GridExecutor.__call__ = _launcher(interpreter.GridExecutor.__call__)
 
+
+def _patch_tiling(tiling: Any) -> None:
+    tiling.hardware = lambda device: tiling.Hardware(1, 256, True)  # what the interpreter is fastest with
+
+
+def _patch_native(native: Any) -> None:
     native.cuda_load_error = native.load_error
     native.has_cuda_kernel = lambda name: True
 
 
-def pytest_load_initial_conftests() -> None:
-    """As a plugin: before any conftest.py asks what there is."""
-    pretend()
+#: By module, what sitecustomize.py does after its import.
+PATCHES = {
+    "triton.runtime.interpreter": _patch_interpreter,
+    "entropy_kernels.backends.triton.tiling": _patch_tiling,
+    "entropy_kernels.backends.native": _patch_native,
+}
+_patch_torch()
+_remember_python_ops()
+device.__enter__()
 
+# ---- a plugin of pytest ----------------------------------------------------------------------------------------------
 
-#: Tests of what the pretence does not have: by a part of their name, with the reason.
+#: Tests of what the fake GPU does not have: by a part of their name, with the reason.
 LIMITS = {
     "opcheck": "torch's checks of an operator want to change its tensors' shape",
     "compile": "torch.compile is the identity",
     "test_no_kernel_uses_local_memory": "there are no kernels",
     "test_double_has_only_plain_loads[600]": "the C++ kernel adds doubles in longer chains than a GPU",
-    "test_fake_tensors": "fake tensors are a pretence, too",
+    "test_fake_tensors": "torch's fake tensors and ours do not mix",
     "test_nothing_is_computed_without_a_gradient": "a wrapper is no inference tensor",
 }
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Operations that are run again from Python: a few times will do. What the pretence does not have is skipped."""
+    """Operations that are run again from Python: a few times will do. What is not there is skipped."""
     import pytest
 
     for item in items:
         for reason in (reason for part, reason in LIMITS.items() if part in item.name):
-            item.add_marker(pytest.mark.skip(reason=f"pretended: {reason}"))
+            item.add_marker(pytest.mark.skip(reason=f"fake GPU: {reason}"))
     for module in {item.module for item in items if hasattr(item.module, "REPLAYS")}:
         module.REPLAYS = 2
-
-
-def main() -> None:
-    """Run a script or a module, as ``python`` does."""
-    if len(sys.argv) < 2 or sys.argv[1:] == ["-m"]:
-        sys.exit(__doc__)
-    sys.modules["gpu_pretence"] = sys.modules["__main__"]
-    sys.path[0] = os.getcwd()
-    pretend()
-    if sys.argv[1] == "-m":
-        del sys.argv[:2]
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        del sys.argv[0]
-        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-        runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()
