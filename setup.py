@@ -2,7 +2,7 @@
 ``_C`` (pybind11). ``_ops_cuda`` is built where torch is a CUDA build and its toolkit is there; no GPU is needed.
 
 Switches: ENTROPY_KERNELS_SKIP_CPP=1 builds no C++, CXX names the compiler, MAX_JOBS limits parallelism; those of CUDA
-are in tools/cuda_build.py.
+and the flags are in tools/cuda_build.py.
 Without torch or a C++ compiler the package installs pure Python and runs on its torch and Triton backends.
 """
 
@@ -65,16 +65,14 @@ def native_build() -> dict:
     import pybind11
 
     headers = sources("csrc/**/*.h")
-    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-g0"]
-    # Fused multiply-adds are written where they are meant: the same logit must round alike in every loop that sees it.
-    flags.append("-ffp-contract=off")
+    flags = list(cuda_build.CXX_FLAGS)
     extensions = [
         CppExtension(
             "entropy_kernels._ops",
-            sources("csrc/registration.cpp", "csrc/cpu/*.cpp"),
+            sources(*cuda_build.OPERATOR_SOURCES),
             include_dirs=[str(ROOT / "csrc")],
             depends=headers,
-            extra_compile_args=[*flags, f"-DTORCH_TARGET_VERSION={cuda_build.TORCH_TARGET_VERSION}"],
+            extra_compile_args=[*flags, cuda_build.STABLE_ABI_FLAG],
             py_limited_api=True,
         ),
         CppExtension(

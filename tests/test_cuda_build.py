@@ -88,7 +88,7 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         "-gencode", "arch=compute_90a,code=sm_90a",
         "-gencode", "arch=compute_120,code=[sm_120,compute_120]",
     ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: expected entries like .* got 'Hopper'"):
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST .*: expected entries like .* got 'Hopper'"):
         cuda_build.gencode_flags(["Hopper"])
 
 
@@ -125,3 +125,19 @@ def test_every_source_of_the_cuda_half_is_built() -> None:
     assert cuda_build.sources() == sorted(p for p in folder.iterdir() if p.suffix in (".cu", ".cpp"))
     stems = {p.stem for p in cuda_build.sources()}
     assert {"token_stats", "token_stats_forward", "token_stats_backward", "selection", "selection_steps"} <= stems
+
+
+def test_operators_are_compiled_as_setup_compiles_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(cuda_build, "_run", lambda command: commands.append(command) or "")
+    monkeypatch.setenv("CXX", "ccache g++")
+    cuda_build.build_operators(tmp_path / "_ops.so", tmp_path / "objects", tmp_path / "torch")
+    *compiled, linked = commands
+    csrc = cuda_build.ROOT / "csrc"
+    expected = {csrc / "registration.cpp", *(csrc / "cpu").glob("*.cpp")}
+    assert {Path(command[command.index("-c") + 1]) for command in compiled} == expected
+    flags = {*cuda_build.CXX_FLAGS, cuda_build.STABLE_ABI_FLAG}
+    assert all(command[:2] == ["ccache", "g++"] and flags <= set(command) for command in commands)
+    assert {command[-1] for command in compiled} < set(linked) and "-Wl,-z,defs" in linked
+    setup = (cuda_build.ROOT / "setup.py").read_text()
+    assert all(f"cuda_build.{name}" in setup for name in ("CXX_FLAGS", "STABLE_ABI_FLAG", "OPERATOR_SOURCES"))

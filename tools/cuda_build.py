@@ -1,4 +1,5 @@
-"""How the CUDA half is compiled: the one place for nvcc's flags, used by setup.py and by ``make cuda-check``.
+"""How the native half is compiled: the one place for its flags, used by setup.py, ``make cuda-check`` and
+``make gpu-prebuilt``.
 
 Switches: ENTROPY_KERNELS_SKIP_CUDA=1 builds none, FORCE_CUDA=1 makes it an error where it cannot be built,
 TORCH_CUDA_ARCH_LIST chooses architectures as torch's own builds do ("8.0;9.0a+PTX"), MAX_JOBS and NVCC_THREADS limit
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,10 +23,18 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 ARCHITECTURES = ("8.0+PTX", "9.0a", "10.0a")
 _NEWEST_TOOLKIT_NEEDED = {"10.0a": (12, 8)}
 
+# What _ops.so is made of; for _ops_cuda.so see sources().
+OPERATOR_SOURCES = ("csrc/registration.cpp", "csrc/cpu/*.cpp")
+CXX_FLAGS = (
+    "-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas", "-g0",
+    # Fused multiply-adds are written where they are meant: the same logit must round alike in every loop that sees it.
+    "-ffp-contract=off",
+)  # fmt: skip
+STABLE_ABI_FLAG = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+
 NVCC_FLAGS = (
-    "-std=c++20", "-O3", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-    # Fused multiply-adds are written where they are meant: the same logit must round alike wherever it is read.
-    "-fmad=false",
+    "-std=c++20", "-O3", "-DUSE_CUDA", STABLE_ABI_FLAG,
+    "-fmad=false",  # as -ffp-contract=off above
     # Kernels that call host code, constexpr or not, are only warned of by default, and what comes behind the call is
     # missing from their machine code.
     "-diag-error=20011,20013,20014,20015",
@@ -90,7 +100,10 @@ def gencode_flags(names: list[str]) -> list[str]:
     for name in names:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if found is None:
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0, 9.0a or 9.0+PTX, got {name!r}")
+            raise ValueError(
+                "TORCH_CUDA_ARCH_LIST (or ARCH of make gpu-prebuilt): expected entries like 8.0, 9.0a or 9.0+PTX, got "
+                f"{name!r}"
+            )
         number = found[1] + found[2] + found[3]
         code = f"[sm_{number},compute_{number}]" if found[4] else f"sm_{number}"
         flags += ["-gencode", f"arch=compute_{number},code={code}"]
@@ -108,7 +121,42 @@ def _run(command: list[str]) -> str:
     return done.stderr
 
 
-def build(library: Path, folder: Path, torch_folder: Path, *, torch_has_cuda: bool, report: bool = False) -> str:
+def _compile(compiler: Sequence[str], files: Sequence[Path], folder: Path) -> tuple[list[str], list[str]]:
+    """Compile the files into ``folder``, several at once; the objects, and what the compiler said of each file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [str(folder / f"{file.name}.o") for file in files]
+    commands = [[*compiler, "-c", str(file), "-o", target] for file, target in zip(files, objects, strict=True)]
+    jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+    with ThreadPoolExecutor(jobs) as pool:
+        return objects, list(pool.map(_run, commands))
+
+
+def build_operators(library: Path, folder: Path, torch_folder: Path) -> None:
+    """Compile and link ``_ops.so`` against a torch that need not be installed; setup.py leaves that to torch.
+
+    Args:
+        library: the shared library to write.
+        folder: for object files.
+        torch_folder: with its include/ and lib/.
+    """
+    compiler = [*os.environ.get("CXX", "c++").split(), "-fPIC", *CXX_FLAGS, STABLE_ABI_FLAG]
+    compiler += [f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include")]
+    files = sorted(path for pattern in OPERATOR_SOURCES for path in ROOT.glob(pattern))
+    objects, _ = _compile(compiler, files, folder)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    link = [*compiler, "-shared", "-Wl,-z,defs", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    _run([*link, "-o", str(library)])
+
+
+def build(
+    library: Path,
+    folder: Path,
+    torch_folder: Path,
+    *,
+    torch_has_cuda: bool,
+    names: Sequence[str] = (),
+    report: bool = False,
+) -> str:
     """Compile every source into ``folder``, link ``library``; with ``report``, returns what ptxas says of the kernels.
 
     Args:
@@ -116,27 +164,24 @@ def build(library: Path, folder: Path, torch_folder: Path, *, torch_has_cuda: bo
         folder: for object files.
         torch_folder: of the installed torch, with its include/ and lib/.
         torch_has_cuda: whether that is a CUDA build. Without it the library only loads where symbols are bound lazily.
+        names: the architectures; without any, :func:`architectures`.
         report: ask ptxas for each kernel's resources.
     """
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("no CUDA toolkit found (nvcc; CUDA_HOME)")
-    targets = gencode_flags(architectures(toolkit_version(compiler)))
+    targets = gencode_flags(list(names) or architectures(toolkit_version(compiler)))
     flags = [*NVCC_FLAGS, *targets]
     flags += [f"-I{ROOT / 'csrc'}", f"-isystem={torch_folder / 'include'}"]
     if report:
         flags += ["-Xptxas=-v"]  # with several threads the architectures' reports would mix
     else:
         flags += ["--threads", os.environ.get("NVCC_THREADS", "1")]
-    folder.mkdir(parents=True, exist_ok=True)
+    objects, reports = _compile([compiler, *flags], sources(), folder)
     library.parent.mkdir(parents=True, exist_ok=True)
-    objects = {source: str(folder / f"{source.name}.o") for source in sources()}
-    commands = [[compiler, *flags, "-c", str(source), "-o", target] for source, target in objects.items()]
-    jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
-    with ThreadPoolExecutor(jobs) as pool:
-        reports = list(pool.map(_run, commands))
-    libraries = ["-ltorch_cpu", *(["-ltorch_cuda"] if torch_has_cuda else []), "-lc10"]
+    # a symbol that torch lacks is an error of the build, not of the first import
+    libraries = ["-ltorch_cpu", *(["-ltorch_cuda", "-Xlinker=-z,defs"] if torch_has_cuda else []), "-lc10"]
     folders = [f"-L{torch_folder / 'lib'}", f"-L{toolkit_root(compiler) / 'lib64'}"]
-    link = [compiler, "-shared", "-cudart=shared", *targets, *objects.values(), *folders, *libraries]
+    link = [compiler, "-shared", "-cudart=shared", *targets, *objects, *folders, *libraries]
     _run([*link, "-o", str(library)])
     return "".join(reports)
