@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test bench bench-readme bench-save bench-compare cuda-check gpu-check gpu-train gpu-wheels lint format clean
+.PHONY: help setup train reproduce-toy test bench bench-readme bench-save bench-compare cuda-check gpu-check gpu-train gpu-prebuilt lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,9 +51,12 @@ bench-compare: setup ## time the regression set; fails if a minimum is 25 % abov
 bench-readme: setup ## write the README's figures and plots from the result files
 	$(BIN)/python -m benchmarks.readme
 
-gpu-wheels: setup ## what gpu-check and gpu-train need in .wheels/, for a GPU machine without a network
-	$(BIN)/python tools/gpu_wheels.py
-	$(BIN)/python tools/gpu_wheels.py --trainer
+# Not ?=: an environment's ARCH or OUT means something else.
+ARCH = 9.0a
+OUT = build/gpu-prebuilt
+
+gpu-prebuilt: ## build both libraries for one GPU architecture against TORCH=FOLDER, an unpacked CUDA wheel of torch
+	$(PYTHON) tools/gpu_prebuilt.py $(if $(TORCH),'$(TORCH)') --arch '$(ARCH)' --out '$(OUT)'
 
 gpu-check: ## on a machine with a GPU: build, tests, sanitizer, benchmark in one call of nine minutes
 	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
