@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _len_torch_dispatch_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
@@ -64,6 +64,17 @@ def _fault() -> str | None:
     """The planted fault that is active now."""
     where = f"{' '.join(sys.orig_argv)} {os.environ.get('PYTEST_CURRENT_TEST', '')}" if FAULTS else ""
     return next((fault for part, fault in FAULTS.items() if part in where), None)
+
+
+@contextlib.contextmanager
+def _no_modes() -> Iterator[None]:
+    """As torch's _disable_current_modes, which imports a second's worth of compiler."""
+    modes = [_pop_mode() for _ in range(_len_torch_dispatch_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 class GpuTensor(Tensor):
@@ -122,6 +133,11 @@ class Device(TorchDispatchMode):
     graph: list[Any] | None = None  # the operations of a graph that is being captured
     lost = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled: without its wrapper, torch imports no compiler and each operation is quicker."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.dispatch(func, args, kwargs or {})
 
@@ -153,7 +169,7 @@ class Device(TorchDispatchMode):
         if func.namespace == "entropy_kernels_native" and _fault() == "wrong":
             function = _spoiled(function)
         arguments = real((args, kwargs))
-        with _disable_current_modes():
+        with _no_modes():
             result = function(*arguments[0], **arguments[1])
         if self.graph is not None:
             self.graph.append((function, arguments, result))
@@ -330,7 +346,7 @@ class Graph:
 
     def replay(self) -> None:
         device.reach()
-        with _disable_current_modes(), torch.no_grad():
+        with _no_modes(), torch.no_grad():
             for function, (args, kwargs), made in self.calls:
                 again = function(*args, **kwargs)
                 for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
@@ -386,7 +402,7 @@ def _launcher(run: Any) -> Any:
         call = functools.partial(run, self)
         if _fault() == "wrong":
             call = _spoiled(call)
-        with _disable_current_modes():
+        with _no_modes():
             call(*arguments[0], **arguments[1])
         if device.graph is not None:
             device.graph.append((call, arguments, None))
