@@ -47,7 +47,8 @@ def hardware(target: GPUTarget) -> tiling.Hardware:
     if target.backend != "cuda":
         return tiling.Hardware(132, target.warp_size, False, descriptors=False, shared=64 << 10)
     hopper = target.arch >= 90
-    return tiling.Hardware(132, target.warp_size, True, descriptors=hopper, shared=(227 if hopper else 163) << 10)
+    shared = (227 if hopper else 163) << 10
+    return tiling.Hardware(132, target.warp_size, True, hopper, shared, tensor_memory=target.arch == 100)
 
 
 def _source(

@@ -176,6 +176,19 @@ def test_parts() -> None:
                 assert parts * tiles * 128 >= columns and (parts - 1) * tiles * 128 <= max(0, columns - 1)
     assert cut.parts(1, 128_256, 1000, 132)[0] > 100
     assert cut.parts(8192, 128_256, 1000, 132)[0] > 16
+    pair = LinearTiling(128, 128, 64, 4, 3)  # two on a multiprocessor
+    assert pair.parts(8192, 128_256, 1000, 132) == cut.parts(8192, 128_256, 1000, 2 * 132)
+
+
+def test_two_programs_share_a_multiprocessor_where_their_sums_fit_the_registers() -> None:
+    hopper = tiling.Hardware(132, 32, True)
+    pair, wide, *_ = tiling.linear_candidates(2, 8192, True, False, hopper)
+    assert (pair.columns, pair.warps, pair.resident) == (128, 4, 2)
+    assert (wide.columns, wide.warps, wide.resident) == (256, 8, 1)
+    assert 2 * (pair.shared(2) + 1024) <= 228 << 10
+    blackwell = tiling.Hardware(148, 32, True, tensor_memory=True)
+    assert tiling.linear_candidates(2, 8192, True, False, blackwell)[:2] == (wide, pair)
+    assert {cut.warps for cut in tiling.linear_candidates(2, 8192, True, True, hopper)} == {8}
 
 
 @pytest.mark.parametrize("scratch", (0, 2 * 24 * 70, 1 << 20))

@@ -20,7 +20,8 @@ class Hardware:
     """What a choice depends on.
 
     ``asynchronous``: copies into shared memory that no register waits for; ``descriptors``: of whole blocks, by the
-    hardware (TMA); ``shared``: bytes of that memory that a program may have.
+    hardware (TMA); ``shared``: bytes of that memory that a program may have; ``tensor_memory``: products are summed
+    in memory of their own, not in registers.
     """
 
     multiprocessors: int
@@ -28,6 +29,7 @@ class Hardware:
     asynchronous: bool
     descriptors: bool = True
     shared: int = 227 << 10
+    tensor_memory: bool = False
 
 
 @functools.cache
@@ -44,6 +46,7 @@ def hardware(device: torch.device) -> Hardware:
         descriptors=nvidia and properties.major >= 9,
         # what may be had beyond the 48 KB that need no asking
         shared=getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
+        tensor_memory=nvidia and properties.major in (10, 11),
     )
 
 
@@ -197,18 +200,24 @@ class LinearTiling:
         """Bytes of shared memory for the factors."""
         return (self.rows + self.columns) * self.features * itemsize * self.stages
 
+    @property
+    def resident(self) -> int:
+        """Programs of a multiprocessor at a time; tests/test_triton_aot.py counts registers and shared memory."""
+        return 2 if self.warps == 4 else 1
+
     def parts(self, rows: int, columns: int, most: int, multiprocessors: int) -> tuple[int, int]:
         """(parts of the vocabulary, at most ``most`` unless that is 0; tiles of each part).
 
-        Programs run in waves of one per multiprocessor, and each costs its tiles and about half a tile more. Not so few
-        that more than one group would run at a time: the hidden states of all would not stay in the L2 cache.
+        Programs run in waves of as many as are resident, and each costs its tiles and about half a tile more. Not so
+        few that more than one group would run at a time: the hidden states of all would not stay in the L2 cache.
         """
+        programs = multiprocessors * self.resident
         tiles, row_tiles = max(1, -(-columns // self.columns)), -(-rows // self.rows)
         most = max(1, min(most, tiles, MAX_SPLITS))
-        fewest = min(most, -(-2 * multiprocessors // min(row_tiles, self.group)))
+        fewest = min(most, -(-2 * programs // min(row_tiles, self.group)))
 
         def cost(parts: int) -> float:
-            return -(-row_tiles * parts // multiprocessors) * (-(-tiles // parts) + 0.5)
+            return -(-row_tiles * parts // programs) * (-(-tiles // parts) + 0.5)
 
         tiles_per_part = -(-tiles // min(range(fewest, most + 1), key=cost))
         return -(-tiles // tiles_per_part), tiles_per_part
@@ -220,17 +229,20 @@ def linear_candidates(
 ) -> tuple[LinearTiling, ...]:
     """Tilings of linear_token_stats worth a measurement for about ``rows`` tokens; the default first.
 
-    A tile of 128 × 256 reads least per multiplication; of two programs with half of it each, one can multiply while the
-    other is in its epilogue. Both hold 128 sums per thread, which leaves no registers for a softcap, nor for addresses
-    where no hardware copies ``described`` blocks. fp32 is not for tensor cores, and its factors take registers.
+    Of two programs of 128 × 128 on a multiprocessor, one multiplies while the other is in its epilogue; a single one of
+    128 × 256 reads less per multiplication, but nothing multiplies meanwhile. Both hold 128 sums per thread, which
+    leaves no registers for a softcap, nor for addresses where no hardware copies ``described`` blocks. Where the sums
+    come from tensor memory, the first spills without a bias. fp32 is not for tensor cores, and its factors take
+    registers.
     """
     if itemsize == 4:
         return (LinearTiling(64, 32, 32, 4, 2),)
     height = 64 if rows <= 64 else 128  # half of a taller tile would be empty
     cuts = []
     if described and not softcap and height == 128:
-        wide = LinearTiling(128, 256, 64, 8, 3)
-        cuts = [wide, replace(wide, stages=4), LinearTiling(128, 128, 64, 4, 3)]
+        pair, wide = LinearTiling(128, 128, 64, 4, 3), LinearTiling(128, 256, 64, 8, 3)
+        cuts = [wide, pair] if on.tensor_memory else [pair, wide]
+        cuts.append(replace(wide, stages=4))
     if described:
         cuts.append(LinearTiling(height, 128, 64, 8, 3 if height == 128 else 4))
     room = on.shared - (4 << 10)  # for what crosses warps in the sums of rows
