@@ -1,4 +1,4 @@
-"""``entropy-kernels doctor | train | bench | fit``."""
+"""``entropy-kernels doctor | verify | train | bench | fit``."""
 
 from __future__ import annotations
 
@@ -60,6 +60,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--no-check", action="store_true", help="only print, do not run the self-check")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     doctor.set_defaults(run=_doctor)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check every kernel on this machine's GPU, in seconds; backend='auto' then takes those that are right",
+        description="Run small calls of every kernel on each model of GPU here, compare the results with plain torch "
+        "on the CPU, and keep the verdict in the user's cache folder, where backend='auto' finds it. Each family of "
+        "kernels has a process of its own, so that one that dies or hangs is named and the others go on. Exit code 1 "
+        "if one is wrong.",
+    )
+    verify.add_argument(
+        "--at-once", type=int, default=8, metavar="N", help="processes at a time (default: %(default)s)"
+    )
+    verify.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    verify.set_defaults(run=_verify)
 
     for name, text in (
         ("train", "train a small language model with PPO, Clip-Cov, KL-Cov (python -m entropy_kernels.trainer)"),
@@ -146,6 +160,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from entropy_kernels import doctor
 
     return doctor.run(check=not arguments.no_check, as_json=arguments.json)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from entropy_kernels import verify
+
+    if arguments.at_once < 1:
+        raise ValueError(f"argument --at-once: expected 1 or more, got {arguments.at_once}")
+    return verify.main(at_once=arguments.at_once, as_json=arguments.json)
 
 
 def _dispatch(command: str, argv: list[str]) -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels._console import print_table
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
-from entropy_kernels.backends import auto_table, registry
+from entropy_kernels.backends import registry, verdict
 from entropy_kernels.self_check import Check, device_types, self_check
 
 _PACKAGES = (
@@ -33,8 +34,8 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
             "versions": dict(versions()),
             "hardware": dict(hardware()),
             "backends": ek.backends(),
-            "architecture": registry.architecture(_gpus()[0]) if "cuda" in device_types() else None,
-            "auto": [{**asdict(choice), "reason": choice.reason} for choice in auto_choices()],
+            "auto": [asdict(choice) for choice in auto_choices()],
+            "verdicts": verdicts(),
             "triton_tilings": triton_tilings(),
             "checks": [asdict(c) for c in checks],
         }
@@ -43,8 +44,9 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
         print_table("Versions", versions())
         print_table("Hardware", hardware())
         print_table("Backends", _backend_rows(), ("backend", "state", "ops"))
-        print_table("What backend='auto' chooses", _auto_rows(), ("op", "device", "for", "backend", "why"))
-        print(f"{auto_table.SIZE_TEXT}\n")
+        print_table("What backend='auto' chooses", _auto_rows(), ("op", "device", "backend", "why"))
+        for found in verdicts():
+            print(f"verified on {found['device']}: {found['text']}\n")
         if tilings := triton_tilings():
             rows = [
                 (", ".join(f"{k}={v}" for k, v in row.items() if k not in ("tiling", "origin", "milliseconds")),
@@ -114,100 +116,59 @@ def hardware() -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Choice:
-    """What "auto" serves in one class, and why.
+    """What "auto" serves on a device; ``skipped``: backend that would come first -> why it does not.
 
-    Attributes:
-        backend: "none" where nothing can run.
-        times: of the backends that were measured, relative to the best; empty where nothing was measured.
-        sources: of that measurement.
-        skipped: backend that would come first -> why it does not.
+    ``backend`` is "none" where nothing can run.
     """
 
     op: str
     device: str
-    dtype: str
-    size: str
     backend: str
-    times: dict[str, float]
-    sources: tuple[auto_table.Source, ...]
     skipped: dict[str, str]
-
-    @property
-    def reason(self) -> str:
-        """Why, without the ratios, which differ from class to class."""
-        if self.sources:
-            best = "best" if next(iter(self.times)) == self.backend else "best that may run"
-            why = [f"{best} of those measured ({'; '.join(map(str, self.sources))})"]
-        else:
-            order = registry.preference(self.op, torch.device(self.device))
-            why = [f"not measured; the first of {', '.join(order)} that may run"]
-        return "; ".join([*why, *(f"not {name}: {reason}" for name, reason in self.skipped.items())])
 
 
 def auto_choices() -> list[Choice]:
-    """One for every op, kind of device that is here, dtype and size class."""
-    devices = [device for name in device_types() for device in (_gpus() if name == "cuda" else [torch.device(name)])]
-    return [
-        _choice(op, device, dtype, size)
-        for op in registry.OPS
-        for device in devices
-        for dtype in auto_table.dtypes_of(op, device.type)
-        for size in auto_table.SIZES
-    ]
+    """One for every op and kind of device that is here."""
+    devices = [torch.device(name) for name in device_types() if name != "cuda"] + registry.gpus()
+    return [_choice(op, device) for op in registry.OPS for device in devices]
 
 
-def _gpus() -> list[torch.device]:
-    """One GPU of each architecture, the current one first."""
-    current = torch.cuda.current_device()
-    order = sorted(range(torch.cuda.device_count()), key=lambda index: index != current)
-    found: dict[str, torch.device] = {}
-    for device in (torch.device("cuda", index) for index in order):
-        found.setdefault(registry.architecture(device), device)
-    return list(found.values())
-
-
-def _choice(op: str, device: torch.device, dtype: str, size: str) -> Choice:
-    row, chosen = registry.measured(op, device, dtype, size), registry.resolve(op, "auto", device, dtype, size)
-    order = registry.preference(op, device, dtype, size)
-    skipped = dict(row.left_out) if row else {}
-    for name in order[: order.index(chosen)]:
-        skipped[name] = registry.skipped(op, name, device) or ""
+def _choice(op: str, device: torch.device) -> Choice:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it would warn of is in the table
+        chosen = registry.resolve(op, "auto", device)
+    order = registry.preference(op, device.type)
+    skipped = {name: registry.skipped(op, name, device) or "" for name in order[: order.index(chosen)]}
     reason = registry.unavailable(op, chosen, device)
     if reason is not None:
         chosen, skipped = "none", {**skipped, chosen: reason}
-    times = {name: row.times[name] for name in row.order} if row else {}
-    return Choice(op, str(device), dtype, size, chosen, times, row.sources if row else (), skipped)
+    return Choice(op, str(device), chosen, skipped)
 
 
-def _auto_rows() -> list[tuple[str, str, str, str, str]]:
-    """(op, device, classes, backend, why): classes of one choice and one reason share a row."""
-    groups: dict[tuple[str, str, str, str], list[Choice]] = {}
+def _auto_rows() -> list[tuple[str, str, str, str]]:
+    """Ops of one choice share a row."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for choice in auto_choices():
-        groups.setdefault((choice.op, choice.device, choice.backend, choice.reason), []).append(choice)
+        first = "the first of " + ", ".join(registry.preference(choice.op, torch.device(choice.device).type))
+        why = "; ".join(f"not {name}: {reason}" for name, reason in choice.skipped.items()) or first
+        groups.setdefault((choice.device, choice.backend, why), []).append(choice.op)
+    return [(", ".join(ops), device, backend, why) for (device, backend, why), ops in groups.items()]
+
+
+def verdicts() -> list[dict[str, str]]:
+    """By whom and when the kernels were seen to be right on each model of GPU here."""
     rows = []
-    for (op, device, backend, reason), choices in groups.items():
-        sizes: dict[str, list[str]] = {}  # dtype -> its sizes
-        for choice in choices:
-            sizes.setdefault(choice.dtype, []).append(choice.size)
-        dtypes: dict[str, list[str]] = {}  # sizes -> dtypes that have them
-        for dtype, names in sizes.items():
-            text = "any size" if len(names) == len(auto_table.SIZES) else ", ".join(names)
-            dtypes.setdefault(text, []).append(dtype)
-        classes = "; ".join(f"{', '.join(names)}: {text}" for text, names in dtypes.items())
-        rows.append((op, device, classes, backend, "; ".join(filter(None, [_ratios(choices), reason]))))
+    for device in registry.gpus():
+        architecture, found = verdict.architecture(device), registry.verdict_of(device)
+        texts = sorted(
+            {f"{folder} ({architecture})" for (_, _, name), folder in registry.VERIFIED.items() if name == architecture}
+        )
+        if found is not None:
+            right = sum(pair.verified for pair in found.pairs)
+            path = verdict.file(found.machine)
+            texts.append(f"{right} of {len(found.pairs)} pairs of op and backend, {found.date}, {path}")
+        rows.append({"device": str(device), "text": "; ".join(texts) or "nothing yet: run `entropy-kernels verify`"})
     return rows
-
-
-def _ratios(choices: list[Choice]) -> str:
-    """ "torch takes 13–20 times as long as cpu": how far apart the measured backends are in these classes."""
-    parts = []
-    for name in dict.fromkeys(name for choice in choices for name in choice.times if name != choice.backend):
-        ratios = [c.times[name] / c.times[c.backend] for c in choices if {name, c.backend} <= set(c.times)]
-        if ratios:
-            low, high = f"{min(ratios):.3g}", f"{max(ratios):.3g}"
-            span = low if low == high else f"{low}–{high}"
-            parts.append(f"{name} takes {span} times as long as {choices[0].backend}")
-    return ", ".join(parts)
 
 
 def _print_checks(checks: list[Check]) -> None:

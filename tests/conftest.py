@@ -26,7 +26,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import entropy_kernels as ek
 import loss_cases
 import pretended
-from entropy_kernels.backends import auto_table, registry
+from entropy_kernels.backends import registry
 
 pytest_plugins = ["gpu_guard"]
 
@@ -145,12 +145,9 @@ def fixed_seed() -> None:
 @pytest.fixture
 def forgetful_registry() -> Iterator[None]:
     """The registry remembers what it found; forget before and after a test that changes what there is to find."""
-    caches = (registry.unavailable, registry.architecture, registry.resolve, registry._kernel, auto_table.load)
-    for cached in caches:
-        cached.cache_clear()
+    pretended.forget()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    pretended.forget()
 
 
 @pytest.fixture(params=places("clip_cov_mask"))

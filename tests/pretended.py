@@ -1,15 +1,20 @@
-"""A GPU that is not there, and tables behind "auto" as a test wants them."""
+"""A stub of a GPU that is not there, and what was verified on it."""
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from entropy_kernels.backends import auto_table, native, registry
+from entropy_kernels.backends import native, registry, verdict
 
-SOURCE = auto_table.Source("benchmarks/results/some/bench.json", "some-machine", "0123456789abcdef", "2026-01-02")
+
+def forget() -> None:
+    """What the registry has found."""
+    for cached in (registry.unavailable, registry.resolve, registry.kernel_of, registry.verdict_of):
+        cached.cache_clear()
+    registry._warned.clear()
 
 
 def pretend_gpu(
@@ -21,36 +26,29 @@ def pretend_gpu(
     def capability(device: torch.device | None = None) -> tuple[int, int]:
         return gpus[0 if device is None or device.index is None else device.index]
 
+    def properties(device: torch.device | None = None) -> SimpleNamespace:
+        major, minor = capability(device)
+        return SimpleNamespace(name=f"Stub {major}{minor}", major=major, minor=minor, total_memory=80 << 30)
+
     monkeypatch.setattr(native, "cuda_load_error", None)
     monkeypatch.setattr(native, "has_cuda_kernel", lambda name: name.startswith(kernels))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus) if gpu else 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    monkeypatch.setattr(registry, "architecture", lambda device=None: "sm_{}{}".format(*capability(device)))
-
-
-def row(op: str, architecture: str, dtype: str, size: str, **times: float) -> auto_table.Row:
-    """A row of the table whose backends are ``times``, in that order."""
-    return auto_table.Row(op, architecture, dtype, size, tuple(times), times, 1, (SOURCE,), {})
-
-
-def verified(op: str, backend: str, architecture: str) -> auto_table.Verified:
-    return auto_table.Verified(op, backend, architecture, 100, SOURCE)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.version, "hip", None)
 
 
 def serve_auto_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """ "auto" takes ``backend``, verified or not: for what has no argument of that name, such as the losses."""
     monkeypatch.setattr(registry, "preference", lambda op, *rest: (backend, "torch"))
     monkeypatch.setattr(registry, "unverified", lambda *_: None)
-    registry.resolve.cache_clear()
-    registry._kernel.cache_clear()
+    forget()
 
 
-def use_table(monkeypatch: pytest.MonkeyPatch, *entries: Any) -> None:
-    """The registry finds these rows and verified pairs, and nothing else."""
-    rows = [entry for entry in entries if isinstance(entry, auto_table.Row)]
-    table = auto_table.Table.of(rows, [entry for entry in entries if isinstance(entry, auto_table.Verified)])
-    monkeypatch.setattr(auto_table, "load", lambda: table)
-    registry.resolve.cache_clear()
-    registry._kernel.cache_clear()
+def verify(monkeypatch: pytest.MonkeyPatch, *pairs: tuple[str, str, str]) -> None:
+    """The registry finds these (op, backend, architecture) verified by the project, and no verdict of the user's."""
+    monkeypatch.setattr(registry, "VERIFIED", dict.fromkeys(pairs, "benchmarks/results/some-gpu"))
+    monkeypatch.setattr(verdict, "read", lambda machine: None)
+    forget()

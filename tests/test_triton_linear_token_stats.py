@@ -25,7 +25,7 @@ from entropy_kernels.backends.triton import tiling, tuning
 from entropy_kernels.backends.triton.tiling import LinearTiling
 from entropy_kernels.ops import linear_tiles
 from linear_cases import budgets, judge, run
-from pretended import pretend_gpu, row, use_table, verified
+from pretended import pretend_gpu, verify
 from test_linear_token_stats import CASES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,36 +107,14 @@ def test_fp64_and_kept_logits_go_through_products(monkeypatch: pytest.MonkeyPatc
 # ---- when it is chosen -----------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_it_only_where_it_measured_fastest(
-    monkeypatch: pytest.MonkeyPatch, forgetful_registry: None
-) -> None:
+def test_only_who_names_the_backend_gets_it(monkeypatch: pytest.MonkeyPatch, forgetful_registry: None) -> None:
     pretend_gpu(monkeypatch)
-
-    def served(backend: str = "auto") -> Any:
-        return registry.fused("linear_token_stats", backend, torch.device("cuda"), torch.bfloat16, "large")
-
-    proof = [verified("linear_token_stats", backend, "sm_90") for backend in ("triton", "cuda")]
-    named = ("linear_token_stats", "sm_90", "bf16", "large")
-    use_table(monkeypatch)
-    assert served("triton") is kernels.linear_token_stats_forward
-    assert served("torch") is served("cuda") is None
-    assert served() is None
-    for entries in (
-        proof,  # verified, not measured
-        [proof[0]],  # not even if nothing else of ours is
-        [row(*named, triton=1.0, torch=2.0)],  # measured, not verified
-        [*proof, row(*named, cuda=1.0, triton=1.1, torch=2.0)],  # measured, and slower
-        [*proof, row("token_stats", *named[1:], triton=1.0, cuda=2.0)],  # of another op
-    ):
-        use_table(monkeypatch, *entries)
-        assert served() is None
-    use_table(monkeypatch, *proof, row(*named, triton=1.0, cuda=1.1, torch=2.0))
-    assert served() is kernels.linear_token_stats_forward
-
-
-def test_a_tie_is_for_the_products() -> None:
-    assert registry.default_order("linear_token_stats", "cuda") == ("cuda", "torch", "triton")
-    assert registry.default_order("token_stats", "cuda") == ("cuda", "triton", "torch")
+    for pairs in ([], [("linear_token_stats", name, "sm_90") for name in ("triton", "cuda")]):
+        verify(monkeypatch, *pairs)
+        served = {name: registry.fused("linear_token_stats", name, torch.device("cuda"))
+                  for name in ("auto", "triton", "torch", "cuda")}  # fmt: skip
+        fused = kernels.linear_token_stats_forward
+        assert served == {"auto": None, "triton": fused, "torch": None, "cuda": None}
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------

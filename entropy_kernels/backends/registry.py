@@ -6,13 +6,14 @@ import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from entropy_kernels.backends import auto_table
-from entropy_kernels.backends.auto_table import Row, size_class
+from entropy_kernels.backends import verdict
+from entropy_kernels.backends.verdict import architecture
 
 BACKENDS = ("torch", "triton", "cpu", "cuda")
 
@@ -31,15 +32,15 @@ _STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_co
 _STEM |= {"kl_cov_mask": "selection", "policy_loss": "policy_loss", "linear_token_stats": "token_stats"}
 
 # (op, backend) -> a kernel, in a file of the op's name, that does all of a pass in one. Whoever names the backend gets
-# it; "auto" takes it only in classes in which it was measured to be the fastest.
+# it; "auto" does not take it: no measurement has shown it to be faster than torch's product and the statistics.
 _FUSED = {("linear_token_stats", "triton"): "linear_token_stats_forward"}
 
-# Device type -> backends in the order that "auto" tries them in where nothing was measured. What was measured, and
-# which GPU kernels a hardware run has verified, is in auto_table.json.
-_DEFAULT_ORDER: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "torch"),
-    "cuda": ("cuda", "triton", "torch"),
-}
+# Device type -> backends in the order that "auto" tries them in.
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+
+# (op, backend, architecture) that a hardware run of the project has verified -> the folder with its results, from the
+# root of the repository. Elsewhere "auto" follows what `entropy-kernels verify` found on the user's own GPU.
+VERIFIED: dict[tuple[str, str, str], str] = {}
 
 
 def _module_name(op: str, backend: str) -> str:
@@ -88,64 +89,55 @@ def _cuda_unavailable(op: str, device: torch.device | None) -> str | None:
     return f"no CUDA kernel {', '.join(missing)} yet" if missing else None
 
 
+def gpus() -> list[torch.device]:
+    """One GPU of each model that is here, the current one first."""
+    if not torch.cuda.is_available():
+        return []
+    order = sorted(range(torch.cuda.device_count()), key=lambda index: index != torch.cuda.current_device())
+    found: dict[str, torch.device] = {}
+    for device in (torch.device("cuda", index) for index in order):
+        found.setdefault(torch.cuda.get_device_properties(device).name, device)
+    return list(found.values())
+
+
 @functools.cache
-def architecture(device: torch.device | None = None) -> str:
-    """Of a GPU, the current one by default: sm_90, gfx942."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
+def verdict_of(device: torch.device) -> verdict.Verdict | None:
+    """What `entropy-kernels verify` found on a GPU, read once."""
+    return verdict.read(verdict.machine(device))
 
 
 def unverified(op: str, backend: str, device: torch.device) -> str | None:
     """Why "auto" does not choose a backend that could run: our GPU kernels, until hardware has verified them."""
-    if device.type == "cpu" or backend == "torch":
+    if device.type == "cpu" or backend == "torch" or (op, backend, architecture(device)) in VERIFIED:
         return None
-    if (op, backend, architecture(device)) in auto_table.load().verified:
+    found = verdict_of(device)
+    pair = None if found is None else found.of(op, backend)
+    if pair is None:
+        return f"not verified on this {architecture(device)} yet: run `entropy-kernels verify`"
+    if pair.verified:
         return None
-    return f"no hardware run has verified it on {architecture(device)} yet; backend={backend!r} runs it all the same"
+    what = next((f"{name}: {text}" for name, text in pair.failed.items()), "no call of it ran")
+    return f"`entropy-kernels verify` found it wrong here, {what}"
 
 
-def measured(op: str, device: torch.device, dtype: str | None, size: str | None) -> Row | None:
-    """The table's row for a class on this machine's CPU or one of its GPUs; None where nothing was measured."""
-    if dtype is None or size is None or device.type not in _DEFAULT_ORDER:
-        return None
-    return auto_table.load().rows.get((op, "cpu" if device.type == "cpu" else architecture(device), dtype, size))
-
-
-def default_order(op: str, device_type: str) -> tuple[str, ...]:
-    """The backends that can serve "auto", in the order to prefer where measurements do not tell them apart.
-
-    Torch can do everything: those behind it, fused ones, are taken only where a measurement puts them before it.
-    """
-    order = _DEFAULT_ORDER.get(device_type, ("torch",))
-    return tuple(sorted(order, key=lambda name: (op, name) in _FUSED))
-
-
-def preference(op: str, device: torch.device, dtype: str | None = None, size: str | None = None) -> tuple[str, ...]:
-    """The backends that "auto" tries for ``op`` on a device, in order.
-
-    Those that were measured for this dtype ("bf16") and size class ("large") come as the measurement ranks them, the
-    others behind them, and torch, which always can, ends the list.
-    """
-    row, ranked = measured(op, device, dtype, size), [*default_order(op, device.type)]
-    if row is not None:
-        rest = (name for name in ranked if name not in row.order and name not in row.left_out)
-        ranked = [*row.order, *rest, "torch"]
-    return tuple(ranked[: ranked.index("torch") + 1])
+def preference(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends that "auto" tries for ``op``, in order; torch, which always can, comes last."""
+    return tuple(name for name in _ORDER.get(device_type, ("torch",)) if (op, name) not in _FUSED)
 
 
 @functools.cache
-def resolve(op: str, backend: str, device: torch.device, dtype: str | None = None, size: str | None = None) -> str:
+def resolve(op: str, backend: str, device: torch.device) -> str:
     """Name of the backend that serves ``op`` on a device; raises if the one asked for cannot.
 
     Args:
         device: of a tensor, so that a GPU comes with its index: two GPUs of a machine may differ, and what was
             found for one of them is remembered.
-        dtype, size: see :mod:`.auto_table`; they matter to "auto" only, which takes the default order without them.
     """
     if backend == "auto":
-        return next(name for name in preference(op, device, dtype, size) if not skipped(op, name, device))
+        chosen = next(name for name in preference(op, device.type) if not skipped(op, name, device))
+        if chosen == "torch":
+            _warn_once_of_unverified(op, device)
+        return chosen
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {('auto', *BACKENDS)}, got {backend!r}")
     if backend in ("cpu", "cuda") and backend != device.type:
@@ -161,16 +153,29 @@ def skipped(op: str, backend: str, device: torch.device) -> str | None:
     return None if backend == "torch" else unavailable(op, backend, device) or unverified(op, backend, device)
 
 
+_warned: set[str] = set()  # architectures
+
+
+def _warn_once_of_unverified(op: str, device: torch.device) -> None:
+    """That plain torch serves where faster kernels could, and what to type; once per process and architecture."""
+    if device.type != "cuda" or architecture(device) in _warned:
+        return
+    for name in preference(op, device.type)[:-1]:
+        reason = None if unavailable(op, name, device) else unverified(op, name, device)
+        if reason is not None:
+            _warned.add(architecture(device))
+            warnings.warn(
+                f"entropy_kernels: backend='auto' serves {op} with plain torch operations on "
+                f"{torch.cuda.get_device_properties(device).name}; the {name} kernels are {reason}"
+                f" (seconds; backend={name!r} runs them all the same; `entropy-kernels doctor` shows all)",
+                stacklevel=2,
+            )
+            return
+
+
 @functools.cache
-def _kernel(
-    op: str, name: str, backend: str, device: torch.device, dtype: torch.dtype | None = None, size: str | None = None
-) -> Callable:
-    chosen = resolve(op, backend, device, None if dtype is None else auto_table.DTYPES.get(dtype), size)
-    return getattr(importlib.import_module(_module_name(op, chosen)), name)
-
-
-def kernel(op: str, name: str, backend: str, tensor: Tensor) -> Callable:
-    """Kernel function ``name`` of ``op`` for a call on ``tensor``: its logits, or what it has one of per token.
+def kernel_of(op: str, name: str, backend: str, device: torch.device) -> Callable:
+    """Kernel function ``name`` of ``op`` for tensors on ``device``.
 
     Called inside the op, so that a compiled graph holds the backend's name and no look-up.
 
@@ -178,15 +183,17 @@ def kernel(op: str, name: str, backend: str, tensor: Tensor) -> Callable:
         ValueError: no such backend, or one that does not run on this type of device.
         RuntimeError: the backend cannot run here, with the reason.
     """
-    if backend != "auto":
-        return _kernel(op, name, backend, tensor.device)
-    size = size_class(op, tensor.numel(), tensor.element_size())
-    return _kernel(op, name, backend, tensor.device, tensor.dtype, size)
+    return getattr(importlib.import_module(_module_name(op, resolve(op, backend, device))), name)
 
 
-def fused(op: str, backend: str, device: torch.device, dtype: torch.dtype, size: str) -> Callable | None:
+def kernel(op: str, name: str, backend: str, tensor: Tensor) -> Callable:
+    """:func:`kernel_of` for a call on ``tensor``."""
+    return kernel_of(op, name, backend, tensor.device)
+
+
+def fused(op: str, backend: str, device: torch.device) -> Callable | None:
     """The kernel that does a forward pass of ``op`` in one, where it serves ``backend``; None: it is done in parts."""
-    chosen = resolve(op, backend, device, auto_table.DTYPES.get(dtype), size)
+    chosen = resolve(op, backend, device)
     name = _FUSED.get((op, chosen))
     if name is None:
         return None

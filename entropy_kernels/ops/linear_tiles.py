@@ -17,7 +17,6 @@ from torch import Tensor
 
 from entropy_kernels._arguments import process_group_of
 from entropy_kernels.backends import registry, reused_memory
-from entropy_kernels.backends.auto_table import size_class
 from entropy_kernels.backends.eager.softmax_state import finalize, merge, state_rows
 from entropy_kernels.ops.linear_plan import Problem, columns_here, padded, tiles
 from entropy_kernels.ops.products import multiply, multiply_add
@@ -193,8 +192,7 @@ def _fused(p: Problem, numbers: Numbers, device: torch.device) -> Callable | Non
     """A kernel that makes states without logits, where one serves; there is none for fp64."""
     if p.product == torch.float64:
         return None
-    size = size_class("linear_token_stats", p.rows * p.columns, p.product.itemsize)
-    return registry.fused("linear_token_stats", numbers.backend, device, p.product, size)
+    return registry.fused("linear_token_stats", numbers.backend, device)
 
 
 def _tile(buffer: Tensor, r: slice, c: slice, whole: bool) -> Tensor:

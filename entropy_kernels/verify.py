@@ -1,0 +1,292 @@
+"""``entropy-kernels verify``: are our kernels right on this GPU? ``backend="auto"`` follows what it finds.
+
+Each family of kernels (:mod:`.smoke_matrix`) runs in a process of its own, several at a time. One that dies, or hangs
+in a call, is named, and the others go on. The verdict, by op and backend, is kept in the user's cache folder
+(:mod:`.backends.verdict`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_kernels._console import print_table
+from entropy_kernels.backends import registry, verdict
+from entropy_kernels.backends.verdict import Pair, Verdict
+from entropy_kernels.smoke_matrix import FAMILIES, Family
+
+CALL_LIMIT = 25.0  # seconds without a word in which a call counts as hanging: compiling a Triton kernel takes a few
+START_LIMIT = 60.0  # the same for a process that has not begun its first call: it imports torch
+AT_ONCE = 8  # processes: each has its own context on the GPU, some 500 MB
+PASSED, WRONG, RAISED, DIED, HUNG, NOT_RUN = "passed", "wrong", "raised", "died", "hung", "not run"
+
+
+@dataclass
+class Outcome:
+    """Of one family's process: ``calls`` were right; ``detail`` says what happened in the first that was not."""
+
+    family: Family
+    state: str = NOT_RUN
+    calls: int = 0
+    detail: str = ""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.state == PASSED
+
+    def __str__(self) -> str:
+        told = self.detail or f"{self.calls} calls"
+        return f"{self.state:8} {self.family.name:26} {self.seconds:5.1f} s  {told}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "family": self.family.name,
+            "state": self.state,
+            "calls": self.calls,
+            "detail": self.detail,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def run_families(
+    families: Sequence[Family],
+    device: torch.device,
+    *,
+    ended: Callable[[Outcome], None] = lambda _: None,
+    at_once: int = AT_ONCE,
+    seconds: float | None = None,
+    prefix: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    patience: float = 1.0,
+) -> list[Outcome]:
+    """Run families, each in a process of its own, and return what became of them, in their order.
+
+    Args:
+        ended: called with each outcome as it is known.
+        at_once: processes at a time.
+        seconds: for all of them; what has not ended by then is ended, what has not begun is "not run".
+        prefix: a program that runs the process, such as compute-sanitizer with its options.
+        variables: of the environment, beside this process's.
+        patience: factor on the limits, for a prefix that makes calls slow.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
+    waiting = [_Process(Outcome(family), device, prefix, variables or {}, patience) for family in families]
+    every, running = list(waiting), list[_Process]()
+    try:
+        while waiting or running:
+            late = end is not None and time.monotonic() > end
+            while waiting and len(running) < at_once and not late:
+                running.append(waiting.pop(0))
+                running[-1].start()
+            for process in [process for process in running if process.ended(late)]:
+                running.remove(process)
+                ended(process.outcome)
+            if late:
+                for process in waiting:
+                    process.outcome.detail = "no time left"
+                    ended(process.outcome)
+                waiting.clear()
+            time.sleep(0.02)
+    finally:  # also when interrupted
+        for process in running:
+            process.stop()
+    return [process.outcome for process in every]
+
+
+@dataclass
+class _Process:
+    """A family's process, its output, and when it was last heard of."""
+
+    outcome: Outcome
+    device: torch.device
+    prefix: Sequence[str]
+    variables: Mapping[str, str]
+    patience: float
+    _call: str = ""  # that was begun
+    _words: list[str] = field(default_factory=list)  # its last lines that are no JSON
+    _rest: str = ""
+
+    def start(self) -> None:
+        command = [*self.prefix, sys.executable, "-m", "entropy_kernels.smoke_matrix", self.outcome.family.name]
+        # a launch that fails is then told by the call that made it
+        variables = {"CUDA_LAUNCH_BLOCKING": "1", "OMP_NUM_THREADS": "2", "ENTROPY_KERNELS_TRITON_TUNE": "0"}
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed by stop)
+        self._began = self._heard = time.monotonic()
+        self._process = subprocess.Popen(
+            [*command, "--device", str(self.device)],
+            stdout=self._output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, **variables, **self.variables},
+        )  # fmt: skip
+        self._position = 0
+
+    def ended(self, late: bool) -> bool:
+        """Whether it is over; ends it if it hangs, or if it is late."""
+        code = self._process.poll()
+        self._read()
+        now = time.monotonic()
+        limit = self.patience * (CALL_LIMIT if self._call else START_LIMIT)
+        hung = now - self._heard > limit
+        if code is None and not hung and not late:
+            return False
+        outcome = self.outcome
+        outcome.seconds = now - self._began
+        where = f" in {self._call!r}" if self._call else " before its first call"
+        if code is None:
+            why = f"nothing heard for {limit:.0f} s" if hung else "no time left"
+            outcome.state, outcome.detail = HUNG, why + where
+        elif outcome.state == WRONG:
+            pass
+        elif code == 0:
+            outcome.state = PASSED
+        else:
+            outcome.state = RAISED if code == 1 else DIED
+            outcome.detail = f"{self._last_words(code)}{where}"
+        self.stop()
+        return True
+
+    def _read(self) -> None:
+        """What has come since the last time."""
+        size = os.fstat(self._output.fileno()).st_size
+        if size == self._position:
+            return
+        data = os.pread(self._output.fileno(), size - self._position, self._position)
+        self._position, self._heard = size, time.monotonic()
+        *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
+        for line in filter(str.strip, lines):
+            self._heed(line)
+
+    def _heed(self, line: str) -> None:
+        try:
+            told = json.loads(line) if line.startswith("{") else None
+        except ValueError:
+            told = None
+        if not isinstance(told, dict):
+            self._words = [*self._words[-20:], line.strip()]
+        elif "begin" in told:
+            self._call = told["begin"]
+        elif told.get("wrong"):
+            if self.outcome.state != WRONG:
+                self.outcome.state, self.outcome.detail = WRONG, f"{told['call']}: {told['wrong']}"
+        else:
+            self.outcome.calls += 1
+
+    def _last_words(self, code: int) -> str:
+        """The line that says most: of a sanitizer its summary, of Python the exception."""
+        if code < 0:
+            return f"signal {signal.Signals(-code).name}"
+        telling = [w for w in self._words if "SUMMARY: " in w or "Error" in w] or self._words
+        return (telling[-1] if telling else f"exit code {code}")[:300]
+
+    def stop(self) -> None:
+        """End it with all its processes. One that waits inside the driver may not go at once: it is not waited for."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        self._output.close()
+
+
+def families_here(device: torch.device, names: Sequence[str] | None = None) -> list[Family]:
+    """Those whose backend can run all their ops on a GPU; of ``names`` only, which may also be backends.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    known = {*FAMILIES, *(family.backend for family in FAMILIES.values())}
+    if unknown := sorted(set(names or ()) - known):
+        raise ValueError(f"families: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return [
+        family
+        for family in FAMILIES.values()
+        if (names is None or family.name in names or family.backend in names)
+        and all(registry.unavailable(op, family.backend, device) is None for op in family.ops)
+    ]
+
+
+def pairs_of(outcomes: Sequence[Outcome]) -> list[Pair]:
+    """By op and backend: right calls of its families, and those that did not pass."""
+    found: dict[tuple[str, str], Pair] = {}
+    for outcome in outcomes:
+        failed = {} if outcome.passed else {outcome.family.name: f"{outcome.state}, {outcome.detail}"}
+        for op in outcome.family.ops:
+            key = (op, outcome.family.backend)
+            before = found.get(key, Pair(*key, 0, {}))
+            found[key] = Pair(*key, before.calls + outcome.calls, {**before.failed, **failed})
+    return list(found.values())
+
+
+def verify(device: torch.device, **options: Any) -> tuple[Verdict, Path, list[Outcome]]:
+    """Run the whole matrix on a GPU and keep the verdict.
+
+    Args:
+        device: with its index.
+        options: of :func:`run_families`.
+
+    Raises:
+        ValueError: there is no kernel to verify.
+        OSError: the verdict cannot be kept.
+    """
+    families = families_here(device)
+    if not families:
+        reasons = "; ".join(
+            f"{name}: {registry.unavailable('token_stats', name, device)}" for name in ("cuda", "triton")
+        )
+        raise ValueError(f"expected kernels to verify on {device}, got none: {reasons}")
+    outcomes = run_families(families, device, **options)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    found = Verdict(verdict.machine(device), date, pairs_of(outcomes))
+    return found, verdict.write(found), outcomes
+
+
+def main(*, at_once: int = AT_ONCE, as_json: bool = False) -> int:
+    """The command: verify each model of GPU that is here; 0, or 1 if a kernel is wrong, dies or hangs.
+
+    Raises:
+        ValueError: no GPU, or no kernel.
+    """
+    gpus = registry.gpus()
+    if not gpus:
+        raise ValueError("expected a GPU, on which the kernels are to run, got none that torch can use")
+    code = 0
+    documents = []
+    for device in gpus:
+        name = torch.cuda.get_device_properties(device).name
+        count = len(families_here(device))
+        done = iter(range(1, count + 1))
+        begin = time.monotonic()
+
+        def show(outcome: Outcome, done: Iterator[int] = done, count: int = count) -> None:
+            print(f"[{next(done):2}/{count}] {outcome}", file=sys.stderr, flush=True)
+
+        print(f"{device}, {name}: {count} families of kernels, {at_once} at a time", file=sys.stderr, flush=True)
+        found, path, outcomes = verify(device, ended=show, at_once=at_once)
+        code |= not all(outcome.passed for outcome in outcomes)
+        documents.append({"file": str(path), "pairs": [vars(pair) for pair in found.pairs]})
+        if not as_json:
+            rows = [
+                (pair.op, pair.backend, "OK" if pair.verified else "FAIL", _told(pair))
+                for pair in sorted(found.pairs, key=lambda pair: pair.op)
+            ]
+            print_table(f"{name}, {time.monotonic() - begin:.0f} s", rows, ("op", "backend", "result", "calls"))
+            print(f"kept in {path}; backend='auto' takes what is OK (entropy-kernels doctor shows what it chooses)")
+    if as_json:
+        print(json.dumps(documents, indent=1))
+    return code
+
+
+def _told(pair: Pair) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in pair.failed.items()) or f"{pair.calls} right"
