@@ -194,7 +194,7 @@ def build(site: Path, out: Path, architecture: str) -> None:
         "needs": needs,
     }
     (out / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{out / RECORD}: torch {record['torch']}, sm {architecture}, nvcc {record['nvcc']}")
+    print(f"{out / RECORD}: torch {record['torch']}, architecture {architecture}, nvcc {record['nvcc']}")
 
 
 def _check(library: Path, libraries: Sequence[Path], site: Path, compiler: str) -> dict[str, str]:
