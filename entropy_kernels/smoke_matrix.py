@@ -119,7 +119,7 @@ def backward(vocabs: Sequence[int], **options: Any) -> list[Call]:
 def from_hidden(
     rows: int, features: int, vocab: int, dtype: torch.dtype, *, gradient: bool, odd: bool = False, **options: Any
 ) -> Call:
-    """ "odd" rows lie off the 16 bytes. With so small a budget bf16 makes its logits twice, in tiles; fp32 keeps them."""
+    """The rows of "odd" lie off the 16 bytes. With this budget bf16 makes its logits twice, in tiles; fp32 keeps them."""
 
     def run(device: str, backend: str) -> Results:
         generator = torch.Generator().manual_seed(rows + vocab)
