@@ -49,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu-log") and getattr(config.option, "maxworkerrestart", "") is None:
+        config.option.maxworkerrestart = "100"  # xdist would stop after four crashes per worker
     config.pluginmanager.register(Guard(config), "gpu-guard-of-the-run")
 
 

@@ -165,7 +165,7 @@ class Device(TorchDispatchMode):
         if name == "_to_copy" and all(here) != to_gpu:  # between devices it is a copy, always
             kwargs = {k: v for k, v in kwargs.items() if k != "non_blocking"}
         kwargs = {k: v for k, v in kwargs.items() if k != "pin_memory"} if to_gpu else kwargs
-        function = OUT_DTYPE.get(func, func)
+        function = INSTEAD.get(func, func)
         if func.namespace == "entropy_kernels_native" and _fault() == "wrong":
             function = _spoiled(function)
         arguments = real((args, kwargs))
@@ -290,12 +290,25 @@ def _addmm(
     return torch.addmm(c.to(out_dtype), a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, **out)
 
 
-#: Operations that torch has on GPUs only.
-OUT_DTYPE = {
+def _without_padding(product: Any) -> Any:
+    """oneDNN's bfloat16 kernel with AMX reads what lies behind short rows, and one NaN there makes the result NaN."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        padded = [isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in args]
+        return product(
+            *(x.contiguous() if is_padded else x for x, is_padded in zip(args, padded, strict=True)), **kwargs
+        )
+
+    return call
+
+
+#: Operations that torch has on GPUs only, or that differ there.
+INSTEAD = {
     aten.mm.dtype: _mm,
     aten.mm.dtype_out: _mm,
     aten.addmm.dtype: _addmm,
     aten.addmm.dtype_out: _addmm,
+    **{op: _without_padding(op) for op in (aten.mm.default, aten.mm.out, aten.addmm.default, aten.addmm.out)},
 }
 
 #: Our operators that are written in Python, by name.
