@@ -16,6 +16,18 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
+// On the current device, which keeps it: once is enough (once_per_device.h). Also while a graph is captured, since it is
+// no work of a stream.
+inline void set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  check(cudaFuncSetAttribute(kernel, attribute, value), "cudaFuncSetAttribute");
+}
+
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
 // Calls run(E{}) for the dtype, where E is BFloat16, Float16, Float32 or Float64 of the accumulator T.
 template <typename T, class Run>
 auto for_element(Element element, const Run& run) {

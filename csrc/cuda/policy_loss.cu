@@ -41,8 +41,7 @@ const void* pointer(void (*kernel)(PolicyLossArguments)) { return reinterpret_ca
 }  // namespace
 
 TeamPlan plan_policy_loss(int64_t tokens, int device) {
-  static LimitsOfDevices limits(pointer(policy_loss_cluster), pointer(policy_loss_grid), true);
-  return plan_team(tokens, limits.of(device), true);
+  return plan_team(tokens, limits_of(pointer(policy_loss_cluster), pointer(policy_loss_grid), true, device), true);
 }
 
 void launch_policy_loss(const TeamPlan& plan, PolicyLossArguments arguments, cudaStream_t stream) {

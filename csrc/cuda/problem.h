@@ -81,7 +81,8 @@ struct BackwardArguments {
   std::int64_t field_stride, row_stride;  // of the state
   Rows dlogits;                           // may be the logits
   int parts;
-  bool vectors;  // every row of logits and dlogits is contiguous, both equally misaligned
+  bool vectors;   // every row of logits and dlogits is contiguous, both equally misaligned
+  bool reversed;  // the first blocks have the last row
 };
 
 // A row cut into whole 16-byte vectors and, before and behind them, single elements. Strided rows have only singles.

@@ -63,17 +63,22 @@ const void* pointer(void (*kernel)(CovarianceArguments<T>)) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-}  // namespace
-
-TeamPlan plan_selection(int64_t tokens, int device) {
-  static LimitsOfDevices limits(pointer(selection_cluster), pointer(selection_grid), true);
-  return plan_team(tokens, limits.of(device), true);
+Limits selection_limits(int device) {
+  return limits_of(pointer(selection_cluster), pointer(selection_grid), true, device);
+}
+template <class T>
+Limits covariance_limits(int device) {
+  return limits_of(pointer(covariance_cluster<T>), pointer(covariance_grid<T>), false, device);
 }
 
+}  // namespace
+
+TeamPlan plan_selection(int64_t tokens, int device) { return plan_team(tokens, selection_limits(device), true); }
+
+int largest_selection_cluster(int device) { return selection_limits(device).cluster; }
+
 TeamPlan plan_covariance(int64_t tokens, bool float64, int device) {
-  static LimitsOfDevices single(pointer(covariance_cluster<float>), pointer(covariance_grid<float>), false);
-  static LimitsOfDevices wide(pointer(covariance_cluster<double>), pointer(covariance_grid<double>), false);
-  return plan_team(tokens, float64 ? wide.of(device) : single.of(device), false);
+  return plan_team(tokens, float64 ? covariance_limits<double>(device) : covariance_limits<float>(device), false);
 }
 
 void launch_selection(const TeamPlan& plan, SelectionArguments arguments, cudaStream_t stream) {

@@ -127,6 +127,7 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
         state.stride(1),
         rows_of(dlogits, dlogits.mutable_data_ptr()),
         1,
+        false,
         false};
     launch_backward(element_of(logits), arguments, current_stream(logits));
   };

@@ -27,7 +27,7 @@ template <typename T>
 void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T> arguments, bool second_moments,
                     void* scratch, cudaStream_t stream);
 
-// Enqueues the backward pass; parts and vectors of `arguments` are set here.
+// Enqueues the backward pass; parts, vectors and reversed of `arguments` are set here.
 template <typename T>
 void launch_backward(Element element, BackwardArguments<T> arguments, cudaStream_t stream);
 

@@ -6,6 +6,7 @@
 #include "device_thread.h"
 #include "kernels.h"
 #include "launch.h"
+#include "switches.h"
 #include "token_stats.h"
 #include "token_stats_kernels.h"
 
@@ -48,9 +49,10 @@ void launch_backward(Element element, BackwardArguments<T> arguments, cudaStream
   const int size = element_size(element);
   const std::int64_t bytes = static_cast<std::int64_t>(problem.vocab) * size;
   arguments.vectors = equally_aligned(problem.logits, arguments.dlogits, size);
-  int device = 0, multiprocessors = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  arguments.reversed = backward_reversed.get() != 0;
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, current_device()),
+        "cudaDeviceGetAttribute");
   const std::int64_t enough = (2 * multiprocessors + problem.rows - 1) / problem.rows;
   const std::int64_t large = (bytes + kBlockBytes - 1) / kBlockBytes, small = (bytes + kTileBytes - 1) / kTileBytes;
   arguments.parts = static_cast<int>(std::max(large, std::min(enough, small)));

@@ -4,11 +4,10 @@
 // of four 16-byte vectors (the tile's maximum first, then one exponential per logit), states meet once, at the end.
 //   everywhere  plain loads, the next tile's in flight; the block that is done last merges the parts
 //   from sm_90  bulk copies through shared memory; parts are blocks of a cluster and merge through its shared memory
-#include <atomic>
-
 #include "device_thread.h"
 #include "kernels.h"
 #include "launch.h"
+#include "once_per_device.h"
 #include "token_stats.h"
 #include "token_stats_kernels.h"
 
@@ -65,14 +64,24 @@ const void* kernel(bool bulk, bool second_moments, bool softcap) {
 // Whether the bulk kernels are more than empty: on a GPU for which there is neither sm_90a nor sm_100a code that fits,
 // the driver compiles the PTX of sm_80.
 bool has_bulk_copies(int device) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not asked yet
-  if (device < kDevices && known[device] != 0) return known[device] > 0;
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel<BFloat16>(true, false, false)), "cudaFuncGetAttributes");
-  const bool has = attributes.ptxVersion >= 90;
-  if (device < kDevices) known[device] = has ? 1 : -1;
-  return has;
+  static OncePerDevice<bool> known;
+  const void* any = kernel<BFloat16>(true, false, false);
+  return known.of(any, device, [&] {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, any), "cudaFuncGetAttributes");
+    return attributes.ptxVersion >= 90;
+  });
+}
+
+// Room for the stages of a bulk kernel, of which a multiprocessor holds as many as fit.
+void allow_stages(const void* function) {
+  static OncePerDevice<bool> allowed;
+  allowed.of(function, current_device(), [&] {
+    set_attribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Stages));
+    // the logits pass L1, and shared memory is what limits the blocks of a multiprocessor
+    set_attribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    return true;
+  });
 }
 
 }  // namespace
@@ -118,11 +127,7 @@ void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T
   cudaLaunchAttribute cluster;
   if (plan.bulk) {
     config.dynamicSmemBytes = sizeof(Stages);
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Stages)),
-          "cudaFuncSetAttribute");
-    // the logits pass L1, and shared memory is what limits the blocks of a multiprocessor
-    check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-          "cudaFuncSetAttribute");
+    allow_stages(function);
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(plan.parts), 1, 1};
     config.attrs = &cluster;

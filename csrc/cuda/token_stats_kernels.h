@@ -316,7 +316,8 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
   using Storage = typename E::Storage;
   const Problem<T>& problem = arguments.problem;
   const int parts = arguments.parts;
-  const int row = thread.block() / parts, part = thread.block() % parts;
+  const int place = thread.block() / parts, part = thread.block() % parts;
+  const int row = arguments.reversed ? problem.rows - 1 - place : place;
   const Storage* logits = problem.logits.template at<const Storage>(row, problem.length);
   Storage* dlogits = arguments.dlogits.template at<Storage>(row, problem.length);
   const std::int64_t stride = problem.logits.column_stride, out_stride = arguments.dlogits.column_stride;

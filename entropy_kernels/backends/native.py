@@ -169,11 +169,16 @@ def cuda_kernels() -> list[CudaKernel]:
     Raises:
         RuntimeError: without the CUDA half, or without a device.
     """
+    return parse_cuda_kernels(_cuda_function("kernels", ctypes.c_char_p)().decode())
+
+
+def _cuda_function(name: str, result: Any, *arguments: Any) -> Any:
+    """``entropy_kernels_cuda_<name>`` of the CUDA half (csrc/cuda/kernels.cpp)."""
     if cuda_load_error is not None:
         raise RuntimeError(cuda_load_error)
-    query = ctypes.CDLL(str(_CUDA_LIBRARY)).entropy_kernels_cuda_kernels
-    query.restype = ctypes.c_char_p
-    return parse_cuda_kernels(query().decode())
+    function = getattr(ctypes.CDLL(str(_CUDA_LIBRARY)), f"entropy_kernels_cuda_{name}")
+    function.argtypes, function.restype = arguments, result
+    return function
 
 
 def parse_cuda_kernels(report: str) -> list[CudaKernel]:
@@ -184,3 +189,36 @@ def parse_cuda_kernels(report: str) -> list[CudaKernel]:
             raise RuntimeError(f"CUDA kernels: {report.strip()}")
         kernels.append(CudaKernel(name, *map(int, numbers)))
     return kernels
+
+
+def largest_cluster() -> int:
+    """Blocks of the largest cluster that the current device grants the selection kernel; 0 where it has no clusters.
+
+    Raises:
+        RuntimeError: without the CUDA half, or without a device.
+    """
+    answer = _cuda_function("largest_cluster", ctypes.c_char_p)().decode()
+    if not answer.isdigit():
+        raise RuntimeError(f"largest cluster: {answer}")
+    return int(answer)
+
+
+# The values that each may have; csrc/cuda/switches.h says what they do.
+CUDA_SWITCHES = {"cluster_tokens": range(2**63), "backward_reversed": range(2)}
+
+
+def set_cuda_switch(name: str, value: int) -> int:
+    """Change what later launches of CUDA kernels do, in the whole process, to measure it. Returns the value before.
+
+    A CUDA graph keeps what it was captured with.
+
+    Raises:
+        ValueError: no such switch, or a value that it cannot have.
+        RuntimeError: without the CUDA half.
+    """
+    if name not in CUDA_SWITCHES:
+        raise ValueError(f"name: expected one of {', '.join(CUDA_SWITCHES)}, got {name!r}")
+    values = CUDA_SWITCHES[name]
+    if not isinstance(value, int) or value not in values:
+        raise ValueError(f"value: expected an integer from 0 to {values[-1]} for {name}, got {value!r}")
+    return _cuda_function("switch", ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)(name.encode(), value)

@@ -1,0 +1,157 @@
+"""What the CUDA half does on the host: how a batch is spread over blocks, switches, what is asked once per device."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cuda_emulator
+import entropy_kernels as ek
+from conftest import on_gpu
+from entropy_kernels.backends import native
+from sample import plain
+
+K = 1024
+REASON = ek.backends()["token_stats"]["cuda"]
+hardware = [
+    on_gpu("cuda", "token_stats", "clip_cov_mask", "kl_cov_mask"),
+    pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}"),
+    pytest.mark.skipif(not native._CUDA_LIBRARY.exists(), reason="a fake GPU has no CUDA half to switch"),
+]
+needs_compiler = pytest.mark.skipif(cuda_emulator.missing() is not None, reason=str(cuda_emulator.missing()))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = tmp_path_factory.mktemp("cuda_host") / "cuda_host.so"
+    here = Path(__file__).parent
+    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-unknown-pragmas"]
+    source = [f"-I{here.parent / 'csrc'}", str(here / "cuda_host.cpp")]
+    subprocess.run([cuda_emulator.COMPILER, *flags, *source, "-o", str(path)], check=True)
+    loaded = ctypes.CDLL(str(path))
+    loaded.host_switch.argtypes, loaded.host_switch.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+    whole, one = ctypes.c_int64, ctypes.c_int
+    loaded.host_plan.argtypes = [whole, one, whole, one, one, ctypes.POINTER(whole)]
+    loaded.host_plan.restype = ctypes.c_char_p
+    return loaded
+
+
+def plan(library: Any, tokens: int, cluster: int, per_block: int, keys: bool = True) -> tuple[bool, int, int, int]:
+    """(cluster, blocks, tokens per block, bytes of keys) on a device of 132 multiprocessors."""
+    out = (ctypes.c_int64 * 4)()
+    error = library.host_plan(tokens, cluster, per_block, 132, keys, out)
+    if error is not None:
+        raise RuntimeError(error.decode())
+    return bool(out[0]), out[1], out[2], out[3]
+
+
+@needs_compiler
+def test_up_to_512_k_tokens_are_one_cluster(library: Any) -> None:
+    for tokens in (1, 4096, 4097, 60 * K, 512 * K):
+        cluster, blocks, chunk, shared = plan(library, tokens, cluster=16, per_block=52 * K)
+        assert cluster and blocks <= 16 and blocks * chunk >= tokens and shared == chunk * 33 // 8
+    assert plan(library, 512 * K + 1, cluster=16, per_block=52 * K) == (False, 129, 4096, 0)
+    assert plan(library, 4096, cluster=0, per_block=52 * K)[0] is False
+
+
+@needs_compiler
+def test_cluster_tokens_is_capped_by_what_the_cluster_holds(library: Any) -> None:
+    """By its shared memory where keys are kept; a covariance alone keeps none."""
+    before = library.host_switch(b"cluster_tokens", 2**40)
+    try:
+        assert before == 512 * K
+        assert plan(library, 16 * 52 * K, cluster=16, per_block=52 * K) == (True, 16, 52 * K, 52 * K * 33 // 8)
+        assert plan(library, 16 * 52 * K + 1, cluster=16, per_block=52 * K)[0] is False
+        assert plan(library, 8 * 52 * K + 1, cluster=8, per_block=52 * K)[0] is False
+        assert plan(library, 2**30, cluster=16, per_block=2**30, keys=False) == (True, 16, 2**26, 0)
+        with pytest.raises(RuntimeError, match="too many tokens"):
+            plan(library, 2**40, cluster=16, per_block=2**30, keys=False)
+        assert library.host_switch(b"cluster_tokens", 0) == 2**40
+        assert plan(library, 1, cluster=16, per_block=52 * K) == (False, 1, 32, 0)
+    finally:
+        library.host_switch(b"cluster_tokens", before)
+
+
+@needs_compiler
+def test_python_and_cpp_know_the_same_switches(library: Any) -> None:
+    for name, values in native.CUDA_SWITCHES.items():
+        before = library.host_switch(name.encode(), values[-1])
+        assert before in values and library.host_switch(name.encode(), before) == values[-1]
+    assert library.host_switch(b"cluster", 1) == -1
+
+
+@needs_compiler
+def test_a_kernel_is_asked_once_per_device(library: Any) -> None:
+    assert library.host_once(1, 3, 2) == 6
+    assert library.host_once(8, 3, 100) == 300
+    assert library.host_once_after_error() == 2
+
+
+def test_a_switch_that_is_wrong_is_named() -> None:
+    with pytest.raises(ValueError, match=r"name: expected one of cluster_tokens, backward_reversed, got 'cluster'"):
+        native.set_cuda_switch("cluster", 1)
+    for value in (-1, 2**63, 1.0, "1", None):
+        with pytest.raises(ValueError, match=rf"value: expected an integer from 0 to {2**63 - 1} .* got {value!r}"):
+            native.set_cuda_switch("cluster_tokens", value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="value: expected an integer from 0 to 1 for backward_reversed, got 2"):
+        native.set_cuda_switch("backward_reversed", 2)
+
+
+@pytest.mark.skipif(native.cuda_load_error is None, reason="this build has the CUDA half")
+def test_without_the_cuda_half_there_is_nothing_to_switch() -> None:
+    for ask in (native.largest_cluster, lambda: native.set_cuda_switch("cluster_tokens", 1)):
+        with pytest.raises(RuntimeError, match="CUDA"):
+            ask()
+
+
+class TestOnHardware:
+    """Switches change when or where something is computed, never a bit of it."""
+
+    pytestmark = hardware
+
+    @pytest.fixture(autouse=True)
+    def switches_as_before(self) -> Iterator[None]:
+        before = {name: native.set_cuda_switch(name, 0) for name in native.CUDA_SWITCHES}
+        for name, value in before.items():
+            native.set_cuda_switch(name, value)
+        yield
+        for name, value in before.items():
+            native.set_cuda_switch(name, value)
+
+    def test_largest_cluster(self) -> None:
+        granted = native.largest_cluster()
+        assert granted in ((8, 16) if torch.cuda.get_device_capability() in ((9, 0), (10, 0)) else (0, 1, 2, 4, 8, 16))
+
+    @pytest.mark.parametrize("rows", [1, 5, 700])
+    @pytest.mark.parametrize("vocab", [40_000, 40_001])
+    def test_backward_reversed(self, vocab: int, rows: int) -> None:
+        sample = plain(torch.bfloat16, "cuda", rows=rows, vocab=vocab)
+        logits, temperature = sample.logits[None], torch.ones(1, device="cuda")
+        state = native.token_stats_forward(logits, sample.target, temperature, 0.0, -100, 0, vocab, 3)[4]
+        grad = torch.randn(rows, device="cuda")
+
+        def gradient(inplace: bool) -> torch.Tensor:
+            return native.token_stats_backward(
+                grad, grad, None, logits, sample.target, temperature, state, 0.0, -100, 0, vocab, inplace
+            )
+
+        expected = gradient(False)
+        assert native.set_cuda_switch("backward_reversed", 1) == 0
+        assert torch.equal(gradient(False), expected)
+        assert torch.equal(gradient(True), expected)
+
+    @pytest.mark.parametrize("most", [0, 2**31])
+    @pytest.mark.parametrize("tokens", [1, 5000, 65_536, 524_288, 700_000, 1_000_003])
+    def test_cluster_tokens(self, tokens: int, most: int) -> None:
+        """All as grids; clusters of all that they can hold."""
+        covariance = torch.randn(tokens, generator=torch.Generator().manual_seed(tokens)).cuda()
+        native.set_cuda_switch("cluster_tokens", most)
+        for function, options in ((ek.kl_cov_mask, {"ratio": 0.01}), (ek.clip_cov_mask, {"ratio": 0.01, "seed": 3})):
+            expected = function(covariance, backend="torch", **options)
+            assert torch.equal(function(covariance, backend="cuda", **options), expected)
