@@ -2,6 +2,10 @@
 // that arrive at random times. A barrier too few, an index too far or a stage refilled too early gives wrong numbers.
 // What it cannot show: memory ordering between threads, the PTX of device_thread.h, and speed.
 #include <algorithm>
+#include <bit>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -9,6 +13,15 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+// ex2.approx.ftz.f32, off by so many ulps. Exact is only 2^0; what is below the smallest normal number is 0.
+static int exp2_ulps = 0;
+static float emulated_exp2(float t) {
+  const float e = std::exp2(t);
+  if (e < FLT_MIN) return 0;
+  return t == 0 || !std::isfinite(e) ? e : std::bit_cast<float>(std::bit_cast<std::int32_t>(e) + exp2_ulps);
+}
+#define EK_EMULATED_EXP2 emulated_exp2
 
 #include "cuda/token_stats_kernels.h"
 #include "cuda_fibers.h"
@@ -186,7 +199,8 @@ void forward(const ForwardArguments<typename E::Accumulator>& arguments, int thr
 }
 
 struct Call {  // mirrored by cuda_emulator.py
-  std::int32_t element, bulk, second_moments, threads, parts, vectors;
+  std::int32_t element, bulk, second_moments, threads, parts, vectors, reversed;
+  std::int32_t blocks;  // of a backward pass that run, the first ones
   std::uint64_t seed;
   void* logits;
   std::int64_t batch_stride, length_stride, column_stride;
@@ -237,8 +251,9 @@ void backward_call(const Call& c) {
   const auto upstream = [&](int i) -> Upstream<T> { return {static_cast<const T*>(c.grads[i]), c.grad_strides[i]}; };
   const BackwardArguments<T> arguments = {
       problem_of<T>(c), upstream(0), upstream(1), upstream(2), static_cast<const T*>(c.state), c.field_stride,
-      c.row_stride, {c.dlogits, c.out_batch_stride, c.out_length_stride, c.out_column_stride}, c.parts, c.vectors != 0};
-  launch(c.rows * c.parts, 1, c.threads, 0, c.seed, [&](HostThread& thread, unsigned char*) {
+      c.row_stride, {c.dlogits, c.out_batch_stride, c.out_length_stride, c.out_column_stride}, c.parts, c.vectors != 0,
+      c.reversed != 0};
+  launch(c.blocks, 1, c.threads, 0, c.seed, [&](HostThread& thread, unsigned char*) {
     c.softcap > 0 ? backward_block<E, true>(thread, arguments) : backward_block<E, false>(thread, arguments);
   });
 }
@@ -264,6 +279,8 @@ const char* for_element(const Call& call, const Run& run) {
 
 }  // namespace
 }  // namespace entropy_kernels::cuda
+
+extern "C" void emulate_exp2_ulps(int ulps) { exp2_ulps = ulps; }
 
 // Both return null, or what went wrong.
 extern "C" const char* emulate_forward(const entropy_kernels::cuda::Call* call) {

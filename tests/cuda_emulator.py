@@ -26,7 +26,8 @@ class _Call(ctypes.Structure):
     """``Call`` of cuda_emulator.cpp."""
 
     _fields_ = (
-        *((name, _I) for name in ("element", "bulk", "second_moments", "threads", "parts", "vectors")),
+        *((name, _I) for name in ("element", "bulk", "second_moments", "threads", "parts", "vectors", "reversed")),
+        ("blocks", _I),
         ("seed", ctypes.c_uint64), ("logits", _P),
         *((name, _L) for name in ("batch_stride", "length_stride", "column_stride")),
         *((name, _I) for name in ("rows", "length", "vocab", "columns")),
@@ -70,13 +71,18 @@ def _equally_aligned(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class Emulated:
-    """The kernels with a given way to cut rows: whole, in ``parts``, through bulk copies or not."""
+    """The kernels with a given way to cut rows: whole, in ``parts``, through bulk copies or not.
+
+    The backward pass may take the rows ``reversed``, and run only its first ``blocks``.
+    """
 
     library: ctypes.CDLL
     bulk: bool = False
     parts: int = 1
     seed: int = 0
     most_warps: int = MAX_WARPS
+    reversed: bool = False
+    blocks: int | None = None
 
     def _common(self, logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size) -> _Call:
         call = _Call(element=_ELEMENTS[logits.dtype], bulk=self.bulk, parts=self.parts, seed=self.seed)
@@ -121,7 +127,8 @@ class Emulated:
         dlogits = logits if inplace else torch.full(logits.shape, torch.nan, dtype=logits.dtype)
         if logits.numel():
             call = self._common(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size)
-            call.vectors = _equally_aligned(logits, dlogits)
+            call.vectors, call.reversed = _equally_aligned(logits, dlogits), self.reversed
+            call.blocks = call.rows * call.parts if self.blocks is None else self.blocks
             call.state, (call.field_stride, call.row_stride) = state.data_ptr(), state.stride()
             for i, grad in enumerate((grad_logprob, grad_entropy, grad_collision)):
                 call.grads[i] = None if grad is None else grad.data_ptr()

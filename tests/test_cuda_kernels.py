@@ -7,8 +7,10 @@ autograd are held to the bound of every backend. On a GPU the kernels themselves
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import math
+import mmap
 from collections.abc import Iterator
 
 import pytest
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor
 
 import cuda_emulator
-from calls import check, run, same_bits, upstream
+from calls import bound, check, run, same_bits, upstream
 from cases import CASES
 from conftest import Place
 from cuda_emulator import Emulated
 from entropy_kernels.backends import native, registry
 from entropy_kernels.backends.eager import token_stats as eager
+from reference import NAMES
 from sample import Case, labels, normal, plain
 
 for reason in (native.load_error, cuda_emulator.missing()):
@@ -43,7 +46,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return cuda_emulator.compile_library(tmp_path_factory.mktemp("cuda_emulator"))
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=WAYS)  # indirectly: some of them
 def kernels(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Emulated:
     return Emulated(library, **WAYS[request.param])
 
@@ -53,9 +56,9 @@ def place(kernels: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]
     """Backend "cpu" with the emulated kernels in place of the C++ ones."""
     for name in registry.OPS["token_stats"]:
         monkeypatch.setattr(native, name, getattr(kernels, name))
-    registry._kernel.cache_clear()
+    registry.kernel_of.cache_clear()
     yield Place("cpu", "cpu")
-    registry._kernel.cache_clear()
+    registry.kernel_of.cache_clear()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -63,6 +66,55 @@ def test_case(case: Case, place: Place, kernels: Emulated) -> None:
     plain_way = not kernels.bulk and kernels.parts == 1
     for dtype in case.dtypes if plain_way else case.slow_dtypes:
         check(case.build(dtype, "cpu"), place, "logprob", "entropy", "collision")
+
+
+class TestExp2:
+    """A GPU's ``ex2.approx`` is off by up to 2 ulps, the CPU's exp2 by less than one: the bound must hold for both."""
+
+    @pytest.fixture(autouse=True)
+    def exact_afterwards(self, library: ctypes.CDLL) -> Iterator[None]:
+        yield
+        library.emulate_exp2_ulps(0)
+
+    @pytest.mark.parametrize("kernels", ["whole"], indirect=True)
+    @pytest.mark.parametrize("ulps", [2, -2])
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_off_by_two_ulps(self, case: Case, ulps: int, place: Place, library: ctypes.CDLL) -> None:
+        library.emulate_exp2_ulps(ulps)
+        for dtype in case.slow_dtypes:
+            if dtype != torch.float64:  # which has no such instruction
+                check(case.build(dtype, "cpu"), place, "logprob", "entropy", "collision")
+
+    @pytest.mark.parametrize("kernels", ["cluster"], indirect=True)
+    @pytest.mark.parametrize("ulps", [2, -2])
+    @pytest.mark.parametrize("softcap", [None, 20.0])
+    def test_long_rows(self, softcap: float | None, ulps: int, place: Place, library: ctypes.CDLL) -> None:
+        library.emulate_exp2_ulps(ulps)
+        sample = plain(torch.float32, "cpu", rows=1, vocab=151_936, temperature=0.8, softcap=softcap)
+        check(sample, place, "logprob", "entropy")
+
+    @pytest.mark.parametrize("kernels", ["whole"], indirect=True)
+    @pytest.mark.parametrize("ulps", [4000, -4000])
+    def test_a_wrong_one_fails(self, ulps: int, place: Place, kernels: Emulated, library: ctypes.CDLL) -> None:
+        """In the values, and in the gradient of a state that is right."""
+        sample, temperature = plain(torch.float32, "cpu", vocab=1031), torch.ones(1)
+        arguments = (sample.logits[None], sample.target, temperature, 0.0, -100, 0, 1031)
+        values = kernels.token_stats_forward(*arguments, ALL)
+        grads = upstream(sample, "logprob", "entropy")
+        references = bound(sample)
+
+        def gradient() -> Tensor:
+            given = (grads["logprob"], grads["entropy"], None)
+            return kernels.token_stats_backward(*given, *arguments[:3], values[4], *arguments[3:], False)
+
+        references.check_gradient(gradient(), **grads)
+        library.emulate_exp2_ulps(ulps)
+        with pytest.raises(AssertionError, match=r"gradient: .* beyond the bound"):
+            references.check_gradient(gradient(), **grads)
+        wrong = dict(zip(NAMES, kernels.token_stats_forward(*arguments, ALL)[:4], strict=True))
+        for name, value in wrong.items():
+            with pytest.raises(AssertionError, match=f"{name}: .* beyond the bound"):
+                references.check_values(**{name: value})
 
 
 # Not fp64: over so many terms the float64 reference itself is off by the whole bound.
@@ -145,6 +197,73 @@ def test_ignored_and_silent_rows_are_not_read(kernels: Emulated) -> None:
     grads = [torch.tensor([1.0, 1.0, 0.0, 1.0])] * 3
     gradient = kernels.token_stats_backward(*grads, logits, target, temperature, state, 0.0, -100, 0, 2000, False)
     assert (gradient[0, 1:3] == 0).all() and gradient.isfinite().all() and (gradient[0, [0, 3]] != 0).any(-1).all()
+
+
+# (batch, tokens, columns) of 6 rows: rows apart, side by side and misaligned, transposed, with strided columns.
+LAYOUTS = {
+    "aligned": lambda dtype: torch.empty(2, 3, 4096, dtype=dtype),
+    "misaligned": lambda dtype: torch.empty(2, 3, 1031, dtype=dtype),
+    "apart": lambda dtype: torch.empty(2, 3, 1040, dtype=dtype)[..., 3:1034],
+    "transposed": lambda dtype: torch.empty(3, 2, 1031, dtype=dtype).transpose(0, 1),
+    "strided columns": lambda dtype: torch.empty(2, 3, 600, 2, dtype=dtype)[..., 1],
+    "short": lambda dtype: torch.empty(2, 3, 5, dtype=dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernels", ["whole", "parts"], indirect=True)
+def test_gradient_in_reversed_order_has_the_same_bits(kernels: Emulated, layout: str, dtype: torch.dtype) -> None:
+    logits = LAYOUTS[layout](dtype)
+    vocab = logits.shape[-1]
+    logits.copy_(normal(2, 3, vocab, dtype=dtype, device="cpu"))
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    target, temperature = labels(6, vocab=vocab, device="cpu"), torch.rand(6, dtype=accumulator) + 0.5
+    target[1] = -100
+    arguments = (logits, target, temperature)
+    state = kernels.token_stats_forward(*arguments, 0.0, -100, 0, vocab, ALL)[4]
+    grads = [torch.randn(6, dtype=accumulator) for _ in range(3)]
+    grads[0][4] = grads[1][4] = grads[2][4] = 0
+    backwards = dataclasses.replace(kernels, reversed=True)
+    expected, packed = (
+        k.token_stats_backward(*grads, *arguments, state, 0.0, -100, 0, vocab, False) for k in (kernels, backwards)
+    )
+    assert torch.equal(packed, expected) and (expected[0, 1] == 0).all() and (expected[1, 1] == 0).all()
+    assert backwards.token_stats_backward(*grads, *arguments, state, 0.0, -100, 0, vocab, True) is logits
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("kernels", ["parts"], indirect=True)
+def test_reversed_order_begins_with_the_last_row(kernels: Emulated) -> None:
+    logits, target, temperature = torch.randn(1, 4, 9001), torch.tensor([1, 2, 3, 4]), torch.ones(1)
+    state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, 9001, ALL)[4]
+    for order, row in ((False, 0), (True, 3)):
+        first = dataclasses.replace(kernels, reversed=order, blocks=kernels.parts)
+        gradient = first.token_stats_backward(
+            torch.ones(4), None, None, logits, target, temperature, state, 0.0, -100, 0, 9001, False
+        )
+        assert [not x.isnan().any() for x in gradient[0]] == [i == row for i in range(4)]
+
+
+@pytest.mark.parametrize("order", ["forward", "reversed"])
+def test_gradient_of_rows_beyond_2_31_elements(order: str, library: ctypes.CDLL) -> None:
+    """In place in a buffer of 4 GB, of which only the pages of three rows exist."""
+    stride, vocab = 2**30 + 8, 1031
+    memory = mmap.mmap(-1, 2 * (2 * stride + vocab), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = torch.frombuffer(memory, dtype=torch.bfloat16)
+    logits = buffer.as_strided((1, 3, vocab), (0, stride, 1))
+    logits.copy_(normal(1, 3, vocab, dtype=torch.bfloat16, device="cpu"))
+    target, temperature, grad = labels(3, vocab=vocab, device="cpu"), torch.ones(1), torch.tensor([1.0, 2.0, 3.0])
+    kernels = Emulated(library, reversed=order == "reversed")
+
+    def gradient(of: Tensor, inplace: bool) -> Tensor:
+        state = kernels.token_stats_forward(of, target, temperature, 0.0, -100, 0, vocab, 3)[4]
+        return kernels.token_stats_backward(
+            grad, grad, None, of, target, temperature, state, 0.0, -100, 0, vocab, inplace
+        )
+
+    expected = gradient(logits.contiguous(), False)
+    assert torch.equal(gradient(logits, True), expected)
 
 
 def test_what_is_invalid_is_nan(kernels: Emulated) -> None:
