@@ -119,7 +119,7 @@ def backward(vocabs: Sequence[int], **options: Any) -> list[Call]:
 def from_hidden(
     rows: int, features: int, vocab: int, dtype: torch.dtype, *, gradient: bool, odd: bool = False, **options: Any
 ) -> Call:
-    """The rows of "odd" lie off the 16 bytes. With this budget bf16 makes its logits twice, in tiles; fp32 keeps them."""
+    """Rows of "odd" lie off the 16 bytes. With this budget bf16 makes its logits twice, in tiles; fp32 keeps them."""
 
     def run(device: str, backend: str) -> Results:
         generator = torch.Generator().manual_seed(rows + vocab)
@@ -237,8 +237,8 @@ def policy_loss(tokens: int) -> Call:
 
 _STATISTICS = ("token_stats", "linear_token_stats")
 _SELECTION = ("clip_cov_mask", "kl_cov_mask")
-_CLUSTERS = {2: 20_000, 4: 40_000, 8: 140_000}  # blocks -> bytes of a row; from 16 KB on it is copied in bulk
-_TOKENS = {1: 700, 2: 5000, 4: 12_000, 8: 30_000, 16: 60_000}  # blocks -> tokens, up to 4096 each
+_ROW_BYTES = (20_000, 40_000, 140_000)  # few rows of them take clusters of 2, 4 and 8 blocks with bulk copies
+_TOKENS = (700, 5000, 12_000, 30_000, 60_000)  # clusters of 1, 2, 4, 8 and 16 blocks
 _GRID = 524_289
 _DTYPES = (BF16, FP16, FP32)
 
@@ -246,9 +246,7 @@ _DTYPES = (BF16, FP16, FP32)
 def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
     yield "forward-plain", _STATISTICS, lambda: forward((1, 300), same(97))
     yield "forward-bulk", _STATISTICS, lambda: forward((300,), same(9001))
-    for blocks, size in _CLUSTERS.items():
-        vocabs = {dtype: size // dtype.itemsize for dtype in _DTYPES}
-        yield f"forward-cluster-{blocks}", _STATISTICS, functools.partial(forward, (1, 3), vocabs)
+    yield "forward-clusters", _STATISTICS, _clusters
     # states that meet in memory: strided columns take no bulk copies
     yield "forward-parts", _STATISTICS, lambda: forward((2,), same(40_000), layout="strided")
     yield "forward-misaligned", _STATISTICS, lambda: forward((2, 300), same(9001), layout="misaligned")
@@ -258,12 +256,11 @@ def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
     yield "backward-strided", _STATISTICS, lambda: backward((203,), layout="strided")
     yield "backward-in-place", _STATISTICS, _in_place
     yield "linear", ("linear_token_stats",), lambda: _linear(*_DTYPES)
-    yield "covariance", ("token_covariance",), lambda: [covariance(n) for n in (*_TOKENS.values(), _GRID)]
-    for blocks, tokens in _TOKENS.items():
-        yield f"selection-cluster-{blocks}", _SELECTION, functools.partial(_each, selection, tokens)
-    yield "selection-grid", _SELECTION, lambda: [selection(_GRID)]
-    yield "selection-steps", (*_SELECTION, "token_covariance"), lambda: [selection_steps(5000)]
-    yield "policy-loss", ("policy_loss",), lambda: [policy_loss(n) for n in (1, 700, 30_000, _GRID)]
+    yield "covariance", ("token_covariance",), lambda: _each(covariance, *_TOKENS, _GRID)
+    yield "selection-clusters", _SELECTION, lambda: _each(selection, *_TOKENS)
+    yield "selection-grid", _SELECTION, lambda: _each(selection, _GRID)
+    yield "selection-steps", (*_SELECTION, "token_covariance"), lambda: _each(selection_steps, 5000)
+    yield "policy-loss", ("policy_loss",), lambda: _each(policy_loss, 1, 700, 30_000, _GRID)
 
 
 def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
@@ -273,13 +270,18 @@ def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]
         yield f"backward-{name}", _STATISTICS, functools.partial(_triton_backward, dtype)
         yield f"linear-{name}", ("linear_token_stats",), functools.partial(_linear, dtype)
     tokens = (1, 700, 30_000)
-    yield "covariance", ("token_covariance",), functools.partial(_each, covariance, *tokens)
-    yield "selection", _SELECTION, functools.partial(_each, selection, *tokens)
-    yield "policy-loss", ("policy_loss",), functools.partial(_each, policy_loss, *tokens)
+    yield "covariance", ("token_covariance",), lambda: _each(covariance, *tokens)
+    yield "selection", _SELECTION, lambda: _each(selection, *tokens)
+    yield "policy-loss", ("policy_loss",), lambda: _each(policy_loss, *tokens)
 
 
 def _each(call: Callable[[int], Call], *tokens: int) -> list[Call]:
     return [call(n) for n in tokens]
+
+
+def _clusters() -> list[Call]:
+    by_size = ({dtype: size // dtype.itemsize for dtype in _DTYPES} for size in _ROW_BYTES)
+    return [call for vocabs in by_size for call in forward((1, 3), vocabs)]
 
 
 def _doubles() -> list[Call]:

@@ -31,7 +31,8 @@ from entropy_kernels.smoke_matrix import FAMILIES, Family
 CALL_LIMIT = 25.0  # seconds without a word in which a call counts as hanging: compiling a Triton kernel takes a few
 START_LIMIT = 60.0  # the same for a process that has not begun its first call: it imports torch
 AT_ONCE = 8  # processes: each has its own context on the GPU, some 500 MB
-PASSED, WRONG, RAISED, DIED, HUNG, NOT_RUN = "passed", "wrong", "raised", "died", "hung", "not run"
+PASSED, WRONG, RAISED, DIED, HUNG = "passed", "wrong", "raised", "died", "hung"
+OUT_OF_TIME, NOT_RUN = "out of time", "not run"  # in a run that may take only so long
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Outcome:
 
     def __str__(self) -> str:
         told = self.detail or f"{self.calls} calls"
-        return f"{self.state:8} {self.family.name:26} {self.seconds:5.1f} s  {told}"
+        return f"{self.state:11} {self.family.name:24} {self.seconds:5.1f} s  {told}"
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -146,14 +147,14 @@ class _Process:
         outcome.seconds = now - self._began
         where = f" in {self._call!r}" if self._call else " before its first call"
         if code is None:
-            why = f"nothing heard for {limit:.0f} s" if hung else "no time left"
-            outcome.state, outcome.detail = HUNG, why + where
+            outcome.state = HUNG if hung else OUT_OF_TIME
+            outcome.detail = f"nothing heard for {limit:.0f} s{where}" if hung else f"ended{where}"
         elif outcome.state == WRONG:
             pass
-        elif code == 0:
+        elif code == 0 and outcome.calls:
             outcome.state = PASSED
         else:
-            outcome.state = RAISED if code == 1 else DIED
+            outcome.state = DIED if code < 0 else RAISED
             outcome.detail = f"{self._last_words(code)}{where}"
         self.stop()
         return True
@@ -187,7 +188,7 @@ class _Process:
     def _last_words(self, code: int) -> str:
         """The line that says most: of a sanitizer its summary, of Python the exception."""
         if code < 0:
-            return f"signal {signal.Signals(-code).name}"
+            return f"signal {-code}, {signal.strsignal(-code)}"
         telling = [w for w in self._words if "SUMMARY: " in w or "Error" in w] or self._words
         return (telling[-1] if telling else f"exit code {code}")[:300]
 
@@ -200,20 +201,12 @@ class _Process:
         self._output.close()
 
 
-def families_here(device: torch.device, names: Sequence[str] | None = None) -> list[Family]:
-    """Those whose backend can run all their ops on a GPU; of ``names`` only, which may also be backends.
-
-    Raises:
-        ValueError: a name that is neither.
-    """
-    known = {*FAMILIES, *(family.backend for family in FAMILIES.values())}
-    if unknown := sorted(set(names or ()) - known):
-        raise ValueError(f"families: expected some of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+def families_here(device: torch.device) -> list[Family]:
+    """Those whose backend can run all their ops on a GPU."""
     return [
         family
         for family in FAMILIES.values()
-        if (names is None or family.name in names or family.backend in names)
-        and all(registry.unavailable(op, family.backend, device) is None for op in family.ops)
+        if all(registry.unavailable(op, family.backend, device) is None for op in family.ops)
     ]
 
 

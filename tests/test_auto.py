@@ -126,7 +126,7 @@ def test_auto_follows_what_was_found_here(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert path.parent == tmp_path / "entropy_kernels" / "verified" and path.name.startswith("stub-90-")
     assert (chosen("token_stats"), chosen("kl_cov_mask")) == ("cuda", "torch")
     reason = registry.unverified("kl_cov_mask", "cuda", GPU)
-    assert reason == "`entropy-kernels verify` found it wrong here, cuda/selection-grid: hung, in 'x'"
+    assert reason == "not right here, says `entropy-kernels verify`: cuda/selection-grid: hung, in 'x'"
     keep(monkeypatch, tmp_path, replace(right, calls=0))
     assert "no call of it ran" in (registry.unverified("token_stats", "cuda", GPU) or "")
 

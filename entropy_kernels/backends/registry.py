@@ -117,7 +117,7 @@ def unverified(op: str, backend: str, device: torch.device) -> str | None:
     if pair.verified:
         return None
     what = next((f"{name}: {text}" for name, text in pair.failed.items()), "no call of it ran")
-    return f"`entropy-kernels verify` found it wrong here, {what}"
+    return f"not right here, says `entropy-kernels verify`: {what}"
 
 
 def preference(op: str, device_type: str) -> tuple[str, ...]:

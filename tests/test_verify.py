@@ -1,0 +1,186 @@
+"""entropy-kernels verify: every family of kernels in a process of its own, and what is made of what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from entropy_kernels import cli, smoke_matrix, verify
+from entropy_kernels.backends import registry
+from entropy_kernels.smoke_matrix import FAMILIES, Call, Family
+from entropy_kernels.verify import Outcome
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+def family(kind: str, *ops: str) -> Family:
+    return Family("cuda", kind, ops or ("token_stats",), tuple)
+
+
+# ---- the matrix ------------------------------------------------------------------------------------------------------
+
+
+def test_every_op_has_families_of_every_gpu_backend() -> None:
+    for backend in ("cuda", "triton"):
+        assert {op for f in FAMILIES.values() if f.backend == backend for op in f.ops} == set(registry.OPS)
+    for f in FAMILIES.values():
+        names = [call.name for call in f.calls()]
+        assert len(names) == len(set(names)), f.name
+
+
+@pytest.mark.parametrize("name", ["cuda/backward-strided", "cuda/linear", "cuda/selection-steps", "triton/policy-loss"])
+def test_the_calls_are_right_where_the_kernels_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the C++ kernels here, which a GPU has under the same names."""
+    if registry.unavailable("token_stats", "cpu"):
+        pytest.skip("the C++ kernels are not built")
+    assert smoke_matrix.run(FAMILIES[name]._replace(backend="cpu"), "cpu") == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [("begin" in line, "call" in line) for line in told] == [(True, False), (False, True)] * (len(told) // 2)
+    assert len(told) == 2 * len(FAMILIES[name].calls())
+
+
+def test_a_wrong_result_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    value = torch.linspace(-1, 1, 9)
+
+    def calls(change: Any, exact: bool = False) -> int:
+        call = Call("x", lambda device, backend: (value if backend == "torch" else change(value.clone()),), exact)
+        return smoke_matrix.run(Family("cuda", "x", (), lambda: [call]), "cpu")
+
+    assert calls(lambda v: v) == calls(lambda v: v * (1 + 1e-6)) == calls(lambda v: v, exact=True) == 0
+    assert calls(lambda v: v * (1 + 1e-6), exact=True) == 1
+    for wrong in (lambda v: v + 1e-3, torch.zeros_like, lambda v: v.index_fill(0, torch.tensor([3]), torch.nan)):
+        assert calls(wrong) == 1
+    assert "off by" in capsys.readouterr().out
+
+
+# ---- the processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Families whose process is a Python program: ``run({"name": "program"}, ...)``."""
+
+    def run(programs: dict[str, str], **options: Any) -> dict[str, Outcome]:
+        for name, text in programs.items():
+            (tmp_path / name).write_text(text)
+        # the prefix gets the command of the real process behind it, and leaves it alone
+        starter = f"import os, sys; os.execv(sys.executable, ['python', {str(tmp_path)!r} + '/' + sys.argv[4][5:]])"
+        families = [family(name) for name in programs]
+        options = {"prefix": (sys.executable, "-c", starter), **options}
+        return {o.family.kind: o for o in verify.run_families(families, CPU, **options)}
+
+    return run
+
+
+BEGIN, END = 'print(\'{"begin": "one call"}\', flush=True)\n', 'print(\'{"call": "one call", "wrong": ""}\')\n'
+
+
+def test_what_becomes_of_a_process(scripted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(verify, "CALL_LIMIT", 1.5)
+    monkeypatch.setattr(verify, "START_LIMIT", 4.0)
+    child = f"import time, pathlib; time.sleep(6); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
+    found = scripted(
+        {
+            "right": BEGIN + END + BEGIN + END,
+            "wrong": BEGIN
+            + 'print(\'{"call": "one call", "wrong": "off by 2"}\')\n'
+            + BEGIN
+            + END
+            + "raise SystemExit(1)",
+            "raises": BEGIN + "raise RuntimeError('CUDA error: an illegal memory access')",
+            "crashes": BEGIN + "import os; os.kill(os.getpid(), 11)",
+            "hangs": f"import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', {child!r}])\n"
+            f"{BEGIN}time.sleep(60)",
+            "never begins": "import time; time.sleep(60)",
+            "says nothing": "",
+            "is no JSON": BEGIN + "print('{broken'); print('[1]')\n" + END,
+        },
+        at_once=8,
+    )
+    assert {name: outcome.state for name, outcome in found.items()} == {
+        "right": "passed", "wrong": "wrong", "raises": "raised", "crashes": "died", "hangs": "hung",
+        "never begins": "hung", "says nothing": "raised", "is no JSON": "passed",
+    }  # fmt: skip
+    assert (found["right"].calls, found["wrong"].calls) == (2, 1) and found["wrong"].detail == "one call: off by 2"
+    assert found["raises"].detail == "RuntimeError: CUDA error: an illegal memory access in 'one call'"
+    assert found["crashes"].detail == "signal 11, Segmentation fault in 'one call'"
+    assert found["hangs"].detail == "nothing heard for 2 s in 'one call'"
+    assert "before its first call" in found["never begins"].detail
+    time.sleep(max(0, 7 - found["hangs"].seconds))
+    assert not (tmp_path / "alive").exists(), "its child went with it"
+
+
+def test_a_time_for_all(scripted: Any) -> None:
+    programs = dict.fromkeys(("first", "second"), f"{BEGIN}import time; time.sleep(60)")
+    begin = time.monotonic()
+    seen: list[str] = []
+    found = scripted(programs, at_once=1, seconds=1.0, ended=lambda outcome: seen.append(outcome.family.kind))
+    assert time.monotonic() - begin < 20 and seen == ["first", "second"]
+    assert (found["first"].state, found["second"].state) == ("out of time", "not run")
+
+
+def test_pairs() -> None:
+    """An op needs all of its families, and one right call."""
+    passed, hung = Outcome(family("a", "x", "y"), "passed", 3), Outcome(family("b", "y"), "hung", 1, "in 'c'")
+    pairs = {pair.op: pair for pair in verify.pairs_of([passed, hung, Outcome(family("c", "z"), "passed", 0)])}
+    assert {op: pair.verified for op, pair in pairs.items()} == {"x": True, "y": False, "z": False}
+    assert pairs["y"].calls == 4 and pairs["y"].failed == {"cuda/b": "hung, in 'c'"}
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify"]) == 2
+    assert capsys.readouterr().err == (
+        "entropy-kernels verify: error: expected a GPU, on which the kernels are to run, got none that torch can use\n"
+    )
+    assert cli.main(["verify", "--at-once", "0"]) == 2
+    assert "--at-once: expected 1 or more, got 0" in capsys.readouterr().err
+
+
+PROGRAM = """
+import warnings
+import torch
+from entropy_kernels import cli, verify
+from entropy_kernels.backends import registry
+verify.CALL_LIMIT = 10.0
+kept = ("cuda/backward-strided", "cuda/selection-grid", "cuda/selection-steps", "cuda/covariance", "triton/selection")
+verify.FAMILIES = {name: verify.FAMILIES[name] for name in kept}
+code = cli.main(["verify", "--at-once", "3"])
+device = registry.gpus()[0]
+ops = ("token_stats", "token_covariance", "clip_cov_mask", "kl_cov_mask")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(code, [registry.resolve(op, "auto", device) for op in ops], len(caught))
+print(registry.unverified("token_stats", "cuda", device))
+"""
+
+
+def test_on_a_fake_gpu(tmp_path: Path) -> None:
+    """One family wrong, one that hangs, one that loses the device: each is named, auto takes what is right."""
+    faults = {"cuda/backward-strided": "wrong", "cuda/selection-grid": "hang", "cuda/covariance": "lost"}
+    environment = {
+        **os.environ, "FAKE_GPU_FAULTS": json.dumps(faults), "XDG_CACHE_HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT / "tests" / "fake_gpu"),
+    }  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = {name: next(line for line in done.stderr.splitlines() if name in line) for name in faults}
+    assert " wrong " in lines["cuda/backward-strided"] and "off by" in lines["cuda/backward-strided"]
+    assert " hung " in lines["cuda/selection-grid"] and "selection of 524289 tokens" in lines["cuda/selection-grid"]
+    assert " raised " in lines["cuda/covariance"] and "illegal memory access" in lines["cuda/covariance"]
+    result, reason = done.stdout.splitlines()[-2:]
+    assert result == "1 ['torch', 'torch', 'triton', 'triton'] 1"
+    assert reason.startswith("not right here, says `entropy-kernels verify`: cuda/backward-strided: wrong, token_stats")
