@@ -174,7 +174,7 @@ class Guard:
             error=error[:600] if outcome == "failed" else "",
         )  # fmt: skip
 
-    @pytest.hookimpl(trylast=True)
+    @pytest.hookimpl(tryfirst=True)  # xdist waits here for workers, which may hang
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         if not self.is_worker:
             self.write("finish", exit=int(exitstatus))

@@ -47,6 +47,9 @@ def test_is_skipped():
     pytest.skip("for a reason")
 
 def test_without_a_gpu(): ...
+
+def test_is_interrupted():
+    raise KeyboardInterrupt
 """
 FAULTS = {"test_hangs ": "hang", "test_loses": "lost"}
 
@@ -82,7 +85,7 @@ def of(log: list[dict[str, Any]], event: str) -> dict[str, dict[str, Any]]:
 
 
 def test_hung_and_lost_tests_end_alone(tmp_path: Path) -> None:
-    done, log = run(tmp_path, "-n", "2", "--timeout=3")
+    done, log = run(tmp_path, "-n", "2", "--timeout=3", "-k", "not interrupted")
     output = done.stdout + done.stderr
     begun, ended = of(log, "begin"), of(log, "end")
     good = [f"test_good[{number}]" for number in range(4)]
@@ -120,7 +123,7 @@ def test_hung_and_lost_tests_end_alone(tmp_path: Path) -> None:
 
 
 def test_without_workers_the_run_stops(tmp_path: Path) -> None:
-    """At the lost device, named; at a hang, with what was begun in the log."""
+    """At the lost device, named; at a hang or an interrupt, with what was begun in the log."""
     done, log = run(tmp_path, "--timeout=3", "-k", "good or loses or without", "--gpu-backend", "none,torch")
     assert "Exit: device lost in test_inner.py::test_loses_the_device: CUDA error" in done.stdout + done.stderr
     assert of(log, "end").keys() == of(log, "begin").keys() == {"test_loses_the_device"}
@@ -128,3 +131,6 @@ def test_without_workers_the_run_stops(tmp_path: Path) -> None:
     done, log = run(tmp_path, "--timeout=1", "--gpu-backend", "torch")
     assert done.returncode == 1 and "Timeout" in done.stdout
     assert of(log, "begin").keys() == {"test_hangs"} and not of(log, "end") and log[-1]["event"] == "begin"
+    done, log = run(tmp_path, "-k", "interrupted")
+    assert "begun and not ended: test_inner.py::test_is_interrupted" in done.stdout
+    assert [entry["event"] for entry in log] == ["collected", "begin", "finish"] and log[-1]["exit"] == 2
