@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test bench bench-readme bench-save bench-compare cuda-check gpu-check gpu-train gpu-prebuilt lint format clean
+.PHONY: help setup train reproduce-toy test bench bench-readme bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -58,11 +58,14 @@ OUT = build/gpu-prebuilt
 gpu-prebuilt: ## build both libraries for one GPU architecture against TORCH=FOLDER, an unpacked CUDA wheel of torch
 	$(PYTHON) tools/gpu_prebuilt.py $(if $(TORCH),'$(TORCH)') --arch '$(ARCH)' --out '$(OUT)'
 
-gpu-check: ## on a machine with a GPU: build, tests, sanitizer, benchmark in one call of nine minutes
-	$(PYTHON) tools/gpu_check.py $(GPU_CHECK_ARGS)
+gpu-smoke: ## on a machine with a GPU: is every kernel right, and how fast? three minutes
+	@$(PYTHON) tools/gpu_smoke.py smoke $(GPU_ARGS)
 
-gpu-train: ## on a machine with a GPU, after gpu-check: SmolLM2-135M under three methods, and by torch's ops
-	$(PYTHON) tools/gpu_train.py $(GPU_TRAIN_ARGS)
+gpu-verify: ## there: the tests on the GPU and the races, from which backend="auto" may choose; four minutes
+	@$(PYTHON) tools/gpu_smoke.py verify $(GPU_ARGS)
+
+gpu-bench: ## there: the other backends' tests, the sanitizers, the benchmark with its peers; nine minutes
+	@$(PYTHON) tools/gpu_smoke.py bench $(GPU_ARGS)
 
 cuda-check: setup ## compile every CUDA kernel for sm_80, sm_90a and sm_100a, without a GPU; fails on a spill
 	$(BIN)/python tools/cuda_check.py
