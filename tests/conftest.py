@@ -25,7 +25,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import entropy_kernels as ek
 import loss_cases
-import pretended
+import stub_gpu
 from entropy_kernels.backends import registry
 
 pytest_plugins = ["gpu_guard"]
@@ -145,9 +145,9 @@ def fixed_seed() -> None:
 @pytest.fixture
 def forgetful_registry() -> Iterator[None]:
     """The registry remembers what it found; forget before and after a test that changes what there is to find."""
-    pretended.forget()
+    stub_gpu.forget()
     yield
-    pretended.forget()
+    stub_gpu.forget()
 
 
 @pytest.fixture(params=places("clip_cov_mask"))
@@ -174,7 +174,7 @@ def loss_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
     """Runs a module that imports ``ek`` from loss_cases there too."""
     place = request.param
     if place.device == "cuda":
-        pretended.serve_auto_with(monkeypatch, place.backend)
+        stub_gpu.serve_auto_with(monkeypatch, place.backend)
         monkeypatch.setattr(loss_cases.OnDevice, "device", place.device)
     return place
 

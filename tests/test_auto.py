@@ -16,7 +16,7 @@ import entropy_kernels as ek
 from entropy_kernels import doctor
 from entropy_kernels.backends import registry, verdict
 from entropy_kernels.backends.verdict import Pair, Verdict
-from pretended import forget, pretend_gpu, verify
+from stub_gpu import forget, add_stub_gpu, verify
 
 pytestmark = pytest.mark.usefixtures("forgetful_registry")
 GPU = torch.device("cuda", 0)
@@ -53,7 +53,7 @@ def test_on_a_cpu_nothing_has_to_be_verified() -> None:
 
 
 def test_an_unverified_gpu_backend_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     # verified, but as another op, another backend, or on another GPU
     for pairs in (
         [],
@@ -70,7 +70,7 @@ def test_an_unverified_gpu_backend_is_never_chosen(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_verified_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     verify(monkeypatch, ("token_stats", "cuda", "sm_90"))
     assert (chosen("token_stats"), chosen("kl_cov_mask")) == ("cuda", "torch")
     # the next one serves where the first cannot run
@@ -82,7 +82,7 @@ def test_a_verified_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_two_gpus_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU that holds the tensor decides, whichever was asked about first and whichever is the current one."""
-    pretend_gpu(monkeypatch, (9, 0), (8, 0), (7, 5), (9, 0))
+    add_stub_gpu(monkeypatch, (9, 0), (8, 0), (7, 5), (9, 0))
     hopper, ampere, turing = (torch.device("cuda", index) for index in range(3))
     verify(monkeypatch, ("token_stats", "cuda", "sm_90"))
     for _ in range(2):  # the second time from memory
@@ -101,7 +101,7 @@ def test_two_gpus_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_is_told_once_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch, kernels="")
+    add_stub_gpu(monkeypatch, kernels="")
     verify(monkeypatch)
     with pytest.warns(UserWarning, match="run `entropy-kernels verify`") as caught:
         for op in registry.OPS:
@@ -120,7 +120,7 @@ def test_it_is_told_once_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_follows_what_was_found_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     right = Pair("token_stats", "cuda", 12, {})
     path = keep(monkeypatch, tmp_path, right, Pair("kl_cov_mask", "cuda", 3, {"cuda/selection-grid": "hung, in 'x'"}))
     assert path.parent == tmp_path / "entropy_kernels" / "verified" and path.name.startswith("stub-90-")
@@ -133,7 +133,7 @@ def test_auto_follows_what_was_found_here(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.mark.parametrize("field", ["gpu", "driver", "torch", "triton", "entropy_kernels", "kernels"])
 def test_of_something_else_it_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, field: str) -> None:
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     pair = Pair("token_stats", "cuda", 12, {})
     other = keep(monkeypatch, tmp_path, pair, **{field: "another"})
     assert chosen("token_stats") == "torch"
@@ -170,7 +170,7 @@ def test_of_something_else_it_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_a_damaged_one_is_ignored_with_a_note(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: Any, words: str
 ) -> None:
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     path = keep(monkeypatch, tmp_path, Pair("token_stats", "cuda", 12, {}), Pair("kl_cov_mask", "cuda", 12, {}))
     text = path.read_text()
     assert damage(text) != text
@@ -181,7 +181,7 @@ def test_a_damaged_one_is_ignored_with_a_note(
 
 
 def test_one_that_cannot_be_read_is_ignored_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     path = keep(monkeypatch, tmp_path, Pair("token_stats", "cuda", 12, {}))
     path.unlink()
     path.mkdir()
@@ -193,7 +193,7 @@ def test_one_that_cannot_be_read_is_ignored_too(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_doctor_shows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     monkeypatch.setattr(doctor, "device_types", lambda: ["cuda"])
     monkeypatch.setattr(doctor, "hardware", lambda: [("GPU 0", "a stub")])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

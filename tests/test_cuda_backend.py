@@ -16,9 +16,9 @@ from calls import bound, check, same_bits, upstream
 from conftest import Place, on_gpu
 from entropy_kernels.backends import native, registry
 from entropy_kernels.backends.eager import softmax_state
-from pretended import pretend_gpu
 from reference import NAMES
 from sample import plain
+from stub_gpu import add_stub_gpu
 
 REASON = ek.backends()["token_stats"]["cuda"]
 hardware = [
@@ -27,14 +27,14 @@ hardware = [
 
 
 def test_reasons_why_not(forgetful_registry: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch, gpu=False)
+    add_stub_gpu(monkeypatch, gpu=False)
     assert registry.unavailable("token_stats", "cuda") == "no CUDA device"
     registry.unavailable.cache_clear()
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     assert registry.unavailable("token_stats", "cuda") is None
     assert registry.unavailable("kl_cov_mask", "cuda") == "no CUDA kernel kl_cov_mask yet"
     registry.unavailable.cache_clear()
-    pretend_gpu(monkeypatch, (7, 5))
+    add_stub_gpu(monkeypatch, (7, 5))
     assert registry.unavailable("token_stats", "cuda") == "needs compute capability 8.0 or higher, this GPU is sm_75"
     registry.unavailable.cache_clear()
     monkeypatch.setattr(native, "cuda_load_error", "built without CUDA")

@@ -19,7 +19,7 @@ from cases import Sample, labels, normal
 from conftest import Place, on_gpu
 from entropy_kernels.backends import registry
 from loss_cases import MODES
-from pretended import serve_auto_with
+from stub_gpu import serve_auto_with
 
 # a test of them all concerns whatever a backend serves
 PLACES = [

@@ -25,7 +25,7 @@ from entropy_kernels.backends.triton import tiling, tuning
 from entropy_kernels.backends.triton.tiling import LinearTiling
 from entropy_kernels.ops import linear_tiles
 from linear_cases import budgets, judge, run
-from pretended import pretend_gpu, verify
+from stub_gpu import add_stub_gpu, verify
 from test_linear_token_stats import CASES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +108,7 @@ def test_fp64_and_kept_logits_go_through_products(monkeypatch: pytest.MonkeyPatc
 
 
 def test_only_who_names_the_backend_gets_it(monkeypatch: pytest.MonkeyPatch, forgetful_registry: None) -> None:
-    pretend_gpu(monkeypatch)
+    add_stub_gpu(monkeypatch)
     for pairs in ([], [("linear_token_stats", name, "sm_90") for name in ("triton", "cuda")]):
         verify(monkeypatch, *pairs)
         served = {name: registry.fused("linear_token_stats", name, torch.device("cuda"))

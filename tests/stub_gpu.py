@@ -17,7 +17,7 @@ def forget() -> None:
     registry._warned.clear()
 
 
-def pretend_gpu(
+def add_stub_gpu(
     monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], gpu: bool = True, kernels: str = "token_stats"
 ) -> None:
     """A CUDA half that loads, with kernels whose names begin with ``kernels``, and GPUs (one of sm_90) or none."""
