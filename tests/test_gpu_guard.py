@@ -72,7 +72,7 @@ def run(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], 
         "log",
         *options,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
     return done, [json.loads(line) for line in (folder / "log").read_text().splitlines()]
 
 
@@ -84,6 +84,7 @@ def of(log: list[dict[str, Any]], event: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_hung_and_lost_tests_end_alone(tmp_path: Path) -> None:
     done, log = run(tmp_path, "-n", "2", "--timeout=3", "-k", "not interrupted")
     output = done.stdout + done.stderr
