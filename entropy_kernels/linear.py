@@ -28,6 +28,7 @@ from entropy_kernels.ops import token_stats
 from entropy_kernels.ops.linear_head import Head, head_token_stats
 from entropy_kernels.ops.linear_plan import LinearPlan, Problem
 from entropy_kernels.ops.linear_tiles import Numbers
+from entropy_kernels.ops.products import adds_to_fp32
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -69,8 +70,9 @@ def linear_logprob_entropy(
             gradients are the same on all ranks, and so are the results and ``hidden``'s gradient.
         logits_dtype: bf16, fp16 or fp32, that the products are rounded to before the statistics; by default their own
             dtype, as in ``F.linear``. fp32 keeps the 16 bits that bf16 logits lose, at twice the memory.
-        memory_budget: bytes that the call may use beside inputs, results and gradients; 1 GiB by default. The logits
-            are kept for the backward pass if they fit, else made again there.
+        memory_budget: bytes that the call may use beside inputs, results and gradients. By default 1 GiB, and on a GPU
+            a 16th of the memory that is free at the first call of the process, from 1 to 4 GiB. The logits are kept for
+            the backward pass if they fit, else made again there.
 
     Returns:
         ``LogprobEntropy(logprob, entropy)``, each of ``target``'s shape, fp32 (fp64 for fp64), in nats.
@@ -130,7 +132,8 @@ def linear_plan(
 ) -> LinearPlan:
     """How :func:`linear_logprob_entropy` would compute these arguments: mode, products, tiles, bytes.
 
-    Nothing is computed; tensors on the meta device are planned for as on a GPU. The mode follows from
+    Nothing is computed; tensors on the meta device are planned for as on a GPU of which nothing is known: 1 GiB unless
+    ``memory_budget`` says otherwise, and products that it cannot add to fp32 sums without a copy. The mode follows from
     ``requires_grad`` (under the grad mode of this call) and the budget; docs/linear.md has the formula. Ignored tokens
     are counted as if they were not. With ``policy_loss``: how :func:`entropy_kernels.linear_policy_loss` would, with a
     selection of at most .2 % of the tokens.
@@ -147,7 +150,8 @@ def linear_plan(
     shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
     problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
     if policy_loss and problem.backward:
-        return planning.loss_plan(problem, changes_of(2e-3, None, problem.rows))
+        adds = adds_to_fp32(problem.operand, hidden.device)
+        return planning.loss_plan(problem, changes_of(2e-3, None, problem.rows), adds)
     return planning.plan(problem)
 
 
@@ -342,9 +346,8 @@ def _through_head(
         None if logits_dtype is None else _logits_dtype(logits_dtype, hidden.dtype),
     )
     dtype = planning.accumulator(hidden.dtype)
-    numbers = Numbers(
-        softcap_number(softcap), ignore_index, 0, size, hidden.dtype, hidden.dtype, _budget(memory_budget), "", backend
-    )
+    budget = _budget(memory_budget, hidden.device)
+    numbers = Numbers(softcap_number(softcap), ignore_index, 0, size, hidden.dtype, hidden.dtype, budget, "", backend)
     outputs = head_token_stats(
         head, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous(),
         temperature_tensor(temperature, target, dtype), numbers, want,
@@ -398,9 +401,9 @@ def _logits_dtype(logits_dtype: Any, product: torch.dtype) -> torch.dtype:
     return logits_dtype
 
 
-def _budget(memory_budget: Any) -> int:
+def _budget(memory_budget: Any, device: torch.device) -> int:
     if memory_budget is None:
-        return planning.DEFAULT_BUDGET
+        return planning.default_budget(device)
     memory_budget = integer("memory_budget", memory_budget)
     if memory_budget < 0:
         raise ValueError(f"memory_budget: expected a number of bytes >= 0, got {memory_budget}")
@@ -431,5 +434,5 @@ def _problem(
         need_weight=grad and weight.requires_grad,
         need_bias=grad and bias is not None and bias.requires_grad,
         sharded=bool(group),
-        budget=_budget(memory_budget),
+        budget=_budget(memory_budget, hidden.device),
     )

@@ -167,3 +167,131 @@ def test_the_least_budget_of_a_policy_loss_is_the_one_it_names(changes: int | No
     assert rows(least) >= 16
     with pytest.raises(ValueError, match=f"expected at least {least} bytes"):
         rows(least - 1)
+
+
+# --- what the default budget is, and what sums in fp32 take -----------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A GPU whose free memory a test sets; "calls" counts how often it is asked."""
+    state: dict[str, Any] = {"free": 78 << 30, "reserved": 0, "allocated": 0, "capturing": False, "calls": 0}
+
+    def free(device: torch.device) -> tuple[int, int]:
+        state["calls"] += 1
+        return state["free"], 80 << 30
+
+    monkeypatch.setattr(planning, "_budgets", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: state["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["allocated"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    return state
+
+
+@pytest.mark.parametrize(
+    ("free", "held", "budget"),
+    [(78 << 30, 0, 4 << 30), (40 << 30, 8 << 30, 3 << 30), (24 << 30, 0, 3 << 29), (1 << 20, 0, 1 << 30)],
+)
+def test_the_default_budget_follows_free_memory(asked: dict[str, Any], free: int, held: int, budget: int) -> None:
+    asked.update(free=free, reserved=held + (5 << 30), allocated=5 << 30)
+    assert planning.default_budget(GPU) == budget
+    for device in ("cpu", "meta"):
+        assert planning.default_budget(torch.device(device)) == 1 << 30
+    assert asked["calls"] == 1
+
+
+def test_a_gpu_is_asked_once(asked: dict[str, Any]) -> None:
+    """The plan of an equal call stays the same, and a call does not pay for the driver."""
+    first = planning.default_budget(GPU)
+    asked["free"] = 0
+    assert planning.default_budget(GPU) == first and asked["calls"] == 1
+    assert planning.default_budget(torch.device("cuda", 1)) == 1 << 30  # another GPU has memory of its own
+
+
+def test_a_capture_does_not_ask(asked: dict[str, Any]) -> None:
+    asked["capturing"] = True
+    assert planning.default_budget(GPU) == 1 << 30 and asked["calls"] == 0
+    asked["capturing"] = False
+    assert planning.default_budget(GPU) == 4 << 30
+    asked["capturing"] = True
+    assert planning.default_budget(GPU) == 4 << 30 and asked["calls"] == 1  # as before the capture
+
+
+def test_an_allocator_that_keeps_no_statistics(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> int:
+        raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats")
+
+    monkeypatch.setattr(torch.cuda, "memory_reserved", refuse)
+    assert planning.default_budget(GPU) == 4 << 30
+
+
+def test_compiled_code_does_not_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "_budgets", {})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("asked"))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + planning.default_budget(GPU)
+
+    zero = torch.zeros((), dtype=torch.int64)
+    assert add(zero) == 1 << 30
+    planning._budgets[0] = 3 << 30  # found by an eager call since
+    assert add(zero) == 3 << 30
+
+
+def test_a_budget_that_is_given_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "default_budget", lambda device: 1 << 32)
+    arguments = large(8192, 4096, 128_256, "hidden", "weight")
+    assert ek.linear_plan(*arguments).mode == "keep"
+    assert ek.linear_plan(*arguments, memory_budget=1 << 30).mode == "recompute"
+    assert ek.linear_plan(*arguments, policy_loss=True).row_chunks == 1
+    assert ek.linear_plan(*arguments, policy_loss=True, memory_budget=1 << 30).row_chunks == 3
+
+
+def test_a_product_that_cannot_be_added_where_it_lies_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part but the first makes a second fp32 matrix of the head's size; one part adds to nothing."""
+    matrix = 128_256 * 4096 * 4
+    for budget, parts in ((1 << 30, 3), (4 << 30, 1)):
+        peaks = []
+        for adds in (True, False):
+            monkeypatch.setattr("entropy_kernels.linear.adds_to_fp32", lambda dtype, device, adds=adds: adds)
+            plan = ek.linear_plan(
+                *large(8192, 4096, 128_256, "hidden", "weight"), memory_budget=budget, policy_loss=True
+            )
+            assert plan.row_chunks == parts
+            peaks.append(plan.peak_bytes)
+        assert peaks[1] - peaks[0] == (matrix if parts > 1 else 0)
+    halves, single = ([dtype] * 4 for dtype in (torch.bfloat16, torch.float32))
+    for dtypes, extra in ((halves, 4 + 4), (single, 0)):
+        p = planning.Problem(8192, 64, 6000, *dtypes, "cuda", True, True, False, False, 1 << 30)
+        whole, cut = (planning._bytes_per_element(p, row_tiles, True)[1] for row_tiles in (False, True))
+        assert cut - whole == extra
+
+
+def test_what_a_product_of_its_own_takes_is_within_the_plan(undisturbed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that cannot add to an fp32 sum, acted on a CPU: the second matrix is there, and is stated."""
+    from entropy_kernels.ops import linear_policy_loss as op
+
+    def make_and_add(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        total.add_(torch.mm(a, b))
+
+    monkeypatch.setattr(op, "multiply_add", make_and_add)
+    rows, features, vocab, budget = 600, 64, 6000, 2_000_000
+    case = make(rows, features=features, vocab=vocab, dtype=torch.float32)
+    leaves = case.copy("hidden", "weight")
+    old, advantages = torch.zeros(rows), torch.linspace(-1, 1, rows)
+    tensors = (leaves.hidden, leaves.weight, case.target, old, advantages, None)
+
+    def forward() -> None:
+        loss = ek.linear_policy_loss(*tensors, memory_budget=budget).loss
+        torch.autograd.grad(loss, (leaves.hidden, leaves.weight))
+
+    used = peak_allocated(forward, torch.device("cpu")) - 4 * features * (rows + vocab)
+    p = planning.Problem(rows, features, vocab, *[torch.float32] * 4, "cpu", True, True, False, False, budget)
+    without, stated = (planning.loss_plan(p, 0, adds).peak_bytes for adds in (True, False))
+    small = 300_000 + 100 * rows
+    assert without + small < used <= stated + small

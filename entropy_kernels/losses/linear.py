@@ -92,7 +92,8 @@ def linear_policy_loss(
         old_logprob, advantages, mask: as in :func:`entropy_kernels.policy_loss`, in ``target``'s shape (..., L).
             ``target`` is not read where the mask is 0; None: the tokens that have a label count.
         method: "ppo", "clip_cov" or "kl_cov".
-        memory_budget: bytes for the logits of a part of the tokens and what goes with them, 1 GiB by default.
+        memory_budget: bytes for the logits of a part of the tokens and what goes with them, by default as in
+            :func:`entropy_kernels.linear_logprob_entropy`; with a ``vocab_group`` the least of its ranks counts.
             ``linear_plan(..., policy_loss=True)`` says what it comes to; the head's gradient, summed in fp32 where
             there are several parts, is beside it.
         grad_buffer: fp32 (fp64 for fp64) of ``weight``'s shape, to which the head's gradient is added in this call,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 
 from entropy_kernels.ops.products import accumulator, operand_dtype
 
-DEFAULT_BUDGET = 1 << 30  # bytes
+DEFAULT_BUDGET = 1 << 30  # bytes; on a GPU the least, see default_budget
+_MOST_BUDGET, _FREE_SHARE = 4 << 30, 16  # on a GPU one part in so many of the memory that is free
 _GOOD_ROWS, _GOOD_COLUMNS = 64, 1024  # of a tile: below that the products are slow
 _LEAST_ROWS, _LEAST_COLUMNS = 16, 64  # that a budget may force
 # Elements of a tile. The fewer tiles, the less a product's set-up costs; of this size it runs at nearly full speed.
@@ -92,6 +94,32 @@ class Problem:
         return accumulator(self.operand)
 
 
+_budgets: dict[int | None, int] = {}  # by GPU
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that a call may use where its caller does not say: 1 GiB, on a GPU up to 4 GiB, by the memory that is free.
+
+    A policy loss of 8192 tokens over 128 256 entries has one part from 2.2 GiB on. With more, its head's gradient is
+    summed in fp32, which takes as much memory and costs a pass over it per part. A GPU is asked once per process,
+    because its driver takes up to 0.1 ms to answer, and so that the same call is cut the same way, and rounds the same
+    way, every time. It does not wait for the device. A graph under capture and compiled code do not ask: they have what
+    an eager call has found before, or 1 GiB.
+    """
+    if device.type == "cuda" and device.index not in _budgets and _may_ask():
+        free = torch.cuda.mem_get_info(device)[0]
+        with contextlib.suppress(RuntimeError):  # an allocator from elsewhere does not say what it holds unused
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        _budgets[device.index] = min(max(DEFAULT_BUDGET, free // _FREE_SHARE), _MOST_BUDGET)
+    return _budgets.get(device.index, DEFAULT_BUDGET) if device.type == "cuda" else DEFAULT_BUDGET
+
+
+def _may_ask() -> bool:
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
 def columns_here(vocab: int, vocab_start: int, vocab_size: int) -> int:
     """How many of a shard's ``vocab`` entries are no padding."""
     return max(0, min(vocab, vocab_size - vocab_start))
@@ -122,7 +150,9 @@ def _bytes_per_element(p: Problem, row_tiles: bool, column_tiles: bool) -> tuple
     weight = operand if p.weight != p.operand else 0
     weight += wide if p.need_weight and p.weight != p.operand else 0
     weight += wide if converts and apart_hidden else 0
-    weight += wide if p.need_weight and row_tiles and p.weight.itemsize < wide else 0  # the sum
+    if p.need_weight and row_tiles:
+        weight += wide if p.weight.itemsize < wide else 0  # the sum
+        weight += wide if operand < wide and not on_cpu else 0  # the product that some GPUs cannot add without
     hidden = operand if p.hidden != p.operand else 0
     hidden += p.hidden.itemsize * (1 + p.need_hidden) if on_cpu else 0  # without the rows that are dropped
     hidden += operand if p.need_weight else 0  # with zeros in the rows without a gradient
@@ -260,8 +290,8 @@ def loss_rows(p: Problem, changes: int | None) -> int:
     return _even(p.rows + room, max(most, _LEAST_ROWS), _LEAST_ROWS)
 
 
-def loss_plan(p: Problem, changes: int | None) -> LinearPlan:
-    """Of a policy loss, like :func:`plan`."""
+def loss_plan(p: Problem, changes: int | None, adds_products: bool) -> LinearPlan:
+    """Of a policy loss, like :func:`plan`; ``adds_products``: see products.adds_to_fp32."""
     rows = loss_rows(p, changes)
     row, again = _loss_row_bytes(p, rows)
     parts = max(1, -(-p.rows // rows))
@@ -274,6 +304,8 @@ def loss_plan(p: Problem, changes: int | None) -> LinearPlan:
     # beside the gradients themselves
     peak += p.columns * p.features * max(0, sums - p.weight.itemsize)
     peak += p.rows * p.features * max(0, hidden - p.hidden.itemsize)
+    if p.need_weight and parts > 1 and not adds_products:
+        peak += p.columns * p.features * wide  # a part's product, before it is added
     # whole copies: of the head and the hidden states as operands, of the latter without the ignored tokens
     peak += p.columns * p.features * (operand if p.weight != p.operand else 0)
     peak += p.rows * p.features * (operand if p.hidden != p.operand else 0)

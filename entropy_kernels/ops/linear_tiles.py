@@ -248,8 +248,8 @@ def backward(
     for j, c in enumerate(column_parts):
         w = weight[c].to(p.operand)
         sum_weight = d_weight[c]
-        if need_weight and len(row_parts) > 1:
-            sum_weight = torch.empty_like(sum_weight, dtype=torch.promote_types(weight.dtype, wide))
+        if need_weight and len(row_parts) > 1 and weight.dtype.itemsize < wide.itemsize:
+            sum_weight = torch.empty_like(sum_weight, dtype=wide)
         sum_bias = torch.zeros(c.stop - c.start if need_bias else 0, dtype=wide, device=h.device)
         for i, r in enumerate(row_parts):
             z = _tile(buffer, r, c, kept is not None)
@@ -272,7 +272,7 @@ def backward(
                 # torch's sum accumulates in fp32 anyway; told to return it, it first makes an fp32 copy on a CPU
                 sum_bias += dz.sum(0, dtype=None if len(row_parts) == 1 and dz.dtype == d_bias.dtype else wide)
             del z, dz  # before the next tile is made
-        if need_weight and len(row_parts) > 1:
+        if sum_weight.dtype != d_weight.dtype:
             d_weight[c] = sum_weight
         if need_bias:
             d_bias[c] = sum_bias

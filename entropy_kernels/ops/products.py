@@ -35,8 +35,18 @@ def operand_dtype(dtype: torch.dtype, result: torch.dtype, device_type: str) -> 
     return dtype if dtype == result and dtype in _NATIVE_ON_CPU else torch.float32
 
 
+def adds_to_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product of ``dtype`` is added to a matrix of its accumulator's dtype without one of its own.
+
+    Of a device that is not there, as of tensors on the meta device, it is not known.
+    """
+    if device.type == "cpu" or dtype not in _HALF:
+        return True  # halves are converted first on a CPU
+    return device.type == "cuda" and _gpu_adds_to_fp32(dtype, device)
+
+
 @functools.cache
-def _adds_to_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+def _gpu_adds_to_fp32(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this torch can add a half product to an fp32 matrix; older releases only make a new one."""
     one, total = torch.ones(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
     try:
@@ -69,7 +79,7 @@ def multiply_add(total: Tensor, a: Tensor, b: Tensor) -> None:
     """``total`` += a @ b, where total (n, m) is of the accumulator's dtype."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda and _adds_to_fp32(a.dtype, a.device):
+    elif a.is_cuda and adds_to_fp32(a.dtype, a.device):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     elif a.is_cuda:
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
