@@ -124,15 +124,10 @@ class _Judge:
         return result
 
 
-def judge(
-    records: Sequence[Record], plan: Plan, device_type: str, bandwidth: Bandwidth, gpu: str = ""
-) -> list[Verdict]:
-    """Verdicts on what the records hold: on a CPU for every shape of the plan, on a GPU :mod:`benchmarks.bars_gpu`.
-
-    ``gpu``: its name.
-    """
+def judge(records: Sequence[Record], plan: Plan, device_type: str, bandwidth: Bandwidth) -> list[Verdict]:
+    """Verdicts on what the records hold: on a CPU for every shape of the plan, on a GPU :mod:`benchmarks.bars_gpu`."""
     if device_type != "cpu":
-        return bars_gpu.judge(records, bandwidth, gpu)
+        return bars_gpu.judge(records, bandwidth)
     judge_ = _Judge(records, device_type)
     verdicts = [verdict for shape in plan.logits for verdict in judge_.logits(str(shape))]
     hidden = [shape for shape in plan.hidden if shape in BARS.hidden] or plan.hidden

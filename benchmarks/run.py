@@ -182,8 +182,7 @@ class Run:
     def verdicts(self) -> list[bars.Verdict]:
         found = [record for part in self.measured for record in part.records]
         bandwidth = Bandwidth(**self.head["bandwidth"])
-        gpu = (self.head["machine"]["gpu"] or {}).get("name", "")
-        verdicts = bars.judge(found, self.plan, self.device.type, bandwidth, gpu)
+        verdicts = bars.judge(found, self.plan, self.device.type, bandwidth)
         return [verdict for verdict in verdicts if not verdict.absent]
 
     def write(self) -> None:

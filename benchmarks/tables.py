@@ -52,8 +52,7 @@ def bars_table(verdicts: Sequence[Verdict], *, stated_sizes: bool = True) -> str
         # a space before a unit, none before the multiplication sign
         unit = verdict.unit if verdict.unit == "×" else f" {verdict.unit}".rstrip()
         value, best = ("–" if v is None else f"{_significant(v)}{unit}" for v in (verdict.value, verdict.best))
-        unjudged = "not measured" if verdict.value is None else f"stated for an {verdict.elsewhere}, not judged here"
-        result = {True: "pass", False: "FAIL", None: unjudged}[verdict.passed]
+        result = {True: "pass", False: "FAIL", None: "not measured"}[verdict.passed]
         if verdict.note:
             result += f": {verdict.note}"
         if verdict.samples is not None and verdict.samples < FEWEST_SAMPLES:

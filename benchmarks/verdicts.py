@@ -14,10 +14,7 @@ FEWEST_SAMPLES = 7
 
 @dataclass(frozen=True)
 class Verdict:
-    """A bar and what was measured. ``value`` is the one that counts (of medians), ``best`` that of the minima.
-
-    ``elsewhere``: the device that the bar is stated for, where this is another: shown, but not judged.
-    """
+    """A target and what was measured. ``value`` is the one that counts (of medians), ``best`` that of the minima."""
 
     text: str
     shape: str
@@ -28,7 +25,6 @@ class Verdict:
     best: float | None
     note: str
     samples: int | None = None  # the fewest that the value rests on
-    elsewhere: str = ""
 
     @property
     def absent(self) -> bool:
@@ -37,8 +33,8 @@ class Verdict:
 
     @property
     def passed(self) -> bool | None:
-        """None: not measured in this run, or not judged on this device."""
-        if self.value is None or self.elsewhere:
+        """None: not measured in this run."""
+        if self.value is None:
             return None
         return self.value >= self.limit if self.sense == ">=" else self.value <= self.limit
 
