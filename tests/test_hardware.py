@@ -21,26 +21,29 @@ from entropy_kernels.backends import registry
 from loss_cases import MODES
 from stub_gpu import serve_auto_with
 
-# a test of them all concerns whatever a backend serves
-PLACES = [
-    pytest.param(
-        Place(backend, "cuda"),
-        marks=[
-            on_gpu(backend, *registry.OPS),
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-            *(
-                pytest.mark.skipif(state != "available", reason=f"{backend}, {op}: {state}")
-                for op, states in ek.backends().items()
-                for name, state in states.items()
-                if name == backend
-            ),
-        ],
-        id=backend,
-    )
-    for backend in ("torch", "triton", "cuda")
-]
+SELECTION = ("token_covariance", "clip_cov_mask", "kl_cov_mask")
+STATISTICS = ("token_stats", "linear_token_stats")
+BACKENDS = ("torch", "triton", "cuda")
+
+
+def places(*ops: str, name: str = "") -> list[Any]:
+    """pytest parameters: every backend on the GPU, for a test of what it does in ``ops``."""
+    params = []
+    for backend in BACKENDS:
+        states = {op: ek.backends()[op][backend] for op in registry.OPS}
+        reasons = [f"{backend}, {op}: {state}" for op, state in states.items() if state != "available"]
+        if not torch.cuda.is_available():
+            reasons = ["needs a GPU"]
+        marks = [on_gpu(backend, *ops), *(pytest.mark.skip(reason=reason) for reason in reasons[:1])]
+        params.append(pytest.param(Place(backend, "cuda"), marks=marks, id=backend + name))
+    return params
+
+
+def every_backend(*ops: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("place", places(*ops))
+
+
 pytestmark = pytest.mark.usefixtures("undisturbed", "forgetful_registry")
-every_backend = pytest.mark.parametrize("place", PLACES)
 
 REPLAYS = 1000
 
@@ -179,18 +182,29 @@ def losses(place: Place) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     return calls
 
 
-KINDS = {"statistics": statistics, "selection": selection, "losses": losses}
-every_kind = pytest.mark.parametrize("kind", KINDS)
+# what a training step calls -> the ops that it is about
+KINDS = {
+    statistics: STATISTICS,
+    selection: SELECTION,
+    losses: ("policy_loss", *SELECTION),
+}
+every_kind = pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        pytest.param(kind, *param.values, marks=param.marks, id=param.id)
+        for kind, ops in KINDS.items()
+        for param in places(*ops, name=f"-{kind.__name__}")
+    ],
+)
 
 
 @pytest.fixture
-def calls(kind: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def calls(kind: Any, place: Place, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     serve_auto_with(monkeypatch, place.backend)
-    return KINDS[kind](place)
+    return kind(place)
 
 
 @every_kind
-@every_backend
 def test_no_path_waits_for_the_device(calls: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
     for name, call in calls.items():
         call()  # compiles, and asks the device what it can
@@ -202,7 +216,6 @@ def test_no_path_waits_for_the_device(calls: dict[str, Callable[[], tuple[Tensor
 
 
 @every_kind
-@every_backend
 def test_replays_of_a_graph_equal_the_call_bit_for_bit(calls: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
     """A thousand replays, back to back, of all calls in one graph; outputs are overwritten in between now and then."""
     side = torch.cuda.Stream()
@@ -231,7 +244,7 @@ def test_replays_of_a_graph_equal_the_call_bit_for_bit(calls: dict[str, Callable
         assert all(same_bits(a, b) for a, b in zip(outputs, wanted, strict=True)), name
 
 
-@every_backend
+@every_backend(*SELECTION)
 @pytest.mark.parametrize("count", [1, 5000, 524_288, 524_289, 1_000_003])
 def test_selection_is_that_of_the_cpu(place: Place, count: int) -> None:
     """The same tokens and the same bits for the same seed, so that a run can move between devices."""
@@ -257,7 +270,7 @@ def test_selection_is_that_of_the_cpu(place: Place, count: int) -> None:
                 assert torch.equal(*masks), (function.__name__, options, names)
 
 
-@every_backend
+@every_backend(*STATISTICS)
 def test_more_than_2_31_logits(place: Place, large_memory: Callable[[float], None]) -> None:
     """Forward and the gradient in place; only the first and the last row have one, the last begins beyond 2³¹."""
     large_memory(10)
@@ -280,7 +293,7 @@ def test_more_than_2_31_logits(place: Place, large_memory: Callable[[float], Non
     assert not gradient[1:-1].any()
 
 
-@every_backend
+@every_backend(*registry.OPS)
 def test_a_whole_step_compiles(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Head → statistics → selection → loss in one graph, by the real compiler, with the gradients of eager code."""
     serve_auto_with(monkeypatch, place.backend)
@@ -363,7 +376,7 @@ def test_from_hidden_states(backend: str, budget: int, dtype: torch.dtype) -> No
         assert (ours.cpu().float() - right.float()).norm() <= 5 * tolerance * right.float().norm()
 
 
-@pytest.mark.parametrize("place", [param for param in PLACES if param.id == "triton"])
+@pytest.mark.parametrize("place", places(*STATISTICS)[1:2])
 def test_triton_measures_its_tilings_once(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """On scratch tensors: the call's own logits and gradient are what they are without tuning."""
     import triton

@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -426,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--no-build", dest="build", action="store_false", help="take the libraries that are in place")
     add("--no-profile", dest="profile", action="store_false", help="without Nsight Compute")
     for name in ("timings", "pytest", "bench"):
-        add(f"--{name}", type=str.split, default=[], metavar="ARGS", help=f"more arguments of the {name} step")
+        add(f"--{name}", type=shlex.split, default=[], metavar="ARGS", help=f"more arguments of the {name} step")
     arguments = parser.parse_args(argv)
     # the package of this checkout, installed or not, also in the processes of the steps
     sys.path.insert(0, str(ROOT))

@@ -1,0 +1,235 @@
+"""`make gpu-smoke`, `gpu-verify`, `gpu-bench`: steps with limits, results that survive, what is verified."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gpu_smoke
+from entropy_kernels.smoke_matrix import Family
+from entropy_kernels.verify import Outcome
+from gpu_smoke import Course, Gpu, Step
+
+ROOT = Path(__file__).resolve().parent.parent
+H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0", "580.1")
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+def course(folder: Path, seconds: float = 60) -> Course:
+    return Course("smoke", argparse.Namespace(out=folder, seconds=seconds), H100)
+
+
+def records(folder: Path, name: str = "smoke") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_smoke, "PATH", "")
+    monkeypatch.setenv("PATH", "")
+    for name in gpu_smoke.COURSES:
+        assert gpu_smoke.main([name]) == 2
+        assert capsys.readouterr().err == f"gpu-{name}: nvidia-smi shows no GPU here\n"
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_smoke, "PATH", str(tmp_path))
+    for answer, gpu in (
+        ("NVIDIA H100 80GB HBM3, 9.0, 580.1\nNVIDIA A100, 8.0, 580.1", H100),
+        ("No devices were found", None),
+        ("", None),
+    ):
+        program.write_text(f"#!/bin/sh\n/bin/cat <<'X'\n{answer}\nX\n")
+        program.chmod(0o755)
+        assert gpu_smoke.find_gpu() == gpu
+    assert [Gpu("", c, "").build_target for c in ("8.0", "9.0", "10.0")] == ["8.0", "9.0a", "10.0a"]
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "no torch that can use the GPU" in (gpu_smoke.missing(H100) or "")
+
+
+def test_a_folder_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_smoke, "find_gpu", lambda: H100)
+    monkeypatch.setattr(gpu_smoke, "missing", lambda gpu: None)
+    (tmp_path / "file").touch()
+    assert gpu_smoke.main(["smoke", "--out", str(tmp_path / "file" / "x")]) == 2
+    assert "argument --out: expected a folder to write to" in capsys.readouterr().err
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = course(tmp_path)
+    assert run.run("good", python("import os; print('done', os.environ['X'])"), 20, X="y")
+    assert not run.run("bad", python("import sys; print('{\"a\": 1}'); print('3 failed'); print('x'); sys.exit(1)"), 20)
+    assert not run.run("missing", ("/no/such/program",), 20)
+    assert not run.step("raises", 20, lambda seconds: 1 // 0)  # type: ignore[arg-type, return-value]
+    states = [(step.name, step.state, step.note) for step in run.steps]
+    assert states[:2] == [("good", "passed", "done y"), ("bad", "failed", "3 failed")]
+    assert "No such file" in states[2][2] and states[3][2].startswith("ZeroDivisionError")
+    found = records(tmp_path)
+    assert (found[0]["gpu"], found[0]["driver"]) == (H100.name, "580.1")
+    assert [r["record"] for r in found] == ["course", "step", "bad", "log", "step", "step", "step"]
+    assert found[2]["a"] == 1 and found[3]["tail"] == ['{"a": 1}', "3 failed", "x"]
+    assert run.finish() == 1
+    table = capsys.readouterr().out
+    assert "3 failed" in table and "OK" in table
+    assert (tmp_path / "logs" / "smoke-good.log").read_text() == "done y\n"
+
+
+def test_a_hanging_step_is_ended_with_its_children(tmp_path: Path) -> None:
+    mark = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    run, began = course(tmp_path), time.monotonic()
+    assert not run.run("hangs", python(code), 1.0)
+    assert run.steps[0].state == "out of time" and time.monotonic() - began < 20
+    time.sleep(3.5)
+    assert not mark.exists()
+
+
+def test_a_step_out_of_time_may_write_what_it_has(tmp_path: Path) -> None:
+    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('{\"written\": true}')"
+    run = course(tmp_path)
+    run.run("slow", python(code), 10.0)
+    assert run.steps[0].state == "out of time" and {"written": True}.items() <= records(tmp_path)[1].items()
+
+
+def test_the_time_is_for_all(tmp_path: Path) -> None:
+    run = course(tmp_path, seconds=12)
+    assert run.run("one", python("import time; time.sleep(1); print('x')"), 10)
+    assert run.run("two", (*python("import sys; print(sys.argv[1])"), "{seconds}"), 30), "11 s are enough to begin"
+    assert run.steps[1].note in ("0", "1"), "what is left for its work, after time to end"
+    assert not run.run("three", python("print(1)"), 100)
+    assert run.steps[2].state == "not run" and run.steps[2].note.endswith("s left of its 100")
+
+
+# ---- what is verified ------------------------------------------------------------------------------------------------
+
+
+def end(test: str, outcome: str = "passed", backend: str = "cuda", ops: str = "token_stats") -> list[dict[str, Any]]:
+    named = {"test": test, "backend": backend, "ops": ops.split()}
+    return [{"event": "begin", **named}, {"event": "end", "outcome": outcome, "seconds": 1.0, "error": "", **named}]
+
+
+FINISH = [{"event": "finish", "exit": 0}]
+SELECTION = end("s", ops="kl_cov_mask")
+GOOD = [*end("a"), *SELECTION, *end("b", backend="triton"), *end("c", backend="", ops="")]
+
+
+@pytest.mark.parametrize(
+    ("events", "state", "race", "verified"),
+    [
+        ([*GOOD, *FINISH], "passed", "passed", {"token_stats", "kl_cov_mask"}),
+        # of another op, of another backend
+        ([*GOOD, *end("x", "failed", ops="kl_cov_mask"), *FINISH], "passed", "passed", {"token_stats"}),
+        ([*GOOD, *end("x", "failed", backend="triton"), *FINISH], "passed", "passed", {"token_stats", "kl_cov_mask"}),
+        ([*GOOD, *end("x", "failed", backend="torch"), *FINISH], "passed", "passed", {"token_stats", "kl_cov_mask"}),
+        # of none: of all
+        ([*GOOD, *end("x", "failed", backend="", ops=""), *FINISH], "passed", "passed", set()),
+        (GOOD, "passed", "passed", set()),
+        ([*GOOD, *end("x")[:1], *FINISH], "passed", "passed", set()),
+        ([*GOOD, *FINISH], "hung", "passed", {"kl_cov_mask"}),
+        ([*GOOD, *FINISH], "passed", "failed", set()),
+        ([*SELECTION, *end("y", "skipped"), *FINISH], "passed", "passed", {"kl_cov_mask"}),
+        ([], "passed", "passed", set()),
+    ],
+)
+def test_what_is_verified(tmp_path: Path, events: list[Any], state: str, race: str, verified: set[str]) -> None:
+    run = course(tmp_path)
+    run.steps.append(Step("racecheck", race, 1.0, ""))
+    log = tmp_path / "log"
+    log.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "cut o')
+    outcomes = [
+        Outcome(Family("cuda", "forward", ("token_stats",), tuple), state, 3, ""),
+        Outcome(Family("cuda", "selection", ("kl_cov_mask",), tuple), "passed", 3, ""),
+    ]
+    gpu_smoke.conclude(run, outcomes, log)
+    document = json.loads((tmp_path / "verification.json").read_text())
+    assert (document["architecture"], document["gpu"]) == ("sm_90", H100.name)
+    assert {pair["op"] for pair in document["pairs"] if pair["verified"]} == verified
+    assert all(pair["verified"] == (not pair["not"]) for pair in document["pairs"])
+    assert run.steps[-1].state == ("passed" if len(verified) == 2 else "failed")
+
+
+# ---- the rehearsal ---------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+import gpu_smoke
+from entropy_kernels import verify
+verify.CALL_LIMIT = 10.0
+kept = ("cuda/forward-parts", "cuda/backward-strided", "cuda/selection-grid", "cuda/covariance")
+verify.FAMILIES = {name: verify.FAMILIES[name] for name in kept}
+gpu_smoke.has_gpu_tests = lambda path: path.name == "test_hardware.py"
+sys.exit(gpu_smoke.main(sys.argv[1:]))
+"""
+HANGS = "test_no_path_waits_for_the_device[cuda-losses]"
+FAMILY_FAULTS = {"cuda/backward-strided": "wrong", "cuda/selection-grid": "hang", "cuda/covariance": "lost"}
+
+
+def rehearse(tmp_path: Path, faults: dict[str, str], *arguments: str) -> tuple[int, str]:
+    fake = ROOT / "tests" / "fake_gpu"
+    environment = {
+        **os.environ, "FAKE_GPU_FAULTS": json.dumps(faults), "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": f"{fake}:{ROOT / 'tools'}", "PATH": f"{fake / 'bin'}:{os.environ['PATH']}", "COMMIT": "abc",
+    }  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM, *arguments, "--no-build", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_rehearsal_of_smoke(tmp_path: Path) -> None:
+    """A planted wrong result, hang and lost device: each named, and the course goes on to its end."""
+    timings = ("--timings", "--scale 4096 --only selection")
+    code, output = rehearse(tmp_path, FAMILY_FAULTS, "smoke", "--seconds", "400", *timings)
+    assert code == 1, output
+    found = records(tmp_path / "out")
+    assert found[0]["commit"] == "abc"
+    families = {r["family"]: r for r in found if r["record"] == "family"}
+    assert {name: families[name]["state"] for name in families} == {
+        "cuda/forward-parts": "passed", "cuda/backward-strided": "wrong",
+        "cuda/selection-grid": "hung", "cuda/covariance": "raised",
+    }  # fmt: skip
+    assert "illegal memory access" in families["cuda/covariance"]["detail"]
+    assert [r["family"] for r in found if r["record"] == "memcheck"] == ["cuda/forward-parts"]
+    steps = {r["name"]: r for r in found if r["record"] == "step"}
+    assert {name: step["state"] for name, step in steps.items()} == {
+        "machine": "passed", "families": "failed", "memcheck": "passed", "timings": "passed", "profile": "passed",
+    }, output  # fmt: skip
+    for name in FAMILY_FAULTS:
+        assert name in output and name in steps["families"]["note"]
+
+
+@pytest.mark.slow
+def test_rehearsal_of_verify(tmp_path: Path) -> None:
+    name = "test_selection_is_that_of_the_cpu[{}]"
+    faults = {name.format("1-cuda"): "lost", name.format("5000-cuda"): "wrong", HANGS: "hang"}
+    pytest_arguments = "-k 'cuda and (is_that_of_the_cpu or waits) and not 524 and not 1000003' --timeout 8"
+    code, output = rehearse(tmp_path, faults, "verify", "--seconds", "400", "--pytest", pytest_arguments)
+    assert code == 1, output
+    found = records(tmp_path / "out", "verify")
+    tests = {(r["event"], r["test"].rpartition("::")[2]) for r in found if r["record"] == "test"}
+    assert ("device_lost", name.format("1-cuda")) in tests and ("end", name.format("5000-cuda")) in tests, output
+    assert any(test == HANGS for _, test in tests), output
+    steps = {r["name"]: r["state"] for r in found if r["record"] == "step"}
+    assert list(steps) == ["machine", "families", "tests-cuda-none", "racecheck", "verified"]
+    assert steps["families"] == steps["racecheck"] == "passed" and steps["verified"] == "failed"
+    document = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert document["commit"] == "abc"
+    right = {pair["op"] for pair in document["pairs"] if pair["verified"]}
+    assert right == {"token_stats", "linear_token_stats"}, "faults were planted in tests of other ops"
