@@ -35,8 +35,8 @@ class Check:
     seconds: float
 
 
-def self_check() -> list[Check]:
-    """Each available backend of each op against float64 on small random data."""
+def self_check(wanted: Callable[[str, str, str], bool] = lambda op, backend, device: True) -> list[Check]:
+    """Each available backend of each op, if ``wanted`` on a device type, against float64 on small random data."""
     checks = []
     for op, states in ek.backends().items():
         compare = _CHECKS.get(op)
@@ -44,7 +44,7 @@ def self_check() -> list[Check]:
             if state != "available" or compare is None:
                 continue
             for device in _devices_of(backend):
-                checks += _timed(op, backend, device, compare)
+                checks += _timed(op, backend, device, compare) if wanted(op, backend, device) else []
     return checks
 
 
