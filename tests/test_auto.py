@@ -16,7 +16,7 @@ import entropy_kernels as ek
 from entropy_kernels import doctor, self_check
 from entropy_kernels.backends import registry, verdict
 from entropy_kernels.backends.verdict import Pair, Verdict
-from stub_gpu import forget, add_stub_gpu, verify
+from stub_gpu import add_stub_gpu, forget, verify
 
 pytestmark = pytest.mark.usefixtures("forgetful_registry")
 GPU = torch.device("cuda", 0)
