@@ -253,7 +253,7 @@ def selection(run: Run, tokens: int, backend: str) -> None:
     copy = copy_and_read(run, inputs["covariance"][None])
     run.time(FLOOR, case, inputs, REGISTRY["tokens_floor", "topk"])
     batch = [inputs[name] for name in SELECTION["token_covariance"][0]]
-    of_batch = {**inputs, "covariance": ek.token_covariance(*batch)}
+    of_batch = {**inputs, "covariance": ek.token_covariance(*batch, backend="torch")}
     first: dict[str, Timed | None] = {}
     for way, switch in WAYS.items() if backend == "cuda" else [("", None)]:
         if way == "cluster" and tokens > CLUSTER_HOLDS:
@@ -262,6 +262,8 @@ def selection(run: Run, tokens: int, backend: str) -> None:
         for op in SELECTION:
             mine = REGISTRY[op, f"ours-{backend}"]
             first.setdefault(op, time(inputs, mine, variant=way, same_as=first.get(op)))
+        if first["token_covariance"] is None:
+            continue
         both = ours("clip_cov_mask", covariance_and_mask, backend)
         moved = 18 * len(inputs["mask"])  # 9 bytes read and 4 written of the covariance, 4 and 1 of the mask
         variant = f"with covariance {way}".strip()
