@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -47,6 +48,21 @@ def peak_of(case: Linear, grad: tuple[str, ...], budget: int) -> int:
     return peak - ours
 
 
+@functools.cache
+def workspace_of_products(rows: int, features: int, vocab: int, dtype: torch.dtype) -> int:
+    """Bytes that torch's own products take beside their results: oneDNN packs its operands for some CPUs."""
+    shapes = ((rows, features), (vocab, features), (rows, planning.padded(vocab)))
+    hidden, weight, logits = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    logits = logits[:, :vocab]  # as a tile has them
+    products = ((hidden, weight.t()), (logits, weight), (logits.t(), hidden))
+    results = [logits, torch.mm(logits, weight), torch.mm(logits.t(), hidden)]
+    device = torch.device("cpu")
+    return max(
+        peak_allocated(functools.partial(torch.mm, *factors, out=out), device)
+        for factors, out in zip(products, results, strict=True)
+    )
+
+
 @pytest.mark.parametrize("grad", GRADS, ids=lambda g: "+".join(g) or "none")
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 def test_predicted_memory(dtype: torch.dtype, grad: tuple[str, ...], undisturbed: None) -> None:
@@ -58,9 +74,9 @@ def test_predicted_memory(dtype: torch.dtype, grad: tuple[str, ...], undisturbed
         for _, budget in budgets(each):
             plan = ek.linear_plan(leaves.hidden, leaves.weight, leaves.bias, **options, memory_budget=budget)
             used = peak_of(each, grad, budget)
-            # vectors of tokens, and what torch's products need by themselves: oneDNN an fp32 copy of the hidden states
-            small = 100_000 + 40 * 300 + 4 * 300 * 64
-            assert used <= plan.peak_bytes + small, f"{plan}: {used}"
+            small = 100_000 + 40 * 300 + 4 * 300 * 64  # vectors of tokens
+            own = workspace_of_products(300, 64, 6000, dtype)
+            assert used <= plan.peak_bytes + own + small, f"{plan}: {used}"
             assert plan.peak_bytes <= budget
             assert plan.peak_bytes <= 2.5 * used + small, f"{plan}: {used}"
             if plan.mode == "keep":
@@ -144,7 +160,8 @@ def test_predicted_memory_of_a_policy_loss(dtype: torch.dtype, grad: tuple[str, 
 
             used = peak_allocated(forward_and_backward, torch.device("cpu")) - given
             small = 300_000 + 100 * rows + 4 * rows * features
-            assert used <= plan.peak_bytes + small, f"{plan}: {used}"
+            own = workspace_of_products(rows, features, vocab, dtype)
+            assert used <= plan.peak_bytes + own + small, f"{plan}: {used}"
             assert plan.peak_bytes <= 2.5 * used + small, f"{plan}: {used}"
             fixed = vocab * features * 8 + rows * features * 24
             assert plan.peak_bytes <= budget + fixed

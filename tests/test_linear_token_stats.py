@@ -314,7 +314,8 @@ def test_gradcheck(chunks: str) -> None:
     def values(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return ek.linear_token_stats(h, w, case.target, b, **case.kwargs, memory_budget=budget)[:3]
 
-    assert torch.autograd.gradcheck(values, (leaves.hidden, leaves.weight, leaves.bias))
+    # MKL's sums depend on where in memory their factors lie
+    assert torch.autograd.gradcheck(values, (leaves.hidden, leaves.weight, leaves.bias), nondet_tol=1e-12)
 
 
 # ---- teeth: what must fail does -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from entropy_kernels.ops.products import accumulator, operand_dtype
+from entropy_kernels.ops.products import BLOCK, accumulator, operand_dtype
 
 DEFAULT_BUDGET = 1 << 30  # bytes; on a GPU the least, see default_budget
 _MOST_BUDGET, _FREE_SHARE = 4 << 30, 16  # on a GPU one part in so many of the memory that is free
@@ -156,6 +156,7 @@ def _bytes_per_element(p: Problem, row_tiles: bool, column_tiles: bool) -> tuple
     hidden = operand if p.hidden != p.operand else 0
     hidden += p.hidden.itemsize * (1 + p.need_hidden) if on_cpu else 0  # without the rows that are dropped
     hidden += operand if p.need_weight else 0  # with zeros in the rows without a gradient
+    hidden += operand if on_cpu and p.operand == torch.bfloat16 and p.features % BLOCK else 0  # with zeros behind
     hidden += wide if converts and apart_weight else 0
     if apart_hidden and p.hidden.itemsize < wide:
         hidden += wide if on_cpu else 2 * wide  # the sum, and on a GPU the product that is added to it
@@ -262,8 +263,10 @@ def _loss_row_bytes(p: Problem, rows: int) -> tuple[int, int]:
     operand, wide, on_cpu = p.operand.itemsize, p.wide.itemsize, p.device_type == "cpu"
     summed = rows < p.rows
     logit = p.logits.itemsize + (operand if p.logits != p.operand else 0)
-    if on_cpu and operand < wide and (p.need_weight or p.need_bias) and (summed or p.weight != p.operand):
-        logit += wide  # no product of halves with an fp32 sum
+    wide_hidden = p.need_hidden and (p.sharded or kept_dtype(p.hidden, p.wide, False) != p.operand)
+    wide_weight = p.need_weight and kept_dtype(p.weight, p.wide, summed) != p.operand
+    if on_cpu and operand < wide and (wide_hidden or wide_weight or (p.need_bias and summed)):
+        logit += wide  # no product of halves with an fp32 result
     vector = 2 * operand + (wide if p.hidden.itemsize < wide else 0)
     return padded(p.columns) * logit + p.features * vector, padded(p.columns) * p.logits.itemsize
 

@@ -63,11 +63,16 @@ def without_autocast(tensor: Tensor) -> Any:
 
 
 def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised (rows, columns) with aligned rows, in memory that served an earlier call where that fits."""
+    """Uninitialised (rows, columns) with aligned rows, in memory that served an earlier call where that fits.
+
+    On a CPU the padding behind the rows is 0, because a product may read it.
+    """
     shape = torch.Size((rows, padded(columns)))
-    if device.type == "cpu":
-        return reused_memory.empty(shape, dtype)
-    return torch.empty(shape, dtype=dtype, device=device)
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    buffer = reused_memory.empty(shape, dtype)
+    buffer[:, columns:] = 0
+    return buffer
 
 
 def kept_rows(dropped: Tensor) -> Tensor | None:
@@ -197,7 +202,12 @@ def _fused(p: Problem, numbers: Numbers, device: torch.device) -> Callable | Non
 
 def _tile(buffer: Tensor, r: slice, c: slice, whole: bool) -> Tensor:
     """The tile of rows ``r`` and columns ``c``, in a buffer of all logits or of one tile."""
-    return buffer[r, c] if whole else buffer[: r.stop - r.start, : c.stop - c.start]
+    if whole:
+        return buffer[r, c]
+    columns = c.stop - c.start
+    if buffer.is_cpu:  # as workspace has it
+        buffer[:, columns : padded(columns)] = 0
+    return buffer[: r.stop - r.start, :columns]
 
 
 def backward(

@@ -48,10 +48,6 @@ _library.define(
 )
 
 
-def _kept_shape(hidden: Tensor, weight: Tensor, vocab_start: int, vocab_size: int) -> tuple[int, int]:
-    return hidden.shape[0], padded(columns_here(weight.shape[0], vocab_start, vocab_size))
-
-
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -60,8 +56,8 @@ def _forward(
     check_values(target, temperature, call.ignore_index, call.vocab_size)
     kept = None
     if keep:
-        shape = _kept_shape(hidden, weight, call.vocab_start, call.vocab_size)
-        kept = linear_tiles.workspace(*shape, call.logits, hidden.device)
+        columns = columns_here(weight.shape[0], call.vocab_start, call.vocab_size)
+        kept = linear_tiles.workspace(hidden.shape[0], columns, call.logits, hidden.device)
     needs = (need_hidden, need_weight, need_bias)
     with linear_tiles.without_autocast(hidden):
         outputs, state = linear_tiles.forward(hidden, weight, bias, target, temperature, call, want, kept, needs)
@@ -99,8 +95,8 @@ def _fake(
     rows = target.shape[0]
     sizes = [rows if want & bit else 0 for bit in (LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE)]
     outputs = [temperature.new_empty(size) for size in sizes]
-    shape = _kept_shape(hidden, weight, vocab_start, vocab_size) if keep else (0,)
-    kept = hidden.new_empty(shape, dtype=logits_dtype)
+    columns = columns_here(weight.shape[0], vocab_start, vocab_size)
+    kept = hidden.new_empty((hidden.shape[0], padded(columns)) if keep else (0,), dtype=logits_dtype)
     return (*outputs, temperature.new_empty((state_rows(want), rows)), kept)
 
 

@@ -56,11 +56,32 @@ def _gpu_adds_to_fp32(dtype: torch.dtype, device: torch.device) -> bool:
     return True
 
 
+BLOCK = 32  # elements of a row that oneDNN loads together
+
+
+def _finite_behind(a: Tensor) -> Tensor:
+    """``a`` (n, k) with zeros behind each row, where a product in bf16 reads them; itself if they are there.
+
+    With AMX, oneDNN loads whole blocks of a left factor's rows and multiplies what lies behind a row's end by zeros
+    (torch 2.13): the next row, padding, or what comes after the tensor. Zero times NaN is NaN, in a row that has none.
+    """
+    behind = -a.shape[1] % BLOCK
+    if a.dtype != torch.bfloat16 or not a.is_cpu or behind == 0 or a.stride(1) != 1 or a.numel() == 0:
+        return a
+    begin = a.storage_offset() + a.shape[1]
+    end = begin + (a.shape[0] - 1) * a.stride(0) + behind
+    inside = end * a.itemsize <= a.untyped_storage().nbytes()
+    if inside and not a.as_strided((a.shape[0], behind), a.stride(), begin).any():
+        return a
+    return torch.nn.functional.pad(a, (0, behind))[:, : a.shape[1]]
+
+
 def multiply(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
     """``out`` = a @ b + bias, rounded once; a (n, k), b (k, m), bias (m,), out (n, m) of any strides and dtype."""
     operand = operand_dtype(a.dtype, out.dtype, out.device.type)
     a, b = a.to(operand), b.to(operand)
     if out.dtype == operand:
+        a = _finite_behind(a)
         if bias is None:
             torch.mm(a, b, out=out)
         else:
