@@ -359,7 +359,7 @@ _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats")
 
 
 def smoke(course: Course) -> None:
-    outcomes = families(course, 60)
+    outcomes = families(course, 75)
     sanitize(course, "memcheck", 60, outcomes, lambda name: name.startswith("cuda/"))
     course.run("timings", (sys.executable, "tools/gpu_timings.py", "--seconds", "{seconds}", *extra(course)), 60)
     if course.arguments.profile:
@@ -370,7 +370,7 @@ def smoke(course: Course) -> None:
 
 
 def verification(course: Course) -> None:
-    outcomes = families(course, 60)
+    outcomes = families(course, 75)
     log = tests(course, "cuda,none", 150)
     kinds = ("forward-bulk", "forward-clusters", "forward-parts", "selection", "covariance", "policy-loss")
     sanitize(course, "racecheck", 60, outcomes, lambda name: name.startswith(tuple(f"cuda/{kind}" for kind in kinds)))
@@ -378,7 +378,7 @@ def verification(course: Course) -> None:
 
 
 def bench(course: Course) -> None:
-    outcomes = families(course, 60)
+    outcomes = families(course, 75)
     command = (sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--seconds", "{seconds}")
     out = ("--output", str(course.out / "benchmark"), *course.arguments.bench)
     course.run("benchmark", (*command, *out), max(120.0, course.arguments.seconds - 220))
@@ -391,7 +391,7 @@ def extra(course: Course) -> list[str]:
     return course.arguments.timings
 
 
-COURSES = {"smoke": (smoke, 210.0), "verify": (verification, 270.0), "bench": (bench, 540.0)}
+COURSES = {"smoke": (smoke, 180.0), "verify": (verification, 240.0), "bench": (bench, 540.0)}
 
 
 def find_gpu() -> Gpu | None:

@@ -179,8 +179,7 @@ class Run:
         self._lock.acquire()  # for good: nothing comes behind this
         self.tell({"stopped": "no time left", "in": self.now})
         self.table()
-        sys.stderr.flush()
-        os._exit(0)
+        os._exit(self.code)
 
     def table(self) -> None:
         cells: dict[tuple[str, ...], list[str]] = {}
@@ -195,6 +194,12 @@ class Run:
         rows = [(*row, ", ".join(dict.fromkeys(texts))) for row, texts in cells.items()]
         if rows:
             print_table(title, rows, ("op", "backend", "variant", "dtype", "by shape"), sys.stderr)
+        counts = {name: sum(name in line for line in self.lines) for name in ("median_us", "skipped", "error")}
+        print("{} timings, {} skipped, {} errors".format(*counts.values()), file=sys.stderr, flush=True)
+
+    @property
+    def code(self) -> int:
+        return int(any("error" in line or "lost" in line for line in self.lines))
 
 
 def ours(op: str, make: Callable[..., Prepared], *arguments: Any) -> Implementation:
@@ -277,22 +282,23 @@ def covariance_and_mask(backend: str, case: Case, inputs: Inputs) -> Prepared:
 
 
 def losses(run: Run, sequences: int, how: str) -> None:
-    """With their backward pass, but for the operator alone."""
+    """With their backward pass, but for the operator alone: on the fused kernel, and on torch's operations."""
     case = Case(BatchShape(sequences, max(8, K // run.scale)), FP32, run.device)
     inputs = make_inputs(case)
     time = functools.partial(run.time, "losses", case, inputs, beside=copy_and_read(run, inputs["logprob"]))
-    for op in LOSSES:
+    for op, backend in itertools.product(LOSSES, ("cuda", "torch")):
         if how == "compiled":
-            time(ours(op, calls.loss, functools.partial(compiled, op)), "cuda", "compiled")
+            time(ours(op, calls.loss, functools.partial(compiled, op, backend)), backend, "compiled")
             continue
-        time(REGISTRY[op, "ours-cuda"], "cuda", "eager")
-        time(REGISTRY[op, "ours-cuda"], "cuda", "graph", graph=True)
-        time(ours(op, operator, op), "cuda", "operator alone", seen=loss_and_gradient)
+        time(REGISTRY[op, f"ours-{backend}"], backend, "eager")
+        if backend == "cuda":
+            time(REGISTRY[op, "ours-cuda"], backend, "graph", graph=True)
+            time(ours(op, operator, op), backend, "operator alone", seen=loss_and_gradient)
 
 
-def compiled(op: str, case: Case) -> Callable[..., Any]:
+def compiled(op: str, backend: str, case: Case) -> Callable[..., Any]:
     def loss(*batch: Tensor) -> Any:
-        return getattr(ek, op)(*batch, backend="cuda", **LOSSES[op])
+        return getattr(ek, op)(*batch, backend=backend, **LOSSES[op])
 
     loss.__code__ = loss.__code__.replace()  # one of its own: other sizes are no recompilations of it
     return torch.compile(loss, dynamic=False)
@@ -411,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.tell({"lost": str(lost)})
     watch.cancel()
     run.table()
-    return 1 if "lost" in run.lines[-1] else 0
+    return run.code
 
 
 if __name__ == "__main__":
