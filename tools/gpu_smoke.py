@@ -334,7 +334,7 @@ def conclude(course: Course, outcomes: Sequence[Any], log: Path) -> None:
         failed = [e["test"] for e in mine if e["outcome"] == "failed"]
         count = sum(e["outcome"] == "passed" for e in mine if e["backend"])
         reasons = [f"{name}: {text}" for name, text in pair.failed.items()]
-        reasons += [f"{len(failed)} tests failed: {', '.join(failed[:5])}"] if failed else []
+        reasons += [f"{len(failed)} tests failed, {failed[0].rpartition('::')[2]} first"] if failed else []
         reasons += [] if complete else ["not all tests ended"]
         reasons += [] if count else ["no test of it ran"]
         reasons += [f"racecheck: {step.note}" for step in raced if pair.backend == "cuda"]
