@@ -58,13 +58,13 @@ OUT = build/gpu-prebuilt
 gpu-prebuilt: ## build both libraries for one GPU architecture against TORCH=FOLDER, an unpacked CUDA wheel of torch
 	$(PYTHON) tools/gpu_prebuilt.py $(if $(TORCH),'$(TORCH)') --arch '$(ARCH)' --out '$(OUT)'
 
-gpu-smoke: ## on a machine with a GPU: is every kernel right, and how fast? three minutes
+gpu-smoke: ## on a GPU: is every kernel right, and how fast? at most 3 minutes
 	@$(PYTHON) tools/gpu_smoke.py smoke $(GPU_ARGS)
 
-gpu-verify: ## there: the tests on the GPU and the races, from which backend="auto" may choose; four minutes
+gpu-verify: ## on a GPU: all GPU tests and a search for data races; decides what backend="auto" may use; at most 4 minutes
 	@$(PYTHON) tools/gpu_smoke.py verify $(GPU_ARGS)
 
-gpu-bench: ## there: the other backends' tests, the sanitizers, the benchmark with its peers; nine minutes
+gpu-bench: ## on a GPU: the benchmark with its peers, the other backends' tests, more sanitizers; at most 9 minutes
 	@$(PYTHON) tools/gpu_smoke.py bench $(GPU_ARGS)
 
 cuda-check: setup ## compile every CUDA kernel for sm_80, sm_90a and sm_100a, without a GPU; fails on a spill

@@ -183,7 +183,7 @@ def filled(text: str, results: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fill README.md, or check it."""
-    parser = argparse.ArgumentParser(prog="benchmarks.readme", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.readme", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; fail if README.md is not up to date")
     check = parser.parse_args(argv).check
     readme = machine.ROOT / "README.md"

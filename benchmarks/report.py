@@ -64,7 +64,7 @@ def _draw(folder: Path, head: dict[str, Any], measured: Sequence[Measured]) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make the reports of the folders given."""
-    parser = argparse.ArgumentParser(prog="benchmarks.report", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="with a bench.json in it")
     folders = parser.parse_args(argv).folders
     for folder in folders:

@@ -1,5 +1,6 @@
 """Fused log-prob, entropy, covariance and Clip-Cov / KL-Cov kernels for RL on language models."""
 
+from entropy_kernels._version import __version__ as __version__
 from entropy_kernels.analysis import EntropyLaw, fit_entropy_law, predicted_entropy_change
 from entropy_kernels.backends.registry import backends
 from entropy_kernels.functional import LogprobEntropy, TokenStats, logprob_entropy, token_stats
@@ -43,6 +44,5 @@ __all__ = [
     "token_covariance",
     "token_stats",
 ]
-__version__ = "0.1.0"
 
 from entropy_kernels.integrations import hf  # last: it uses the names above

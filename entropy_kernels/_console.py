@@ -41,6 +41,7 @@ def print_table(
 
 
 _STYLES = {"OK": "green", "available": "green", "FAIL": "bold red"}
+_STYLES |= dict.fromkeys(("failed", "out of time", "not run"), "bold red")
 
 
 def _plain(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | None, file: TextIO) -> None:

@@ -25,4 +25,5 @@ def usable_cores() -> int | None:
 def gpu_name(index: int) -> str:
     """Name, architecture and memory of a GPU."""
     p = torch.cuda.get_device_properties(index)
-    return f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+    architecture = getattr(p, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
+    return f"{p.name}, {architecture}, {p.total_memory / 2**30:.0f} GiB"

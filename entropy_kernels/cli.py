@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
         elsewhere = bool(argv) and argv[0] in _DISPATCH
         code = _dispatch(argv[0], argv[1:]) if elsewhere else _run(_parser().parse_args(argv))
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # `| head` closed the pipe. What is still buffered goes nowhere, without a complaint when the interpreter
         # flushes it at exit.
@@ -63,11 +66,11 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser(
         "verify",
-        help="check every kernel on this machine's GPU, in seconds; backend='auto' then takes those that are right",
+        help="check every kernel on this machine's GPU; backend='auto' then takes those that are right",
         description="Run small calls of every kernel on each model of GPU here, compare the results with plain torch "
         "on the CPU, and keep the verdict in the user's cache folder, where backend='auto' finds it. Each family of "
         "kernels has a process of its own, so that one that dies or hangs is named and the others go on. Exit code 1 "
-        "if one is wrong.",
+        "if one is wrong, 2 without a GPU.",
     )
     verify.add_argument(
         "--at-once", type=int, default=8, metavar="N", help="processes at a time (default: %(default)s)"

@@ -44,7 +44,7 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
         print_table("Versions", versions())
         print_table("Hardware", hardware())
         print_table("Backends", _backend_rows(), ("backend", "state", "ops"))
-        print_table("What backend='auto' chooses", _auto_rows(), ("op", "device", "backend", "why"))
+        print_table("What backend='auto' chooses", _auto_rows(), ("device", "backend", "why", "ops"))
         for found in verdicts():
             print(f"verified on {found['device']}: {found['text']}\n")
         if tilings := triton_tilings():
@@ -154,10 +154,11 @@ def _auto_rows() -> list[tuple[str, str, str, str]]:
     """Ops of one choice share a row."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for choice in auto_choices():
-        first = "the first of " + ", ".join(registry.preference(choice.op, torch.device(choice.device).type))
+        order = ", ".join(registry.preference(choice.op, torch.device(choice.device).type))
+        first = f"first choice (order: {order})"
         why = "; ".join(f"not {name}: {reason}" for name, reason in choice.skipped.items()) or first
         groups.setdefault((choice.device, choice.backend, why), []).append(choice.op)
-    return [(", ".join(ops), device, backend, why) for (device, backend, why), ops in groups.items()]
+    return [(device, backend, why, ", ".join(ops)) for (device, backend, why), ops in groups.items()]
 
 
 def verdicts() -> list[dict[str, str]]:
@@ -172,6 +173,8 @@ def verdicts() -> list[dict[str, str]]:
             right = sum(pair.verified for pair in found.pairs)
             path = verdict.file(found.machine)
             texts.append(f"{right} of {len(found.pairs)} pairs of op and backend, {found.date}, {path}")
+            wrong = (pair for pair in found.pairs if not pair.verified)
+            texts += [f"{p.backend} {p.op} {registry.unverified(p.op, p.backend, device)}" for p in wrong]
         rows.append({"device": str(device), "text": "; ".join(texts) or "nothing yet: run `entropy-kernels verify`"})
     return rows
 

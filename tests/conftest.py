@@ -6,6 +6,7 @@ import fcntl
 import gc
 import importlib.util
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,6 @@ import torch
 # interpreter runs the kernels on CPU tensors; tests that compile ahead of time do so in a subprocess without it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-else:
-    # tests have many classes of shapes, and the tuner would compile every candidate for each
-    os.environ.setdefault("ENTROPY_KERNELS_TRITON_TUNE", "0")
 # cuBLAS reads this when it starts; without it the deterministic mode of poisoned_memory warns at every product
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -61,6 +59,12 @@ class Place:
 def on_gpu(backend: str, *ops: str) -> pytest.MarkDecorator:
     """Marks a test of ``ops`` on a GPU: if it fails, "auto" does not choose ``backend`` for them there."""
     return pytest.mark.gpu(backend=backend, ops=ops)
+
+
+needs_fake_gpu = pytest.mark.skipif(
+    shutil.which("g++") is None or torch.version.cuda is not None,
+    reason="the fake GPU needs a C++ compiler and a CPU build of torch",
+)
 
 
 def places(op: str = "token_stats") -> list:

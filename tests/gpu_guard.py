@@ -129,6 +129,11 @@ class Guard:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.count(len(session.items))
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """With xdist the others run all the same: nothing else would tell that these tests did not."""
+        if report.failed:
+            self.write("collect_failed", file=report.nodeid, error=report.longreprtext[-600:])
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         self.count(len(ids))

@@ -106,7 +106,7 @@ def test_it_is_told_once_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match="run `entropy-kernels verify`") as caught:
         for op in registry.OPS:
             registry.resolve(op, "auto", GPU)
-    assert len(caught) == 1 and "Stub 90" in str(caught[0].message) and "backend='cuda'" in str(caught[0].message)
+    assert len(caught) == 1 and "Stub 90" in str(caught[0].message)
     verify(monkeypatch, *((op, "cuda", "sm_90") for op in registry.OPS))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -165,6 +165,7 @@ def test_of_something_else_it_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
         ),
         (lambda text: text.replace("kl_cov_mask", "token_stats"), "expected each op and backend once"),
         (lambda text: "\x00\xff", "ignored"),
+        (lambda text: "[" * 200_000, "ignored"),
     ],
 )
 def test_a_damaged_one_is_ignored_with_a_note(
@@ -178,6 +179,22 @@ def test_a_damaged_one_is_ignored_with_a_note(
     with pytest.warns(UserWarning, match="entropy-kernels verify` writes it anew") as caught:
         assert registry.resolve("token_stats", "auto", GPU) == "torch"
     assert any(words in str(w.message) and str(path) in str(w.message) for w in caught)
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user without an entry in /etc/passwd; a relative $XDG_CACHE_HOME is no folder, says its standard."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    add_stub_gpu(monkeypatch)
+    monkeypatch.setattr(Path, "home", home)
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        forget()
+        assert chosen("token_stats") == "torch"
+        with pytest.raises(OSError, match="Set XDG_CACHE_HOME"):
+            verdict.folder()
 
 
 def test_one_that_cannot_be_read_is_ignored_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -213,7 +230,11 @@ def test_doctor_shows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     assert "no CUDA kernel kl_cov_mask yet" in by_op["kl_cov_mask"]["skipped"]["cuda"]
     assert doctor.run(check=False) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "verified on cuda:0: 1 of 2 pairs" in out and "the first of cuda, triton, torch" in out
+    assert (
+        "verified on cuda:0: 1 of 2 pairs" in out
+        and "cuda kl_cov_mask not right here" in out
+        and "first choice (order: cuda, triton, torch)" in out
+    )
 
 
 def test_doctor_runs_no_kernel_that_might_hang(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,9 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+from conftest import needs_fake_gpu
+
+pytestmark = needs_fake_gpu
 HERE = Path(__file__).resolve().parent
 TESTS = """
 import ctypes

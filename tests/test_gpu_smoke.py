@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import gpu_smoke
+from conftest import needs_fake_gpu
 from entropy_kernels.smoke_matrix import Family
 from entropy_kernels.verify import Outcome
 from gpu_smoke import Course, Gpu, Step
@@ -39,31 +40,36 @@ def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setenv("PATH", "")
     for name in gpu_smoke.COURSES:
         assert gpu_smoke.main([name]) == 2
-        assert capsys.readouterr().err == f"gpu-{name}: nvidia-smi shows no GPU here\n"
+        assert capsys.readouterr().err == f"gpu-{name}: nvidia-smi is not installed here, or shows no GPU\n"
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", str(tmp_path))
+    """The GPU is the one that torch takes; a driver that hangs or finds nothing is told, and no error."""
+
+    def program(name: str, text: str) -> str:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+        return str(tmp_path / name)
+
     monkeypatch.setattr(gpu_smoke, "PATH", str(tmp_path))
-    for answer, gpu in (
-        ("NVIDIA H100 80GB HBM3, 9.0, 580.1\nNVIDIA A100, 8.0, 580.1", H100),
-        ("No devices were found", None),
-        ("", None),
+    monkeypatch.setattr(sys, "executable", program("python", "echo 'NVIDIA H100 80GB HBM3'; echo 9.0"))
+    for text, gpu in (
+        ("echo 580.1; echo 580.1", H100),
+        ("echo No devices were found", "nvidia-smi is not installed here, or shows no GPU"),
+        ("exit 9", "nvidia-smi is not installed here, or shows no GPU"),
     ):
-        program.write_text(f"#!/bin/sh\n/bin/cat <<'X'\n{answer}\nX\n")
-        program.chmod(0o755)
+        program("nvidia-smi", text)
         assert gpu_smoke.find_gpu() == gpu
+    program("nvidia-smi", "echo 580.1")
+    program("python", "echo 'RuntimeError: no driver' >&2; exit 1")
+    assert "has no torch that can use the GPU (RuntimeError: no driver)" in gpu_smoke.find_gpu()
     assert [Gpu("", c, "").build_target for c in ("8.0", "9.0", "10.0")] == ["8.0", "9.0a", "10.0a"]
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert "no torch that can use the GPU" in (gpu_smoke.missing(H100) or "")
 
 
 def test_a_folder_that_cannot_be_written(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gpu_smoke, "find_gpu", lambda: H100)
-    monkeypatch.setattr(gpu_smoke, "missing", lambda gpu: None)
     (tmp_path / "file").touch()
     assert gpu_smoke.main(["smoke", "--out", str(tmp_path / "file" / "x")]) == 2
     assert "argument --out: expected a folder to write to" in capsys.readouterr().err
@@ -127,12 +133,13 @@ def end(test: str, outcome: str = "passed", backend: str = "cuda", ops: str = "t
 
 
 FINISH = [{"event": "finish", "exit": 0}]
+MORE = {"event": "collected", "tests": 500}
 SELECTION = end("s", ops="kl_cov_mask")
 GOOD = [*end("a"), *SELECTION, *end("b", backend="triton"), *end("c", backend="", ops="")]
 
 
 @pytest.mark.parametrize(
-    ("events", "state", "race", "verified"),
+    ("events", "state", "race", "verified"),  # "collected" is put in front
     [
         ([*GOOD, *FINISH], "passed", "passed", {"token_stats", "kl_cov_mask"}),
         # of another op, of another backend
@@ -142,6 +149,14 @@ GOOD = [*end("a"), *SELECTION, *end("b", backend="triton"), *end("c", backend=""
         # of none: of all
         ([*GOOD, *end("x", "failed", backend="", ops=""), *FINISH], "passed", "passed", set()),
         (GOOD, "passed", "passed", set()),
+        ([*GOOD, {"event": "finish", "exit": 2}], "passed", "passed", set()),
+        (
+            [*GOOD, {"event": "collect_failed", "file": "test_x.py", "error": "x"}, *FINISH],
+            "passed",
+            "passed",
+            set(),
+        ),
+        ([MORE, *GOOD, *FINISH], "passed", "passed", set()),
         ([*GOOD, *end("x")[:1], *FINISH], "passed", "passed", set()),
         ([*GOOD, *FINISH], "hung", "passed", {"kl_cov_mask"}),
         ([*GOOD, *FINISH], "passed", "failed", set()),
@@ -153,6 +168,8 @@ def test_what_is_verified(tmp_path: Path, events: list[Any], state: str, race: s
     run = course(tmp_path)
     run.steps.append(Step("racecheck", race, 1.0, ""))
     log = tmp_path / "log"
+    count = len({event["test"] for event in events if event["event"] == "end"})
+    events = events if MORE in events else [{"event": "collected", "tests": count}, *events]
     log.write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "cut o')
     outcomes = [
         Outcome(Family("cuda", "forward", ("token_stats",), tuple), state, 3, ""),
@@ -193,6 +210,7 @@ def rehearse(tmp_path: Path, faults: dict[str, str], *arguments: str) -> tuple[i
     return done.returncode, done.stdout + done.stderr
 
 
+@needs_fake_gpu
 def test_rehearsal_of_smoke(tmp_path: Path) -> None:
     """A planted wrong result, hang and lost device: each named, and the course goes on to its end."""
     timings = ("--timings", "--scale 4096 --only selection")
@@ -215,6 +233,7 @@ def test_rehearsal_of_smoke(tmp_path: Path) -> None:
         assert name in output and name in steps["families"]["note"]
 
 
+@needs_fake_gpu
 @pytest.mark.slow
 def test_rehearsal_of_verify(tmp_path: Path) -> None:
     name = "test_selection_is_that_of_the_cpu[{}]"

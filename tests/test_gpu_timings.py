@@ -1,10 +1,9 @@
-"""tools/gpu_timings.py on the fake GPU: what is timed and what is not, what a cut-off leaves."""
+"""benchmarks/gpu_timings.py on the fake GPU: what is timed and what is not, what a cut-off leaves."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from conftest import needs_fake_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
-TOOL = ROOT / "tools" / "gpu_timings.py"
+TOOL = ("-m", "benchmarks.gpu_timings")
 # A verdict on the CUDA kernels only, few shapes of which one is too large, switches that can be looked at.
 PROGRAM = """
 import sys
 import torch
-import gpu_timings
+from benchmarks import gpu_timings
 from entropy_kernels.backends import native, registry, verdict
 
 pairs = [verdict.Pair(op, "cuda", 1, {}) for op in registry.OPS]
@@ -40,14 +41,16 @@ if "forward" not in sys.argv:
     assert seen == {"cluster_tokens": {0, 2**62, 512 * 1024}, "backward_reversed": {0, 1}}, seen
 sys.exit(code)
 """
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the fake GPU needs a C++ compiler")
+pytestmark = needs_fake_gpu
 
 
 def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(map(str, (ROOT / "tests" / "fake_gpu", ROOT / "tools")))
+    paths = os.pathsep.join(map(str, (ROOT / "tests" / "fake_gpu", ROOT)))
     environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
     command = (sys.executable, *command)
-    return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=300
+    )
 
 
 def lines(done: subprocess.CompletedProcess[str], code: int = 0) -> list[dict[str, Any]]:
@@ -106,13 +109,13 @@ def test_a_wrong_result_is_not_timed_and_a_lost_device_ends_the_run(tmp_path: Pa
 
 
 def test_it_stops_by_itself(tmp_path: Path) -> None:
-    done = run(tmp_path, str(TOOL), "--seconds", "0", "--scale", "1000")
+    done = run(tmp_path, *TOOL, "--seconds", "0", "--scale", "1000")
     assert lines(done)[-1]["stopped"] == "no time left"
 
 
 def test_profile_and_list(tmp_path: Path) -> None:
-    assert lines(run(tmp_path, str(TOOL), "--profile", "--scale", "1000")) == []
-    listed = run(tmp_path, str(TOOL), "--list", "--only", "selection,linear").stdout.splitlines()
+    assert lines(run(tmp_path, *TOOL, "--profile", "--scale", "1000")) == []
+    listed = run(tmp_path, *TOOL, "--list", "--only", "selection,linear").stdout.splitlines()
     assert listed[:2] == ["selection 65536 cuda", "products 8192 4096 128256"]
-    refused = run(tmp_path, str(TOOL), "--only", "forwards")
+    refused = run(tmp_path, *TOOL, "--only", "forwards")
     assert refused.returncode == 2 and "expected some of forward, backward" in refused.stderr

@@ -22,6 +22,7 @@ ROOMS = {
     "_dtensor": 0,  # what a sharded weight is on this rank
     "_console": 0,  # prints tables, knows nothing of what is in them
     "_machine": 0,  # its name, for reports
+    "_version": 0,
     "_memory": 0,  # what a call needs at its peak
     "backends": 0,
     "ops": 1,

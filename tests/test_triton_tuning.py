@@ -62,7 +62,7 @@ class Clock:
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A GPU as far as the tuner can tell, with a cache folder of its own."""
-    monkeypatch.delenv(tuning.SWITCH, raising=False)
+    monkeypatch.setenv(tuning.SWITCH, "1")
     monkeypatch.setattr(tuning, "_on_gpu", lambda device: True)
     monkeypatch.setattr(tuning, "_index", lambda device: 0)
     monkeypatch.setattr(tuning, "_capturing", lambda: False)
@@ -168,11 +168,14 @@ def test_not_while_capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.choose() == Cut(2), "a graph is captured with what was found before"
 
 
-def test_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ENTROPY_KERNELS_TRITON_TUNE", "0")
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_nothing_is_measured_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, value: str | None) -> None:
+    monkeypatch.delenv("ENTROPY_KERNELS_TRITON_TUNE")
+    if value is not None:
+        monkeypatch.setenv("ENTROPY_KERNELS_TRITON_TUNE", value)
     clock = use(monkeypatch)
     assert clock.choose() == CUTS[0] and clock.timed == []
-    assert tuning.report()[0]["origin"] == "ENTROPY_KERNELS_TRITON_TUNE=0"
+    assert tuning.report()[0]["origin"] == "default; ENTROPY_KERNELS_TRITON_TUNE=1 measures"
     assert not list(tmp_path.rglob("*.json"))
 
 

@@ -272,7 +272,7 @@ def install(folder: Path, package_folder: Path, python: str = sys.executable) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_prebuilt", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="gpu_prebuilt", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("torch", type=Path, metavar="FOLDER", help="an unpacked wheel of torch, of a CUDA build")
     parser.add_argument("--arch", default="9.0a", help="of the GPU (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-prebuilt", help="default: %(default)s")

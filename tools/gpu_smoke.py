@@ -40,7 +40,7 @@ TAIL = 30  # lines of a failed step's log that go into its record
 
 
 class Gpu(NamedTuple):
-    """As nvidia-smi tells it."""
+    """Name and compute capability by torch, driver by nvidia-smi."""
 
     name: str
     capability: str
@@ -73,13 +73,15 @@ class Course:
         self.begin = time.monotonic()
         self.steps: list[Step] = []
         self.recorded: set[str] = set()
-        self._file = open(self.out / f"{name}.jsonl", "w")  # noqa: SIM115  (for the life of the process)
+        self._file = open(self.out / f"{name}.jsonl", "w", encoding="utf-8")  # noqa: SIM115  (for the life of the process)
         self.record("course", name=name, date=now(), commit=commit(), gpu=gpu.name, driver=gpu.driver)
 
-    def record(self, kind: str, **fields: Any) -> None:
+    def record(self, kind: str, /, **fields: Any) -> None:
+        """A line of results; ``record`` and ``after`` (seconds) are its own."""
         self.recorded.add(kind)
         after = round(time.monotonic() - self.begin, 1)
-        print(json.dumps({"record": kind, "after": after, **fields}), file=self._file, flush=True)
+        line = json.dumps({"record": kind, "after": after, **fields}, ensure_ascii=False)
+        print(line, file=self._file, flush=True)
 
     def left(self, limit: float) -> float:
         return min(limit, self.arguments.seconds - (time.monotonic() - self.begin))
@@ -107,18 +109,27 @@ class Course:
     def program(self, name: str, command: Sequence[str], seconds: float, variables: dict[str, str]) -> tuple[str, str]:
         command = [word.replace("{seconds}", f"{seconds - GRACE:.0f}") for word in command]
         log = self.logs / f"{self.name}-{name}.log"
+        told = 0
+
+        def hear() -> None:
+            """Whole lines that have come since."""
+            nonlocal told
+            new = log.read_bytes()[told:]
+            new = new[: new.rfind(b"\n") + 1]
+            told += len(new)
+            for line in new.decode(errors="replace").splitlines():
+                with contextlib.suppress(ValueError):
+                    if line.startswith("{"):
+                        self.record(name, **json.loads(line))
+
         with open(log, "wb") as file:
             # a session of its own, so that a step that hangs goes with all of its processes
             process = subprocess.Popen(
                 command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True, env={**os.environ, "PATH": PATH, "PYTHONUNBUFFERED": "1", **variables},
             )  # fmt: skip
-            code = wait(process, seconds)
+            code = wait(process, seconds, hear)
         lines = log.read_text(errors="replace").splitlines()
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                if line.startswith("{"):
-                    self.record(name, **json.loads(line))
         words = [line.strip("= ") for line in lines if line.strip(" =\t") and not line.startswith("{")]
         counted = [line for line in words if "SUMMARY:" in line or re.search(r"\d+ (passed|failed)", line)]
         if code != 0:
@@ -132,17 +143,23 @@ class Course:
 
         rows = [(s.name, "OK" if s.state == PASSED else s.state, f"{s.seconds:.0f} s", s.note) for s in self.steps]
         title = f"gpu-{self.name} on {self.gpu.name}, {time.monotonic() - self.begin:.0f} s"
-        print_table(title, rows, ("step", "result", "time", "last words"))
+        print_table(title, rows, ("step", "result", "time", "note"))
         print(f"results in {here(str(self.out))}")
         return 0 if all(step.state == PASSED for step in self.steps) else 1
 
 
-def wait(process: subprocess.Popen, seconds: float) -> int | None:
+def wait(process: subprocess.Popen, seconds: float, hear: Callable[[], None]) -> int | None:
     """The exit code, or None if the time was up: it is interrupted, to write what it has, and then killed with all
-    processes of its session. One that waits inside the driver may not go at once: it is not waited for."""
+    processes of its session. One that waits inside the driver may not go at once: it is not waited for.
+
+    Meanwhile what it writes is heard.
+    """
+    end = time.monotonic() + max(seconds - GRACE, 0.8 * seconds)
     try:
-        return process.wait(max(seconds - GRACE, 0.8 * seconds))
-    except subprocess.TimeoutExpired:
+        while time.monotonic() < end:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(min(1.0, max(0.01, end - time.monotonic())))
+            hear()
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(GRACE, 0.2 * seconds))
@@ -152,6 +169,7 @@ def wait(process: subprocess.Popen, seconds: float) -> int | None:
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2)
+        hear()
 
 
 def here(text: str) -> str:
@@ -181,11 +199,13 @@ def libraries(course: Course) -> None:
     if not course.arguments.build:
         return
     folder = course.arguments.prebuilt
-    reason = gpu_prebuilt.install(folder, ROOT / "entropy_kernels") if folder.exists() else f"no {folder}"
-    if reason is None:
-        course.step("libraries", 10, lambda _: (PASSED, f"prebuilt, of {folder}"))
+
+    def prebuilt(_: float) -> tuple[str, str]:
+        reason = gpu_prebuilt.install(folder, ROOT / "entropy_kernels")
+        return (FAILED, reason) if reason else (PASSED, f"of {folder}")
+
+    if folder.exists() and course.step("prebuilt", 30, prebuilt):
         return
-    course.record("prebuilt", refused=here(reason))
     variables = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": course.gpu.build_target, "MAX_JOBS": str(os.cpu_count())}
     course.run("libraries", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, **variables)
 
@@ -210,6 +230,7 @@ facts = {
     "free bytes": told(lambda: torch.cuda.mem_get_info(device)[0]),
 }
 print(json.dumps(facts))
+print(", ".join(f"{name} {facts.get(name)}" for name in ("gpu", "architecture", "torch", "largest cluster")))
 spilled = isinstance(facts["in local memory"], list) and facts["in local memory"]
 raise SystemExit(native.cuda_load_error or (f"kernels in local memory: {spilled}" if spilled else 0))
 """
@@ -221,7 +242,7 @@ def machine(course: Course) -> bool:
     Returns:
         Whether they said it. Then the others can be tried, even if the CUDA half cannot.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         text = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, env={"PATH": PATH}).stdout
         (course.logs / "nvidia-smi.txt").write_text(text)
     course.run("machine", (sys.executable, "-c", _MACHINE), 45)
@@ -241,8 +262,9 @@ def families(course: Course, limit: float) -> list[Any]:
             if not outcome.passed:
                 print(outcome, flush=True)
 
-        _, _, found = verify.verify(registry.gpus()[0], ended=ended, seconds=seconds, at_once=at_once())
+        _, where, found = verify.verify(registry.gpus()[0], ended=ended, seconds=seconds, at_once=at_once())
         outcomes.extend(found)
+        course.record("verdict", kept=here(where))
         return _of_families(found)
 
     course.step("families", limit, work)
@@ -255,11 +277,14 @@ def sanitize(course: Course, tool: str, limit: float, outcomes: Sequence[Any], w
     from entropy_kernels.backends import registry
 
     passed = [outcome.family for outcome in outcomes if outcome.passed and wanted(outcome.family.name)]
-    prefix = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+    prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    prefix += ["--launch-timeout", "120"]  # by default 10 s, after which the program runs unseen
+    prefix += ["--report-api-errors", "no"] if tool == "memcheck" else []  # CUDA's own start asks for what is not there
 
     def work(seconds: float) -> tuple[str, str]:
         found = verify.run_families(
-            passed, registry.gpus()[0], seconds=seconds, prefix=prefix, at_once=at_once(), patience=3.0,
+            passed, registry.gpus()[0], seconds=seconds, at_once=at_once(), patience=3.0,
+            prefix=prefix, needed=r"SUMMARY: 0 (errors|hazards)",
             variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PATH": PATH},
             ended=lambda outcome: course.record(tool, **outcome.as_dict()),
         )  # fmt: skip
@@ -292,7 +317,7 @@ def tests(course: Course, groups: str, limit: float) -> Path:
     variables = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     course.run(f"tests-{groups.replace(',', '-')}", command, limit, **variables)
     for event in events(log):
-        if event["event"] == "device_lost" or event.get("outcome") == "failed":
+        if event["event"] in ("device_lost", "collect_failed") or event.get("outcome") == "failed":
             course.record("test", **event)
     for test in unended(events(log)):
         course.record("test", event="begun and not ended", test=test)
@@ -301,8 +326,7 @@ def tests(course: Course, groups: str, limit: float) -> Path:
 
 def has_gpu_tests(path: Path) -> bool:
     """Files without any are not collected, which takes each process seconds."""
-    text = path.read_text(encoding="utf-8")
-    return any(word in text for word in ("mark.gpu", "on_gpu", "place"))
+    return re.search(r"mark\.gpu|on_gpu|\bplace\b|_place\b|places\(", path.read_text(encoding="utf-8")) is not None
 
 
 def events(log: Path) -> list[dict[str, Any]]:
@@ -325,9 +349,15 @@ def conclude(course: Course, outcomes: Sequence[Any], log: Path) -> None:
     from entropy_kernels import verify
 
     found = events(log)
-    complete = any(e["event"] == "finish" for e in found) and not unended(found)
-    raced = [step for step in course.steps if step.name == "racecheck" and step.state != PASSED]
     ends = [event for event in found if event["event"] == "end"]
+    collected = next((event["tests"] for event in found if event["event"] == "collected"), -1)
+    complete = (
+        any(event["event"] == "finish" and event["exit"] in (0, 1) for event in found)
+        and not any(event["event"] == "collect_failed" for event in found)
+        and len({event["test"] for event in ends}) == collected
+        and not unended(found)
+    )
+    raced = [step for step in course.steps if step.name == "racecheck" and step.state != PASSED]
     pairs = []
     for pair in verify.pairs_of(outcomes):
         mine = [e for e in ends if not e["backend"] or (e["backend"] == pair.backend and pair.op in e["ops"])]
@@ -355,18 +385,19 @@ def conclude(course: Course, outcomes: Sequence[Any], log: Path) -> None:
 
 # ---- courses ---------------------------------------------------------------------------------------------------------
 
+TIMINGS = (sys.executable, "-m", "benchmarks.gpu_timings")
 _SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats")
 
 
 def smoke(course: Course) -> None:
     outcomes = families(course, 75)
     sanitize(course, "memcheck", 60, outcomes, lambda name: name.startswith("cuda/"))
-    course.run("timings", (sys.executable, "tools/gpu_timings.py", "--seconds", "{seconds}", *extra(course)), 60)
+    course.run("timings", (*TIMINGS, "--seconds", "{seconds}", *course.arguments.timings), 60)
     if course.arguments.profile:
         # the clocks are left as they are: they belong to the machine
         ncu = ["ncu", "--clock-control", "none", "--kernel-name", "regex:token_stats|selection|covariance"]
         ncu += [word for section in _SECTIONS for word in ("--section", section)]
-        course.run("profile", (*ncu, sys.executable, "tools/gpu_timings.py", "--profile", *extra(course)), 30)
+        course.run("profile", (*ncu, *TIMINGS, "--profile", *course.arguments.timings), 30)
 
 
 def verification(course: Course) -> None:
@@ -387,47 +418,52 @@ def bench(course: Course) -> None:
         sanitize(course, tool, 45, outcomes, lambda name: name.startswith("cuda/"))
 
 
-def extra(course: Course) -> list[str]:
-    return course.arguments.timings
-
-
 COURSES = {"smoke": (smoke, 180.0), "verify": (verification, 240.0), "bench": (bench, 540.0)}
 
 
-def find_gpu() -> Gpu | None:
-    """The first one; None without one."""
-    query = ("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
+def find_gpu() -> Gpu | str:
+    """The first that torch finds, on which all steps run; else what this machine lacks to begin."""
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    code = "import torch; torch.zeros(1).cuda(); p = torch.cuda.get_device_properties(0); "
+    code += "print(p.name, f'{p.major}.{p.minor}', sep='\\n')"
     try:
-        done = subprocess.run(
-            query, capture_output=True, text=True, timeout=30, check=True, env={**os.environ, "PATH": PATH}
-        )
+        driver = answer(query).strip().splitlines()
     except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.match(r"(.+), (\d+\.\d), (\S+)$", (done.stdout.strip().splitlines() or [""])[0])
-    return Gpu(*found.groups()) if found else None
+        driver = []
+    if not driver or not re.match(r"\d+\.", driver[0]):
+        return "nvidia-smi is not installed here, or shows no GPU"
+    try:
+        name, capability = answer((sys.executable, "-c", code)).splitlines()[-2:]
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        why = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        return f"{sys.executable} has no torch that can use the GPU ({why[-1]}); PYTHON=... names another one"
+    return Gpu(name, capability, driver[0])
 
 
-def missing(gpu: Gpu | None) -> str | None:
-    """What this machine lacks to begin."""
-    if gpu is None:
-        return "nvidia-smi shows no GPU here"
-    code = "import torch; torch.zeros(1).cuda()"
-    if subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode:
-        return f"{sys.executable} has no torch that can use the GPU: make gpu-smoke PYTHON=..."
-    return None
+def answer(command: Sequence[str]) -> str:
+    environment = {**os.environ, "PATH": PATH}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+    return done.stdout
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_smoke", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="gpu_smoke", description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("course", choices=COURSES)
+    add("course", choices=COURSES, metavar="COMMAND", help=f"one of {', '.join(COURSES)}")
     add("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of the results (default: %(default)s)")
-    add("--seconds", type=float, help="for everything; by default what the course is meant to take")
+    limits = ", ".join(f"{seconds:.0f}" for _, seconds in COURSES.values())
+    add("--seconds", type=float, help=f"limit of the whole run (default: {limits})")
     add("--prebuilt", type=Path, default=ROOT / "build" / "gpu-prebuilt", help="libraries of make gpu-prebuilt")
     add("--no-build", dest="build", action="store_false", help="take the libraries that are in place")
     add("--no-profile", dest="profile", action="store_false", help="without Nsight Compute")
     for name in ("timings", "pytest", "bench"):
-        add(f"--{name}", type=shlex.split, default=[], metavar="ARGS", help=f"more arguments of the {name} step")
+        add(
+            f"--{name}",
+            type=shlex.split,
+            default=[],
+            metavar="ARGS",
+            help=f"more arguments of the {name} step, as one word",
+        )
     arguments = parser.parse_args(argv)
     # the package of this checkout, installed or not, also in the processes of the steps
     sys.path.insert(0, str(ROOT))
@@ -437,18 +473,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a background job's children would inherit that
         signal.signal(signal.SIGINT, signal.default_int_handler)
     gpu = find_gpu()
-    reason = missing(gpu)
-    if gpu is None or reason is not None:
-        print(f"gpu-{arguments.course}: {reason}", file=sys.stderr)
+    if isinstance(gpu, str):
+        print(f"gpu-{arguments.course}: {gpu}", file=sys.stderr)
         return 2
+    # a verdict of this course, not the user's: it may be cut short
+    os.environ["XDG_CACHE_HOME"] = str(arguments.out.resolve() / "cache")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # steps are ended then, as by Ctrl-C
     try:
         course = Course(arguments.course, arguments, gpu)
     except OSError as error:
         print(f"gpu-{arguments.course}: argument --out: expected a folder to write to, got {error}", file=sys.stderr)
         return 2
-    libraries(course)
-    if machine(course):
-        work(course)
+    try:
+        libraries(course)
+        if machine(course):
+            work(course)
+    except KeyboardInterrupt:
+        course.steps.append(Step("interrupted", FAILED, 0.0, ""))
     return course.finish()
 
 

@@ -166,8 +166,8 @@ def _warn_once_of_unverified(op: str, device: torch.device) -> None:
             _warned.add(architecture(device))
             warnings.warn(
                 f"entropy_kernels: backend='auto' serves {op} with plain torch operations on "
-                f"{torch.cuda.get_device_properties(device).name}; the {name} kernels are {reason}"
-                f" (seconds; backend={name!r} runs them all the same; `entropy-kernels doctor` shows all)",
+                f"{torch.cuda.get_device_properties(device).name}; the {name} kernels are {reason}; "
+                "`entropy-kernels doctor` shows all",
                 stacklevel=2,
             )
             return

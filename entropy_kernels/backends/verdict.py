@@ -7,6 +7,7 @@ What hardware runs of the project have shown stands in :data:`.registry.VERIFIED
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -21,13 +22,15 @@ from typing import Any
 
 import torch
 
+from entropy_kernels._version import __version__
+
 FORMAT = 1
 _PACKAGE = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class Machine:
-    """All that a verdict depends on; ``kernels`` is a digest of the compiled CUDA half and of the Triton sources."""
+    """All that a verdict depends on; ``kernels``: digest of the CUDA library, the Triton kernels and their callers."""
 
     gpu: str
     architecture: str
@@ -79,17 +82,17 @@ def machine(device: torch.device) -> Machine:
         architecture(device),
         _driver(),
         torch.__version__,
-        _version("triton"),
-        _version("entropy_kernels"),
+        _triton(),
+        __version__,
         _kernels(),
     )
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+def _triton() -> str:
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "none"
 
 
 def _driver() -> str:
@@ -105,16 +108,24 @@ def _driver() -> str:
 @functools.cache
 def _kernels() -> str:
     digest = hashlib.sha256()
-    for path in (_PACKAGE / "_ops_cuda.so", *sorted((_PACKAGE / "backends" / "triton").rglob("*.py"))):
+    sources = (path for room in ("backends", "ops") for path in sorted((_PACKAGE / room).rglob("*.py")))
+    for path in (_PACKAGE / "_ops_cuda.so", *sources):
         if path.exists():
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def folder() -> Path:
-    """Of the verdicts: ``entropy_kernels/verified`` in ``$XDG_CACHE_HOME``, by default ``~/.cache``."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "entropy_kernels" / "verified"
+    """Of the verdicts: ``entropy_kernels/verified`` in ``$XDG_CACHE_HOME``, by default ``~/.cache``.
+
+    Raises:
+        OSError: there is no home folder.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (cache if cache.is_absolute() else Path.home() / ".cache") / "entropy_kernels" / "verified"
+    except RuntimeError as error:  # as for a user without an entry in /etc/passwd
+        raise OSError(f"expected a folder for what is kept, got none: {error} Set XDG_CACHE_HOME.") from error
 
 
 def file(machine: Machine) -> Path:
@@ -136,14 +147,17 @@ def write(verdict: Verdict) -> Path:
 
 def read(machine: Machine) -> Verdict | None:
     """The verdict of a machine; None, with a warning for a file that cannot be used, where there is none."""
-    path = file(machine)
+    path: Path | None = None
     try:
+        path = file(machine)
         verdict = parse(json.loads(path.read_text(encoding="utf-8")))
         if verdict.machine != machine:
             raise ValueError(f"machine: expected {machine}, got {verdict.machine}")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        if path is None:
+            return None  # nothing can have been kept
         warnings.warn(f"{path}: ignored: {error}; `entropy-kernels verify` writes it anew", stacklevel=2)
         return None
     return verdict

@@ -1,10 +1,10 @@
-"""Which of a few ways to cut the work is fastest here: measured once per class of shapes, kept on disk.
+"""Which of a few ways to cut the work is fastest here: with ENTROPY_KERNELS_TRITON_TUNE=1 measured, and kept on disk.
 
-The first call of a class on a GPU times its candidates (tiling.py) on scratch tensors, never on the caller's: a
-gradient written in place cannot be written twice. The choice is kept in Triton's own cache, under the GPU, the
-version of Triton and the kernels' source, so that later processes, and all calls of a run, make the same one. Results
-of two choices differ by rounding only. Where nothing is measured (the interpreter, a CUDA graph being captured,
-ENTROPY_KERNELS_TRITON_TUNE=0, too little free memory), the first candidate serves.
+Without it the first candidate serves: the one that `entropy-kernels verify` has run. With it the first call of a class
+on a GPU times its candidates (tiling.py) on scratch tensors, never on the caller's: a gradient written in place cannot
+be written twice. The choice is kept in Triton's own cache, under the GPU, Triton's version and the kernels' source, so
+that later processes, and all calls of a run, make the same one. Results of two choices differ by rounding only. In
+the interpreter, while a CUDA graph is captured and with too little free memory the first candidate serves, too.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ def _find(
     candidates: Sequence[Tiling],
     scratch: Callable[[int], Callable[[Tiling], object]],
 ) -> Choice:
-    if os.environ.get(SWITCH, "1") == "0":
-        return Choice(candidates[0], f"{SWITCH}=0")
+    if os.environ.get(SWITCH, "0") != "1":
+        return Choice(candidates[0], f"default; {SWITCH}=1 measures")
     if len(candidates) == 1:
         return Choice(candidates[0], "the only candidate")
     stored = _read(shape, device, candidates)

@@ -1,7 +1,7 @@
 """Times our kernels on a GPU, the most telling calls first: a JSON line for each, as soon as it is known.
 
-    python tools/gpu_timings.py --seconds 50 [--only forward,selection]
-    python tools/gpu_timings.py --profile    # one large call of each CUDA kernel, untimed, for Nsight Compute
+    python -m benchmarks.gpu_timings --seconds 50 [--only forward,selection]
+    python -m benchmarks.gpu_timings --profile    # one large call of each CUDA kernel, untimed, for Nsight Compute
 
 Only what `entropy-kernels verify` found right here is timed, and only after the result of this very call was found
 right too. Calls and caches are warm; CUDA events time them behind a kernel that hides the host (benchmarks/cuda.py).
@@ -26,11 +26,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
@@ -57,7 +55,9 @@ WAYS = {"cluster": ("cluster_tokens", 2**62), "grid": ("cluster_tokens", 0)}
 CLUSTER_HOLDS = 512 * K  # tokens
 ORDERS = {"": None, ", rows reversed": ("backward_reversed", 1)}
 #: What must be verified for an op of the benchmark, where that is not an op of the same name.
-NEEDS = dict.fromkeys(("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd"), ("token_stats",))
+NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd"), ("token_stats",)
+)
 NEEDS |= dict.fromkeys(LOSSES, ("policy_loss",)) | {"linear_logprob_entropy": ("linear_token_stats",)}
 NEEDS |= {"linear_clip_cov_loss": ("linear_token_stats", "policy_loss")}
 
@@ -373,12 +373,12 @@ def profile(device: torch.device, scale: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_timings", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="gpu_timings", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=50, help="of the whole run; default: %(default)s")
     parser.add_argument("--only", default=",".join(EVERY), help="groups of timings; default: %(default)s")
     parser.add_argument("--list", action="store_true", help="what would be timed, in that order")
     parser.add_argument("--profile", action="store_true", help="one large call of each CUDA kernel, untimed")
-    parser.add_argument("--scale", type=int, default=1, help=argparse.SUPPRESS)  # divides sizes, for a rehearsal
+    parser.add_argument("--scale", type=int, default=1, help="divide all sizes, for a rehearsal; default: %(default)s")
     given = parser.parse_args(argv)
     only = given.only.split(",")
     if unknown := sorted({*only} - {*EVERY}):
@@ -397,7 +397,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.profile:
         profile(device, given.scale)
         return 0
-    os.environ.setdefault("ENTROPY_KERNELS_TRITON_TUNE", "0")  # to choose tiles takes seconds
     run = Run(device, (FLOOR, *only), given.scale)
     watch = threading.Timer(given.seconds - STOP - (time.monotonic() - START), run.stop)
     watch.daemon = True
