@@ -124,6 +124,25 @@ def test_the_time_is_for_all(tmp_path: Path) -> None:
     assert run.steps[2].state == "not run" and run.steps[2].note.endswith("s left of its 100")
 
 
+@pytest.mark.parametrize("refused", [None, "built from other sources"])
+def test_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str | None) -> None:
+    """Prebuilt ones where they load; else they are built, and that is no failure."""
+    run = course(tmp_path)
+    run.arguments = argparse.Namespace(build=True, prebuilt=tmp_path, seconds=60)
+    ran: list[Any] = []
+    monkeypatch.setattr(gpu_smoke.gpu_prebuilt, "install", lambda folder, package: refused)
+    monkeypatch.setattr(run, "program", lambda *arguments: ran.append(arguments) or ("passed", "built"))
+    gpu_smoke.libraries(run)
+    assert [step.state for step in run.steps] == ["passed"]
+    assert (run.steps[0].note == "built") == bool(ran) == bool(refused)
+    if refused:
+        assert ran[0][3]["TORCH_CUDA_ARCH_LIST"] == "9.0a"
+        assert run.recorded["prebuilt"] == {"refused": refused}
+    run.arguments.build = False
+    gpu_smoke.libraries(run)
+    assert len(run.steps) == 1
+
+
 # ---- what is verified ------------------------------------------------------------------------------------------------
 
 

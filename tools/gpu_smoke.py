@@ -72,13 +72,13 @@ class Course:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.begin = time.monotonic()
         self.steps: list[Step] = []
-        self.recorded: set[str] = set()
+        self.recorded: dict[str, dict[str, Any]] = {}  # the last of each kind
         self._file = open(self.out / f"{name}.jsonl", "w", encoding="utf-8")  # noqa: SIM115  (for the life of the process)
         self.record("course", name=name, date=now(), commit=commit(), gpu=gpu.name, driver=gpu.driver)
 
     def record(self, kind: str, /, **fields: Any) -> None:
         """A line of results; ``record`` and ``after`` (seconds) are its own."""
-        self.recorded.add(kind)
+        self.recorded[kind] = fields
         after = round(time.monotonic() - self.begin, 1)
         line = json.dumps({"record": kind, "after": after, **fields}, ensure_ascii=False)
         print(line, file=self._file, flush=True)
@@ -107,7 +107,7 @@ class Course:
         return self.step(name, limit, lambda seconds: self.program(name, command, seconds, variables))
 
     def program(self, name: str, command: Sequence[str], seconds: float, variables: dict[str, str]) -> tuple[str, str]:
-        command = [word.replace("{seconds}", f"{seconds - GRACE:.0f}") for word in command]
+        command = [word.replace("{seconds}", f"{max(1.0, seconds - GRACE):.0f}") for word in command]
         log = self.logs / f"{self.name}-{name}.log"
         told = 0
 
@@ -196,18 +196,19 @@ def commit() -> str | None:
 
 def libraries(course: Course) -> None:
     """The compiled halves: prebuilt ones where they load, else built for this GPU alone."""
-    if not course.arguments.build:
-        return
     folder = course.arguments.prebuilt
-
-    def prebuilt(_: float) -> tuple[str, str]:
-        reason = gpu_prebuilt.install(folder, ROOT / "entropy_kernels")
-        return (FAILED, reason) if reason else (PASSED, f"of {folder}")
-
-    if folder.exists() and course.step("prebuilt", 30, prebuilt):
-        return
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
     variables = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": course.gpu.build_target, "MAX_JOBS": str(os.cpu_count())}
-    course.run("libraries", (sys.executable, "setup.py", "build_ext", "--inplace"), 150, **variables)
+
+    def work(seconds: float) -> tuple[str, str]:
+        reason = gpu_prebuilt.install(folder, ROOT / "entropy_kernels") if folder.exists() else f"no {folder}"
+        if reason is None:
+            return PASSED, f"prebuilt, of {folder}"
+        course.record("prebuilt", refused=here(reason))
+        return course.program("libraries", command, seconds, variables)
+
+    if course.arguments.build:
+        course.step("libraries", 150, work)
 
 
 _MACHINE = """
@@ -371,7 +372,8 @@ def conclude(course: Course, outcomes: Sequence[Any], log: Path) -> None:
         pairs.append({"op": pair.op, "backend": pair.backend, "tests": count, "verified": not reasons, "not": reasons})
     document = {
         "date": now(), "commit": commit(), "gpu": course.gpu.name, "driver": course.gpu.driver,
-        "architecture": f"sm_{course.gpu.capability.replace('.', '')}", "pairs": pairs,
+        "architecture": f"sm_{course.gpu.capability.replace('.', '')}", "machine": course.recorded.get("machine"),
+        "pairs": pairs,
     }  # fmt: skip
     (course.out / "verification.json").write_text(json.dumps(document, indent=1) + "\n")
     for pair in pairs:
