@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -191,7 +190,7 @@ def _linear_token_stats(
         logits_dtype, memory_budget, backend,
     )  # fmt: skip
     keep = planning.keeps_logits(call.problem)
-    outputs = op.linear_token_stats(*call.tensors, *dataclasses.astuple(call.numbers), want, keep, *call.needs)
+    outputs = op.linear_token_stats(*call.tensors, *call.numbers, want, keep, *call.needs)
     return _shaped(outputs, target, want)
 
 
@@ -298,9 +297,8 @@ def linear_loss(
         if grad_buffer.requires_grad:
             raise ValueError("grad_buffer: expected a tensor that does not require grad, got one that does")
     part = planning.loss_rows(call.problem, changes)
-    numbers = dataclasses.astuple(call.numbers)
     outputs = policy_op.linear_policy_loss(
-        *call.tensors, tokens, grad_buffer, *numbers, part, loss, metrics, *call.needs
+        *call.tensors, tokens, grad_buffer, *call.numbers, part, loss, metrics, *call.needs
     )
     return outputs[0], outputs[1]
 

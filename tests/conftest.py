@@ -18,6 +18,10 @@ import torch
 # interpreter runs the kernels on CPU tensors; tests that compile ahead of time do so in a subprocess without it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Where this forces an instruction set, torch's inductor (2.13) would run what it has compiled for another one.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    cache = f"inductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), cache))
 # cuBLAS reads this when it starts; without it the deterministic mode of poisoned_memory warns at every product
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -100,6 +100,7 @@ def test_fullgraph(dtype: torch.dtype) -> None:
     case = make(2, 12, dtype=dtype, vocab=1500)
     case.target[0, 3] = -100
     for _, budget in budgets(case):
+        torch._dynamo.reset()  # the budgets share a code object, which may be compiled eight times
         eager = step(budget, softcap=30.0)
         both(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), case)
         temperatures = torch.rand(2, 12) + 0.5
@@ -119,6 +120,20 @@ def test_compiled_under_autocast() -> None:
             return step(None)(*inputs)
 
     both(loss, torch.compile(loss, fullgraph=True, backend="aot_eager"), case)
+
+
+def test_an_equal_budget_is_the_same() -> None:
+    """Each time another object, as one that a trainer computes."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(hidden: Any, weight: Any, bias: Any, target: Any, temperature: Any, budget: int) -> torch.Tensor:
+        return step(budget)(hidden, weight, bias, target, temperature)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    case = make(24).copy("hidden", "weight", "bias")
+    for megabytes in ("1000", "1000", "1000"):
+        compiled(case.hidden, case.weight, case.bias, case.target, 0.7, int(megabytes) << 20)
+    assert counter.frame_count == 1
 
 
 def test_a_new_temperature_or_batch_size_recompiles_once() -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,7 @@ from entropy_kernels.ops.products import multiply, multiply_add
 from entropy_kernels.ops.token_stats import merge_shards
 
 
-@dataclass(frozen=True)
-class Numbers:
+class Numbers(NamedTuple):
     """What of a call is neither a tensor nor decided by one."""
 
     softcap: float
