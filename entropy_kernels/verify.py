@@ -34,6 +34,7 @@ START_LIMIT = 60.0  # the same for a process that has not begun its first call: 
 AT_ONCE = 8  # processes: each has its own context on the GPU, some 500 MB
 PASSED, WRONG, RAISED, DIED, HUNG = "passed", "wrong", "raised", "died", "hung"
 OUT_OF_TIME, NOT_RUN = "out of time", "not run"  # in a run that may take only so long
+_AFTER = " after its calls"
 #: What CUDA says where the GPU is another's, or full: nothing of the kernels.
 _OF_THE_MOMENT = ("out of memory", "busy or unavailable")
 # `python -m` would find another entropy_kernels, if one lies in the working directory.
@@ -160,13 +161,13 @@ class _Process:
         code = self._process.poll()
         self._read()
         now = time.monotonic()
-        limit = self.patience * (CALL_LIMIT if self._call else START_LIMIT)
+        limit = self.patience * (CALL_LIMIT if self._call or self.outcome.calls else START_LIMIT)
         hung = now - self._heard > limit
         if code is None and not hung and not late:
             return False
         outcome = self.outcome
         outcome.seconds = now - self._began
-        where = f" in {self._call!r}" if self._call else " before its first call"
+        where = f" in {self._call!r}" if self._call else _AFTER if outcome.calls else " before its first call"
         if code is None:
             outcome.state = HUNG if hung else OUT_OF_TIME
             outcome.detail = f"nothing heard for {limit:.0f} s{where}" if hung else f"ended{where}"
@@ -201,16 +202,19 @@ class _Process:
             self._words = [*self._words[-20:], line.strip()]
         elif "begin" in told:
             self._call = told["begin"]
+            return
         elif told.get("wrong"):
             if self.outcome.state != WRONG:
                 self.outcome.state, self.outcome.detail = WRONG, f"{told['call']}: {told['wrong']}"
         else:
             self.outcome.calls += 1
+        if isinstance(told, dict):
+            self._call = ""
 
     def _last_words(self, code: int) -> str:
         """The line that says most: of a sanitizer its summary, of Python the exception."""
         if code < 0:
-            return f"signal {-code}, {signal.strsignal(-code)}"
+            return ": ".join([f"signal {-code}, {signal.strsignal(-code)}", *self._words[-1:]])[:300]
         telling = [w for w in self._words if "SUMMARY: " in w or "Error" in w] or self._words
         return (telling[-1] if telling else f"exit code {code}")[:300]
 
@@ -253,8 +257,9 @@ def verify(
 ) -> tuple[Verdict, str, list[Outcome]]:  # fmt: skip
     """Run the whole matrix on a GPU and keep the verdict.
 
-    Families that raised run once more, one at a time: several contexts may not have fitted the GPU. What was not
-    judged, because there was no time or no memory, is not kept, so that it counts as not verified yet.
+    Families that raised, or died when their calls had been right, run once more, one at a time: several contexts may
+    not have fitted the GPU. What was not judged, because there was no time or no memory, is not kept, so that it counts
+    as not verified yet.
 
     Args:
         device: with its index.
@@ -277,7 +282,11 @@ def verify(
         ]
         raise ValueError(f"expected kernels to verify on {device}, got none: {'; '.join(reasons)}")
     outcomes = {o.family: o for o in run_families(families, device, ended=ended, at_once=at_once, seconds=seconds)}
-    again = [family for family, outcome in outcomes.items() if outcome.state == RAISED]
+    again = [
+        family
+        for family, outcome in outcomes.items()
+        if outcome.state == RAISED or (outcome.state == DIED and outcome.detail.endswith(_AFTER))
+    ]
     left = None if seconds is None else seconds - (time.monotonic() - begin)
     if again and (left is None or left > 0):
         outcomes |= {o.family: o for o in run_families(again, device, ended=ended, at_once=1, seconds=left)}
