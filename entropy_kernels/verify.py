@@ -34,7 +34,6 @@ START_LIMIT = 60.0  # the same for a process that has not begun its first call: 
 AT_ONCE = 8  # processes: each has its own context on the GPU, some 500 MB
 PASSED, WRONG, RAISED, DIED, HUNG = "passed", "wrong", "raised", "died", "hung"
 OUT_OF_TIME, NOT_RUN = "out of time", "not run"  # in a run that may take only so long
-_AFTER = " after its calls"
 #: What CUDA says where the GPU is another's, or full: nothing of the kernels.
 _OF_THE_MOMENT = ("out of memory", "busy or unavailable")
 # `python -m` would find another entropy_kernels, if one lies in the working directory.
@@ -52,6 +51,7 @@ class Outcome:
     calls: int = 0
     detail: str = ""
     seconds: float = 0.0
+    between: bool = False  # its process ended in no call, and after right ones
 
     @property
     def passed(self) -> bool:
@@ -62,6 +62,11 @@ class Outcome:
         """Whether it says something of the kernels, and not of the time or of the memory that there was."""
         spoiled = any(words in self.detail for words in _OF_THE_MOMENT)
         return self.state not in (OUT_OF_TIME, NOT_RUN) and not (self.state == RAISED and spoiled)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a second run, with the GPU to itself, may pass: another context's memory, an end of the process."""
+        return self.state == RAISED or (self.state == DIED and self.between)
 
     def __str__(self) -> str:
         told = self.detail or f"{self.calls} calls"
@@ -167,7 +172,9 @@ class _Process:
             return False
         outcome = self.outcome
         outcome.seconds = now - self._began
-        where = f" in {self._call!r}" if self._call else _AFTER if outcome.calls else " before its first call"
+        outcome.between = not self._call and outcome.calls > 0
+        at_rest = " after its calls" if outcome.between else " before its first call"
+        where = f" in {self._call!r}" if self._call else at_rest
         if code is None:
             outcome.state = HUNG if hung else OUT_OF_TIME
             outcome.detail = f"nothing heard for {limit:.0f} s{where}" if hung else f"ended{where}"
@@ -282,11 +289,7 @@ def verify(
         ]
         raise ValueError(f"expected kernels to verify on {device}, got none: {'; '.join(reasons)}")
     outcomes = {o.family: o for o in run_families(families, device, ended=ended, at_once=at_once, seconds=seconds)}
-    again = [
-        family
-        for family, outcome in outcomes.items()
-        if outcome.state == RAISED or (outcome.state == DIED and outcome.detail.endswith(_AFTER))
-    ]
+    again = [family for family, outcome in outcomes.items() if outcome.doubtful]
     left = None if seconds is None else seconds - (time.monotonic() - begin)
     if again and (left is None or left > 0):
         outcomes |= {o.family: o for o in run_families(again, device, ended=ended, at_once=1, seconds=left)}

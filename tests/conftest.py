@@ -8,7 +8,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -164,17 +164,24 @@ def selection_place(request: pytest.FixtureRequest) -> Place:
     return request.param
 
 
+def gpu_places(*ops: str, needs: Iterable[str] = (), name: str = "") -> list:
+    """pytest parameters: every backend on the GPU, for a test of ``ops`` that also runs ``needs``."""
+    params = []
+    for backend in ("torch", "triton", "cuda"):
+        states = {op: ek.backends()[op][backend] for op in (*ops, *needs)}
+        reasons = [f"backend {backend}, {op}: {state}" for op, state in states.items() if state != "available"]
+        if not torch.cuda.is_available():
+            reasons = ["needs a GPU"]
+        marks = [on_gpu(backend, *ops), *(pytest.mark.skip(reason=reason) for reason in reasons[:1])]
+        params.append(pytest.param(Place(backend, "cuda"), marks=marks, id=backend + name))
+    return params
+
+
 def loss_places() -> list:
     """Where the losses run: the CPU, and on a GPU each backend that can select there in the place of "auto"."""
     ops = [op for op in registry.OPS if not op.endswith("token_stats")]
-    params = [pytest.param(Place("auto", "cpu"), id="cpu")]
-    for backend in ("torch", "triton", "cuda") if torch.cuda.is_available() else ():
-        marks = [on_gpu(backend, *ops)]
-        reasons = [state for op in ops if (state := ek.backends()[op][backend]) != "available"]
-        if reasons:
-            marks.append(pytest.mark.skip(reason=f"backend {backend}: {reasons[0]}"))
-        params.append(pytest.param(Place(backend, "cuda"), marks=marks, id=f"{backend}-cuda"))
-    return params
+    there = gpu_places(*ops, name="-cuda") if torch.cuda.is_available() else []
+    return [pytest.param(Place("auto", "cpu"), id="cpu"), *there]
 
 
 @pytest.fixture(params=loss_places())

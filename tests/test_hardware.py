@@ -16,31 +16,17 @@ from torch import Tensor
 import entropy_kernels as ek
 from calls import bound, same_bits, upstream
 from cases import Sample, labels, normal
-from conftest import Place, on_gpu
+from conftest import Place, gpu_places, on_gpu
 from entropy_kernels.backends import registry
 from loss_cases import MODES
 from stub_gpu import serve_auto_with
 
 SELECTION = ("token_covariance", "clip_cov_mask", "kl_cov_mask")
 STATISTICS = ("token_stats", "linear_token_stats")
-BACKENDS = ("torch", "triton", "cuda")
-
-
-def places(*ops: str, name: str = "") -> list[Any]:
-    """pytest parameters: every backend on the GPU, for a test of what it does in ``ops``."""
-    params = []
-    for backend in BACKENDS:
-        states = {op: ek.backends()[op][backend] for op in registry.OPS}
-        reasons = [f"{backend}, {op}: {state}" for op, state in states.items() if state != "available"]
-        if not torch.cuda.is_available():
-            reasons = ["needs a GPU"]
-        marks = [on_gpu(backend, *ops), *(pytest.mark.skip(reason=reason) for reason in reasons[:1])]
-        params.append(pytest.param(Place(backend, "cuda"), marks=marks, id=backend + name))
-    return params
 
 
 def every_backend(*ops: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("place", places(*ops))
+    return pytest.mark.parametrize("place", gpu_places(*ops, needs=registry.OPS))
 
 
 pytestmark = pytest.mark.usefixtures("undisturbed", "forgetful_registry")
@@ -193,7 +179,7 @@ every_kind = pytest.mark.parametrize(
     [
         pytest.param(kind, *param.values, marks=param.marks, id=param.id)
         for kind, ops in KINDS.items()
-        for param in places(*ops, name=f"-{kind.__name__}")
+        for param in gpu_places(*ops, needs=registry.OPS, name=f"-{kind.__name__}")
     ],
 )
 
@@ -376,7 +362,7 @@ def test_from_hidden_states(backend: str, budget: int, dtype: torch.dtype) -> No
         assert (ours.cpu().float() - right.float()).norm() <= 5 * tolerance * right.float().norm()
 
 
-@pytest.mark.parametrize("place", places(*STATISTICS)[1:2])
+@pytest.mark.parametrize("place", gpu_places(*STATISTICS, needs=registry.OPS)[1:2])
 def test_triton_measures_its_tilings_once(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """On scratch tensors: the call's own logits and gradient are what they are without tuning."""
     import triton

@@ -140,6 +140,11 @@ def test_what_becomes_of_a_process(scripted: Any, monkeypatch: pytest.MonkeyPatc
         "hangs": "hung", "never begins": "hung", "says nothing": "raised", "is no JSON": "passed",
     }  # fmt: skip
     assert {name for name, outcome in found.items() if not outcome.judged} == set()
+    assert {name for name, outcome in found.items() if outcome.doubtful} == {
+        "raises",
+        "says nothing",
+        "crashes at its end",
+    }
     assert (found["right"].calls, found["wrong"].calls) == (2, 1) and found["wrong"].detail == "one call: off by 2"
     assert found["raises"].detail == "RuntimeError: CUDA error: an illegal memory access in 'one call'"
     assert found["crashes"].detail == "signal 11, Segmentation fault in 'one call'"
@@ -223,7 +228,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful
         ran.append((*(f.name for f in families), str(options["at_once"])))
         again = len(ran) % 2 == 0
         said = {name: ("passed", "") if again and name == "cuda/fp64" else state for name, state in states.items()}
-        return [Outcome(f, said[f.name][0], 2, said[f.name][1]) for f in families]
+        return [Outcome(f, said[f.name][0], 2, said[f.name][1], between=f.name == "cuda/fp64") for f in families]
 
     monkeypatch.setattr(verify, "FAMILIES", {name: FAMILIES[name] for name in states})
     monkeypatch.setattr(verify, "run_families", run)

@@ -25,7 +25,7 @@ _PATHS = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, _PATHS))
 # what pytest skips on the fake GPU, in the workers of xdist too
 _PLUGINS = os.environ.get("PYTEST_PLUGINS", "").split(",")
-os.environ["PYTEST_PLUGINS"] = ",".join(filter(None, dict.fromkeys((*_PLUGINS, "fake_gpu"))))
+os.environ["PYTEST_PLUGINS"] = ",".join(filter(None, dict.fromkeys((*_PLUGINS, "fake_gpu_limits"))))
 
 
 def load_library(torch_folder: Path) -> None:
