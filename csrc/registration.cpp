@@ -12,12 +12,13 @@ STABLE_TORCH_LIBRARY(entropy_kernels_native, m) {
       "Tensor target, Tensor temperature, Tensor state, float softcap, int ignore_index, int vocab_start, "
       "int vocab_size, Tensor(a!) dlogits) -> ()");
   m.def("token_covariance(Tensor logprob, Tensor advantages, Tensor? mask) -> Tensor");
+  // `numbers`: float64 [ratio, k, low, high], or [ratio, k]; where it is given it is read in the place of those.
   m.def(
       "clip_cov_mask(Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index, Tensor seed, float ratio, "
-      "int k, bool at_least_one, float low, float high, bool quantile, bool closed) -> Tensor");
+      "int k, bool at_least_one, float low, float high, bool quantile, bool closed, Tensor? numbers=None) -> Tensor");
   m.def(
       "kl_cov_mask(Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index, float ratio, int k, "
-      "bool at_least_one) -> Tensor");
+      "bool at_least_one, Tensor? numbers=None) -> Tensor");
   // Covariance and selection, or those that are given, and the policy surrogate of flat fp32 tokens, of which
   // common/policy_term.h says what the numbers mean -> per token the term, its derivative by logprob and the covariance
   // (empty if given); the mask that was selected; totals, mean of the term and metrics as in that header.

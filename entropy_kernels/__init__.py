@@ -15,7 +15,14 @@ from entropy_kernels.losses import (
     linear_policy_loss,
     policy_loss,
 )
-from entropy_kernels.selection import SelectionBatch, clip_cov_mask, kl_cov_mask, token_covariance
+from entropy_kernels.selection import (
+    SelectionBatch,
+    clip_cov_mask,
+    kl_cov_mask,
+    random_tokens,
+    token_covariance,
+    top_tokens,
+)
 
 __all__ = [
     "ClipCovLoss",
@@ -41,8 +48,10 @@ __all__ = [
     "logprob_entropy",
     "policy_loss",
     "predicted_entropy_change",
+    "random_tokens",
     "token_covariance",
     "token_stats",
+    "top_tokens",
 ]
 
 from entropy_kernels.integrations import hf  # last: it uses the names above

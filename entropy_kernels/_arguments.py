@@ -58,7 +58,12 @@ def check_number(name: str, value: Any) -> None:
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
     """Errors that need values are raised on the CPU; elsewhere with ENTROPY_KERNELS_DEBUG=1: they cost a sync."""
-    return tensor.device.type == "cpu" or os.environ.get("ENTROPY_KERNELS_DEBUG", "0") == "1"
+    return tensor.device.type == "cpu" or debugging()
+
+
+def debugging() -> bool:
+    """Whether checks may cost a sync."""
+    return os.environ.get("ENTROPY_KERNELS_DEBUG", "0") == "1"
 
 
 def scalar_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -6,16 +6,17 @@ without gradient and without a value read back by the host. Method: arXiv 2505.2
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import integer, number, scalar_tensor
+from entropy_kernels._arguments import debugging, integer, number, scalar_tensor
 from entropy_kernels.ops import selection as op
 
-__all__ = ["SelectionBatch", "clip_cov_mask", "kl_cov_mask", "token_covariance"]
+__all__ = ["SelectionBatch", "clip_cov_mask", "kl_cov_mask", "random_tokens", "token_covariance", "top_tokens"]
 
 CLIP_COV_RATIO = 2e-4
 KL_COV_RATIO = 2e-3
@@ -52,15 +53,75 @@ def token_covariance(
     return op.token_covariance(logprob.detach(), advantages.detach(), mask, _group_name(batch_group), backend)
 
 
+def random_tokens(
+    score: Tensor,
+    mask: Tensor | None = None,
+    *,
+    seed: int | Tensor,
+    ratio: float | Tensor | None = None,
+    k: int | Tensor | None = None,
+    low: float | Tensor = -math.inf,
+    high: float | Tensor = math.inf,
+    band: Literal["absolute", "quantile"] = "absolute",
+    closed: bool = False,
+    at_least_one: bool = True,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+    batch_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """n tokens drawn uniformly among those whose score lies in a band: Clip-Cov's choice, of any score.
+
+    n = max(1, floor(float64(ratio) · N)), N the number of tokens of ``mask`` over all ranks; fewer if there are fewer
+    candidates, 0 if N = 0. The draw is the n largest random keys among the candidates, the key of a token being the
+    first word of Philox4x32-10 for counter (token index, 0, 0) and key ``seed``; ties go to the lower token index. It
+    depends on nothing else: not on shape, padding, ranks or backend.
+
+    A schedule gives ratio, k, low and high as 0-d tensors of a float or int dtype, on the score's device or the CPU:
+    their values are never read by the host, a CUDA graph reads those on its device anew at each replay, and under
+    torch.compile a new value, of a tensor or a number, compiles nothing again. ENTROPY_KERNELS_DEBUG=1 checks them in
+    eager mode, at the price of a sync. Unchecked, a ratio and the shares of a band are held to [0, 1] and k to >= 0,
+    rounded down (NaN is 0), and a band whose low is not below its high is empty.
+
+    Args:
+        score: any floating-point dtype and strides, compared in fp32; as from :func:`token_covariance`.
+        mask: bool, int or float 0/1, ``score``'s shape or size 1 per dimension; None: all tokens count.
+        seed: an int of at most 64 bits, or a 0-d int64 tensor, which a CUDA graph reads anew at each replay.
+        ratio: share of N to select, in (0, 1]; a fraction: 2e-4 is 0.02 %.
+        k: number of tokens to select instead of a ratio, >= 0.
+        low, high: bounds of the band, low < high, rounded to fp32.
+        band: "absolute": bounds are scores. "quantile": they are shares in [0, 1], and stand for the scores number
+            floor(share · (M - 1)) in ascending order of the M candidates of the whole group.
+        closed: whether the bounds belong to the band.
+        at_least_one: False: n = floor(ratio · N), which may be 0; k is taken as it is either way.
+        exclude: like mask; True = counts in N but is no candidate.
+        token_index: int64, ``score``'s shape, distinct over the batch where ``mask`` is True. Default: flat
+            row-major position plus the number of positions on lower ranks. Whoever pads or splits a batch in
+            different ways passes it, and the selection stays the same.
+        batch_group: torch.distributed process group over the ranks that share the batch, and all arguments from seed
+            to at_least_one.
+        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+
+    Returns:
+        bool, ``score``'s shape. NaN is never selected.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; ratio and k, or neither.
+    """
+    tokens = _tokens("score", score, mask, exclude, token_index)
+    count = _count(ratio, k, None)
+    return _random(tokens, seed, count, at_least_one, low, high, band, closed, batch_group, backend)
+
+
 def clip_cov_mask(
     covariance: Tensor,
     mask: Tensor | None = None,
     *,
     seed: int | Tensor,
-    ratio: float | None = None,
-    k: int | None = None,
-    low: float = 1.0,
-    high: float = 5.0,
+    ratio: float | Tensor | None = None,
+    k: int | Tensor | None = None,
+    low: float | Tensor = 1.0,
+    high: float | Tensor = 5.0,
     band: Literal["absolute", "quantile"] = "absolute",
     closed: bool = False,
     at_least_one: bool = True,
@@ -71,62 +132,47 @@ def clip_cov_mask(
 ) -> Tensor:
     """Tokens that Clip-Cov drops: n drawn uniformly among those whose covariance lies in a band; Eq. 11.
 
-    n = max(1, floor(float64(ratio) · N)), N the number of tokens of ``mask`` over all ranks; fewer if there are fewer
-    candidates, 0 if N = 0. The draw is the n largest random keys among the candidates, the key of a token being the
-    first word of Philox4x32-10 for counter (token index, 0, 0) and key ``seed``; ties go to the lower token index. It
-    depends on nothing else: not on shape, padding, ranks or backend.
+    :func:`random_tokens` under the paper's name, with its defaults: a ratio of 2e-4 and the band (1, 5).
 
     Args:
-        covariance: from :func:`token_covariance`; any floating-point dtype and strides, compared in fp32.
-        mask: bool, int or float 0/1, ``covariance``'s shape or size 1 per dimension; None: all tokens count.
-        seed: an int of at most 64 bits, or a 0-d int64 tensor, which a CUDA graph reads anew at each replay.
-        ratio: share of N to select, in (0, 1]; a fraction: 2e-4 (the default) is 0.02 %.
-        k: number of tokens to select instead of a ratio, >= 0.
-        low, high: bounds of the band, low < high, rounded to fp32.
-        band: "absolute": bounds are covariances. "quantile": they are shares in [0, 1], and stand for the
-            covariances number floor(share · (M - 1)) in ascending order of the M candidates of the whole group.
-        closed: whether the bounds belong to the band.
-        at_least_one: False: n = floor(ratio · N), which may be 0; k is taken as it is either way.
-        exclude: like mask; True = counts in N but is no candidate.
-        token_index: int64, ``covariance``'s shape, distinct over the batch where ``mask`` is True. Default: flat
-            row-major position plus the number of positions on lower ranks. Whoever pads or splits a batch in
-            different ways passes it, and the selection stays the same.
-        batch_group: torch.distributed process group over the ranks that share the batch.
-        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+        covariance: from :func:`token_covariance`.
 
-    Returns:
-        bool, ``covariance``'s shape. NaN is never selected.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; both ratio and k.
+    Other args, returns, raises: as :func:`random_tokens`.
     """
-    _check_float("covariance", covariance)
-    ratio, k = check_count(ratio, k, CLIP_COV_RATIO)
-    low, high = check_band(low, high, band)
-    return op.clip_cov_mask(
-        covariance.detach(),
-        _boolean("mask", mask, "covariance", covariance),
-        _boolean("exclude", exclude, "covariance", covariance),
-        check_token_index(token_index, "covariance", covariance),
-        seed_tensor(seed, covariance.device),
-        ratio,
-        k,
-        bool(at_least_one),
-        low,
-        high,
-        band == "quantile",
-        bool(closed),
-        _group_name(batch_group),
-        backend,
-    )
+    tokens = _tokens("covariance", covariance, mask, exclude, token_index)
+    count = _count(ratio, k, CLIP_COV_RATIO)
+    return _random(tokens, seed, count, at_least_one, low, high, band, closed, batch_group, backend)
+
+
+def top_tokens(
+    score: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float | Tensor | None = None,
+    k: int | Tensor | None = None,
+    at_least_one: bool = True,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+    batch_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The n tokens of largest score, of any sign: KL-Cov's choice, of any score.
+
+    n = max(1, floor(float64(ratio) · N)) as in :func:`random_tokens`. Scores are compared in fp32, -0 equals +0, ties
+    go to the lower token index, NaN is never selected.
+
+    Args, returns, raises: as :func:`random_tokens`.
+    """
+    tokens = _tokens("score", score, mask, exclude, token_index)
+    return _top(tokens, _count(ratio, k, None), at_least_one, batch_group, backend)
 
 
 def kl_cov_mask(
     covariance: Tensor,
     mask: Tensor | None = None,
     *,
-    ratio: float | None = None,
-    k: int | None = None,
+    ratio: float | Tensor | None = None,
+    k: int | Tensor | None = None,
     at_least_one: bool = True,
     exclude: Tensor | None = None,
     token_index: Tensor | None = None,
@@ -135,24 +181,81 @@ def kl_cov_mask(
 ) -> Tensor:
     """Tokens that KL-Cov penalises: the n of largest covariance, of any sign; Eq. 12.
 
-    n = max(1, floor(float64(ratio) · N)) as in :func:`clip_cov_mask`, with a default ratio of 2e-3. Covariances are
-    compared in fp32, -0 equals +0, ties go to the lower token index, NaN is never selected.
+    :func:`top_tokens` under the paper's name, with a default ratio of 2e-3: the paper's for its 7B model, which is that
+    of kl_cov_loss's preset "paper". The preset "verl" has 2e-4.
 
-    Args, returns, raises: as :func:`clip_cov_mask`.
+    Args:
+        covariance: from :func:`token_covariance`.
+
+    Other args, returns, raises: as :func:`random_tokens`.
     """
-    _check_float("covariance", covariance)
-    ratio, k = check_count(ratio, k, KL_COV_RATIO)
-    return op.kl_cov_mask(
-        covariance.detach(),
-        _boolean("mask", mask, "covariance", covariance),
-        _boolean("exclude", exclude, "covariance", covariance),
-        check_token_index(token_index, "covariance", covariance),
+    tokens = _tokens("covariance", covariance, mask, exclude, token_index)
+    return _top(tokens, _count(ratio, k, KL_COV_RATIO), at_least_one, batch_group, backend)
+
+
+_Number = float | Tensor | None
+_Tokens = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _random(
+    tokens: _Tokens,
+    seed: int | Tensor,
+    count: tuple[_Number, _Number],
+    at_least_one: bool,
+    low: float | Tensor,
+    high: float | Tensor,
+    band: str,
+    closed: bool,
+    group: Any,
+    backend: str,
+) -> Tensor:
+    device = tokens[0].device
+    bounds = _bounds(low, high, band)
+    numbers = _in_memory(device, *count, *bounds)
+    ratio, k, low, high = (None, None, 0.0, 0.0) if numbers is not None else (*count, *bounds)
+    return op.clip_cov_mask(
+        *tokens,
+        seed_tensor(seed, device),
+        numbers,
         ratio,
         k,
         bool(at_least_one),
-        _group_name(batch_group),
+        low,
+        high,
+        band == "quantile",
+        bool(closed),
+        _group_name(group),
         backend,
     )
+
+
+def _top(tokens: _Tokens, count: tuple[_Number, _Number], at_least_one: bool, group: Any, backend: str) -> Tensor:
+    numbers = _in_memory(tokens[0].device, *count)
+    ratio, k = (None, None) if numbers is not None else count
+    return op.kl_cov_mask(*tokens, numbers, ratio, k, bool(at_least_one), _group_name(group), backend)
+
+
+def _tokens(name: str, score: Any, mask: Any, exclude: Any, token_index: Any) -> _Tokens:
+    _check_float(name, score)
+    return (
+        score.detach(),
+        _boolean("mask", mask, name, score),
+        _boolean("exclude", exclude, name, score),
+        check_token_index(token_index, name, score),
+    )
+
+
+def _in_memory(device: torch.device, *values: _Number) -> Tensor | None:
+    """float64 (len(values),), NaN for None; None if there are only plain numbers, which the compiler would fix."""
+    if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in values):
+        return None
+    return torch.stack([_in_float64(math.nan if value is None else value, device) for value in values])
+
+
+def _in_float64(value: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device=device, dtype=torch.float64, non_blocking=True)
+    return scalar_tensor(value, torch.float64, device)
 
 
 class SelectionBatch:
@@ -389,7 +492,33 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return scalar_tensor(value, torch.int64, device)
 
 
-def check_count(ratio: float | None, k: int | None, default: float) -> tuple[float | None, int | None]:
+def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]:
+    """Ratio and k, of which one is None, in Python's types or as they are if tensors."""
+    plain = check_count(_known("ratio", ratio, 1.0), _known("k", k, 0), default)
+    return ratio if isinstance(ratio, Tensor) else plain[0], k if isinstance(k, Tensor) else plain[1]
+
+
+def _bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
+    """The same of the bounds of a band."""
+    least, most = (0.0, 1.0) if band == "quantile" else (-math.inf, math.inf)
+    plain = check_band(_known("low", low, least), _known("high", high, most), band)
+    return low if isinstance(low, Tensor) else plain[0], high if isinstance(high, Tensor) else plain[1]
+
+
+def _known(name: str, value: Any, unknown: float) -> Any:
+    """A number as it is; of a 0-d tensor ``unknown``, a value that is right, but when debugging its own."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() != 0:
+        raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected a float or int dtype, got {value.dtype}")
+    if torch.compiler.is_compiling() or not debugging():
+        return unknown
+    return value.to(torch.int64 if isinstance(unknown, int) else torch.float64).item()
+
+
+def check_count(ratio: float | None, k: int | None, default: float | None) -> tuple[float | None, int | None]:
     if k is not None:
         if ratio is not None:
             raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
@@ -398,6 +527,8 @@ def check_count(ratio: float | None, k: int | None, default: float) -> tuple[flo
             raise ValueError(f"k: expected >= 0, got {k}")
         return None, k
     if ratio is None:
+        if default is None:
+            raise ValueError("ratio, k: expected one of them, got neither")
         return default, None
     ratio = number("ratio", ratio)
     if not 0 < ratio <= 1:

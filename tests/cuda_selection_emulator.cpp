@@ -157,6 +157,7 @@ struct Call {  // mirrored by cuda_selection_emulator.py
   int64_t k;
   int32_t at_least_one, quantile, closed;
   double low, high;
+  const void* numbers;
   const void *first, *second;  // covariance; or log-probs and advantages
   int32_t float64;
   void* out;
@@ -171,6 +172,7 @@ SelectionArguments selection_of(const Call& call) {
   a.tokens = call.tokens;
   a.chunk = call.chunk;
   a.count = {call.ratio, call.k, call.at_least_one != 0};
+  a.numbers = static_cast<const double*>(call.numbers);
   set_band(a, static_cast<const int64_t*>(call.seed), call.low, call.high, call.quantile != 0, call.closed != 0);
   return a;
 }

@@ -29,7 +29,7 @@ class _Call(ctypes.Structure):
         ("cluster", _I), ("blocks", _I), ("chunk", _I), ("order", ctypes.c_uint64),
         ("mask", _P), ("exclude", _P), ("index", _P), ("seed", _P), ("tokens", _L), ("ratio", _D), ("k", _L),
         ("at_least_one", _I), ("quantile", _I), ("closed", _I), ("low", _D), ("high", _D),
-        ("first", _P), ("second", _P), ("float64", _I), ("out", _P),
+        ("numbers", _P), ("first", _P), ("second", _P), ("float64", _I), ("out", _P),
     )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ class Emulated:
     def _set_count(call: _Call, count: Count) -> None:
         call.ratio = -1.0 if count.ratio is None else count.ratio
         call.k = -1 if count.k is None else count.k
-        call.at_least_one = count.at_least_one
+        call.at_least_one, call.numbers = count.at_least_one, _pointer(count.numbers)
 
     @staticmethod
     def _set_band(call: _Call, seed: Tensor, band: Band) -> None:

@@ -37,11 +37,11 @@ def test_opcheck(selection_place: Place) -> None:
     check(OPS.token_covariance, (covariance, covariance.t().contiguous().t(), mask, "", backend), test_utils=tests)
     check(OPS.token_covariance, (covariance.double(), covariance, None, "", backend), test_utils=tests)
     band = (0.5, 3.0, False, True)
-    clip = (covariance, mask, ~mask, index, seed, 0.1, None, True, *band, "", backend)
+    clip = (covariance, mask, ~mask, index, seed, None, 0.1, None, True, *band, "", backend)
     check(OPS.clip_cov_mask, clip, test_utils=tests)
-    clip = (covariance.t(), None, None, None, seed, None, 5, False, 0.1, 0.9, True, False, "", backend)
+    clip = (covariance.t(), None, None, None, seed, None, None, 5, False, 0.1, 0.9, True, False, "", backend)
     check(OPS.clip_cov_mask, clip, test_utils=tests)
-    check(OPS.kl_cov_mask, (covariance, mask, None, index, 0.1, None, True, "", backend), test_utils=tests)
+    check(OPS.kl_cov_mask, (covariance, mask, None, index, None, 0.1, None, True, "", backend), test_utils=tests)
 
 
 def test_compile_fullgraph(selection_place: Place) -> None:
@@ -217,7 +217,20 @@ ERRORS: list[tuple[str, type[Exception], str, tuple, dict[str, Any]]] = [
     ("clip_cov_mask", ValueError, "low: expected < high, got low=2, high=1", (COV,), {"seed": 1, "low": 2, "high": 1}),
     ("clip_cov_mask", ValueError, "low: expected < high", (COV,), {"seed": 1, "low": 1.0, "high": 1.0}),
     ("clip_cov_mask", ValueError, "low: expected < high", (COV,), {"seed": 1, "low": math.nan}),
-    ("clip_cov_mask", TypeError, "high: expected a number, got Tensor", (COV,), {"seed": 1, "high": torch.tensor(2.0)}),
+    (
+        "clip_cov_mask",
+        ValueError,
+        r"high: .* a 0-d tensor, got shape \(1,\)",
+        (COV,),
+        {"seed": 1, "high": torch.ones(1)},
+    ),
+    ("clip_cov_mask", TypeError, "low: .* got torch.bool", (COV,), {"seed": 1, "low": torch.tensor(True)}),
+    ("kl_cov_mask", TypeError, "ratio: .* got torch.complex64", (COV,), {"ratio": torch.tensor(1j)}),
+    ("kl_cov_mask", ValueError, "ratio, k: expected one of them", (COV,), {"k": torch.tensor(2), "ratio": 0.1}),
+    ("top_tokens", ValueError, "ratio, k: expected one of them, got neither", (COV,), {}),
+    ("top_tokens", TypeError, "score: expected a torch.Tensor, got list", ([1.0],), {"k": 1}),
+    ("random_tokens", ValueError, "ratio, k: expected one of them, got neither", (COV,), {"seed": 1}),
+    ("random_tokens", ValueError, "mask: expected score's shape", (COV, COV.t()), {"seed": 1, "k": 1}),
     ("clip_cov_mask", ValueError, r"high: expected a share in \[0, 1\]", (COV,), {"seed": 1, "band": "quantile"}),
     ("clip_cov_mask", ValueError, "band: expected 'absolute' or 'quantile'", (COV,), {"seed": 1, "band": "percent"}),
     ("token_covariance", TypeError, "advantages: expected a torch.Tensor, got float", (COV, 1.0), {}),

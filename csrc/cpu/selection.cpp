@@ -313,7 +313,7 @@ Band quantile_band(const TokenView& view, double low, double high, bool closed) 
   for (const int64_t count : per_chunk) {
     total += count;
   }
-  if (total == 0) {
+  if (total == 0 || !(low < high)) {
     return {kInfinity, -kInfinity};
   }
   const int64_t need_low = quantile_rank(total, low), need_high = quantile_rank(total, high);
@@ -335,8 +335,7 @@ Band quantile_band(const TokenView& view, double low, double high, bool closed) 
 
 Band clip_cov_band(const TokenView& view, double low, double high, bool quantile, bool closed) {
   return quantile ? quantile_band(view, low, high, closed)
-                  : value_band(key_band(ordered_key(static_cast<float>(low)), ordered_key(static_cast<float>(high)),
-                                        closed));
+                  : value_band(key_band_of_values(low, high, closed));
 }
 
 void select_at_random(const TokenView& view, Band band, const SelectionCount& request, int64_t seed,
@@ -354,21 +353,32 @@ void select_largest(const TokenView& view, const SelectionCount& request, uint8_
 
 namespace {
 
+SelectionCount count_of(double ratio, int64_t k, bool at_least_one, const std::optional<Tensor>& numbers) {
+  const auto* given = data_or_null<double>(numbers);
+  return given ? count_in_memory(given, at_least_one) : SelectionCount{ratio, k, at_least_one};
+}
+
 Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
                      std::optional<Tensor> token_index, const Tensor& seed, double ratio, int64_t k,
-                     bool at_least_one, double low, double high, bool quantile, bool closed) {
+                     bool at_least_one, double low, double high, bool quantile, bool closed,
+                     std::optional<Tensor> numbers) {
+  if (const auto* given = data_or_null<double>(numbers)) {
+    low = given[2];
+    high = given[3];
+  }
   const TokenView view = token_view(covariance, mask, exclude, token_index);
   Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
-  select_at_random(view, clip_cov_band(view, low, high, quantile, closed), {ratio, k, at_least_one},
+  select_at_random(view, clip_cov_band(view, low, high, quantile, closed), count_of(ratio, k, at_least_one, numbers),
                    *static_cast<const int64_t*>(seed.const_data_ptr()),
                    static_cast<uint8_t*>(selected.mutable_data_ptr()));
   return selected;
 }
 
 Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
-                   std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one) {
+                   std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one,
+                   std::optional<Tensor> numbers) {
   Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
-  select_largest(token_view(covariance, mask, exclude, token_index), {ratio, k, at_least_one},
+  select_largest(token_view(covariance, mask, exclude, token_index), count_of(ratio, k, at_least_one, numbers),
                  static_cast<uint8_t*>(selected.mutable_data_ptr()));
   return selected;
 }

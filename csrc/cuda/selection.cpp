@@ -79,17 +79,21 @@ Tensor select(SelectionArguments arguments, const Tensor& covariance, const std:
 
 Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
                      std::optional<Tensor> token_index, const Tensor& seed, double ratio, int64_t k,
-                     bool at_least_one, double low, double high, bool quantile, bool closed) {
+                     bool at_least_one, double low, double high, bool quantile, bool closed,
+                     std::optional<Tensor> numbers) {
   SelectionArguments arguments = {};
   arguments.count = {ratio, k, at_least_one};
+  arguments.numbers = data<double>(numbers);
   set_band(arguments, data<int64_t>(seed), low, high, quantile, closed);
   return select(arguments, covariance, mask, exclude, token_index);
 }
 
 Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
-                   std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one) {
+                   std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one,
+                   std::optional<Tensor> numbers) {
   SelectionArguments arguments = {};
   arguments.count = {ratio, k, at_least_one};
+  arguments.numbers = data<double>(numbers);
   return select(arguments, covariance, mask, exclude, token_index);
 }
 

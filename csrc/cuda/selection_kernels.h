@@ -25,6 +25,7 @@ struct SelectionArguments {
   KeyBand band;         // or, if quantile, the order statistics at shares low and high
   bool quantile, closed;
   double low, high;
+  const double* numbers;  // [ratio, k, low, high] in the place of those above, or null
   uint8_t* selected;
   // Grid only; the cluster's blocks hold their tokens' keys in shared memory
   uint32_t* keys;
@@ -35,7 +36,7 @@ struct SelectionArguments {
 EK_HOST_DEVICE void set_band(SelectionArguments& arguments, const int64_t* seed, double low, double high,
                              bool quantile, bool closed) {
   arguments.seed = seed;
-  arguments.band = key_band(ordered_key(static_cast<float>(low)), ordered_key(static_cast<float>(high)), closed);
+  arguments.band = key_band_of_values(low, high, closed);
   arguments.quantile = quantile;
   arguments.closed = closed;
   arguments.low = low;
@@ -93,7 +94,10 @@ class Selector {
     const bool random = a_.seed != nullptr;
     KeyBand band = a_.band;
     const uint64_t seed = random ? static_cast<uint64_t>(*a_.seed) : 0;
-    take_tokens(random && !a_.quantile, seed);
+    if (random && a_.numbers != nullptr) {
+      band = key_band_of_values(low(), high(), a_.closed);
+    }
+    take_tokens(random && !a_.quantile, band, seed);
     team_.sum_words(kRadixBins + 1);
     const int64_t valid = team_.word(kRadixBins);
     if (random && a_.quantile) {
@@ -103,7 +107,9 @@ class Selector {
     }
     Search search{0, 0, 0};
     first_digit(0, search, [&](int64_t total) {
-      const int64_t wanted = a_.count.of(valid);
+      const SelectionCount count =
+          a_.numbers != nullptr ? count_in_memory(a_.numbers, a_.count.at_least_one) : a_.count;
+      const int64_t wanted = count.of(valid);
       return wanted < total ? wanted : total;
     });
     const bool any = search.need > 0;
@@ -159,7 +165,10 @@ class Selector {
     }
   }
 
-  EK_HOST_DEVICE void take_tokens(bool random, uint64_t seed) {
+  EK_HOST_DEVICE double low() const { return a_.numbers != nullptr ? a_.numbers[2] : a_.low; }
+  EK_HOST_DEVICE double high() const { return a_.numbers != nullptr ? a_.numbers[3] : a_.high; }
+
+  EK_HOST_DEVICE void take_tokens(bool random, KeyBand band, uint64_t seed) {
     uint32_t valid = 0;  // of the warp
     for_tokens(
         team_, share_.tokens,
@@ -173,7 +182,7 @@ class Selector {
           uint32_t key = ordered_key(token.value);
           bool candidate = token.candidate && token.value == token.value;
           if (random) {
-            candidate = candidate && a_.band.contains(key);
+            candidate = candidate && band.contains(key);
             key = candidate ? token_key(static_cast<uint64_t>(token_index(i)), seed) : 0;
           }
           valid += population(thread_.ballot(token.counts));
@@ -194,9 +203,12 @@ class Selector {
 
   EK_HOST_DEVICE KeyBand quantile_band() {
     Search searches[2] = {{0, 0, 0}, {0, 0, 0}};
-    first_digit(0, searches[0], [&](int64_t total) { return quantile_rank(total, a_.low); });
-    first_digit(1, searches[1], [&](int64_t total) { return quantile_rank(total, a_.high); });
+    first_digit(0, searches[0], [&](int64_t total) { return quantile_rank(total, low()); });
+    first_digit(1, searches[1], [&](int64_t total) { return quantile_rank(total, high()); });
     later_digits(searches);
+    if (!(low() < high())) {
+      return {1, 0};  // empty
+    }
     return key_band(static_cast<uint32_t>(searches[0].prefix), static_cast<uint32_t>(searches[1].prefix), a_.closed);
   }
 

@@ -122,7 +122,7 @@ def clip_cov_mask(
 ) -> Tensor:
     if group:
         return radix_select.clip_cov_mask(_steps, covariance, mask, exclude, token_index, seed, count, band, group)
-    return _ops.clip_cov_mask(covariance, mask, exclude, token_index, seed, *_count(count), *band)
+    return _ops.clip_cov_mask(covariance, mask, exclude, token_index, seed, *_count(count), *band[:4], count.numbers)
 
 
 def kl_cov_mask(
@@ -135,7 +135,7 @@ def kl_cov_mask(
 ) -> Tensor:
     if group:
         return radix_select.kl_cov_mask(_steps, covariance, mask, exclude, token_index, count, group)
-    return _ops.kl_cov_mask(covariance, mask, exclude, token_index, *_count(count))
+    return _ops.kl_cov_mask(covariance, mask, exclude, token_index, *_count(count), count.numbers)
 
 
 def policy_loss(*arguments: Any) -> tuple[Tensor, ...]:

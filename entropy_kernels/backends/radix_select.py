@@ -38,29 +38,51 @@ _LARGEST_EXPONENT = 1000
 
 
 class Count(NamedTuple):
-    """How many tokens to select: ``k``, or a share of those that count."""
+    """How many tokens to select: ``k``, or a share of those that count.
+
+    ``numbers``: float64 [ratio, k, ...], k NaN if it is not given; where it is there, it is read in the place of ratio
+    and k. It has not been checked: a share is held to [0, 1] and k to >= 0, NaN being 0.
+    """
 
     ratio: float | None
     k: int | None
     at_least_one: bool
+    numbers: Tensor | None = None
 
     def of(self, valid: Tensor) -> Tensor:
         """() int64 from the () int64 number of tokens that count."""
-        if self.k is not None:
+        if self.numbers is not None:
+            share = _share(valid, _within_shares(self.numbers[0]), self.at_least_one)
+            k = self.numbers[1]
+            wanted = torch.where(k.isnan(), share, k.nan_to_num(nan=0.0).clamp(0, ALL_TOKENS).long())
+        elif self.k is not None:
             wanted = torch.full_like(valid, self.k)
         else:
             assert self.ratio is not None
-            wanted = (valid.double() * self.ratio).floor().long().clamp(min=int(self.at_least_one))
+            wanted = _share(valid, self.ratio, self.at_least_one)
         return torch.where(valid > 0, wanted, 0)
 
 
+def _share(valid: Tensor, ratio: Any, at_least_one: bool) -> Tensor:
+    return (valid.double() * ratio).floor().long().clamp(min=int(at_least_one))
+
+
+def _within_shares(value: Tensor) -> Tensor:
+    return value.nan_to_num(nan=0.0).clamp(0, 1)
+
+
 class Band(NamedTuple):
-    """Range of covariance of Clip-Cov's candidates; ``quantile``: low and high are shares in [0, 1]."""
+    """Range of covariance of Clip-Cov's candidates; ``quantile``: low and high are shares in [0, 1].
+
+    ``numbers``: float64 [ratio, k, low, high], of which the last two are read in the place of low and high. They have
+    not been checked: shares are held to [0, 1], and there is no candidate unless low < high.
+    """
 
     low: float
     high: float
     quantile: bool
     closed: bool
+    numbers: Tensor | None = None
 
 
 class Steps(Protocol):
@@ -158,6 +180,12 @@ def ordered_key(value: float) -> int:
     return bits ^ 0xFFFFFFFF if bits & 0x80000000 else bits | 0x80000000
 
 
+def ordered_keys(values: Tensor) -> Tensor:
+    """:func:`ordered_key` of a fp32 tensor, as int64; NaN has no place in it."""
+    bits = (values + 0.0).view(torch.int32).long() & 0xFFFFFFFF  # + 0.0 turns -0 into +0
+    return torch.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+
+
 def token_covariance(steps: Steps, logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str) -> Tensor:
     ranks = Group(group)
     by_rank = ranks.gather(steps.covariance_extremes(logprob, advantages, mask))
@@ -215,6 +243,8 @@ def clip_cov_mask_and_band(
     offset = _offset(ranks, covariance, token_index)
     values = steps.selection_value_keys(covariance, mask, exclude)
     bounds = _quantiles(steps, ranks, values, band) if band.quantile else _bounds(band, covariance.device)
+    if band.numbers is not None:
+        bounds = torch.stack([torch.where(band.numbers[2] < band.numbers[3], bounds[0], NO_KEY), bounds[1]])
     if not band.closed:
         bounds = bounds + torch.stack([torch.ones_like(bounds[0]), -torch.ones_like(bounds[0])])
     keys = steps.selection_random_keys(values, bounds, token_index, offset, seed)
@@ -249,6 +279,8 @@ def _valid(covariance: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _bounds(band: Band, device: torch.device) -> Tensor:
+    if band.numbers is not None:
+        return ordered_keys(band.numbers[2:].float())
     # two fills: torch.tensor(list) would copy from the host, and wait for it
     keys = [torch.full((), ordered_key(bound), dtype=torch.int64, device=device) for bound in (band.low, band.high)]
     return torch.stack(keys)
@@ -257,7 +289,11 @@ def _bounds(band: Band, device: torch.device) -> Tensor:
 def _quantiles(steps: Steps, ranks: Group, values: Tensor, band: Band) -> Tensor:
     """(2,) value keys of the lower order statistics number floor(q·(M - 1)) of the M candidates of the group."""
     total = ranks.sum((values >= 0).sum())
-    shares = torch.stack([torch.full((), q, dtype=torch.float64, device=values.device) for q in (band.low, band.high)])
+    if band.numbers is not None:
+        shares = _within_shares(band.numbers[2:])
+    else:
+        bounds = (torch.full((), q, dtype=torch.float64, device=values.device) for q in (band.low, band.high))
+        shares = torch.stack(list(bounds))
     need = (total - (shares * (total - 1)).floor().long()).clamp(min=0)
     state = _start(values, need)
     histogram = ranks.sum(steps.selection_key_histogram(values, state, *KEY_DIGITS[0]))

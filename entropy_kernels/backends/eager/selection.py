@@ -12,7 +12,7 @@ from torch import Tensor
 
 from entropy_kernels.backends import radix_select
 from entropy_kernels.backends.eager.philox import token_key
-from entropy_kernels.backends.radix_select import LAST_INDEX, RADIX_BINS, find_digit
+from entropy_kernels.backends.radix_select import LAST_INDEX, RADIX_BINS, find_digit, ordered_keys
 
 __all__ = ["clip_cov_mask", "find_digit", "kl_cov_mask", "token_covariance"]
 
@@ -49,14 +49,12 @@ def covariance_apply(logprob: Tensor, advantages: Tensor, mask: Tensor | None, m
 
 
 def selection_value_keys(covariance: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
-    bits = (covariance + 0.0).view(torch.int32).long() & 0xFFFFFFFF  # + 0.0 turns -0 into +0
-    keys = torch.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     candidate = ~covariance.isnan()
     if mask is not None:
         candidate &= mask
     if exclude is not None:
         candidate &= ~exclude
-    return torch.where(candidate, keys, -1)
+    return torch.where(candidate, ordered_keys(covariance), -1)
 
 
 def _index(keys: Tensor, token_index: Tensor | None, offset: Tensor) -> Tensor:
