@@ -73,9 +73,9 @@ def scalar_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> torch
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def refuse_forward_mode(name: str, value: torch.Tensor) -> None:
-    """Raise where a tangent of ``value`` would be lost without a word."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+def refuse_forward_mode(name: str, *values: torch.Tensor) -> None:
+    """Raise where a tangent of ``values`` would be lost without a word."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in values):
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")
 
 

@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
-from entropy_kernels import policy
 from gloo import run_ranks
 from loss_cases import MODES, leaf
 
@@ -237,19 +236,12 @@ def test_a_compiled_module_recompiles_for_nothing_that_changes_each_step() -> No
     assert counter.frame_count == 1 and len(seen) == 4
 
 
-def test_a_penalty_coefficient_on_the_cpu_serves_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch multiplies any tensor by a 0-d one of the CPU; a kernel would follow its pointer."""
-    devices = []
-
-    def op(logprob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        devices.extend(x.device.type for x in rest if isinstance(x, Tensor))
-        return policy_op(logprob, *rest)
-
-    policy_op = policy.op
-    monkeypatch.setattr(policy, "op", op)
+def test_numbers_on_the_cpu_serve_every_device() -> None:
+    """torch takes a 0-d tensor of the CPU beside tensors of any device."""
     tensors = [torch.empty(3, 4, device="meta")] * 3
-    ek.kl_cov_loss(*tensors, None, kl_coef=torch.tensor(0.1))  # type: ignore[arg-type]
-    assert set(devices) == {"meta"}
+    numbers = {name: torch.tensor(0.1) for name in ("kl_coef", "clip_low", "clip_high", "ref_kl_coef")}
+    out = ek.kl_cov_loss(*tensors, None, ref_logprob=tensors[0], **numbers)  # type: ignore[arg-type]
+    assert out.loss.device.type == "meta"
 
 
 class NoHostSync(TorchDispatchMode):

@@ -1,8 +1,8 @@
 """From per-token losses to the scalar loss, over micro-batches and data-parallel ranks.
 
 Every mode is linear in the tokens, Σ w_i x_i / D, with a weight w_i that a rank knows alone (1, or 1 / the length of
-the sequence) and a denominator D that is a count over the whole batch. So only counts ever cross ranks, autograd sees
-a division by a constant, and micro-batches add up exactly.
+the sequence) and a denominator D that is a count over the whole batch. So only counts ever cross ranks, a token's
+derivative is its weight, and micro-batches add up exactly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import all_gather, check_number, integer
+from entropy_kernels._arguments import all_gather
 
 # L_b: sum of the losses of sequence b over its valid tokens, m_b: their number. The docs print this table.
 AGG_MODES: dict[str, str] = {
@@ -24,8 +24,40 @@ AGG_MODES: dict[str, str] = {
 }
 
 
+class Sequences(NamedTuple):
+    """Which tokens are a sequence: those along the last dimension, or runs of (N,) tokens of the ``lengths`` given."""
+
+    lengths: Tensor | None = None  # (S,) int64
+    ids: Tensor | None = None  # (N,) int64: of each token its sequence
+
+    @classmethod
+    def packed(cls, lengths: Tensor, tokens: int) -> Sequences:
+        """Of ``tokens`` tokens in all."""
+        numbers = torch.arange(lengths.numel(), device=lengths.device)
+        return cls(lengths, torch.repeat_interleave(numbers, lengths, output_size=tokens))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Per sequence: (..., L) -> (...), or (N,) -> (S,) in fp64, because it adds one after the other."""
+        if self.lengths is None:
+            return values.sum(-1)
+        return torch.segment_reduce(values.double(), "sum", lengths=self.lengths, axis=0, unsafe=True, initial=0)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """To the tokens: (...) -> (..., 1), or (S,) -> (N,); a 0-d value is everybody's."""
+        if values.dim() == 0:
+            return values
+        return values.unsqueeze(-1) if self.ids is None else values.index_select(0, self.ids)
+
+
+class Counts(NamedTuple):
+    """0-d tensors: what is counted over this rank's tokens, or over the group's."""
+
+    tokens: Tensor  # valid tokens
+    sequences: Tensor | None  # sequences with at least one valid token; None where the mode asks for none
+
+
 class Aggregation(NamedTuple):
-    """The arguments that say how a loss is aggregated; see :func:`entropy_kernels.policy_loss`."""
+    """The arguments that say how a loss is aggregated, checked; see :func:`entropy_kernels.policy_loss`."""
 
     mode: str
     dp_size: int
@@ -34,89 +66,44 @@ class Aggregation(NamedTuple):
     loss_scale_factor: float | Tensor | None
     group: Any
 
-    def check(self, logprob: Tensor) -> None:
-        """Values and their combination are valid for ``logprob``'s shape."""
-        if self.mode not in AGG_MODES:
-            raise ValueError(f"loss_agg_mode: expected one of {', '.join(map(repr, AGG_MODES))}, got {self.mode!r}")
-        if integer("dp_size", self.dp_size) < 1:
-            raise ValueError(f"dp_size: expected >= 1, got {self.dp_size}")
-        _check_count("batch_num_tokens", self.batch_num_tokens)
-        _check_count("global_batch_size", self.global_batch_size)
-        scale = self.loss_scale_factor
-        if scale is not None and not isinstance(scale, Tensor):
-            check_number("loss_scale_factor", scale)
-            if not scale > 0:
-                raise ValueError(f"loss_scale_factor: expected > 0, got {scale}")
-        if self.group is not None and getattr(self.group, "group_name", None) is None:
-            raise TypeError(
-                f"batch_group: expected a torch.distributed process group or None, got {type(self.group).__name__}"
-            )
-        if self._by_sequence and logprob.dim() < 2:
-            raise ValueError(
-                f"logprob: expected (..., sequences, tokens) with loss_agg_mode={self.mode!r}, "
-                f"got shape {tuple(logprob.shape)}"
-            )
-        if self.dp_size > 1 and self.group is None and self.mode != "token-sum":
-            name = "global_batch_size" if self._by_sequence else "batch_num_tokens"
-            if getattr(self, name) is None:
-                raise ValueError(
-                    f"{name}: expected the number of the whole batch (or a batch_group that counts it) "
-                    f"with dp_size={self.dp_size}, got None"
-                )
-
     @property
-    def _by_sequence(self) -> bool:
+    def by_sequence(self) -> bool:
+        """Whether the mode asks what a sequence is."""
         return self.mode.startswith("seq-")
 
-    @property
-    def is_mean_of_call(self) -> bool:
-        """Whether the loss is the mean over the valid tokens of this call."""
-        return self.mode == "token-mean" and self.batch_num_tokens is None and self.group is None
+    def counted(self, valid: Tensor, sequences: Sequences) -> tuple[Counts, Tensor | float]:
+        """What is counted over this rank's tokens, ``valid`` (bool) being those that count, and the weights w_i.
 
-    def numerator(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Σ w_i x_i of this rank's tokens, differentiable; ``values`` are 0 where masked."""
-        if self.mode != "seq-mean-token-mean":
-            return values.sum()
-        return (values.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
-
-    def weights(self, mask: Tensor) -> Tensor:
-        """What a token's loss is multiplied by before all are added up, fp64 of ``mask``'s shape, 0 where masked.
-
-        The derivative of ``numerator / denominator · dp_size``; counts over the ranks of the group, if there is one.
+        They are 1, or per sequence.
         """
-        counts = Counts.of(mask)
-        if self.group is not None:
-            counts = Counts(**over_group(counts._asdict(), {}, self.group))
-        share = mask.double()
-        if self.mode == "seq-mean-token-mean":
-            share = share / mask.sum(-1, keepdim=True).clamp(min=1)
-        return share * self.dp_size / self.denominator(counts, mask.shape[-1])
+        tokens = valid.count_nonzero()
+        if not self.by_sequence:
+            return Counts(tokens, None), 1.0
+        lengths = sequences.sum(valid)
+        counts = Counts(tokens, lengths.count_nonzero())
+        return counts, lengths.clamp(min=1).double().reciprocal() if self.mode == "seq-mean-token-mean" else 1.0
 
-    def denominator(self, counts: Counts, length: int) -> Tensor | int | float:
-        """D without dp_size; never 0, so that a batch without valid tokens has loss 0."""
+    def weighted_sum(self, values: Tensor, weight: Tensor | float, sequences: Sequences) -> Tensor:
+        """Σ w_i x_i in fp64, 0-d; ``weight`` as :meth:`counted` gives it. Rows are summed as they come, in blocks."""
+        if self.by_sequence:
+            return (sequences.sum(values).double() * weight).sum()
+        if torch.compiler.is_compiling():  # one pass with other sums
+            return values.sum(dtype=torch.float64)
+        return values.sum(-1).sum(dtype=torch.float64)
+
+    def denominator(self, counts: Counts, width: int) -> Tensor:
+        """D, 0-d; never 0, so that a batch without valid tokens has loss 0."""
+        given = self.global_batch_size if self.by_sequence else self.batch_num_tokens
+        count = counts.sequences if self.by_sequence else counts.tokens
+        assert count is not None
         if self.mode == "token-sum":
-            return 1
-        given = self.global_batch_size if self._by_sequence else self.batch_num_tokens
-        counted = counts.sequences if self._by_sequence else counts.tokens
-        if given is None:
-            count: Tensor | int | float = counted.clamp(min=1)
-        else:
-            count = given.clamp(min=1) if isinstance(given, Tensor) else max(given, 1)
+            return torch.ones_like(count, dtype=torch.float64)
+        if given is not None:
+            count = given.to(count.device) if isinstance(given, Tensor) else torch.ones_like(count) * given
+        count = count.clamp(min=1).double()
         if self.mode != "seq-mean-token-sum-norm":
             return count
-        return count * (max(length, 1) if self.loss_scale_factor is None else self.loss_scale_factor)
-
-
-class Counts(NamedTuple):
-    """0-d tensors: what is counted over this rank's tokens, or over the group's."""
-
-    tokens: Tensor  # valid tokens
-    sequences: Tensor  # sequences with at least one valid token
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Counts:
-        """Over this rank's tokens."""
-        return cls(mask.count_nonzero(), mask.any(-1).count_nonzero())
+        return count * (max(width, 1) if self.loss_scale_factor is None else self.loss_scale_factor)
 
 
 def over_group(sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
@@ -130,17 +117,3 @@ def over_group(sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any) -
     all_gather(gathered.view(-1), local, group=group)
     totals = torch.cat([gathered[:, : len(sums)].sum(0), gathered[:, len(sums) :].amax(0)])
     return dict(zip(merged, totals.unbind(), strict=True))
-
-
-def _check_count(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, Tensor):
-        if value.dim() != 0 or value.is_complex():
-            raise ValueError(
-                f"{name}: expected a number or a 0-d tensor, got {value.dtype} of shape {tuple(value.shape)}"
-            )
-        return
-    check_number(name, value)
-    if value < 0:
-        raise ValueError(f"{name}: expected >= 0, got {value}")

@@ -1,18 +1,25 @@
-"""The public losses. Each is a chain of the same steps: check, say what the policy term is, evaluate, sum up."""
+"""The public losses: a keyword list each, one record made of it (options.py), one evaluation (evaluate.py)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from entropy_kernels.losses import presets
-from entropy_kernels.losses.aggregation import Aggregation
-from entropy_kernels.losses.inputs import check_coefficient, check_inputs, check_mask
-from entropy_kernels.losses.kl import check_estimator
+from entropy_kernels._arguments import refuse_forward_mode, refuse_functional_grad
+from entropy_kernels.losses import metrics, options, tokens
+from entropy_kernels.losses.aggregation import Counts, over_group
+from entropy_kernels.losses.evaluate import Loss
 from entropy_kernels.losses.presets import Clip
-from entropy_kernels.losses.total import Extras, PolicyLoss, total
-from entropy_kernels.policy import Clips, Policy, Selected, Selection, evaluate
+from entropy_kernels.losses.surrogates import Surrogate
+
+
+class PolicyLoss(NamedTuple):
+    """A loss to call backward on, and its metrics (:data:`entropy_kernels.losses.METRICS`)."""
+
+    loss: Tensor  # 0-d, fp32 (fp64 for fp64 log-probs); of the mask's shape with loss_agg_mode="none"
+    metrics: dict[str, Tensor]  # 0-d, detached, on the device
 
 
 def policy_loss(
@@ -21,9 +28,9 @@ def policy_loss(
     advantages: Tensor,
     mask: Tensor | None,
     *,
-    clip_low: float | None = 0.2,
-    clip_high: float | None = 0.2,
-    dual_clip: float | None = None,
+    clip_low: float | Tensor | None = 0.2,
+    clip_high: float | Tensor | None = 0.2,
+    dual_clip: float | Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_coef: float | Tensor = 0.0,
     ref_logprob: Tensor | None = None,
@@ -35,13 +42,20 @@ def policy_loss(
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: float | Tensor | None = None,
     batch_group: Any = None,
-    backend: str = "auto",
+    surrogate: str | Surrogate = "ppo",
+    token_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    covariance_advantages: Tensor | None = None,
+    ref_kl_importance: bool = False,
+    nonfinite: str = "propagate",
+    **surrogate_options: Any,
 ) -> PolicyLoss:
-    """PPO's clipped surrogate with entropy bonus and reference KL: the loss of PPO, GRPO, RLOO and DAPO.
+    """A policy loss with entropy bonus and reference KL: of PPO, GRPO, RLOO, DAPO, GSPO, CISPO and more.
 
     Per token, with r = exp(logprob - old_logprob), *not* clamped: l1 = -A·r, l2 = -A·clamp(r, 1 - clip_low,
-    1 + clip_high), policy term max(l1, l2) (arXiv 1707.06347, Eq. 7); with a dual clip c and A < 0 at most -A·c
-    (arXiv 1912.09729, Eq. 5). The loss is the aggregate of policy term - entropy_coef·entropy + ref_kl_coef·KL.
+    1 + clip_high), surrogate max(l1, l2) (arXiv 1707.06347, Eq. 7); with a dual clip c and A < 0 at most -A·c
+    (arXiv 1912.09729, Eq. 5); or another ``surrogate``. The loss is the aggregate of
+    token_weight·surrogate - entropy_coef·entropy + ref_kl_coef·KL.
     Everything runs on the device of ``logprob`` without a value read back by the host, also under
     ``torch.compile(fullgraph=True)``.
 
@@ -53,7 +67,9 @@ def policy_loss(
         advantages: ``logprob``'s shape, or (B,) or (B, 1): one per sequence; raw, a constant here.
         mask: ``logprob``'s shape, bool, int or float 0/1, 1 = counts; None: all tokens count. What stands in padding,
             NaN included, reaches neither value nor gradient.
-        clip_low, clip_high: the ratio is clipped to 1 - clip_low .. 1 + clip_high; None: no clip on that side.
+        clip_low, clip_high: the ratio is clipped to 1 - clip_low .. 1 + clip_high; None: no clip on that side. These
+            and all other numbers may be 0-d tensors, which are not read back; under torch.compile no value of theirs
+            compiles anew.
         dual_clip: > 1, or None for none.
         entropy: ``logprob``'s shape, nats, differentiable (:func:`entropy_kernels.logprob_entropy`); gives the metric,
             and with ``entropy_coef`` the bonus with its true gradient.
@@ -63,7 +79,8 @@ def policy_loss(
         kl_estimator: "k1", "abs", "k2", "k3", with '+' for k2's gradient; :func:`entropy_kernels.losses.kl_estimate`.
         loss_agg_mode: with L_b the sum over sequence b and m_b its length: "token-mean" ΣL_b / Σm_b; "token-sum" ΣL_b;
             "seq-mean-token-sum" and "seq-mean-token-mean" the mean of L_b, of L_b / m_b, over sequences with m_b > 0;
-            "seq-mean-token-sum-norm" the former divided by ``loss_scale_factor``.
+            "seq-mean-token-sum-norm" the former divided by ``loss_scale_factor``; "none": the loss of each token, for
+            callers that sum up themselves (:func:`entropy_kernels.aggregate`).
         dp_size: by how much the caller's gradient reduction divides: the loss is multiplied by it. Under DDP and FSDP,
             which average over ranks, the number of ranks; 1 where gradients are summed. Beyond 1 the loss needs a
             denominator of the whole batch: one of the next two, or ``batch_group``.
@@ -75,8 +92,20 @@ def policy_loss(
         batch_group: torch.distributed process group over data-parallel ranks: denominators that are not given, metrics
             and covariance are taken over all its ranks. Each rank's loss is its own share of the batch's loss: the
             shares add up to it (× dp_size). No gradient crosses ranks; all ranks make the same calls.
-        backend: "auto", "torch", "triton", "cpu" or "cuda", for covariance, selection and policy term; see
-            :func:`entropy_kernels.backends`. fp64 log-probs are served by "torch".
+        surrogate: a name of :func:`entropy_kernels.surrogates` ("ppo", "gspo", "gspo_token", "cispo", "sapo", ...;
+            docs/losses.md has their formulas), or an :class:`entropy_kernels.Surrogate` of your own.
+        token_weight: a constant factor of each token's surrogate (importance weights of the rollout, masks of
+            sequences); ``logprob``'s shape, or one per sequence. Not of entropy bonus, reference KL, covariance or
+            metrics; a token of weight 0 stays in all counts.
+        cu_seqlens: (S + 1,) int32 or int64, for packed rows: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]
+            of the flattened batch. Sequences are otherwise the rows.
+        covariance_advantages: like ``advantages``: what covariances (the metrics', the selection's) are computed from,
+            where ``advantages`` have been scaled, as by 1/N.
+        ref_kl_importance: multiply the reference KL by the ratio that the surrogate uses, differentiated, as TRL does
+            by default (``use_bias_correction_kl``).
+        nonfinite: "propagate": a valid token whose log-prob, old log-prob or advantage is not finite makes the loss
+            NaN; "drop": it counts as masked. The metric ``nonfinite_tokens`` counts it either way.
+        surrogate_options: options of the surrogate, such as ``tau_pos`` of "sapo" or ``delta`` of "ppo".
 
     Returns:
         ``PolicyLoss(loss, metrics)``: a 0-d loss in fp32 (fp64 for fp64 log-probs), and a dict of 0-d tensors
@@ -89,16 +118,7 @@ def policy_loss(
             argument requires.
         NotImplementedError: forward-mode differentiation, torch.func's derivatives.
     """
-    clips = Clips(clip_low, clip_high, dual_clip)
-    clips.check()
-    extras = Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator))
-    aggregation = Aggregation(
-        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
-    )
-    inputs = check_inputs(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
-    aggregation.check(inputs.logprob)
-    policy = Policy(clips)
-    return total(inputs, policy, evaluate(*inputs[:4], policy, batch_group, backend), extras, aggregation)
+    return _loss("ppo", locals())
 
 
 def clip_cov_loss(
@@ -109,7 +129,7 @@ def clip_cov_loss(
     *,
     clip_low: Clip = "preset",
     clip_high: Clip = "preset",
-    dual_clip: float | None = None,
+    dual_clip: float | Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_coef: float | Tensor = 0.0,
     ref_logprob: Tensor | None = None,
@@ -121,16 +141,23 @@ def clip_cov_loss(
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: float | Tensor | None = None,
     batch_group: Any = None,
+    surrogate: str | Surrogate = "ppo",
+    token_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    covariance_advantages: Tensor | None = None,
+    ref_kl_importance: bool = False,
+    nonfinite: str = "propagate",
     backend: str = "auto",
     preset: str = "verl",
-    seed: int | Tensor | None = None,
-    ratio: float | None = None,
-    k: int | None = None,
-    low: float | None = None,
-    high: float | None = None,
+    seed: Any = None,
+    ratio: float | Tensor | None = None,
+    k: int | Tensor | None = None,
+    low: float | Tensor | None = None,
+    high: float | Tensor | None = None,
     band: str | None = None,
     token_index: Tensor | None = None,
     dropped: Tensor | None = None,
+    **surrogate_options: Any,
 ) -> PolicyLoss:
     """Clip-Cov: of the tokens whose covariance lies in a band, a few drawn at random lose their gradient.
 
@@ -156,40 +183,7 @@ def clip_cov_loss(
         dropped: ``logprob``'s shape, bool, int or float 0/1: 1 = this token's gradient is removed, and nothing is
             selected here. Not together with seed, ratio, k, low, high or band.
     """
-    chosen = presets.find(presets.CLIP_COV, preset)
-    clip_low = presets.clip_or("clip_low", clip_low, chosen.clip_low)
-    clip_high = presets.clip_or("clip_high", clip_high, chosen.clip_high)
-    clips = Clips(clip_low, clip_high, dual_clip)
-    clips.check()
-    _check_selection("dropped", dropped, seed=seed, ratio=ratio, k=k, low=low, high=high, band=band)
-    if dropped is None and seed is None:
-        raise ValueError("seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None")
-    if band == "quantile" and (low is None or high is None):
-        raise ValueError(f"low, high: expected shares in [0, 1] with band='quantile', got low={low}, high={high}")
-    extras = Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator))
-    aggregation = Aggregation(
-        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
-    )
-    inputs = check_inputs(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
-    aggregation.check(inputs.logprob)
-    given = check_mask("dropped", dropped, logprob)
-    selection = None
-    if given is None:
-        selection = Selection(
-            ratio=chosen.ratio if ratio is None and k is None else ratio,
-            k=k,
-            at_least_one=chosen.at_least_one,
-            token_index=token_index,
-            seed=seed,
-            low=presets.given_or(low, chosen.low),
-            high=presets.given_or(high, chosen.high),
-            band=presets.given_or(band, chosen.band),
-            closed=chosen.closed,
-            exclude_clipped=chosen.exclude_clipped,
-        )
-    selected_as = Selected.DROPPED if chosen.dropped_value == "zero" else Selected.DETACHED
-    policy = Policy(clips, selected_as, selection, given)
-    return total(inputs, policy, evaluate(*inputs[:4], policy, batch_group, backend), extras, aggregation)
+    return _loss("clip_cov", locals())
 
 
 def kl_cov_loss(
@@ -200,7 +194,7 @@ def kl_cov_loss(
     *,
     clip_low: Clip = "preset",
     clip_high: Clip = "preset",
-    dual_clip: float | None = None,
+    dual_clip: float | Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_coef: float | Tensor = 0.0,
     ref_logprob: Tensor | None = None,
@@ -212,14 +206,21 @@ def kl_cov_loss(
     global_batch_size: int | Tensor | None = None,
     loss_scale_factor: float | Tensor | None = None,
     batch_group: Any = None,
+    surrogate: str | Surrogate = "ppo",
+    token_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    covariance_advantages: Tensor | None = None,
+    ref_kl_importance: bool = False,
+    nonfinite: str = "propagate",
     backend: str = "auto",
     preset: str = "verl",
-    ratio: float | None = None,
-    k: int | None = None,
+    ratio: float | Tensor | None = None,
+    k: int | Tensor | None = None,
     kl_coef: float | Tensor = 1.0,
     penalty_estimator: str | None = None,
     token_index: Tensor | None = None,
     penalized: Tensor | None = None,
+    **surrogate_options: Any,
 ) -> PolicyLoss:
     """KL-Cov: the tokens of largest covariance are held near the policy that sampled them.
 
@@ -241,39 +242,62 @@ def kl_cov_loss(
         penalized: ``logprob``'s shape, bool, int or float 0/1: 1 = the penalty is added, and nothing is selected here.
             Not together with ratio or k.
     """
-    chosen = presets.find(presets.KL_COV, preset)
-    clip_low = presets.clip_or("clip_low", clip_low, chosen.clip_low)
-    clip_high = presets.clip_or("clip_high", clip_high, chosen.clip_high)
-    clips = Clips(clip_low, clip_high, dual_clip)
-    clips.check()
-    check_coefficient("kl_coef", kl_coef)
-    if isinstance(kl_coef, Tensor) and kl_coef.requires_grad:
-        raise ValueError("kl_coef: expected a constant, got a tensor that requires grad")
-    estimator = check_estimator("penalty_estimator", presets.given_or(penalty_estimator, chosen.penalty))
-    _check_selection("penalized", penalized, ratio=ratio, k=k)
-    extras = Extras(entropy_coef, ref_kl_coef, check_estimator("kl_estimator", kl_estimator))
-    aggregation = Aggregation(
-        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group
+    return _loss("kl_cov", locals())
+
+
+def _loss(method: str, given: dict[str, Any]) -> PolicyLoss:
+    logprob = given["logprob"]
+    chosen = options.make(method, given, getattr(logprob, "device", None))  # type: ignore[arg-type]
+    checked = tokens.check(given, chosen)
+    if not torch.compiler.is_compiling():
+        differentiable = [x for x in (checked.logprob, checked.entropy) if x is not None]
+        refuse_functional_grad("policy_loss", *differentiable)
+        refuse_forward_mode("policy_loss", *differentiable)
+    loss, *values = Loss.apply(
+        checked.logprob, checked.entropy, chosen.entropy_coef, chosen.ref_kl_coef, checked.tokens, chosen
     )
-    inputs = check_inputs(logprob, old_logprob, advantages, mask, entropy, entropy_coef, ref_logprob, ref_kl_coef)
-    aggregation.check(inputs.logprob)
-    given = check_mask("penalized", penalized, logprob)
-    selection = None
-    if given is None:
-        selection = Selection(
-            ratio=chosen.ratio if ratio is None and k is None else ratio,
-            k=k,
-            at_least_one=chosen.at_least_one,
-            token_index=token_index,
-        )
-    policy = Policy(clips, Selected.PENALISED, selection, given, estimator, kl_coef)
-    return total(inputs, policy, evaluate(*inputs[:4], policy, batch_group, backend), extras, aggregation)
+    names = metrics.names(chosen, checked.entropy is not None, checked.tokens.ref_logprob is not None)
+    if chosen.aggregation.mode == "none":
+        loss = loss.view(checked.shape)
+    return PolicyLoss(loss, dict(zip(names, values, strict=True)))
 
 
-def _check_selection(name: str, mask: Tensor | None, **options: Any) -> None:
-    given = [option for option, value in options.items() if value is not None]
-    if mask is not None and given:
-        raise ValueError(
-            f"{name}: expected no {', '.join(options)} beside it, because a given mask means that nothing is selected "
-            f"here; got {', '.join(given)}"
-        )
+def aggregate(
+    term: Tensor,
+    mask: Tensor | None,
+    *,
+    loss_agg_mode: str = "token-mean",
+    dp_size: int = 1,
+    batch_num_tokens: int | Tensor | None = None,
+    global_batch_size: int | Tensor | None = None,
+    loss_scale_factor: float | Tensor | None = None,
+    batch_group: Any = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """What the losses make of their tokens' losses: the aggregate of a per-token term of your own.
+
+    Args:
+        term: (..., L), floating point, differentiable. What stands where the mask is 0 reaches nothing.
+        mask: ``term``'s shape, bool, int or float 0/1; None: all tokens count.
+        loss_agg_mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor, batch_group, cu_seqlens: as in
+            :func:`policy_loss`; "none" returns the term with 0 where masked.
+
+    Returns:
+        0-d (``term``'s shape for "none"), fp32, or fp64 for fp64.
+
+    Raises:
+        TypeError, ValueError: as :func:`policy_loss`.
+    """
+    given = dict(locals())
+    aggregation = options.aggregation(given, getattr(term, "device", None))
+    values, valid, sequences = tokens.check_term(term, mask, cu_seqlens, aggregation)
+    if valid is not None:
+        values = torch.where(valid, values, 0)
+    if aggregation.mode == "none":
+        return values.view(term.shape)
+    counts, weight = aggregation.counted(torch.ones_like(values, dtype=torch.bool) if valid is None else valid, sequences)
+    if batch_group is not None:
+        totals = over_group({name: x for name, x in counts._asdict().items() if x is not None}, {}, batch_group)
+        counts = Counts(totals["tokens"], totals.get("sequences"))
+    total = aggregation.weighted_sum(values, weight, sequences)
+    return (total * aggregation.dp_size / aggregation.denominator(counts, values.shape[-1])).to(values.dtype)

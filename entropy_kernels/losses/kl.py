@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entropy_kernels.losses.masking import unless
+
 # name -> (other names in use, formula of D = lp - lp_other); the docs print this table
 KL_ESTIMATORS: dict[str, tuple[tuple[str, ...], str]] = {
     "k1": (("kl",), "D"),
@@ -48,6 +50,20 @@ def kl_estimate(log_ratio: Tensor, estimator: str = "k3") -> Tensor:
         return value
     square = _value(log_ratio, "k2")
     return value.detach() + (square - square.detach())
+
+
+def kl_and_grad(log_ratio: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """The estimate (its canonical name, fp32 or fp64) and its derivative by D, written out."""
+    name = estimator.removesuffix("+")
+    value = _value(log_ratio, name)
+    if estimator != name or name == "k2":
+        return value, log_ratio
+    if name == "k1":
+        return value, torch.ones_like(log_ratio)
+    if name == "abs":
+        return value, log_ratio.sign()
+    # Where D is clamped the value is, too: it is above 10 from D = 11 on
+    return value, unless(1 - torch.exp(-log_ratio), value >= 10)
 
 
 def _value(log_ratio: Tensor, name: str) -> Tensor:

@@ -16,9 +16,10 @@ from entropy_kernels._arguments import integer, process_group_of, scalar_tensor
 from entropy_kernels.linear import changes_of, linear_loss, register_loss
 from entropy_kernels.losses import functional, presets
 from entropy_kernels.losses.aggregation import Aggregation
-from entropy_kernels.losses.inputs import check_mask, check_tensor
+from entropy_kernels.losses.tokens import check_mask
+from entropy_kernels.losses.tokens import _check_tensor as check_tensor
 from entropy_kernels.losses.metrics import METRICS
-from entropy_kernels.losses.total import PolicyLoss
+from entropy_kernels.losses.functional import PolicyLoss
 from entropy_kernels.selection import expand_advantages, seed_tensor
 
 LOSSES: dict[str, Callable[..., PolicyLoss]] = {  # by `method`

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from entropy_kernels.losses import functional
-from entropy_kernels.losses.total import PolicyLoss
+from entropy_kernels.losses.functional import PolicyLoss
 
 
 class _LossModule(nn.Module):

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from torch import Tensor
+
 # clip_low and clip_high: "preset" stands for the preset's value, because None already means "no PPO clip".
-Clip = float | None | Literal["preset"]
+Clip = float | Tensor | None | Literal["preset"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,6 @@ KL_COV: dict[str, KlCovPreset] = {
 }
 
 P = TypeVar("P")
-T = TypeVar("T")
 
 
 def find(presets: dict[str, P], name: str) -> P:
@@ -83,12 +84,7 @@ def find(presets: dict[str, P], name: str) -> P:
     return presets[name]
 
 
-def given_or(value: T | None, default: T) -> T:
-    """``value``, or the preset's where it is None."""
-    return default if value is None else value
-
-
-def clip_or(name: str, value: Clip, default: float | None) -> float | None:
+def clip_or(name: str, value: Clip, default: float | None) -> float | Tensor | None:
     """``value``, or the preset's where it is "preset"; None stays None: no clip."""
     if not isinstance(value, str):
         return value

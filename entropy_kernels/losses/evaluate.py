@@ -1,0 +1,317 @@
+"""A loss from the log-probs: values and derivatives per token, their aggregate, and the metrics.
+
+Read in this order: ``surrogate_terms`` (the closed form of each token), ``token_terms`` (selection's effect, weight,
+entropy bonus, reference KL), ``evaluate`` (selection, aggregate, metrics), ``Loss`` (autograd). Nothing here is
+differentiated by autograd: derivatives come with the values, so the losses from hidden states use the same functions
+between their matrix products (losses/linear.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.losses import metrics
+from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
+from entropy_kernels.losses.kl import kl_and_grad
+from entropy_kernels.losses.masking import bits, keep, largest, nan_where_not_finite
+from entropy_kernels.losses.options import LossOptions, used
+from entropy_kernels.losses.tokens import Tokens
+from entropy_kernels.selection import clip_cov_mask, token_covariance
+
+_ALL = 1 << 53  # more tokens than any batch has
+
+
+class Pullback(NamedTuple):
+    """How the tokens' losses x_t depend on the log-probs: what a backward pass keeps."""
+
+    grad: Tensor  # d x_t / d own log-prob, the ratio of the sequence held
+    pooled: Tensor | None  # d x_t / d the log-ratio of its sequence
+    part: Tensor | None  # d the sum of the sequence / d own log-prob; None: 1 at valid tokens
+    count: Tensor | None  # per sequence, what its sum is divided by
+    mask: Tensor | None  # as masking.bits makes it; None: all tokens count
+    lengths: Tensor | None  # of Sequences
+    ids: Tensor | None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """d Σ weight_t x_t / d log-prob, of the tokens' shape, for weights that broadcast to it."""
+        gradient = self.grad * weight
+        if self.pooled is None:
+            return gradient
+        sequences = Sequences(self.lengths, self.ids)
+        pulled = sequences.sum(self.pooled * weight)
+        if self.count is not None:
+            pulled = pulled / self.count
+        pulled = sequences.spread(pulled.to(gradient.dtype)).expand_as(gradient)
+        return gradient + (keep(pulled.contiguous(), self.mask) if self.part is None else pulled * self.part)
+
+
+class Surrogates(NamedTuple):
+    """Per token; 0, False or None in padding."""
+
+    value: Tensor
+    grad: Tensor  # by the log-ratio that the surrogate was given
+    clipped: Tensor | None  # bool
+    clipped_lower: Tensor | None
+    log_ratio: Tensor  # of the token
+    level: Tensor  # the log-ratio that the surrogate was given
+    part: Tensor | None
+    count: Tensor | None
+    bad: Tensor  # NaN at a valid token with an input that is not finite, else 0
+    valid: Tensor | None  # bool
+    mask: Tensor | None
+
+
+class Terms(NamedTuple):
+    """Per token, 0 in padding."""
+
+    loss: Tensor
+    policy: Tensor  # without entropy bonus and reference KL
+    pullback: Pullback
+    nonfinite: Tensor  # NaN where something is not finite, used or not; else 0
+    entropy: Tensor | None
+    ref_kl: Tensor | None
+
+
+def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Surrogates:
+    """The surrogate of each token; ``logprob`` fp32 or fp64, without gradient."""
+    dtype, surrogate = logprob.dtype, options.surrogate
+    old, advantages, valid = tokens.old_logprob.to(dtype), tokens.advantages.to(dtype), tokens.mask
+    log_ratio = logprob - old
+    if options.drop_nonfinite:
+        finite = torch.isfinite(log_ratio) & torch.isfinite(advantages)
+        if tokens.covariance_advantages is not None:
+            finite = finite & torch.isfinite(tokens.covariance_advantages)
+        valid = finite if valid is None else valid & finite
+    mask = None if valid is None else bits(valid, dtype)
+    log_ratio, advantages, logprob = (keep(x, mask) for x in (log_ratio, advantages, logprob))
+    level, part, count = log_ratio, None, None
+    clipped: list[Tensor | None] = []
+    bad = nan_where_not_finite(log_ratio, advantages)
+    if surrogate.pools:
+        total = log_ratio
+        if surrogate.contribution is not None:
+            total, part, *clipped = surrogate.contribution(log_ratio, advantages, options.clips)
+        level = tokens.sequences.sum(total)
+        if surrogate.reduce == "mean":
+            count = tokens.sequences.sum(torch.ones_like(log_ratio) if valid is None else valid).clamp(min=1)
+            level = level / count
+        level = keep(tokens.sequences.spread(level.to(dtype)).expand_as(log_ratio).contiguous(), mask)
+        bad = bad + nan_where_not_finite(level)
+    value, grad, *stopped = surrogate.fn(level, logprob, advantages, options.clips)
+    if value.shape != log_ratio.shape or grad.shape != log_ratio.shape:
+        raise ValueError(
+            f"surrogate: expected fn to return value and grad of the tokens' shape {tuple(log_ratio.shape)}, got "
+            f"{tuple(value.shape)} and {tuple(grad.shape)}"
+        )
+    clipped = [x if y is None else y for x, y in zip([*clipped, None, None], [*stopped, None, None], strict=False)][:2]
+    if valid is not None:
+        clipped = [None if x is None else x & valid for x in clipped]
+    return Surrogates(
+        keep(value, mask), keep(grad, mask), *clipped, log_ratio, level, part, count, bad, valid, mask
+    )  # fmt: skip
+
+
+def token_terms(
+    logprob: Tensor, entropy: Tensor | None, found: Surrogates, tokens: Tokens, options: LossOptions, chosen: Tensor | None
+) -> Terms:
+    """The loss of each token, where ``chosen`` (bool, True at valid tokens only; None: none) are under the effect."""
+    value, grad, mask = found.value, found.grad, found.mask
+    dtype = value.dtype
+    if chosen is not None and options.effect in ("dropped", "detached"):
+        rest = bits(~chosen, dtype)
+        grad = keep(grad, rest)
+        value = keep(value, rest) if options.effect == "dropped" else value
+    # What acts on the ratio that the surrogate was given; the penalty and the KL act on the token's own
+    pools = options.surrogate.pools and not options.surrogate.local
+    own, pooled = (torch.zeros_like(grad), grad) if pools else (grad, None)
+    if chosen is not None and options.effect == "penalized":
+        penalty, slope = (keep(x, bits(chosen, dtype)) for x in kl_and_grad(found.log_ratio, options.penalty))
+        value, own = value + options.kl_coef * penalty, own + options.kl_coef * slope
+    if tokens.weight is not None:
+        weight = keep(tokens.weight.to(dtype), mask)
+        nothing = torch.zeros_like(weight)
+        value, own = (torch.where(weight == 0, nothing, x * weight) for x in (value, own))
+        pooled = None if pooled is None else torch.where(weight == 0, nothing, pooled * weight)
+        found = found._replace(bad=found.bad + nan_where_not_finite(weight))
+    value, own = value + found.bad, own + found.bad
+    policy, loss, nonfinite = value, value, found.bad
+    ref_kl = None
+    if tokens.ref_logprob is not None:
+        distance = keep(logprob - tokens.ref_logprob.to(dtype), mask)
+        wrong = nan_where_not_finite(distance)  # k3 clamps, and would show an infinite ratio as a small divergence
+        estimate, slope = kl_and_grad(distance, options.kl_estimator)
+        ref_kl = estimate + wrong
+        nonfinite = nonfinite + wrong
+        if used(options.ref_kl_coef):
+            if options.ref_kl_importance:
+                ratio = found.level.exp()
+                estimate, slope = estimate * ratio, slope * ratio
+                if pools:
+                    assert pooled is not None
+                    pooled = pooled + options.ref_kl_coef * estimate
+                else:
+                    slope = slope + estimate
+            policy = policy + wrong
+            loss = policy + options.ref_kl_coef * estimate
+            own = own + options.ref_kl_coef * keep(slope, mask) + wrong
+    if entropy is not None:
+        entropy = keep(entropy.to(dtype), mask)
+        nonfinite = nonfinite + nan_where_not_finite(entropy)
+        if used(options.entropy_coef):
+            loss = loss - options.entropy_coef * entropy
+    nonfinite = nonfinite + nan_where_not_finite(loss)
+    pullback = Pullback(own, pooled, found.part, found.count, mask, tokens.sequences.lengths, tokens.sequences.ids)
+    return Terms(loss, policy, pullback, nonfinite, entropy, ref_kl)
+
+
+class Evaluated(NamedTuple):
+    """A loss and what its backward pass needs."""
+
+    loss: Tensor  # 0-d, or of the tokens' shape where nothing is aggregated
+    metrics: list[Tensor]  # 0-d, by the names of metrics.names
+    weight: Tensor  # what a token's loss is multiplied by; broadcasts to the tokens
+    terms: Terms
+    tokens: Tensor  # 0-d: how many count
+
+
+def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: LossOptions) -> Evaluated:
+    """The loss of a batch; ``logprob`` (fp32 or fp64) and ``entropy`` of the tokens' shape, without gradient."""
+    aggregation, sequences, dtype = options.aggregation, tokens.sequences, logprob.dtype
+    found = surrogate_terms(logprob, tokens, options)
+    valid, group = found.valid, aggregation.group
+    scored = tokens.advantages if tokens.covariance_advantages is None else tokens.covariance_advantages
+    covariance = token_covariance(logprob, scored, valid, batch_group=group, backend=options.backend)
+    chosen, candidates = tokens.chosen, None
+    if options.selection is not None:
+        chosen, candidates = _select(covariance, found, tokens, options)
+    elif chosen is not None and valid is not None:
+        chosen = chosen & valid
+    terms = token_terms(logprob, entropy, found, tokens, options, chosen)
+
+    everything = torch.ones_like(logprob, dtype=torch.bool) if valid is None else valid
+    counts, own = aggregation.counted(everything, sequences)
+    ratio = keep(found.log_ratio.exp(), found.mask)
+    sums: dict[str, Tensor] = {
+        "clipfrac": _count(found.clipped, logprob),
+        "clipfrac_lower": _count(found.clipped_lower, logprob),
+        "ppo_kl": 0 - found.log_ratio.sum(),
+        "ppo_kl_abs": found.log_ratio.abs().sum(),
+        "ratio_mean": ratio.sum(),
+        "cov_mean": covariance.sum(dtype=torch.float64),
+    }
+    optional = {"band_frac": candidates, "selected_frac": chosen if options.effect != "none" else None}
+    sums |= {name: x.count_nonzero() for name, x in optional.items() if x is not None}
+    sums |= {name: x.sum() for name, x in (("entropy", terms.entropy), ("ref_kl", terms.ref_kl)) if x is not None}
+    nonfinite = logprob.numel() - (terms.nonfinite == 0).count_nonzero()
+    if options.drop_nonfinite:
+        nonfinite = nonfinite + (logprob.numel() if tokens.mask is None else tokens.mask.count_nonzero()) - counts.tokens
+    one_dtype = found.mask if dtype == torch.float32 or valid is None else bits(valid, torch.float32)
+    maxima = {"ratio_max": largest(ratio, None), "cov_max": largest(covariance, one_dtype)}
+
+    loss = policy = aggregation.weighted_sum(terms.loss, own, sequences)
+    if terms.policy is not terms.loss:
+        policy = aggregation.weighted_sum(terms.policy, own, sequences)
+    pg_loss = policy
+    if group is not None:
+        counted = {"tokens": counts.tokens} | ({} if counts.sequences is None else {"sequences": counts.sequences})
+        totals = over_group({**sums, **counted, "nonfinite": nonfinite, "policy": policy}, maxima, group)
+        counts = Counts(totals["tokens"], totals.get("sequences"))
+        sums, maxima = ({name: totals[name] for name in x} for x in (sums, maxima))
+        nonfinite, pg_loss = totals["nonfinite"], totals["policy"]
+    denominator = aggregation.denominator(counts, logprob.shape[-1])
+    scale = aggregation.dp_size / denominator
+    pg_loss = pg_loss * scale if group is None else pg_loss / denominator
+    made = {"pg_loss": pg_loss, **_means(sums, counts.tokens), "nonfinite_tokens": nonfinite}
+    made |= {name: torch.where(counts.tokens > 0, value, 0) for name, value in maxima.items()}
+    named = [made[name].to(dtype) for name in metrics.METRICS if name in made]
+    if aggregation.mode == "none":
+        return Evaluated(terms.loss, named, torch.ones_like(scale, dtype=dtype), terms, counts.tokens)
+    weight = sequences.spread(own * scale).to(dtype)
+    return Evaluated((loss * scale).to(dtype), named, weight, terms, counts.tokens)
+
+
+def _select(
+    covariance: Tensor, found: Surrogates, tokens: Tokens, options: LossOptions
+) -> tuple[Tensor, Tensor | None]:
+    """The selected tokens and, where they are drawn from a range, the candidates; bool."""
+    assert options.selection is not None
+    function, request, exclude_clipped = options.selection
+    exclude = found.clipped if exclude_clipped else None
+    chosen = function(covariance, found.valid, exclude=exclude, token_index=tokens.token_index, **request)
+    if "seed" not in request:
+        return chosen, None
+    low, high, closed = request["low"], request["high"], request["closed"]
+    if request["band"] == "quantile":  # the bounds are order statistics: the selection finds them
+        request = {**request, "ratio": None, "k": _ALL}
+        return chosen, clip_cov_mask(covariance, found.valid, exclude=exclude, **request)
+    inside = (covariance >= low) & (covariance <= high) if closed else (covariance > low) & (covariance < high)
+    if exclude is not None:
+        inside = inside & ~exclude
+    return chosen, inside if found.valid is None else inside & found.valid
+
+
+def _count(condition: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(()) if condition is None else condition.count_nonzero()
+
+
+def _means(sums: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    tokens = tokens.clamp(min=1)
+    if torch.compiler.is_compiling():  # scalars apart fuse with the sums
+        return {name: value / tokens for name, value in sums.items()}
+    means = torch.stack([value.double() for value in sums.values()]) / tokens
+    return dict(zip(sums, means.unbind(), strict=True))
+
+
+class Loss(torch.autograd.Function):
+    """The loss, 0-d or per token, and its metrics; differentiable by log-prob, entropy and the two coefficients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logprob: Tensor, entropy: Tensor | None, entropy_coef: Any, ref_kl_coef: Any, tokens: Tokens,
+        options: LossOptions,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        wide = logprob.to(torch.float64 if logprob.dtype == torch.float64 else torch.float32)
+        found = evaluate(wide, entropy, tokens, options)
+        ctx.dtypes = logprob.dtype, None if entropy is None else entropy.dtype
+        ctx.entropy_coef = options.entropy_coef if used(options.entropy_coef) else None
+        terms = found.terms
+        kept = (terms.entropy, terms.ref_kl) if any(ctx.needs_input_grad[2:4]) else (None, None)
+        ctx.save_for_backward(logprob, found.weight, *kept, *terms.pullback)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*found.metrics)
+        return (found.loss, *found.metrics)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if upstream is None:
+            return (None,) * 6
+        logprob, weight, entropy, ref_kl, *kept = ctx.saved_tensors
+        pullback, weight = Pullback(*kept), weight * upstream
+        grads: list[Tensor | None] = [None] * 6
+        if ctx.needs_input_grad[0]:
+            grads[0] = pullback(weight).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1] and ctx.entropy_coef is not None:
+            per_token = (-ctx.entropy_coef * weight).to(weight.dtype).expand_as(pullback.grad).contiguous()
+            grads[1] = keep(per_token, pullback.mask).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[2]:
+            grads[2] = -(weight * entropy).sum()
+        if ctx.needs_input_grad[3]:
+            grads[3] = (weight * ref_kl).sum()
+        if torch.is_grad_enabled():
+            grads = [None if x is None else _OnlyOnce.apply(x, logprob) for x in grads]
+        return tuple(grads)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Only there to say, instead of a silent wrong second derivative, that there is none."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, logprob: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError("policy_loss: double backward (create_graph=True) is not supported")

@@ -1,0 +1,332 @@
+"""The surrogates: what a token adds to the loss, as a closed form of its log-ratio, log-prob and advantage.
+
+A surrogate returns the value, its derivative, and which tokens a clip stops; docs/losses.md prints the table at the end
+of this file. To add one, write its function and its line of the table (or hand an ``ek.Surrogate`` of your own to
+``surrogate=``), and its reference to tests/reference_surrogates.py. The functions get tokens of one shape, fp32 or fp64:
+
+    log_ratio   log π - log π_old, of the token, or of its sequence where the level says so; not clamped; 0 in padding
+    logprob     log π; 0 in padding
+    advantages  A; 0 in padding
+    options     clip_low, clip_high, dual_clip (None: none), and those of ``defaults``; numbers or 0-d tensors
+
+Derivatives are written out, so that nothing passes through a branch that a token does not take (0 · inf is NaN).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.losses.masking import product, unless
+
+# value, derivative, clipped (bool or None) and, where there is a second clip, which tokens that one stops
+Evaluated = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class SurrogateOptions(dict[str, Any]):
+    """What a surrogate is told: ``options.clip_low`` or ``options["clip_low"]``."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{name}: expected one of {', '.join(self)}") from None
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A policy loss per token, before it is weighted and summed up.
+
+    Attributes:
+        fn: ``(log_ratio, logprob, advantages, options) -> (value, grad, clipped)``, see the head of this module.
+            ``grad`` is the derivative by the log-ratio (with which the log-prob moves); ``clipped`` a bool tensor, or
+            None. A fourth result counts as ``clipfrac_lower``. No autograd runs inside: what fn computes is constant.
+        level: "token", or "sequence": the log-ratio is that of the token's sequence, the mean over its valid tokens,
+            the same for all of them, and ``grad`` reaches each of them with its share.
+        defaults: options of this surrogate beside the clips, which callers may give as keywords of the losses.
+        local: level "sequence" only: ``grad`` stays with the token's own log-prob (the ratio's value is the sequence's).
+        contribution: level "sequence" only: ``(log_ratio, advantages, options) -> (part, grad, clipped)``: what a token
+            adds to its sequence's sum, where that is not its log-ratio, and its derivative.
+        reduce: "mean" or "sum", over the tokens of a sequence.
+        formula, source, users: for the documentation.
+    """
+
+    fn: Callable[[Tensor, Tensor, Tensor, SurrogateOptions], Evaluated]
+    level: Literal["token", "sequence"] = "token"
+    defaults: dict[str, Any] = field(default_factory=dict)
+    local: bool = False
+    contribution: Callable[[Tensor, Tensor, SurrogateOptions], Evaluated] | None = None
+    reduce: Literal["mean", "sum"] = "mean"
+    formula: str = ""
+    source: str = ""
+    users: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise TypeError(f"fn: expected a function, got {type(self.fn).__name__}")
+        if self.level not in ("token", "sequence"):
+            raise ValueError(f"level: expected 'token' or 'sequence', got {self.level!r}")
+        if self.reduce not in ("mean", "sum"):
+            raise ValueError(f"reduce: expected 'mean' or 'sum', got {self.reduce!r}")
+        if self.level == "token" and (self.local or self.contribution is not None):
+            raise ValueError("local, contribution: expected with level='sequence', got level='token'")
+
+    @property
+    def pools(self) -> bool:
+        """Whether a token's loss depends on the other tokens of its sequence."""
+        return self.level == "sequence"
+
+
+def clamp(x: Tensor, low: Any, high: Any) -> Tensor:
+    """``x`` between two bounds, each a number, a 0-d tensor or None."""
+    if low is not None:
+        x = torch.maximum(x, low) if isinstance(low, Tensor) else x.clamp(min=low)
+    if high is not None:
+        x = torch.minimum(x, high) if isinstance(high, Tensor) else x.clamp(max=high)
+    return x
+
+
+def clip(ratio: Tensor, options: SurrogateOptions) -> Tensor:
+    """The ratio between 1 - clip_low and 1 + clip_high."""
+    low, high = options.clip_low, options.clip_high
+    return clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high)
+
+
+def choose(condition: Tensor, yes: Any, no: Any, dtype: torch.dtype) -> Tensor:
+    """One of two numbers or 0-d tensors; `where` would round numbers to torch's default dtype."""
+    return no + (yes - no) * condition.to(dtype)
+
+
+def _dual_clip(
+    value: Tensor, grad: Tensor, advantages: Tensor, options: SurrogateOptions
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Value and derivative with the dual clip, and which tokens it stops."""
+    if options.dual_clip is None:
+        return value, grad, None
+    bound = -advantages.clamp(max=0) * options.dual_clip  # 0 for A >= 0, whose value is never above it
+    stopped = value > bound
+    return torch.minimum(value, bound), unless(grad, stopped), stopped
+
+
+def _ppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    ratio, gain = log_ratio.exp(), -advantages
+    held = product(gain, clip(ratio, options))
+    beyond = None if options.delta is None else ratio > options.delta
+    free = product(gain, clamp(ratio, None, options.delta))
+    clipped = held > free
+    grad = unless(free, clipped if beyond is None else clipped | beyond)
+    value, grad, stopped = _dual_clip(torch.maximum(free, held), grad, advantages, options)
+    if beyond is not None:
+        beyond = beyond & (advantages < 0)
+        stopped = beyond if stopped is None else stopped | beyond
+    return value, grad, clipped, stopped
+
+
+def _ce_gppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    ratio, gain = log_ratio.exp(), -advantages
+    free, held = product(gain, ratio), product(gain, clip(ratio, options))
+    clipped = held > free
+    beta = choose(advantages < 0, options.beta_low, options.beta_high, ratio.dtype)
+    value = torch.where(clipped, beta * held, free)
+    value, grad, stopped = _dual_clip(value, value, advantages, options)
+    return value, grad, clipped, stopped
+
+
+def _cispo(
+    log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, one_sided: bool = False
+) -> Evaluated:
+    ratio = log_ratio.exp()
+    held = clamp(ratio, None, options.clip_high) if one_sided else clip(ratio, options)
+    clipped = ratio != held
+    grad = -product(advantages, held)
+    return grad * logprob, grad, clipped & (advantages > 0) if one_sided else clipped
+
+
+def _sapo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    ratio, gain = log_ratio.exp(), -4 * advantages
+    tau = choose(advantages > 0, options.tau_pos, options.tau_neg, ratio.dtype)
+    gate = torch.sigmoid(tau * (ratio - 1))
+    return gain * gate / tau, product(gain * gate * (1 - gate), ratio), None
+
+
+def _dppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, binary_kl: bool) -> Evaluated:
+    ratio, prob, old_logprob = log_ratio.exp(), logprob.exp(), logprob - log_ratio
+    old = old_logprob.exp()
+    if binary_kl:
+        divergence = (1 - old) * ((1 - old + 1e-8) / (1 - prob + 1e-8)).log() - old * log_ratio
+        above, below = divergence, divergence
+    else:
+        above, below = prob - old, old - prob
+    clipped = torch.zeros_like(advantages, dtype=torch.bool)
+    if options.clip_high is not None:
+        clipped = (advantages > 0) & (above > options.clip_high) & (prob > old)
+    if options.clip_low is not None:
+        clipped = clipped | ((advantages <= 0) & (below > options.clip_low) & (prob < old))
+    grad = unless(-product(advantages, clamp(ratio, None, options.ratio_cap)), clipped)
+    lower = None if options.ratio_cap is None else (ratio > options.ratio_cap) & ~clipped
+    return grad * logprob, grad, clipped, lower
+
+
+def _gmpo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    value = -product(advantages, log_ratio.exp())
+    return value, value, None
+
+
+def _gmpo_part(log_ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    low, high = options.clip_low, options.clip_high
+    held = clamp(log_ratio, None if low is None else -low, high)
+    sign, beyond = advantages.sign(), held != log_ratio
+    part = sign * torch.minimum(sign * log_ratio, sign * held)
+    return part, unless(sign.abs(), part != log_ratio), beyond & (advantages > 0), beyond & (advantages < 0)
+
+
+def _gpg(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    return -advantages * logprob, -advantages, None
+
+
+def _dro(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    pull = options.dro_beta * log_ratio
+    return 0.5 * pull * log_ratio - advantages * logprob, pull - advantages, None
+
+
+def _vespo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    log_ratio = log_ratio.clamp(math.log(1e-8), 20)
+    positive, dtype = advantages >= 0, log_ratio.dtype
+    k, decay = (choose(positive, options[f"{n}_pos"], options[f"{n}_neg"], dtype) for n in ("k", "lambda"))
+    grad = -advantages * (decay + k * log_ratio - decay * log_ratio.exp()).exp()
+    return grad * logprob, grad, None
+
+
+def _vespo_part(log_ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+    return log_ratio.clamp(-20, 20), torch.ones_like(log_ratio), None
+
+
+_DPPO = {"ratio_cap": 20.0}
+_SURROGATES: dict[str, Surrogate] = {
+    "ppo": Surrogate(
+        _ppo,
+        defaults={"delta": None},
+        formula="max(-A·r, -A·clamp(r, 1 - clip_low, 1 + clip_high)); A < 0: at most -A·dual_clip; delta bounds the r of "
+        "the first term",
+        source="1707.06347, Eq. 7; dual clip 1912.09729, Eq. 5; delta 2505.07291",
+        users="verl `vanilla`; TRL `grpo`, `bnpo`, `dr_grpo`, `dapo` (differing in loss_agg_mode)",
+    ),
+    "gspo": Surrogate(
+        _ppo,
+        "sequence",
+        defaults={"delta": None},
+        formula="as ppo, of the sequence's ratio s = exp(mean of log r), differentiated",
+        source="2507.18071, Eq. 5",
+        users='TRL `importance_sampling_level="sequence"`; with `seq-mean-token-sum` TRL `luspo`',
+    ),
+    "gspo_token": Surrogate(
+        _ppo,
+        "sequence",
+        defaults={"delta": None},
+        local=True,
+        formula="as ppo, of sg(s)·exp(log π - sg(log π))",
+        source="2507.18071, Eq. 14",
+        users="verl `gspo`",
+    ),
+    "cispo": Surrogate(
+        _cispo,
+        formula="-sg(clamp(r, 1 - clip_low, 1 + clip_high))·A·log π",
+        source="2506.13585, Eq. 4",
+        users="verl `cispo`",
+    ),
+    "cispo_trl": Surrogate(
+        functools.partial(_cispo, one_sided=True),
+        formula="-sg(min(r, clip_high))·A·log π: clip_high is the bound itself, often 5; clipped counts A > 0",
+        source="2506.13585; 2510.13786",
+        users="TRL `cispo`",
+    ),
+    "sapo": Surrogate(
+        _sapo,
+        defaults={"tau_pos": 1.0, "tau_neg": 1.05},
+        formula="-A·sigmoid(τ·(r - 1))·4/τ, τ = tau_pos for A > 0, else tau_neg",
+        source="2511.20347",
+        users="verl `sapo`, TRL `sapo`",
+    ),
+    "dppo_tv": Surrogate(
+        functools.partial(_dppo, binary_kl=False),
+        defaults=_DPPO,
+        formula="-sg(min(r, ratio_cap))·A·log π; stopped for A > 0 where π - π_old > clip_high, else where π_old - π > "
+        "clip_low",
+        source="2602.04879",
+        users="verl `dppo_tv`",
+    ),
+    "dppo_kl": Surrogate(
+        functools.partial(_dppo, binary_kl=True),
+        defaults=_DPPO,
+        formula="as dppo_tv, stopped where the KL divergence of (π_old, 1 - π_old) from (π, 1 - π) is above clip_high or "
+        "clip_low",
+        source="2602.04879",
+        users="verl `dppo_kl`",
+    ),
+    "gmpo": Surrogate(
+        _gmpo,
+        "sequence",
+        contribution=_gmpo_part,
+        formula="-A·exp(mean of log r, each clamped to -clip_low .. clip_high where that lowers the gain)",
+        source="2507.20673, Eq. 4",
+        users="verl `geo_mean` (with `seq-mean-token-mean`)",
+    ),
+    "gpg": Surrogate(_gpg, formula="-A·log π", source="2504.02546", users="verl `gpg`; its `reinforce` with weights"),
+    "dro": Surrogate(
+        _dro,
+        defaults={"dro_beta": 1.0},
+        formula="-A·log π + dro_beta/2·(log r)²",
+        source="2405.19107",
+        users="verl `dro`",
+    ),
+    "vespo": Surrogate(
+        _vespo,
+        "sequence",
+        defaults={"k_pos": 2.0, "k_neg": 3.0, "lambda_pos": 3.0, "lambda_neg": 2.0},
+        local=True,
+        contribution=_vespo_part,
+        reduce="sum",
+        formula="-sg(w^k·exp(λ·(1 - w)))·A·log π, w = exp(sum of log r), k and λ by the sign of A",
+        source="2602.10693",
+        users="TRL `vespo`",
+    ),
+    "ce_gppo": Surrogate(
+        _ce_gppo,
+        defaults={"beta_low": 0.75, "beta_high": 1.0},
+        formula="as ppo, but a clipped token keeps a gradient: -A·β·bound is its value and its derivative, β = beta_low "
+        "below, beta_high above",
+        source="2509.20712",
+        users="Kwai-Klear",
+    ),
+}
+_ALIASES = {"vanilla": "ppo", "geo_mean": "gmpo"}
+
+
+def surrogates() -> dict[str, Surrogate]:
+    """The surrogates by the names that the losses' ``surrogate=`` takes; a dict of your own to change."""
+    return dict(_SURROGATES)
+
+
+def find(surrogate: Any) -> Surrogate:
+    """The surrogate of a name, or itself."""
+    if isinstance(surrogate, Surrogate):
+        return surrogate
+    if isinstance(surrogate, str) and _ALIASES.get(surrogate, surrogate) in _SURROGATES:
+        return _SURROGATES[_ALIASES.get(surrogate, surrogate)]
+    raise ValueError(f"surrogate: expected an ek.Surrogate or one of {', '.join(_SURROGATES)}, got {surrogate!r}")
+
+
+def surrogate_table() -> str:
+    """The surrogates as a Markdown table, for docs/losses.md."""
+    rows = [
+        f"| `{name}` | {s.formula} | {s.level}{', local' if s.local else ''} | "
+        f"{', '.join(f'`{k}={v}`' for k, v in s.defaults.items())} | {s.source} | {s.users} |"
+        for name, s in _SURROGATES.items()
+    ]
+    return "\n".join(["| name | loss per token | ratio of | options | arXiv | who has it |", "|---|---|---|---|---|---|", *rows])
