@@ -122,6 +122,21 @@ def test_nothing_to_select(kernels: emulator.Emulated) -> None:
 
 
 @emulated
+@pytest.mark.parametrize("tokens", [33, 1500])
+def test_numbers_in_memory(kernels: emulator.Emulated, tokens: int) -> None:
+    """Ratio, k, low and high from memory, also what no number may be."""
+    data, selected = tuple(batch(tokens, 1, seed=4).values()), 0
+    for values in (
+        (0.05, NAN, 0.5, 3.0), (NAN, 7.5, 0.25, 0.9), (5.0, NAN, 0.2, 7.0), (-1.0, NAN, 2.0, 1.0), (NAN, INF, NAN, 1.0),
+        (NAN, -2.0, -INF, INF), (NAN, NAN, -1e300, 1e300),
+    ):  # fmt: skip
+        numbers = torch.tensor(values, dtype=torch.float64)
+        bands = [Band(NAN, NAN, quantile, closed, numbers) for quantile in (False, True) for closed in (False, True)]
+        selected += check(kernels, data, Count(None, None, True, numbers), 3, bands)
+    assert selected > tokens
+
+
+@emulated
 def test_the_order_of_threads_does_not_matter(library: Any) -> None:
     data = tuple(batch(700, 2, seed=9).values())
     expected = eager.clip_cov_mask(*data, torch.tensor(4), COUNTS[0], BANDS[4], "")
@@ -198,15 +213,19 @@ class TestOnHardware:
 
     @pytest.mark.parametrize("tokens", [60_000, 700_000])
     def test_graph_without_a_sync(self, tokens: int, undisturbed: None) -> None:
-        """One captured step serves every seed and every batch of its shape."""
+        """One captured step serves every seed, share and band, and every batch of its shape."""
         data = {name: value.cuda() for name, value in batch(tokens, None, seed=3).items()}
         seed = torch.tensor(1, device="cuda")
+        share, least = torch.tensor(0.01, device="cuda"), torch.tensor(0.5, device="cuda")
         advantages = data["exclude"].float()
 
         def step() -> tuple[Tensor, ...]:
             covariance = ek.token_covariance(data["covariance"], advantages, data["mask"], backend="cuda")
-            clip = ek.clip_cov_mask(data["covariance"], data["mask"], seed=seed, ratio=0.01, backend="cuda")
-            return covariance, clip, ek.kl_cov_mask(data["covariance"], data["mask"], backend="cuda")
+            clip = ek.clip_cov_mask(data["covariance"], data["mask"], seed=seed, ratio=share, low=least, backend="cuda")
+            quantile = ek.random_tokens(
+                data["covariance"], seed=seed, k=9, low=least, high=0.99, band="quantile", backend="cuda"
+            )
+            return covariance, clip, quantile, ek.kl_cov_mask(data["covariance"], data["mask"], backend="cuda")
 
         step()
         torch.cuda.synchronize()
@@ -220,6 +239,8 @@ class TestOnHardware:
             captured = step()
         for value in (2, 3):
             seed.fill_(value)
+            share.fill_(0.01 * value)
+            least.fill_(0.3 * value)
             data["covariance"].neg_()
             graph.replay()
             assert all(same_bits(a, b) for a, b in zip(captured, step(), strict=True))
