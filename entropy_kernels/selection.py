@@ -247,7 +247,7 @@ def _tokens(name: str, score: Any, mask: Any, exclude: Any, token_index: Any) ->
 
 def _in_memory(device: torch.device, *values: _Number) -> Tensor | None:
     """float64 (len(values),), NaN for None; None if there are only plain numbers, which the compiler would fix."""
-    if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in values):
+    if not torch.compiler.is_compiling() and not any(map(torch.is_tensor, values)):
         return None
     return torch.stack([_in_float64(math.nan if value is None else value, device) for value in values])
 
@@ -494,12 +494,16 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 
 def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]:
     """Ratio and k, of which one is None, in Python's types or as they are if tensors."""
+    if not isinstance(ratio, Tensor) and not isinstance(k, Tensor):
+        return check_count(ratio, k, default)
     plain = check_count(_known("ratio", ratio, 1.0), _known("k", k, 0), default)
     return ratio if isinstance(ratio, Tensor) else plain[0], k if isinstance(k, Tensor) else plain[1]
 
 
 def _bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
     """The same of the bounds of a band."""
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        return check_band(low, high, band)
     least, most = (0.0, 1.0) if band == "quantile" else (-math.inf, math.inf)
     plain = check_band(_known("low", low, least), _known("high", high, most), band)
     return low if isinstance(low, Tensor) else plain[0], high if isinstance(high, Tensor) else plain[1]

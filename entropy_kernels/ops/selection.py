@@ -32,22 +32,27 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _check(name: str, value: Tensor | None, dtype: torch.dtype | None, shape: Any, like: Tensor) -> None:
-    """Kernels read bare memory. ``dtype`` None: a floating-point one."""
-    if value is None:
+def _check_float(name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+
+
+def _check(name: str, value: Tensor | None, dtype: torch.dtype, shape: Any, device: torch.device) -> None:
+    """Kernels read bare memory, as if it were this."""
+    if value is None or (value.dtype == dtype and value.shape == shape and value.device == device):
         return
-    if value.dtype != dtype and not (dtype is None and value.is_floating_point()):
-        raise TypeError(f"{name}: expected {dtype or 'a floating-point dtype'}, got {value.dtype}")
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-    if value.device != like.device:
-        raise ValueError(f"{name}: expected on {like.device}, got {value.device}")
+    raise ValueError(f"{name}: expected on {device}, got {value.device}")
 
 
 def _check_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> None:
-    _check("logprob", logprob, None, logprob.shape, logprob)
-    _check("advantages", advantages, None, logprob.shape, logprob)
-    _check("mask", mask, torch.bool, logprob.shape, logprob)
+    _check_float("logprob", logprob)
+    _check_float("advantages", advantages)
+    _check("advantages", advantages, advantages.dtype, logprob.shape, logprob.device)
+    _check("mask", mask, torch.bool, logprob.shape, logprob.device)
 
 
 def _check_selection(
@@ -61,12 +66,13 @@ def _check_selection(
     k: int | None,
 ) -> None:
     """``seed`` is None where there is none, and no band."""
-    _check("covariance", covariance, None, covariance.shape, covariance)
-    _check("mask", mask, torch.bool, covariance.shape, covariance)
-    _check("exclude", exclude, torch.bool, covariance.shape, covariance)
-    _check("token_index", token_index, torch.int64, covariance.shape, covariance)
-    _check("seed", seed, torch.int64, (), covariance)
-    _check("numbers", numbers, torch.float64, (2 if seed is None else 4,), covariance)
+    shape, device = covariance.shape, covariance.device
+    _check_float("covariance", covariance)
+    _check("mask", mask, torch.bool, shape, device)
+    _check("exclude", exclude, torch.bool, shape, device)
+    _check("token_index", token_index, torch.int64, shape, device)
+    _check("seed", seed, torch.int64, (), device)
+    _check("numbers", numbers, torch.float64, (2 if seed is None else 4,), device)
     if numbers is None and (ratio is None) == (k is None):
         raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
 
