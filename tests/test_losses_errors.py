@@ -226,7 +226,8 @@ def test_modules_are_their_functions(module: Any, function: Any, options: dict[s
     g = torch.Generator().manual_seed(0)
     lp, old, adv = (torch.randn(3, 5, generator=g) for _ in range(3))
     criterion = module(**options)
-    assert not list(criterion.parameters()) and not criterion.state_dict()
+    assert not list(criterion.parameters())
+    assert list(criterion.state_dict()) == (["seeds.calls"] if module is ek.ClipCovLoss else [])
     expected = function(lp, old, adv, None, **options)
     out = criterion(lp, old, adv, None)
     assert isinstance(out, ek.PolicyLoss) and torch.equal(out.loss, expected.loss)
@@ -234,8 +235,11 @@ def test_modules_are_their_functions(module: Any, function: Any, options: dict[s
     entropy = leaf(lp)
     again = criterion(lp, old, adv, None, entropy=entropy, entropy_coef=0.1, loss_agg_mode="token-sum")
     changed = {**options, "entropy": entropy, "entropy_coef": 0.1, "loss_agg_mode": "token-sum"}
+    third = dict(options)
+    if module is ek.ClipCovLoss:  # each call draws with the next seed
+        changed["seed"], third["seed"] = options["seed"] + 1, options["seed"] + 2
     assert torch.equal(again.loss, function(lp, old, adv, None, **changed).loss)
-    assert torch.equal(criterion(lp, old, adv, None).loss, expected.loss)
+    assert torch.equal(criterion(lp, old, adv, None).loss, function(lp, old, adv, None, **third).loss)
     for name, value in options.items():
         assert f"{name}={value!r}" in repr(criterion)
 

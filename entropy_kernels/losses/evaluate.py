@@ -137,15 +137,17 @@ def token_terms(
         pooled = None if pooled is None else torch.where(weight == 0, nothing, pooled * weight)
         found = found._replace(bad=found.bad + nan_where_not_finite(weight))
     value, own = value + found.bad, own + found.bad
-    policy, loss, nonfinite = value, value, found.bad
+    policy = loss = value
+    unused: list[Tensor] = []  # what is not finite is counted also where it does not enter the loss
     ref_kl = None
     if tokens.ref_logprob is not None:
         distance = keep(logprob - tokens.ref_logprob.to(dtype), mask)
         wrong = nan_where_not_finite(distance)  # k3 clamps, and would show an infinite ratio as a small divergence
         estimate, slope = kl_and_grad(distance, options.kl_estimator)
         ref_kl = estimate + wrong
-        nonfinite = nonfinite + wrong
-        if used(options.ref_kl_coef):
+        if not used(options.ref_kl_coef):
+            unused.append(wrong)
+        else:
             if options.ref_kl_importance:
                 ratio = found.level.exp()
                 estimate, slope = estimate * ratio, slope * ratio
@@ -159,10 +161,11 @@ def token_terms(
             own = own + options.ref_kl_coef * keep(slope, mask) + wrong
     if entropy is not None:
         entropy = keep(entropy.to(dtype), mask)
-        nonfinite = nonfinite + nan_where_not_finite(entropy)
         if used(options.entropy_coef):
             loss = loss - options.entropy_coef * entropy
-    nonfinite = nonfinite + nan_where_not_finite(loss)
+        else:
+            unused.append(entropy)
+    nonfinite = nan_where_not_finite(loss, *unused)
     pullback = Pullback(own, pooled, found.part, found.count, mask, tokens.sequences.lengths, tokens.sequences.ids)
     return Terms(loss, policy, pullback, nonfinite, entropy, ref_kl)
 

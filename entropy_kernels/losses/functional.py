@@ -246,19 +246,22 @@ def kl_cov_loss(
 
 
 def _loss(method: str, given: dict[str, Any]) -> PolicyLoss:
-    logprob = given["logprob"]
-    chosen = options.make(method, given, getattr(logprob, "device", None))  # type: ignore[arg-type]
-    checked = tokens.check(given, chosen)
+    chosen = options.make(method, given, getattr(given["logprob"], "device", None))
+    return apply(*tokens.check(given, chosen), chosen)
+
+
+def apply(
+    logprob: Tensor, entropy: Tensor | None, batch: tokens.Tokens, shape: torch.Size, chosen: options.LossOptions
+) -> PolicyLoss:
+    """The loss of checked tensors; ``shape``: of the loss per token."""
     if not torch.compiler.is_compiling():
-        differentiable = [x for x in (checked.logprob, checked.entropy) if x is not None]
+        differentiable = [x for x in (logprob, entropy) if x is not None]
         refuse_functional_grad("policy_loss", *differentiable)
         refuse_forward_mode("policy_loss", *differentiable)
-    loss, *values = Loss.apply(
-        checked.logprob, checked.entropy, chosen.entropy_coef, chosen.ref_kl_coef, checked.tokens, chosen
-    )
-    names = metrics.names(chosen, checked.entropy is not None, checked.tokens.ref_logprob is not None)
+    loss, *values = Loss.apply(logprob, entropy, chosen.entropy_coef, chosen.ref_kl_coef, batch, chosen)
+    names = metrics.names(chosen, entropy is not None, batch.ref_logprob is not None)
     if chosen.aggregation.mode == "none":
-        loss = loss.view(checked.shape)
+        loss = loss.view(shape)
     return PolicyLoss(loss, dict(zip(names, values, strict=True)))
 
 

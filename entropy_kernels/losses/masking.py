@@ -39,7 +39,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
     NaN becomes 0, too; a loss adds the NaN of its inputs again (:func:`nan_where_not_finite`).
     """
-    return (a * b).nan_to_num(0.0, math.inf, -math.inf)
+    return (a * b).nan_to_num_(0.0, math.inf, -math.inf)
 
 
 def nan_where_not_finite(*values: Tensor) -> Tensor:

@@ -6,20 +6,51 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from entropy_kernels.losses import functional
+from entropy_kernels._arguments import integer
+from entropy_kernels.losses import functional, surrogates
 from entropy_kernels.losses.functional import PolicyLoss
 
 
+class SeedCounter(nn.Module):
+    """Seeds for :func:`entropy_kernels.clip_cov_loss` where nobody counts the steps: ``seed=counter`` of every call.
+
+    The first call draws with ``seed``, the next one with ``seed + 1``, and so on. How many there were is saved with the
+    module's state, so that a run that is resumed goes on as it would have. Ranks that share a batch make equal calls,
+    and so have equal seeds.
+
+    Args:
+        seed: int of at most 63 bits.
+    """
+
+    calls: Tensor
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = integer("seed", seed)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self) -> Tensor:
+        """The next seed, 0-d int64 on the module's device."""
+        seed = self.calls + self.seed
+        self.calls += 1
+        return seed
+
+    def extra_repr(self) -> str:
+        """The first seed."""
+        return f"seed={self.seed}"
+
+
 class _LossModule(nn.Module):
-    """Holds keyword arguments of a loss function. A module has no parameters and no state of its own."""
+    """Holds keyword arguments of a loss function. A module has no parameters."""
 
     _function: Callable[..., PolicyLoss]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = _keywords(self._function)
+        known = [*_keywords(self._function), *surrogates.find(options.get("surrogate", "ppo")).defaults]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise TypeError(
@@ -57,15 +88,30 @@ class PolicyLossModule(_LossModule):
 
 
 class ClipCovLoss(_LossModule):
-    """:func:`entropy_kernels.clip_cov_loss` with fixed options; ``seed`` or ``dropped`` are given in each call.
+    """:func:`entropy_kernels.clip_cov_loss` with fixed options, and with seeds that need no step number.
 
         criterion = ClipCovLoss(preset="verl", ratio=2e-4)
-        criterion(logprob, old_logprob, advantages, mask, seed=step).loss.backward()
+        criterion(logprob, old_logprob, advantages, mask).loss.backward()
 
-    Args, raises: as :class:`PolicyLossModule`.
+    Args:
+        seed: of the first call; each later one draws with the next (:class:`SeedCounter`), the count being part of
+            ``state_dict()``. A call that is given ``seed`` or ``dropped`` uses that and is not counted.
+        options, raises: as :class:`PolicyLossModule`.
     """
 
     _function = staticmethod(functional.clip_cov_loss)
+
+    def __init__(self, *, seed: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.seeds = SeedCounter(seed)
+
+    def forward(
+        self, logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor | None, **options: Any
+    ) -> PolicyLoss:
+        """The loss; ``options`` of this call go before those of the module."""
+        if all({**self.options, **options}.get(name) is None for name in ("seed", "dropped")):
+            options["seed"] = self.seeds
+        return super().forward(logprob, old_logprob, advantages, mask, **options)
 
 
 class KlCovLoss(_LossModule):

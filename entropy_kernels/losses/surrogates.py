@@ -98,6 +98,12 @@ def clip(ratio: Tensor, options: SurrogateOptions) -> Tensor:
     return clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high)
 
 
+def _clipped_gain(ratio: Tensor, gain: Tensor, options: SurrogateOptions) -> Tensor:
+    """-A times the clipped ratio, which can be infinite only without an upper clip."""
+    held = clip(ratio, options)
+    return product(gain, held) if options.clip_high is None else gain * held
+
+
 def choose(condition: Tensor, yes: Any, no: Any, dtype: torch.dtype) -> Tensor:
     """One of two numbers or 0-d tensors; `where` would round numbers to torch's default dtype."""
     return no + (yes - no) * condition.to(dtype)
@@ -116,13 +122,17 @@ def _dual_clip(
 
 def _ppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
     ratio, gain = log_ratio.exp(), -advantages
-    held = product(gain, clip(ratio, options))
-    beyond = None if options.delta is None else ratio > options.delta
     free = product(gain, clamp(ratio, None, options.delta))
-    clipped = held > free
-    grad = unless(free, clipped if beyond is None else clipped | beyond)
-    value, grad, stopped = _dual_clip(torch.maximum(free, held), grad, advantages, options)
-    if beyond is not None:
+    if options.clip_low is None is options.clip_high:
+        value, grad, clipped = free, free, None
+    else:
+        held = _clipped_gain(ratio, gain, options)
+        clipped = held > free
+        value, grad = torch.maximum(free, held), unless(free, clipped)
+    value, grad, stopped = _dual_clip(value, grad, advantages, options)
+    if options.delta is not None:
+        beyond = ratio > options.delta
+        grad = unless(grad, beyond)
         beyond = beyond & (advantages < 0)
         stopped = beyond if stopped is None else stopped | beyond
     return value, grad, clipped, stopped
@@ -130,7 +140,7 @@ def _ppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surrog
 
 def _ce_gppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
     ratio, gain = log_ratio.exp(), -advantages
-    free, held = product(gain, ratio), product(gain, clip(ratio, options))
+    free, held = product(gain, ratio), _clipped_gain(ratio, gain, options)
     clipped = held > free
     beta = choose(advantages < 0, options.beta_low, options.beta_high, ratio.dtype)
     value = torch.where(clipped, beta * held, free)
