@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from entropy_kernels.ops import selection as op
 __all__ = ["SelectionBatch", "clip_cov_mask", "kl_cov_mask", "random_tokens", "token_covariance", "top_tokens"]
 
 CLIP_COV_RATIO = 2e-4
+_ALL_TOKENS = 1 << 53  # more than any batch holds
 KL_COV_RATIO = 2e-3
+
+
+covariance_of = op.token_covariance  # of tensors of one shape, the mask bool or None; the group's name
 
 
 def token_covariance(
@@ -50,7 +54,7 @@ def token_covariance(
     _check_float("logprob", logprob)
     advantages = expand_advantages(advantages, logprob)
     mask = _boolean("mask", mask, "logprob", logprob)
-    return op.token_covariance(logprob.detach(), advantages.detach(), mask, _group_name(batch_group), backend)
+    return covariance_of(logprob.detach(), advantages.detach(), mask, _group_name(batch_group), backend)
 
 
 def random_tokens(
@@ -109,8 +113,10 @@ def random_tokens(
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; ratio and k, or neither.
     """
     tokens = _tokens("score", score, mask, exclude, token_index)
-    count = _count(ratio, k, None)
-    return _random(tokens, seed, count, at_least_one, low, high, band, closed, batch_group, backend)
+    return request(
+        score.device, seed=seed, ratio=ratio, k=k, default=None, at_least_one=at_least_one, low=low, high=high,
+        band=band, closed=closed, group=batch_group, backend=backend,
+    )(*tokens)  # fmt: skip
 
 
 def clip_cov_mask(
@@ -140,8 +146,10 @@ def clip_cov_mask(
     Other args, returns, raises: as :func:`random_tokens`.
     """
     tokens = _tokens("covariance", covariance, mask, exclude, token_index)
-    count = _count(ratio, k, CLIP_COV_RATIO)
-    return _random(tokens, seed, count, at_least_one, low, high, band, closed, batch_group, backend)
+    return request(
+        covariance.device, seed=seed, ratio=ratio, k=k, default=CLIP_COV_RATIO, at_least_one=at_least_one, low=low, high=high,
+        band=band, closed=closed, group=batch_group, backend=backend,
+    )(*tokens)  # fmt: skip
 
 
 def top_tokens(
@@ -164,7 +172,10 @@ def top_tokens(
     Args, returns, raises: as :func:`random_tokens`.
     """
     tokens = _tokens("score", score, mask, exclude, token_index)
-    return _top(tokens, _count(ratio, k, None), at_least_one, batch_group, backend)
+    return request(
+        score.device, ratio=ratio, k=k, default=None, at_least_one=at_least_one, group=batch_group,
+        backend=backend,
+    )(*tokens)  # fmt: skip
 
 
 def kl_cov_mask(
@@ -190,49 +201,82 @@ def kl_cov_mask(
     Other args, returns, raises: as :func:`random_tokens`.
     """
     tokens = _tokens("covariance", covariance, mask, exclude, token_index)
-    return _top(tokens, _count(ratio, k, KL_COV_RATIO), at_least_one, batch_group, backend)
+    return request(
+        covariance.device, ratio=ratio, k=k, default=KL_COV_RATIO, at_least_one=at_least_one, group=batch_group,
+        backend=backend,
+    )(*tokens)  # fmt: skip
 
 
 _Number = float | Tensor | None
 _Tokens = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _random(
-    tokens: _Tokens,
-    seed: int | Tensor,
-    count: tuple[_Number, _Number],
+class Request(NamedTuple):
+    """A selection, checked: everything but the tokens, in the order of the op's arguments."""
+
+    seed: Tensor | None  # None: the largest scores; else drawn from a band
+    numbers: Tensor | None  # ratio, k, low and high where one of them is a tensor
+    ratio: float | None
+    k: int | None
+    at_least_one: bool
+    low: float
+    high: float
+    quantile: bool
+    closed: bool
+    group: str
+    backend: str
+
+    def __call__(
+        self, score: Tensor, mask: Tensor | None, exclude: Tensor | None, token_index: Tensor | None
+    ) -> Tensor:
+        """The selected tokens, bool; ``score`` floating point, the others bool or int64, all of its shape."""
+        if self.seed is None:
+            return op.kl_cov_mask(score, mask, exclude, token_index, *self[1:5], *self[9:])
+        return op.clip_cov_mask(score, mask, exclude, token_index, *self)
+
+    def candidates(self, score: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
+        """The tokens that are drawn from, bool; of a selection with a seed."""
+        if self.quantile:  # the bounds are order statistics: the selection finds them
+            if self.numbers is None:
+                return self._replace(ratio=None, k=_ALL_TOKENS)(score, mask, exclude, None)
+            everything = torch.stack([self.numbers.new_full((), x) for x in (math.nan, _ALL_TOKENS)])
+            return self._replace(numbers=torch.cat([everything, self.numbers[2:]]))(score, mask, exclude, None)
+        low, high = (self.low, self.high) if self.numbers is None else self.numbers[2:].float().unbind()
+        inside = (score >= low) & (score <= high) if self.closed else (score > low) & (score < high)
+        inside = inside if mask is None else inside & mask
+        return inside if exclude is None else inside & ~exclude
+
+
+def request(
+    device: torch.device,
+    *,
+    ratio: Any,
+    k: Any,
+    default: float | None,
     at_least_one: bool,
-    low: float | Tensor,
-    high: float | Tensor,
-    band: str,
-    closed: bool,
     group: Any,
     backend: str,
-) -> Tensor:
-    device = tokens[0].device
-    bounds = _bounds(low, high, band)
-    numbers = _in_memory(device, *count, *bounds)
-    ratio, k, low, high = (None, None, 0.0, 0.0) if numbers is not None else (*count, *bounds)
-    return op.clip_cov_mask(
-        *tokens,
-        seed_tensor(seed, device),
-        numbers,
-        ratio,
-        k,
-        bool(at_least_one),
-        low,
-        high,
-        band == "quantile",
-        bool(closed),
-        _group_name(group),
-        backend,
-    )
-
-
-def _top(tokens: _Tokens, count: tuple[_Number, _Number], at_least_one: bool, group: Any, backend: str) -> Tensor:
-    numbers = _in_memory(tokens[0].device, *count)
-    ratio, k = (None, None) if numbers is not None else count
-    return op.kl_cov_mask(*tokens, numbers, ratio, k, bool(at_least_one), _group_name(group), backend)
+    seed: Any = None,
+    low: Any = 0.0,
+    high: Any = 1.0,
+    band: str = "absolute",
+    closed: bool = False,
+) -> Request:
+    """The record of a selection; arguments, errors: :func:`random_tokens`. ``default``: the ratio without both."""
+    ratio, k = (ratio, k) if k is None and type(ratio) is float and 0 < ratio <= 1 else _count(ratio, k, default)
+    if type(low) is not float or type(high) is not float or band != "absolute" or not low < high:
+        low, high = _bounds(low, high, band)
+    given = (ratio, k) if seed is None else (ratio, k, low, high)
+    numbers = None
+    # A compiler takes plain numbers for constants
+    tensors = isinstance(ratio, Tensor) or isinstance(k, Tensor) or isinstance(low, Tensor) or isinstance(high, Tensor)
+    if tensors or torch.compiler.is_compiling():
+        numbers = torch.stack([_in_float64(math.nan if value is None else value, device) for value in given])
+        ratio, k, low, high = None, None, 0.0, 0.0
+    return Request(
+        None if seed is None else seed_tensor(seed, device), numbers, ratio, k, bool(at_least_one), low, high,
+        band == "quantile", bool(closed), "" if group is None else _group_name(group), backend,
+    )  # fmt: skip
 
 
 def _tokens(name: str, score: Any, mask: Any, exclude: Any, token_index: Any) -> _Tokens:
@@ -243,13 +287,6 @@ def _tokens(name: str, score: Any, mask: Any, exclude: Any, token_index: Any) ->
         _boolean("exclude", exclude, name, score),
         check_token_index(token_index, name, score),
     )
-
-
-def _in_memory(device: torch.device, *values: _Number) -> Tensor | None:
-    """float64 (len(values),), NaN for None; None if there are only plain numbers, which the compiler would fix."""
-    if not torch.compiler.is_compiling() and not any(map(torch.is_tensor, values)):
-        return None
-    return torch.stack([_in_float64(math.nan if value is None else value, device) for value in values])
 
 
 def _in_float64(value: float | Tensor, device: torch.device) -> Tensor:

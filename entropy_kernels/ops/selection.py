@@ -32,30 +32,36 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _check_float(name: str, value: Tensor) -> None:
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+def _flat(like: Tensor, *others: tuple[str, Tensor | None, torch.dtype]) -> list[Any]:
+    """(N,) and contiguous: ``like``, and the others, which are to have its shape and device and a dtype.
+
+    Kernels read bare memory, as if it were this.
+    """
+    shape, device = like.shape, like.device
+    flat: list[Tensor | None] = []
+    for name, tensor, dtype in (("", like, like.dtype), *others):
+        if tensor is not None:
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+            if tensor.device != device:
+                raise ValueError(f"{name}: expected on {device}, got {tensor.device}")
+            if tensor.dim() != 1 or not tensor.is_contiguous():
+                tensor = tensor.reshape(-1).contiguous()
+        flat.append(tensor)
+    return flat
 
 
-def _check(name: str, value: Tensor | None, dtype: torch.dtype, shape: Any, device: torch.device) -> None:
-    """Kernels read bare memory, as if it were this."""
-    if value is None or (value.dtype == dtype and value.shape == shape and value.device == device):
-        return
-    if value.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-    raise ValueError(f"{name}: expected on {device}, got {value.device}")
+def _flat_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> list[Any]:
+    for name, tensor in (("logprob", logprob), ("advantages", advantages)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+    dtype = torch.float64 if torch.float64 in (logprob.dtype, advantages.dtype) else torch.float32
+    return _flat(logprob.to(dtype), ("advantages", advantages.to(dtype), dtype), ("mask", mask, torch.bool))
 
 
-def _check_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> None:
-    _check_float("logprob", logprob)
-    _check_float("advantages", advantages)
-    _check("advantages", advantages, advantages.dtype, logprob.shape, logprob.device)
-    _check("mask", mask, torch.bool, logprob.shape, logprob.device)
-
-
-def _check_selection(
+def _flat_selection(
     covariance: Tensor,
     mask: Tensor | None,
     exclude: Tensor | None,
@@ -64,33 +70,29 @@ def _check_selection(
     numbers: Tensor | None,
     ratio: float | None,
     k: int | None,
-) -> None:
-    """``seed`` is None where there is none, and no band."""
-    shape, device = covariance.shape, covariance.device
-    _check_float("covariance", covariance)
-    _check("mask", mask, torch.bool, shape, device)
-    _check("exclude", exclude, torch.bool, shape, device)
-    _check("token_index", token_index, torch.int64, shape, device)
-    _check("seed", seed, torch.int64, (), device)
-    _check("numbers", numbers, torch.float64, (2 if seed is None else 4,), device)
+) -> list[Any]:
+    """The first four; ``seed`` is None where there is none, and no band."""
+    if not covariance.is_floating_point():
+        raise TypeError(f"covariance: expected a floating-point dtype, got {covariance.dtype}")
+    small = ("seed", seed, torch.int64, ()), ("numbers", numbers, torch.float64, (2 if seed is None else 4,))
+    for name, tensor, dtype, shape in small:
+        if tensor is not None:
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+            if tensor.device != covariance.device:
+                raise ValueError(f"{name}: expected on {covariance.device}, got {tensor.device}")
     if numbers is None and (ratio is None) == (k is None):
         raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
-
-
-def flat(tensor: Tensor | None) -> Tensor | None:
-    """(N,), contiguous."""
-    if tensor is None or (tensor.dim() == 1 and tensor.is_contiguous()):
-        return tensor
-    return tensor.reshape(-1).contiguous()
+    booleans = ("mask", mask, torch.bool), ("exclude", exclude, torch.bool)
+    return _flat(covariance.float(), *booleans, ("token_index", token_index, torch.int64))
 
 
 def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:
-    _check_covariance(logprob, advantages, mask)
-    dtype = torch.float64 if torch.float64 in (logprob.dtype, advantages.dtype) else torch.float32
-    logprob = logprob.to(dtype)
-    kernel = registry.kernel("token_covariance", "token_covariance", backend, logprob)
-    covariance = kernel(flat(logprob), flat(advantages.to(dtype)), flat(mask), group)
-    return covariance.view(logprob.shape)
+    tokens = _flat_covariance(logprob, advantages, mask)
+    kernel = registry.kernel("token_covariance", "token_covariance", backend, tokens[0])
+    return kernel(*tokens, group).view(logprob.shape)
 
 
 def _clip_cov_mask(
@@ -110,20 +112,11 @@ def _clip_cov_mask(
     group: str,
     backend: str,
 ) -> Tensor:
-    _check_selection(covariance, mask, exclude, token_index, seed, numbers, ratio, k)
-    covariance = covariance.float()
-    kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, covariance)
-    selected = kernel(
-        flat(covariance),
-        flat(mask),
-        flat(exclude),
-        flat(token_index),
-        seed,
-        Count(ratio, k, at_least_one, flat(numbers)),
-        Band(low, high, quantile, closed, flat(numbers)),
-        group,
-    )
-    return selected.view(covariance.shape)
+    tokens = _flat_selection(covariance, mask, exclude, token_index, seed, numbers, ratio, k)
+    kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, tokens[0])
+    numbers = None if numbers is None else numbers.contiguous()
+    count, band = Count(ratio, k, at_least_one, numbers), Band(low, high, quantile, closed, numbers)
+    return kernel(*tokens, seed, count, band, group).view(covariance.shape)
 
 
 def _kl_cov_mask(
@@ -138,11 +131,10 @@ def _kl_cov_mask(
     group: str,
     backend: str,
 ) -> Tensor:
-    _check_selection(covariance, mask, exclude, token_index, None, numbers, ratio, k)
-    covariance = covariance.float()
-    kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, covariance)
-    tokens = (flat(covariance), flat(mask), flat(exclude), flat(token_index))
-    return kernel(*tokens, Count(ratio, k, at_least_one, flat(numbers)), group).view(covariance.shape)
+    tokens = _flat_selection(covariance, mask, exclude, token_index, None, numbers, ratio, k)
+    kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, tokens[0])
+    count = Count(ratio, k, at_least_one, None if numbers is None else numbers.contiguous())
+    return kernel(*tokens, count, group).view(covariance.shape)
 
 
 _library.impl("token_covariance", _token_covariance, "CompositeExplicitAutograd")
@@ -152,19 +144,19 @@ _library.impl("kl_cov_mask", _kl_cov_mask, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("entropy_kernels::token_covariance", lib=_library)
 def _fake_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
-    _check_covariance(logprob, advantages, mask)  # here, too: a tensor on meta among others makes this the kernel
+    _flat_covariance(logprob, advantages, mask)  # here, too: a tensor on meta among others makes this the kernel
     return logprob.new_empty(logprob.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("entropy_kernels::clip_cov_mask", lib=_library)
 def _fake_clip(covariance: Tensor, *rest: Any) -> Tensor:
-    _check_selection(covariance, *rest[:7])
+    _flat_selection(covariance, *rest[:7])
     return covariance.new_empty(covariance.shape, dtype=torch.bool)
 
 
 @torch.library.register_fake("entropy_kernels::kl_cov_mask", lib=_library)
 def _fake_kl(covariance: Tensor, *rest: Any) -> Tensor:
-    _check_selection(covariance, *(*rest[:3], None, *rest[3:6]))
+    _flat_selection(covariance, *(*rest[:3], None, *rest[3:6]))
     return covariance.new_empty(covariance.shape, dtype=torch.bool)
 
 
