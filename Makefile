@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test bench bench-readme bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt lint format clean
+.PHONY: help setup train reproduce-toy test test-peers bench bench-readme bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,18 @@ reproduce-toy: setup ## three seeds with the random-token controls (8 to 25 minu
 # A process per core with one thread each; loadfile keeps the fixtures of a module in one process.
 test: setup ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+# Peers in an environment of their own; the package runs from here, with the libraries that `make setup` built, if any.
+PEERS := .venv-peers
+$(PEERS)/.installed: tests/peers/requirements.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.12 ...")'
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -r tests/peers/requirements.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install -q --no-deps verl==0.9.1
+	touch $@
+
+test-peers: $(PEERS)/.installed ## the losses against verl's and TRL's own, and verl's tests of them with ours in their place
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PEERS)/bin/python -m pytest -n auto tests/peers $(PYTEST_ARGS)
 
 bench: setup ## measure ours and peers on this machine; writes benchmarks/results/<machine>/ (with BENCH_ARGS: runs/bench/<machine>/)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)

@@ -247,7 +247,8 @@ def loss(
         mode: of :func:`reference_losses.weights`, or "none": the loss is then the array of the tokens' values, 0 where
             masked, and the gradient that of its sum with the factors ``upstream`` (1).
         token_weight: multiplies a token's value, a constant.
-        ref_kl_importance: the reference KL of a token is multiplied by its r, through which its gradient goes as well.
+        ref_kl_importance: the reference KL of a token is multiplied by its r (GSPO's: by its sequence's s), through
+            which its gradient goes as well.
     """
     if lengths is not None:
         return _packed(
@@ -267,8 +268,8 @@ def loss(
     outer = 1.0 if upstream is None else np.where(mask, upstream, 0.0)
     value, slope = np.where(mask, terms.value, 0), np.where(mask, terms.slope, 0)
     terms_of_slope = np.abs(slope) if terms.size is None else np.where(mask, terms.size, 0)
-    gradient = _through(terms, weighted * outer * slope)
-    size = _through(terms, np.abs(weighted * outer) * terms_of_slope)
+    gradient = _through(terms.share, weighted * outer * slope)
+    size = _through(terms.share, np.abs(weighted * outer) * terms_of_slope)
     total, absolute = weighted * value, np.abs(weighted * value)
 
     n = max(int(mask.sum()), 1)
@@ -280,25 +281,29 @@ def loss(
         "ppo_kl_abs": float(np.abs(t.d).sum() / n),
     }
     if ref is not None:
-        estimate, slope = kl(np.where(mask, lp - ref, 0.0), "k3")
+        estimate, slope = (np.where(mask, x, 0) for x in kl(np.where(mask, lp - ref, 0.0), "k3"))
         metrics["ref_kl"] = float(estimate.sum() / n)
-        factor = t.ratio if ref_kl_importance else np.ones_like(t.d)
+        factor = np.ones_like(t.d)
+        through = np.zeros_like(t.d)  # d factor · estimate, by the log-ratio that the factor is of
         if ref_kl_importance:
-            slope = slope + estimate
+            factor = np.exp(t.mean(t.d)) * np.ones_like(t.d) if name == "gspo" else t.ratio
+            through = factor * estimate
         total = total + ref_kl_coef * w * factor * estimate
-        gradient = gradient + ref_kl_coef * w * outer * factor * slope
+        share = terms.share if name == "gspo" else None
+        gradient = gradient + ref_kl_coef * (w * outer * factor * slope + _through(share, w * outer * through))
         # k3 and its slope are differences of numbers near 1
+        rough = np.abs(w * outer * factor)
         absolute = absolute + np.abs(ref_kl_coef * w * factor) * (np.abs(estimate) + 1)
-        size = size + np.abs(ref_kl_coef * w * outer * factor) * (np.abs(slope) + np.abs(estimate) + 1)
+        size = size + abs(ref_kl_coef) * (rough * (np.abs(slope) + 1) + _through(share, rough * (np.abs(estimate) + 1)))
     spread = np.abs(t.d) if terms.spread is None else np.where(mask, terms.spread, 0)
     # below 1e-30 fp32 ends, and rounding is no longer relative
     value = total if mode == "none" else float(total.sum())
     return Reference(value, gradient, None, metrics, float(absolute.sum()), size + 1e-30, spread)
 
 
-def _through(terms: Terms, slopes: Array) -> Array:
+def _through(share: Array | None, slopes: Array) -> Array:
     """From Σ_t slope_t · d(what the slope is of) to d / d lp."""
-    return slopes if terms.share is None else slopes.sum(-1, keepdims=True) * terms.share
+    return slopes if share is None else slopes.sum(-1, keepdims=True) * share
 
 
 def pad(x: Array | None, lengths: list[int]) -> Array | None:

@@ -182,7 +182,7 @@ def test_log_ratios_of_100(pair: Pair, judge: Any) -> None:
 
 @JUDGES
 @pytest.mark.parametrize("corrected", [False, True])
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.args.get("level") != "sequence"], ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_reference_kl(pair: Pair, corrected: bool, judge: Any) -> None:
     for seed in range(BATCHES):
         case, beta = Case(seed, pair), (0.04, 0.5)[seed % 2]
@@ -194,3 +194,75 @@ def test_reference_kl(pair: Pair, corrected: bool, judge: Any) -> None:
         compare(mine, peer, case.name)
         if not corrected and case.lp.shape[1] > 1:
             assert mine.metrics["ref_kl"] == pytest.approx(peer.metrics["kl"], rel=1e-6, abs=1e-12), case.name
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------
+
+
+def call(surrogate: str, arrays: tuple[np.ndarray, ...], **options: Any) -> peer_calls.Result:
+    lp, *constants = (torch.tensor(x) for x in arrays)
+    out = ek.policy_loss(lp.requires_grad_(), *constants, surrogate=surrogate, **options)
+    out.loss.backward()
+    assert lp.grad is not None
+    metrics = {key: float(value) for key, value in out.metrics.items()}
+    return peer_calls.Result(float(out.loss.detach()), lp.grad.double().numpy(), metrics)
+
+
+def test_difference_sequences() -> None:
+    lp, mask = -np.ones((2, 3)), np.array([[1, 1, 0], [0, 0, 0]], dtype=bool)
+    arrays = lp, lp, np.ones((2, 3)), mask
+    assert peer_calls.trl_loss("grpo", *arrays).loss == -0.5
+    assert call("ppo", arrays, loss_agg_mode="seq-mean-token-mean").loss == -1
+    assert call("ppo", arrays, loss_agg_mode="seq-mean-token-mean", global_batch_size=2).loss == -0.5
+
+
+@pytest.mark.parametrize("advantage", [0.0, 1.0])
+def test_difference_zero_advantage(advantage: float) -> None:
+    """fp32, as it is trained: e^100 is infinite there. At A = 1 the value is that of the clip in both."""
+    lp, old = np.array([[-1.0, -1.0]], dtype=np.float32), np.array([[-101.0, -1.0]], dtype=np.float32)
+    arrays = lp, old, np.array([[advantage, 1.0]], dtype=np.float32), np.ones((1, 2), dtype=bool)
+    peer = peer_calls.trl_loss("bnpo", *arrays, dtype=torch.float32)
+    mine = call("ppo", arrays)
+    assert mine.loss == pytest.approx(-(1.2 * advantage + 1) / 2, rel=1e-6) and mine.gradient.tolist() == [[0, -0.5]]
+    assert np.isnan(peer.gradient[0, 0])
+    assert np.isnan(peer.loss) if advantage == 0 else peer.loss == pytest.approx(mine.loss)
+
+
+def test_difference_clip_ratio_of_sequences() -> None:
+    """One sequence of three tokens is clipped, one of one is not."""
+    old = -np.ones((2, 3))
+    mask = np.array([[1, 1, 1], [1, 0, 0]], dtype=bool)
+    arrays = old + np.array([[0.5], [0.0]]), old, np.ones((2, 1)), mask
+    peer = peer_calls.trl_loss("bnpo", *arrays, level="sequence")
+    assert peer.metrics["clip_ratio/region_mean"] == 0.5 and call("gspo", arrays).metrics["clipfrac"] == 0.75
+
+
+def test_difference_one_column() -> None:
+    lp, mask = np.array([[-0.1], [-0.1]]), np.array([[True], [False]])
+    arrays = lp, lp - 0.5, np.ones((2, 1)), mask
+    assert peer_calls.trl_loss("bnpo", *arrays).metrics["clip_ratio/region_mean"] == 1
+    arrays = lp, lp - np.array([[0.5], [0.0]]), np.ones((2, 1)), mask
+    assert peer_calls.trl_loss("bnpo", *arrays).metrics["clip_ratio/region_mean"] == 0.5
+    assert call("ppo", arrays).metrics["clipfrac"] == 1
+
+
+def test_difference_k3_clamp() -> None:
+    """D = -5: e^5 - 6 is beyond 10."""
+    lp = np.array([[-6.0, -1.0]])
+    arrays, ref = (lp, lp, np.zeros((1, 2)), np.ones((1, 2), dtype=bool)), np.array([[-1.0, -1.0]])
+    peer = peer_calls.trl_loss("bnpo", *arrays, beta=1.0, ref=ref)
+    mine = call("ppo", arrays, ref_logprob=torch.tensor(ref), ref_kl_coef=1.0)
+    assert peer.loss == pytest.approx((np.exp(5) - 6) / 2) and mine.loss == pytest.approx(5.0)
+
+
+def test_difference_kl_metric() -> None:
+    lp = np.array([[-1.0, -1.0]])
+    arrays, ref = (lp, lp - np.log(2), np.zeros((1, 2)), np.ones((1, 2), dtype=bool)), lp + 1
+    peer = peer_calls.trl_loss("bnpo", *arrays, beta=1.0, ref=ref, use_bias_correction_kl=True)
+    mine = call("ppo", arrays, ref_logprob=torch.tensor(ref), ref_kl_coef=1.0, ref_kl_importance=True)
+    assert peer.metrics["kl"] == pytest.approx(2 * (np.e - 2)) and mine.metrics["ref_kl"] == pytest.approx(np.e - 2)
+    assert mine.loss == pytest.approx(peer.loss)
+
+
+def test_every_difference_has_a_test() -> None:
+    assert {f"test_difference_{name}" for name in DIFFERENCES} <= set(globals())

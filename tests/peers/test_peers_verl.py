@@ -324,3 +324,156 @@ def judge_selected(judge: str, case: Case, low: Any, high: Any, **selected: Any)
         *case.arrays, clip_low=low, clip_high=high, mode=case.mode, **case.whole, **selected
     )  # fmt: skip
     return peer_calls.Result(out.loss, out.logprob, out.metrics)
+
+
+# --- aggregation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_aggregate(mode: str) -> None:
+    """Any per-token term, its gradient included."""
+    for seed in range(BATCHES):
+        case = Case(seed)
+        term = np.where(case.mask, np.random.default_rng(seed).standard_normal(case.lp.shape), 0)
+        mask, leaf, peer_leaf = torch.tensor(case.mask), torch.tensor(term), torch.tensor(term)
+        ours = ek.aggregate(leaf.requires_grad_(), mask, loss_agg_mode=mode, **case.whole)
+        peer = peer_calls.core_algos.agg_loss(peer_leaf.requires_grad_(), mask.double(), mode, **case.whole)
+        ours.backward()
+        if case.n == 0:
+            assert ours == 0 and not leaf.grad.any(), case.name
+            continue
+        peer.backward()
+        # the epsilon of a sequence's mean, which its gradient has too
+        length = case.mask.sum(-1, keepdims=True)
+        shrunk = length / (length + 1e-8) if mode == "seq-mean-token-mean" else np.ones_like(length)
+        weight = leaf.grad.numpy() * shrunk
+        np.testing.assert_allclose(weight, peer_leaf.grad.numpy(), rtol=1e-12, err_msg=case.name)
+        np.testing.assert_allclose((weight * term).sum(), float(peer), rtol=1e-10, atol=1e-13, err_msg=case.name)
+        np.testing.assert_allclose((leaf.grad.numpy() * term).sum(), float(ours), rtol=1e-10, atol=1e-13)
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------
+
+
+def one_token(pair: Pair, d: float, advantage: float, **rest: Any) -> tuple[peer_calls.Result, peer_calls.Result]:
+    """Ours and verl's of one token of log-ratio ``d``."""
+    lp = np.array([[-1.0 if d > 0 else -1.0 + d]])
+    arrays = lp, lp - d, np.array([[advantage]]), np.ones((1, 1), dtype=bool)
+    peer = peer_calls.verl_loss(pair.verl, *arrays, **pair.settings, **rest)
+    exact = reference_surrogates.loss(pair.surrogate, *arrays, options=pair.options)
+    mine = call_ours(ek.policy_loss, arrays, surrogate=pair.surrogate, **pair.options)
+    assert mine.loss == pytest.approx(exact.loss, rel=1e-12) and mine.gradient == pytest.approx(
+        exact.logprob, rel=1e-12
+    )
+    return mine, peer
+
+
+_WIDE = {"clip_ratio_low": 0.2, "clip_ratio_high": 1e30}, {"clip_low": 0.2, "clip_high": 1e30}
+
+
+@pytest.mark.parametrize(
+    ("pair", "d", "bound", "moves"),
+    [
+        (Pair("vanilla", "ppo", {"clip_ratio_c": 1e30}, {"dual_clip": 1e30}), 30.0, 20.0, False),
+        (Pair("gspo", "gspo_token"), 30.0, 10.0, False),
+        (Pair("cispo", "cispo", *_WIDE), 30.0, 20.0, True),
+        (Pair("dppo_tv", "dppo_tv", {"clip_ratio_c": 1e30}, {"ratio_cap": 1e30}), 30.0, 20.0, True),
+        (Pair("dppo_kl", "dppo_kl", {"clip_ratio_c": 1e30}, {"ratio_cap": 1e30}), 30.0, 20.0, True),
+    ],
+    ids=str,
+)
+def test_difference_log_ratio_clamp(pair: Pair, d: float, bound: float, moves: bool) -> None:
+    """A = -1, no clip on that side: the value is e^D, and -1 · e^D · lp where the ratio is a constant (lp is -1)."""
+    mine, peer = one_token(pair, d, -1.0)
+    sign = -1 if moves else 1
+    assert mine.loss == pytest.approx(sign * np.exp(d), rel=1e-12)
+    assert peer.loss == pytest.approx(sign * np.exp(bound), rel=1e-12)
+    assert mine.gradient == pytest.approx(np.exp(d), rel=1e-12)
+    assert peer.gradient == pytest.approx(np.exp(bound) if moves else 0.0, rel=1e-12)
+
+
+def test_difference_log_ratio_clamp_of_sapo() -> None:
+    """Far below, sapo's gate is flat: e^-30 instead of 0, which is the sum of all that differs."""
+    mine, peer = one_token(Pair("sapo", "sapo"), -30.0, 1.0)
+    assert mine.loss == pytest.approx(peer.loss, rel=1e-8)
+    assert peer.gradient == 0 and 0 > mine.gradient > -np.exp(-30)
+
+
+def test_difference_epsilon_in_means() -> None:
+    _, peer = one_token(Pair("gpg", "gpg"), 0.5, 1.0, mode="seq-mean-token-mean")
+    assert peer.loss * (1 + 1e-8) == pytest.approx(1.0, rel=1e-14)
+    mine, peer = one_token(Pair("dro", "dro", {"dro_beta": 1.0}, {"dro_beta": 1.0}), 0.5, 1.0)
+    assert peer.metrics["actor/ppo_kl"] * (1 + 1e-8) == pytest.approx(mine.metrics["ppo_kl"], rel=1e-14)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "token-sum"])
+def test_difference_nothing_valid(mode: str) -> None:
+    arrays = *np.full((3, 2, 4), -1.0), np.zeros((2, 4), dtype=bool)
+    assert np.isnan(peer_calls.verl_loss("vanilla", *arrays, mode=mode).loss)
+    mine = call_ours(ek.policy_loss, arrays, loss_agg_mode=mode)
+    assert mine.loss == 0 and not mine.gradient.any()
+
+
+@pytest.mark.parametrize("verl", ["clip_cov", "kl_cov"])
+def test_difference_zero_advantage(verl: str) -> None:
+    """fp32, as it is trained: e^100 is infinite there."""
+    lp, old = np.array([[-1.0, -1.0]]), np.array([[-101.0, -1.0]])
+    adv, mask = np.array([[0.0, 1.0]]), np.ones((1, 2), dtype=bool)
+    peer = peer_calls.verl_loss(verl, lp, old, adv, mask, dtype=torch.float32)
+    assert np.isnan(peer.loss)
+    selected = {"dropped" if verl == "clip_cov" else "penalized": torch.zeros(1, 2, dtype=torch.bool)}
+    function = ek.clip_cov_loss if verl == "clip_cov" else ek.kl_cov_loss
+    mine = call_ours(function, (*(x.astype(np.float32) for x in (lp, old, adv)), mask), **selected)
+    assert mine.loss == -0.5 and mine.gradient.tolist() == [[0.0, -0.5]]
+
+
+def test_difference_gmpo_empty_sequences() -> None:
+    lp = -np.ones((4, 3))
+    mask = np.array([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0]], dtype=bool)
+    peer = peer_calls.verl_loss("geo_mean", lp, lp, np.ones((4, 3)), mask)
+    mine = call_ours(
+        ek.policy_loss, (lp, lp, np.ones((4, 3)), mask), surrogate="gmpo", loss_agg_mode="seq-mean-token-mean"
+    )
+    assert mine.loss == -1 and peer.loss == pytest.approx(-0.5, rel=2e-8)
+
+
+def test_difference_gmpo_token_weight() -> None:
+    """Weights 1 and 4: their geometric mean is 2, and the mean of what each token adds is 2.5."""
+    lp, mask, weight = -np.ones((1, 2)), np.ones((1, 2), dtype=bool), np.array([[1.0, 4.0]])
+    peer = peer_calls.verl_loss("geo_mean", lp, lp, np.ones((1, 2)), mask, token_weight=weight)
+    mine = call_ours(
+        ek.policy_loss, (lp, lp, np.ones((1, 2)), mask), surrogate="gmpo", loss_agg_mode="seq-mean-token-mean",
+        token_weight=torch.tensor(weight),
+    )  # fmt: skip
+    assert mine.loss == pytest.approx(-2.5, rel=1e-12) and peer.loss == pytest.approx(-2.0, rel=3e-8)
+
+
+def test_difference_sapo_aggregation() -> None:
+    case = Case(5)
+    losses = {peer_calls.verl_loss("sapo", *case.arrays, mode=mode).loss for mode in MODES}
+    ours = {call_ours(ek.policy_loss, case.arrays, surrogate="sapo", loss_agg_mode=mode).loss for mode in MODES}
+    assert len(losses) == 1 and len(ours) == len(MODES)
+
+
+def test_difference_clip_cov_clipfrac() -> None:
+    """A token that PPO's clip holds, one that is dropped: verl counts the latter, ours each by its name."""
+    lp, old = np.array([[-1.0, -2.0, -3.0]]), np.array([[-2.0, -2.0, -3.0]])
+    arrays = lp, old, np.array([[1.0, 0.5, -2.0]]), np.ones((1, 3), dtype=bool)
+    peer = peer_calls.verl_loss("clip_cov", *arrays, clip_cov_lb=1.0, clip_cov_ub=5.0)
+    mine = call_ours(ek.clip_cov_loss, arrays, dropped=torch.tensor([[False, False, True]]))
+    assert peer.metrics["actor/pg_clipfrac"] == pytest.approx(1 / 3, rel=1e-6)
+    assert mine.metrics["selected_frac"] == pytest.approx(1 / 3) and mine.metrics["clipfrac"] == pytest.approx(1 / 3)
+    assert mine.loss == pytest.approx(peer.loss, rel=1e-12)
+
+
+def test_difference_kl_cov_ppo_kl() -> None:
+    lp, old = np.array([[-1.0, -2.0]]), np.array([[-2.0, -1.5]])
+    arrays = lp, old, np.array([[1.0, -1.0]]), np.ones((1, 2), dtype=bool)
+    peer = peer_calls.verl_loss("kl_cov", *arrays)
+    mine = call_ours(ek.kl_cov_loss, arrays)
+    assert peer.metrics["actor/ppo_kl"] == pytest.approx(mine.metrics["ppo_kl_abs"], rel=1e-7)
+    assert mine.metrics["ppo_kl_abs"] == pytest.approx(0.75) and mine.metrics["ppo_kl"] == pytest.approx(-0.25)
+
+
+def test_every_difference_has_a_test() -> None:
+    assert {f"test_difference_{name}" for name in DIFFERENCES} <= set(globals())
