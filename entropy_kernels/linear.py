@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from entropy_kernels.ops import linear_token_stats as op
 from entropy_kernels.ops import token_stats
 from entropy_kernels.ops.linear_head import Head, head_token_stats
 from entropy_kernels.ops.linear_plan import LinearPlan, Problem
+from entropy_kernels.ops.linear_policy_loss import Coefficients
 from entropy_kernels.ops.linear_tiles import Numbers
 from entropy_kernels.ops.products import adds_to_fp32
 
@@ -128,6 +131,7 @@ def linear_plan(
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     policy_loss: bool = False,
+    sequence_length: int | None = None,
 ) -> LinearPlan:
     """How :func:`linear_logprob_entropy` would compute these arguments: mode, products, tiles, bytes.
 
@@ -135,7 +139,8 @@ def linear_plan(
     ``memory_budget`` says otherwise, and products that it cannot add to fp32 sums without a copy. The mode follows from
     ``requires_grad`` (under the grad mode of this call) and the budget; docs/linear.md has the formula. Ignored tokens
     are counted as if they were not. With ``policy_loss``: how :func:`entropy_kernels.linear_policy_loss` would, with a
-    selection of at most .2 % of the tokens.
+    selection of at most .2 % of the tokens; a loss of whole sequences (of at most ``sequence_length`` tokens) makes its
+    gradients in the forward pass where the longest of them fits the budget, and else follows the statistics.
 
     Raises:
         TypeError, ValueError: as :func:`linear_logprob_entropy`.
@@ -148,9 +153,11 @@ def linear_plan(
     product = _validate_head(hidden, weight, bias)
     shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
     problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
+    if sequence_length is not None and (not policy_loss or integer("sequence_length", sequence_length) < 1):
+        raise ValueError(f"sequence_length: expected None or, for a policy loss, an int >= 1, got {sequence_length}")
     if policy_loss and problem.backward:
         adds = adds_to_fp32(problem.operand, hidden.device)
-        return planning.loss_plan(problem, changes_of(2e-3, None, problem.rows), adds)
+        return planning.loss_plan(problem, changes_of(2e-3, None, problem.rows), adds, sequence_length)
     return planning.plan(problem)
 
 
@@ -249,11 +256,8 @@ def linear_loss(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    loss: str,
-    tokens: list[Tensor | None],
+    coefficients: Coefficients,
     *,
-    metrics: int,
-    changes: int | None,
     grad_buffer: Tensor | None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -264,12 +268,16 @@ def linear_loss(
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | None:
     """A loss whose gradients are made in the forward pass, and its metrics: ops/linear_policy_loss.py.
 
-    ``weight`` is a tensor; at least one of hidden, weight and bias requires a gradient. ``loss`` and ``tokens``
-    describe the loss to what was registered with :func:`register_loss`; ``changes``: see ``Coefficients``. Other
-    arguments and errors as of :func:`linear_logprob_entropy`.
+    None, before anything is computed, where a part must hold whole sequences and the longest does not fit the budget,
+    on all ranks of a vocab_group alike: the statistics are then to be computed first, and the loss of them.
+
+    ``weight`` is a tensor; at least one of hidden, weight and bias requires a gradient. Other arguments and errors as
+    of :func:`linear_logprob_entropy`. In compiled code the ranks of a vocab_group do not ask each other how many tokens
+    a part has. There ``memory_budget`` must be the same on all of them (None: 1 GiB), and parts are cut as if each
+    shard were as wide as the widest can be: of ``vocab_size`` entries, where ``vocab_start`` says that they may differ.
     """
     call = _checked(
         hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
@@ -278,32 +286,52 @@ def linear_loss(
     for tensor in call.tensors[:3]:
         if tensor is not None:
             refuse_forward_mode("linear_policy_loss", tensor)
-    head, wide = call.tensors[1], call.problem.wide
+    head, problem, numbers = call.tensors[1], call.problem, call.numbers
     if grad_buffer is not None:
-        if not isinstance(grad_buffer, Tensor) or hasattr(grad_buffer, "full_tensor"):
-            raise TypeError(f"grad_buffer: expected a plain torch.Tensor or None, got {type(grad_buffer).__name__}")
-        if head is not weight and vocab_group is None:
+        _check_buffer(grad_buffer, weight, head, problem, vocab_group)
+    if numbers.group and torch.compiler.is_compiling():
+        columns = numbers.vocab_size if vocab_start is not None or head is not weight else head.shape[0]
+        if columns == token_stats.UNBOUNDED:
+            raise ValueError("vocab_size: expected an int beside vocab_start in compiled code, got None")
+        budget = planning.DEFAULT_BUDGET if memory_budget is None else problem.budget
+        problem = dataclasses.replace(problem, columns=columns, budget=budget)
+    cuts, longest = coefficients.cuts, None
+    if cuts is not None:
+        longest = max(map(operator.sub, cuts, [0, *cuts])) if isinstance(cuts, Sequence) else cuts
+    size = planning.loss_rows(problem, coefficients.changes, longest)
+    if not torch.compiler.is_compiling():
+        size = policy_op.agreed(size, numbers.group, hidden.device)
+    if size == 0:
+        if grad_buffer is not None:
             raise ValueError(
-                "grad_buffer: expected None beside a DTensor weight without a vocab_group, whose gradient is reduced "
-                "over the mesh, got a tensor; pass weight.full_tensor().detach().requires_grad_(), reduce the buffer"
+                f"memory_budget: expected more than {problem.budget} bytes beside a grad_buffer, for the logits of the "
+                f"longest sequence, of {longest} tokens"
             )
-        if not call.problem.need_weight:
-            raise ValueError("grad_buffer: expected None for a weight that needs no gradient, got a tensor")
-        if (grad_buffer.shape, grad_buffer.dtype, grad_buffer.device) != (head.shape, wide, head.device):
-            raise ValueError(
-                f"grad_buffer: expected {wide} of weight's shape {tuple(head.shape)} on {head.device}, got "
-                f"{grad_buffer.dtype} of shape {tuple(grad_buffer.shape)} on {grad_buffer.device}"
-            )
-        if grad_buffer.requires_grad:
-            raise ValueError("grad_buffer: expected a tensor that does not require grad, got one that does")
-    part = planning.loss_rows(call.problem, changes)
-    outputs = policy_op.linear_policy_loss(
-        *call.tensors, tokens, grad_buffer, *call.numbers, part, loss, metrics, *call.needs
-    )
-    return outputs[0], outputs[1]
+        return None
+    return policy_op.linear_policy_loss(*call.tensors, numbers, call.needs, coefficients, size, grad_buffer)
 
 
-register_loss = policy_op.register_loss
+def register_loss(maker: Any) -> None:
+    """Nothing: keeps the package importable until losses/linear.py hands over its coefficients itself."""
+
+
+def _check_buffer(grad_buffer: Any, weight: Tensor, head: Tensor, problem: Problem, vocab_group: Any) -> None:
+    if not isinstance(grad_buffer, Tensor) or hasattr(grad_buffer, "full_tensor"):
+        raise TypeError(f"grad_buffer: expected a plain torch.Tensor or None, got {type(grad_buffer).__name__}")
+    if head is not weight and vocab_group is None:
+        raise ValueError(
+            "grad_buffer: expected None beside a DTensor weight without a vocab_group, whose gradient is reduced over "
+            "the mesh, got a tensor; pass weight.full_tensor().detach().requires_grad_(), reduce the buffer"
+        )
+    if not problem.need_weight:
+        raise ValueError("grad_buffer: expected None for a weight that needs no gradient, got a tensor")
+    if (grad_buffer.shape, grad_buffer.dtype, grad_buffer.device) != (head.shape, problem.wide, head.device):
+        raise ValueError(
+            f"grad_buffer: expected {problem.wide} of weight's shape {tuple(head.shape)} on {head.device}, got "
+            f"{grad_buffer.dtype} of shape {tuple(grad_buffer.shape)} on {grad_buffer.device}"
+        )
+    if grad_buffer.requires_grad:
+        raise ValueError("grad_buffer: expected a tensor that does not require grad, got one that does")
 
 
 def _refuse_beside_a_head(**arguments: Any) -> None:

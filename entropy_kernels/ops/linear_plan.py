@@ -202,7 +202,7 @@ def _even(total: int, most: int, step: int) -> int:
     if total <= most:
         return max(1, total)
     most = most // step * step
-    parts = -(-total // most)
+    parts = int(-(-total // most))  # compiled code is for one number of parts, whatever the size of each
     return -(-total // (parts * step)) * step
 
 
@@ -271,10 +271,11 @@ def _loss_row_bytes(p: Problem, rows: int) -> tuple[int, int]:
     return padded(p.columns) * logit + p.features * vector, padded(p.columns) * p.logits.itemsize
 
 
-def loss_rows(p: Problem, changes: int | None) -> int:
+def loss_rows(p: Problem, changes: int | None, longest: int | None = None) -> int:
     """Tokens of a part of a policy loss, of which up to ``changes`` are made again (None: any number).
 
     All of them, if the budget allows; else as many parts as it asks for, of one size, with room for those in the last.
+    ``longest``: a part holds whole sequences, of which this is the longest: it is a multiple of it, or 0: none fits.
     """
     if p.rows * _loss_row_bytes(p, p.rows)[0] <= p.budget:
         return max(1, p.rows)
@@ -282,6 +283,8 @@ def loss_rows(p: Problem, changes: int | None) -> int:
     most = p.budget // (row + again)  # if all of a part may have to be made again
     if changes is not None and most > changes:
         most = (p.budget - changes * again) // row
+    if longest is not None:
+        return _even(p.rows, most, longest) if most >= max(longest, _LEAST_ROWS) else 0
     least = min(p.rows, _LEAST_ROWS)
     if most < least:
         needed = least * row + (least if changes is None else min(least, changes)) * again
@@ -293,9 +296,11 @@ def loss_rows(p: Problem, changes: int | None) -> int:
     return _even(p.rows + room, max(most, _LEAST_ROWS), _LEAST_ROWS)
 
 
-def loss_plan(p: Problem, changes: int | None, adds_products: bool) -> LinearPlan:
+def loss_plan(p: Problem, changes: int | None, adds_products: bool, longest: int | None = None) -> LinearPlan:
     """Of a policy loss, like :func:`plan`; ``adds_products``: see products.adds_to_fp32."""
-    rows = loss_rows(p, changes)
+    rows = loss_rows(p, changes, longest)
+    if rows == 0:
+        return plan(p)  # statistics first, then the loss
     row, again = _loss_row_bytes(p, rows)
     parts = max(1, -(-p.rows // rows))
     made_again = 0 if parts == 1 else rows if changes is None else min(rows, changes)

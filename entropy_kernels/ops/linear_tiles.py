@@ -7,7 +7,7 @@ and give the state that merges (docs/math.md §2). How large a tile is: :mod:`.l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,19 +54,40 @@ def parts(total: int, size: int) -> list[slice]:
     return [slice(begin, min(begin + size, total)) for begin in range(0, max(1, total), size)]
 
 
+def parts_of_sequences(total: int, size: int, cuts: int | Sequence[int] | None) -> list[slice]:
+    """At least one, of at most ``size`` tokens; ``cuts`` as in ops/linear_policy_loss.py, one length dividing ``size``.
+
+    A compiler learns of ``total`` how it compares to multiples of ``size``, and no more.
+    """
+    found, begin = [], 0
+    while begin + size < total:
+        end = begin + size
+        if cuts is not None and not isinstance(cuts, (int, torch.SymInt)):
+            end = max(cut for cut in cuts if cut <= end)
+        found.append(slice(begin, end))
+        begin = end
+    return [*found, slice(begin, total)]
+
+
 def without_autocast(tensor: Tensor) -> Any:
     """Inside, every operand has the dtype that it is to have."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
+def traced() -> bool:
+    """Whether no tensor has values: a compiler or a FakeTensorMode is at work."""
+    fake = torch._C._TorchDispatchModeKey.FAKE
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fake) is not None
+
+
 def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised (rows, columns) with aligned rows, in memory that served an earlier call where that fits.
 
-    On a CPU the padding behind the rows is 0, because a product may read it.
+    On a CPU the padding behind the rows is 0, because a product may read it. A compiler plans memory by itself.
     """
     shape = torch.Size((rows, padded(columns)))
-    if device.type != "cpu":
+    if device.type != "cpu" or traced():
         return torch.empty(shape, dtype=dtype, device=device)
     buffer = reused_memory.empty(shape, dtype)
     buffer[:, columns:] = 0
