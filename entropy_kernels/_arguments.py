@@ -73,9 +73,9 @@ def scalar_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> torch
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def refuse_forward_mode(name: str, *values: torch.Tensor) -> None:
-    """Raise where a tangent of ``values`` would be lost without a word."""
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in values):
+def refuse_forward_mode(name: str, value: torch.Tensor) -> None:
+    """Raise where a tangent of ``value`` would be lost without a word."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")
 
 
@@ -86,3 +86,10 @@ def refuse_functional_grad(name: str, *values: torch.Tensor) -> None:
             f"{name}: torch.func's derivatives (grad, vjp, jacrev, ...) are not supported; use torch.autograd.grad, or "
             "backward()"
         )
+
+
+def refuse_transforms(name: str, *values: torch.Tensor) -> None:
+    """Both of the above."""
+    for value in values:
+        refuse_functional_grad(name, value)
+        refuse_forward_mode(name, value)

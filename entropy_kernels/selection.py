@@ -147,8 +147,8 @@ def clip_cov_mask(
     """
     tokens = _tokens("covariance", covariance, mask, exclude, token_index)
     return request(
-        covariance.device, seed=seed, ratio=ratio, k=k, default=CLIP_COV_RATIO, at_least_one=at_least_one, low=low, high=high,
-        band=band, closed=closed, group=batch_group, backend=backend,
+        covariance.device, seed=seed, ratio=ratio, k=k, default=CLIP_COV_RATIO, at_least_one=at_least_one, low=low,
+        high=high, band=band, closed=closed, group=batch_group, backend=backend,
     )(*tokens)  # fmt: skip
 
 
@@ -273,8 +273,12 @@ def request(
     if tensors or torch.compiler.is_compiling():
         numbers = torch.stack([_in_float64(math.nan if value is None else value, device) for value in given])
         ratio, k, low, high = None, None, 0.0, 0.0
+    if type(seed) is int and 0 <= seed < 1 << 63 and not torch.compiler.is_compiling():
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
+    elif seed is not None:
+        seed = seed_tensor(seed, device)
     return Request(
-        None if seed is None else seed_tensor(seed, device), numbers, ratio, k, bool(at_least_one), low, high,
+        seed, numbers, ratio, k, bool(at_least_one), low, high,
         band == "quantile", bool(closed), "" if group is None else _group_name(group), backend,
     )  # fmt: skip
 

@@ -60,16 +60,12 @@ class Aggregation(NamedTuple):
     """The arguments that say how a loss is aggregated, checked; see :func:`entropy_kernels.policy_loss`."""
 
     mode: str
+    by_sequence: bool  # whether the mode asks what a sequence is
     dp_size: int
     batch_num_tokens: int | Tensor | None
     global_batch_size: int | Tensor | None
     loss_scale_factor: float | Tensor | None
     group: Any
-
-    @property
-    def by_sequence(self) -> bool:
-        """Whether the mode asks what a sequence is."""
-        return self.mode.startswith("seq-")
 
     def counted(self, valid: Tensor, sequences: Sequences) -> tuple[Counts, Tensor | float]:
         """What is counted over this rank's tokens, ``valid`` (bool) being those that count, and the weights w_i.

@@ -16,12 +16,10 @@ from torch import Tensor
 from entropy_kernels.losses import metrics
 from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
 from entropy_kernels.losses.kl import kl_and_grad
-from entropy_kernels.losses.masking import bits, keep, largest, nan_where_not_finite
+from entropy_kernels.losses.masking import bits, keep, largest, unless
 from entropy_kernels.losses.options import LossOptions, used
 from entropy_kernels.losses.tokens import Tokens
-from entropy_kernels.selection import clip_cov_mask, token_covariance
-
-_ALL = 1 << 53  # more tokens than any batch has
+from entropy_kernels.selection import covariance_of
 
 
 class Pullback(NamedTuple):
@@ -45,7 +43,7 @@ class Pullback(NamedTuple):
         if self.count is not None:
             pulled = pulled / self.count
         pulled = sequences.spread(pulled.to(gradient.dtype)).expand_as(gradient)
-        return gradient + (keep(pulled.contiguous(), self.mask) if self.part is None else pulled * self.part)
+        return gradient + (keep(self.mask, pulled.contiguous())[0] if self.part is None else pulled * self.part)
 
 
 class Surrogates(NamedTuple):
@@ -86,11 +84,11 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
             finite = finite & torch.isfinite(tokens.covariance_advantages)
         valid = finite if valid is None else valid & finite
     mask = None if valid is None else bits(valid, dtype)
-    log_ratio, advantages, logprob = (keep(x, mask) for x in (log_ratio, advantages, logprob))
+    log_ratio, advantages, logprob = keep(mask, log_ratio, advantages, logprob)
     level, part, count = log_ratio, None, None
     clipped: list[Tensor | None] = []
-    bad = nan_where_not_finite(log_ratio, advantages)
-    if surrogate.pools:
+    bad = (log_ratio - log_ratio) + (advantages - advantages)  # 0, or NaN for what is not finite
+    if surrogate.level == "sequence":
         total = log_ratio
         if surrogate.contribution is not None:
             total, part, *clipped = surrogate.contribution(log_ratio, advantages, options.clips)
@@ -98,51 +96,55 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
         if surrogate.reduce == "mean":
             count = tokens.sequences.sum(torch.ones_like(log_ratio) if valid is None else valid).clamp(min=1)
             level = level / count
-        level = keep(tokens.sequences.spread(level.to(dtype)).expand_as(log_ratio).contiguous(), mask)
-        bad = bad + nan_where_not_finite(level)
+        (level,) = keep(mask, tokens.sequences.spread(level.to(dtype)).expand_as(log_ratio).contiguous())
+        bad = bad + (level - level)
     value, grad, *stopped = surrogate.fn(level, logprob, advantages, options.clips)
     if value.shape != log_ratio.shape or grad.shape != log_ratio.shape:
         raise ValueError(
             f"surrogate: expected fn to return value and grad of the tokens' shape {tuple(log_ratio.shape)}, got "
             f"{tuple(value.shape)} and {tuple(grad.shape)}"
         )
-    clipped = [x if y is None else y for x, y in zip([*clipped, None, None], [*stopped, None, None], strict=False)][:2]
+    held = stopped[0] if clipped == [] or clipped[0] is None else clipped[0]
+    lower = stopped[1] if len(stopped) > 1 else clipped[1] if len(clipped) > 1 else None
     if valid is not None:
-        clipped = [None if x is None else x & valid for x in clipped]
-    return Surrogates(
-        keep(value, mask), keep(grad, mask), *clipped, log_ratio, level, part, count, bad, valid, mask
-    )  # fmt: skip
+        held, lower = None if held is None else held & valid, None if lower is None else lower & valid
+    value, grad = keep(mask, value, grad)
+    return Surrogates(value, grad, held, lower, log_ratio, level, part, count, bad, valid, mask)
 
 
 def token_terms(
-    logprob: Tensor, entropy: Tensor | None, found: Surrogates, tokens: Tokens, options: LossOptions, chosen: Tensor | None
+    logprob: Tensor,
+    entropy: Tensor | None,
+    found: Surrogates,
+    tokens: Tokens,
+    options: LossOptions,
+    chosen: Tensor | None,
 ) -> Terms:
     """The loss of each token, where ``chosen`` (bool, True at valid tokens only; None: none) are under the effect."""
     value, grad, mask = found.value, found.grad, found.mask
     dtype = value.dtype
     if chosen is not None and options.effect in ("dropped", "detached"):
-        rest = bits(~chosen, dtype)
-        grad = keep(grad, rest)
-        value = keep(value, rest) if options.effect == "dropped" else value
+        dropped, grad = unless(chosen, value, grad)
+        value = dropped if options.effect == "dropped" else value
     # What acts on the ratio that the surrogate was given; the penalty and the KL act on the token's own
-    pools = options.surrogate.pools and not options.surrogate.local
+    pools = options.surrogate.level == "sequence" and not options.surrogate.local
     own, pooled = (torch.zeros_like(grad), grad) if pools else (grad, None)
     if chosen is not None and options.effect == "penalized":
-        penalty, slope = (keep(x, bits(chosen, dtype)) for x in kl_and_grad(found.log_ratio, options.penalty))
+        penalty, slope = keep(bits(chosen, dtype), *kl_and_grad(found.log_ratio, options.penalty))
         value, own = value + options.kl_coef * penalty, own + options.kl_coef * slope
     if tokens.weight is not None:
-        weight = keep(tokens.weight.to(dtype), mask)
+        (weight,) = keep(mask, tokens.weight.to(dtype))
         nothing = torch.zeros_like(weight)
         value, own = (torch.where(weight == 0, nothing, x * weight) for x in (value, own))
         pooled = None if pooled is None else torch.where(weight == 0, nothing, pooled * weight)
-        found = found._replace(bad=found.bad + nan_where_not_finite(weight))
+        found = found._replace(bad=found.bad + (weight - weight))
     value, own = value + found.bad, own + found.bad
     policy = loss = value
     unused: list[Tensor] = []  # what is not finite is counted also where it does not enter the loss
     ref_kl = None
     if tokens.ref_logprob is not None:
-        distance = keep(logprob - tokens.ref_logprob.to(dtype), mask)
-        wrong = nan_where_not_finite(distance)  # k3 clamps, and would show an infinite ratio as a small divergence
+        (distance,) = keep(mask, logprob - tokens.ref_logprob.to(dtype))
+        wrong = distance - distance  # k3 clamps, and would show an infinite ratio as a small divergence
         estimate, slope = kl_and_grad(distance, options.kl_estimator)
         ref_kl = estimate + wrong
         if not used(options.ref_kl_coef):
@@ -158,14 +160,16 @@ def token_terms(
                     slope = slope + estimate
             policy = policy + wrong
             loss = policy + options.ref_kl_coef * estimate
-            own = own + options.ref_kl_coef * keep(slope, mask) + wrong
+            own = own + options.ref_kl_coef * keep(mask, slope)[0] + wrong
     if entropy is not None:
-        entropy = keep(entropy.to(dtype), mask)
+        (entropy,) = keep(mask, entropy.to(dtype))
         if used(options.entropy_coef):
             loss = loss - options.entropy_coef * entropy
         else:
             unused.append(entropy)
-    nonfinite = nan_where_not_finite(loss, *unused)
+    nonfinite = loss - loss
+    for x in unused:
+        nonfinite = nonfinite + (x - x)
     pullback = Pullback(own, pooled, found.part, found.count, mask, tokens.sequences.lengths, tokens.sequences.ids)
     return Terms(loss, policy, pullback, nonfinite, entropy, ref_kl)
 
@@ -177,95 +181,77 @@ class Evaluated(NamedTuple):
     metrics: list[Tensor]  # 0-d, by the names of metrics.names
     weight: Tensor  # what a token's loss is multiplied by; broadcasts to the tokens
     terms: Terms
-    tokens: Tensor  # 0-d: how many count
 
 
 def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: LossOptions) -> Evaluated:
     """The loss of a batch; ``logprob`` (fp32 or fp64) and ``entropy`` of the tokens' shape, without gradient."""
     aggregation, sequences, dtype = options.aggregation, tokens.sequences, logprob.dtype
     found = surrogate_terms(logprob, tokens, options)
-    valid, group = found.valid, aggregation.group
+    valid, chosen, candidates = found.valid, tokens.chosen, None
     scored = tokens.advantages if tokens.covariance_advantages is None else tokens.covariance_advantages
-    covariance = token_covariance(logprob, scored, valid, batch_group=group, backend=options.backend)
-    chosen, candidates = tokens.chosen, None
+    covariance = covariance_of(logprob, scored, valid, options.group, options.backend)
     if options.selection is not None:
-        chosen, candidates = _select(covariance, found, tokens, options)
+        exclude = found.clipped if options.exclude_clipped else None
+        chosen = options.selection(covariance, valid, exclude, tokens.token_index)
+        if options.selection.seed is not None:
+            candidates = options.selection.candidates(covariance, valid, exclude)
     elif chosen is not None and valid is not None:
         chosen = chosen & valid
     terms = token_terms(logprob, entropy, found, tokens, options, chosen)
 
     everything = torch.ones_like(logprob, dtype=torch.bool) if valid is None else valid
     counts, own = aggregation.counted(everything, sequences)
-    ratio = keep(found.log_ratio.exp(), found.mask)
-    sums: dict[str, Tensor] = {
-        "clipfrac": _count(found.clipped, logprob),
-        "clipfrac_lower": _count(found.clipped_lower, logprob),
-        "ppo_kl": 0 - found.log_ratio.sum(),
-        "ppo_kl_abs": found.log_ratio.abs().sum(),
-        "ratio_mean": ratio.sum(),
-        "cov_mean": covariance.sum(dtype=torch.float64),
-    }
-    optional = {"band_frac": candidates, "selected_frac": chosen if options.effect != "none" else None}
-    sums |= {name: x.count_nonzero() for name, x in optional.items() if x is not None}
-    sums |= {name: x.sum() for name, x in (("entropy", terms.entropy), ("ref_kl", terms.ref_kl)) if x is not None}
+    (ratio,) = keep(found.mask, found.log_ratio.exp())
+    shares = {
+        "clipfrac": found.clipped, "clipfrac_lower": found.clipped_lower, "band_frac": candidates,
+        "selected_frac": None if options.effect == "none" else chosen,
+    }  # fmt: skip
+    means = {
+        "ppo_kl": 0 - found.log_ratio, "ppo_kl_abs": found.log_ratio.abs(), "ratio_mean": ratio,
+        "cov_mean": covariance, "entropy": terms.entropy, "ref_kl": terms.ref_kl,
+    }  # fmt: skip
+    sums = {"clipfrac": ratio.new_zeros(()), "clipfrac_lower": ratio.new_zeros(())}
+    for name, condition in shares.items():
+        if condition is not None:
+            sums[name] = condition.count_nonzero()
+    for name, value in means.items():
+        if value is not None:  # covariances nearly cancel
+            sums[name] = value.sum(dtype=torch.float64 if name == "cov_mean" else None)
     nonfinite = logprob.numel() - (terms.nonfinite == 0).count_nonzero()
     if options.drop_nonfinite:
-        nonfinite = nonfinite + (logprob.numel() if tokens.mask is None else tokens.mask.count_nonzero()) - counts.tokens
-    one_dtype = found.mask if dtype == torch.float32 or valid is None else bits(valid, torch.float32)
-    maxima = {"ratio_max": largest(ratio, None), "cov_max": largest(covariance, one_dtype)}
+        nonfinite = (
+            nonfinite + (logprob.numel() if tokens.mask is None else tokens.mask.count_nonzero()) - counts.tokens
+        )
+    mask = found.mask if dtype == torch.float32 or valid is None else bits(valid, torch.float32)
+    maxima = {"ratio_max": ratio.amax() if ratio.numel() else ratio.sum(), "cov_max": largest(covariance, mask)}
 
-    loss = policy = aggregation.weighted_sum(terms.loss, own, sequences)
+    loss = policy = pg_loss = aggregation.weighted_sum(terms.loss, own, sequences)
     if terms.policy is not terms.loss:
-        policy = aggregation.weighted_sum(terms.policy, own, sequences)
-    pg_loss = policy
-    if group is not None:
+        policy = pg_loss = aggregation.weighted_sum(terms.policy, own, sequences)
+    if aggregation.group is not None:
         counted = {"tokens": counts.tokens} | ({} if counts.sequences is None else {"sequences": counts.sequences})
-        totals = over_group({**sums, **counted, "nonfinite": nonfinite, "policy": policy}, maxima, group)
+        given = {**sums, **counted, "nonfinite": nonfinite, "policy": policy}
+        totals = over_group(given, maxima, aggregation.group)
         counts = Counts(totals["tokens"], totals.get("sequences"))
         sums, maxima = ({name: totals[name] for name in x} for x in (sums, maxima))
         nonfinite, pg_loss = totals["nonfinite"], totals["policy"]
     denominator = aggregation.denominator(counts, logprob.shape[-1])
     scale = aggregation.dp_size / denominator
-    pg_loss = pg_loss * scale if group is None else pg_loss / denominator
-    made = {"pg_loss": pg_loss, **_means(sums, counts.tokens), "nonfinite_tokens": nonfinite}
-    made |= {name: torch.where(counts.tokens > 0, value, 0) for name, value in maxima.items()}
-    named = [made[name].to(dtype) for name in metrics.METRICS if name in made]
+    sums["pg_loss"] = pg_loss * scale if aggregation.group is None else pg_loss / denominator
+    tokens_or_1 = counts.tokens.clamp(min=1).double()
+    made = {"nonfinite_tokens": nonfinite, "ratio_max": maxima["ratio_max"]}
+    made["cov_max"] = torch.where(counts.tokens > 0, maxima["cov_max"], 0)
+    for name, value in sums.items():
+        made[name] = value if name == "pg_loss" else value / tokens_or_1
+    named = []
+    for name in metrics.METRICS:
+        if name in made:
+            named.append(made[name].to(dtype))
     if aggregation.mode == "none":
-        return Evaluated(terms.loss, named, torch.ones_like(scale, dtype=dtype), terms, counts.tokens)
-    weight = sequences.spread(own * scale).to(dtype)
-    return Evaluated((loss * scale).to(dtype), named, weight, terms, counts.tokens)
-
-
-def _select(
-    covariance: Tensor, found: Surrogates, tokens: Tokens, options: LossOptions
-) -> tuple[Tensor, Tensor | None]:
-    """The selected tokens and, where they are drawn from a range, the candidates; bool."""
-    assert options.selection is not None
-    function, request, exclude_clipped = options.selection
-    exclude = found.clipped if exclude_clipped else None
-    chosen = function(covariance, found.valid, exclude=exclude, token_index=tokens.token_index, **request)
-    if "seed" not in request:
-        return chosen, None
-    low, high, closed = request["low"], request["high"], request["closed"]
-    if request["band"] == "quantile":  # the bounds are order statistics: the selection finds them
-        request = {**request, "ratio": None, "k": _ALL}
-        return chosen, clip_cov_mask(covariance, found.valid, exclude=exclude, **request)
-    inside = (covariance >= low) & (covariance <= high) if closed else (covariance > low) & (covariance < high)
-    if exclude is not None:
-        inside = inside & ~exclude
-    return chosen, inside if found.valid is None else inside & found.valid
-
-
-def _count(condition: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_zeros(()) if condition is None else condition.count_nonzero()
-
-
-def _means(sums: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-    tokens = tokens.clamp(min=1)
-    if torch.compiler.is_compiling():  # scalars apart fuse with the sums
-        return {name: value / tokens for name, value in sums.items()}
-    means = torch.stack([value.double() for value in sums.values()]) / tokens
-    return dict(zip(sums, means.unbind(), strict=True))
+        return Evaluated(terms.loss, named, torch.ones_like(scale, dtype=dtype), terms)
+    share = own * scale
+    weight = (share if share.dim() == 0 else sequences.spread(share)).to(dtype)
+    return Evaluated((loss * scale).to(dtype), named, weight, terms)
 
 
 class Loss(torch.autograd.Function):
@@ -279,7 +265,7 @@ class Loss(torch.autograd.Function):
         wide = logprob.to(torch.float64 if logprob.dtype == torch.float64 else torch.float32)
         found = evaluate(wide, entropy, tokens, options)
         ctx.dtypes = logprob.dtype, None if entropy is None else entropy.dtype
-        ctx.entropy_coef = options.entropy_coef if used(options.entropy_coef) else None
+        ctx.entropy_coef = options.entropy_coef if entropy is not None and used(options.entropy_coef) else None
         terms = found.terms
         kept = (terms.entropy, terms.ref_kl) if any(ctx.needs_input_grad[2:4]) else (None, None)
         ctx.save_for_backward(logprob, found.weight, *kept, *terms.pullback)
@@ -298,7 +284,7 @@ class Loss(torch.autograd.Function):
             grads[0] = pullback(weight).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1] and ctx.entropy_coef is not None:
             per_token = (-ctx.entropy_coef * weight).to(weight.dtype).expand_as(pullback.grad).contiguous()
-            grads[1] = keep(per_token, pullback.mask).to(ctx.dtypes[1])
+            grads[1] = keep(pullback.mask, per_token)[0].to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             grads[2] = -(weight * entropy).sum()
         if ctx.needs_input_grad[3]:

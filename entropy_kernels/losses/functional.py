@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
-from entropy_kernels._arguments import refuse_forward_mode, refuse_functional_grad
+from entropy_kernels._arguments import refuse_transforms
 from entropy_kernels.losses import metrics, options, tokens
 from entropy_kernels.losses.aggregation import Counts, over_group
 from entropy_kernels.losses.evaluate import Loss
@@ -254,10 +256,10 @@ def apply(
     logprob: Tensor, entropy: Tensor | None, batch: tokens.Tokens, shape: torch.Size, chosen: options.LossOptions
 ) -> PolicyLoss:
     """The loss of checked tensors; ``shape``: of the loss per token."""
-    if not torch.compiler.is_compiling():
-        differentiable = [x for x in (logprob, entropy) if x is not None]
-        refuse_functional_grad("policy_loss", *differentiable)
-        refuse_forward_mode("policy_loss", *differentiable)
+    if not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or functorch.maybe_current_level() is not None
+    ):
+        refuse_transforms("policy_loss", logprob, logprob if entropy is None else entropy)
     loss, *values = Loss.apply(logprob, entropy, chosen.entropy_coef, chosen.ref_kl_coef, batch, chosen)
     names = metrics.names(chosen, entropy is not None, batch.ref_logprob is not None)
     if chosen.aggregation.mode == "none":
@@ -298,7 +300,9 @@ def aggregate(
         values = torch.where(valid, values, 0)
     if aggregation.mode == "none":
         return values.view(term.shape)
-    counts, weight = aggregation.counted(torch.ones_like(values, dtype=torch.bool) if valid is None else valid, sequences)
+    counts, weight = aggregation.counted(
+        torch.ones_like(values, dtype=torch.bool) if valid is None else valid, sequences
+    )
     if batch_group is not None:
         totals = over_group({name: x for name, x in counts._asdict().items() if x is not None}, {}, batch_group)
         counts = Counts(totals["tokens"], totals.get("sequences"))

@@ -63,7 +63,7 @@ def kl_and_grad(log_ratio: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
     if name == "abs":
         return value, log_ratio.sign()
     # Where D is clamped the value is, too: it is above 10 from D = 11 on
-    return value, unless(1 - torch.exp(-log_ratio), value >= 10)
+    return value, unless(value >= 10, 1 - torch.exp(-log_ratio))[0]
 
 
 def _value(log_ratio: Tensor, name: str) -> Tensor:

@@ -18,36 +18,32 @@ def bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask if torch.compiler.is_compiling() else mask.to(_BITS[dtype]).neg_()
 
 
-def keep(x: Tensor, mask: Tensor | None) -> Tensor:
-    """``x`` where ``mask`` (made by :func:`bits`; None: everywhere), else 0."""
+def keep(mask: Tensor | None, *values: Tensor) -> list[Tensor]:
+    """Each of ``values`` where ``mask`` (made by :func:`bits`; None: everywhere), else 0."""
     if mask is None:
-        return x
-    if mask.dtype == torch.bool:
-        return torch.where(mask, x, 0)
-    return (x.view(mask.dtype) & mask).view(x.dtype)
+        return list(values)
+    kept = []
+    for x in values:
+        kept.append(torch.where(mask, x, 0) if mask.dtype == torch.bool else (x.view(mask.dtype) & mask).view(x.dtype))
+    return kept
 
 
-def unless(x: Tensor, condition: Tensor) -> Tensor:
-    """``x`` where the bool ``condition`` does not hold, else 0."""
+def unless(condition: Tensor, *values: Tensor) -> list[Tensor]:
+    """Each of ``values`` where the bool ``condition`` does not hold, else 0."""
     if torch.compiler.is_compiling():
-        return torch.where(condition, 0, x)
-    return keep(x, condition.to(_BITS[x.dtype]).sub_(1))
+        return [torch.where(condition, 0, x) for x in values]
+    kept, mask = [], condition.to(_BITS[values[0].dtype]).sub_(1)
+    for x in values:
+        kept.append((x.view(mask.dtype) & mask).view(x.dtype))
+    return kept
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a · b, where 0 · inf is 0: an advantage of 0 gives no loss, also where its ratio overflows.
 
-    NaN becomes 0, too; a loss adds the NaN of its inputs again (:func:`nan_where_not_finite`).
+    NaN becomes 0, too; a loss adds the NaN of its inputs again.
     """
     return (a * b).nan_to_num_(0.0, math.inf, -math.inf)
-
-
-def nan_where_not_finite(*values: Tensor) -> Tensor:
-    """NaN where any of ``values`` is NaN or infinite, else 0."""
-    first, *others = (x - x for x in values)
-    for other in others:
-        first = first + other
-    return first
 
 
 def largest(x: Tensor, mask: Tensor | None) -> Tensor:

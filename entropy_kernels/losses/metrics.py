@@ -56,13 +56,16 @@ METRICS: dict[str, Metric] = {
 
 def names(options: LossOptions, entropy: bool, ref_logprob: bool) -> list[str]:
     """The metrics of a loss, in their order."""
-    absent = set()
-    if options.effect == "none":
-        absent.add("selected_frac")
-    if options.selection is None or not options.selection.random:
-        absent.add("band_frac")
-    absent |= ({"ref_kl"} if not ref_logprob else set()) | ({"entropy"} if not entropy else set())
-    return [name for name in METRICS if name not in absent]
+    there = {
+        "selected_frac": options.effect != "none",
+        "band_frac": options.selection is not None and options.selection.seed is not None,
+        "entropy": entropy, "ref_kl": ref_logprob,
+    }  # fmt: skip
+    found = []
+    for name in METRICS:
+        if there.get(name, True):
+            found.append(name)
+    return found
 
 
 def metric_table() -> str:

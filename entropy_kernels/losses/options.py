@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from entropy_kernels._arguments import integer, number, scalar_tensor
 from entropy_kernels.losses import presets, surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, Aggregation
 from entropy_kernels.losses.kl import check_estimator
 from entropy_kernels.losses.surrogates import Surrogate, SurrogateOptions
-from entropy_kernels.selection import _bounds as check_band
-from entropy_kernels.selection import _count as check_count
-from entropy_kernels.selection import clip_cov_mask, kl_cov_mask, seed_tensor
+from entropy_kernels.selection import Request, request
 
 Number = float | Tensor  # a tensor is 0-d and never read back
 Effect = Literal["none", "dropped", "detached", "penalized"]  # on a token that is selected
@@ -40,19 +37,6 @@ _GIVEN = {"clip_cov": "dropped", "kl_cov": "penalized"}  # the mask that goes in
 _SELECTING = ("seed", "ratio", "k", "low", "high", "band")
 
 
-class Selection(NamedTuple):
-    """A selection made in the call."""
-
-    function: Callable[..., Tensor]  # clip_cov_mask or kl_cov_mask
-    options: dict[str, Any]
-    exclude_clipped: bool
-
-    @property
-    def random(self) -> bool:
-        """Whether tokens are drawn from a range of covariance, not the largest taken."""
-        return "seed" in self.options
-
-
 @dataclass(frozen=True)
 class LossOptions:
     """What a loss does with its tokens."""
@@ -67,22 +51,19 @@ class LossOptions:
     drop_nonfinite: bool
     effect: Effect
     given: str  # the argument that names the tokens under the effect; "" without effect
-    selection: Selection | None  # finds them, where they are not given
+    selection: Request | None  # finds them, where they are not given
+    exclude_clipped: bool  # from the selection
     penalty: str  # estimator of the penalty
     kl_coef: Number  # of the penalty
-    backend: str
-
-    @property
-    def needs_lengths(self) -> bool:
-        """Whether it matters which tokens are a sequence."""
-        return self.surrogate.pools or self.aggregation.by_sequence
+    group: str  # name of the batch_group, "" without one
+    backend: str  # of covariance and selection
 
     def changes(self, tokens: int) -> int | None:
         """Most tokens that the selection takes; None where that is not known (a group's tokens are not counted)."""
         if self.selection is None:
             return 0
-        ratio, k = self.selection.options["ratio"], self.selection.options["k"]
-        if self.aggregation.group is not None or isinstance(ratio, Tensor) or isinstance(k, Tensor):
+        ratio, k = self.selection.ratio, self.selection.k
+        if self.aggregation.group is not None or self.selection.numbers is not None:
             return None
         return min(tokens, k if k is not None else max(1, math.floor((ratio or 0.0) * tokens)))
 
@@ -92,7 +73,7 @@ def used(coefficient: Number) -> bool:
     return isinstance(coefficient, Tensor) or coefficient != 0
 
 
-def make(method: str, given: dict[str, Any], device: torch.device) -> LossOptions:
+def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
     """The record of the keywords ``given`` of the loss ``method`` ("ppo", "clip_cov", "kl_cov").
 
     Compiled code keeps numbers symbolic only as tensors, and so they are made tensors there.
@@ -103,35 +84,63 @@ def make(method: str, given: dict[str, Any], device: torch.device) -> LossOption
     surrogate = surrogates.find(given["surrogate"])
     preset: Any = None
     if method != "ppo":
-        preset = presets.find(presets.CLIP_COV if method == "clip_cov" else presets.KL_COV, given["preset"])
+        known: Any = presets.CLIP_COV if method == "clip_cov" else presets.KL_COV
+        if given["preset"] not in known:
+            raise ValueError(f"preset: expected one of {', '.join(map(repr, known))}, got {given['preset']!r}")
+        preset = known[given["preset"]]
         for name in ("clip_low", "clip_high"):
-            given[name] = presets.clip_or(name, given[name], getattr(preset, name))
-    numbers = {name: _number(name, given.get(name, 0.0), device) for name in _NUMBERS if name not in _AGGREGATING}
-    clips = SurrogateOptions({name: numbers[name] for name in ("clip_low", "clip_high", "dual_clip")})
-    clips.update(surrogate.defaults)
+            if isinstance(given[name], str):
+                if given[name] != "preset":
+                    raise ValueError(f"{name}: expected a number, None (no clip) or 'preset', got {given[name]!r}")
+                given[name] = getattr(preset, name)
+    told = {"clip_low": given["clip_low"], "clip_high": given["clip_high"], "dual_clip": given["dual_clip"]}
+    told |= surrogate.defaults
     for name, value in given["surrogate_options"].items():
         if name not in surrogate.defaults:
-            known = ", ".join(surrogate.defaults) or "none"
             raise TypeError(
                 f"{name}: expected keyword arguments of the loss, or options of surrogate={given['surrogate']!r}: "
-                f"{known}; got {name}"
+                f"{', '.join(surrogate.defaults) or 'none'}; got {name}"
             )
-        clips[name] = value
-    for name in surrogate.defaults:
-        if isinstance(clips[name], (float, Tensor)):
-            clips[name] = _number(name, clips[name], device)
+        told[name] = value
+    coefficients = {"entropy_coef": given["entropy_coef"], "ref_kl_coef": given["ref_kl_coef"]}
+    coefficients["kl_coef"] = given.get("kl_coef", 0.0)
+    compiling = torch.compiler.is_compiling()
+    for numbers in (told, coefficients):
+        for name, value in numbers.items():
+            # The usual case needs no further look
+            plain = type(value) is float and not compiling and 0 <= value < 1 and name != "dual_clip"
+            if not (plain or value is None or (name in surrogate.defaults and isinstance(value, (str, bool)))):
+                numbers[name] = _number(name, value, device)
+            elif value is None and numbers is coefficients:
+                raise TypeError(f"{name}: expected a number, got NoneType")
     if given["nonfinite"] not in ("propagate", "drop"):
         raise ValueError(f"nonfinite: expected 'propagate' or 'drop', got {given['nonfinite']!r}")
-    effect, selection, penalty = _effect(method, given, preset, device)
+    estimator = given["kl_estimator"]
+    effect: Effect = "none"
+    selection, penalty = None, "abs"
+    if method != "ppo":
+        effect, selection, penalty = _effect(method, given, preset, device)
     return LossOptions(
-        surrogate, clips, aggregation(given, device), numbers["entropy_coef"], numbers["ref_kl_coef"],
-        check_estimator("kl_estimator", given["kl_estimator"]), bool(given["ref_kl_importance"]),
-        given["nonfinite"] == "drop", effect, _GIVEN.get(method, ""), selection, penalty, numbers["kl_coef"],
-        given.get("backend", "auto"),
-    )  # fmt: skip
+        surrogate=surrogate,
+        clips=SurrogateOptions(**told),
+        aggregation=aggregation(given, device),
+        entropy_coef=coefficients["entropy_coef"],
+        ref_kl_coef=coefficients["ref_kl_coef"],
+        kl_estimator=estimator if estimator == "k3" else check_estimator("kl_estimator", estimator),
+        ref_kl_importance=bool(given["ref_kl_importance"]),
+        drop_nonfinite=given["nonfinite"] == "drop",
+        effect=effect,
+        given=_GIVEN.get(method, ""),
+        selection=selection,
+        exclude_clipped=method == "clip_cov" and preset.exclude_clipped,
+        penalty=penalty,
+        kl_coef=coefficients["kl_coef"],
+        group="" if given["batch_group"] is None else given["batch_group"].group_name,
+        backend=given.get("backend", "auto"),
+    )
 
 
-def aggregation(given: dict[str, Any], device: torch.device) -> Aggregation:
+def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
     """The record of the keywords of the aggregation; raises as :func:`make`."""
     mode, group, dp_size = given["loss_agg_mode"], given["batch_group"], given["dp_size"]
     if mode not in AGG_MODES and mode != "none":
@@ -141,21 +150,24 @@ def aggregation(given: dict[str, Any], device: torch.device) -> Aggregation:
     dp_size = dp_size if type(dp_size) is int else integer("dp_size", dp_size)
     if dp_size < 1:
         raise ValueError(f"dp_size: expected >= 1, got {dp_size}")
-    made = Aggregation(mode, dp_size, *(_number(name, given[name], device) for name in _AGGREGATING), group)
-    counted = _COUNTS[made.by_sequence]
+    by_sequence = mode.startswith("seq-")
+    counted = _COUNTS[by_sequence]
     if dp_size > 1 and group is None and mode not in ("token-sum", "none") and given[counted] is None:
         raise ValueError(
             f"{counted}: expected the number of the whole batch (or a batch_group that counts it) with "
             f"dp_size={dp_size}, got None"
         )
-    return made
+    tokens, sequences, scale = given["batch_num_tokens"], given["global_batch_size"], given["loss_scale_factor"]
+    if not (tokens is sequences is scale is None):
+        tokens, sequences, scale = (
+            None if given[name] is None else _number(name, given[name], device) for name in _AGGREGATING
+        )
+    return Aggregation(mode, by_sequence, dp_size, tokens, sequences, scale, group)
 
 
-def _number(name: str, value: Any, device: torch.device) -> Any:
-    """``value`` checked by its row of _NUMBERS (one that has none may be any number)."""
+def _number(name: str, value: Any, device: Any) -> Any:
+    """``value`` checked by its row of _NUMBERS (one that has none may be any finite number)."""
     least, inclusive, optional, differentiable = _NUMBERS.get(name, (-math.inf, True, True, False))
-    if value is None and optional:
-        return None
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.is_complex():
             raise ValueError(
@@ -178,37 +190,40 @@ def _number(name: str, value: Any, device: torch.device) -> Any:
 
 def _effect(
     method: str, given: dict[str, Any], preset: Any, device: torch.device
-) -> tuple[Effect, Selection | None, str]:
+) -> tuple[Effect, Request | None, str]:
     """What happens to selected tokens, what selects them, and the estimator of the penalty."""
-    if method == "ppo":
-        return "none", None, "abs"
     mask = _GIVEN[method]
-    options = [name for name in _SELECTING if name in given]
-    beside = [name for name in options if given[name] is not None]
-    if given[mask] is not None and beside:
-        raise ValueError(
-            f"{mask}: expected no {', '.join(options)} beside it, because a given mask means that nothing is selected "
-            f"here; got {', '.join(beside)}"
-        )
-    ratio, k = given["ratio"], given["k"]
-    ratio, k = check_count(preset.ratio if ratio is None and k is None else ratio, k, None)
-    chosen: dict[str, Any] = {"ratio": ratio, "k": k, "at_least_one": preset.at_least_one, "backend": given["backend"]}
-    chosen["batch_group"] = given["batch_group"]
+    if given[mask] is not None:
+        options = [name for name in _SELECTING if name in given]
+        beside = [name for name in options if given[name] is not None]
+        if beside:
+            raise ValueError(
+                f"{mask}: expected no {', '.join(options)} beside it, because a given mask means that nothing is "
+                f"selected here; got {', '.join(beside)}"
+            )
+    ratio, k, group, backend = given["ratio"], given["k"], given["batch_group"], given["backend"]
+    chosen: dict[str, Any] = {
+        "ratio": preset.ratio if ratio is None and k is None else ratio, "k": k, "default": None, "group": group,
+        "at_least_one": preset.at_least_one, "backend": backend,
+    }  # fmt: skip
     if method == "kl_cov":
         estimator = given["penalty_estimator"]
-        penalty = check_estimator("penalty_estimator", preset.penalty if estimator is None else estimator)
-        selection = None if given[mask] is not None else Selection(kl_cov_mask, chosen, False)
-        return "penalized", selection, penalty
+        penalty = preset.penalty if estimator is None else check_estimator("penalty_estimator", estimator)
+        return "penalized", None if given[mask] is not None else request(device, **chosen), penalty
     effect: Effect = "dropped" if preset.dropped_value == "zero" else "detached"
     if given[mask] is not None:
         return effect, None, "abs"
-    seed, low, high, band = (given[name] for name in ("seed", "low", "high", "band"))
+    seed, low, high, band = given["seed"], given["low"], given["high"], given["band"]
     if seed is None:
         raise ValueError("seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None")
     if band == "quantile" and (low is None or high is None):
         raise ValueError(f"low, high: expected shares in [0, 1] with band='quantile', got low={low}, high={high}")
-    low, high, band = (getattr(preset, n) if x is None else x for n, x in (("low", low), ("high", high), ("band", band)))
-    low, high = check_band(low, high, band)
-    seed = seed() if callable(seed) and not isinstance(seed, Tensor) else seed
-    chosen |= {"seed": seed_tensor(seed, device), "low": low, "high": high, "band": band, "closed": preset.closed}
-    return effect, Selection(clip_cov_mask, chosen, preset.exclude_clipped), "abs"
+    chosen |= {
+        "low": preset.low if low is None else low, "high": preset.high if high is None else high,
+        "band": preset.band if band is None else band, "closed": preset.closed,
+    }  # fmt: skip
+    # A counter comes last, for a call that is refused is not to count
+    checked = request(device, **chosen, seed=0 if isinstance(seed, nn.Module) else seed)
+    if isinstance(seed, nn.Module):
+        checked = checked._replace(seed=seed().to(device))
+    return effect, checked, "abs"

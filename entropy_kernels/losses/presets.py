@@ -7,7 +7,7 @@ compute. docs/losses.md sets them side by side.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from torch import Tensor
 
@@ -73,21 +73,3 @@ KL_COV: dict[str, KlCovPreset] = {
     "verl": KlCovPreset(clip_low=None, clip_high=None, ratio=2e-4, at_least_one=True, penalty="abs"),
     "paper": KlCovPreset(clip_low=None, clip_high=None, ratio=2e-3, at_least_one=False, penalty="abs"),
 }
-
-P = TypeVar("P")
-
-
-def find(presets: dict[str, P], name: str) -> P:
-    """The preset of that name."""
-    if name not in presets:
-        raise ValueError(f"preset: expected one of {', '.join(map(repr, presets))}, got {name!r}")
-    return presets[name]
-
-
-def clip_or(name: str, value: Clip, default: float | None) -> float | Tensor | None:
-    """``value``, or the preset's where it is "preset"; None stays None: no clip."""
-    if not isinstance(value, str):
-        return value
-    if value != "preset":
-        raise ValueError(f"{name}: expected a number, None (no clip) or 'preset', got {value!r}")
-    return default

@@ -30,7 +30,7 @@ Evaluated = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor 
 
 
 class SurrogateOptions(dict[str, Any]):
-    """What a surrogate is told: ``options.clip_low`` or ``options["clip_low"]``."""
+    """What a surrogate is told: ``options["clip_low"]`` or ``options.clip_low``."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -92,16 +92,12 @@ def clamp(x: Tensor, low: Any, high: Any) -> Tensor:
     return x
 
 
-def clip(ratio: Tensor, options: SurrogateOptions) -> Tensor:
-    """The ratio between 1 - clip_low and 1 + clip_high."""
-    low, high = options.clip_low, options.clip_high
-    return clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high)
-
-
-def _clipped_gain(ratio: Tensor, gain: Tensor, options: SurrogateOptions) -> Tensor:
-    """-A times the clipped ratio, which can be infinite only without an upper clip."""
-    held = clip(ratio, options)
-    return product(gain, held) if options.clip_high is None else gain * held
+def clipped_gain(gain: Tensor, ratio: Tensor, options: SurrogateOptions) -> Tensor:
+    """``gain`` times the ratio between 1 - clip_low and 1 + clip_high."""
+    low, high = options["clip_low"], options["clip_high"]
+    if type(low) is float is type(high):
+        return gain * ratio.clamp(1 - low, 1 + high)
+    return product(gain, clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high))
 
 
 def choose(condition: Tensor, yes: Any, no: Any, dtype: torch.dtype) -> Tensor:
@@ -111,28 +107,28 @@ def choose(condition: Tensor, yes: Any, no: Any, dtype: torch.dtype) -> Tensor:
 
 def _dual_clip(
     value: Tensor, grad: Tensor, advantages: Tensor, options: SurrogateOptions
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Value and derivative with the dual clip, and which tokens it stops."""
-    if options.dual_clip is None:
-        return value, grad, None
-    bound = -advantages.clamp(max=0) * options.dual_clip  # 0 for A >= 0, whose value is never above it
+    bound = -advantages.clamp(max=0) * options["dual_clip"]  # 0 for A >= 0, whose value is never above it
     stopped = value > bound
-    return torch.minimum(value, bound), unless(grad, stopped), stopped
+    return torch.minimum(value, bound), unless(stopped, grad)[0], stopped
 
 
 def _ppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
     ratio, gain = log_ratio.exp(), -advantages
-    free = product(gain, clamp(ratio, None, options.delta))
-    if options.clip_low is None is options.clip_high:
+    free = product(gain, ratio if options["delta"] is None else clamp(ratio, None, options["delta"]))
+    if options["clip_low"] is None is options["clip_high"]:
         value, grad, clipped = free, free, None
     else:
-        held = _clipped_gain(ratio, gain, options)
+        held = clipped_gain(gain, ratio, options)
         clipped = held > free
-        value, grad = torch.maximum(free, held), unless(free, clipped)
-    value, grad, stopped = _dual_clip(value, grad, advantages, options)
-    if options.delta is not None:
-        beyond = ratio > options.delta
-        grad = unless(grad, beyond)
+        value, grad = torch.maximum(free, held), unless(clipped, free)[0]
+    stopped = None
+    if options["dual_clip"] is not None:
+        value, grad, stopped = _dual_clip(value, grad, advantages, options)
+    if options["delta"] is not None:
+        beyond = ratio > options["delta"]
+        grad = unless(beyond, grad)[0]
         beyond = beyond & (advantages < 0)
         stopped = beyond if stopped is None else stopped | beyond
     return value, grad, clipped, stopped
@@ -140,10 +136,12 @@ def _ppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surrog
 
 def _ce_gppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
     ratio, gain = log_ratio.exp(), -advantages
-    free, held = product(gain, ratio), _clipped_gain(ratio, gain, options)
+    free, held = product(gain, ratio), clipped_gain(gain, ratio, options)
     clipped = held > free
-    beta = choose(advantages < 0, options.beta_low, options.beta_high, ratio.dtype)
+    beta = choose(advantages < 0, options["beta_low"], options["beta_high"], ratio.dtype)
     value = torch.where(clipped, beta * held, free)
+    if options["dual_clip"] is None:
+        return value, value, clipped
     value, grad, stopped = _dual_clip(value, value, advantages, options)
     return value, grad, clipped, stopped
 
@@ -152,7 +150,11 @@ def _cispo(
     log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, one_sided: bool = False
 ) -> Evaluated:
     ratio = log_ratio.exp()
-    held = clamp(ratio, None, options.clip_high) if one_sided else clip(ratio, options)
+    low, high = options["clip_low"], options["clip_high"]
+    if one_sided:
+        held = clamp(ratio, None, high)
+    else:
+        held = clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high)
     clipped = ratio != held
     grad = -product(advantages, held)
     return grad * logprob, grad, clipped & (advantages > 0) if one_sided else clipped
@@ -160,12 +162,14 @@ def _cispo(
 
 def _sapo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
     ratio, gain = log_ratio.exp(), -4 * advantages
-    tau = choose(advantages > 0, options.tau_pos, options.tau_neg, ratio.dtype)
+    tau = choose(advantages > 0, options["tau_pos"], options["tau_neg"], ratio.dtype)
     gate = torch.sigmoid(tau * (ratio - 1))
     return gain * gate / tau, product(gain * gate * (1 - gate), ratio), None
 
 
-def _dppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, binary_kl: bool) -> Evaluated:
+def _dppo(
+    log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, binary_kl: bool
+) -> Evaluated:
     ratio, prob, old_logprob = log_ratio.exp(), logprob.exp(), logprob - log_ratio
     old = old_logprob.exp()
     if binary_kl:
@@ -174,12 +178,12 @@ def _dppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surro
     else:
         above, below = prob - old, old - prob
     clipped = torch.zeros_like(advantages, dtype=torch.bool)
-    if options.clip_high is not None:
-        clipped = (advantages > 0) & (above > options.clip_high) & (prob > old)
-    if options.clip_low is not None:
-        clipped = clipped | ((advantages <= 0) & (below > options.clip_low) & (prob < old))
-    grad = unless(-product(advantages, clamp(ratio, None, options.ratio_cap)), clipped)
-    lower = None if options.ratio_cap is None else (ratio > options.ratio_cap) & ~clipped
+    if options["clip_high"] is not None:
+        clipped = (advantages > 0) & (above > options["clip_high"]) & (prob > old)
+    if options["clip_low"] is not None:
+        clipped = clipped | ((advantages <= 0) & (below > options["clip_low"]) & (prob < old))
+    grad = unless(clipped, -product(advantages, clamp(ratio, None, options["ratio_cap"])))[0]
+    lower = None if options["ratio_cap"] is None else (ratio > options["ratio_cap"]) & ~clipped
     return grad * logprob, grad, clipped, lower
 
 
@@ -189,11 +193,11 @@ def _gmpo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surro
 
 
 def _gmpo_part(log_ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
-    low, high = options.clip_low, options.clip_high
+    low, high = options["clip_low"], options["clip_high"]
     held = clamp(log_ratio, None if low is None else -low, high)
     sign, beyond = advantages.sign(), held != log_ratio
     part = sign * torch.minimum(sign * log_ratio, sign * held)
-    return part, unless(sign.abs(), part != log_ratio), beyond & (advantages > 0), beyond & (advantages < 0)
+    return part, unless(part != log_ratio, sign.abs())[0], beyond & (advantages > 0), beyond & (advantages < 0)
 
 
 def _gpg(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
@@ -201,7 +205,7 @@ def _gpg(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surrog
 
 
 def _dro(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
-    pull = options.dro_beta * log_ratio
+    pull = options["dro_beta"] * log_ratio
     return 0.5 * pull * log_ratio - advantages * logprob, pull - advantages, None
 
 
@@ -339,4 +343,6 @@ def surrogate_table() -> str:
         f"{', '.join(f'`{k}={v}`' for k, v in s.defaults.items())} | {s.source} | {s.users} |"
         for name, s in _SURROGATES.items()
     ]
-    return "\n".join(["| name | loss per token | ratio of | options | arXiv | who has it |", "|---|---|---|---|---|---|", *rows])
+    return "\n".join(
+        ["| name | loss per token | ratio of | options | arXiv | who has it |", "|---|---|---|---|---|---|", *rows]
+    )

@@ -13,6 +13,18 @@ from entropy_kernels.losses.aggregation import Aggregation, Sequences
 from entropy_kernels.losses.options import LossOptions, used
 
 
+# What a tensor has to be: of a dtype and shape like the log-prob's, a mask, or a number per token or per sequence
+_KINDS = {
+    "old_logprob": "like", "advantages": "per token", "mask": "mask", "covariance_advantages": "per token",
+    "token_weight": "per token", "ref_logprob": "like", "entropy": "like", "dropped": "mask", "penalized": "mask",
+    "token_index": "index",
+}  # fmt: skip
+_EXPECTED = {
+    "like": "floating-point", "per token": "floating-point", "mask": "bool, int or float 0/1", "index": "torch.int64",
+}  # fmt: skip
+_ROWS = Sequences()
+
+
 class Tokens(NamedTuple):
     """What is constant of a batch: tensors of one shape, values in padding as they came."""
 
@@ -48,40 +60,53 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
         TypeError, ValueError: one of the wrong type, dtype, device or shape, or one that is missing.
     """
     logprob = given["logprob"]
-    _check_tensor("logprob", logprob)
-    if not logprob.is_floating_point():
-        raise TypeError(f"logprob: expected a floating-point dtype, got {logprob.dtype}")
-    if logprob.dim() == 0:
+    if not isinstance(logprob, Tensor) or not logprob.is_floating_point() or logprob.dim() == 0:
+        _check_tensor("logprob", logprob)
+        if not logprob.is_floating_point():
+            raise TypeError(f"logprob: expected a floating-point dtype, got {logprob.dtype}")
         raise ValueError("logprob: expected at least one dimension, often (B, L), got a 0-d tensor")
-    why = f"surrogate={given['surrogate']!r}" if options.surrogate.pools else ""
-    sequences = _sequences("logprob", logprob, given["cu_seqlens"], options.aggregation, why)
-    like = {name: _like(name, given.get(name), logprob) for name in ("old_logprob", "ref_logprob", "entropy")}
-    if like["old_logprob"] is None:
-        raise TypeError("old_logprob: expected a torch.Tensor, got NoneType")
-    masks = {name: check_mask(name, given.get(name), logprob) for name in ("mask", options.given) if name}
-    per_token = [
-        None if name != "advantages" and given[name] is None else _per_token(name, given[name], logprob, sequences)
-        for name in ("advantages", "covariance_advantages", "token_weight")
-    ]
-    for term, coefficient in (("ref_logprob", "ref_kl_coef"), ("entropy", "entropy_coef")):
-        if like[term] is None and used(getattr(options, coefficient)):
-            raise ValueError(f"{term}: expected a tensor with {coefficient}={given[coefficient]}, got None")
-    index = given.get("token_index")
-    if index is not None:
-        _check_tensor("token_index", index)
-        if index.dtype != torch.int64:
-            raise TypeError(f"token_index: expected dtype torch.int64, got {index.dtype}")
-        _check_place("token_index", index, logprob)
-    entropy, ref = like["entropy"], like["ref_logprob"]
-    if entropy is not None:
-        _warn_about_lost_gradient(entropy, options, logprob)
-    old = like["old_logprob"].detach()
-    own = (old, per_token[0], masks["mask"], *per_token[1:], None if ref is None else ref.detach())
-    own = (*own, masks.get(options.given), index)
+    shape, device, sequences = logprob.shape, logprob.device, None
+    pools, by_sequence = options.surrogate.level == "sequence", options.aggregation.by_sequence
+    if pools or by_sequence or given["cu_seqlens"] is not None:
+        why = f"surrogate={given['surrogate']!r}" if pools else ""
+        sequences = _sequences("logprob", logprob, given["cu_seqlens"], options.aggregation, why)
+    found: dict[str, Tensor | None] = {}
+    for name, kind in _KINDS.items():
+        value = found[name] = given.get(name)
+        if value is None and name not in ("old_logprob", "advantages"):
+            continue
+        if not isinstance(value, Tensor) or value.is_complex():
+            _check_tensor(name, value)
+            raise TypeError(f"{name}: expected a {_EXPECTED[kind]} dtype, got {value.dtype}")
+        if kind == "per token":
+            if value.shape != shape or value.device != device or not value.is_floating_point():
+                value = _per_token(name, value, logprob, sequences)
+        else:
+            if value.device != device or value.shape != shape:
+                _check_place(name, value, logprob)
+            if kind == "like" and not value.is_floating_point():
+                raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+            if kind == "index" and value.dtype != torch.int64:
+                raise TypeError(f"token_index: expected dtype torch.int64, got {value.dtype}")
+            if kind == "mask" and value.dtype != torch.bool:
+                value = value != 0
+        found[name] = value if name == "entropy" else value.detach()
+    for term, coefficient in (("ref_logprob", options.ref_kl_coef), ("entropy", options.entropy_coef)):
+        if found[term] is None and (isinstance(coefficient, Tensor) or coefficient != 0):
+            name = "ref_kl_coef" if term == "ref_logprob" else "entropy_coef"
+            raise ValueError(f"{term}: expected a tensor with {name}={given[name]}, got None")
+    entropy = found["entropy"]
+    if entropy is not None and not entropy.requires_grad and logprob.requires_grad:
+        _warn_about_lost_gradient(options)
+    chosen = None if not options.given else found[options.given]
+    tokens = Tokens(
+        found["old_logprob"], found["advantages"], found["mask"], found["covariance_advantages"],
+        found["token_weight"], found["ref_logprob"], chosen, found["token_index"], sequences or _ROWS,
+    )  # type: ignore[arg-type]  # fmt: skip
     if sequences is None:
-        return Checked(logprob, entropy, Tokens(*own, Sequences()), logprob.shape)
-    flat = [None if x is None else x.reshape(-1) for x in (logprob, entropy, *own)]
-    return Checked(flat[0], flat[1], Tokens(*flat[2:], sequences), logprob.shape)  # type: ignore[arg-type]
+        return Checked(logprob, entropy, tokens, shape)
+    entropy = None if entropy is None else entropy.reshape(-1)
+    return Checked(logprob.reshape(-1), entropy, tokens.part(slice(None), sequences, (-1,)), shape)
 
 
 def check_term(
@@ -95,7 +120,7 @@ def check_term(
     sequences = _sequences("term", term, cu_seqlens, aggregation, "")
     term = term.to(torch.float64 if term.dtype == torch.float64 else torch.float32)
     if sequences is None:
-        return term, valid, Sequences()
+        return term, valid, _ROWS
     return term.reshape(-1), None if valid is None else valid.reshape(-1), sequences
 
 
@@ -144,12 +169,10 @@ def check_mask(name: str, value: Any, logprob: Tensor, like: str = "logprob") ->
     return value if value.dtype == torch.bool else value != 0
 
 
-def _per_token(name: str, value: Any, logprob: Tensor, sequences: Sequences | None) -> Tensor:
-    """``value`` in ``logprob``'s shape: as given; one per sequence; 0-d one for all. A constant, floating point."""
-    _check_tensor(name, value)
-    if value.is_complex() or value.dtype == torch.bool:
+def _per_token(name: str, value: Tensor, logprob: Tensor, sequences: Sequences | None) -> Tensor:
+    """``value`` in ``logprob``'s shape: as given; one per sequence; 0-d one for all. Floating point."""
+    if value.dtype == torch.bool:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-    value = value.detach()
     if not value.is_floating_point():
         value = value.to(torch.float64)
     shape = logprob.shape
@@ -174,16 +197,6 @@ def _per_token(name: str, value: Any, logprob: Tensor, sequences: Sequences | No
     return value.expand(shape)
 
 
-def _like(name: str, value: Any, logprob: Tensor) -> Tensor | None:
-    if value is None:
-        return None
-    _check_tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-    _check_place(name, value, logprob)
-    return value
-
-
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -196,12 +209,11 @@ def _check_place(name: str, value: Tensor, logprob: Tensor, like: str = "logprob
         raise ValueError(f"{name}: expected {like}'s shape {tuple(logprob.shape)}, got {tuple(value.shape)}")
 
 
-def _warn_about_lost_gradient(entropy: Tensor, options: LossOptions, logprob: Tensor) -> None:
+def _warn_about_lost_gradient(options: LossOptions) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not used(options.entropy_coef):
         return
-    if logprob.requires_grad and not entropy.requires_grad:
-        warnings.warn(
-            "entropy: expected a tensor that requires grad where entropy_coef is not 0; without a gradient the bonus "
-            "changes the value of the loss and nothing else (logprob_entropy returns a differentiable entropy)",
-            stacklevel=5,
-        )
+    warnings.warn(
+        "entropy: expected a tensor that requires grad where entropy_coef is not 0; without a gradient the bonus changes "
+        "the value of the loss and nothing else (logprob_entropy returns a differentiable entropy)",
+        stacklevel=5,
+    )

@@ -54,9 +54,9 @@ def _flat(like: Tensor, *others: tuple[str, Tensor | None, torch.dtype]) -> list
 
 
 def _flat_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> list[Any]:
-    for name, tensor in (("logprob", logprob), ("advantages", advantages)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+    if not (logprob.is_floating_point() and advantages.is_floating_point()):
+        name, tensor = ("advantages", advantages) if logprob.is_floating_point() else ("logprob", logprob)
+        raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
     dtype = torch.float64 if torch.float64 in (logprob.dtype, advantages.dtype) else torch.float32
     return _flat(logprob.to(dtype), ("advantages", advantages.to(dtype), dtype), ("mask", mask, torch.bool))
 
