@@ -32,6 +32,8 @@ from entropy_kernels.ops.linear_policy_loss import Coefficients
 from entropy_kernels.ops.linear_tiles import Numbers
 from entropy_kernels.ops.products import adds_to_fp32
 
+# What losses/linear.py hands to linear_loss
+Final, HELD_OUT = policy_op.Final, planning.HELD_OUT
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -309,10 +311,6 @@ def linear_loss(
             )
         return None
     return policy_op.linear_policy_loss(*call.tensors, numbers, call.needs, coefficients, size, grad_buffer)
-
-
-def register_loss(maker: Any) -> None:
-    """Nothing: keeps the package importable until losses/linear.py hands over its coefficients itself."""
 
 
 def _check_buffer(grad_buffer: Any, weight: Tensor, head: Tensor, problem: Problem, vocab_group: Any) -> None:

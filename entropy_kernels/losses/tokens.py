@@ -12,7 +12,6 @@ from entropy_kernels._arguments import values_are_checked
 from entropy_kernels.losses.aggregation import Aggregation, Sequences
 from entropy_kernels.losses.options import LossOptions, used
 
-
 # What a tensor has to be: of a dtype and shape like the log-prob's, a mask, or a number per token or per sequence
 _KINDS = {
     "old_logprob": "like", "advantages": "per token", "mask": "mask", "covariance_advantages": "per token",
