@@ -27,7 +27,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,15 +35,13 @@ import entropy_kernels as ek
 from benchmarks import calls, checks, cuda, linear
 from benchmarks.implementations import _LOSSES as LOSSES
 from benchmarks.implementations import _SELECTION as SELECTION
-from benchmarks.implementations import REGISTRY
+from benchmarks.implementations import OURS, REGISTRY
 from benchmarks.registry import Implementation, Prepared, always, fits
 from benchmarks.shapes import BatchShape, Case, HiddenShape, Inputs, LogitsShape, TokensShape, make_inputs, size_of
 from benchmarks.timing import cuda_clock, summarise
 from benchmarks.traffic import least_traffic
-from entropy_kernels import policy
 from entropy_kernels._console import print_table
 from entropy_kernels.backends import native, registry, verdict
-from entropy_kernels.backends.policy_names import METRICS
 
 FLOOR = "floor"  # the group of copies, reads and products, which the others are measured by
 SAMPLES, WARM = 12, 2
@@ -58,8 +55,10 @@ ORDERS = {"": None, ", rows reversed": ("backward_reversed", 1)}
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(
     ("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd"), ("token_stats",)
 )
-NEEDS |= dict.fromkeys(LOSSES, ("policy_loss",)) | {"linear_logprob_entropy": ("linear_token_stats",)}
-NEEDS |= {"linear_clip_cov_loss": ("linear_token_stats", "policy_loss")}
+NEEDS |= {"policy_loss": ("token_covariance",), "kl_cov_loss": ("token_covariance", "kl_cov_mask")}
+NEEDS["clip_cov_loss"] = ("token_covariance", "clip_cov_mask")
+NEEDS |= {"linear_logprob_entropy": ("linear_token_stats",)}
+NEEDS |= {"linear_clip_cov_loss": ("linear_token_stats", *NEEDS["clip_cov_loss"])}
 
 
 class DeviceLost(Exception):
@@ -101,7 +100,7 @@ class Run:
     def time(
         self, group: str, case: Case, inputs: Inputs, implementation: Implementation, backend: str = "torch",
         variant: str = "", *, beside: Timed | None = None, same_as: Timed | None = None, bytes: int | None = None,
-        switch: tuple[str, int] | None = None, seen: Callable[[Any], Any] = lambda output: output, graph: bool = False,
+        switch: tuple[str, int] | None = None, graph: bool = False,
     ) -> Timed | None:  # fmt: skip
         """Time an implementation if its result is right; None if it is not timed.
 
@@ -109,7 +108,6 @@ class Run:
             beside: the copy or the products that it is measured by.
             same_as: whose result its own equals bit for bit.
             switch: of native.set_cuda_switch.
-            seen: makes of the output what the check expects.
             graph: time replays of the call, captured.
         """
         if group not in self.groups:
@@ -130,7 +128,7 @@ class Run:
             if prepared.reset is not None:
                 prepared.reset()
             output = prepared.call()
-            wrong = checks.check(implementation, case, inputs, seen(output)).failures
+            wrong = checks.check(implementation, case, inputs, output).failures
             pairs = (cuda.tensors_in(output), cuda.tensors_in(same_as.output)) if same_as else ((), ())
             if wrong or not all(map(cuda.same_bits, *pairs)):
                 raise ValueError(f"wrong, so not timed: {'; '.join(wrong) or 'differs from its other variant'}")
@@ -282,39 +280,28 @@ def covariance_and_mask(backend: str, case: Case, inputs: Inputs) -> Prepared:
 
 
 def losses(run: Run, sequences: int, how: str) -> None:
-    """With their backward pass, but for the operator alone: on the fused kernel, and on torch's operations."""
+    """With their backward pass: torch's operations as they come, captured and compiled; the selection's backend."""
     case = Case(BatchShape(sequences, max(8, K // run.scale)), FP32, run.device)
     inputs = make_inputs(case)
     time = functools.partial(run.time, "losses", case, inputs, beside=copy_and_read(run, inputs["logprob"]))
-    for op, backend in itertools.product(LOSSES, ("cuda", "torch")):
-        if how == "compiled":
-            time(ours(op, calls.loss, functools.partial(compiled, op, backend)), backend, "compiled")
-            continue
-        time(REGISTRY[op, f"ours-{backend}"], backend, "eager")
-        if backend == "cuda":
-            time(REGISTRY[op, "ours-cuda"], backend, "graph", graph=True)
-            time(ours(op, operator, op), backend, "operator alone", seen=loss_and_gradient)
+    for op in LOSSES:
+        named = {"ours": "torch"} if (op, "ours") in REGISTRY else {f"ours-{name}": name for name in ("cuda", "torch")}
+        for name, backend in named.items():
+            if how == "compiled":
+                time(ours(op, calls.loss, functools.partial(compiled, op, name)), backend, "compiled")
+                continue
+            time(REGISTRY[op, name], backend, "eager")
+            time(REGISTRY[op, name], backend, "graph", graph=True)
 
 
-def compiled(op: str, backend: str, case: Case) -> Callable[..., Any]:
+def compiled(op: str, name: str, case: Case) -> Callable[..., Any]:
+    options = {**LOSSES[op], **({} if name == "ours" else {"backend": OURS[name]})}
+
     def loss(*batch: Tensor) -> Any:
-        return getattr(ek, op)(*batch, backend=backend, **LOSSES[op])
+        return getattr(ek, op)(*batch, **options)
 
     loss.__code__ = loss.__code__.replace()  # one of its own: other sizes are no recompilations of it
     return torch.compile(loss, dynamic=False)
-
-
-def operator(op: str, case: Case, inputs: Inputs) -> Prepared:
-    """``entropy_kernels::policy_loss`` alone, with what the loss ``op`` hands it."""
-    with mock.patch.object(policy, "op", wraps=policy.op) as called:
-        REGISTRY[op, "ours-cuda"].make(case, inputs).call()
-    arguments = [x.detach() if isinstance(x, Tensor) else x for x in called.call_args.args]
-    return Prepared(lambda: policy.op(*arguments))
-
-
-def loss_and_gradient(outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    _, mean, slope, _, metrics = outputs
-    return mean, slope * metrics[METRICS.index("weight")]
 
 
 # ---- products --------------------------------------------------------------------------------------------------------

@@ -103,11 +103,11 @@ def _register_ours() -> None:
             supports_op = functools.partial(_ours_supports, op, op, backend)
             register(Implementation(op, name, "ours", functools.partial(calls.tokens, load, arguments), supports_op))
     for op, options in _LOSSES.items():
-        # without a `backend` a loss is plain torch around the selection, which picks its own
+        # torch's operations, around the selection of a backend where there is one
         named: dict[str, str | None] = dict(OURS) if _takes_backend(op) else {"ours": None}
         for name, chosen in named.items():
             load = functools.partial(_ours_function, op, options if chosen is None else {**options, "backend": chosen})
-            supports_op = functools.partial(_ours_supports, op, "policy_loss", chosen or "auto")
+            supports_op = functools.partial(_ours_supports, op, "clip_cov_mask", chosen or "auto")
             register(Implementation(op, name, "ours", functools.partial(calls.loss, load), supports_op))
 
 

@@ -19,15 +19,6 @@ STABLE_TORCH_LIBRARY(entropy_kernels_native, m) {
   m.def(
       "kl_cov_mask(Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index, float ratio, int k, "
       "bool at_least_one, Tensor? numbers=None) -> Tensor");
-  // Covariance and selection, or those that are given, and the policy surrogate of flat fp32 tokens, of which
-  // common/policy_term.h says what the numbers mean -> per token the term, its derivative by logprob and the covariance
-  // (empty if given); the mask that was selected; totals, mean of the term and metrics as in that header.
-  m.def(
-      "policy_loss(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor? mask, Tensor? covariance, "
-      "Tensor? given, Tensor? token_index, Tensor? seed, Tensor? coefficient, float clip_low, float clip_high, "
-      "float dual_clip, int selected, bool select, bool exclude_clipped, int penalty, bool square_slope, float ratio, "
-      "int k, bool at_least_one, float low, float high, bool quantile, bool closed) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Selection in steps, for batches spread over ranks.
   m.def("covariance_extremes(Tensor logprob, Tensor advantages, Tensor? mask) -> Tensor");
   m.def("covariance_sums(Tensor logprob, Tensor advantages, Tensor? mask, Tensor scales) -> Tensor");

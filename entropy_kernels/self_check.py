@@ -178,30 +178,6 @@ def _check_clip_cov_mask(backend: str, device: str) -> Errors:
     return errors
 
 
-def _check_policy_loss(backend: str, device: str) -> Errors:
-    """KL-Cov's loss and gradient against float64, selection included."""
-    logprob, advantages, mask = _batch()
-    old = torch.nan_to_num(logprob) + 0.2 * torch.randn(1000, generator=torch.Generator().manual_seed(2))
-    leaf = logprob.to(device).requires_grad_()
-    tokens = old.to(device), advantages.to(device), mask.to(device)
-    loss, metrics = ek.kl_cov_loss(leaf, *tokens, k=_CHOSEN, backend=backend)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    covariance = torch.where(mask, _covariance_float64(logprob, advantages, mask), -math.inf)
-    chosen = torch.zeros_like(mask).scatter(0, covariance.topk(_CHOSEN).indices, True)
-    difference = torch.where(mask, logprob.double() - old.double(), 0.0)
-    moving = torch.where(mask, -advantages.double() * difference.exp(), 0.0)
-    exact = (moving + chosen * difference.abs()).sum() / mask.sum()
-    slope = (moving + chosen * difference.sign()) / mask.sum()
-    return {
-        "loss": (_largest(loss.detach().cpu().double() - exact, exact.abs().clamp(min=1.0)), TOLERANCE),
-        "gradient": (_largest(gradient.cpu().double() - slope, slope.abs().amax()), TOLERANCE),
-        "tokens penalised, wrong number": (
-            float(abs(round(metrics["selected_frac"].item() * int(mask.sum())) - _CHOSEN)),
-            0.0,
-        ),
-    }
-
-
 _CHOSEN = 40
 
 
@@ -238,7 +214,6 @@ _CHECKS: dict[str, Compare] = {
     "token_covariance": _check_token_covariance,
     "clip_cov_mask": _check_clip_cov_mask,
     "kl_cov_mask": _check_kl_cov_mask,
-    "policy_loss": _check_policy_loss,
 }
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.backends import native, radix_select
-from entropy_kernels.backends.policy_names import Selected
 from entropy_kernels.backends.radix_select import Band, Count
 
 Results = tuple[Tensor, ...]
@@ -217,30 +216,6 @@ def _eager_steps() -> Any:
     return selection
 
 
-def policy_loss(tokens: int) -> Call:
-    """The operator below the losses: plain PPO, Clip-Cov with both kinds of range, KL-Cov."""
-
-    def run(device: str, backend: str) -> Results:
-        data = batch(tokens, device)
-        seed, coefficient = torch.tensor(5, device=device), torch.tensor(0.7, device=device)
-        old = data["logprob"] + 0.1 * data["advantages"].sign()
-        results: list[Tensor] = []
-        for kind, selects, clip, exclude, band in (
-            (Selected.UNCHANGED, False, False, False, (0.0, 0.0, False, False)),
-            (Selected.DROPPED, True, True, True, (0.05, 2.0, False, False)),
-            (Selected.DETACHED, True, True, False, (0.3, 0.9, True, True)),
-            (Selected.PENALISED, True, False, False, (0.0, 0.0, False, False)),
-        ):
-            results += torch.ops.entropy_kernels.policy_loss(
-                data["logprob"], old, data["advantages"], data["mask"], None, None, data["token_index"],
-                seed if clip else None, coefficient if kind == Selected.PENALISED else None, 0.8, 1.2, 3.0, int(kind),
-                selects, exclude, 1, False, 0.05 if selects else None, None, True, *band, backend,
-            )  # fmt: skip
-        return tuple(results)
-
-    return Call(f"policy loss of {tokens} tokens", run)
-
-
 # ---- the matrix ------------------------------------------------------------------------------------------------------
 
 _STATISTICS = ("token_stats", "linear_token_stats")
@@ -268,7 +243,6 @@ def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
     yield "selection-clusters", _SELECTION, lambda: _each(selection, *_TOKENS)
     yield "selection-grid", _SELECTION, lambda: _each(selection, _GRID)
     yield "selection-steps", (*_SELECTION, "token_covariance"), lambda: _each(selection_steps, 5000)
-    yield "policy-loss", ("policy_loss",), lambda: _each(policy_loss, 1, 700, 30_000, _GRID)
 
 
 def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
@@ -280,7 +254,6 @@ def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]
     tokens = (1, 700, 30_000)
     yield "covariance", ("token_covariance",), lambda: _each(covariance, *tokens)
     yield "selection", _SELECTION, lambda: _each(selection, *tokens)
-    yield "policy-loss", ("policy_loss",), lambda: _each(policy_loss, *tokens)
 
 
 def _each(call: Callable[[int], Call], *tokens: int) -> list[Call]:

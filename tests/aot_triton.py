@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 from aot_machine_code import usage
 from entropy_kernels.backends.triton import (
     linear_token_stats,
-    policy_loss,
     selection,
     tiling,
     token_stats_kernels,
@@ -150,27 +149,20 @@ def linear(
 
 # Types of the arguments of the kernels over tokens, by name; of an optional tensor that is not there, None.
 _TOKEN_TYPES = {
-    **dict.fromkeys(("logprob", "old_logprob", "advantages", "covariance", "coefficient", "term", "slope", "mean",
-                     "metrics"), "*fp32"),
-    **dict.fromkeys(("mask", "exclude", "selected", "clipped", "chosen"), "*i8"),
-    **dict.fromkeys(("scales", "means", "partial", "totals"), "*fp64"),
+    **dict.fromkeys(("logprob", "advantages", "covariance"), "*fp32"),
+    **dict.fromkeys(("mask", "exclude", "selected"), "*i8"),
+    **dict.fromkeys(("scales", "means", "partial"), "*fp64"),
     **dict.fromkeys(("keys", "value_keys", "band", "index", "offset", "seed", "histogram", "key_state"), "*i64"),
     **dict.fromkeys(("state", "next", "threshold", "last_index"), "*i64"),
-    **dict.fromkeys(("tokens", "blocks", "shift", "bits", "bin_mask"), "i32"),
-    **dict.fromkeys(("clip_low", "clip_high", "dual_clip"), "fp32"),
+    **dict.fromkeys(("tokens", "shift", "bits", "bin_mask"), "i32"),
     "known_mask": "i64",
 }  # fmt: skip
 
-TOKEN_KERNELS = [
-    value
-    for module in (selection, policy_loss)
-    for name, value in vars(module).items()
-    if name.endswith("_kernel") and value.fn.__module__ == module.__name__
-]
+TOKEN_KERNELS = [value for name, value in vars(selection).items() if name.endswith("_kernel")]
 
 
 def over_tokens(target: GPUTarget, kernel: Any, warps: int = 4, without: tuple[str, ...] = (), **constants: Any) -> Any:
-    """A kernel of selection.py or policy_loss.py, ``without`` some of its optional tensors."""
+    """A kernel of selection.py, ``without`` some of its optional tensors."""
     constants |= dict.fromkeys(without)
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -233,15 +225,6 @@ VARIANTS |= CANDIDATES
 
 _BLOCK = {"BLOCK": selection.BLOCK}
 _BINS = {"BLOCK": selection.HISTOGRAM_BLOCK, "BINS": selection.RADIX_BINS, "warps": selection.HISTOGRAM_WARPS}
-_TERM: dict[str, Any] = {
-    "kernel": policy_loss.term_kernel,
-    "warps": policy_loss.WARPS,
-    **_BLOCK,
-    "EXCLUDE_CLIPPED": True,
-}
-_TERM |= {"SELECTED_AS": 1, "PENALTY": 0, "SQUARE_SLOPE": False, "without": ("coefficient_ptr",)}
-_PENALISED = {**_TERM, "SELECTED_AS": 3, "EXCLUDE_CLIPPED": False, "without": ("band_ptr",)}
-_CLIPPED = {"kernel": policy_loss.clipped_kernel, "warps": policy_loss.WARPS, **_BLOCK}
 VARIANTS |= {
     name: (over_tokens, arguments)
     for name, arguments in {
@@ -264,21 +247,6 @@ VARIANTS |= {
         "find-digit": {"kernel": selection.find_digit_kernel, "BINS": selection.RADIX_BINS},
         "mask": {"kernel": selection.mask_kernel, **_BLOCK},
         "mask-positions": {"kernel": selection.mask_kernel, **_BLOCK, "without": ("index_ptr",)},
-        "clipped": _CLIPPED,
-        "clipped-all": {**_CLIPPED, "without": ("mask_ptr",)},
-        "term-ppo": {
-            **_TERM, "SELECTED_AS": 0, "EXCLUDE_CLIPPED": False,
-            "without": ("mask_ptr", "chosen_ptr", "band_ptr", "coefficient_ptr"),
-        },
-        "term-dropped": _TERM,
-        "term-detached": {**_TERM, "SELECTED_AS": 2, "EXCLUDE_CLIPPED": False},
-        **{
-            f"term-penalised-{name}": {**_PENALISED, "PENALTY": i}
-            for i, name in enumerate(("k1", "abs", "k2", "k3"))
-        },
-        "term-penalised-k3-square": {**_PENALISED, "PENALTY": 3, "SQUARE_SLOPE": True},
-        "totals": {"kernel": policy_loss.totals_kernel, "BLOCK": policy_loss.TOTALS_BLOCK},
-        "metrics": {"kernel": policy_loss.metrics_kernel, "BLOCK": 16, "warps": 1},
     }.items()
 }  # fmt: skip
 

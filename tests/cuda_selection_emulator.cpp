@@ -9,7 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/policy_loss_kernels.h"
+#include "cuda/covariance_kernels.h"
+#include "cuda/selection_kernels.h"
 #include "cuda_fibers.h"
 
 namespace entropy_kernels::cuda {
@@ -226,78 +227,12 @@ void covariance(const Call& call) {
   });
 }
 
-struct PolicyLossCall {  // mirrored by cuda_selection_emulator.py
-  Call selection;
-  const void *old_logprob, *given, *coefficient;
-  double clip_low, clip_high, dual_clip;
-  int32_t selected, select, exclude_clipped, penalty, square_slope, covariance_given;
-  void *covariance, *mask, *slope, *totals, *mean, *metrics;
-};
-
-void policy_loss(const PolicyLossCall& call) {
-  const Call& c = call.selection;
-  std::vector<uint64_t> exchange(kSelectionExchange, ~uint64_t{0});
-  const int64_t padded = int64_t{c.blocks} * c.chunk;
-  std::vector<uint32_t> keys(key_store_bytes(padded) / 4, ~0u);
-  std::vector<double> partials(c.blocks * kPolicySums, NAN);
-  PolicyLossArguments a = {};
-  a.old_logprob = static_cast<const float*>(call.old_logprob);
-  a.clips = {static_cast<float>(call.clip_low), static_cast<float>(call.clip_high), static_cast<float>(call.dual_clip)};
-  a.selected = static_cast<Selected>(call.selected);
-  a.select = call.select != 0;
-  a.exclude_clipped = call.exclude_clipped != 0;
-  a.given = static_cast<const uint8_t*>(call.given);
-  a.penalty = static_cast<Penalty>(call.penalty);
-  a.square_slope = call.square_slope != 0;
-  a.coefficient = static_cast<const float*>(call.coefficient);
-  a.term = static_cast<float*>(c.out);
-  a.slope = static_cast<float*>(call.slope);
-  a.totals = static_cast<double*>(call.totals);
-  a.partials = partials.data();
-  a.mean = static_cast<float*>(call.mean);
-  a.metrics = static_cast<float*>(call.metrics);
-  a.covariance_given = call.covariance_given != 0;
-  a.covariance = {static_cast<const float*>(c.first),
-                  static_cast<const float*>(c.second),
-                  static_cast<const uint8_t*>(c.mask),
-                  c.tokens,
-                  c.chunk,
-                  static_cast<float*>(call.covariance),
-                  exchange.data()};
-  a.selection = selection_of(c);
-  a.selection.covariance = a.covariance.covariance;
-  a.selection.selected = static_cast<uint8_t*>(call.mask);
-  a.selection.exclude = a.exclude_clipped ? a.selection.selected : nullptr;
-  struct Shared {
-    SelectionShared selection;
-    PolicyLossShared loss;
-  };
-  const std::size_t key_bytes = c.cluster != 0 ? key_store_bytes(c.chunk) : 0;
-  run(c.blocks, sizeof(Shared) + key_bytes, c.order, [&](EmulatedThread& thread, unsigned char* memory) {
-    auto& shared = *reinterpret_cast<Shared*>(memory);
-    if (c.cluster != 0) {
-      auto* own_keys = reinterpret_cast<uint32_t*>(memory + sizeof(Shared));
-      Cluster<EmulatedThread> team(thread, shared.selection.team);
-      policy_loss_block(team, shared.selection.search, shared.loss, a, {own_keys, own_keys + c.chunk});
-      team.finish();
-    } else {
-      const int64_t begin = int64_t{thread.block()} * c.chunk;
-      Grid<EmulatedThread> team(thread, shared.selection.team, exchange.data(), kSelectionExchange);
-      policy_loss_block(team, shared.selection.search, shared.loss, a,
-                        {keys.data() + begin, keys.data() + padded + begin / kLanes});
-    }
-  });
-}
-
 }  // namespace
 }  // namespace entropy_kernels::cuda
 
 // They return null, or what went wrong.
 extern "C" const char* emulate_selection(const entropy_kernels::cuda::Call* call) {
   return entropy_kernels::cuda::guarded([&] { entropy_kernels::cuda::select(*call); });
-}
-extern "C" const char* emulate_policy_loss(const entropy_kernels::cuda::PolicyLossCall* call) {
-  return entropy_kernels::cuda::guarded([&] { entropy_kernels::cuda::policy_loss(*call); });
 }
 extern "C" const char* emulate_covariance(const entropy_kernels::cuda::Call* call) {
   return entropy_kernels::cuda::guarded([&] {

@@ -9,13 +9,11 @@ import ctypes
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cuda_emulator import COMPILER, HERE
-from entropy_kernels.backends.policy_names import METRICS, TOTALS
 from entropy_kernels.backends.radix_select import Band, Count
 
 LANES = 32
@@ -33,18 +31,6 @@ class _Call(ctypes.Structure):
     )  # fmt: skip
 
 
-class _PolicyLossCall(ctypes.Structure):
-    """``PolicyLossCall`` of cuda_selection_emulator.cpp."""
-
-    _fields_ = (
-        ("selection", _Call), ("old_logprob", _P), ("given", _P), ("coefficient", _P),
-        ("clip_low", _D), ("clip_high", _D), ("dual_clip", _D),
-        ("selected", _I), ("select", _I), ("exclude_clipped", _I), ("penalty", _I), ("square_slope", _I),
-        ("covariance_given", _I),
-        *((name, _P) for name in ("covariance", "mask", "slope", "totals", "mean", "metrics")),
-    )  # fmt: skip
-
-
 def compile_library(folder: Path) -> ctypes.CDLL:
     library = folder / "cuda_selection_emulator.so"
     flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
@@ -53,8 +39,6 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     for function in (loaded.emulate_selection, loaded.emulate_covariance):
         function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_char_p
-    loaded.emulate_policy_loss.argtypes = [ctypes.POINTER(_PolicyLossCall)]
-    loaded.emulate_policy_loss.restype = ctypes.c_char_p
     return loaded
 
 
@@ -119,37 +103,3 @@ class Emulated:
         call = self._call(covariance.numel(), mask)
         self._set_band(call, seed, band)
         return self._select(call, covariance, exclude, token_index, count)
-
-    def policy_loss(
-        self, logprob, old_logprob, advantages, mask, covariance, given, token_index, seed, coefficient,
-        clip_low, clip_high, dual_clip, selected, select, exclude_clipped, penalty, square_slope,
-        ratio, k, at_least_one, low, high, quantile, closed,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Arguments and results of ops/policy_loss.py."""
-        tokens = logprob.numel()
-        term, slope, own_covariance = (torch.full((tokens,), torch.nan) for _ in range(3))
-        chosen = torch.full((tokens,), 77, dtype=torch.uint8)
-        totals = torch.full((len(TOTALS),), torch.nan, dtype=torch.float64)
-        mean, metrics = torch.full((), torch.nan), torch.full((len(METRICS),), torch.nan)
-        call = self._call(tokens, mask)
-        call.first, call.second, call.index = logprob.data_ptr(), advantages.data_ptr(), _pointer(token_index)
-        self._set_count(call, Count(None if ratio < 0 else ratio, None if k < 0 else k, at_least_one))
-        if seed is not None:
-            self._set_band(call, seed, Band(low, high, quantile, closed))
-        call.out = term.data_ptr()
-        values: Any = own_covariance if covariance is None else covariance
-        policy = _PolicyLossCall(
-            selection=call, old_logprob=old_logprob.data_ptr(), given=_pointer(given),
-            coefficient=_pointer(coefficient), clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-            selected=selected, select=select, exclude_clipped=exclude_clipped, penalty=penalty,
-            square_slope=square_slope, covariance_given=covariance is not None, covariance=values.data_ptr(),
-            mask=chosen.data_ptr(), slope=slope.data_ptr(), totals=totals.data_ptr(), mean=mean.data_ptr(),
-            metrics=metrics.data_ptr(),
-        )  # fmt: skip
-        self._run(self.library.emulate_policy_loss, policy)
-        if select:
-            assert bool((chosen <= 1).all()), "not every token was written, or not with a bool"
-        return (
-            term, slope, own_covariance if covariance is None else values[:0],
-            chosen.view(torch.bool) if select else chosen[:0].view(torch.bool), totals, mean, metrics,
-        )  # fmt: skip

@@ -172,7 +172,7 @@ def losses(place: Place) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
 KINDS = {
     statistics: STATISTICS,
     selection: SELECTION,
-    losses: ("policy_loss", *SELECTION),
+    losses: SELECTION,
 }
 every_kind = pytest.mark.parametrize(
     ("kind", "place"),
@@ -309,7 +309,7 @@ def test_a_whole_step_compiles(place: Place, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_from_hidden_states(backend: str, budget: int, dtype: torch.dtype) -> None:
     """No sync, the same results in a graph that is replayed, a bounded memory; the head's gradient also in a buffer."""
-    states = {op: ek.backends()[op][backend] for op in ("token_stats", "policy_loss")}
+    states = {op: ek.backends()[op][backend] for op in ("token_stats", *SELECTION)}
     if set(states.values()) != {"available"}:
         pytest.skip(f"backend {backend}: {states}")
     rows, features, vocab = 512, 64, 9000

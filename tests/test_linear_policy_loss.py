@@ -241,7 +241,7 @@ def test_metrics_carry_no_gradient() -> None:
     assert not any(value.requires_grad for value in result.metrics.values())
 
 
-@pytest.mark.parametrize("place", places("policy_loss"))
+@pytest.mark.parametrize("place", places("token_covariance"))
 @pytest.mark.parametrize("method", LOSSES)
 def test_on_every_backend(place: Place, method: str) -> None:
     """Statistics, selection and loss of one backend; on a GPU without a value read back."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import Place
 from loss_cases import MASK_DTYPES, MODES, ek, leaf
 
 pytestmark = pytest.mark.usefixtures("loss_place")
@@ -171,6 +172,38 @@ def test_quantile_band_counts_its_candidates() -> None:
     quartiles = cov.flatten().sort().values[[25, 75]]
     inside = (cov > quartiles[0]) & (cov < quartiles[1])
     assert float(out.metrics["band_frac"]) == pytest.approx(float(inside.float().mean()))
+
+
+def test_a_quantile_band_selected_here_and_first() -> None:
+    """Of the tokens that the PPO clip does not hold, with given indices; candidates are all of them in the band."""
+    lp, old, adv, mask = sample(8, 40)
+    index = torch.randperm(lp.numel(), generator=torch.Generator().manual_seed(2)).view_as(lp)
+    held = (-adv * (lp - old).exp().clamp(0.8, 1.2) > -adv * (lp - old).exp()) & mask
+    band: dict[str, Any] = {"band": "quantile", "low": 0.3, "high": 0.9}
+    for preset, exclude in (("verl", held), ("paper", None)):
+        here = run("clip_cov_verl", lp, old, adv, mask, preset=preset, token_index=index, **band)
+        chosen: dict[str, Any] = {"exclude": exclude, "seed": 1, "closed": preset == "paper", **band}
+        cov = ek.token_covariance(lp, adv, mask)
+        dropped = ek.clip_cov_mask(cov, mask, ratio=0.2, token_index=index, **chosen)
+        x = leaf(lp)
+        first = ek.clip_cov_loss(x, old, adv, mask, preset=preset, dropped=dropped)
+        first.loss.backward()
+        assert torch.equal(here[0].loss, first.loss) and torch.equal(here[1], x.grad)  # type: ignore[arg-type]
+        share = ek.clip_cov_mask(cov, mask, k=10**6, **chosen).sum() / mask.sum()
+        assert 0 < float(first.metrics["selected_frac"]) < float(here[0].metrics["band_frac"]) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("policy")])
+def test_the_backend_of_the_selection_changes_nothing(name: str, loss_place: Place) -> None:
+    names = [loss_place.backend] if loss_place.device == "cuda" else ["auto", "cpu", "triton"]
+    states = ek.backends()["clip_cov_mask"] | {"auto": "available"}
+    batch = sample()
+    expected = run(name, *batch, backend="torch")
+    for backend in names:
+        if states[backend] == "available":
+            got = run(name, *batch, backend=backend)
+            assert torch.equal(got[0].loss, expected[0].loss) and torch.equal(got[1], expected[1])
+            assert all(torch.equal(value, expected[0].metrics[key]) for key, value in got[0].metrics.items())
 
 
 # ---- 4. what is not finite ------------------------------------------------------------------------------------------
@@ -401,6 +434,42 @@ def test_without_grad_nothing_is_recorded(name: str) -> None:
         quiet = function(x, old, adv, mask, **options)
     assert not quiet.loss.requires_grad
     assert torch.equal(quiet.loss, function(x, old, adv, mask, **options).loss.detach())
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES if name != "clip_cov_paper"]
+)  # it keeps a dropped token's value
+@pytest.mark.parametrize("mode", ["token-mean", "none"])
+def test_gradients_in_float64(name: str, mode: str) -> None:
+    """Against finite differences, by the log-probs and by the entropy."""
+    function, options = LOSSES[name]
+    lp, old, adv, mask = (x.double() if x.is_floating_point() else x for x in sample(3, 6))
+    reference = old + 0.1
+
+    def loss(logprob: Tensor, entropy: Tensor) -> Tensor:
+        terms: dict[str, Any] = {"entropy": entropy, "entropy_coef": 0.1, "ref_logprob": reference, "ref_kl_coef": 0.2}
+        return function(logprob, old, adv, mask, loss_agg_mode=mode, **terms, **options).loss
+
+    assert torch.autograd.gradcheck(loss, (leaf(lp), leaf(lp.abs())), eps=1e-7, atol=1e-5)
+
+
+@every_loss
+def test_derivatives_that_there_are_not(name: str) -> None:
+    """Second ones, forward mode, torch.func: an error, not a silent zero."""
+    function, options = LOSSES[name]
+    lp, old, adv, mask = sample()
+    x = leaf(lp)
+    (gradient,) = torch.autograd.grad(function(x, old, adv, mask, **options).loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="policy_loss: double backward"):
+        gradient.sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(lp, torch.ones_like(lp))
+        with pytest.raises(NotImplementedError, match="policy_loss: forward-mode"):
+            function(dual, old, adv, mask, **options)
+    with pytest.raises(
+        NotImplementedError, match=r"policy_loss: torch\.func's derivatives .* use torch\.autograd\.grad"
+    ):
+        torch.func.grad(lambda logprob: function(logprob, old, adv, mask, **options).loss)(lp)
 
 
 @every_loss

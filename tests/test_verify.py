@@ -40,7 +40,7 @@ def test_every_op_has_families_of_every_gpu_backend() -> None:
         assert len(names) == len(set(names)), f.name
 
 
-@pytest.mark.parametrize("name", ["cuda/backward-strided", "cuda/linear", "cuda/selection-steps", "triton/policy-loss"])
+@pytest.mark.parametrize("name", ["cuda/backward-strided", "cuda/linear", "cuda/selection-steps", "triton/selection"])
 def test_the_calls_are_right_where_the_kernels_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """By the C++ kernels here, which a GPU has under the same names."""
     if registry.unavailable("token_stats", "cpu"):
@@ -219,7 +219,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful
         "cuda/forward-plain": ("passed", ""),
         "cuda/covariance": ("raised", "CUDA out of memory"),
         "cuda/selection-grid": ("wrong", "3 of 7 differ"),
-        "cuda/policy-loss": ("not run", "no time left"),
+        "cuda/linear": ("not run", "no time left"),
         "cuda/fp64": ("died", "signal 6, Aborted after its calls"),
     }
     ran: list[tuple[str, ...]] = []
@@ -240,7 +240,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful
     kept = registry.verdict_of(GPU)
     assert kept is not None and where.startswith("kept in ")
     assert {pair.op: pair.verified for pair in kept.pairs} == {
-        "token_stats": True, "linear_token_stats": True, "clip_cov_mask": False, "kl_cov_mask": False,
+        "token_stats": True, "clip_cov_mask": False, "kl_cov_mask": False,
     }  # fmt: skip
     assert "not verified on this" in (registry.unverified("token_covariance", "cuda", GPU) or "")
     (tmp_path / "file").touch()

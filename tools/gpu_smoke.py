@@ -405,7 +405,7 @@ def smoke(course: Course) -> None:
 def verification(course: Course) -> None:
     outcomes = families(course, 75)
     log = tests(course, "cuda,none", 150)
-    kinds = ("forward-bulk", "forward-clusters", "forward-parts", "selection", "covariance", "policy-loss")
+    kinds = ("forward-bulk", "forward-clusters", "forward-parts", "selection", "covariance")
     sanitize(course, "racecheck", 60, outcomes, lambda name: name.startswith(tuple(f"cuda/{kind}" for kind in kinds)))
     conclude(course, outcomes, log)
 

@@ -17,7 +17,6 @@
 
 #include "common/radix_select.h"
 #include "common/selection.h"
-#include "cpu/selection.h"
 #include "cpu/selection_scan.h"
 #include "cpu/selection_view.h"
 
@@ -331,13 +330,13 @@ Band quantile_band(const TokenView& view, double low, double high, bool closed) 
   return value_band(key_band(nth_key(need_low), nth_key(need_high), closed));
 }
 
-}  // namespace
-
+// Between low and high, or, if quantile, between the order statistics at these shares of the candidates.
 Band clip_cov_band(const TokenView& view, double low, double high, bool quantile, bool closed) {
   return quantile ? quantile_band(view, low, high, closed)
                   : value_band(key_band_of_values(low, high, closed));
 }
 
+// They write the whole mask, bool bytes.
 void select_at_random(const TokenView& view, Band band, const SelectionCount& request, int64_t seed,
                       uint8_t* selected) {
   const Sample sample(view, band);
@@ -350,8 +349,6 @@ void select_largest(const TokenView& view, const SelectionCount& request, uint8_
   const uint32_t threshold = guess_value(sample, static_cast<double>(request.of(sample.expected_valid())));
   select(view, kAllValues, ValueKeys{}, threshold, request, selected);
 }
-
-namespace {
 
 SelectionCount count_of(double ratio, int64_t k, bool at_least_one, const std::optional<Tensor>& numbers) {
   const auto* given = data_or_null<double>(numbers);

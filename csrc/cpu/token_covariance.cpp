@@ -9,7 +9,6 @@
 #include <optional>
 
 #include "common/fixed_point.h"
-#include "cpu/selection.h"
 #include "cpu/selection_view.h"
 
 namespace entropy_kernels::cpu {
@@ -97,8 +96,7 @@ auto with_type(const Tensor& logprob, const Tensor& advantages, const Body& body
               static_cast<const float*>(advantages.const_data_ptr()));
 }
 
-}  // namespace
-
+// (N,) fp32; logprob and advantages are flat, both fp32 or both fp64.
 Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {
   const uint8_t* valid = data_or_null<uint8_t>(mask);
   const int64_t tokens = logprob.numel();
@@ -114,8 +112,6 @@ Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::op
   });
   return out;
 }
-
-namespace {
 
 // (3,) float64: largest |logprob|, largest |advantage|, number of tokens that count
 Tensor covariance_extremes(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {

@@ -38,7 +38,6 @@ struct CooperatingThread {
   __device__ __forceinline__ void maximum_global(uint64_t* to, uint64_t value) const { atomicMax(word(to), value); }
   // What other blocks of this launch have written: not from this multiprocessor's L1.
   __device__ __forceinline__ uint64_t read_fresh(const uint64_t* from) const { return __ldcg(word(from)); }
-  __device__ __forceinline__ double read_fresh(const double* from) const { return __ldcg(from); }
 
   __device__ __forceinline__ void grid_sync() const { cooperative_groups::this_grid().sync(); }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -20,8 +20,6 @@ struct CovarianceArguments {
   uint64_t* exchange;  // Grid only: kTeamSlots words
 };
 
-constexpr int kCovarianceSlots = 5;
-
 // Writes the covariance of the block's tokens.
 template <class T, class Team>
 EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a) {

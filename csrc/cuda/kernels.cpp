@@ -32,8 +32,8 @@ const char* report(const Write& write) {
 EK_EXPORT const char* entropy_kernels_cuda_kernels() {
   return report([] {
     std::string text;
-    for (const auto& kernels : {forward_kernels(), backward_kernels(), selection_kernels(), selection_step_kernels(),
-                                policy_loss_kernels()}) {
+    for (const auto& kernels :
+         {forward_kernels(), backward_kernels(), selection_kernels(), selection_step_kernels()}) {
       for (const Kernel& kernel : kernels) {
         cudaFuncAttributes a;
         check(cudaFuncGetAttributes(&a, kernel.function), "cudaFuncGetAttributes");

@@ -15,6 +15,5 @@ std::vector<Kernel> forward_kernels();
 std::vector<Kernel> backward_kernels();
 std::vector<Kernel> selection_kernels();
 std::vector<Kernel> selection_step_kernels();
-std::vector<Kernel> policy_loss_kernels();
 
 }  // namespace entropy_kernels::cuda

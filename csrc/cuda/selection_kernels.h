@@ -89,8 +89,8 @@ class Selector {
       : team_(team), thread_(team.thread), shared_(shared), a_(arguments),
         store_(store), share_(team.thread.block(), a_.chunk, a_.tokens) {}
 
-  // Writes the mask of the block's tokens; returns the band of random keys' candidates.
-  EK_HOST_DEVICE KeyBand run() {
+  // Writes the mask of the block's tokens.
+  EK_HOST_DEVICE void run() {
     const bool random = a_.seed != nullptr;
     KeyBand band = a_.band;
     const uint64_t seed = random ? static_cast<uint64_t>(*a_.seed) : 0;
@@ -124,7 +124,6 @@ class Selector {
       }
     }
     write(any, static_cast<uint32_t>(search.prefix), order, last_tie);
-    return band;
   }
 
  private:

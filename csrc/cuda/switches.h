@@ -15,7 +15,7 @@ struct Switch {
   std::int64_t get() const { return value.load(std::memory_order_relaxed); }
 };
 
-// Tokens up to which selection and policy loss run as one cluster, if it can hold them, and not as a cooperative grid.
+// Tokens up to which a selection runs as one cluster, if it can hold them, and not as a cooperative grid.
 // The default is a guess of where 16 multiprocessors are too few.
 inline Switch cluster_tokens = {"cluster_tokens", 512 * 1024};
 // 1: the gradient begins with the last row. The forward pass has read that one last, so the L2 may still hold it.

@@ -141,12 +141,6 @@ class Cluster : public Team<Thread> {
     thread.barrier();
   }
 
-  // Of what block `block` has put into its shared memory, or its row of `width` values in global memory, this block's
-  // element; combine_slots comes in between.
-  EK_HOST_DEVICE double partial(const double* in_shared, const double*, int block, int, int element) const {
-    return *thread.in_block(in_shared + element, block);
-  }
-
   EK_HOST_DEVICE void finish() { thread.cluster_sync(); }  // a block's shared memory ends with it
 
  private:
@@ -199,10 +193,6 @@ class Grid : public Team<Thread> {
     thread.barrier();
   }
 
-  EK_HOST_DEVICE double partial(const double*, const double* in_global, int block, int width, int element) const {
-    return thread.read_fresh(in_global + block * width + element);
-  }
-
  private:
   // Before the first addition the whole exchange has to be 0, later on this block's words have to be complete.
   EK_HOST_DEVICE void sync_once() {
@@ -233,8 +223,9 @@ struct TokenShare {
 
 // use(token, load(token)) for tokens [0, tokens) of a block, a warp's lanes together: use also runs for a lane beyond
 // the last token, with the value-initialised load. A thread loads kInFlight tokens before it looks at the first.
-template <int kInFlight = 4, class Team, class Load, class Use>
+template <class Team, class Load, class Use>
 EK_HOST_DEVICE void for_tokens(const Team& team, int tokens, const Load& load, const Use& use) {
+  constexpr int kInFlight = 4;
   for (int first = team.warp() * kLanes; first < tokens; first += kInFlight * Team::kThreads) {
     decltype(load(0)) loaded[kInFlight] = {};
 #pragma unroll

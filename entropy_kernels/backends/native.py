@@ -138,10 +138,6 @@ def kl_cov_mask(
     return _ops.kl_cov_mask(covariance, mask, exclude, token_index, *_count(count), count.numbers)
 
 
-def policy_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    return _ops.policy_loss(*arguments)
-
-
 def _count(count: Count) -> tuple[float, int, bool]:
     """-1 for the one of ratio and k that is not given."""
     return -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k, count.at_least_one

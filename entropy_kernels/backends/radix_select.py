@@ -223,22 +223,6 @@ def clip_cov_mask(
     group: str,
 ) -> Tensor:
     """(N,) bool."""
-    mask, _ = clip_cov_mask_and_band(steps, covariance, mask, exclude, token_index, seed, count, band, group)
-    return mask
-
-
-def clip_cov_mask_and_band(
-    steps: Steps,
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    seed: Tensor,
-    count: Count,
-    band: Band,
-    group: str,
-) -> tuple[Tensor, Tensor]:
-    """The mask and the (2,) int64 value keys, both inclusive, between which the candidates lie."""
     ranks = Group(group)
     offset = _offset(ranks, covariance, token_index)
     values = steps.selection_value_keys(covariance, mask, exclude)
@@ -248,7 +232,7 @@ def clip_cov_mask_and_band(
     if not band.closed:
         bounds = bounds + torch.stack([torch.ones_like(bounds[0]), -torch.ones_like(bounds[0])])
     keys = steps.selection_random_keys(values, bounds, token_index, offset, seed)
-    return _largest(steps, ranks, keys, token_index, offset, _valid(covariance, mask), count), bounds
+    return _largest(steps, ranks, keys, token_index, offset, _valid(covariance, mask), count)
 
 
 def kl_cov_mask(

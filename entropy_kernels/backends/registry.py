@@ -25,11 +25,10 @@ OPS: dict[str, tuple[str, ...]] = {
     "token_covariance": ("token_covariance",),
     "clip_cov_mask": ("clip_cov_mask",),
     "kl_cov_mask": ("kl_cov_mask",),
-    "policy_loss": ("policy_loss",),
 }
 # op -> file stem of its kernels in eager/ and triton/
 _STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_cov_mask": "selection"}
-_STEM |= {"kl_cov_mask": "selection", "policy_loss": "policy_loss", "linear_token_stats": "token_stats"}
+_STEM |= {"kl_cov_mask": "selection", "linear_token_stats": "token_stats"}
 
 # (op, backend) -> a kernel, in a file of the op's name, that does all of a pass in one. Whoever names the backend gets
 # it; "auto" does not take it: no measurement has shown it to be faster than torch's product and the statistics.

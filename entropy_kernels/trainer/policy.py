@@ -118,7 +118,7 @@ class Policy:
 
     @property
     def backend(self) -> str:
-        """Of this library's selection and losses, which have torch's own operations as one of their backends."""
+        """Of this library's selection, which has torch's own operations as one of its backends."""
         return "torch" if self.head_name == "torch" else "auto"
 
     def with_head(self, head: str) -> Policy:

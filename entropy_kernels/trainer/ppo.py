@@ -308,12 +308,14 @@ def loss_options(
         "loss_agg_mode": config.loss_agg_mode,
         "batch_num_tokens": tokens,
         "global_batch_size": sequences,
-        "backend": backend,
     }
+    clips = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    if config.loss == "ppo":
+        return {**options, **clips}
+    options |= {"preset": "verl", "backend": backend}
     if config.loss == "kl_cov":
-        return {**options, "preset": "verl", "kl_coef": config.kl_coef, "penalized": selected}
-    options |= {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    return options if config.loss == "ppo" else {**options, "preset": "verl", "dropped": selected}
+        return {**options, "kl_coef": config.kl_coef, "penalized": selected}
+    return {**options, **clips, "dropped": selected}
 
 
 def compare_on_first_micro_batch(policy: Policy, rollout: Rollout, config: TrainerConfig) -> dict[str, float]:

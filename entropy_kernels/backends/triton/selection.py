@@ -64,13 +64,6 @@ def ordered_key(value):
 
 
 @triton.jit
-def key_value(key):
-    """The fp32 of an ordered key; a NaN for the largest one."""
-    bits = tl.where(key >= 0x80000000, key & 0x7FFFFFFF, key ^ 0xFFFFFFFF)
-    return bits.to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def block_positions(BLOCK: tl.constexpr):
     return tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
