@@ -29,7 +29,6 @@ ROOMS = {
     "functional": 2,
     "linear": 2,
     "selection": 2,
-    "policy": 2,
     "losses": 3,
     "analysis": 3,
     "trainer": 4,
