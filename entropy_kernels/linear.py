@@ -28,12 +28,12 @@ from entropy_kernels.ops import linear_token_stats as op
 from entropy_kernels.ops import token_stats
 from entropy_kernels.ops.linear_head import Head, head_token_stats
 from entropy_kernels.ops.linear_plan import LinearPlan, Problem
+from entropy_kernels.ops.linear_policy_loss import Final as Final  # of linear_loss, for losses/linear.py
 from entropy_kernels.ops.linear_policy_loss import Coefficients
 from entropy_kernels.ops.linear_tiles import Numbers
 from entropy_kernels.ops.products import adds_to_fp32
 
-# What losses/linear.py hands to linear_loss
-Final, HELD_OUT = policy_op.Final, planning.HELD_OUT
+HELD_OUT = planning.HELD_OUT
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -28,7 +28,7 @@ class Pullback(NamedTuple):
     grad: Tensor  # d x_t / d own log-prob, the ratio of the sequence held
     pooled: Tensor | None  # d x_t / d the log-ratio of its sequence
     part: Tensor | None  # d the sum of the sequence / d own log-prob; None: 1 at valid tokens
-    count: Tensor | None  # per sequence, what its sum is divided by
+    divisor: Tensor | None  # per sequence, of its sum
     mask: Tensor | None  # as masking.bits makes it; None: all tokens count
     lengths: Tensor | None  # of Sequences
     ids: Tensor | None
@@ -40,8 +40,8 @@ class Pullback(NamedTuple):
             return gradient
         sequences = Sequences(self.lengths, self.ids)
         pulled = sequences.sum(self.pooled * weight)
-        if self.count is not None:
-            pulled = pulled / self.count
+        if self.divisor is not None:
+            pulled = pulled / self.divisor
         pulled = sequences.spread(pulled.to(gradient.dtype)).expand_as(gradient)
         return gradient + (keep(self.mask, pulled.contiguous())[0] if self.part is None else pulled * self.part)
 
@@ -56,7 +56,7 @@ class Surrogates(NamedTuple):
     log_ratio: Tensor  # of the token
     level: Tensor  # the log-ratio that the surrogate was given
     part: Tensor | None
-    count: Tensor | None
+    divisor: Tensor | None
     bad: Tensor  # NaN at a valid token with an input that is not finite, else 0
     valid: Tensor | None  # bool
     mask: Tensor | None
@@ -85,7 +85,7 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
         valid = finite if valid is None else valid & finite
     mask = None if valid is None else bits(valid, dtype)
     log_ratio, advantages, logprob = keep(mask, log_ratio, advantages, logprob)
-    level, part, count = log_ratio, None, None
+    level, part, divisor = log_ratio, None, None
     clipped: list[Tensor | None] = []
     bad = (log_ratio - log_ratio) + (advantages - advantages)  # 0, or NaN for what is not finite
     if surrogate.level == "sequence":
@@ -94,8 +94,8 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
             total, part, *clipped = surrogate.contribution(log_ratio, advantages, options.clips)
         level = tokens.sequences.sum(total)
         if surrogate.reduce == "mean":
-            count = tokens.sequences.sum(torch.ones_like(log_ratio) if valid is None else valid).clamp(min=1)
-            level = level / count
+            divisor = tokens.sequences.sum(torch.ones_like(log_ratio) if valid is None else valid).clamp(min=1)
+            level = level / divisor
         (level,) = keep(mask, tokens.sequences.spread(level.to(dtype)).expand_as(log_ratio).contiguous())
         bad = bad + (level - level)
     value, grad, *stopped = surrogate.fn(level, logprob, advantages, options.clips)
@@ -109,7 +109,7 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
     if valid is not None:
         held, lower = None if held is None else held & valid, None if lower is None else lower & valid
     value, grad = keep(mask, value, grad)
-    return Surrogates(value, grad, held, lower, log_ratio, level, part, count, bad, valid, mask)
+    return Surrogates(value, grad, held, lower, log_ratio, level, part, divisor, bad, valid, mask)
 
 
 def token_terms(
@@ -170,7 +170,7 @@ def token_terms(
     nonfinite = loss - loss
     for x in unused:
         nonfinite = nonfinite + (x - x)
-    pullback = Pullback(own, pooled, found.part, found.count, mask, tokens.sequences.lengths, tokens.sequences.ids)
+    pullback = Pullback(own, pooled, found.part, found.divisor, mask, tokens.sequences.lengths, tokens.sequences.ids)
     return Terms(loss, policy, pullback, nonfinite, entropy, ref_kl)
 
 

@@ -85,12 +85,12 @@ def linear_policy_loss(
             unrounded, instead of going to ``weight.grad``: for sums over micro-batches. It is the gradient of this
             loss: differentiate the loss as it is, and scale it by ``batch_num_tokens`` and the like. Every call with
             gradients adds to it, also the second one that a checkpoint with ``use_reentrant=False`` may make.
-        backend: "auto", "torch", "triton", "cpu" or "cuda", for statistics, selection and loss.
+        backend: "auto", "torch", "triton", "cpu" or "cuda", for statistics and selection.
         options: keyword arguments of :func:`entropy_kernels.policy_loss`, of :func:`entropy_kernels.clip_cov_loss` or
             of :func:`entropy_kernels.kl_cov_loss`, as the method says, ``surrogate`` and its options among them; not
-            ``entropy``, which is computed here, whose bonus is ``entropy_coef`` as there. Coefficients are constants. To select over several calls,
-            :class:`entropy_kernels.SelectionBatch` and ``dropped=`` or ``penalized=``: the result then does not depend
-            on how the batch is split.
+            ``entropy``, which is computed here, whose bonus is ``entropy_coef`` as there. Coefficients are constants.
+            To select over several calls, :class:`entropy_kernels.SelectionBatch` and ``dropped=`` or ``penalized=``:
+            the result then does not depend on how the batch is split.
 
     Returns:
         :class:`entropy_kernels.PolicyLoss`, as the losses; the metric ``entropy`` is always there. One backward pass.
@@ -170,7 +170,7 @@ def _why_composed(
         counted = chosen.aggregation.mode == "token-mean" and chosen.aggregation.batch_num_tokens is None
         if chosen.aggregation.by_sequence or (grad_buffer is not None and counted):
             return (
-                "with nonfinite='drop', whose counts are known only after all tokens (batch_num_tokens says the count of "
+                "with nonfinite='drop', whose counts are known only after all tokens (batch_num_tokens gives that of "
                 "'token-mean')"
             )
     if chosen.surrogate.pools and not chosen.surrogate.local and chosen.selection is not None:
@@ -207,7 +207,7 @@ class _Coefficients:
         share = own * aggregation.dp_size / aggregation.denominator(counts, mask.shape[-1])
         # fp64, of the tokens' shape: what a token's loss is multiplied by, before what is not finite is dropped
         self._weights = sequences.spread(share).expand(mask.shape) * mask
-        self._scalar = share if share.dim() == 0 else None
+        self._share = share
         self._size = torch.where(mask, batch.advantages, 0).double().abs()
         self._huge = _HUGE * self._size.sum() / self._size.count_nonzero().clamp(min=1)
 
@@ -237,8 +237,9 @@ class _Coefficients:
         found = evaluate(logprob.view(shape), entropy.view(shape), self._batch, self._options)
         c, e = self._derivatives(found.terms, self._weights)
         factor = None
-        if self._options.drop_nonfinite and self._scalar is not None:
-            factor = found.weight / self._scalar
+        aggregation = self._options.aggregation
+        if self._options.drop_nonfinite and aggregation.mode == "token-mean" and aggregation.batch_num_tokens is None:
+            factor = found.weight / self._share
         return Final(found.loss, torch.stack(found.metrics), c, e, factor)
 
     def _derivatives(self, terms: Any, weights: Tensor) -> tuple[Tensor, Tensor | None]:

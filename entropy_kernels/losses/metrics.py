@@ -22,11 +22,12 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "pg_loss": Metric(
-        "the policy term, token weights and KL-Cov's penalty included, without entropy bonus and reference KL, aggregated "
-        'like the loss ("none": token-mean); with a batch_group that of the whole batch',
+        "the surrogate, token weights and KL-Cov's penalty included, without entropy bonus and reference KL, "
+        'aggregated like the loss ("none": token-mean); with a batch_group that of the whole batch',
     ),
     "clipfrac": Metric(
-        "share of tokens that the surrogate clips; ppo: l2 > l1, l1 = -A·r, l2 = -A·clamp(r, 1 - clip_low, 1 + clip_high)",
+        "share of tokens that the surrogate clips; ppo: l2 > l1, l1 = -A·r, "
+        "l2 = -A·clamp(r, 1 - clip_low, 1 + clip_high)",
     ),
     "clipfrac_lower": Metric(
         "share of tokens that the dual clip stops, A < 0 and max(l1, l2) > -A·dual_clip, or the surrogate's other clip",

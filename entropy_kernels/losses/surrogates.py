@@ -2,7 +2,7 @@
 
 A surrogate returns the value, its derivative, and which tokens a clip stops; docs/losses.md prints the table at the end
 of this file. To add one, write its function and its line of the table (or hand an ``ek.Surrogate`` of your own to
-``surrogate=``), and its reference to tests/reference_surrogates.py. The functions get tokens of one shape, fp32 or fp64:
+``surrogate=``), and its reference to tests/reference_surrogates.py. Functions get tokens of one shape, fp32 or fp64:
 
     log_ratio   log π - log π_old, of the token, or of its sequence where the level says so; not clamped; 0 in padding
     logprob     log π; 0 in padding
@@ -50,7 +50,7 @@ class Surrogate:
         level: "token", or "sequence": the log-ratio is that of the token's sequence, the mean over its valid tokens,
             the same for all of them, and ``grad`` reaches each of them with its share.
         defaults: options of this surrogate beside the clips, which callers may give as keywords of the losses.
-        local: level "sequence" only: ``grad`` stays with the token's own log-prob (the ratio's value is the sequence's).
+        local: level "sequence" only: ``grad`` stays with the token's own log-prob; the ratio's value is the sequence's.
         contribution: level "sequence" only: ``(log_ratio, advantages, options) -> (part, grad, clipped)``: what a token
             adds to its sequence's sum, where that is not its log-ratio, and its derivative.
         reduce: "mean" or "sum", over the tokens of a sequence.
@@ -226,8 +226,8 @@ _SURROGATES: dict[str, Surrogate] = {
     "ppo": Surrogate(
         _ppo,
         defaults={"delta": None},
-        formula="max(-A·r, -A·clamp(r, 1 - clip_low, 1 + clip_high)); A < 0: at most -A·dual_clip; delta bounds the r of "
-        "the first term",
+        formula="max(-A·r, -A·clamp(r, 1 - clip_low, 1 + clip_high)); A < 0: at most -A·dual_clip; delta bounds the r "
+        "of the first term",
         source="1707.06347, Eq. 7; dual clip 1912.09729, Eq. 5; delta 2505.07291",
         users="verl `vanilla`; TRL `grpo`, `bnpo`, `dr_grpo`, `dapo` (differing in loss_agg_mode)",
     ),
@@ -278,8 +278,8 @@ _SURROGATES: dict[str, Surrogate] = {
     "dppo_kl": Surrogate(
         functools.partial(_dppo, binary_kl=True),
         defaults=_DPPO,
-        formula="as dppo_tv, stopped where the KL divergence of (π_old, 1 - π_old) from (π, 1 - π) is above clip_high or "
-        "clip_low",
+        formula="as dppo_tv, stopped where the KL divergence of (π_old, 1 - π_old) from (π, 1 - π) is above clip_high "
+        "or clip_low",
         source="2602.04879",
         users="verl `dppo_kl`",
     ),
@@ -313,8 +313,8 @@ _SURROGATES: dict[str, Surrogate] = {
     "ce_gppo": Surrogate(
         _ce_gppo,
         defaults={"beta_low": 0.75, "beta_high": 1.0},
-        formula="as ppo, but a clipped token keeps a gradient: -A·β·bound is its value and its derivative, β = beta_low "
-        "below, beta_high above",
+        formula="as ppo, but a clipped token keeps a gradient: -A·β·bound is its value and its derivative, "
+        "β = beta_low below, beta_high above",
         source="2509.20712",
         users="Kwai-Klear",
     ),

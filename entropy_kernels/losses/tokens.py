@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ class Tokens(NamedTuple):
 
     def part(self, rows: Any, sequences: Sequences, shape: tuple[int, ...]) -> Tokens:
         """The tokens ``rows`` (a slice or indices of the flattened batch), in ``shape``."""
-        own = (None if x is None else x.reshape(-1)[rows].view(shape) for x in self[:-1])
-        return Tokens(*own, sequences)  # type: ignore[arg-type]
+        own: Any = (None if x is None else x.reshape(-1)[rows].view(shape) for x in self[:-1])
+        return Tokens(*own, sequences)
 
 
 class Checked(NamedTuple):
@@ -69,14 +70,14 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
     if pools or by_sequence or given["cu_seqlens"] is not None:
         why = f"surrogate={given['surrogate']!r}" if pools else ""
         sequences = _sequences("logprob", logprob, given["cu_seqlens"], options.aggregation, why)
-    found: dict[str, Tensor | None] = {}
+    found: dict[str, Any] = {}
     for name, kind in _KINDS.items():
         value = found[name] = given.get(name)
         if value is None and name not in ("old_logprob", "advantages"):
             continue
         if not isinstance(value, Tensor) or value.is_complex():
             _check_tensor(name, value)
-            raise TypeError(f"{name}: expected a {_EXPECTED[kind]} dtype, got {value.dtype}")
+            raise TypeError(f"{name}: expected a {_EXPECTED[kind]} dtype, got {value.dtype}")  # type: ignore[union-attr]
         if kind == "per token":
             if value.shape != shape or value.device != device or not value.is_floating_point():
                 value = _per_token(name, value, logprob, sequences)
@@ -101,7 +102,7 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
     tokens = Tokens(
         found["old_logprob"], found["advantages"], found["mask"], found["covariance_advantages"],
         found["token_weight"], found["ref_logprob"], chosen, found["token_index"], sequences or _ROWS,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     if sequences is None:
         return Checked(logprob, entropy, tokens, shape)
     entropy = None if entropy is None else entropy.reshape(-1)
@@ -129,7 +130,8 @@ def _sequences(name: str, like: Tensor, cu_seqlens: Any, aggregation: Aggregatio
         why = f"loss_agg_mode={aggregation.mode!r}"
     if why and cu_seqlens is None and like.dim() < 2:
         raise ValueError(
-            f"{name}: expected (..., sequences, tokens) with {why}, or cu_seqlens beside it, got shape {tuple(like.shape)}"
+            f"{name}: expected (..., sequences, tokens) with {why}, or cu_seqlens beside it, got shape "
+            f"{tuple(like.shape)}"
         )
     return packed_sequences(cu_seqlens, like)
 
@@ -148,7 +150,7 @@ def packed_sequences(cu_seqlens: Any, logprob: Tensor) -> Sequences | None:
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     if not torch.compiler.is_compiling() and values_are_checked(cu_seqlens):
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
             raise ValueError(
                 f"cu_seqlens: expected numbers that rise from 0 to the number of tokens, {tokens}, got "
                 f"{ends if len(ends) < 8 else [*ends[:3], '...', *ends[-3:]]}"
@@ -212,7 +214,7 @@ def _warn_about_lost_gradient(options: LossOptions) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not used(options.entropy_coef):
         return
     warnings.warn(
-        "entropy: expected a tensor that requires grad where entropy_coef is not 0; without a gradient the bonus changes "
-        "the value of the loss and nothing else (logprob_entropy returns a differentiable entropy)",
+        "entropy: expected a tensor that requires grad where entropy_coef is not 0; without a gradient the bonus "
+        "changes the value of the loss and nothing else (logprob_entropy returns a differentiable entropy)",
         stacklevel=5,
     )
