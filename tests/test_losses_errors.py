@@ -11,7 +11,16 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels.losses import AGG_MODES, CLIP_COV, KL_COV, KL_ESTIMATORS, METRICS, kl_estimate, metric_table
+from entropy_kernels.losses import (
+    AGG_MODES,
+    CLIP_COV,
+    KL_COV,
+    KL_ESTIMATORS,
+    METRICS,
+    kl_estimate,
+    metric_table,
+    surrogate_table,
+)
 from loss_cases import MODES, leaf
 
 LP = torch.zeros(2, 3)
@@ -209,7 +218,8 @@ def test_tables_for_the_docs() -> None:
 def test_the_docs_print_the_tables() -> None:
     text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
     assert metric_table() in text
-    assert all(f"`{name}`" in text for name in (*AGG_MODES, *KL_ESTIMATORS))
+    assert surrogate_table() in text
+    assert all(f"`{name}`" in text for name in (*AGG_MODES, "none", *KL_ESTIMATORS))
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------

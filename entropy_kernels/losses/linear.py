@@ -133,7 +133,7 @@ def linear_policy_loss(
     if why and grad_buffer is not None and torch.is_grad_enabled():
         raise ValueError(f"grad_buffer: expected None {why}, got a tensor")
     made = None
-    if not why:
+    if not why and isinstance(weight, Tensor):
         coefficients = _Coefficients(chosen, batch)
         made = linear_loss(hidden, weight, target, bias, coefficients, grad_buffer=grad_buffer, **head)
     if made is None:

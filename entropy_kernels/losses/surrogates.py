@@ -236,7 +236,7 @@ _SURROGATES: dict[str, Surrogate] = {
         "sequence",
         defaults={"delta": None},
         formula="as ppo, of the sequence's ratio s = exp(mean of log r), differentiated",
-        source="2507.18071, Eq. 5",
+        source="2507.18071",
         users='TRL `importance_sampling_level="sequence"`; with `seq-mean-token-sum` TRL `luspo`',
     ),
     "gspo_token": Surrogate(
@@ -245,13 +245,13 @@ _SURROGATES: dict[str, Surrogate] = {
         defaults={"delta": None},
         local=True,
         formula="as ppo, of sg(s)·exp(log π - sg(log π))",
-        source="2507.18071, Eq. 14",
+        source="2507.18071",
         users="verl `gspo`",
     ),
     "cispo": Surrogate(
         _cispo,
         formula="-sg(clamp(r, 1 - clip_low, 1 + clip_high))·A·log π",
-        source="2506.13585, Eq. 4",
+        source="2506.13585",
         users="verl `cispo`",
     ),
     "cispo_trl": Surrogate(
@@ -288,7 +288,7 @@ _SURROGATES: dict[str, Surrogate] = {
         "sequence",
         contribution=_gmpo_part,
         formula="-A·exp(mean of log r, each clamped to -clip_low .. clip_high where that lowers the gain)",
-        source="2507.20673, Eq. 4",
+        source="2507.20673",
         users="verl `geo_mean` (with `seq-mean-token-mean`)",
     ),
     "gpg": Surrogate(_gpg, formula="-A·log π", source="2504.02546", users="verl `gpg`; its `reinforce` with weights"),

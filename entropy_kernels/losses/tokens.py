@@ -40,8 +40,8 @@ class Tokens(NamedTuple):
 
     def part(self, rows: Any, sequences: Sequences, shape: tuple[int, ...]) -> Tokens:
         """The tokens ``rows`` (a slice or indices of the flattened batch), in ``shape``."""
-        own: Any = (None if x is None else x.reshape(-1)[rows].view(shape) for x in self[:-1])
-        return Tokens(*own, sequences)
+        own: Any = [None if x is None else x.reshape(-1)[rows].view(shape) for x in self[:-1]]
+        return Tokens._make([*own, sequences])
 
 
 class Checked(NamedTuple):
