@@ -122,7 +122,10 @@ def clip_cov_mask(
 ) -> Tensor:
     if group:
         return radix_select.clip_cov_mask(_steps, covariance, mask, exclude, token_index, seed, count, band, group)
-    return _ops.clip_cov_mask(covariance, mask, exclude, token_index, seed, *_count(count), *band[:4], count.numbers)
+    ratio, k = -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k
+    return _ops.clip_cov_mask(
+        covariance, mask, exclude, token_index, seed, ratio, k, count.at_least_one, *band[:4], count.numbers
+    )
 
 
 def kl_cov_mask(
@@ -135,12 +138,8 @@ def kl_cov_mask(
 ) -> Tensor:
     if group:
         return radix_select.kl_cov_mask(_steps, covariance, mask, exclude, token_index, count, group)
-    return _ops.kl_cov_mask(covariance, mask, exclude, token_index, *_count(count), count.numbers)
-
-
-def _count(count: Count) -> tuple[float, int, bool]:
-    """-1 for the one of ratio and k that is not given."""
-    return -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k, count.at_least_one
+    ratio, k = -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k
+    return _ops.kl_cov_mask(covariance, mask, exclude, token_index, ratio, k, count.at_least_one, count.numbers)
 
 
 def has_cuda_kernel(name: str) -> bool:
