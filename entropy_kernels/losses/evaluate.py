@@ -16,7 +16,7 @@ from torch import Tensor
 from entropy_kernels.losses import metrics
 from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
 from entropy_kernels.losses.kl import kl_and_grad
-from entropy_kernels.losses.masking import bits, count, keep, largest, unless
+from entropy_kernels.losses.masking import bits, keep, largest, unless
 from entropy_kernels.losses.options import LossOptions, used
 from entropy_kernels.losses.tokens import Tokens
 from entropy_kernels.selection import covariance_of
@@ -213,11 +213,11 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
     sums = {"clipfrac": ratio.new_zeros(()), "clipfrac_lower": ratio.new_zeros(())}
     for name, condition in shares.items():
         if condition is not None:
-            sums[name] = count(condition)
+            sums[name] = condition.count_nonzero()
     for name, value in means.items():
         if value is not None:  # covariances nearly cancel
             sums[name] = value.sum(dtype=torch.float64 if name == "cov_mean" else None)
-    nonfinite = logprob.numel() - count(terms.nonfinite == 0)
+    nonfinite = logprob.numel() - (terms.nonfinite == 0).count_nonzero()
     if options.drop_nonfinite:
         nonfinite = (
             nonfinite + (logprob.numel() if tokens.mask is None else tokens.mask.count_nonzero()) - counts.tokens

@@ -11,13 +11,14 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels._arguments import integer
-from entropy_kernels.linear import HELD_OUT, Final, linear_loss
+from entropy_kernels.linear import Final, changes_of, linear_loss
 from entropy_kernels.losses import functional, metrics, tokens
 from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
 from entropy_kernels.losses.evaluate import evaluate, surrogate_terms, token_terms
 from entropy_kernels.losses.functional import PolicyLoss
 from entropy_kernels.losses.masking import keep
 from entropy_kernels.losses.options import LossOptions, make, used
+from entropy_kernels.losses.presets import CLIP_COV, KL_COV
 from entropy_kernels.losses.tokens import Tokens
 
 LOSSES: dict[str, Callable[..., PolicyLoss]] = {  # by `method`
@@ -134,7 +135,7 @@ def linear_policy_loss(
         raise ValueError(f"grad_buffer: expected None {why}, got a tensor")
     made = None
     if not why and isinstance(weight, Tensor):
-        coefficients = _Coefficients(chosen, batch)
+        coefficients = _Coefficients(chosen, batch, _changes(chosen, given, target.numel()))
         made = linear_loss(hidden, weight, target, bias, coefficients, grad_buffer=grad_buffer, **head)
     if made is None:
         logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
@@ -173,8 +174,10 @@ def _why_composed(
                 "with nonfinite='drop', whose counts are known only after all tokens (batch_num_tokens gives that of "
                 "'token-mean')"
             )
-    if chosen.surrogate.pools and not chosen.surrogate.local and chosen.selection is not None:
-        return "with a selection in the call and a surrogate whose ratio is a sequence's (give its mask instead)"
+    # A penalty is the token's own; a token that is dropped takes its share of the derivative of all its sequence along
+    pooled = chosen.surrogate.pools and not chosen.surrogate.local
+    if pooled and chosen.selection is not None and chosen.effect != "penalized":
+        return "with a selection in the call and a surrogate whose ratio is a sequence's (give the mask as `dropped`)"
     return ""
 
 
@@ -188,16 +191,29 @@ def _ends_of_sequences(batch: Tokens) -> int | Sequence[int]:
     return lengths.cumsum(0).tolist()
 
 
+def _changes(chosen: LossOptions, given: dict[str, Any], tokens: int) -> int | None:
+    """Most tokens whose coefficient a selection in the call changes, and those held out; None where it is not known.
+
+    ``given`` says it also in compiled code, where the record of a selection has tensors alone.
+    """
+    if chosen.selection is None:
+        return 0
+    ratio, k = given["ratio"], given["k"]
+    # tensors are not read back, and the tokens of a group not counted
+    if chosen.aggregation.group is not None or isinstance(ratio, Tensor) or isinstance(k, Tensor):
+        return None
+    if ratio is k is None:
+        known: Any = CLIP_COV if chosen.selection.seed is not None else KL_COV
+        ratio = known[given["preset"]].ratio
+    return changes_of(ratio, None if k is None else integer("k", k), tokens)
+
+
 class _Coefficients:
     """What a loss is to ops/linear_policy_loss.py, which has the contract."""
 
-    def __init__(self, chosen: LossOptions, batch: Tokens) -> None:
-        self._options, self._batch = chosen, batch
+    def __init__(self, chosen: LossOptions, batch: Tokens, changes: int | None) -> None:
+        self._options, self._batch, self.changes = chosen, batch, changes
         self.cuts = _ends_of_sequences(batch) if chosen.surrogate.pools else None
-        selected = chosen.changes(batch.old_logprob.numel())
-        self.changes = selected
-        if chosen.selection is not None and selected is not None:
-            self.changes = min(batch.old_logprob.numel(), selected + HELD_OUT)
         mask, aggregation, sequences = batch.mask, chosen.aggregation, batch.sequences
         assert mask is not None
         counts, own = aggregation.counted(mask, sequences)

@@ -58,8 +58,3 @@ def largest(x: Tensor, mask: Tensor | None) -> Tensor:
         return torch.where(mask, x, -math.inf).amax()
     lowest = torch.full((), -math.inf, dtype=x.dtype, device=x.device).view(mask.dtype)
     return (x.view(mask.dtype) | (~mask & lowest)).view(x.dtype).amax()
-
-
-def count(condition: Tensor) -> Tensor:
-    """How many are True, 0-d. Compiled code adds them in fp32, as it does the other sums of the same pass."""
-    return condition.sum(dtype=torch.float32) if torch.compiler.is_compiling() else condition.count_nonzero()

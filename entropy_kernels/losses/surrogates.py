@@ -221,104 +221,59 @@ def _vespo_part(log_ratio: Tensor, advantages: Tensor, options: SurrogateOptions
     return log_ratio.clamp(-20, 20), torch.ones_like(log_ratio), None
 
 
-_DPPO = {"ratio_cap": 20.0}
+# fmt: off
 _SURROGATES: dict[str, Surrogate] = {
     "ppo": Surrogate(
-        _ppo,
-        defaults={"delta": None},
+        _ppo, defaults={"delta": None}, source="1707.06347, Eq. 7; dual clip 1912.09729, Eq. 5; delta 2505.07291",
         formula="max(-A·r, -A·clamp(r, 1 - clip_low, 1 + clip_high)); A < 0: at most -A·dual_clip; delta bounds the r "
         "of the first term",
-        source="1707.06347, Eq. 7; dual clip 1912.09729, Eq. 5; delta 2505.07291",
-        users="verl `vanilla`; TRL `grpo`, `bnpo`, `dr_grpo`, `dapo` (differing in loss_agg_mode)",
-    ),
+        users="verl `vanilla`; TRL `grpo`, `bnpo`, `dr_grpo`, `dapo` (differing in loss_agg_mode)"),
     "gspo": Surrogate(
-        _ppo,
-        "sequence",
-        defaults={"delta": None},
+        _ppo, "sequence", {"delta": None}, source="2507.18071",
         formula="as ppo, of the sequence's ratio s = exp(mean of log r), differentiated",
-        source="2507.18071",
-        users='TRL `importance_sampling_level="sequence"`; with `seq-mean-token-sum` TRL `luspo`',
-    ),
+        users='TRL `importance_sampling_level="sequence"`; with `seq-mean-token-sum` TRL `luspo`'),
     "gspo_token": Surrogate(
-        _ppo,
-        "sequence",
-        defaults={"delta": None},
-        local=True,
-        formula="as ppo, of sg(s)·exp(log π - sg(log π))",
-        source="2507.18071",
-        users="verl `gspo`",
-    ),
+        _ppo, "sequence", {"delta": None}, local=True, source="2507.18071",
+        formula="as ppo, of sg(s)·exp(log π - sg(log π))", users="verl `gspo`"),
     "cispo": Surrogate(
-        _cispo,
-        formula="-sg(clamp(r, 1 - clip_low, 1 + clip_high))·A·log π",
-        source="2506.13585",
-        users="verl `cispo`",
-    ),
+        _cispo, source="2506.13585",
+        formula="-sg(clamp(r, 1 - clip_low, 1 + clip_high))·A·log π", users="verl `cispo`"),
     "cispo_trl": Surrogate(
-        functools.partial(_cispo, one_sided=True),
+        functools.partial(_cispo, one_sided=True), source="2506.13585; 2510.13786",
         formula="-sg(min(r, clip_high))·A·log π: clip_high is the bound itself, often 5; clipped counts A > 0",
-        source="2506.13585; 2510.13786",
-        users="TRL `cispo`",
-    ),
+        users="TRL `cispo`"),
     "sapo": Surrogate(
-        _sapo,
-        defaults={"tau_pos": 1.0, "tau_neg": 1.05},
-        formula="-A·sigmoid(τ·(r - 1))·4/τ, τ = tau_pos for A > 0, else tau_neg",
-        source="2511.20347",
-        users="verl `sapo`, TRL `sapo`",
-    ),
+        _sapo, defaults={"tau_pos": 1.0, "tau_neg": 1.05}, source="2511.20347",
+        formula="-A·sigmoid(τ·(r - 1))·4/τ, τ = tau_pos for A > 0, else tau_neg", users="verl `sapo`, TRL `sapo`"),
     "dppo_tv": Surrogate(
-        functools.partial(_dppo, binary_kl=False),
-        defaults=_DPPO,
+        functools.partial(_dppo, binary_kl=False), defaults={"ratio_cap": 20.0}, source="2602.04879",
         formula="-sg(min(r, ratio_cap))·A·log π; stopped for A > 0 where π - π_old > clip_high, else where π_old - π > "
         "clip_low",
-        source="2602.04879",
-        users="verl `dppo_tv`",
-    ),
+        users="verl `dppo_tv`"),
     "dppo_kl": Surrogate(
-        functools.partial(_dppo, binary_kl=True),
-        defaults=_DPPO,
+        functools.partial(_dppo, binary_kl=True), defaults={"ratio_cap": 20.0}, source="2602.04879",
         formula="as dppo_tv, stopped where the KL divergence of (π_old, 1 - π_old) from (π, 1 - π) is above clip_high "
         "or clip_low",
-        source="2602.04879",
-        users="verl `dppo_kl`",
-    ),
+        users="verl `dppo_kl`"),
     "gmpo": Surrogate(
-        _gmpo,
-        "sequence",
-        contribution=_gmpo_part,
+        _gmpo, "sequence", contribution=_gmpo_part, source="2507.20673",
         formula="-A·exp(mean of log r, each clamped to -clip_low .. clip_high where that lowers the gain)",
-        source="2507.20673",
-        users="verl `geo_mean` (with `seq-mean-token-mean`)",
-    ),
+        users="verl `geo_mean` (with `seq-mean-token-mean`)"),
     "gpg": Surrogate(_gpg, formula="-A·log π", source="2504.02546", users="verl `gpg`; its `reinforce` with weights"),
     "dro": Surrogate(
-        _dro,
-        defaults={"dro_beta": 1.0},
-        formula="-A·log π + dro_beta/2·(log r)²",
-        source="2405.19107",
-        users="verl `dro`",
-    ),
+        _dro, defaults={"dro_beta": 1.0}, source="2405.19107",
+        formula="-A·log π + dro_beta/2·(log r)²", users="verl `dro`"),
     "vespo": Surrogate(
-        _vespo,
-        "sequence",
-        defaults={"k_pos": 2.0, "k_neg": 3.0, "lambda_pos": 3.0, "lambda_neg": 2.0},
-        local=True,
-        contribution=_vespo_part,
-        reduce="sum",
+        _vespo, "sequence", {"k_pos": 2.0, "k_neg": 3.0, "lambda_pos": 3.0, "lambda_neg": 2.0}, True, _vespo_part, "sum",
         formula="-sg(w^k·exp(λ·(1 - w)))·A·log π, w = exp(sum of log r), k and λ by the sign of A",
-        source="2602.10693",
-        users="TRL `vespo`",
-    ),
+        source="2602.10693", users="TRL `vespo`"),
     "ce_gppo": Surrogate(
-        _ce_gppo,
-        defaults={"beta_low": 0.75, "beta_high": 1.0},
+        _ce_gppo, defaults={"beta_low": 0.75, "beta_high": 1.0}, source="2509.20712",
         formula="as ppo, but a clipped token keeps a gradient: -A·β·bound is its value and its derivative, "
         "β = beta_low below, beta_high above",
-        source="2509.20712",
-        users="Kwai-Klear",
-    ),
+        users="Kwai-Klear"),
 }
+# fmt: on
 _ALIASES = {"vanilla": "ppo", "geo_mean": "gmpo"}
 
 
