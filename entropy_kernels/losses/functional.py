@@ -169,13 +169,14 @@ def clip_cov_loss(
     whole batch use :class:`entropy_kernels.SelectionBatch` and hand each micro-batch its mask.
 
     Args:
-        preset: "verl": PPO clip at .2, strict band, tokens that the PPO clip holds are no candidates (but count in
+        preset: "verl": PPO clip at 0.2, strict band, tokens that the PPO clip holds are no candidates (but count in
             means and N), at least one token, a dropped token is 0 in value and gradient while the denominator counts
             it. "paper": no PPO clip, closed band, ⌊ratio·N⌋ without a minimum, all valid tokens are candidates, a
             dropped token keeps its value. Both: ratio 2e-4, band [1, 5]. :data:`entropy_kernels.losses.CLIP_COV`.
         clip_low, clip_high: as in :func:`policy_loss`, or "preset" (the default) for the preset's; None: no clip.
-        seed: int or 0-d int64 tensor, another one for every update; required unless ``dropped`` is given.
-        ratio: share of the valid tokens to drop, a fraction (2e-4 is .02 %); None: the preset's.
+        seed: int or 0-d int64 tensor, another one for every update, or an :class:`entropy_kernels.SeedCounter`, which
+            counts the calls; required unless ``dropped`` is given.
+        ratio: share of the valid tokens to drop, a fraction (2e-4 is 0.02 %); None: the preset's.
         k: number of tokens to drop instead.
         low, high: bounds of the band; None: the preset's.
         band: "absolute": bounds are covariances; "quantile": shares in [0, 1] of the candidates' covariances, and
@@ -235,7 +236,8 @@ def kl_cov_loss(
         preset: "verl": ratio 2e-4, at least one token. "paper": ratio 2e-3, ⌊ratio·N⌋ without a minimum.
             :data:`entropy_kernels.losses.KL_COV`.
         clip_low, clip_high: "preset" (the default) and None: no PPO clip; a number adds one.
-        ratio: share of the valid tokens to penalise, a fraction; None: the preset's.
+        ratio: share of the valid tokens to penalise, a fraction; None: the preset's
+            (:func:`entropy_kernels.kl_cov_mask`, which knows no preset, has the paper's 2e-3).
         k: number of tokens to penalise instead.
         kl_coef: β, number or 0-d tensor.
         penalty_estimator: "abs" (|logprob - old_logprob|, None: the preset's, which is this), "k2", "k3", "k1", each

@@ -264,7 +264,8 @@ _SURROGATES: dict[str, Surrogate] = {
         _dro, defaults={"dro_beta": 1.0}, source="2405.19107",
         formula="-A·log π + dro_beta/2·(log r)²", users="verl `dro`"),
     "vespo": Surrogate(
-        _vespo, "sequence", {"k_pos": 2.0, "k_neg": 3.0, "lambda_pos": 3.0, "lambda_neg": 2.0}, True, _vespo_part, "sum",
+        _vespo, "sequence", {"k_pos": 2.0, "k_neg": 3.0, "lambda_pos": 3.0, "lambda_neg": 2.0}, local=True,
+        contribution=_vespo_part, reduce="sum",
         formula="-sg(w^k·exp(λ·(1 - w)))·A·log π, w = exp(sum of log r), k and λ by the sign of A",
         source="2602.10693", users="TRL `vespo`"),
     "ce_gppo": Surrogate(
