@@ -49,13 +49,6 @@ def integer(name: str, value: Any) -> Any:
     raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
-def check_number(name: str, value: Any) -> None:
-    """``value`` is a finite number."""
-    value = number(name, value)
-    if value != value or value in (float("inf"), -float("inf")):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
 def values_are_checked(tensor: torch.Tensor) -> bool:
     """Errors that need values are raised on the CPU; elsewhere with ENTROPY_KERNELS_DEBUG=1: they cost a sync."""
     return tensor.device.type == "cpu" or debugging()

@@ -19,7 +19,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 OVER_ROWS = ("forward-bf16", "forward-fp32-softcap", "merge-fp32", "backward-bf16", "backward-fp32-softcap")
 OVER_TOKENS = (
     "extremes-mask", "sums-mask", "apply-mask", "value-keys", "random-keys", "key-histogram", "index-histogram",
-    "find-digit", "mask", "clipped", "term-dropped", "term-penalised-k3", "totals",
+    "find-digit", "mask",
 )  # fmt: skip
 LINEAR = (
     "linear-bf16", "linear-bf16-entropy", "linear-bf16-softcap", "linear-bf16-addresses", "linear-bf16-few",
