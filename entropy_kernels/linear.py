@@ -28,8 +28,8 @@ from entropy_kernels.ops import linear_token_stats as op
 from entropy_kernels.ops import token_stats
 from entropy_kernels.ops.linear_head import Head, head_token_stats
 from entropy_kernels.ops.linear_plan import LinearPlan, Problem
-from entropy_kernels.ops.linear_policy_loss import Final as Final  # of linear_loss, for losses/linear.py
 from entropy_kernels.ops.linear_policy_loss import Coefficients
+from entropy_kernels.ops.linear_policy_loss import Final as Final  # of linear_loss, for losses/linear.py
 from entropy_kernels.ops.linear_tiles import Numbers
 from entropy_kernels.ops.products import adds_to_fp32
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.ops import linear_policy_loss as op
+from entropy_kernels.ops import linear_tiles
 
 B, L, H, V = 6, 30, 12, 803
 LOSSES = {"ppo": ek.policy_loss, "clip_cov": ek.clip_cov_loss, "kl_cov": ek.kl_cov_loss}
@@ -59,24 +60,28 @@ def make(method: str, head: dict[str, Any] | None = None, **options: Any) -> Cas
     return Case(hidden, weight, bias, target, old, advantages, mask, method, options, head or {})
 
 
-def composed(case: Case, names: str = "hwb") -> tuple[ek.PolicyLoss, list[Tensor | None]]:
-    """Logits of all tokens at once, our statistics, our loss."""
+def composed(
+    case: Case, names: str = "hwb", upstream: Tensor | None = None
+) -> tuple[ek.PolicyLoss, list[Tensor | None]]:
+    """Logits of all tokens at once, our statistics, our loss; ``upstream``: the factors of a loss for each token."""
     hidden, weight, bias = leaves = case.leaves(names)
     logprob, entropy = ek.linear_logprob_entropy(hidden, weight, case.target, bias, **case.head)
     loss = LOSSES[case.method](
         logprob, case.old_logprob, case.advantages, case.mask, entropy=entropy, **case.options
     )  # fmt: skip
-    loss.loss.backward()
+    loss.loss.backward(upstream)
     return loss, [None if x is None else x.grad for x in leaves]
 
 
-def fused(case: Case, budget: int, names: str = "hwb", **kwargs: Any) -> tuple[ek.PolicyLoss, list[Tensor | None]]:
+def fused(
+    case: Case, budget: int, names: str = "hwb", upstream: Tensor | None = None, **kwargs: Any
+) -> tuple[ek.PolicyLoss, list[Tensor | None]]:
     hidden, weight, bias = leaves = case.leaves(names)
     loss = ek.linear_policy_loss(
         hidden, weight, case.target, case.old_logprob, case.advantages, case.mask, bias, method=case.method,
         memory_budget=budget, **case.head, **case.options, **kwargs,
     )  # fmt: skip
-    loss.loss.backward()
+    loss.loss.backward(upstream)
     return loss, [None if x is None else x.grad for x in leaves]
 
 
@@ -95,14 +100,21 @@ def assert_same(case: Case, budget: int, rtol: float, scale: list[float] | None 
     for name, value in expected.metrics.items():
         torch.testing.assert_close(result.metrics[name], value, rtol=rtol, atol=rtol, equal_nan=True, msg=name)
     torch.testing.assert_close(result.loss, expected.loss, rtol=rtol, atol=rtol, equal_nan=True)
+    same_gradients(found, right, rtol, scale)
+    return result
+
+
+def same_gradients(
+    found: list[Tensor | None], right: list[Tensor | None], rtol: float = 1e-12, scale: list[float] | None = None
+) -> None:
+    """Of hidden, weight and bias; errors are relative to a gradient's size, or ``scale``."""
     for i, (ours, theirs) in enumerate(zip(found, right, strict=True)):
         if theirs is None:
             assert ours is None
             continue
         assert ours is not None and ours.dtype == theirs.dtype
         size = theirs.double().norm().item() if scale is None else scale[i]
-        assert (ours.double() - theirs.double()).norm() <= rtol * size + 1e-300, f"gradient {i}: {budget}"
-    return result
+        assert (ours.double() - theirs.double()).norm() <= rtol * size + 1e-300, f"gradient {i}"
 
 
 def spiked(case: Case, *where: int, size: float = 30.0) -> Case:
@@ -124,7 +136,8 @@ def counted_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         real(out, a, b, *bias)
 
     for name in ("multiply", "multiply_add"):
-        monkeypatch.setattr(op, name, functools.partial(counted, getattr(op, name)))
+        for module in (op, linear_tiles):
+            monkeypatch.setattr(module, name, functools.partial(counted, getattr(module, name)))
     return found
 
 

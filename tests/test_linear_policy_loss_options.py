@@ -1,0 +1,299 @@
+"""linear_policy_loss with every surrogate and every option of the losses, in float64 against the composed path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import entropy_kernels as ek
+from entropy_kernels.losses import AGG_MODES
+from entropy_kernels.ops.linear_plan import HELD_OUT
+from linear_policy_cases import (
+    BUDGETS,
+    LOSSES,
+    VALID,
+    B,
+    Case,
+    H,
+    L,
+    V,
+    assert_same,
+    composed,
+    counted_products,
+    fused,
+    make,
+    same_gradients,
+)  # fmt: skip
+
+ONE, FEW, MANY = BUDGETS[torch.float64]
+BAND: dict[str, Any] = {"seed": 3, "ratio": 0.1, "low": 0.01, "high": 50.0}
+SELECT: dict[str, dict[str, Any]] = {"ppo": {}, "clip_cov": BAND, "kl_cov": {"ratio": 0.1}}
+MASK = {"clip_cov": "dropped", "kl_cov": "penalized"}
+# Flattened, (6, 30) tokens: empty sequences first, last and in between; the masked tokens are all over them
+PACKED = [0, 0, 13, 36, 36, 65, 90, 91, 120, 149, 180, 180]
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    return counted_products(monkeypatch)
+
+
+def full(case: Case) -> Case:
+    """Weights with zeros, advantages of their own for covariances, a reference KL times the ratio, an entropy bonus."""
+    g = torch.Generator().manual_seed(7)
+    weight = torch.rand(B, L, generator=g, dtype=torch.float64)
+    case.options |= {
+        "token_weight": weight * (weight > 0.3), "covariance_advantages": 3 * case.advantages + weight,
+        "ref_logprob": case.old_logprob + 0.1 * weight, "ref_kl_coef": 0.3, "ref_kl_importance": True,
+        "entropy_coef": 0.02,
+    }  # fmt: skip
+    return case
+
+
+def packed(case: Case) -> Case:
+    case.options["cu_seqlens"] = torch.tensor(PACKED)
+    return case
+
+
+@pytest.mark.parametrize("surrogate", ek.surrogates())
+def test_every_surrogate(surrogate: str, products: list[int]) -> None:
+    """Alone and with every term; three products of the tokens that count, or of all where parts hold sequences."""
+    tokens = B * L if ek.surrogates()[surrogate].pools else len(VALID)
+    options: dict[str, Any] = {"surrogate": surrogate, "clip_low": 0.03, "clip_high": 0.04}
+    for case in (make("ppo", dual_clip=3.0, **options), full(make("ppo", **options))):
+        for budget in (ONE, FEW, MANY):
+            expected, right = composed(case)
+            products.clear()
+            result, found = fused(case, budget)
+            assert sum(products) == 3 * H * V * tokens
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+            same_gradients(found, right)
+
+
+@pytest.mark.parametrize("mode", AGG_MODES)
+@pytest.mark.parametrize("surrogate", ("ppo", "gspo", "vespo", "gmpo"))
+def test_packed_sequences(surrogate: str, mode: str) -> None:
+    """Of no token, of masked ones alone, cut anywhere."""
+    options: dict[str, Any] = {"surrogate": surrogate, "loss_agg_mode": mode, "clip_low": 0.03, "clip_high": 0.04}
+    for budget in (ONE, FEW, MANY):
+        assert_same(packed(make("ppo", **options)), budget, 1e-12)
+        assert_same(packed(full(make("kl_cov", ratio=0.1, **options))), budget, 1e-12)
+
+
+@pytest.mark.parametrize("surrogate", ("ppo", "cispo", "gspo_token", "gspo"))
+@pytest.mark.parametrize("method", MASK)
+def test_selections(method: str, surrogate: str) -> None:
+    """Made in the call, or given."""
+    chosen = torch.rand(B, L, generator=torch.Generator().manual_seed(1)) < 0.2
+    for options in (SELECT[method], {MASK[method]: chosen}, {"preset": "paper", MASK[method]: chosen.double()}):
+        case = full(make(method, surrogate=surrogate, **options))
+        for budget in (ONE, FEW, MANY):
+            assert assert_same(case, budget, 1e-12).metrics["selected_frac"] > 0
+
+
+PRODUCTS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {  # of one part, few and many
+    "tokens": ({}, (3, 3, 3)),
+    "sequences that fit": ({"surrogate": "gspo"}, (3, 3, 3)),
+    "packed ones that fit": ({"surrogate": "gspo", "cu_seqlens": torch.tensor(PACKED)}, (3, 3, 3)),
+    "sequences that do not": ({"surrogate": "gspo", "cu_seqlens": torch.tensor([0, 120, 180])}, (3, 4, 4)),
+    "nothing that is dropped": ({"nonfinite": "drop"}, (3, 3, 3)),
+    "dropped from a mean of means": ({"nonfinite": "drop", "loss_agg_mode": "seq-mean-token-mean"}, (3, 4, 4)),
+    "a loss for each token": ({"loss_agg_mode": "none"}, (3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_three_products_or_four(name: str, products: list[int]) -> None:
+    options, expected = PRODUCTS[name]
+    for budget, count in zip((ONE, FEW, MANY), expected, strict=True):
+        case = make("ppo", entropy_coef=0.02, **options)
+        products.clear()
+        fused(case, budget, upstream=torch.ones(B, L) if "loss" in name else None)
+        tokens = B * L if count == 3 and "surrogate" in options else len(VALID)  # in parts, or all those that count
+        assert sum(products) == count * H * V * tokens
+
+
+@pytest.mark.parametrize("method", MASK)
+def test_a_sequence_ratio_and_a_selection(method: str, products: list[int]) -> None:
+    """A token that is dropped changes the derivatives of all its sequence; a penalty is the token's own."""
+    case = make(method, surrogate="gspo", entropy_coef=0.02, **SELECT[method])
+    products.clear()
+    fused(case, FEW)
+    if method == "clip_cov":
+        assert sum(products) == 4 * H * V * len(VALID)
+    else:
+        assert 3 * B * L <= sum(products) / (H * V) <= 3 * (B * L + 0.1 * len(VALID))
+
+
+@pytest.mark.parametrize("surrogate", ("ppo", "gspo"))
+@pytest.mark.parametrize("method", LOSSES)
+def test_a_loss_for_each_token(method: str, surrogate: str) -> None:
+    """Its backward pass takes one factor per token."""
+    case = full(make(method, surrogate=surrogate, loss_agg_mode="none", **SELECT[method]))
+    upstream = torch.randn(B, L, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected, right = composed(case, upstream=upstream)
+    for budget in (ONE, FEW, MANY):
+        result, found = fused(case, budget, upstream=upstream)
+        assert result.loss.shape == (B, L)
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+        same_gradients(found, right)
+
+
+@pytest.mark.parametrize("mode", (*AGG_MODES, "none"))
+@pytest.mark.parametrize("surrogate", ("ppo", "gspo"))
+def test_what_is_not_finite_is_dropped(surrogate: str, mode: str) -> None:
+    """A log-prob of -inf, an old one that is NaN, an infinite advantage: no value and no gradient of theirs."""
+    for method in LOSSES:
+        options: dict[str, Any] = {"nonfinite": "drop", "surrogate": surrogate, "loss_agg_mode": mode}
+        case = make(method, entropy_coef=0.02, **options, **SELECT[method])
+        assert case.bias is not None
+        case.bias[case.target.view(-1)[VALID[3]]] = -float("inf")
+        case.old_logprob.view(-1)[VALID[20]] = float("nan")
+        case.advantages.view(-1)[VALID[50]] = float("inf")
+        upstream = torch.ones(B, L, dtype=torch.float64) if mode == "none" else None
+        expected, right = composed(case, upstream=upstream)
+        assert expected.metrics["nonfinite_tokens"] >= 3 and all(x is not None and x.isfinite().all() for x in right)
+        for budget in (ONE, FEW, MANY):
+            result, found = fused(case, budget, upstream=upstream)
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+            same_gradients(found, right)
+
+
+def test_a_surrogate_of_your_own() -> None:
+    def squared(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Any) -> Any:
+        gain = -advantages * options.power
+        return gain * log_ratio.square(), 2 * gain * log_ratio, log_ratio > 0.1
+
+    for level in ("token", "sequence"):
+        own = ek.Surrogate(squared, level, defaults={"power": 1.5})
+        for budget in (ONE, FEW, MANY):
+            assert_same(full(make("ppo", surrogate=own, power=0.5)), budget, 1e-12)
+            assert_same(full(make("kl_cov", surrogate=own, ratio=0.1)), budget, 1e-12)
+
+
+def test_numbers_on_the_device() -> None:
+    """As 0-d tensors, of the selection, too, which then counts what it changes."""
+
+    def on_device(**numbers: float) -> dict[str, Tensor]:
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+
+    common = on_device(clip_low=0.1, clip_high=0.2, dual_clip=3.0, entropy_coef=0.02, batch_num_tokens=120)
+    cases = [
+        make("ppo", surrogate="sapo", **common, **on_device(tau_pos=1.1, tau_neg=0.9)),
+        make("ppo", surrogate="ce_gppo", **common, **on_device(beta_low=0.5)),
+        make("clip_cov", seed=torch.tensor(3), **common, **on_device(ratio=0.1, low=0.01, high=50.0)),
+        make("kl_cov", k=torch.tensor(9), **common, **on_device(kl_coef=2.0)),
+    ]
+    for case in cases:
+        plain = {name: x.item() if isinstance(x, Tensor) else x for name, x in case.options.items()}
+        for budget in (ONE, FEW, MANY):
+            result = assert_same(case, budget, 1e-12)
+            same = fused(make(case.method, **plain), budget)[0]
+            torch.testing.assert_close(result, same, rtol=1e-12, atol=1e-12)
+
+
+def test_a_counter_as_the_seed() -> None:
+    """One draw per call, in whatever way it is computed."""
+    counter = ek.SeedCounter(3)
+    for seed in (3, 4):
+        result, _ = fused(make("clip_cov", **BAND | {"seed": counter}), MANY)
+        torch.testing.assert_close(result, fused(make("clip_cov", **BAND | {"seed": seed}), MANY)[0])
+
+
+BUFFERED: dict[str, dict[str, Any]] = {
+    "sequences": {"surrogate": "gspo"},
+    "packed sequences": {"surrogate": "vespo", "cu_seqlens": torch.tensor(PACKED)},
+    "weights": {"token_weight": torch.tensor([0.0, 1, 2, 0, 1, 3])[:, None], "surrogate": "sapo"},
+    "what is dropped": {"nonfinite": "drop", "batch_num_tokens": 123, "dp_size": 3},
+    "a sum without what is dropped": {"nonfinite": "drop", "loss_agg_mode": "token-sum"},
+}
+
+
+@pytest.mark.parametrize("name", BUFFERED)
+def test_into_a_buffer(name: str) -> None:
+    case = make("ppo", entropy_coef=0.02, **BUFFERED[name])
+    case.old_logprob.view(-1)[VALID[20]] = float("nan") if "nonfinite" in case.options else -5.0
+    _, (hidden, weight, bias) = composed(case)
+    for budget in (ONE, FEW, MANY):
+        buffer = torch.zeros_like(case.weight)
+        _, found = fused(case, budget, grad_buffer=buffer)
+        assert found[1] is None
+        same_gradients([found[0], buffer, found[2]], [hidden, weight, bias])
+
+
+NOT_BUFFERED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a loss for each token": ("ppo", {"loss_agg_mode": "none"}, "loss_agg_mode='none', whose factors come only with"),
+    "a late count": ("ppo", {"nonfinite": "drop"}, "nonfinite='drop', whose counts are known only after all tokens"),
+    "late counts": ("ppo", {"nonfinite": "drop", "loss_agg_mode": "seq-mean-token-sum"}, "nonfinite='drop', whose"),
+    "a selection of sequences' tokens": ("clip_cov", {"surrogate": "gspo", **BAND}, "give the mask as `dropped`"),
+    "sequences that do not fit": ("ppo", {"surrogate": "gspo", "cu_seqlens": torch.tensor([0, 180])}, "of 180 tokens"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_BUFFERED)
+def test_a_buffer_that_is_refused(name: str) -> None:
+    """Before anything is added to it."""
+    method, options, why = NOT_BUFFERED[name]
+    buffer = torch.zeros(V, H, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"(grad_buffer|memory_budget): expected .*{why}"):
+        fused(make(method, **options), FEW, grad_buffer=buffer)
+    assert not buffer.any()
+
+
+ERRORS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a typing error": ("ppo", {"clip_lo": 0.1}, "clip_lo: expected .* options of surrogate='ppo': delta; got clip_lo"),
+    "another surrogate's option": ("ppo", {"surrogate": "cispo", "tau_pos": 1.0}, "tau_pos: expected .*'cispo': none"),
+    "another method's option": ("kl_cov", {"seed": 1}, "seed: expected keyword arguments of the loss"),
+    "a surrogate that is none": ("ppo", {"surrogate": "gsop"}, "surrogate: expected an ek.Surrogate or one of ppo, "),
+    "entropies": ("ppo", {"entropy": torch.zeros(B, L)}, "expected no entropy, got entropy .entropy is computed here"),
+    "weights of a wrong shape": ("ppo", {"token_weight": torch.ones(L)}, "token_weight: expected logprob's shape"),
+    "sequences that end early": ("ppo", {"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens: expected numbers that rise"),
+    "no rule for what is not finite": ("ppo", {"nonfinite": "keep"}, "nonfinite: expected 'propagate' or 'drop', got"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_of_options(name: str) -> None:
+    method, options, message = ERRORS[name]
+    buffer = torch.zeros(V, H, dtype=torch.float64)
+    with pytest.raises((TypeError, ValueError), match=message):
+        fused(make(method, **options), FEW, grad_buffer=buffer)
+    assert not buffer.any()
+
+
+def step(hidden: Tensor, weight: Tensor, bias: Tensor, case: Case, clip: float, seed: dict[str, int]) -> Any:
+    loss, metrics = ek.linear_policy_loss(
+        2.0 * (0.5 * hidden), weight, case.target, case.old_logprob, case.advantages, case.mask, 1.0 * bias,
+        method=case.method, memory_budget=MANY, clip_low=clip, **case.options, **seed,
+    )  # fmt: skip
+    return loss * 1.0, metrics
+
+
+@pytest.mark.parametrize("kind", ("selection", "weights", "sequences"))
+def test_compiled(kind: str, products: list[int]) -> None:
+    """One graph and one more for any number; what a selection may take is made again, and nothing else."""
+    torch._dynamo.reset()
+    weights = {"token_weight": torch.tensor([0.0, 1, 2, 0, 1, 3])[:, None]}
+    case = {
+        "selection": lambda: make("clip_cov", ratio=0.1, low=0.01, high=50.0, **weights),
+        "weights": lambda: make("ppo", surrogate="ce_gppo", **weights),
+        "sequences": lambda: make("ppo", surrogate="gspo", **weights),
+    }[kind]()  # fmt: skip
+    again = int(0.1 * B * L) + HELD_OUT if kind == "selection" else 0
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for i, clip in enumerate((0.2, 0.1, 0.05)):
+        made = []
+        for function in (step, compiled):
+            leaves = case.leaves()
+            products.clear()
+            loss, metrics = function(*leaves, case, clip, {"seed": i} if kind == "selection" else {})
+            loss.backward()
+            made.append((loss, metrics, *(x.grad for x in leaves if x is not None)))
+        assert sum(products) == 3 * H * V * (B * L + again)
+        torch.testing.assert_close(made[1], made[0], rtol=1e-12, atol=1e-14)
+    assert counter.frame_count <= 2
