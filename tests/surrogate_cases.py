@@ -38,9 +38,15 @@ def case_id(case: tuple[str, dict[str, Any]]) -> str:
 
 
 def surrogate_batch(seed: int, dtype: torch.dtype = torch.float64) -> Batch:
-    """:func:`loss_cases.random_batch` without log-probs above 0, of which dppo would take probabilities above 1."""
+    """:func:`loss_cases.random_batch` without log-probs above 0, of which dppo would take probabilities above 1.
+
+    In every fourth batch a few advantages are 0.
+    """
     batch = random_batch(seed, dtype)
     batch.logprob, batch.old_logprob = -batch.logprob.abs(), -batch.old_logprob.abs()
+    if seed % 4 == 2:
+        g = torch.Generator().manual_seed(seed + 2)
+        batch.advantages = batch.advantages * (torch.rand(batch.advantages.shape, generator=g) < 0.8)
     return batch
 
 
