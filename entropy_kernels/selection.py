@@ -273,7 +273,7 @@ def request(
     if tensors or torch.compiler.is_compiling():
         numbers = torch.stack([_in_float64(math.nan if value is None else value, device) for value in given])
         ratio, k, low, high = None, None, 0.0, 0.0
-    if type(seed) is int and 0 <= seed < 1 << 63 and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and type(seed) is int and 0 <= seed < 1 << 63:
         seed = torch.full((), seed, dtype=torch.int64, device=device)
     elif seed is not None:
         seed = seed_tensor(seed, device)

@@ -103,7 +103,7 @@ def test_advantages_per_packed_sequence() -> None:
 @pytest.mark.parametrize(
     ("cu_seqlens", "words"),
     [
-        (torch.tensor([0, 3]), r"cu_seqlens: expected numbers that rise from 0 to the number of tokens, 12, got \[0, 3\]"),
+        (torch.tensor([0, 3]), r"cu_seqlens: expected numbers that rise from 0 to the number of .*, 12, got \[0, 3\]"),
         (torch.tensor([0, 7, 3, 12]), "cu_seqlens: expected numbers that rise"),
         (torch.tensor([1, 12]), "cu_seqlens: expected numbers that rise"),
         (torch.tensor([0.0, 12.0]), "cu_seqlens: expected dtype"),
@@ -349,5 +349,5 @@ def test_wrong_options(options: dict[str, Any], error: type, words: str) -> None
     with pytest.raises(error, match=words):
         ek.policy_loss(*batch(), **options)
     flat = [x.view(-1) for x in batch()]
-    with pytest.raises(ValueError, match="logprob: expected .*sequences, tokens.* with surrogate='gspo', or cu_seqlens"):
+    with pytest.raises(ValueError, match=r"logprob: expected .* with surrogate='gspo', or cu_seqlens"):
         ek.policy_loss(*flat, surrogate="gspo")
