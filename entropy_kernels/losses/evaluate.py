@@ -151,9 +151,10 @@ def token_terms(
             unused.append(wrong)
         else:
             if options.ref_kl_importance:
-                ratio = found.level.exp()
+                product_of_ratios = options.surrogate.reduce == "sum"  # which is none to weigh a token's KL by
+                ratio = (found.log_ratio if product_of_ratios else found.level).exp()
                 estimate, slope = estimate * ratio, slope * ratio
-                if pools:
+                if pools and not product_of_ratios:
                     assert pooled is not None
                     pooled = pooled + options.ref_kl_coef * estimate
                 else:

@@ -31,6 +31,7 @@ _NUMBERS: dict[str, tuple[float, bool, bool, bool]] = {
     "global_batch_size": (0, True, True, False),
     "loss_scale_factor": (0, False, True, False),
 }
+_OPTIONAL = ("clip_low", "clip_high", "dual_clip")  # None: no clip
 _COUNTS = ("batch_num_tokens", "global_batch_size")
 _AGGREGATING = (*_COUNTS, "loss_scale_factor")
 _GIVEN = {"clip_cov": "dropped", "kl_cov": "penalized"}  # the mask that goes instead of a selection
@@ -107,12 +108,14 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
     compiling = torch.compiler.is_compiling()
     for numbers in (told, coefficients):
         for name, value in numbers.items():
-            # The usual case needs no further look
-            plain = type(value) is float and not compiling and 0 <= value < 1 and name != "dual_clip"
-            if not (plain or value is None or (name in surrogate.defaults and isinstance(value, (str, bool)))):
+            if type(value) is float and not compiling and 0 <= value < 1 and name != "dual_clip":
+                continue  # the usual case needs no further look
+            default = surrogate.defaults.get(name, None if name in _OPTIONAL else 0.0)
+            free = isinstance(default, bool) or not isinstance(
+                default, (int, float, Tensor, type(None))
+            )  # is no number
+            if not free and not (value is None and default is None):
                 numbers[name] = _number(name, value, device)
-            elif value is None and numbers is coefficients:
-                raise TypeError(f"{name}: expected a number, got NoneType")
     if given["nonfinite"] not in ("propagate", "drop"):
         raise ValueError(f"nonfinite: expected 'propagate' or 'drop', got {given['nonfinite']!r}")
     estimator = given["kl_estimator"]

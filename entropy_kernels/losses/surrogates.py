@@ -163,8 +163,9 @@ def _cispo(
 def _sapo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
     ratio, gain = log_ratio.exp(), -4 * advantages
     tau = choose(advantages > 0, options["tau_pos"], options["tau_neg"], ratio.dtype)
-    gate = torch.sigmoid(tau * (ratio - 1))
-    return gain * gate / tau, product(gain * gate * (1 - gate), ratio), None
+    x = tau * (ratio - 1)
+    gate = torch.sigmoid(x)
+    return gain * gate / tau, product(gain * gate * torch.sigmoid(-x), ratio), None  # 1 - gate would cancel
 
 
 def _dppo(
@@ -213,6 +214,7 @@ def _vespo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surr
     log_ratio = log_ratio.clamp(math.log(1e-8), 20)
     positive, dtype = advantages >= 0, log_ratio.dtype
     k, decay = (choose(positive, options[f"{n}_pos"], options[f"{n}_neg"], dtype) for n in ("k", "lambda"))
+    decay = decay.clamp(min=1e-4)
     grad = -advantages * (decay + k * log_ratio - decay * log_ratio.exp()).exp()
     return grad * logprob, grad, None
 
