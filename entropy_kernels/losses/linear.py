@@ -224,7 +224,7 @@ class _Coefficients:
         # fp64, of the tokens' shape: what a token's loss is multiplied by, before what is not finite is dropped
         self._weights = sequences.spread(share).expand(mask.shape) * mask
         self._share = share
-        self._size = torch.where(mask, batch.advantages, 0).double().abs()
+        self._size = torch.where(mask, batch.advantages, 0).double().abs().nan_to_num(0, 0)
         self._huge = _HUGE * self._size.sum() / self._size.count_nonzero().clamp(min=1)
 
     @property
@@ -232,7 +232,7 @@ class _Coefficients:
         """0-d, a power of 2: coefficients × scale are about as large as the advantages."""
         if not self._weights.numel():
             return self._weights.new_ones(()).float()
-        largest = (self._weights * self._size.nan_to_num(0, 0).clamp(min=1)).amax()
+        largest = (self._weights * self._size.clamp(min=1)).amax()
         return torch.exp2(-torch.log2(largest.clamp(2.0**-60, 2.0**60)).ceil()).float()
 
     def predicted(self, rows: Any, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

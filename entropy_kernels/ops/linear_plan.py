@@ -84,11 +84,6 @@ class Problem:
         return self.operand == self.logits == self.weight
 
     @property
-    def scaled(self) -> bool:
-        """Whether a policy loss's coefficients are scaled: fp16 cannot hold a share of a mean over many tokens."""
-        return torch.float16 in (self.operand, self.logits)
-
-    @property
     def wide(self) -> torch.dtype:
         """The dtype of sums."""
         return accumulator(self.operand)
@@ -260,13 +255,14 @@ def kept_dtype(dtype: torch.dtype, wide: torch.dtype, summed: bool) -> torch.dty
 
 def _loss_row_bytes(p: Problem, rows: int) -> tuple[int, int]:
     """Bytes per token of a part of ``rows`` tokens of a policy loss, and per token that is made again beside it."""
-    operand, wide, on_cpu = p.operand.itemsize, p.wide.itemsize, p.device_type == "cpu"
-    summed = rows < p.rows
-    logit = p.logits.itemsize + (operand if p.logits != p.operand else 0)
-    wide_hidden = p.need_hidden and (p.sharded or kept_dtype(p.hidden, p.wide, False) != p.operand)
-    wide_weight = p.need_weight and kept_dtype(p.weight, p.wide, summed) != p.operand
-    if on_cpu and operand < wide and (wide_hidden or wide_weight or (p.need_bias and summed)):
-        logit += wide  # no product of halves with an fp32 result
+    of_operand, of_sum, summed = p.operand, p.wide, rows < p.rows
+    operand, wide = of_operand.itemsize, of_sum.itemsize
+    logit = p.logits.itemsize + (operand if p.logits != of_operand else 0)
+    if p.device_type == "cpu" and operand < wide:
+        wide_hidden = p.need_hidden and (p.sharded or kept_dtype(p.hidden, of_sum, False) != of_operand)
+        wide_weight = p.need_weight and kept_dtype(p.weight, of_sum, summed) != of_operand
+        if wide_hidden or wide_weight or (p.need_bias and summed):
+            logit += wide  # no product of halves with an fp32 result
     vector = 2 * operand + (wide if p.hidden.itemsize < wide else 0)
     return padded(p.columns) * logit + p.features * vector, padded(p.columns) * p.logits.itemsize
 

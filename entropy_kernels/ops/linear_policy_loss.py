@@ -211,22 +211,23 @@ def gradients(
     h, labels = picked(rows, hidden, target)
     t = at(temperature, rows)
     p = linear_tiles.problem(h, weight, numbers, needs)
+    operand, wide = p.operand, p.wide
     row_parts = linear_tiles.parts_of_sequences(p.rows, size, cuts)
     # fp16 cannot hold a share of a mean over many tokens, and the factor of a GradScaler comes only later
-    scale = coefficients.scale if p.scaled else None
+    scale = coefficients.scale if torch.float16 in (operand, p.logits) else None
 
-    d_hidden = torch.empty_like(h, dtype=kept_dtype(h.dtype, p.wide, False)) if p.need_hidden else None
+    d_hidden = torch.empty_like(h, dtype=kept_dtype(h.dtype, wide, False)) if p.need_hidden else None
     d_weight = grad_buffer if scale is None else None
     adds = d_weight is not None
     if p.need_weight and d_weight is None:
-        d_weight = torch.empty_like(weight, dtype=kept_dtype(weight.dtype, p.wide, summed))
+        d_weight = torch.empty_like(weight, dtype=kept_dtype(weight.dtype, wide, summed))
         if p.columns < weight.shape[0]:  # padding
             d_weight[p.columns :] = 0
     d_bias = None
     if p.need_bias and bias is not None:
-        d_bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, p.wide))
+        d_bias = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, wide))
 
-    h, w = h.to(p.operand), weight[: p.columns].to(p.operand)
+    h, w = h.to(operand), weight[: p.columns].to(operand)
     b = None if bias is None else bias[: p.columns]
     buffer = linear_tiles.workspace(size, p.columns, numbers.logits, h.device)
     logprob, entropy = temperature.new_empty(p.rows), temperature.new_empty(p.rows)
