@@ -299,7 +299,7 @@ def linear_loss(
         problem = dataclasses.replace(problem, columns=columns, budget=budget)
     cuts, longest = coefficients.cuts, None
     if cuts is not None:
-        longest = max(map(operator.sub, cuts, [0, *cuts]), default=0) if isinstance(cuts, Sequence) else cuts
+        longest = max([0, *map(operator.sub, cuts, [0, *cuts])]) if isinstance(cuts, Sequence) else cuts
     size = planning.loss_rows(problem, coefficients.changes, longest)
     if not torch.compiler.is_compiling():
         size = policy_op.agreed(size, numbers.group, hidden.device)

@@ -188,5 +188,6 @@ SCENARIOS: dict[str, Callable[[], Case]] = {
         "kl_cov", ratio=0.1, entropy_coef=0.02,
         head={"softcap": 5.0, "temperature": torch.linspace(0.5, 2, B * L, dtype=torch.float64).view(B, L)},
     ),
+    "sequences": lambda: make("kl_cov", surrogate="gspo", ratio=0.1, entropy_coef=0.02),
     "padded vocabulary": lambda: make("clip_cov", seed=3, ratio=0.1, low=0.01, high=50.0, head={"vocab_size": V}),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""linear_policy_loss as it is called: buffers, factors, checkpoints, compiled, with wrong arguments."""
+"""linear_policy_loss as it is called: buffers, factors, checkpoints, wrong arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import entropy_kernels as ek
@@ -18,7 +17,6 @@ from linear_policy_cases import (
     LOSSES,
     VALID,
     B,
-    Case,
     H,
     L,
     V,
@@ -219,72 +217,6 @@ def test_without_gradients_and_through_a_head() -> None:
     result.loss.backward()
     for ours, theirs in zip((hidden.grad, head.weight.grad, head.bias.grad), right, strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-COMPILED: dict[str, dict[str, Any]] = {
-    "ppo": {"ref_kl_coef": 0.1, "clip_high": None, "loss_agg_mode": "seq-mean-token-sum-norm"},
-    "clip_cov": {"ratio": 0.1, "low": 0.01, "high": 50.0, "batch_num_tokens": 123},
-    "kl_cov": {"ratio": 0.1, "kl_coef": 2.0},
-}
-
-
-def step(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    case: Case,
-    coefficient: float,
-    seed: int,
-    buffer: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    options = {"seed": seed} if case.method == "clip_cov" else {}
-    ref = {"ref_logprob": case.old_logprob} if case.method == "ppo" else {}
-    loss, metrics = ek.linear_policy_loss(
-        2.0 * (0.5 * hidden), weight, case.target, case.old_logprob, case.advantages, case.mask, 1.0 * bias,
-        method=case.method, memory_budget=240_000, entropy_coef=coefficient, grad_buffer=buffer, **case.options,
-        **options, **ref,
-    )  # fmt: skip
-    return loss * 1.0, metrics
-
-
-@pytest.fixture
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("buffered", (False, True))
-@pytest.mark.parametrize("method", LOSSES)
-def test_compiled_without_a_graph_break(method: str, buffered: bool) -> None:
-    """A new seed and a new coefficient do not compile anew."""
-    torch._dynamo.reset()
-    case = make(method, **COMPILED[method])
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for i in range(4):
-        results = []
-        for function in (step, compiled):
-            leaves = case.leaves()
-            buffer = torch.zeros_like(case.weight) if buffered else None
-            loss, metrics = function(*leaves, case, 0.01 * (i + 1), i, buffer)
-            loss.backward()
-            gradients = [x.grad for x in leaves if x is not None]
-            results.append((loss, metrics, buffer if buffered else gradients[1], gradients[0], gradients[2]))
-        torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
-        assert results[0][2].any() and (gradients[1] is None) == buffered
-    assert counter.frame_count <= 3
-
-
-@pytest.mark.usefixtures("fresh_dynamo")
-def test_inductor() -> None:
-    torch._dynamo.reset()  # the recompilations of the tests before count towards its limit
-    case = make("clip_cov", **COMPILED["clip_cov"])
-    leaves = case.leaves()
-    torch.compile(step, fullgraph=True)(*leaves, case, 0.01, 3, None)[0].backward()
-    case.options |= {"seed": 3, "entropy_coef": 0.01}
-    for leaf, right in zip(leaves, composed(case)[1], strict=True):
-        assert leaf is not None
-        torch.testing.assert_close(leaf.grad, right, rtol=1e-11, atol=1e-14)
 
 
 ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {

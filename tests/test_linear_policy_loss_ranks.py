@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import entropy_kernels as ek
 from calls import same_bits
 from gloo import run_ranks
-from linear_policy_cases import BUDGETS, SCENARIOS, B, V, composed, make
+from linear_policy_cases import BUDGETS, SCENARIOS, B, Case, V, composed, make
 
-NAMES = ("ppo, all terms", "clip_cov, entropy bonus", "kl_cov, first and last", "kl_cov, all", "kl_cov, was 0")
+NAMES = ("ppo, all terms", "clip_cov, entropy bonus", "kl_cov, first and last", "kl_cov, was 0", "sequences")
 BUDGET = {"one part": 1 << 30, "many parts": BUDGETS[torch.float64][2]}
 
 
@@ -80,10 +81,11 @@ def test_a_sharded_vocabulary(world: int, name: str, mode: str, equal: bool) -> 
         torch.testing.assert_close(ranks[0][f"metric {key}"], value, rtol=1e-12, atol=1e-13)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "ppo": {},
-    "clip_cov": {"seed": 3, "ratio": 0.1, "low": 0.01, "high": 50.0},
-    "kl_cov": {"ratio": 0.1},
+BATCHES: dict[str, Callable[[], Case]] = {
+    "ppo": lambda: make("ppo", entropy_coef=0.01),
+    "clip_cov": lambda: make("clip_cov", entropy_coef=0.01, seed=3, ratio=0.1, low=0.01, high=50.0),
+    "kl_cov": lambda: make("kl_cov", entropy_coef=0.01, ratio=0.1),
+    "a token that is dropped": lambda: make("ppo", surrogate="gspo", nonfinite="drop"),
 }
 
 
@@ -92,21 +94,21 @@ def split(rank: int, world: int) -> dict[str, dict[str, Any]]:
     results = {}
     first = (0, 1, B)[rank : rank + 2]
     rows = slice(*first)
-    for method, options in OPTIONS.items():
-        case = make(method, entropy_coef=0.01, **options)
+    for name, batch in BATCHES.items():
+        case = batch()
+        case.old_logprob[-1, -1] += float("nan") if "nonfinite" in case.options else 0.0
         assert case.mask is not None and case.bias is not None
         weight, bias = case.weight.clone().requires_grad_(), case.bias.clone().requires_grad_()
         hidden = case.hidden[rows].clone().requires_grad_()
         index = torch.arange(case.mask.numel()).view(case.mask.shape)[rows]
-        if method != "ppo":
-            options = {**options, "token_index": index}
+        if case.method != "ppo":
+            case.options["token_index"] = index
         result = ek.linear_policy_loss(
             hidden, weight, case.target[rows], case.old_logprob[rows], case.advantages[rows], case.mask[rows], bias,
-            method=method, batch_group=dist.group.WORLD, memory_budget=BUDGET["many parts"], entropy_coef=0.01,
-            **options,
+            method=case.method, batch_group=dist.group.WORLD, memory_budget=BUDGET["many parts"], **case.options,
         )  # fmt: skip
         result.loss.backward()
-        results[method] = {
+        results[name] = {
             "loss": result.loss.detach(), "hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad,
             "selected": result.metrics.get("selected_frac"),
         }  # fmt: skip
@@ -115,14 +117,16 @@ def split(rank: int, world: int) -> dict[str, dict[str, Any]]:
 
 def test_a_batch_over_two_ranks() -> None:
     ranks = run_ranks(2, split)
-    for method, options in OPTIONS.items():
-        expected, (hidden, weight, bias) = composed(make(method, entropy_coef=0.01, **options))
-        found = [rank[method] for rank in ranks]
+    for name, batch in BATCHES.items():
+        case = batch()
+        case.old_logprob[-1, -1] += float("nan") if "nonfinite" in case.options else 0.0
+        expected, (hidden, weight, bias) = composed(case)
+        found = [rank[name] for rank in ranks]
         torch.testing.assert_close(sum(f["loss"] for f in found), expected.loss.detach(), rtol=1e-12, atol=1e-13)
         torch.testing.assert_close(torch.cat([f["hidden"] for f in found]), hidden, rtol=1e-10, atol=1e-14)
         for key, right in (("weight", weight), ("bias", bias)):
             torch.testing.assert_close(sum(f[key] for f in found), right, rtol=1e-10, atol=1e-13)
-        if method != "ppo":
+        if case.method != "ppo":
             assert found[0]["selected"] == found[1]["selected"] == expected.metrics["selected_frac"] > 0
 
 
