@@ -105,6 +105,7 @@ PRODUCTS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {  # of one p
     "packed ones that fit": ({"surrogate": "gspo", "cu_seqlens": torch.tensor(PACKED)}, (3, 3, 3)),
     "sequences that do not": ({"surrogate": "gspo", "cu_seqlens": torch.tensor([0, 120, 180])}, (3, 4, 4)),
     "nothing that is dropped": ({"nonfinite": "drop"}, (3, 3, 3)),
+    "dropped from a mean of sums": ({"nonfinite": "drop", "loss_agg_mode": "seq-mean-token-sum"}, (3, 3, 3)),
     "dropped from a mean of means": ({"nonfinite": "drop", "loss_agg_mode": "seq-mean-token-mean"}, (3, 4, 4)),
     "a loss for each token": ({"loss_agg_mode": "none"}, (3, 4, 4)),
 }
@@ -233,8 +234,11 @@ BUFFERED: dict[str, dict[str, Any]] = {
     "packed sequences": {"surrogate": "vespo", "cu_seqlens": torch.tensor(PACKED)},
     "weights": {"token_weight": torch.tensor([0.0, 1, 2, 0, 1, 3])[:, None], "surrogate": "sapo"},
     "what is dropped": {"nonfinite": "drop", "batch_num_tokens": 123, "dp_size": 3},
+    "a mean of sums without it": {
+        "nonfinite": "drop", "loss_agg_mode": "seq-mean-token-sum-norm", "global_batch_size": 9,
+    },
     "a sum without what is dropped": {"nonfinite": "drop", "loss_agg_mode": "token-sum"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BUFFERED)
@@ -251,8 +255,9 @@ def test_into_a_buffer(name: str) -> None:
 
 NOT_BUFFERED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a loss for each token": ("ppo", {"loss_agg_mode": "none"}, "loss_agg_mode='none', whose factors come only with"),
-    "a late count": ("ppo", {"nonfinite": "drop"}, "nonfinite='drop', whose counts are known only after all tokens"),
-    "late counts": ("ppo", {"nonfinite": "drop", "loss_agg_mode": "seq-mean-token-sum"}, "nonfinite='drop', whose"),
+    "a late count": ("ppo", {"nonfinite": "drop"}, "known only after all tokens where no batch_num_tokens gives it"),
+    "late sequences": ("ppo", {"nonfinite": "drop", "loss_agg_mode": "seq-mean-token-sum"}, "no global_batch_size"),
+    "late lengths": ("ppo", {"nonfinite": "drop", "loss_agg_mode": "seq-mean-token-mean"}, "lengths of sequences"),
     "a selection of sequences' tokens": ("clip_cov", {"surrogate": "gspo", **BAND}, "give the mask as `dropped`"),
     "sequences that do not fit": ("ppo", {"surrogate": "gspo", "cu_seqlens": torch.tensor([0, 180])}, "of 180 tokens"),
 }

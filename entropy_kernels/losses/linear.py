@@ -69,7 +69,8 @@ def linear_policy_loss(
 
     which makes its logits a second time where they do not fit ``memory_budget``. Here all gradients are made in the
     forward pass, the logits of some tokens at a time; the few tokens that a selection over the whole call then changes
-    are corrected (docs/linear.md). The backward pass multiplies by the factor of the loss, once.
+    are corrected. The backward pass multiplies by the factor of the loss, once. Losses of which too little is known
+    while a token's logits are there are computed as above, in up to four products: docs/linear.md has the table.
 
     Args:
         hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
@@ -168,12 +169,13 @@ def _why_composed(
     if chosen.aggregation.mode == "none":
         return "with loss_agg_mode='none', whose factors come only with the backward pass"
     if chosen.drop_nonfinite:
-        counted = chosen.aggregation.mode == "token-mean" and chosen.aggregation.batch_num_tokens is None
-        if chosen.aggregation.by_sequence or (grad_buffer is not None and counted):
-            return (
-                "with nonfinite='drop', whose counts are known only after all tokens (batch_num_tokens gives that of "
-                "'token-mean')"
-            )
+        mode, by_sequence = chosen.aggregation.mode, chosen.aggregation.by_sequence
+        given = chosen.aggregation.global_batch_size if by_sequence else chosen.aggregation.batch_num_tokens
+        if mode == "seq-mean-token-mean":
+            return "with nonfinite='drop', which leaves lengths of sequences that are known only after all tokens"
+        if grad_buffer is not None and given is None and mode != "token-sum":  # else it is a factor that comes late
+            name = "global_batch_size" if by_sequence else "batch_num_tokens"
+            return f"with nonfinite='drop', whose count is known only after all tokens where no {name} gives it"
     # A penalty is the token's own; a token that is dropped takes its share of the derivative of all its sequence along
     pooled = chosen.surrogate.pools and not chosen.surrogate.local
     if pooled and chosen.selection is not None and chosen.effect != "penalized":
