@@ -134,6 +134,7 @@ def linear_plan(
     memory_budget: int | None = None,
     policy_loss: bool = False,
     sequence_length: int | None = None,
+    selects: bool = True,
 ) -> LinearPlan:
     """How :func:`linear_logprob_entropy` would compute these arguments: mode, products, tiles, bytes.
 
@@ -141,8 +142,9 @@ def linear_plan(
     ``memory_budget`` says otherwise, and products that it cannot add to fp32 sums without a copy. The mode follows from
     ``requires_grad`` (under the grad mode of this call) and the budget; docs/linear.md has the formula. Ignored tokens
     are counted as if they were not. With ``policy_loss``: how :func:`entropy_kernels.linear_policy_loss` would, with a
-    selection of at most .2 % of the tokens; a loss of whole sequences (of at most ``sequence_length`` tokens) makes its
-    gradients in the forward pass where the longest of them fits the budget, and else follows the statistics.
+    selection of at most 0.2 % of the tokens (not ``selects``: with none, or a given one). A loss of whole sequences, of
+    at most ``sequence_length`` tokens, makes its gradients in the forward pass where the longest of them fits the
+    budget, and else follows the statistics.
 
     Raises:
         TypeError, ValueError: as :func:`linear_logprob_entropy`.
@@ -159,7 +161,8 @@ def linear_plan(
         raise ValueError(f"sequence_length: expected None or, for a policy loss, an int >= 1, got {sequence_length}")
     if policy_loss and problem.backward:
         adds = adds_to_fp32(problem.operand, hidden.device)
-        return planning.loss_plan(problem, changes_of(2e-3, None, problem.rows), adds, sequence_length)
+        changes = changes_of(2e-3, None, problem.rows) if selects else 0
+        return planning.loss_plan(problem, changes, adds, sequence_length)
     return planning.plan(problem)
 
 

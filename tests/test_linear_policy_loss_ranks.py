@@ -17,7 +17,14 @@ from calls import same_bits
 from gloo import run_ranks
 from linear_policy_cases import BUDGETS, SCENARIOS, B, Case, V, composed, make
 
-NAMES = ("ppo, all terms", "clip_cov, entropy bonus", "kl_cov, first and last", "kl_cov, was 0", "sequences")
+NAMES = (
+    "ppo, all terms",
+    "clip_cov, entropy bonus",
+    "kl_cov, first and last",
+    "kl_cov, all",
+    "kl_cov, was 0",
+    "sequences",
+)
 BUDGET = {"one part": 1 << 30, "many parts": BUDGETS[torch.float64][2]}
 
 

@@ -294,6 +294,9 @@ def test_seeds_that_nobody_counts() -> None:
     assert torch.equal(resumed(lp, old, adv, mask).loss, drawn(8)) and torch.equal(drawn(again), drawn(8))
     criterion(lp, old, adv, mask, seed=1)
     assert int(criterion.state_dict()["seeds.calls"]) == 3
+    with pytest.raises(ValueError, match="mask: expected"):
+        ek.clip_cov_loss(lp, old, adv, mask[:1], seed=counter)
+    assert int(counter.state_dict()["calls"]) == 3  # a refused call does not count
     plain = ek.ClipCovLoss()
     plain(lp, old, adv, mask, dropped=torch.zeros_like(mask))
     assert int(plain.state_dict()["seeds.calls"]) == 0

@@ -8,6 +8,7 @@ between their matrix products (losses/linear.py).
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Surrogates(NamedTuple):
 
     value: Tensor
     grad: Tensor  # by the log-ratio that the surrogate was given
-    clipped: Tensor | None  # bool
+    clipped: Tensor | None  # bool, or 0 and 1 under a compiler
     clipped_lower: Tensor | None
     log_ratio: Tensor  # of the token
     level: Tensor  # the log-ratio that the surrogate was given
@@ -108,6 +109,8 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
     lower = stopped[1] if len(stopped) > 1 else clipped[1] if len(clipped) > 1 else None
     if valid is not None:
         held, lower = None if held is None else held & valid, None if lower is None else lower & valid
+    if torch.compiler.is_compiling():  # which writes and adds floats several times as fast as bool
+        held, lower = None if held is None else held.to(dtype), None if lower is None else lower.to(dtype)
     value, grad = keep(mask, value, grad)
     return Surrogates(value, grad, held, lower, log_ratio, level, part, divisor, bad, valid, mask)
 
@@ -130,8 +133,10 @@ def token_terms(
     pools = options.surrogate.level == "sequence" and not options.surrogate.local
     own, pooled = (torch.zeros_like(grad), grad) if pools else (grad, None)
     if chosen is not None and options.effect == "penalized":
-        penalty, slope = keep(bits(chosen, dtype), *kl_and_grad(found.log_ratio, options.penalty))
-        value, own = value + options.kl_coef * penalty, own + options.kl_coef * slope
+        penalty, slope = kl_and_grad(found.log_ratio, options.penalty)
+        factor = chosen.to(dtype) if type(options.kl_coef) is float else chosen.to(dtype) * options.kl_coef
+        scale = options.kl_coef if type(options.kl_coef) is float else 1
+        value, own = value.addcmul(penalty, factor, value=scale), own.addcmul(slope, factor, value=scale)
     if tokens.weight is not None:
         (weight,) = keep(mask, tokens.weight.to(dtype))
         nothing = torch.zeros_like(weight)
@@ -188,14 +193,19 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
     """The loss of a batch; ``logprob`` (fp32 or fp64) and ``entropy`` of the tokens' shape, without gradient."""
     aggregation, sequences, dtype = options.aggregation, tokens.sequences, logprob.dtype
     found = surrogate_terms(logprob, tokens, options)
-    valid, chosen, candidates = found.valid, tokens.chosen, None
+    valid, chosen, candidates, compiling = found.valid, tokens.chosen, None, torch.compiler.is_compiling()
     scored = tokens.advantages if tokens.covariance_advantages is None else tokens.covariance_advantages
     covariance = covariance_of(logprob, scored, valid, options.group, options.backend)
     if options.selection is not None:
-        exclude = found.clipped if options.exclude_clipped else None
-        chosen = options.selection(covariance, valid, exclude, tokens.token_index)
+        exclude, score = None, covariance
+        if options.exclude_clipped and found.clipped is not None:
+            if compiling:  # NaN is no candidate either
+                score = torch.where(found.clipped > 0, math.nan, covariance)
+            else:
+                exclude = found.clipped
+        chosen = options.selection(score, valid, exclude, tokens.token_index)
         if options.selection.seed is not None:
-            candidates = options.selection.candidates(covariance, valid, exclude)
+            candidates = options.selection.candidates(score, valid, exclude)
     elif chosen is not None and valid is not None:
         chosen = chosen & valid
     terms = token_terms(logprob, entropy, found, tokens, options, chosen)
@@ -208,17 +218,21 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         "selected_frac": None if options.effect == "none" else chosen,
     }  # fmt: skip
     means = {
-        "ppo_kl": 0 - found.log_ratio, "ppo_kl_abs": found.log_ratio.abs(), "ratio_mean": ratio,
+        "ppo_kl": found.log_ratio, "ppo_kl_abs": found.log_ratio.abs(), "ratio_mean": ratio,
         "cov_mean": covariance, "entropy": terms.entropy, "ref_kl": terms.ref_kl,
     }  # fmt: skip
     sums = {"clipfrac": ratio.new_zeros(()), "clipfrac_lower": ratio.new_zeros(())}
     for name, condition in shares.items():
         if condition is not None:
-            sums[name] = condition.count_nonzero()
+            sums[name] = condition.sum(dtype=torch.float32) if compiling else condition.count_nonzero()
     for name, value in means.items():
         if value is not None:  # covariances nearly cancel
             sums[name] = value.sum(dtype=torch.float64 if name == "cov_mean" else None)
-    nonfinite = logprob.numel() - (terms.nonfinite == 0).count_nonzero()
+    sums["ppo_kl"] = 0 - sums["ppo_kl"]
+    if compiling:
+        nonfinite = torch.where(terms.nonfinite == 0, 0.0, 1.0).sum()
+    else:
+        nonfinite = terms.nonfinite.nan_to_num_(1.0).sum()
     if options.drop_nonfinite:
         nonfinite = (
             nonfinite + (logprob.numel() if tokens.mask is None else tokens.mask.count_nonzero()) - counts.tokens
@@ -238,12 +252,15 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         nonfinite, pg_loss = totals["nonfinite"], totals["policy"]
     denominator = aggregation.denominator(counts, logprob.shape[-1])
     scale = aggregation.dp_size / denominator
-    sums["pg_loss"] = pg_loss * scale if aggregation.group is None else pg_loss / denominator
-    tokens_or_1 = counts.tokens.clamp(min=1).double()
-    made = {"nonfinite_tokens": nonfinite, "ratio_max": maxima["ratio_max"]}
-    made["cov_max"] = torch.where(counts.tokens > 0, maxima["cov_max"], 0)
-    for name, value in sums.items():
-        made[name] = value if name == "pg_loss" else value / tokens_or_1
+    pg_loss = pg_loss * scale if aggregation.group is None else pg_loss / denominator
+    count = counts.tokens.clamp(min=1).double()
+    other = {"pg_loss": pg_loss, "nonfinite_tokens": nonfinite, "ratio_max": maxima["ratio_max"]}
+    other["cov_max"] = torch.where(counts.tokens > 0, maxima["cov_max"], 0)
+    if compiling:  # scalars apart fuse with the sums
+        made = {**other, **{name: value / count for name, value in sums.items()}}
+    else:
+        made = dict(zip(sums, (torch.stack(list(sums.values())) / count).to(dtype).unbind(), strict=True))
+        made.update(zip(other, torch.stack(list(other.values())).to(dtype).unbind(), strict=True))
     named = []
     for name in metrics.METRICS:
         if name in made:

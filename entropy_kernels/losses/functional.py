@@ -251,7 +251,8 @@ def kl_cov_loss(
 
 def _loss(method: str, given: dict[str, Any]) -> PolicyLoss:
     chosen = options.make(method, given, getattr(given["logprob"], "device", None))
-    return apply(*tokens.check(given, chosen), chosen)
+    checked = tokens.check(given, chosen)
+    return apply(*checked, chosen if chosen.seeds is None else options.seeded(chosen))
 
 
 def apply(

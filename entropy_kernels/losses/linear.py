@@ -17,7 +17,7 @@ from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
 from entropy_kernels.losses.evaluate import evaluate, surrogate_terms, token_terms
 from entropy_kernels.losses.functional import PolicyLoss
 from entropy_kernels.losses.masking import keep
-from entropy_kernels.losses.options import LossOptions, make, used
+from entropy_kernels.losses.options import LossOptions, make, seeded, used
 from entropy_kernels.losses.presets import CLIP_COV, KL_COV
 from entropy_kernels.losses.tokens import Tokens
 
@@ -124,6 +124,7 @@ def linear_policy_loss(
         if isinstance(given[name], Tensor) and given[name].requires_grad:
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
     checked = tokens.check(given, chosen)
+    chosen = seeded(chosen)
     batch = checked.tokens
     if batch.mask is None:
         batch = batch._replace(mask=(target != ignore_index).view(batch.old_logprob.shape))

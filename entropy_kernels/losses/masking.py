@@ -49,12 +49,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The maximum of ``x`` (fp32 or fp64) over the tokens of ``mask``, -inf without any; ``x`` is 0 elsewhere."""
+    """The maximum of ``x`` (fp32 or fp64) over the tokens of ``mask``, the lowest without any; ``x`` is 0 elsewhere."""
     if x.numel() == 0:
         return x.new_full((), -math.inf)
     if mask is None:
         return x.amax()
     if mask.dtype == torch.bool:
         return torch.where(mask, x, -math.inf).amax()
-    lowest = torch.full((), -math.inf, dtype=x.dtype, device=x.device).view(mask.dtype)
-    return (x.view(mask.dtype) | (~mask & lowest)).view(x.dtype).amax()
+    # ~mask is 0 for a token that counts, -1 for another, which is lowered beyond all
+    return torch.add(x, (~mask).to(x.dtype), alpha=torch.finfo(x.dtype).max).amax()

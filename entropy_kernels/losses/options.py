@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -54,19 +54,21 @@ class LossOptions:
     given: str  # the argument that names the tokens under the effect; "" without effect
     selection: Request | None  # finds them, where they are not given
     exclude_clipped: bool  # from the selection
+    seeds: nn.Module | None  # gives the selection its seed, when the call is known to be right
     penalty: str  # estimator of the penalty
     kl_coef: Number  # of the penalty
     group: str  # name of the batch_group, "" without one
     backend: str  # of covariance and selection
 
-    def changes(self, tokens: int) -> int | None:
-        """Most tokens that the selection takes; None where that is not known (a group's tokens are not counted)."""
-        if self.selection is None:
-            return 0
-        ratio, k = self.selection.ratio, self.selection.k
-        if self.aggregation.group is not None or self.selection.numbers is not None:
-            return None
-        return min(tokens, k if k is not None else max(1, math.floor((ratio or 0.0) * tokens)))
+
+def seeded(options: LossOptions) -> LossOptions:
+    """With the seed of this call, where a module counts them."""
+    if options.seeds is None or options.selection is None:
+        return options
+    seed = options.seeds()
+    assert options.selection.seed is not None
+    selection = options.selection._replace(seed=seed.to(options.selection.seed.device))
+    return replace(options, selection=selection, seeds=None)
 
 
 def used(coefficient: Number) -> bool:
@@ -136,6 +138,7 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
         given=_GIVEN.get(method, ""),
         selection=selection,
         exclude_clipped=method == "clip_cov" and preset.exclude_clipped,
+        seeds=given["seed"] if selection is not None and isinstance(given.get("seed"), nn.Module) else None,
         penalty=penalty,
         kl_coef=coefficients["kl_coef"],
         group="" if given["batch_group"] is None else given["batch_group"].group_name,
@@ -225,8 +228,4 @@ def _effect(
         "low": preset.low if low is None else low, "high": preset.high if high is None else high,
         "band": preset.band if band is None else band, "closed": preset.closed,
     }  # fmt: skip
-    # A counter comes last, for a call that is refused is not to count
-    checked = request(device, **chosen, seed=0 if isinstance(seed, nn.Module) else seed)
-    if isinstance(seed, nn.Module):
-        checked = checked._replace(seed=seed().to(device))
-    return effect, checked, "abs"
+    return effect, request(device, **chosen, seed=0 if isinstance(seed, nn.Module) else seed), "abs"
