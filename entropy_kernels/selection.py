@@ -510,8 +510,10 @@ def check_token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None
     return value
 
 
-def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """A 0-d tensor: a Python int below the op would recompile for every value."""
+def seed_tensor(seed: Any, device: torch.device) -> Tensor:
+    """A 0-d tensor: a Python int below the op would recompile for every value. A module (SeedCounter) is asked."""
+    if isinstance(seed, torch.nn.Module):
+        seed = seed()
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise TypeError(

@@ -7,7 +7,7 @@ from entropy_kernels.losses.linear import LOSSES, linear_policy_loss
 from entropy_kernels.losses.metrics import METRICS, metric_table
 from entropy_kernels.losses.modules import ClipCovLoss, KlCovLoss, PolicyLossModule, SeedCounter
 from entropy_kernels.losses.presets import CLIP_COV, KL_COV, ClipCovPreset, KlCovPreset
-from entropy_kernels.losses.surrogates import Surrogate, surrogate_table, surrogates
+from entropy_kernels.losses.surrogates import Surrogate, clip_ratio, surrogate_table, surrogates
 
 __all__ = [
     "AGG_MODES",
@@ -26,6 +26,7 @@ __all__ = [
     "Surrogate",
     "aggregate",
     "clip_cov_loss",
+    "clip_ratio",
     "kl_cov_loss",
     "kl_estimate",
     "linear_policy_loss",

@@ -99,20 +99,35 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
             level = level / divisor
         (level,) = keep(mask, tokens.sequences.spread(level.to(dtype)).expand_as(log_ratio).contiguous())
         bad = bad + (level - level)
-    value, grad, *stopped = surrogate.fn(level, logprob, advantages, options.clips)
-    if value.shape != log_ratio.shape or grad.shape != log_ratio.shape:
-        raise ValueError(
-            f"surrogate: expected fn to return value and grad of the tokens' shape {tuple(log_ratio.shape)}, got "
-            f"{tuple(value.shape)} and {tuple(grad.shape)}"
-        )
+    result: Any = surrogate.fn(level, logprob, advantages, options.clips)
+    right = len(result) in (3, 4)
+    for i, x in enumerate(result):
+        if i > 1:
+            right = right and (x is None or x.shape == level.shape)
+        else:
+            right = right and x.dtype == dtype and x.shape == level.shape
+    if not right:
+        _refuse(result, level)
+    value, grad, *stopped = result
     held = stopped[0] if clipped == [] or clipped[0] is None else clipped[0]
     lower = stopped[1] if len(stopped) > 1 else clipped[1] if len(clipped) > 1 else None
+    if held is not None and held.dtype != torch.bool:
+        held = held != 0
     if valid is not None:
         held, lower = None if held is None else held & valid, None if lower is None else lower & valid
     if torch.compiler.is_compiling():  # which writes and adds floats several times as fast as bool
         held, lower = None if held is None else held.to(dtype), None if lower is None else lower.to(dtype)
     value, grad = keep(mask, value, grad)
     return Surrogates(value, grad, held, lower, log_ratio, level, part, divisor, bad, valid, mask)
+
+
+def _refuse(result: Any, like: Tensor) -> None:
+    """Say what is wrong with what a surrogate's function returned."""
+    got = [f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in result]
+    raise TypeError(
+        f"surrogate: expected fn to return (value, grad, clipped): value and grad {like.dtype} of shape "
+        f"{tuple(like.shape)}, clipped of that shape or None; got ({', '.join(got)})"
+    )
 
 
 def token_terms(

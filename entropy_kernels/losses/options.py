@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -98,12 +99,14 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
                 given[name] = getattr(preset, name)
     told = {"clip_low": given["clip_low"], "clip_high": given["clip_high"], "dual_clip": given["dual_clip"]}
     told |= surrogate.defaults
+    for name in surrogate.defaults:
+        if name in given:
+            raise ValueError(f"surrogate: expected defaults that are no keywords of the loss, got {name}")
+    if given["dual_clip"] is not None and "dual_clip" not in surrogate.clips:
+        raise ValueError(f"dual_clip: expected None with surrogate={given['surrogate']!r}, which does not read it")
     for name, value in given["surrogate_options"].items():
         if name not in surrogate.defaults:
-            raise TypeError(
-                f"{name}: expected keyword arguments of the loss, or options of surrogate={given['surrogate']!r}: "
-                f"{', '.join(surrogate.defaults) or 'none'}; got {name}"
-            )
+            raise TypeError(_unknown(name, surrogate, given))
         told[name] = value
     coefficients = {"entropy_coef": given["entropy_coef"], "ref_kl_coef": given["ref_kl_coef"]}
     coefficients["kl_coef"] = given.get("kl_coef", 0.0)
@@ -113,10 +116,9 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
             if type(value) is float and not compiling and 0 <= value < 1 and name != "dual_clip":
                 continue  # the usual case needs no further look
             default = surrogate.defaults.get(name, None if name in _OPTIONAL else 0.0)
-            free = isinstance(default, bool) or not isinstance(
-                default, (int, float, Tensor, type(None))
-            )  # is no number
-            if not free and not (value is None and default is None):
+            if isinstance(default, bool) or not isinstance(default, (int, float, Tensor, type(None))):
+                continue  # an option of a surrogate that is no number
+            if value is not None or default is not None:
                 numbers[name] = _number(name, value, device)
     if given["nonfinite"] not in ("propagate", "drop"):
         raise ValueError(f"nonfinite: expected 'propagate' or 'drop', got {given['nonfinite']!r}")
@@ -144,6 +146,17 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
         group="" if given["batch_group"] is None else given["batch_group"].group_name,
         backend=given.get("backend", "auto"),
     )
+
+
+def _unknown(name: str, surrogate: Surrogate, given: dict[str, Any]) -> str:
+    """What to say of a keyword that neither the loss nor its surrogate has."""
+    known = [key for key in given if key != "surrogate_options"]
+    owners = [repr(other) for other, s in surrogates.surrogates().items() if name in s.defaults]
+    near = difflib.get_close_matches(name, [*known, *surrogate.defaults], 1)
+    hint = f"; {name} is an option of surrogate={' or '.join(owners)}" if owners else ""
+    hint = hint or (f"; did you mean {near[0]}?" if near else "; docs/migration.md has other trainers' names")
+    own = f" and of its surrogate: {', '.join(surrogate.defaults)}" if surrogate.defaults else ""
+    return f"{name}: expected one of the loss's keywords{own}; got {name}{hint}"
 
 
 def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
@@ -221,7 +234,10 @@ def _effect(
         return effect, None, "abs"
     seed, low, high, band = given["seed"], given["low"], given["high"], given["band"]
     if seed is None:
-        raise ValueError("seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None")
+        raise ValueError(
+            "seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None; where nobody counts steps: "
+            "an ek.SeedCounter, or ek.ClipCovLoss in place of the function"
+        )
     if band == "quantile" and (low is None or high is None):
         raise ValueError(f"low, high: expected shares in [0, 1] with band='quantile', got low={low}, high={high}")
     chosen |= {

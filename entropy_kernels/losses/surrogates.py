@@ -14,6 +14,7 @@ Derivatives are written out, so that nothing passes through a branch that a toke
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -45,15 +46,18 @@ class Surrogate:
 
     Attributes:
         fn: ``(log_ratio, logprob, advantages, options) -> (value, grad, clipped)``, see the head of this module.
-            ``grad`` is the derivative by the log-ratio (with which the log-prob moves); ``clipped`` a bool tensor, or
+            ``grad`` is the derivative by the token's log-prob, with which its log-ratio moves, where what the formula
+            stops the gradient of stays as it is (level "sequence": by the log-ratio); ``clipped`` a bool tensor, or
             None. A fourth result counts as ``clipfrac_lower``. No autograd runs inside: what fn computes is constant.
         level: "token", or "sequence": the log-ratio is that of the token's sequence, the mean over its valid tokens,
             the same for all of them, and ``grad`` reaches each of them with its share.
-        defaults: options of this surrogate beside the clips, which callers may give as keywords of the losses.
+        defaults: options of this surrogate beside the clips, which callers may give as keywords of the losses; their
+            names are none of the losses' own.
         local: level "sequence" only: ``grad`` stays with the token's own log-prob; the ratio's value is the sequence's.
         contribution: level "sequence" only: ``(log_ratio, advantages, options) -> (part, grad, clipped)``: what a token
             adds to its sequence's sum, where that is not its log-ratio, and its derivative.
         reduce: "mean" or "sum", over the tokens of a sequence.
+        clips: which of the losses' clips fn reads; a dual_clip given to a surrogate without it is refused.
         formula, source, users: for the documentation.
     """
 
@@ -63,12 +67,13 @@ class Surrogate:
     local: bool = False
     contribution: Callable[[Tensor, Tensor, SurrogateOptions], Evaluated] | None = None
     reduce: Literal["mean", "sum"] = "mean"
+    clips: tuple[str, ...] = ("clip_low", "clip_high", "dual_clip")
     formula: str = ""
     source: str = ""
     users: str = ""
 
     def __post_init__(self) -> None:
-        if not callable(self.fn):
+        if not callable(self.fn) or isinstance(self.fn, Surrogate):
             raise TypeError(f"fn: expected a function, got {type(self.fn).__name__}")
         if self.level not in ("token", "sequence"):
             raise ValueError(f"level: expected 'token' or 'sequence', got {self.level!r}")
@@ -92,12 +97,18 @@ def clamp(x: Tensor, low: Any, high: Any) -> Tensor:
     return x
 
 
+def clip_ratio(ratio: Tensor, options: SurrogateOptions) -> Tensor:
+    """The ratio between 1 - clip_low and 1 + clip_high, each a number, a 0-d tensor or None: no clip on that side."""
+    low, high = options["clip_low"], options["clip_high"]
+    return clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high)
+
+
 def clipped_gain(gain: Tensor, ratio: Tensor, options: SurrogateOptions) -> Tensor:
-    """``gain`` times the ratio between 1 - clip_low and 1 + clip_high."""
+    """``gain`` times the clipped ratio, which can be infinite only without an upper clip."""
     low, high = options["clip_low"], options["clip_high"]
     if type(low) is float is type(high):
         return gain * ratio.clamp(1 - low, 1 + high)
-    return product(gain, clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high))
+    return product(gain, clip_ratio(ratio, options))
 
 
 def choose(condition: Tensor, yes: Any, no: Any, dtype: torch.dtype) -> Tensor:
@@ -150,11 +161,7 @@ def _cispo(
     log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, one_sided: bool = False
 ) -> Evaluated:
     ratio = log_ratio.exp()
-    low, high = options["clip_low"], options["clip_high"]
-    if one_sided:
-        held = clamp(ratio, None, high)
-    else:
-        held = clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high)
+    held = clamp(ratio, None, options["clip_high"]) if one_sided else clip_ratio(ratio, options)
     clipped = ratio != held
     grad = -product(advantages, held)
     return grad * logprob, grad, clipped & (advantages > 0) if one_sided else clipped
@@ -238,36 +245,39 @@ _SURROGATES: dict[str, Surrogate] = {
         _ppo, "sequence", {"delta": None}, local=True, source="2507.18071",
         formula="as ppo, of sg(s)·exp(log π - sg(log π))", users="verl `gspo`"),
     "cispo": Surrogate(
-        _cispo, source="2506.13585",
+        _cispo, clips=("clip_low", "clip_high"), source="2506.13585",
         formula="-sg(clamp(r, 1 - clip_low, 1 + clip_high))·A·log π", users="verl `cispo`"),
     "cispo_trl": Surrogate(
-        functools.partial(_cispo, one_sided=True), source="2506.13585; 2510.13786",
+        functools.partial(_cispo, one_sided=True), clips=("clip_high",), source="2506.13585; 2510.13786",
         formula="-sg(min(r, clip_high))·A·log π: clip_high is the bound itself, often 5; clipped counts A > 0",
         users="TRL `cispo`"),
     "sapo": Surrogate(
-        _sapo, defaults={"tau_pos": 1.0, "tau_neg": 1.05}, source="2511.20347",
+        _sapo, defaults={"tau_pos": 1.0, "tau_neg": 1.05}, clips=(), source="2511.20347",
         formula="-A·sigmoid(τ·(r - 1))·4/τ, τ = tau_pos for A > 0, else tau_neg", users="verl `sapo`, TRL `sapo`"),
     "dppo_tv": Surrogate(
-        functools.partial(_dppo, binary_kl=False), defaults={"ratio_cap": 20.0}, source="2602.04879",
+        functools.partial(_dppo, binary_kl=False), defaults={"ratio_cap": 20.0}, clips=("clip_low", "clip_high"),
+        source="2602.04879",
         formula="-sg(min(r, ratio_cap))·A·log π; stopped for A > 0 where π - π_old > clip_high, else where π_old - π > "
         "clip_low",
         users="verl `dppo_tv`"),
     "dppo_kl": Surrogate(
-        functools.partial(_dppo, binary_kl=True), defaults={"ratio_cap": 20.0}, source="2602.04879",
+        functools.partial(_dppo, binary_kl=True), defaults={"ratio_cap": 20.0}, clips=("clip_low", "clip_high"),
+        source="2602.04879",
         formula="as dppo_tv, stopped where the KL divergence of (π_old, 1 - π_old) from (π, 1 - π) is above clip_high "
         "or clip_low",
         users="verl `dppo_kl`"),
     "gmpo": Surrogate(
-        _gmpo, "sequence", contribution=_gmpo_part, source="2507.20673",
+        _gmpo, "sequence", contribution=_gmpo_part, clips=("clip_low", "clip_high"), source="2507.20673",
         formula="-A·exp(mean of log r, each clamped to -clip_low .. clip_high where that lowers the gain)",
         users="verl `geo_mean` (with `seq-mean-token-mean`)"),
-    "gpg": Surrogate(_gpg, formula="-A·log π", source="2504.02546", users="verl `gpg`; its `reinforce` with weights"),
+    "gpg": Surrogate(
+        _gpg, clips=(), source="2504.02546", formula="-A·log π", users="verl `gpg`; its `reinforce` with weights"),
     "dro": Surrogate(
-        _dro, defaults={"dro_beta": 1.0}, source="2405.19107",
+        _dro, defaults={"dro_beta": 1.0}, clips=(), source="2405.19107",
         formula="-A·log π + dro_beta/2·(log r)²", users="verl `dro`"),
     "vespo": Surrogate(
         _vespo, "sequence", {"k_pos": 2.0, "k_neg": 3.0, "lambda_pos": 3.0, "lambda_neg": 2.0}, local=True,
-        contribution=_vespo_part, reduce="sum",
+        contribution=_vespo_part, reduce="sum", clips=(),
         formula="-sg(w^k·exp(λ·(1 - w)))·A·log π, w = exp(sum of log r), k and λ by the sign of A",
         source="2602.10693", users="TRL `vespo`"),
     "ce_gppo": Surrogate(
@@ -291,16 +301,25 @@ def find(surrogate: Any) -> Surrogate:
         return surrogate
     if isinstance(surrogate, str) and _ALIASES.get(surrogate, surrogate) in _SURROGATES:
         return _SURROGATES[_ALIASES.get(surrogate, surrogate)]
-    raise ValueError(f"surrogate: expected an ek.Surrogate or one of {', '.join(_SURROGATES)}, got {surrogate!r}")
+    if callable(surrogate):
+        raise TypeError(
+            "surrogate: expected a name or an ek.Surrogate, got a function; wrap it: ek.Surrogate(function)"
+        )
+    name = str(surrogate).lower().replace("-", "_")
+    near = ["ppo"] if name in ("grpo", "bnpo", "dr_grpo", "dapo") else difflib.get_close_matches(name, _SURROGATES, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"surrogate: expected an ek.Surrogate or one of {', '.join(_SURROGATES)}, got {surrogate!r}"
+        f"{hint} (docs/migration.md)"
+    )
 
 
 def surrogate_table() -> str:
     """The surrogates as a Markdown table, for docs/losses.md."""
-    rows = [
-        f"| `{name}` | {s.formula} | {s.level}{', local' if s.local else ''} | "
-        f"{', '.join(f'`{k}={v}`' for k, v in s.defaults.items())} | {s.source} | {s.users} |"
-        for name, s in _SURROGATES.items()
-    ]
-    return "\n".join(
-        ["| name | loss per token | ratio of | options | arXiv | who has it |", "|---|---|---|---|---|---|", *rows]
-    )
+    rows = []
+    for name, s in _SURROGATES.items():
+        level, clips = s.level + ", local" * s.local, ", ".join(f"`{clip}`" for clip in s.clips)
+        options = ", ".join(f"`{key}={value}`" for key, value in s.defaults.items())
+        rows.append(f"| `{name}` | {s.formula} | {level} | {clips} | {options} | {s.source} | {s.users} |")
+    head = "| name | loss per token | ratio of | clips it reads | options | arXiv | who has it |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])

@@ -172,7 +172,7 @@ def check_mask(name: str, value: Any, logprob: Tensor, like: str = "logprob") ->
 
 def _per_token(name: str, value: Tensor, logprob: Tensor, sequences: Sequences | None) -> Tensor:
     """``value`` in ``logprob``'s shape: as given; one per sequence; 0-d one for all. Floating point."""
-    if value.dtype == torch.bool:
+    if value.dtype == torch.bool and name != "token_weight":  # which may be a mask
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     if not value.is_floating_point():
         value = value.to(torch.float64)
