@@ -10,7 +10,6 @@ from entropy_kernels.losses import (
     KlCovLoss,
     PolicyLoss,
     PolicyLossModule,
-    SeedCounter,
     Surrogate,
     aggregate,
     clip_cov_loss,
@@ -20,6 +19,7 @@ from entropy_kernels.losses import (
     surrogates,
 )
 from entropy_kernels.selection import (
+    SeedCounter,
     SelectionBatch,
     clip_cov_mask,
     kl_cov_mask,

@@ -16,7 +16,15 @@ from torch import Tensor
 from entropy_kernels._arguments import debugging, integer, number, scalar_tensor
 from entropy_kernels.ops import selection as op
 
-__all__ = ["SelectionBatch", "clip_cov_mask", "kl_cov_mask", "random_tokens", "token_covariance", "top_tokens"]
+__all__ = [
+    "SeedCounter",
+    "SelectionBatch",
+    "clip_cov_mask",
+    "kl_cov_mask",
+    "random_tokens",
+    "token_covariance",
+    "top_tokens",
+]
 
 CLIP_COV_RATIO = 2e-4
 _ALL_TOKENS = 1 << 53  # more than any batch holds
@@ -299,6 +307,41 @@ def _in_float64(value: float | Tensor, device: torch.device) -> Tensor:
     return scalar_tensor(value, torch.float64, device)
 
 
+class SeedCounter(torch.nn.Module):
+    """Seeds where nobody counts the steps: ``seed=counter`` of :func:`clip_cov_mask`, ``clip_cov_loss`` and their kin.
+
+    The first call draws with ``seed``, the next one with ``seed + 1``, and so on. How many there were is saved with the
+    module's state, so that a run that is resumed goes on as it would have. Ranks that share a batch make equal calls,
+    and so have equal seeds. A call that is computed again, as inside of a checkpoint, counts and draws again: give such
+    a call a seed, or a mask.
+
+    Args:
+        seed: int of at most 62 bits.
+
+    Raises:
+        TypeError, ValueError: another seed.
+    """
+
+    calls: Tensor
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = integer("seed", seed)
+        if abs(self.seed) >= 1 << 62:
+            raise ValueError(f"seed: expected an int of at most 62 bits, got {seed}")
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self) -> Tensor:
+        """The next seed, 0-d int64 on the module's device."""
+        seed = self.calls + self.seed
+        self.calls += 1
+        return seed
+
+    def extra_repr(self) -> str:
+        """The first seed."""
+        return f"seed={self.seed}"
+
+
 class SelectionBatch:
     """Selection over a whole batch that is processed in micro-batches: collect, select, then compute the losses.
 
@@ -512,7 +555,7 @@ def check_token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None
 
 def seed_tensor(seed: Any, device: torch.device) -> Tensor:
     """A 0-d tensor: a Python int below the op would recompile for every value. A module (SeedCounter) is asked."""
-    if isinstance(seed, torch.nn.Module):
+    if isinstance(seed, SeedCounter):
         seed = seed()
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.dim() != 0:

@@ -159,9 +159,10 @@ def test_what_is_not_finite_is_dropped(surrogate: str, mode: str, monkeypatch: p
         case.bias[case.target.view(-1)[VALID[3]]] = -float("inf")
         case.old_logprob.view(-1)[VALID[20]] = float("nan")
         case.advantages.view(-1)[VALID[50]] = float("inf")
+        case.old_logprob[4] = float("nan")  # a whole sequence: of one token
         upstream = torch.ones(B, L, dtype=torch.float64) if mode == "none" else None
         expected, right = composed(case, upstream=upstream)
-        assert expected.metrics["nonfinite_tokens"] >= 3 and all(x is not None and x.isfinite().all() for x in right)
+        assert expected.metrics["nonfinite_tokens"] >= 4 and all(x is not None and x.isfinite().all() for x in right)
         for budget, unread in ((ONE, False), (FEW, False), (MANY, False), (MANY, True)):
             monkeypatch.setattr(op, "_reading_back_costs", lambda device, unread=unread: unread)
             result, found = fused(case, budget, upstream=upstream)
@@ -274,8 +275,16 @@ def test_a_buffer_that_is_refused(name: str) -> None:
 
 
 ERRORS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "a typing error": ("ppo", {"clip_lo": 0.1}, "clip_lo: expected .* options of surrogate='ppo': delta; got clip_lo"),
-    "another surrogate's option": ("ppo", {"surrogate": "cispo", "tau_pos": 1.0}, "tau_pos: expected .*'cispo': none"),
+    "a typing error": (
+        "ppo",
+        {"clip_lo": 0.1},
+        r"clip_lo: expected one of .*delta; got clip_lo; did you mean clip_low\?",
+    ),
+    "another surrogate's option": (
+        "ppo",
+        {"surrogate": "cispo", "tau_pos": 1.0},
+        "tau_pos: .*an option of surrogate='sapo'",
+    ),
     "a surrogate that is none": ("ppo", {"surrogate": "gsop"}, "surrogate: expected an ek.Surrogate or one of ppo, "),
     "weights of a wrong shape": ("ppo", {"token_weight": torch.ones(L)}, "token_weight: expected logprob's shape"),
     "sequences that end early": ("ppo", {"cu_seqlens": torch.tensor([0, 7])}, "cu_seqlens: expected numbers that rise"),

@@ -258,6 +258,91 @@ def test_reference_kl_times_the_ratio(surrogate: str, estimator: str) -> None:
     torch.testing.assert_close(gradient, own + x.grad)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("surrogate", ["ppo", "gspo"])
+def test_the_kl_coefficient_has_the_gradient_of_what_it_multiplies(surrogate: str) -> None:
+    lp, old, adv, mask = batch()
+    options: dict[str, Any] = {"surrogate": surrogate, "ref_logprob": old - 0.3, "ref_kl_importance": True}
+    coefficient = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    ek.policy_loss(lp, old, adv, mask, ref_kl_coef=coefficient, **options).loss.backward()
+    low, high = (ek.policy_loss(lp, old, adv, mask, ref_kl_coef=x, **options).loss for x in (0.0, 1.0))
+    torch.testing.assert_close(coefficient.grad, high - low)
+
+
+def test_a_coefficient_changed_before_the_backward_pass_is_told() -> None:
+    lp, old, adv, mask = batch()
+    coefficient = torch.tensor(0.1)
+    loss = ek.policy_loss(leaf(lp), old, adv, mask, entropy=leaf(lp), entropy_coef=coefficient).loss
+    coefficient.fill_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "gmpo"])
+def test_what_comes_in_at_padding_goes_nowhere(surrogate: str) -> None:
+    """0 · NaN from a caller's own mask is NaN before it gets here."""
+    lp, old, adv, mask = batch()
+    options: dict[str, Any] = {"surrogate": surrogate, "loss_agg_mode": "none"}
+    x, y = leaf(lp), leaf(lp)
+    upstream = torch.rand(mask.shape, dtype=torch.float64)
+    (ek.policy_loss(x, old, adv, mask, **options).loss * upstream).sum().backward()
+    (ek.policy_loss(y, old, adv, mask, **options).loss * torch.where(mask, upstream, NAN))[mask].sum().backward()
+    torch.testing.assert_close(y.grad, x.grad)
+
+
+def test_a_contribution_of_ones_own_is_masked() -> None:
+    """Of a token in padding: it counts neither in the sequence's mean nor in the gradient."""
+    own = ek.Surrogate(
+        lambda d, lp, a, o: (-a * d, -a, None), level="sequence",
+        contribution=lambda d, a, o: (d.exp(), d.exp(), None),
+    )  # fmt: skip
+    lp, old, adv, mask = batch()
+    for mode in ("token-mean", "seq-mean-token-mean"):
+        wide, gradient = differentiated(ek.policy_loss, lp, old, adv, mask, surrogate=own, loss_agg_mode=mode)
+        row, packed_gradient = differentiated(
+            ek.policy_loss, *packed(lp, old, adv), None, surrogate=own, loss_agg_mode=mode, cu_seqlens=CU_SEQLENS
+        )
+        torch.testing.assert_close(wide.loss, row.loss)
+        torch.testing.assert_close(gradient[mask], packed_gradient.view(-1))
+        assert not gradient[~mask].any()
+
+
+def test_covariance_advantages_that_are_not_finite_are_not_hidden() -> None:
+    lp, old, adv, mask = batch()
+    scored = adv.clone()
+    scored[1, 2] = NAN
+    out = ek.policy_loss(lp, old, adv, mask, covariance_advantages=scored)
+    assert out.loss.isnan() and float(out.metrics["nonfinite_tokens"]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float16, torch.int64])
+def test_numbers_of_every_dtype_are_their_values(dtype: torch.dtype) -> None:
+    """1 - clip is not computed in a dtype that wraps or rounds."""
+    lp, old, adv, mask = batch()
+    value = torch.tensor(1, dtype=dtype) if not dtype.is_floating_point else torch.tensor(0.2, dtype=dtype)
+    for options in ({"clip_low": value}, {"clip_low": value, "clip_high": value}, {"ref_kl_coef": value}):
+        plain = {name: float(x) for name, x in options.items()}
+        more = {"ref_logprob": old}
+        torch.testing.assert_close(
+            ek.policy_loss(lp, old, adv, mask, **options, **more).loss,
+            ek.policy_loss(lp, old, adv, mask, **plain, **more).loss,
+        )
+    with pytest.raises(TypeError, match=r"clip_low: expected a number, got torch.bool"):
+        ek.policy_loss(lp, old, adv, mask, clip_low=torch.tensor(True))
+
+
+def test_boundaries_that_nobody_checks_write_nowhere() -> None:
+    """Compiled code reads no values: what is wrong is asserted where it runs, and no memory is touched before."""
+    lp, old, adv = packed(*batch()[:3])
+    torch._dynamo.reset()
+    compiled = torch.compile(ek.policy_loss, fullgraph=True, backend="aot_eager")
+    options: dict[str, Any] = {"surrogate": "gspo", "loss_agg_mode": "seq-mean-token-mean"}
+    right = compiled(lp, old, adv, None, cu_seqlens=CU_SEQLENS, **options).loss
+    torch.testing.assert_close(right, ek.policy_loss(lp, old, adv, None, cu_seqlens=CU_SEQLENS, **options).loss)
+    for wrong in ([0, 30, 10, 10, 12], [0, 3, 10, 10, 50], [5, 3, 10, 10, 12], [0, -7, 10, 10, 12]):
+        with pytest.raises(RuntimeError, match="cu_seqlens: expected numbers that rise"):
+            compiled(lp, old, adv, None, cu_seqlens=torch.tensor(wrong, dtype=torch.int32), **options)
+
+
 def test_coefficients_have_gradients() -> None:
     """A temperature that is learned: the entropy bonus and the KL are linear in theirs."""
     lp, old, adv, mask = batch()
@@ -350,7 +435,6 @@ def test_numbers_that_schedules_change_do_not_compile_anew(name: str, tensors: b
         ({"tau_pos": 1.0}, TypeError, "tau_pos is an option of surrogate='sapo'"),
         ({"surrogate": "dapo"}, ValueError, "surrogate: .*did you mean 'ppo'"),
         ({"surrogate": max}, TypeError, "surrogate: .*wrap it"),
-        ({"surrogate": "cispo", "dual_clip": 3.0}, ValueError, "dual_clip: expected None with surrogate='cispo'"),
         (
             {"surrogate": ek.Surrogate(lambda d, lp, a, o: (a, a))},
             TypeError,

@@ -5,7 +5,7 @@ from entropy_kernels.losses.functional import PolicyLoss, aggregate, clip_cov_lo
 from entropy_kernels.losses.kl import KL_ESTIMATORS, kl_estimate
 from entropy_kernels.losses.linear import LOSSES, linear_policy_loss
 from entropy_kernels.losses.metrics import METRICS, metric_table
-from entropy_kernels.losses.modules import ClipCovLoss, KlCovLoss, PolicyLossModule, SeedCounter
+from entropy_kernels.losses.modules import ClipCovLoss, KlCovLoss, PolicyLossModule
 from entropy_kernels.losses.presets import CLIP_COV, KL_COV, ClipCovPreset, KlCovPreset
 from entropy_kernels.losses.surrogates import Surrogate, clip_ratio, surrogate_table, surrogates
 
@@ -22,7 +22,6 @@ __all__ = [
     "KlCovPreset",
     "PolicyLoss",
     "PolicyLossModule",
-    "SeedCounter",
     "Surrogate",
     "aggregate",
     "clip_cov_loss",

@@ -29,12 +29,13 @@ class Sequences(NamedTuple):
 
     lengths: Tensor | None = None  # (S,) int64
     ids: Tensor | None = None  # (N,) int64: of each token its sequence
+    width: int | None = None  # of the rows that were flattened
 
     @classmethod
-    def packed(cls, lengths: Tensor, tokens: int) -> Sequences:
-        """Of ``tokens`` tokens in all."""
-        numbers = torch.arange(lengths.numel(), device=lengths.device)
-        return cls(lengths, torch.repeat_interleave(numbers, lengths, output_size=tokens))
+    def packed(cls, lengths: Tensor, tokens: int, width: int | None = None) -> Sequences:
+        """Of ``tokens`` tokens in all; ``lengths`` >= 0, of that sum."""
+        positions = torch.arange(tokens, device=lengths.device)
+        return cls(lengths, torch.searchsorted(lengths.cumsum(0), positions, right=True), width)
 
     def sum(self, values: Tensor) -> Tensor:
         """Per sequence: (..., L) -> (...), or (N,) -> (S,) in fp64, because it adds one after the other."""
@@ -95,7 +96,10 @@ class Aggregation(NamedTuple):
         if self.mode == "token-sum":
             return torch.ones_like(count, dtype=torch.float64)
         if given is not None:
-            count = given.to(count.device) if isinstance(given, Tensor) else torch.ones_like(count) * given
+            if isinstance(given, Tensor):
+                count = given.to(count.device, non_blocking=True)
+            else:
+                count = torch.ones_like(count) * given
         count = count.clamp(min=1).double()
         if self.mode != "seq-mean-token-sum-norm":
             return count

@@ -17,7 +17,7 @@ from torch import Tensor
 from entropy_kernels.losses import metrics
 from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
 from entropy_kernels.losses.kl import kl_and_grad
-from entropy_kernels.losses.masking import bits, keep, largest, unless
+from entropy_kernels.losses.masking import bits, keep, largest, product, unless
 from entropy_kernels.losses.options import LossOptions, used
 from entropy_kernels.losses.tokens import Tokens
 from entropy_kernels.selection import covariance_of
@@ -72,6 +72,7 @@ class Terms(NamedTuple):
     nonfinite: Tensor  # NaN where something is not finite, used or not; else 0
     entropy: Tensor | None
     ref_kl: Tensor | None
+    ref_term: Tensor | None  # what ref_kl_coef multiplies: ref_kl, or ref_kl times the ratio
 
 
 def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Surrogates:
@@ -89,45 +90,52 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
     level, part, divisor = log_ratio, None, None
     clipped: list[Tensor | None] = []
     bad = (log_ratio - log_ratio) + (advantages - advantages)  # 0, or NaN for what is not finite
+    if tokens.covariance_advantages is not None:
+        (scored,) = keep(mask, tokens.covariance_advantages.to(dtype))
+        bad = bad + (scored - scored)
     if surrogate.level == "sequence":
         total = log_ratio
         if surrogate.contribution is not None:
-            total, part, *clipped = surrogate.contribution(log_ratio, advantages, options.clips)
+            result = surrogate.contribution(log_ratio, advantages, options.clips)
+            _check(result, log_ratio, "contribution")
+            total, part, *clipped = result
+            total, part = keep(mask, total, part)
         level = tokens.sequences.sum(total)
         if surrogate.reduce == "mean":
             divisor = tokens.sequences.sum(torch.ones_like(log_ratio) if valid is None else valid).clamp(min=1)
             level = level / divisor
         (level,) = keep(mask, tokens.sequences.spread(level.to(dtype)).expand_as(log_ratio).contiguous())
         bad = bad + (level - level)
-    result: Any = surrogate.fn(level, logprob, advantages, options.clips)
-    right = len(result) in (3, 4)
-    for i, x in enumerate(result):
-        if i > 1:
-            right = right and (x is None or x.shape == level.shape)
-        else:
-            right = right and x.dtype == dtype and x.shape == level.shape
-    if not right:
-        _refuse(result, level)
+    result = surrogate.fn(level, logprob, advantages, options.clips)
+    _check(result, level, "fn")
     value, grad, *stopped = result
-    held = stopped[0] if clipped == [] or clipped[0] is None else clipped[0]
+    stops = stopped[0] if clipped == [] or clipped[0] is None else clipped[0]
     lower = stopped[1] if len(stopped) > 1 else clipped[1] if len(clipped) > 1 else None
-    if held is not None and held.dtype != torch.bool:
-        held = held != 0
+    if stops is not None and stops.dtype != torch.bool:
+        stops = stops != 0
     if valid is not None:
-        held, lower = None if held is None else held & valid, None if lower is None else lower & valid
+        stops, lower = None if stops is None else stops & valid, None if lower is None else lower & valid
     if torch.compiler.is_compiling():  # which writes and adds floats several times as fast as bool
-        held, lower = None if held is None else held.to(dtype), None if lower is None else lower.to(dtype)
+        stops, lower = None if stops is None else stops.to(dtype), None if lower is None else lower.to(dtype)
     value, grad = keep(mask, value, grad)
-    return Surrogates(value, grad, held, lower, log_ratio, level, part, divisor, bad, valid, mask)
+    return Surrogates(value, grad, stops, lower, log_ratio, level, part, divisor, bad, valid, mask)
 
 
-def _refuse(result: Any, like: Tensor) -> None:
-    """Say what is wrong with what a surrogate's function returned."""
-    got = [f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in result]
-    raise TypeError(
-        f"surrogate: expected fn to return (value, grad, clipped): value and grad {like.dtype} of shape "
-        f"{tuple(like.shape)}, clipped of that shape or None; got ({', '.join(got)})"
-    )
+def _check(result: Any, like: Tensor, name: str) -> None:
+    """What the function ``name`` of a surrogate returned is of the tokens' dtype and shape."""
+    right = isinstance(result, (tuple, list)) and len(result) in (3, 4)
+    for i, x in enumerate(result if right else ()):
+        if i > 1:
+            right = right and (x is None or (isinstance(x, Tensor) and x.shape == like.shape))
+        else:
+            right = right and isinstance(x, Tensor) and x.dtype == like.dtype and x.shape == like.shape
+    if not right:
+        many = result if isinstance(result, (tuple, list)) else (result,)
+        got = [f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in many]
+        raise TypeError(
+            f"surrogate: expected {name} to return (value, grad, clipped), value and grad {like.dtype} of shape "
+            f"{tuple(like.shape)}, clipped of that shape or None; got ({', '.join(got)})"
+        )
 
 
 def token_terms(
@@ -148,10 +156,10 @@ def token_terms(
     pools = options.surrogate.level == "sequence" and not options.surrogate.local
     own, pooled = (torch.zeros_like(grad), grad) if pools else (grad, None)
     if chosen is not None and options.effect == "penalized":
-        penalty, slope = kl_and_grad(found.log_ratio, options.penalty)
+        penalty, kl_grad = kl_and_grad(found.log_ratio, options.penalty)
         factor = chosen.to(dtype) if type(options.kl_coef) is float else chosen.to(dtype) * options.kl_coef
         scale = options.kl_coef if type(options.kl_coef) is float else 1
-        value, own = value.addcmul(penalty, factor, value=scale), own.addcmul(slope, factor, value=scale)
+        value, own = value.addcmul(penalty, factor, value=scale), own.addcmul(kl_grad, factor, value=scale)
     if tokens.weight is not None:
         (weight,) = keep(mask, tokens.weight.to(dtype))
         nothing = torch.zeros_like(weight)
@@ -161,27 +169,28 @@ def token_terms(
     value, own = value + found.bad, own + found.bad
     policy = loss = value
     unused: list[Tensor] = []  # what is not finite is counted also where it does not enter the loss
-    ref_kl = None
+    ref_kl = ref_term = None
     if tokens.ref_logprob is not None:
         (distance,) = keep(mask, logprob - tokens.ref_logprob.to(dtype))
         wrong = distance - distance  # k3 clamps, and would show an infinite ratio as a small divergence
-        estimate, slope = kl_and_grad(distance, options.kl_estimator)
-        ref_kl = estimate + wrong
+        estimate, kl_grad = kl_and_grad(distance, options.kl_estimator)
+        ref_kl = ref_term = estimate + wrong
         if not used(options.ref_kl_coef):
             unused.append(wrong)
         else:
             if options.ref_kl_importance:
                 product_of_ratios = options.surrogate.reduce == "sum"  # which is none to weigh a token's KL by
                 ratio = (found.log_ratio if product_of_ratios else found.level).exp()
-                estimate, slope = estimate * ratio, slope * ratio
+                estimate, kl_grad = product(estimate, ratio), product(kl_grad, ratio)
+                ref_term = estimate + wrong
                 if pools and not product_of_ratios:
                     assert pooled is not None
                     pooled = pooled + options.ref_kl_coef * estimate
                 else:
-                    slope = slope + estimate
+                    kl_grad = kl_grad + estimate
             policy = policy + wrong
             loss = policy + options.ref_kl_coef * estimate
-            own = own + options.ref_kl_coef * keep(mask, slope)[0] + wrong
+            own = own + options.ref_kl_coef * keep(mask, kl_grad)[0] + wrong
     if entropy is not None:
         (entropy,) = keep(mask, entropy.to(dtype))
         if used(options.entropy_coef):
@@ -192,7 +201,7 @@ def token_terms(
     for x in unused:
         nonfinite = nonfinite + (x - x)
     pullback = Pullback(own, pooled, found.part, found.divisor, mask, tokens.sequences.lengths, tokens.sequences.ids)
-    return Terms(loss, policy, pullback, nonfinite, entropy, ref_kl)
+    return Terms(loss, policy, pullback, nonfinite, entropy, ref_kl, ref_term)
 
 
 class Evaluated(NamedTuple):
@@ -265,7 +274,7 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         counts = Counts(totals["tokens"], totals.get("sequences"))
         sums, maxima = ({name: totals[name] for name in x} for x in (sums, maxima))
         nonfinite, pg_loss = totals["nonfinite"], totals["policy"]
-    denominator = aggregation.denominator(counts, logprob.shape[-1])
+    denominator = aggregation.denominator(counts, sequences.width or logprob.shape[-1])
     scale = aggregation.dp_size / denominator
     pg_loss = pg_loss * scale if aggregation.group is None else pg_loss / denominator
     count = counts.tokens.clamp(min=1).double()
@@ -300,8 +309,10 @@ class Loss(torch.autograd.Function):
         ctx.dtypes = logprob.dtype, None if entropy is None else entropy.dtype
         ctx.entropy_coef = options.entropy_coef if entropy is not None and used(options.entropy_coef) else None
         terms = found.terms
-        kept = (terms.entropy, terms.ref_kl) if any(ctx.needs_input_grad[2:4]) else (None, None)
-        ctx.save_for_backward(logprob, found.weight, *kept, *terms.pullback)
+        kept = (terms.entropy, terms.ref_term) if any(ctx.needs_input_grad[2:4]) else (None, None)
+        coefficient = ctx.entropy_coef if isinstance(ctx.entropy_coef, Tensor) else None
+        ctx.save_for_backward(logprob, found.weight, coefficient, *kept, *terms.pullback)
+        ctx.per_token = options.aggregation.mode == "none"
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found.metrics)
         return (found.loss, *found.metrics)
@@ -310,18 +321,21 @@ class Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if upstream is None:
             return (None,) * 6
-        logprob, weight, entropy, ref_kl, *kept = ctx.saved_tensors
+        logprob, weight, coefficient, entropy, ref_term, *kept = ctx.saved_tensors
         pullback, weight = Pullback(*kept), weight * upstream
+        if ctx.per_token:  # what comes in at padding is as little to count as what stands there
+            (weight,) = keep(pullback.mask, weight.contiguous())
         grads: list[Tensor | None] = [None] * 6
         if ctx.needs_input_grad[0]:
             grads[0] = pullback(weight).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1] and ctx.entropy_coef is not None:
-            per_token = (-ctx.entropy_coef * weight).to(weight.dtype).expand_as(pullback.grad).contiguous()
+            coefficient = ctx.entropy_coef if coefficient is None else coefficient
+            per_token = (-coefficient * weight).to(weight.dtype).expand_as(pullback.grad).contiguous()
             grads[1] = keep(pullback.mask, per_token)[0].to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             grads[2] = -(weight * entropy).sum()
         if ctx.needs_input_grad[3]:
-            grads[3] = (weight * ref_kl).sum()
+            grads[3] = (weight * ref_term).sum()
         if torch.is_grad_enabled():
             grads = [None if x is None else _OnlyOnce.apply(x, logprob) for x in grads]
         return tuple(grads)

@@ -103,10 +103,10 @@ def policy_loss(
             of the flattened batch. Sequences are otherwise the rows.
         covariance_advantages: like ``advantages``: what covariances (the metrics', the selection's) are computed from,
             where ``advantages`` have been scaled, as by 1/N.
-        ref_kl_importance: multiply the reference KL by the ratio that the surrogate uses, differentiated, as TRL does
-            by default (``use_bias_correction_kl``).
-        nonfinite: "propagate": a valid token whose log-prob, old log-prob or advantage is not finite makes the loss
-            NaN; "drop": it counts as masked. The metric ``nonfinite_tokens`` counts it either way.
+        ref_kl_importance: multiply the reference KL by the ratio that the surrogate uses (the token's, where that is
+            a product over the sequence), differentiated, as TRL does by default (``use_bias_correction_kl``).
+        nonfinite: "propagate": a valid token whose log-prob, old log-prob or advantage (of either kind) is not finite
+            makes the loss NaN; "drop": it counts as masked. The metric ``nonfinite_tokens`` counts it either way.
         surrogate_options: options of the surrogate, such as ``tau_pos`` of "sapo" or ``delta`` of "ppo".
 
     Returns:
@@ -184,7 +184,8 @@ def clip_cov_loss(
         token_index: int64, ``logprob``'s shape: makes the draw independent of padding and order; unused with
             ``dropped``. See :func:`entropy_kernels.clip_cov_mask`.
         dropped: ``logprob``'s shape, bool, int or float 0/1: 1 = this token's gradient is removed, and nothing is
-            selected here. Not together with seed, ratio, k, low, high or band.
+            selected here. Not together with seed, ratio, k, low, high or band. With a sequence's ratio it is the
+            gradient of this token's loss: its log-prob is part of the ratio of the others.
     """
     return _loss("clip_cov", locals())
 
@@ -310,4 +311,6 @@ def aggregate(
         totals = over_group({name: x for name, x in counts._asdict().items() if x is not None}, {}, batch_group)
         counts = Counts(totals["tokens"], totals.get("sequences"))
     total = aggregation.weighted_sum(values, weight, sequences)
-    return (total * aggregation.dp_size / aggregation.denominator(counts, values.shape[-1])).to(values.dtype)
+    return (total * aggregation.dp_size / aggregation.denominator(counts, sequences.width or values.shape[-1])).to(
+        values.dtype
+    )

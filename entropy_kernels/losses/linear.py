@@ -124,7 +124,6 @@ def linear_policy_loss(
         if isinstance(given[name], Tensor) and given[name].requires_grad:
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
     checked = tokens.check(given, chosen)
-    chosen = seeded(chosen)
     batch = checked.tokens
     if batch.mask is None:
         batch = batch._replace(mask=(target != ignore_index).view(batch.old_logprob.shape))
@@ -142,7 +141,7 @@ def linear_policy_loss(
     if made is None:
         logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
         flat = batch.old_logprob.shape
-        return functional.apply(logprob.view(flat), entropy.view(flat), batch, target.shape, chosen)
+        return functional.apply(logprob.view(flat), entropy.view(flat), batch, target.shape, seeded(chosen))
     loss, values = made
     names = metrics.names(chosen, True, batch.ref_logprob is not None)
     return PolicyLoss(loss, dict(zip(names, values.unbind(), strict=True)))
@@ -150,7 +149,7 @@ def linear_policy_loss(
 
 def _keywords(method: Any, given: dict[str, Any]) -> dict[str, Any]:
     """All keywords of the loss ``method``, those of its surrogate apart."""
-    if method not in LOSSES:
+    if not isinstance(method, str) or method not in LOSSES:
         raise ValueError(f"method: expected one of {', '.join(map(repr, LOSSES))}, got {method!r}")
     if "entropy" in given:
         raise TypeError("linear_policy_loss: expected no entropy, got entropy (entropy is computed here)")
@@ -223,7 +222,7 @@ class _Coefficients:
         if aggregation.group is not None:
             totals = over_group({k: v for k, v in counts._asdict().items() if v is not None}, {}, aggregation.group)
             counts = Counts(totals["tokens"], totals.get("sequences"))
-        share = own * aggregation.dp_size / aggregation.denominator(counts, mask.shape[-1])
+        share = own * aggregation.dp_size / aggregation.denominator(counts, sequences.width or mask.shape[-1])
         # fp64, of the tokens' shape: what a token's loss is multiplied by, before what is not finite is dropped
         self._weights = sequences.spread(share).expand(mask.shape) * mask
         self._share = share
@@ -253,11 +252,13 @@ class _Coefficients:
     def final(self, logprob: Tensor, entropy: Tensor) -> Final:
         """The loss, its metrics, c and e of all tokens."""
         shape = self._batch.old_logprob.shape
-        found = evaluate(logprob.view(shape), entropy.view(shape), self._batch, self._options)
+        # A counter of seeds is asked here, where nothing is left that could be refused
+        found = evaluate(logprob.view(shape), entropy.view(shape), self._batch, seeded(self._options))
         c, e = self._derivatives(found.terms, self._weights)
         factor = None
         aggregation = self._options.aggregation
-        if self._options.drop_nonfinite and aggregation.mode == "token-mean" and aggregation.batch_num_tokens is None:
+        given = aggregation.global_batch_size if aggregation.by_sequence else aggregation.batch_num_tokens
+        if self._options.drop_nonfinite and aggregation.mode != "token-sum" and given is None:
             factor = found.weight / self._share
         return Final(found.loss, torch.stack(found.metrics), c, e, factor)
 

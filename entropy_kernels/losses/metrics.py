@@ -49,8 +49,8 @@ METRICS: dict[str, Metric] = {
     "entropy": Metric("mean of the entropy given, nats", "entropy given"),
     "ref_kl": Metric("mean of the KL estimate to the reference, nats", "ref_logprob given"),
     "nonfinite_tokens": Metric(
-        "number of tokens at which an input, the ratio or a term of the loss is NaN or infinite, or which "
-        'nonfinite="drop" dropped',
+        "number of tokens at which an input or a term of the loss is NaN or infinite (an infinite ratio that a clip "
+        'stops is none), or which nonfinite="drop" dropped',
     ),
 }
 

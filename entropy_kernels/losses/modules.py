@@ -6,41 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from entropy_kernels._arguments import integer
 from entropy_kernels.losses import functional, surrogates
 from entropy_kernels.losses.functional import PolicyLoss
-
-
-class SeedCounter(nn.Module):
-    """Seeds for :func:`entropy_kernels.clip_cov_loss` where nobody counts the steps: ``seed=counter`` of every call.
-
-    The first call draws with ``seed``, the next one with ``seed + 1``, and so on. How many there were is saved with the
-    module's state, so that a run that is resumed goes on as it would have. Ranks that share a batch make equal calls,
-    and so have equal seeds.
-
-    Args:
-        seed: int of at most 63 bits.
-    """
-
-    calls: Tensor
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.seed = integer("seed", seed)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-    def forward(self) -> Tensor:
-        """The next seed, 0-d int64 on the module's device."""
-        seed = self.calls + self.seed
-        self.calls += 1
-        return seed
-
-    def extra_repr(self) -> str:
-        """The first seed."""
-        return f"seed={self.seed}"
+from entropy_kernels.selection import SeedCounter
 
 
 class _LossModule(nn.Module):

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from entropy_kernels._arguments import integer, number, scalar_tensor
 from entropy_kernels.losses import presets, surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, Aggregation
 from entropy_kernels.losses.kl import check_estimator
 from entropy_kernels.losses.surrogates import Surrogate, SurrogateOptions
-from entropy_kernels.selection import Request, request
+from entropy_kernels.selection import Request, SeedCounter, request
 
 Number = float | Tensor  # a tensor is 0-d and never read back
 Effect = Literal["none", "dropped", "detached", "penalized"]  # on a token that is selected
@@ -55,7 +55,7 @@ class LossOptions:
     given: str  # the argument that names the tokens under the effect; "" without effect
     selection: Request | None  # finds them, where they are not given
     exclude_clipped: bool  # from the selection
-    seeds: nn.Module | None  # gives the selection its seed, when the call is known to be right
+    seeds: SeedCounter | None  # gives the selection its seed, when the call is known to be right
     penalty: str  # estimator of the penalty
     kl_coef: Number  # of the penalty
     group: str  # name of the batch_group, "" without one
@@ -68,7 +68,7 @@ def seeded(options: LossOptions) -> LossOptions:
         return options
     seed = options.seeds()
     assert options.selection.seed is not None
-    selection = options.selection._replace(seed=seed.to(options.selection.seed.device))
+    selection = options.selection._replace(seed=seed.to(options.selection.seed.device, non_blocking=True))
     return replace(options, selection=selection, seeds=None)
 
 
@@ -102,8 +102,6 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
     for name in surrogate.defaults:
         if name in given:
             raise ValueError(f"surrogate: expected defaults that are no keywords of the loss, got {name}")
-    if given["dual_clip"] is not None and "dual_clip" not in surrogate.clips:
-        raise ValueError(f"dual_clip: expected None with surrogate={given['surrogate']!r}, which does not read it")
     for name, value in given["surrogate_options"].items():
         if name not in surrogate.defaults:
             raise TypeError(_unknown(name, surrogate, given))
@@ -140,7 +138,7 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
         given=_GIVEN.get(method, ""),
         selection=selection,
         exclude_clipped=method == "clip_cov" and preset.exclude_clipped,
-        seeds=given["seed"] if selection is not None and isinstance(given.get("seed"), nn.Module) else None,
+        seeds=given["seed"] if selection is not None and isinstance(given.get("seed"), SeedCounter) else None,
         penalty=penalty,
         kl_coef=coefficients["kl_coef"],
         group="" if given["batch_group"] is None else given["batch_group"].group_name,
@@ -192,9 +190,12 @@ def _number(name: str, value: Any, device: Any) -> Any:
             raise ValueError(
                 f"{name}: expected a number or a 0-d tensor, got {value.dtype} of shape {tuple(value.shape)}"
             )
+        if value.dtype == torch.bool:
+            raise TypeError(f"{name}: expected a number, got torch.bool")
         if value.requires_grad and not differentiable:
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
-        return value
+        exact = value.dtype in (torch.float32, torch.float64) or name in _COUNTS
+        return value if exact else value.double()  # 1 - 0.2 in bf16 is another clip, and 1 - 2 in uint8 is 255
     if type(value) is not float:
         value = number(name, value)
     if not -math.inf < value < math.inf:
@@ -235,8 +236,8 @@ def _effect(
     seed, low, high, band = given["seed"], given["low"], given["high"], given["band"]
     if seed is None:
         raise ValueError(
-            "seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None; where nobody counts steps: "
-            "an ek.SeedCounter, or ek.ClipCovLoss in place of the function"
+            "seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None; "
+            "ek.SeedCounter and ek.ClipCovLoss count calls where nobody counts steps"
         )
     if band == "quantile" and (low is None or high is None):
         raise ValueError(f"low, high: expected shares in [0, 1] with band='quantile', got low={low}, high={high}")
@@ -244,4 +245,4 @@ def _effect(
         "low": preset.low if low is None else low, "high": preset.high if high is None else high,
         "band": preset.band if band is None else band, "closed": preset.closed,
     }  # fmt: skip
-    return effect, request(device, **chosen, seed=0 if isinstance(seed, nn.Module) else seed), "abs"
+    return effect, request(device, **chosen, seed=0 if isinstance(seed, SeedCounter) else seed), "abs"

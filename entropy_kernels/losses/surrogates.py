@@ -18,7 +18,7 @@ import difflib
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from entropy_kernels.losses.masking import product, unless
 
 # value, derivative, clipped (bool or None) and, where there is a second clip, which tokens that one stops
-Evaluated = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Result = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class SurrogateOptions(dict[str, Any]):
@@ -40,7 +40,7 @@ class SurrogateOptions(dict[str, Any]):
             raise AttributeError(f"{name}: expected one of {', '.join(self)}") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Surrogate:
     """A policy loss per token, before it is weighted and summed up.
 
@@ -49,6 +49,7 @@ class Surrogate:
             ``grad`` is the derivative by the token's log-prob, with which its log-ratio moves, where what the formula
             stops the gradient of stays as it is (level "sequence": by the log-ratio); ``clipped`` a bool tensor, or
             None. A fourth result counts as ``clipfrac_lower``. No autograd runs inside: what fn computes is constant.
+            It does not write to what it gets.
         level: "token", or "sequence": the log-ratio is that of the token's sequence, the mean over its valid tokens,
             the same for all of them, and ``grad`` reaches each of them with its share.
         defaults: options of this surrogate beside the clips, which callers may give as keywords of the losses; their
@@ -57,15 +58,14 @@ class Surrogate:
         contribution: level "sequence" only: ``(log_ratio, advantages, options) -> (part, grad, clipped)``: what a token
             adds to its sequence's sum, where that is not its log-ratio, and its derivative.
         reduce: "mean" or "sum", over the tokens of a sequence.
-        clips: which of the losses' clips fn reads; a dual_clip given to a surrogate without it is refused.
-        formula, source, users: for the documentation.
+        clips, formula, source, users: for the documentation; ``clips``: which of the losses' clips fn reads.
     """
 
-    fn: Callable[[Tensor, Tensor, Tensor, SurrogateOptions], Evaluated]
+    fn: Callable[[Tensor, Tensor, Tensor, SurrogateOptions], Result]
     level: Literal["token", "sequence"] = "token"
     defaults: dict[str, Any] = field(default_factory=dict)
     local: bool = False
-    contribution: Callable[[Tensor, Tensor, SurrogateOptions], Evaluated] | None = None
+    contribution: Callable[[Tensor, Tensor, SurrogateOptions], Result] | None = None
     reduce: Literal["mean", "sum"] = "mean"
     clips: tuple[str, ...] = ("clip_low", "clip_high", "dual_clip")
     formula: str = ""
@@ -73,14 +73,16 @@ class Surrogate:
     users: str = ""
 
     def __post_init__(self) -> None:
-        if not callable(self.fn) or isinstance(self.fn, Surrogate):
+        if not callable(self.fn):
             raise TypeError(f"fn: expected a function, got {type(self.fn).__name__}")
         if self.level not in ("token", "sequence"):
             raise ValueError(f"level: expected 'token' or 'sequence', got {self.level!r}")
         if self.reduce not in ("mean", "sum"):
             raise ValueError(f"reduce: expected 'mean' or 'sum', got {self.reduce!r}")
-        if self.level == "token" and (self.local or self.contribution is not None):
-            raise ValueError("local, contribution: expected with level='sequence', got level='token'")
+        if not isinstance(self.defaults, dict):
+            raise TypeError(f"defaults: expected a dict, got {type(self.defaults).__name__}")
+        if self.level == "token" and (self.local or self.contribution is not None or self.reduce != "mean"):
+            raise ValueError("local, contribution, reduce: expected with level='sequence', got level='token'")
 
     @property
     def pools(self) -> bool:
@@ -108,7 +110,8 @@ def clipped_gain(gain: Tensor, ratio: Tensor, options: SurrogateOptions) -> Tens
     low, high = options["clip_low"], options["clip_high"]
     if type(low) is float is type(high):
         return gain * ratio.clamp(1 - low, 1 + high)
-    return product(gain, clip_ratio(ratio, options))
+    clipped = clip_ratio(ratio, options)
+    return product(gain, clipped) if high is None else gain * clipped
 
 
 def choose(condition: Tensor, yes: Any, no: Any, dtype: torch.dtype) -> Tensor:
@@ -125,15 +128,15 @@ def _dual_clip(
     return torch.minimum(value, bound), unless(stopped, grad)[0], stopped
 
 
-def _ppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _ppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     ratio, gain = log_ratio.exp(), -advantages
     free = product(gain, ratio if options["delta"] is None else clamp(ratio, None, options["delta"]))
     if options["clip_low"] is None is options["clip_high"]:
         value, grad, clipped = free, free, None
     else:
-        held = clipped_gain(gain, ratio, options)
-        clipped = held > free
-        value, grad = torch.maximum(free, held), unless(clipped, free)[0]
+        bounded = clipped_gain(gain, ratio, options)
+        clipped = bounded > free
+        value, grad = torch.maximum(free, bounded), unless(clipped, free)[0]
     stopped = None
     if options["dual_clip"] is not None:
         value, grad, stopped = _dual_clip(value, grad, advantages, options)
@@ -145,12 +148,12 @@ def _ppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surrog
     return value, grad, clipped, stopped
 
 
-def _ce_gppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _ce_gppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     ratio, gain = log_ratio.exp(), -advantages
-    free, held = product(gain, ratio), clipped_gain(gain, ratio, options)
-    clipped = held > free
+    free, bounded = product(gain, ratio), clipped_gain(gain, ratio, options)
+    clipped = bounded > free
     beta = choose(advantages < 0, options["beta_low"], options["beta_high"], ratio.dtype)
-    value = torch.where(clipped, beta * held, free)
+    value = torch.where(clipped, beta * bounded, free)
     if options["dual_clip"] is None:
         return value, value, clipped
     value, grad, stopped = _dual_clip(value, value, advantages, options)
@@ -159,15 +162,15 @@ def _ce_gppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Su
 
 def _cispo(
     log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, one_sided: bool = False
-) -> Evaluated:
+) -> Result:
     ratio = log_ratio.exp()
-    held = clamp(ratio, None, options["clip_high"]) if one_sided else clip_ratio(ratio, options)
-    clipped = ratio != held
-    grad = -product(advantages, held)
+    bounded = clamp(ratio, None, options["clip_high"]) if one_sided else clip_ratio(ratio, options)
+    clipped = ratio != bounded
+    grad = -product(advantages, bounded)
     return grad * logprob, grad, clipped & (advantages > 0) if one_sided else clipped
 
 
-def _sapo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _sapo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     ratio, gain = log_ratio.exp(), -4 * advantages
     tau = choose(advantages > 0, options["tau_pos"], options["tau_neg"], ratio.dtype)
     x = tau * (ratio - 1)
@@ -175,9 +178,7 @@ def _sapo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surro
     return gain * gate / tau, product(gain * gate * torch.sigmoid(-x), ratio), None  # 1 - gate would cancel
 
 
-def _dppo(
-    log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, binary_kl: bool
-) -> Evaluated:
+def _dppo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions, binary_kl: bool) -> Result:
     ratio, prob, old_logprob = log_ratio.exp(), logprob.exp(), logprob - log_ratio
     old = old_logprob.exp()
     if binary_kl:
@@ -195,29 +196,29 @@ def _dppo(
     return grad * logprob, grad, clipped, lower
 
 
-def _gmpo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _gmpo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     value = -product(advantages, log_ratio.exp())
     return value, value, None
 
 
-def _gmpo_part(log_ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _gmpo_part(log_ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     low, high = options["clip_low"], options["clip_high"]
-    held = clamp(log_ratio, None if low is None else -low, high)
-    sign, beyond = advantages.sign(), held != log_ratio
-    part = sign * torch.minimum(sign * log_ratio, sign * held)
+    bounded = clamp(log_ratio, None if low is None else -low, high)
+    sign, beyond = advantages.sign(), bounded != log_ratio
+    part = sign * torch.minimum(sign * log_ratio, sign * bounded)
     return part, unless(part != log_ratio, sign.abs())[0], beyond & (advantages > 0), beyond & (advantages < 0)
 
 
-def _gpg(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _gpg(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     return -advantages * logprob, -advantages, None
 
 
-def _dro(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _dro(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     pull = options["dro_beta"] * log_ratio
     return 0.5 * pull * log_ratio - advantages * logprob, pull - advantages, None
 
 
-def _vespo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _vespo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     log_ratio = log_ratio.clamp(math.log(1e-8), 20)
     positive, dtype = advantages >= 0, log_ratio.dtype
     k, decay = (choose(positive, options[f"{n}_pos"], options[f"{n}_neg"], dtype) for n in ("k", "lambda"))
@@ -226,7 +227,7 @@ def _vespo(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Surr
     return grad * logprob, grad, None
 
 
-def _vespo_part(log_ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> Evaluated:
+def _vespo_part(log_ratio: Tensor, advantages: Tensor, options: SurrogateOptions) -> Result:
     return log_ratio.clamp(-20, 20), torch.ones_like(log_ratio), None
 
 
@@ -291,8 +292,8 @@ _ALIASES = {"vanilla": "ppo", "geo_mean": "gmpo"}
 
 
 def surrogates() -> dict[str, Surrogate]:
-    """The surrogates by the names that the losses' ``surrogate=`` takes; a dict of your own to change."""
-    return dict(_SURROGATES)
+    """The surrogates by the names that the losses' ``surrogate=`` takes; copies of your own to change."""
+    return {name: replace(surrogate, defaults=dict(surrogate.defaults)) for name, surrogate in _SURROGATES.items()}
 
 
 def find(surrogate: Any) -> Surrogate:

@@ -155,7 +155,12 @@ def packed_sequences(cu_seqlens: Any, logprob: Tensor) -> Sequences | None:
                 f"cu_seqlens: expected numbers that rise from 0 to the number of tokens, {tokens}, got "
                 f"{ends if len(ends) < 8 else [*ends[:3], '...', *ends[-3:]]}"
             )
-    return Sequences.packed(cu_seqlens.long().diff(), tokens)
+    ends = cu_seqlens.detach().long()
+    if torch.compiler.is_compiling() or not values_are_checked(cu_seqlens):
+        right = (ends[0] == 0) & (ends[-1] == tokens) & (ends.diff() >= 0).all()
+        torch._assert_async(right, "cu_seqlens: expected numbers that rise from 0 to the number of tokens")
+        ends = ends.clamp(0, tokens).cummax(0).values  # nothing reads beyond the tokens before that is heard
+    return Sequences.packed(ends.diff(), tokens, logprob.shape[-1])
 
 
 def check_mask(name: str, value: Any, logprob: Tensor, like: str = "logprob") -> Tensor | None:
