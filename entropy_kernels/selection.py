@@ -60,7 +60,7 @@ def token_covariance(
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
     """
     _check_float("logprob", logprob)
-    advantages = expand_advantages(advantages, logprob)
+    advantages = per_token("advantages", advantages, logprob)
     mask = _boolean("mask", mask, "logprob", logprob)
     return covariance_of(logprob.detach(), advantages.detach(), mask, _group_name(batch_group), backend)
 
@@ -397,7 +397,7 @@ class SelectionBatch:
                 f"logprob: expected on the device of the earlier micro-batches, {self._logprob[0].device}, "
                 f"got {logprob.device}"
             )
-        advantages = expand_advantages(advantages, logprob)
+        advantages = per_token("advantages", advantages, logprob)
         mask = _boolean("mask", mask, "logprob", logprob)
         exclude = _boolean("exclude", exclude, "logprob", logprob)
         token_index = check_token_index(token_index, "logprob", logprob)
@@ -495,19 +495,19 @@ def _check_float(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
 
 
-def expand_advantages(value: Any, logprob: Tensor) -> Tensor:
+def per_token(name: str, value: Any, logprob: Tensor) -> Tensor:
     """``value`` in ``logprob``'s shape (B, L), detached: as given; (B,) or (B, 1) one per sequence; 0-d one for all."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"advantages: expected a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"advantages: expected a floating-point dtype, got {value.dtype}")
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     value = value.detach()
     if not value.is_floating_point():
         value = value.to(torch.float64)
     # One per sequence, never one per position: of a square batch (B,) could be read both ways
     if value.dim() > 0 and value.shape != logprob.shape and value.shape == logprob.shape[:-1]:
         value = value.unsqueeze(-1)
-    return _expand("advantages", value, "logprob", logprob, f", one per sequence {tuple(logprob.shape[:-1])}")
+    return _expand(name, value, "logprob", logprob, f", one per sequence {tuple(logprob.shape[:-1])}")
 
 
 def _expand(name: str, value: Tensor, like_name: str, like: Tensor, also: str = "") -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from entropy_kernels._arguments import values_are_checked
 from entropy_kernels.losses.aggregation import Aggregation, Sequences
 from entropy_kernels.losses.options import LossOptions, used
+from entropy_kernels.selection import check_token_index, per_token
 
 # What a tensor has to be: of a dtype and shape like the log-prob's, a mask, or a number per token or per sequence
 _KINDS = {
@@ -20,7 +21,7 @@ _KINDS = {
     "token_index": "index",
 }  # fmt: skip
 _EXPECTED = {
-    "like": "floating-point", "per token": "floating-point", "mask": "bool, int or float 0/1", "index": "torch.int64",
+    "like": "floating-point", "per token": "floating-point", "mask": "bool, int or float 0/1", "index": "int64",
 }  # fmt: skip
 _ROWS = Sequences()
 
@@ -72,22 +73,26 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
         sequences = _sequences("logprob", logprob, given["cu_seqlens"], options.aggregation, why)
     found: dict[str, Any] = {}
     for name, kind in _KINDS.items():
-        value = found[name] = given.get(name)
+        value: Any = given.get(name)
+        found[name] = value
         if value is None and name not in ("old_logprob", "advantages"):
             continue
         if not isinstance(value, Tensor) or value.is_complex():
             _check_tensor(name, value)
             raise TypeError(f"{name}: expected a {_EXPECTED[kind]} dtype, got {value.dtype}")  # type: ignore[union-attr]
-        if kind == "per token":
-            if value.shape != shape or value.device != device or not value.is_floating_point():
+        if kind == "index":
+            value = check_token_index(value, "logprob", logprob)
+        elif kind == "per token":
+            usual = value.device == device and value.is_floating_point()
+            if usual and sequences is None and value.shape == (*shape[:-1], 1):
+                value = value.expand(shape)
+            elif not usual or value.shape != shape:
                 value = _per_token(name, value, logprob, sequences)
         else:
             if value.device != device or value.shape != shape:
                 _check_place(name, value, logprob)
             if kind == "like" and not value.is_floating_point():
                 raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-            if kind == "index" and value.dtype != torch.int64:
-                raise TypeError(f"token_index: expected dtype torch.int64, got {value.dtype}")
             if kind == "mask" and value.dtype != torch.bool:
                 value = value != 0
         found[name] = value if name == "entropy" else value.detach()
@@ -176,31 +181,20 @@ def check_mask(name: str, value: Any, logprob: Tensor, like: str = "logprob") ->
 
 
 def _per_token(name: str, value: Tensor, logprob: Tensor, sequences: Sequences | None) -> Tensor:
-    """``value`` in ``logprob``'s shape: as given; one per sequence; 0-d one for all. Floating point."""
-    if value.dtype == torch.bool and name != "token_weight":  # which may be a mask
-        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-    if not value.is_floating_point():
-        value = value.to(torch.float64)
-    shape = logprob.shape
-    if value.device != logprob.device:
-        raise ValueError(f"{name}: expected on the device of logprob, {logprob.device}, got {value.device}")
-    if value.shape == shape:
-        return value
-    per_sequence = tuple(shape[:-1])
-    if sequences is not None and sequences.lengths is not None:
-        per_sequence = tuple(sequences.lengths.shape)
-        if value.shape in (per_sequence, (*per_sequence, 1)):
-            return sequences.spread(value.reshape(-1)).view(shape)
-    # One per sequence, never one per position: of a square batch (B,) could be read both ways
-    elif value.shape in (per_sequence, (*per_sequence, 1)) and value.dim() > 0:
-        return value.reshape(*per_sequence, 1).expand(shape)
-    fits = value.dim() == len(shape) and all(a in (1, b) for a, b in zip(value.shape, shape, strict=True))
-    if value.dim() > 0 and (sequences is not None or not fits):
-        raise ValueError(
-            f"{name}: expected logprob's shape {tuple(shape)}, one per sequence {per_sequence}, or size 1 where one "
-            f"value serves all, got {tuple(value.shape)}"
-        )
-    return value.expand(shape)
+    """As :func:`per_token`; one per sequence where they are packed, and a weight may be a mask."""
+    if name == "token_weight" and value.dtype == torch.bool:
+        value = value.to(torch.float32)
+    if sequences is not None and sequences.lengths is not None and value.dim() > 0 and value.shape != logprob.shape:
+        count = sequences.lengths.numel()
+        if value.shape not in ((count,), (count, 1)):
+            raise ValueError(
+                f"{name}: expected logprob's shape {tuple(logprob.shape)}, one per sequence ({count},), or 0-d, got "
+                f"{tuple(value.shape)}"
+            )
+        if value.device != logprob.device:
+            raise ValueError(f"{name}: expected on the device of logprob, {logprob.device}, got {value.device}")
+        value = sequences.spread(value.reshape(-1)).view(logprob.shape)
+    return per_token(name, value, logprob)
 
 
 def _check_tensor(name: str, value: Any) -> None:
