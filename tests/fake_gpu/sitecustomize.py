@@ -6,12 +6,14 @@ library that torch's autograd asks for streams, after torch fake_gpu.py, which s
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -77,6 +79,9 @@ def _around(name: str, execute: Any) -> Any:
 
 
 sys.meta_path.insert(0, Finder())
+# The engine's thread of the fake device may still be giving up its last references. One that asks for the GIL when
+# Python has begun to end is unwound through C++, which aborts the process: so the end waits for it, last of all
+atexit.register(time.sleep, 0.3)
 
 
 def _run_the_shadowed() -> None:
