@@ -49,6 +49,30 @@ def integer(name: str, value: Any) -> Any:
     raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
 
 
+def check_tensor(name: str, value: Any, also: str = "") -> None:
+    """Raise TypeError, naming the argument, for anything else; ``also``: what else would have done."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor{also}, got {type(value).__name__}")
+
+
+def check_place(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Raise ValueError where ``value`` is not on the device and of the shape of the argument ``like_name``."""
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected on the device of {like_name}, {like.device}, got {value.device}")
+    if value.shape != like.shape:
+        raise ValueError(f"{name}: expected {like_name}'s shape {tuple(like.shape)}, got {tuple(value.shape)}")
+
+
+def group_name(group: Any) -> str:
+    """The name of a ``batch_group``, "" for None."""
+    if group is None:
+        return ""
+    name = getattr(group, "group_name", None)
+    if name is None:
+        raise TypeError(f"batch_group: expected a torch.distributed process group or None, got {type(group).__name__}")
+    return name
+
+
 def values_are_checked(tensor: torch.Tensor) -> bool:
     """Errors that need values are raised on the CPU; elsewhere with ENTROPY_KERNELS_DEBUG=1: they cost a sync."""
     return tensor.device.type == "cpu" or debugging()

@@ -13,7 +13,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import debugging, integer, number, scalar_tensor
+from entropy_kernels._arguments import (
+    check_place,
+    check_tensor,
+    debugging,
+    group_name,
+    integer,
+    number,
+    scalar_tensor,
+)
 from entropy_kernels.ops import selection as op
 
 __all__ = [
@@ -62,7 +70,7 @@ def token_covariance(
     _check_float("logprob", logprob)
     advantages = per_token("advantages", advantages, logprob)
     mask = _boolean("mask", mask, "logprob", logprob)
-    return covariance_of(logprob.detach(), advantages.detach(), mask, _group_name(batch_group), backend)
+    return covariance_of(logprob.detach(), advantages.detach(), mask, group_name(batch_group), backend)
 
 
 def random_tokens(
@@ -287,7 +295,7 @@ def request(
         seed = seed_tensor(seed, device)
     return Request(
         seed, numbers, ratio, k, bool(at_least_one), low, high,
-        band == "quantile", bool(closed), "" if group is None else _group_name(group), backend,
+        band == "quantile", bool(closed), group_name(group), backend,
     )  # fmt: skip
 
 
@@ -362,7 +370,7 @@ class SelectionBatch:
     """
 
     def __init__(self, batch_group: Any = None, *, backend: str = "auto") -> None:
-        _group_name(batch_group)
+        group_name(batch_group)
         self._group = batch_group
         self._backend = backend
         self._shapes: list[torch.Size] = []
@@ -489,16 +497,14 @@ def _group_device(group: Any) -> torch.device:
 
 
 def _check_float(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
 
 
 def per_token(name: str, value: Any, logprob: Tensor) -> Tensor:
     """``value`` in ``logprob``'s shape (B, L), detached: as given; (B,) or (B, 1) one per sequence; 0-d one for all."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    check_tensor(name, value)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     value = value.detach()
@@ -531,8 +537,7 @@ def _expand(name: str, value: Tensor, like_name: str, like: Tensor, also: str = 
 def _boolean(name: str, value: Any, like_name: str, like: Tensor) -> Tensor | None:
     if value is None:
         return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(value).__name__}")
+    check_tensor(name, value, " or None")
     if value.is_complex():
         raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}")
     value = _expand(name, value.detach(), like_name, like)
@@ -542,14 +547,10 @@ def _boolean(name: str, value: Any, like_name: str, like: Tensor) -> Tensor | No
 def check_token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None:
     if value is None:
         return None
-    if not isinstance(value, Tensor):
-        raise TypeError(f"token_index: expected a torch.Tensor or None, got {type(value).__name__}")
+    check_tensor("token_index", value, " or None")
     if value.dtype != torch.int64:
         raise TypeError(f"token_index: expected dtype torch.int64, got {value.dtype}")
-    if value.shape != like.shape:
-        raise ValueError(f"token_index: expected {like_name}'s shape {tuple(like.shape)}, got {tuple(value.shape)}")
-    if value.device != like.device:
-        raise ValueError(f"token_index: expected on the device of {like_name}, {like.device}, got {value.device}")
+    check_place("token_index", value, like_name, like)
     return value
 
 
@@ -578,23 +579,6 @@ def seed_tensor(seed: Any, device: torch.device) -> Tensor:
     return scalar_tensor(value, torch.int64, device)
 
 
-def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]:
-    """Ratio and k, of which one is None, in Python's types or as they are if tensors."""
-    if not isinstance(ratio, Tensor) and not isinstance(k, Tensor):
-        return check_count(ratio, k, default)
-    plain = check_count(_known("ratio", ratio, 1.0), _known("k", k, 0), default)
-    return ratio if isinstance(ratio, Tensor) else plain[0], k if isinstance(k, Tensor) else plain[1]
-
-
-def _bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
-    """The same of the bounds of a band."""
-    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
-        return check_band(low, high, band)
-    least, most = (0.0, 1.0) if band == "quantile" else (-math.inf, math.inf)
-    plain = check_band(_known("low", low, least), _known("high", high, most), band)
-    return low if isinstance(low, Tensor) else plain[0], high if isinstance(high, Tensor) else plain[1]
-
-
 def _known(name: str, value: Any, unknown: float) -> Any:
     """A number as it is; of a 0-d tensor ``unknown``, a value that is right, but when debugging its own."""
     if not isinstance(value, Tensor):
@@ -608,40 +592,34 @@ def _known(name: str, value: Any, unknown: float) -> Any:
     return value.to(torch.int64 if isinstance(unknown, int) else torch.float64).item()
 
 
-def check_count(ratio: float | None, k: int | None, default: float | None) -> tuple[float | None, int | None]:
+def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]:
+    """Ratio and k, of which one is None, in Python's types or as they are if tensors."""
     if k is not None:
         if ratio is not None:
             raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
-        k = integer("k", k)
-        if k < 0:
-            raise ValueError(f"k: expected >= 0, got {k}")
-        return None, k
+        count = integer("k", _known("k", k, 0))
+        if count < 0:
+            raise ValueError(f"k: expected >= 0, got {count}")
+        return None, k if isinstance(k, Tensor) else count
     if ratio is None:
         if default is None:
             raise ValueError("ratio, k: expected one of them, got neither")
         return default, None
-    ratio = number("ratio", ratio)
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio: expected a fraction in (0, 1], got {ratio}")
-    return float(ratio), None
+    share = number("ratio", _known("ratio", ratio, 1.0))
+    if not 0 < share <= 1:
+        raise ValueError(f"ratio: expected a fraction in (0, 1], got {share}")
+    return ratio if isinstance(ratio, Tensor) else float(share), None
 
 
-def check_band(low: float, high: float, band: str) -> tuple[float, float]:
+def _bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
+    """The same of the bounds of a band."""
     if band not in ("absolute", "quantile"):
         raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")
-    low, high = number("low", low), number("high", high)
-    for name, value in (("low", low), ("high", high)):
+    least, most = (0.0, 1.0) if band == "quantile" else (-math.inf, math.inf)
+    least, most = number("low", _known("low", low, least)), number("high", _known("high", high, most))
+    for name, value in (("low", least), ("high", most)):
         if band == "quantile" and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a share in [0, 1] with band='quantile', got {value}")
-    if not low < high:
-        raise ValueError(f"low: expected < high, got low={low}, high={high}")
-    return float(low), float(high)
-
-
-def _group_name(group: Any) -> str:
-    if group is None:
-        return ""
-    name = getattr(group, "group_name", None)
-    if name is None:
-        raise TypeError(f"batch_group: expected a torch.distributed process group or None, got {type(group).__name__}")
-    return name
+    if not least < most:
+        raise ValueError(f"low: expected < high, got low={least}, high={most}")
+    return low if isinstance(low, Tensor) else float(least), high if isinstance(high, Tensor) else float(most)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import integer, number, scalar_tensor
+from entropy_kernels._arguments import group_name, integer, number, scalar_tensor
 from entropy_kernels.losses import presets, surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, Aggregation
 from entropy_kernels.losses.kl import check_estimator
@@ -141,7 +141,7 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
         seeds=given["seed"] if selection is not None and isinstance(given.get("seed"), SeedCounter) else None,
         penalty=penalty,
         kl_coef=coefficients["kl_coef"],
-        group="" if given["batch_group"] is None else given["batch_group"].group_name,
+        group=group_name(given["batch_group"]),
         backend=given.get("backend", "auto"),
     )
 
@@ -162,8 +162,7 @@ def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
     mode, group, dp_size = given["loss_agg_mode"], given["batch_group"], given["dp_size"]
     if mode not in AGG_MODES and mode != "none":
         raise ValueError(f"loss_agg_mode: expected one of {', '.join(map(repr, AGG_MODES))}, 'none', got {mode!r}")
-    if group is not None and getattr(group, "group_name", None) is None:
-        raise TypeError(f"batch_group: expected a torch.distributed process group or None, got {type(group).__name__}")
+    group_name(group)  # which refuses what is no group
     dp_size = dp_size if type(dp_size) is int else integer("dp_size", dp_size)
     if dp_size < 1:
         raise ValueError(f"dp_size: expected >= 1, got {dp_size}")

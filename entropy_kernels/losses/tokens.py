@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import values_are_checked
+from entropy_kernels._arguments import check_place, check_tensor, values_are_checked
 from entropy_kernels.losses.aggregation import Aggregation, Sequences
 from entropy_kernels.losses.options import LossOptions, used
 from entropy_kernels.selection import check_token_index, per_token
@@ -62,7 +62,7 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
     """
     logprob = given["logprob"]
     if not isinstance(logprob, Tensor) or not logprob.is_floating_point() or logprob.dim() == 0:
-        _check_tensor("logprob", logprob)
+        check_tensor("logprob", logprob)
         if not logprob.is_floating_point():
             raise TypeError(f"logprob: expected a floating-point dtype, got {logprob.dtype}")
         raise ValueError("logprob: expected at least one dimension, often (B, L), got a 0-d tensor")
@@ -78,7 +78,7 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
         if value is None and name not in ("old_logprob", "advantages"):
             continue
         if not isinstance(value, Tensor) or value.is_complex():
-            _check_tensor(name, value)
+            check_tensor(name, value)
             raise TypeError(f"{name}: expected a {_EXPECTED[kind]} dtype, got {value.dtype}")  # type: ignore[union-attr]
         if kind == "index":
             value = check_token_index(value, "logprob", logprob)
@@ -89,8 +89,7 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
             elif not usual or value.shape != shape:
                 value = _per_token(name, value, logprob, sequences)
         else:
-            if value.device != device or value.shape != shape:
-                _check_place(name, value, logprob)
+            check_place(name, value, "logprob", logprob)
             if kind == "like" and not value.is_floating_point():
                 raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
             if kind == "mask" and value.dtype != torch.bool:
@@ -118,15 +117,20 @@ def check_term(
     term: Any, mask: Any, cu_seqlens: Any, aggregation: Aggregation
 ) -> tuple[Tensor, Tensor | None, Sequences]:
     """Of :func:`entropy_kernels.aggregate`: the term in fp32 or fp64, the mask as bool; raises as :func:`check`."""
-    _check_tensor("term", term)
+    check_tensor("term", term)
     if not term.is_floating_point() or term.dim() == 0:
         raise TypeError(f"term: expected a floating-point tensor of at least one dimension, got {term.dtype}")
-    valid = check_mask("mask", mask, term, "term")
+    if mask is not None:
+        check_tensor("mask", mask)
+        if mask.is_complex():
+            raise TypeError(f"mask: expected a bool, int or float 0/1 dtype, got {mask.dtype}")
+        check_place("mask", mask, "term", term)
+        mask = mask.detach() != 0
     sequences = _sequences("term", term, cu_seqlens, aggregation, "")
     term = term.to(torch.float64 if term.dtype == torch.float64 else torch.float32)
     if sequences is None:
-        return term, valid, _ROWS
-    return term.reshape(-1), None if valid is None else valid.reshape(-1), sequences
+        return term, mask, _ROWS
+    return term.reshape(-1), None if mask is None else mask.reshape(-1), sequences
 
 
 def _sequences(name: str, like: Tensor, cu_seqlens: Any, aggregation: Aggregation, why: str) -> Sequences | None:
@@ -145,7 +149,7 @@ def packed_sequences(cu_seqlens: Any, logprob: Tensor) -> Sequences | None:
     """The sequences that ``cu_seqlens`` (S + 1,) cuts the flattened tokens of ``logprob`` into; None for None."""
     if cu_seqlens is None:
         return None
-    _check_tensor("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected dtype torch.int32 or torch.int64, got {cu_seqlens.dtype}")
     if cu_seqlens.device != logprob.device:
@@ -168,18 +172,6 @@ def packed_sequences(cu_seqlens: Any, logprob: Tensor) -> Sequences | None:
     return Sequences.packed(ends.diff(), tokens, logprob.shape[-1])
 
 
-def check_mask(name: str, value: Any, logprob: Tensor, like: str = "logprob") -> Tensor | None:
-    """``value`` as bool in the shape of ``logprob``, which is the argument ``like``; None stays None."""
-    if value is None:
-        return None
-    _check_tensor(name, value)
-    if value.is_complex():
-        raise TypeError(f"{name}: expected a bool, int or float 0/1 dtype, got {value.dtype}")
-    _check_place(name, value, logprob, like)
-    value = value.detach()
-    return value if value.dtype == torch.bool else value != 0
-
-
 def _per_token(name: str, value: Tensor, logprob: Tensor, sequences: Sequences | None) -> Tensor:
     """As :func:`per_token`; one per sequence where they are packed, and a weight may be a mask."""
     if name == "token_weight" and value.dtype == torch.bool:
@@ -195,18 +187,6 @@ def _per_token(name: str, value: Tensor, logprob: Tensor, sequences: Sequences |
             raise ValueError(f"{name}: expected on the device of logprob, {logprob.device}, got {value.device}")
         value = sequences.spread(value.reshape(-1)).view(logprob.shape)
     return per_token(name, value, logprob)
-
-
-def _check_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-
-
-def _check_place(name: str, value: Tensor, logprob: Tensor, like: str = "logprob") -> None:
-    if value.device != logprob.device:
-        raise ValueError(f"{name}: expected on the device of {like}, {logprob.device}, got {value.device}")
-    if value.shape != logprob.shape:
-        raise ValueError(f"{name}: expected {like}'s shape {tuple(logprob.shape)}, got {tuple(value.shape)}")
 
 
 def _warn_about_lost_gradient(options: LossOptions) -> None:
