@@ -7,7 +7,7 @@ larger than its own, but for a factor (two roundings of the same product differ)
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,20 +34,14 @@ class Linear:
 
     def copy(self, *grad: str, dtype: torch.dtype | None = None) -> Linear:
         """The same values as leaves of ``dtype``; those named in ``grad`` require a gradient."""
-        tensors = {}
-        for name in ("hidden", "weight", "bias"):
-            value = getattr(self, name)
-            if value is not None:
-                value = value.detach()
-                value = value if dtype is None else value.to(dtype)
-                value = value.requires_grad_(name in grad)
-            tensors[name] = value
-        return Linear(target=self.target, kwargs=self.kwargs, **tensors)
+        values = {name: getattr(self, name).detach().to(dtype) for name in self.factors()}
+        return replace(self, **{name: x.requires_grad_(name in grad) for name, x in values.items()})
 
     def to(self, device: str) -> Linear:
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        kwargs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.kwargs.items()}
-        return Linear(**tensors, kwargs=kwargs)
+        def there(values: dict[str, Any]) -> dict[str, Any]:
+            return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()}
+
+        return Linear(**there(vars(self) | {"kwargs": there(self.kwargs)}))
 
     def factors(self) -> list[str]:
         return ["hidden", "weight"] + (["bias"] if self.bias is not None else [])
@@ -71,7 +65,7 @@ def make(
 def budgets(case: Linear) -> Iterator[tuple[str, int]]:
     """(mode, memory_budget) of every way to compute the case: logits kept, recomputed in one, some and many tiles."""
     # a call that needs a gradient, whatever the case's tensors do now
-    probe = case.copy("hidden", "weight", *(["bias"] if case.bias is not None else []))
+    probe = case.copy(*case.factors())
     options = {"vocab_size": case.kwargs.get("vocab_size"), "logits_dtype": case.kwargs.get("logits_dtype")}
 
     def plan(budget: int) -> ek.LinearPlan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import entropy_kernels as ek
 from linear_cases import Linear, budgets, judge, make, run, upstream
 
+compile_eager = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -22,15 +24,12 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def arguments(case: Linear, keep: bool, want: int = 15, logits: torch.dtype | None = None) -> tuple[Any, ...]:
-    dtype = case.hidden.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    needs = [x is not None and x.requires_grad for x in (case.hidden, case.weight, case.bias)]
-    vocab = case.weight.shape[0]
-    return (
-        case.hidden, case.weight, case.bias, case.target, torch.ones(1, dtype=wide), 0.0, -100, 0, vocab,
-        dtype, logits or dtype, 1 << 30 if keep else 60_000, "", "auto", want, keep, *needs,
-    )  # fmt: skip
+def arguments(case: Linear, keep: bool) -> tuple[Any, ...]:
+    dtype, tensors = case.hidden.dtype, (case.hidden, case.weight, case.bias)
+    temperature = torch.ones(1, dtype=torch.promote_types(dtype, torch.float32))
+    numbers = 0.0, -100, 0, len(case.weight), dtype, dtype, 1 << 30 if keep else 60_000, "", "auto", 15
+    needs = [x is not None and x.requires_grad for x in tensors]
+    return (*tensors, case.target, temperature, *numbers, keep, *needs)
 
 
 @pytest.mark.parametrize("keep", (False, True))
@@ -76,9 +75,8 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones() -> None:
 
 def step(budget: int | None, **kwargs: Any) -> Callable:
     def loss(hidden: Any, weight: Any, bias: Any, target: Any, temperature: Any) -> torch.Tensor:
-        out = ek.linear_token_stats(
-            hidden, weight, target, bias, temperature=temperature, memory_budget=budget, **kwargs
-        )
+        options = {"temperature": temperature, "memory_budget": budget, **kwargs}
+        out = ek.linear_token_stats(hidden, weight, target, bias, **options)
         return (1.5 * out.logprob - 0.25 * out.entropy + out.collision + out.vocab_covariance.detach()).sum()
 
     return loss
@@ -91,8 +89,7 @@ def both(eager: Callable, compiled: Callable, case: Linear, temperature: Any = 0
         value = function(leaves.hidden, leaves.weight, leaves.bias, leaves.target, temperature)
         gradients = torch.autograd.grad(value, (leaves.hidden, leaves.weight, leaves.bias))
         results.append((value.detach(), *gradients))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
@@ -102,9 +99,8 @@ def test_fullgraph(dtype: torch.dtype) -> None:
     for _, budget in budgets(case):
         torch._dynamo.reset()  # the budgets share a code object, which may be compiled eight times
         eager = step(budget, softcap=30.0)
-        both(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), case)
-        temperatures = torch.rand(2, 12) + 0.5
-        both(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), case, temperatures)
+        for temperature in (0.7, torch.rand(2, 12) + 0.5):
+            both(eager, compile_eager(eager), case, temperature)
 
 
 def test_inductor() -> None:
@@ -113,26 +109,20 @@ def test_inductor() -> None:
 
 
 def test_compiled_under_autocast() -> None:
-    case = make(24)
-
     def loss(*inputs: Any) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return step(None)(*inputs)
 
-    both(loss, torch.compile(loss, fullgraph=True, backend="aot_eager"), case)
+    both(loss, compile_eager(loss), make(24))
 
 
 def test_an_equal_budget_is_the_same() -> None:
     """Each time another object, as one that a trainer computes."""
     counter = CompileCounterWithBackend("aot_eager")
-
-    def loss(hidden: Any, weight: Any, bias: Any, target: Any, temperature: Any, budget: int) -> torch.Tensor:
-        return step(budget)(hidden, weight, bias, target, temperature)
-
-    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda budget, *inputs: step(budget)(*inputs), fullgraph=True, backend=counter)
     case = make(24).copy("hidden", "weight", "bias")
     for megabytes in ("1000", "1000", "1000"):
-        compiled(case.hidden, case.weight, case.bias, case.target, 0.7, int(megabytes) << 20)
+        compiled(int(megabytes) << 20, case.hidden, case.weight, case.bias, case.target, 0.7)
     assert counter.frame_count == 1
 
 
@@ -148,10 +138,7 @@ def test_a_new_temperature_or_batch_size_recompiles_once() -> None:
 def test_compiled_under_no_grad() -> None:
     case = make(24, temperature=0.7)
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def rollout(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, bias: torch.Tensor) -> Any:
-        return ek.linear_token_stats(hidden, weight, target, bias, temperature=0.7)
-
+    rollout = compile_eager(lambda *inputs: ek.linear_token_stats(*inputs, temperature=0.7))
     with torch.no_grad():
         judge(case, rollout(case.hidden, case.weight, case.target, case.bias)._asdict())
 
@@ -184,5 +171,5 @@ def test_activation_checkpointing(budget: int) -> None:
 
     out = checkpoint(head, leaves.hidden, use_reentrant=False)
     torch.autograd.backward(list(out), list(upstream(case, ("logprob", "entropy")).values()))
-    for name in ("hidden", "weight", "bias"):
+    for name in leaves.factors():
         torch.testing.assert_close(getattr(leaves, name).grad, expected[f"d_{name}"])

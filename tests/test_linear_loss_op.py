@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,11 +60,10 @@ class Loss:
 
     def final(self, logprob: Tensor, entropy: Tensor) -> op.Final:
         c, e, _ = self.predicted(slice(None), logprob, entropy)
-        assert e is not None
         chosen = torch.zeros_like(c)
         if self.k:
-            chosen = chosen.scatter(0, logprob.topk(self.k, largest=False).indices, 0.5)
-            chosen = chosen if self.late else chosen / self.old.shape[0]
+            size = 0.5 if self.late else 0.5 / self.old.shape[0]
+            chosen = chosen.scatter(0, logprob.topk(self.k, largest=False).indices, size)
         loss = (c + e * entropy + chosen * logprob).sum()
         factor = torch.ones_like(loss) / self.old.shape[0] if self.late else None
         loss = loss if factor is None else loss * factor
@@ -92,17 +92,9 @@ def expected(batch: Batch, **kind: Any) -> Batch:
 
 
 def step(batch: Batch, budget: int, buffer: Tensor | None, kind: dict[str, Any], head: dict[str, Any]) -> Any:
-    hidden, weight, bias, target, old, advantages = batch
-    made = linear_loss(
-        1.0 * hidden,
-        weight,
-        target,
-        1.0 * bias,
-        Loss(old, advantages, **kind),
-        grad_buffer=buffer,
-        memory_budget=budget,
-        **head,
-    )
+    hidden, weight, bias, target, *tokens = batch
+    options = {"grad_buffer": buffer, "memory_budget": budget, **head}
+    made = linear_loss(1.0 * hidden, weight, target, 1.0 * bias, Loss(*tokens, **kind), **options)
     return None if made is None else (made[0] * 1.0, made[1])
 
 
@@ -120,9 +112,7 @@ def found(
     return loss.detach(), hidden, weight if buffer is None else buffer, bias  # type: ignore[return-value]
 
 
-def same(ours: Batch, right: Batch) -> None:
-    for a, b in zip(ours, right, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+same = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 
 
 ONE, FEW = 1 << 30, 150_000  # one part, 2 to 5
@@ -135,6 +125,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "sequences": {"k": 5, "sequences": True, "cuts": L},
     "ragged": {"k": 5, "cuts": RAGGED},
 }
+
+
+compile_eager = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
 
 
 @pytest.fixture(autouse=True)
@@ -150,9 +143,8 @@ def test_equal_to_autograd(name: str, buffered: bool) -> None:
     if buffered and name == "late factor":
         pytest.skip("a buffer takes no factor")
     right = expected(batch, **kind)
-    same(found(step, batch, ONE, buffered, **kind), right)
-    same(found(step, batch, FEW, buffered, **kind), right)
-    same(found(torch.compile(step, fullgraph=True, backend="aot_eager"), batch, FEW, buffered, **kind), right)
+    for run, budget in ((step, ONE), (step, FEW), (compile_eager(step), FEW)):
+        same(found(run, batch, budget, buffered, **kind), right)
 
 
 @pytest.mark.slow
@@ -202,10 +194,9 @@ def test_parts_hold_whole_sequences() -> None:
 def test_halves(dtype: torch.dtype) -> None:
     """A factor beside the scale that fp16 needs; compiled as eager."""
     batch = make(120, dtype)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for name, buffered in (("late factor", False), ("selection", True)):
         right = expected(batch, **KINDS[name])
-        for run in (step, compiled):
+        for run in (step, compile_eager(step)):
             for a, b in zip(found(run, batch, 80_000, buffered, **KINDS[name]), right, strict=True):
                 assert (a.double() - b).norm() <= 2e-2 * b.norm()
 
@@ -217,8 +208,7 @@ def test_compiled_under_autocast() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return step(*inputs)
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for a, b in zip(found(compiled, batch, 80_000), found(run, batch, 80_000), strict=True):
+    for a, b in zip(found(compile_eager(run), batch, 80_000), found(run, batch, 80_000), strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -240,7 +230,6 @@ def sharded(rank: int, world: int) -> dict[str, Any]:
     """Runs on every rank, compiled: shards of one width, of several; eager: a sequence that fits one of them."""
     batch = make(120)
     results: dict[str, Any] = {}
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for name, cut, given in (("equal", 102, False), ("unequal", 180, True)):
         shard = slice(0, cut) if rank == 0 else slice(cut, V)
         width = 102 if name == "equal" else shard.stop - shard.start
@@ -248,21 +237,19 @@ def sharded(rank: int, world: int) -> dict[str, Any]:
         head = {"vocab_group": dist.group.WORLD, "vocab_size": V}
         head |= {"vocab_start": shard.start} if given else {}
         mine = (batch[0], weight, bias, *batch[3:])
-        results[name] = found(compiled, mine, FEW, head=head, **KINDS["selection"])
+        results[name] = found(compile_eager(step), mine, FEW, head=head, **KINDS["selection"])
     hidden = batch[0].requires_grad_()
-    results["fits"] = (
-        step((hidden, *mine[1:]), 80_000, None, {"cuts": 60}, head) is not None
-    )  # rank 1 alone would say so
+    # rank 1 alone would say so
+    results["fits"] = step((hidden, *mine[1:]), 80_000, None, {"cuts": 60}, head) is not None
     return results
 
 
 @pytest.mark.slow
 def test_a_sharded_vocabulary() -> None:
     ranks = run_ranks(2, sharded)
-    loss, hidden, weight, bias = expected(make(120), **KINDS["selection"])
+    right = expected(make(120), **KINDS["selection"])
     assert [rank.pop("fits") for rank in ranks] == [False, False]
     for name in ranks[0]:
-        both = [rank[name] for rank in ranks]
-        heads = [torch.cat([x[i] for x in both])[:V] for i in (2, 3)]
-        for ours in both:
-            same((ours[0], ours[1], *heads), (loss, hidden, weight, bias))
+        heads = [torch.cat([rank[name][i] for rank in ranks])[:V] for i in (2, 3)]
+        for rank in ranks:
+            same((*rank[name][:2], *heads), right)
