@@ -50,11 +50,8 @@ def _registered(surrogate: str, options: Callable[[Any], dict[str, Any]]) -> Cal
 
 
 def _vanilla(config: Any) -> dict[str, Any]:
-    return {
-        "clip_low": config.clip_ratio_low,
-        "clip_high": config.clip_ratio_high,
-        "dual_clip": config.get("clip_ratio_c", 3.0),
-    }
+    dual_clip = config.get("clip_ratio_c", 3.0)
+    return {"clip_low": config.clip_ratio_low, "clip_high": config.clip_ratio_high, "dual_clip": dual_clip}
 
 
 def _dro(config: Any) -> dict[str, Any]:

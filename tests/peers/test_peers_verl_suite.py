@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 FOLDER = "tests/trainer/ppo"
 FILES = (
     "test_core_algos_on_cpu.py",  # kl_penalty
@@ -18,20 +16,21 @@ FILES = (
     "test_rollout_corr_integration.py",  # vanilla with weights
     "test_value_loss_normalization_on_cpu.py",  # agg_loss in every mode, in micro-batches and over ranks
 )
+HERE = Path(__file__).parent
+PATH = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH}
 
 
 def test_verls_own_tests_pass_with_ours(tmp_path: Path) -> None:
     root = Path(str(importlib.metadata.distribution("verl").locate_file("")))
     files = [root / FOLDER / name for name in FILES]
     assert all(file.is_file() for file in files), f"no tests of verl in {root / FOLDER}"
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
     calls = tmp_path / "calls"
     # none of our configuration: another root, no conftest, no options
     command = [sys.executable, "-m", "pytest", "-q", "-p", "swapped", "-p", "no:cacheprovider", "-c", os.devnull]
     done = subprocess.run(
         [*command, f"--rootdir={root}", *map(str, files)],
-        env={**os.environ, "PYTHONPATH": path, "SWAPPED_CALLS": str(calls), "PYTEST_ADDOPTS": ""},
+        env={**ENVIRONMENT, "SWAPPED_CALLS": str(calls), "PYTEST_ADDOPTS": ""},
         cwd=tmp_path, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,7 +39,7 @@ def test_verls_own_tests_pass_with_ours(tmp_path: Path) -> None:
     print(done.stdout.splitlines()[-1], counts)
 
 
-def test_the_swap_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_swap_is_seen() -> None:
     """The registry of verl still holds its own functions; what the tests import is ours."""
     code = (
         "import swapped\n"
@@ -48,6 +47,4 @@ def test_the_swap_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         "assert agg_loss.__wrapped__ is swapped.agg_loss\n"
         "assert compute_policy_loss_vanilla.__module__ == 'swapped'\n"
     )
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=300)
