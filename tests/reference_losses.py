@@ -1,12 +1,18 @@
 """The losses in float64 numpy, from SPEC's formulas, with gradients derived by hand: no autograd, no torch.
 
+With D = lp - old, r = e^D (never clamped) and the advantage A, a surrogate gives each token a value. Its gradient is
+local, d value_t / d lp_t, or goes through a mean over the sequence, as of GSPO's ratio s_b = exp(mean D):
+d value_t / d lp_u is then ``slope_t · share_u`` for every u of t's sequence.
+
 Follows verl's functions step by step where the preset is `verl` (masked means over N, strict comparisons, n at least 1,
 a permutation of the candidates in row-major order), and Eq. 12 and 13 of the paper where it is `paper`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,14 +23,77 @@ Array = np.ndarray
 class Reference:
     """Value, gradients and metrics of a loss, and the sizes that a rounding bound needs."""
 
-    loss: float
+    loss: Any  # a number, or with mode "none" those of the tokens
     logprob: Array  # d loss / d logprob
     entropy: Array | None  # d loss / d entropy
     metrics: dict[str, float]
     absolute: float  # the same aggregate of absolute values: what cancellation loses digits of
     size: Array  # per token: the sum of the absolute values of the gradient's terms
     log_ratio: Array
-    selected: Array = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+
+class Tokens:
+    """(B, L) float64; ``mask`` bool. Everything is 0 where masked."""
+
+    def __init__(self, lp: Array, old: Array, advantages: Array, mask: Array) -> None:
+        self.lp, self.old, self.adv = (np.where(mask, x, 0.0) for x in (lp, old, advantages))
+        self.mask, self.d = mask, self.lp - self.old
+        self.ratio = np.exp(self.d)
+
+    def mean(self, x: Array) -> Array:
+        """(B, L): over the valid tokens of each sequence, 0 where there is none."""
+        mean = np.where(self.mask, x, 0).sum(-1) / np.maximum(self.mask.sum(-1), 1)
+        return mean[..., None] * np.ones_like(self.lp)
+
+
+@dataclass
+class Terms:
+    """(B, L) each. ``share`` is None where the gradient is local."""
+
+    value: Array
+    slope: Array
+    clipped: Array | bool = False
+    lower: Array | bool = False
+    share: Array | None = None
+    size: Array | None = None  # absolute values of what the slope is made of, where it is a sum
+    ratio: Array | None = None  # that may multiply a reference KL; the token's where it is None
+    spread: Array | None = None  # what a rounding of D is multiplied by in the value; |D| where it is None
+
+
+def bounds(clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
+    return -np.inf if clip_low is None else 1 - clip_low, np.inf if clip_high is None else 1 + clip_high
+
+
+def clip(
+    t: Tokens,
+    ratio: Array,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+) -> Terms:
+    """max(-A r, -A clamp(r)), held by a dual clip or by TRL's delta; the slope is with respect to log r."""
+    first, second = -t.adv * ratio, -t.adv * np.clip(ratio, *bounds(clip_low, clip_high))
+    slope, lower = first.copy(), np.zeros_like(t.mask)
+    if delta is not None:
+        assert delta > bounds(clip_low, clip_high)[1], "below it, delta takes the clip's place: nothing a trainer uses"
+        beyond = ratio > delta
+        first = np.where(beyond, -t.adv * delta, first)
+        slope[beyond] = 0
+        lower = beyond & (t.adv < 0)
+    clipped = second > first
+    value = np.where(clipped, second, first)
+    slope[clipped] = 0
+    if dual_clip is not None:
+        held = (t.adv < 0) & (value > -t.adv * dual_clip)
+        value = np.where(held, -t.adv * dual_clip, value)
+        slope[held] = 0
+        lower = lower | held
+    return Terms(value, slope, clipped, lower)
+
+
+def ppo(t: Tokens, **clips: float | None) -> Terms:
+    return clip(t, t.ratio, **clips)
 
 
 def covariance(lp: Array, advantages: Array, mask: Array) -> Array:
@@ -38,11 +107,8 @@ def covariance(lp: Array, advantages: Array, mask: Array) -> Array:
 def clipped_by_ppo(
     lp: Array, old: Array, advantages: Array, mask: Array, low: float | None, high: float | None
 ) -> Array:
-    """l2 > l1, strict."""
-    ratio = np.exp(np.where(mask, lp - old, 0.0))
-    floor = -np.inf if low is None else 1 - low
-    ceiling = np.inf if high is None else 1 + high
-    return (-advantages * np.clip(ratio, floor, ceiling) > -advantages * ratio) & mask
+    """Strictly, so not on a bound."""
+    return ppo(Tokens(lp, old, advantages, mask), clip_low=low, clip_high=high).clipped
 
 
 def candidates(cov: Array, mask: Array, clipped: Array, low: float, high: float, preset: str) -> Array:
@@ -107,7 +173,7 @@ def weights(
     one = mask.astype(float) * dp
     if mode == "token-mean":
         return one / (max(mask.sum(), 1) if tokens is None else tokens)
-    if mode == "token-sum":
+    if mode in ("token-sum", "none"):
         return one
     if mode == "seq-mean-token-sum":
         return one / non_empty
@@ -123,9 +189,7 @@ def loss(
     advantages: Array,
     mask: Array,
     *,
-    clip_low: float | None = 0.2,
-    clip_high: float | None = 0.2,
-    dual_clip: float | None = None,
+    surrogate: Callable[..., Terms] = ppo,
     dropped: Array | None = None,
     keep_value: bool = False,
     penalized: Array | None = None,
@@ -136,62 +200,67 @@ def loss(
     ref: Array | None = None,
     ref_kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    ref_kl_importance: bool = False,
     mode: str = "token-mean",
     dp_size: int = 1,
     batch_num_tokens: float | None = None,
     global_batch_size: float | None = None,
     loss_scale_factor: float | None = None,
+    token_weight: Array | None = None,
+    upstream: Array | None = None,
+    **options: Any,
 ) -> Reference:
-    """All arrays (..., L) float64, ``mask``, ``dropped`` and ``penalized`` bool; padding must hold finite values."""
-    delta = np.where(mask, lp - old, 0.0)
-    adv = np.where(mask, advantages, 0.0)
-    ratio = np.exp(delta)
-    l1 = -adv * ratio
-    value = l1.copy()
-    slope = l1.copy()  # d(-A r) / d lp = -A r
-    terms, penalty_size = np.zeros_like(l1), np.zeros_like(l1)
-    clipped = clipped_by_ppo(lp, old, adv, mask, clip_low, clip_high)
-    floor = -np.inf if clip_low is None else 1 - clip_low
-    ceiling = np.inf if clip_high is None else 1 + clip_high
-    value[clipped] = (-adv * np.clip(ratio, floor, ceiling))[clipped]
-    slope[clipped] = 0
-    lower = np.zeros_like(mask)
-    if dual_clip is not None:
-        lower = (adv < 0) & (value > -adv * dual_clip)
-        value[lower] = (-adv * dual_clip)[lower]
-        slope[lower] = 0
+    """The aggregated loss, its gradients and metrics.
+
+    Args:
+        lp, old, advantages, mask: (..., L) float64 and bool, as all arrays; padding must hold finite values.
+        surrogate: gets ``options``.
+        ref_kl_importance: the reference KL of a token is multiplied by its r (GSPO's: by its sequence's s), through
+            which its gradient goes as well.
+        mode: of :func:`weights`, or "none": the loss is then the array of the tokens' values, 0 where masked, and the
+            gradients are those of its sum with the factors ``upstream`` (1).
+        token_weight: multiplies a token's value, a constant.
+    """
+    t = Tokens(lp, old, advantages, mask)
+    with np.errstate(all="ignore"):  # e^D may overflow, and a log-prob above 0 is none
+        terms = surrogate(t, **options)
+    value, slope = np.where(mask, terms.value, 0), np.where(mask, terms.slope, 0)
+    size = np.abs(slope) if terms.size is None else np.where(mask, terms.size, 0)
+    absolute = np.abs(value)
+    own, own_size = np.zeros_like(slope), np.zeros_like(slope)  # of the token's log-prob, whatever slope is of
     selected = np.zeros_like(mask)
     if dropped is not None:
         selected = dropped & mask
-        slope[selected] = 0
+        slope, size = np.where(selected, 0, slope), np.where(selected, 0, size)
         if not keep_value:
-            value[selected] = 0
+            value, absolute = np.where(selected, 0, value), np.where(selected, 0, absolute)
     if penalized is not None:
         selected = penalized & mask
-        extra, extra_slope = kl(delta, penalty)
-        value = value + np.where(selected, kl_coef * extra, 0)
-        slope = slope + np.where(selected, kl_coef * extra_slope, 0)
-        penalty_size = np.where(selected, abs(kl_coef) * (np.abs(extra) + _k3(penalty)), 0)
-        terms = np.where(selected, np.abs(l1) + abs(kl_coef) * (np.abs(extra_slope) + 1), 0)
+        extra, own = (np.where(selected, kl_coef * x, 0) for x in kl(t.d, penalty))
+        own_size = np.where(selected, np.abs(own) + abs(kl_coef), 0)
+        value = value + extra
+        absolute = np.abs(value) + 2 * np.where(selected, np.abs(extra) + abs(kl_coef) * _k3(penalty), 0)
 
     w = weights(mask, mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
-    policy = float((w * value).sum())
-    total, absolute = policy, float((w * (np.abs(value) + 2 * penalty_size)).sum())
-    gradient, size = w * slope, w * np.maximum(np.abs(slope), terms)
+    weighted = w * (1.0 if token_weight is None else np.where(mask, token_weight, 0.0))
+    outer = 1.0 if upstream is None else np.where(mask, upstream, 0.0)
+    gradient = _through(terms.share, weighted * outer * slope) + weighted * outer * own
+    size = _through(terms.share, np.abs(weighted * outer) * size) + np.abs(weighted * outer) * own_size
+    total, absolute = weighted * value, np.abs(weighted) * absolute
     n = max(int(mask.sum()), 1)
 
-    def mean(x: Array) -> float:
+    def mean(x: Array | bool) -> float:
         return float(np.where(mask, x, 0).sum() / n)
 
-    cov = covariance(lp, adv, mask)
+    cov = covariance(t.lp, t.adv, mask)
     metrics = {
-        "pg_loss": policy,
-        "clipfrac": mean(clipped),
-        "clipfrac_lower": mean(lower),
-        "ppo_kl": mean(-delta),
-        "ppo_kl_abs": mean(np.abs(delta)),
-        "ratio_mean": mean(ratio),
-        "ratio_max": float(ratio[mask].max()) if mask.any() else 0.0,
+        "pg_loss": float(total.sum()),
+        "clipfrac": mean(terms.clipped),
+        "clipfrac_lower": mean(terms.lower),
+        "ppo_kl": mean(-t.d),
+        "ppo_kl_abs": mean(np.abs(t.d)),
+        "ratio_mean": mean(t.ratio),
+        "ratio_max": float(t.ratio[mask].max()) if mask.any() else 0.0,
         "cov_mean": mean(cov),
         "cov_max": float(cov[mask].max()) if mask.any() else 0.0,
         "nonfinite_tokens": 0.0,
@@ -202,15 +271,30 @@ def loss(
     if entropy is not None:
         h = np.where(mask, entropy, 0.0)
         metrics["entropy"] = mean(h)
-        total -= entropy_coef * float((w * h).sum())
-        absolute += abs(entropy_coef) * float((w * np.abs(h)).sum())
-        gradient_entropy = -entropy_coef * w
+        total = total - entropy_coef * w * h
+        absolute = absolute + np.abs(entropy_coef * w * h)
+        gradient_entropy = -entropy_coef * w * outer
     if ref is not None:
-        estimate, estimate_slope = kl(np.where(mask, lp - ref, 0.0), kl_estimator)
+        estimate, slope = kl(np.where(mask, lp - ref, 0.0), kl_estimator)
         metrics["ref_kl"] = mean(estimate)
-        total += ref_kl_coef * float((w * estimate).sum())
-        absolute += abs(ref_kl_coef) * float((w * (np.abs(estimate) + _k3(kl_estimator))).sum())
-        gradient = gradient + ref_kl_coef * w * estimate_slope
-        # of k3's slope 1 - e^-D both terms count: they cancel at D = 0
-        size = size + np.abs(ref_kl_coef * w) * (np.abs(estimate_slope) + 1)
-    return Reference(total, gradient, gradient_entropy, metrics, absolute, size, delta, selected)
+        factor = np.ones_like(t.d)
+        if ref_kl_importance:
+            factor = t.ratio if terms.ratio is None else terms.ratio
+        each = ref_kl_coef * w * factor
+        total = total + each * estimate
+        gradient = gradient + each * outer * slope
+        # k3 and its slope are differences of numbers near 1
+        absolute = absolute + np.abs(each) * (np.abs(estimate) + _k3(kl_estimator))
+        size = size + np.abs(each * outer) * (np.abs(slope) + 1)
+        if ref_kl_importance:
+            gradient = gradient + _through(terms.share, each * outer * estimate)
+            size = size + _through(terms.share, np.abs(each * outer) * (np.abs(estimate) + 1))
+    spread = np.abs(t.d) if terms.spread is None else np.where(mask, terms.spread, 0)
+    value = total if mode == "none" else float(total.sum())
+    # below 1e-30 fp32 ends, and rounding is no longer relative
+    return Reference(value, gradient, gradient_entropy, metrics, float(absolute.sum()), size + 1e-30, spread)
+
+
+def _through(share: Array | None, slopes: Array) -> Array:
+    """From Σ_t slope_t · d(what the slope is of) to d / d lp."""
+    return slopes if share is None else slopes.sum(-1, keepdims=True) * share
