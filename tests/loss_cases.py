@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import entropy_kernels
 import reference_losses as ref
@@ -38,23 +39,13 @@ class OnDevice:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.device == "cpu":
                 return function(*args, **kwargs)
-            return _copied(function(*_copied(args, self.device), **_copied(kwargs, self.device)), "cpu")
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(self.device), (args, kwargs))
+            return tree_map_only(Tensor, Tensor.cpu, function(*args, **kwargs))
 
         return call
 
 
 ek: Any = OnDevice()
-
-
-def _copied(value: Any, device: str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _copied(item, device) for key, item in value.items()}
-    if isinstance(value, tuple):
-        items = [_copied(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
 
 
 @dataclass
@@ -101,21 +92,31 @@ def random_batch(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
     mask = torch.arange(length) < torch.randint(0, length + 1, (rows, 1), generator=g)  # fully masked rows among them
     if seed % 5 == 0:
         mask = mask & (torch.rand(rows, length, generator=g) < 0.7)
-    if name == "one_token":
+    if name in ("one_token", "all_masked"):
         mask = torch.zeros_like(mask)
-        mask[-1, -1] = True
-    if name == "all_masked":
-        mask = torch.zeros_like(mask)
-    if name == "equal_advantages":
-        advantages = torch.full_like(advantages, 0.7)
-    if name == "zero_advantages":
-        advantages = torch.zeros_like(advantages)
+        mask[-1, -1] = name == "one_token"
+    if name in ("equal_advantages", "zero_advantages"):
+        advantages = torch.full_like(advantages, 0.7 if name == "equal_advantages" else 0.0)
     if name == "on_policy":
         logprob = old.clone()
     # what stands in padding must not matter
     poison = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])[seed % 4]
     logprob, old = (torch.where(mask, x, poison) for x in (logprob, old))
     return Batch(logprob.to(dtype), old.to(dtype), advantages, mask.to(MASK_DTYPES[seed % 5]), name)
+
+
+def ragged(
+    lengths: Any, width: int | None = None, dtype: torch.dtype = torch.float32, padding: float | None = None
+) -> Any:
+    """logprob, old_logprob, advantages and mask of sequences of these lengths, with ``padding`` behind them."""
+    g = torch.Generator().manual_seed(7)
+    lengths = torch.tensor(lengths)
+    shape = len(lengths), int(lengths.max()) if width is None else width
+    old = -3 * torch.rand(shape, generator=g, dtype=dtype)
+    lp = old + 0.3 * torch.randn(shape, generator=g, dtype=dtype)
+    adv = torch.randn(shape, generator=g, dtype=dtype)
+    mask = torch.arange(shape[1]) < lengths[:, None]
+    return *((x if padding is None else torch.where(mask, x, padding)) for x in (lp, old, adv)), mask
 
 
 def random_options(seed: int, mask: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -134,27 +135,38 @@ def leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
 
 
+def differentiated(function: Any, logprob: Tensor, *rest: Any, **options: Any) -> tuple[PolicyLoss, Tensor]:
+    """The loss after the backward pass of its sum, and the gradient of ``logprob``."""
+    x = leaf(logprob)
+    out = function(x, *rest, **options)
+    out.loss.sum().backward()
+    assert x.grad is not None and x.grad.dtype == logprob.dtype
+    return out, x.grad
+
+
+def assert_same(a: tuple[PolicyLoss, Tensor], b: tuple[PolicyLoss, Tensor], **tolerance: float) -> None:
+    """Losses, gradients and metrics."""
+    left, right = ((out.loss, gradient, dict(out.metrics)) for out, gradient in (a, b))
+    torch.testing.assert_close(left, right, **tolerance)
+
+
 def assert_matches(
-    out: PolicyLoss, logprob: Tensor, expected: ref.Reference, entropy: Tensor | None = None, name: str = ""
+    out: PolicyLoss, gradient: Tensor, expected: ref.Reference, entropy: Tensor | None = None, name: str = ""
 ) -> None:
-    """Loss, gradients (already computed) and metrics within the rounding of ``out``'s dtype.
+    """Loss, gradient by logprob, that in ``entropy`` and metrics within the rounding of ``out``'s dtype.
 
     The bound of a token's gradient is relative to the terms it is made of; only r = e^D loses more than an ulp per
-    operation, eps·|D|. The bound of the loss is relative to the sum of absolute values.
+    operation, eps·|D|. The bound of the loss is relative to the sum of absolute values, in fp64 at most 1e-10 of it.
     """
     eps = torch.finfo(out.loss.dtype).eps
-    input_eps = max(eps, torch.finfo(logprob.dtype).eps)
+    input_eps = max(eps, torch.finfo(gradient.dtype).eps)
     spread = 1 + np.abs(expected.log_ratio)
     worst = float(spread.max(initial=1.0))
-    size = expected.log_ratio.size
-    assert not out.loss.isnan(), f"{name}: loss is NaN"
-    error = abs(float(out.loss.detach()) - expected.loss)
-    allowed = 8 * eps * worst * expected.absolute * (1 + np.log2(size + 1))
-    assert error <= allowed, (
-        f"{name}: loss {float(out.loss.detach()):.9g}, expected {expected.loss:.9g}, {error=:.3g} > {allowed:.3g}"
-    )
-    assert logprob.grad is not None and logprob.grad.dtype == logprob.dtype
-    _assert_gradient(f"{name}: gradient of logprob", logprob.grad, expected.logprob, expected.size * spread, input_eps)
+    loss = float(out.loss.detach())
+    error = abs(loss - expected.loss)
+    allowed = expected.absolute * min(8 * eps * worst * (1 + np.log2(spread.size + 1)), 1e-10 if eps < 1e-10 else 1)
+    assert error <= allowed, f"{name}: loss {loss:.9g}, expected {expected.loss:.9g}, {error=:.3g} > {allowed:.3g}"
+    _assert_gradient(f"{name}: gradient of logprob", gradient, expected.logprob, expected.size * spread, input_eps)
     if entropy is not None:
         assert entropy.grad is not None and expected.entropy is not None
         _assert_gradient(f"{name}: gradient of entropy", entropy.grad, expected.entropy, np.abs(expected.entropy), eps)
@@ -168,11 +180,8 @@ def assert_matches(
 
 
 def _assert_gradient(name: str, actual: Tensor, exact: np.ndarray, size: np.ndarray, eps: float) -> None:
-    got = actual.double().numpy()
-    allowed = 8 * eps * size
-    error = np.abs(got - exact)
-    if not (error <= allowed).all():  # NaN fails too
-        at = np.unravel_index(
-            np.nanargmax(np.where(error <= allowed, 0, np.nan_to_num(error, nan=np.inf))), error.shape
-        )
+    got, allowed = actual.double().numpy(), 8 * eps * size
+    wrong = ~(np.abs(got - exact) <= allowed)  # NaN too
+    if wrong.any():
+        at = tuple(np.argwhere(wrong)[0])
         raise AssertionError(f"{name}{list(at)}: got {got[at]:.9g}, expected {exact[at]:.9g} ± {allowed[at]:.3g}")

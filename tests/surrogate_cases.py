@@ -11,10 +11,8 @@ from loss_cases import Batch, random_batch
 #: (surrogate, its options): the defaults, and others that change what is clipped.
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "ppo": (
-        {},
-        {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0},
+        {}, {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}, {"clip_low": None, "clip_high": None},
         {"clip_low": 0.05, "clip_high": 0.05, "delta": 1.5},
-        {"clip_low": None, "clip_high": None},
     ),
     "gspo": ({}, {"clip_low": 3e-4, "clip_high": 4e-4}),
     "gspo_token": ({}, {"clip_low": 3e-4, "clip_high": 4e-4}),
@@ -28,7 +26,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "dro": ({"dro_beta": 0.05}, {"dro_beta": 1.0}),
     "vespo": ({}, {"k_pos": 1.0, "lambda_pos": 0.1, "k_neg": 0.5, "lambda_neg": 0.2}),
     "ce_gppo": ({}, {"clip_low": 0.1, "clip_high": 0.05, "beta_low": 0.5, "beta_high": 0.7}),
-}
+}  # fmt: skip
 CASES = [(name, options) for name, every in OPTIONS.items() for options in every]
 
 

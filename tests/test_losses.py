@@ -11,59 +11,52 @@ from torch import Tensor
 
 import reference_losses as ref
 from entropy_kernels.losses import kl_estimate
-from loss_cases import MODES, Batch, assert_matches, ek, leaf, random_batch, random_options
+from loss_cases import Batch, assert_matches, differentiated, ek, leaf, random_batch, random_options
 
 pytestmark = pytest.mark.usefixtures("loss_place")
 
-BATCHES = 300
 CLIPS = ((0.2, 0.2), (0.2, 0.28), (1.0, 1.0), (0.05, 0.05))
 RATIOS = (2e-4, 0.02, 0.1, 0.9)
 BANDS = ((1.0, 5.0), (0.1, 0.5), (-1.0, 1.0), (5.0, 5.001))
+# The 300 batches in parts, so that a failure names a seed near it and workers share the load
+PARTS = [range(start, start + 50) for start in range(0, 300, 50)]
+every_part = pytest.mark.parametrize("seeds", PARTS, ids=lambda seeds: f"{seeds[0]}-{seeds[-1]}")
+every_preset = pytest.mark.parametrize("preset", ["verl", "paper"])
 
 
-def run(function: Any, batch: Batch, **options: Any) -> tuple[ek.PolicyLoss, Tensor]:
-    """The loss after its backward pass, and the leaf with the gradient."""
-    logprob = leaf(batch.logprob)
-    out = function(logprob, *batch.args[1:], **options)
-    out.loss.backward()
-    return out, logprob
+def compare(
+    function: Any, seed: int, ours: dict[str, Any], theirs: dict[str, Any], entropy: Tensor | None = None, **both: Any
+) -> None:
+    """The loss of the batch against the reference, each with options of its own, with both's and an aggregation."""
+    batch = random_batch(seed)
+    options, ref_options = random_options(seed, batch.mask)
+    out, gradient = differentiated(function, *batch.args, **ours, **both, **options)
+    band_frac = theirs.pop("band_frac", None)
+    expected = ref.loss(*batch.arrays(), **theirs, **both, **ref_options)
+    if band_frac is not None:
+        expected.metrics["band_frac"] = band_frac
+    assert_matches(out, gradient, expected, entropy, name=f"seed {seed} ({batch.name})")
 
 
-def chunks() -> list:
-    """The batches in parts, so that a failure names a seed near it and workers share the load."""
-    return [pytest.param(range(start, start + 50), id=f"{start}-{start + 49}") for start in range(0, BATCHES, 50)]
-
-
-@pytest.mark.parametrize("seeds", chunks())
+@every_part
 def test_clip_cov_verl_equals_the_reference_given_the_same_permutation(seeds: range) -> None:
     """The reference drops by a permutation as verl does; ours is given that mask."""
     dropped_anything = 0
     for seed in seeds:
-        batch = random_batch(seed)
-        lp, old, adv, mask = batch.arrays()
+        lp, old, adv, mask = random_batch(seed).arrays()
         low, high = CLIPS[seed % 4]
         clipped = ref.clipped_by_ppo(lp, old, adv, mask, low, high)
         found = ref.candidates(ref.covariance(lp, adv, mask), mask, clipped, *BANDS[seed // 7 % 4], "verl")
         permutation = np.random.default_rng(seed).permutation(len(found))
         dropped = ref.select_clip_cov(found, permutation, mask, RATIOS[seed // 4 % 4], "verl")
         dropped_anything += dropped.any()
-        options, ref_options = random_options(seed, batch.mask)
-        out, logprob = run(
-            ek.clip_cov_loss,
-            batch,
-            preset="verl",
-            clip_low=low,
-            clip_high=high,
-            dropped=torch.from_numpy(dropped),
-            **options,
-        )
-        expected = ref.loss(lp, old, adv, mask, clip_low=low, clip_high=high, dropped=dropped, **ref_options)
-        assert_matches(out, logprob, expected, name=f"seed {seed} ({batch.name})")
+        ours = {"preset": "verl", "dropped": torch.from_numpy(dropped)}
+        compare(ek.clip_cov_loss, seed, ours, {"dropped": dropped}, clip_low=low, clip_high=high)
     assert dropped_anything >= 10
 
 
-@pytest.mark.parametrize("preset", ["verl", "paper"])
-@pytest.mark.parametrize("seeds", chunks())
+@every_preset
+@every_part
 def test_clip_cov_selects_what_the_reference_allows(seeds: range, preset: str) -> None:
     """Ours selects by seed: the same number as the reference, of the same candidates, and then the same loss."""
     for seed in seeds:
@@ -71,53 +64,44 @@ def test_clip_cov_selects_what_the_reference_allows(seeds: range, preset: str) -
         lp, old, adv, mask = batch.arrays()
         low, high = (0.2, 0.2) if preset == "verl" else (None, None)
         ratio, band = RATIOS[seed // 4 % 4], BANDS[seed // 7 % 4]
+        ours: dict[str, Any] = {"seed": seed, "ratio": ratio, "low": band[0], "high": band[1]}
         cov = ek.token_covariance(batch.logprob, batch.advantages, batch.mask)
         clipped = ref.clipped_by_ppo(lp, old, adv, mask, low, high)
-        ours = ek.clip_cov_mask(
-            cov, batch.mask, seed=seed, ratio=ratio, low=band[0], high=band[1], closed=preset == "paper",
-            at_least_one=preset == "verl", exclude=torch.from_numpy(clipped) if preset == "verl" else None,
+        selected = ek.clip_cov_mask(
+            cov, batch.mask, **ours, closed=preset == "paper", at_least_one=preset == "verl",
+            exclude=torch.from_numpy(clipped) if preset == "verl" else None,
         ).numpy()  # fmt: skip
         # those that ours selects first: a permutation of the candidates with which the reference selects the same
         found = ref.candidates(cov.double().numpy(), mask, clipped, *band, preset)
-        permutation = np.argsort(~ours.reshape(-1)[found], kind="stable")
-        np.testing.assert_array_equal(ref.select_clip_cov(found, permutation, mask, ratio, preset), ours)
-        options, ref_options = random_options(seed, batch.mask)
-        out, logprob = run(
-            ek.clip_cov_loss, batch, preset=preset, seed=seed, ratio=ratio, low=band[0], high=band[1], **options
-        )
-        expected = ref.loss(
-            lp, old, adv, mask, clip_low=low, clip_high=high, dropped=ours, keep_value=preset == "paper", **ref_options
-        )
-        expected.metrics["band_frac"] = len(found) / max(mask.sum(), 1)
-        assert_matches(out, logprob, expected, name=f"seed {seed} ({batch.name})")
+        permutation = np.argsort(~selected.reshape(-1)[found], kind="stable")
+        np.testing.assert_array_equal(ref.select_clip_cov(found, permutation, mask, ratio, preset), selected)
+        theirs = {
+            "clip_low": low, "clip_high": high, "dropped": selected, "keep_value": preset == "paper",
+            "band_frac": len(found) / max(mask.sum(), 1),
+        }  # fmt: skip
+        compare(ek.clip_cov_loss, seed, {"preset": preset, **ours}, theirs)
 
 
-@pytest.mark.parametrize("preset", ["verl", "paper"])
-@pytest.mark.parametrize("seeds", chunks())
+@every_preset
+@every_part
 def test_kl_cov_equals_the_reference(seeds: range, preset: str) -> None:
     for seed in seeds:
         batch = random_batch(seed)
-        lp, old, adv, mask = batch.arrays()
         ratio, kl_coef = (2e-4, 0.05, 0.3)[seed % 3], (1.0, 0.1, 2.0)[seed // 2 % 3]
         cov = ek.token_covariance(batch.logprob, batch.advantages, batch.mask).double().numpy()
-        penalized = ref.select_kl_cov(cov, mask, ratio, preset)
-        options, ref_options = random_options(seed, batch.mask)
-        out, logprob = run(ek.kl_cov_loss, batch, preset=preset, ratio=ratio, kl_coef=kl_coef, **options)
-        expected = ref.loss(
-            lp, old, adv, mask, clip_low=None, clip_high=None, penalized=penalized, kl_coef=kl_coef, **ref_options
-        )
-        assert_matches(out, logprob, expected, name=f"seed {seed} ({batch.name})")
+        penalized = ref.select_kl_cov(cov, batch.arrays()[3], ratio, preset)
+        theirs = {"clip_low": None, "clip_high": None, "penalized": penalized}
+        compare(ek.kl_cov_loss, seed, {"preset": preset, "ratio": ratio}, theirs, kl_coef=kl_coef)
 
 
-@pytest.mark.parametrize("seeds", chunks())
+@every_part
 def test_policy_loss_with_everything_equals_the_reference(seeds: range) -> None:
     """Clips of every kind, entropy bonus and reference KL at once."""
     for seed in seeds:
         batch = random_batch(seed)
-        lp, old, adv, mask = batch.arrays()
         g = torch.Generator().manual_seed(seed)
-        entropy = leaf(3 * torch.rand(lp.shape, generator=g))
-        reference = batch.old_logprob + 0.5 * torch.randn(lp.shape, generator=g)
+        entropy = leaf(3 * torch.rand(batch.logprob.shape, generator=g))
+        reference = batch.old_logprob + 0.5 * torch.randn(batch.logprob.shape, generator=g)
         low, high = (*CLIPS, (None, 0.2), (0.2, None), (None, None))[seed % 7]
         terms = {
             "clip_low": low,
@@ -127,15 +111,13 @@ def test_policy_loss_with_everything_equals_the_reference(seeds: range) -> None:
             "ref_kl_coef": (0.05, 0.0)[seed % 2],
             "kl_estimator": ("k1", "abs", "k2", "k3", "k1+", "abs+", "k2+", "k3+")[seed % 8],
         }
-        options, ref_options = random_options(seed, batch.mask)
-        out, logprob = run(ek.policy_loss, batch, entropy=entropy, ref_logprob=reference, **terms, **options)
-        ref64 = np.where(mask, reference.double().numpy(), 0)
-        ent64 = entropy.detach().double().numpy()
-        expected = ref.loss(lp, old, adv, mask, entropy=ent64, ref=ref64, **terms, **ref_options)
-        if terms["entropy_coef"] == 0:
-            assert entropy.grad is None
+        theirs = {
+            "entropy": entropy.detach().double().numpy(),
+            "ref": np.where(batch.arrays()[3], reference.double().numpy(), 0),
+        }
         used = entropy if terms["entropy_coef"] else None
-        assert_matches(out, logprob, expected, used, name=f"seed {seed} ({batch.name})")
+        compare(ek.policy_loss, seed, {"entropy": entropy, "ref_logprob": reference}, theirs, used, **terms)
+        assert used is entropy or entropy.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -143,39 +125,34 @@ def test_policy_loss_with_everything_equals_the_reference(seeds: range) -> None:
 def test_dtypes(dtype: torch.dtype, seed: int) -> None:
     """fp32 inside for half precision, fp64 for fp64; the gradient comes back in the dtype of logprob."""
     batch = random_batch(seed, dtype)
-    out, logprob = run(ek.policy_loss, batch)
+    out, gradient = differentiated(ek.policy_loss, *batch.args)
     assert out.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert all(value.dtype == out.loss.dtype for value in out.metrics.values())
     expected = ref.loss(*batch.arrays())
     del expected.metrics["cov_mean"], expected.metrics["cov_max"]  # the covariance is fp32 throughout
-    assert_matches(out, logprob, expected)
+    assert_matches(out, gradient, expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_aggregation_by_hand(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "alone", "of_the_whole"),
+    [
+        ("token-mean", 15 / 3, 15 / 30 * 4),
+        ("token-sum", 15, 15 * 4),
+        ("seq-mean-token-sum", (6 + 9) / 2, 15 / 10 * 4),
+        ("seq-mean-token-mean", (3 + 9) / 2, (3 + 9) / 10 * 4),
+        ("seq-mean-token-sum-norm", (6 + 9) / 2 / 3, 15 / 10 * 4 / 5),
+    ],
+)
+def test_aggregation_by_hand(mode: str, alone: float, of_the_whole: float) -> None:
     """Three sequences with 2, 0 and 1 valid tokens, losses 2, 4, · and 9 (old = new, A = -loss)."""
     losses = torch.tensor([[2.0, 4.0, 7.0], [7.0, 7.0, 7.0], [9.0, 7.0, 7.0]])
     mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]])
     lp = torch.zeros(3, 3)
-    expected = {
-        "token-mean": 15 / 3,
-        "token-sum": 15,
-        "seq-mean-token-sum": (6 + 9) / 2,
-        "seq-mean-token-mean": (3 + 9) / 2,
-        "seq-mean-token-sum-norm": (6 + 9) / 2 / 3,
-    }[mode]
-    assert float(ek.policy_loss(lp, lp, -losses, mask, loss_agg_mode=mode).loss) == pytest.approx(expected)
     whole = {"dp_size": 4, "batch_num_tokens": 30, "global_batch_size": 10, "loss_scale_factor": 5}
-    expected = {
-        "token-mean": 15 / 30 * 4,
-        "token-sum": 15 * 4,
-        "seq-mean-token-sum": 15 / 10 * 4,
-        "seq-mean-token-mean": (3 + 9) / 10 * 4,
-        "seq-mean-token-sum-norm": 15 / 10 * 4 / 5,
-    }[mode]
-    assert float(ek.policy_loss(lp, lp, -losses, mask, loss_agg_mode=mode, **whole).loss) == pytest.approx(expected)
     on_device = {name: torch.tensor(value) if name != "dp_size" else value for name, value in whole.items()}
-    assert float(ek.policy_loss(lp, lp, -losses, mask, loss_agg_mode=mode, **on_device).loss) == pytest.approx(expected)
+    for options, expected in (({}, alone), (whole, of_the_whole), (on_device, of_the_whole)):
+        out = ek.policy_loss(lp, lp, -losses, mask, loss_agg_mode=mode, **options)
+        assert float(out.loss) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl"])
@@ -250,43 +227,31 @@ def test_constants_get_no_gradient() -> None:
 # ---- the comparison itself ------------------------------------------------------------------------------------------
 
 
-def wrong_gradients(batch: Batch, dropped: Tensor) -> dict[str, dict[str, Any]]:
-    """Mistakes a loss could make, each as the wrong option of the reference."""
-    return {
-        "penalty instead of drop": {"penalized": dropped.numpy()},
-        "nothing dropped": {"dropped": np.zeros_like(dropped.numpy())},
-        "value kept": {"dropped": dropped.numpy(), "keep_value": True},
-        "no clip": {"dropped": dropped.numpy(), "clip_low": None, "clip_high": None},
-        "other clip": {"dropped": dropped.numpy(), "clip_high": 0.21},
-        "other mode": {"dropped": dropped.numpy(), "mode": "seq-mean-token-mean"},
-        "denominator without the dropped": {
-            "dropped": dropped.numpy(),
-            "batch_num_tokens": float((batch.mask != 0).sum() - dropped.sum()),
-        },
-    }
-
-
 def test_the_comparison_has_teeth() -> None:
     """Each mistake fails, and so do a zero, a shifted and a slightly scaled gradient."""
     g = torch.Generator().manual_seed(3)
-    old = -torch.rand(4, 50, generator=g)
-    batch = Batch(
-        old + 0.3 * torch.randn(4, 50, generator=g), old, torch.randn(4, 50, generator=g), torch.ones(4, 50), ""
-    )
+    old, noise, advantages = -torch.rand(4, 50, generator=g), *torch.randn(2, 4, 50, generator=g)
+    batch = Batch(old + 0.3 * noise, old, advantages, torch.ones(4, 50), "")
     batch.mask[1, 20:] = 0
-    out, logprob = run(ek.policy_loss, batch, clip_low=None, clip_high=None)
-    dropped = torch.zeros(4, 50, dtype=torch.bool)
-    moving = (logprob.grad.abs() > 1e-3).nonzero()[::10]  # type: ignore[union-attr]
+    _, gradient = differentiated(ek.policy_loss, *batch.args, clip_low=None, clip_high=None)
+    moving = (gradient.abs() > 1e-3).nonzero()[::10]
+    dropped = np.zeros((4, 50), dtype=bool)
     dropped[moving[:, 0], moving[:, 1]] = True
-    arrays = batch.arrays()
-    out, logprob = run(ek.clip_cov_loss, batch, dropped=dropped)
-    right = ref.loss(*arrays, dropped=dropped.numpy())
-    assert_matches(out, logprob, right)
-    for name, wrong in wrong_gradients(batch, dropped).items():
+    out, gradient = differentiated(ek.clip_cov_loss, *batch.args, dropped=torch.from_numpy(dropped))
+    right = ref.loss(*batch.arrays(), dropped=dropped)
+    assert_matches(out, gradient, right)
+    mistakes: dict[str, dict[str, Any]] = {
+        "penalty instead of drop": {"dropped": None, "penalized": dropped},
+        "nothing dropped": {"dropped": np.zeros_like(dropped)},
+        "value kept": {"keep_value": True},
+        "no clip": {"clip_low": None, "clip_high": None},
+        "other clip": {"clip_high": 0.21},
+        "other mode": {"mode": "seq-mean-token-mean"},
+        "denominator without the dropped": {"batch_num_tokens": float(batch.mask.sum() - dropped.sum())},
+    }
+    for name, wrong in mistakes.items():
         with pytest.raises(AssertionError, match=r"loss|gradient"):
-            assert_matches(out, logprob, ref.loss(*arrays, **wrong), name=name)
-    gradient = logprob.grad
-    assert gradient is not None
+            assert_matches(out, gradient, ref.loss(*batch.arrays(), **{"dropped": dropped, **wrong}), name=name)
     for name, changed in {
         "zero": torch.zeros_like(gradient),
         "shifted": gradient.roll(1, -1),
@@ -294,6 +259,5 @@ def test_the_comparison_has_teeth() -> None:
         "one token's lost": torch.where(torch.arange(50) == 7, 0, gradient),
         "NaN": torch.full_like(gradient, float("nan")),
     }.items():
-        logprob.grad = changed
         with pytest.raises(AssertionError, match="gradient of logprob"):
-            assert_matches(out, logprob, right, name=name)
+            assert_matches(out, changed, right, name=name)

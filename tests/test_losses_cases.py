@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conftest import Place
-from loss_cases import MASK_DTYPES, MODES, ek, leaf
+from loss_cases import MASK_DTYPES, MODES, assert_same, differentiated, ek, leaf, ragged
 
 pytestmark = pytest.mark.usefixtures("loss_place")
 
@@ -28,29 +28,16 @@ LOSSES: dict[str, tuple[Any, dict[str, Any]]] = {
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
-def sample(rows: int = 4, length: int = 10, spread: float = 0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(7)
-    old = -3 * torch.rand(rows, length, generator=g)
-    lp = old + spread * torch.randn(rows, length, generator=g)
-    mask = torch.arange(length) < torch.arange(rows)[:, None] * 4  # the first sequence is fully masked
-    return lp, old, torch.randn(rows, length, generator=g), mask
+def sample(rows: int = 4, length: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The first sequence is fully masked."""
+    return ragged([min(4 * row, length) for row in range(rows)], length)
 
 
 def run(name: str, lp: Tensor, old: Tensor, adv: Tensor, mask: Tensor | None, **options: Any) -> tuple[Any, Tensor]:
     function, defaults = LOSSES[name]
-    x = leaf(lp)
-    out = function(x, old, adv, mask, **{**defaults, **options})
+    out, gradient = differentiated(function, lp, old, adv, mask, **{**defaults, **options})
     assert out.loss.requires_grad and out.loss.dim() == 0
-    out.loss.backward()
-    assert x.grad is not None
-    return out, x.grad
-
-
-def assert_same(a: tuple[Any, Tensor], b: tuple[Any, Tensor]) -> None:
-    torch.testing.assert_close(a[0].loss, b[0].loss)
-    torch.testing.assert_close(a[1], b[1])
-    for key in b[0].metrics:
-        torch.testing.assert_close(a[0].metrics[key], b[0].metrics[key], msg=lambda text, key=key: f"{key}: {text}")
+    return out, gradient
 
 
 # ---- 1. nothing, one token, all masked ------------------------------------------------------------------------------
@@ -94,17 +81,15 @@ def test_one_valid_token(name: str) -> None:
 
 @every_loss
 def test_fully_masked_sequences_change_nothing(name: str) -> None:
-    lp, old, adv, mask = sample()
-    index = torch.arange(lp.numel()).view_as(lp)
-    with_empty = run(name, lp, old, adv, mask, loss_agg_mode="seq-mean-token-mean", **token_index(name, index))
-    without = run(
-        name, lp[1:], old[1:], adv[1:], mask[1:], loss_agg_mode="seq-mean-token-mean", **token_index(name, index[1:])
-    )
-    assert_same((with_empty[0], with_empty[1][1:]), without)
+    tensors = [*sample(), torch.arange(40).view(4, 10)]
 
+    def of_rows(first: int) -> tuple[Any, Tensor]:
+        *batch, index = (x[first:] for x in tensors)
+        more = {} if name.startswith("policy") else {"token_index": index}
+        return run(name, *batch, loss_agg_mode="seq-mean-token-mean", **more)
 
-def token_index(name: str, index: Tensor) -> dict[str, Tensor]:
-    return {} if name.startswith("policy") else {"token_index": index}
+    out, gradient = of_rows(0)
+    assert_same((out, gradient[1:]), of_rows(1))
 
 
 # ---- 2. no covariance -----------------------------------------------------------------------------------------------
@@ -117,14 +102,10 @@ def test_clip_cov_without_covariance_is_the_policy_loss(case: str, preset: str) 
     adv = torch.full((4, 1), 0.3)
     if case == "one_sequence":
         lp, old, mask, adv = lp[3:], old[3:], mask[3:], torch.tensor([[1.7]])
-    x, y = leaf(lp), leaf(lp)
-    out = ek.clip_cov_loss(x, old, adv, mask, preset=preset, seed=0, ratio=1.0)
     clip = {} if preset == "verl" else {"clip_low": None, "clip_high": None}
-    plain = ek.policy_loss(y, old, adv, mask, **clip)
-    assert torch.equal(out.loss, plain.loss)
-    out.loss.backward()
-    plain.loss.backward()
-    assert torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
+    plain = differentiated(ek.policy_loss, lp, old, adv, mask, **clip)
+    out, gradient = differentiated(ek.clip_cov_loss, lp, old, adv, mask, preset=preset, seed=0, ratio=1.0)
+    assert torch.equal(out.loss, plain[0].loss) and torch.equal(gradient, plain[1])
     assert float(out.metrics["selected_frac"]) == 0
 
 
@@ -153,27 +134,6 @@ def test_more_asked_for_than_there_is(preset: str) -> None:
         assert float(out.metrics["selected_frac"]) == 1
 
 
-def test_the_minimum_of_one_token_is_verls() -> None:
-    lp, old, adv, mask = sample()
-    for function, options in ((ek.clip_cov_loss, {"seed": 0, "low": -9.0, "high": 9.0}), (ek.kl_cov_loss, {})):
-        verl = function(lp, old, adv, mask, preset="verl", **options)
-        paper = function(lp, old, adv, mask, preset="paper", **options)
-        assert round(float(verl.metrics["selected_frac"]) * int(mask.sum())) == 1
-        assert float(paper.metrics["selected_frac"]) == 0
-
-
-def test_quantile_band_counts_its_candidates() -> None:
-    """The quartiles of 0..100: 25 < cov < 75, and the PPO-clipped are no candidates."""
-    adv = torch.arange(101.0)[None]
-    lp = torch.zeros(1, 101)
-    lp[0, :50] = -1.0  # covariance is a product; only the order of magnitude matters here
-    out = ek.clip_cov_loss(lp, lp, adv, None, seed=0, k=3, band="quantile", low=0.25, high=0.75)
-    cov = ek.token_covariance(lp, adv)
-    quartiles = cov.flatten().sort().values[[25, 75]]
-    inside = (cov > quartiles[0]) & (cov < quartiles[1])
-    assert float(out.metrics["band_frac"]) == pytest.approx(float(inside.float().mean()))
-
-
 def test_a_quantile_band_selected_here_and_first() -> None:
     """Of the tokens that the PPO clip does not hold, with given indices; candidates are all of them in the band."""
     lp, old, adv, mask = sample(8, 40)
@@ -185,10 +145,8 @@ def test_a_quantile_band_selected_here_and_first() -> None:
         chosen: dict[str, Any] = {"exclude": exclude, "seed": 1, "closed": preset == "paper", **band}
         cov = ek.token_covariance(lp, adv, mask)
         dropped = ek.clip_cov_mask(cov, mask, ratio=0.2, token_index=index, **chosen)
-        x = leaf(lp)
-        first = ek.clip_cov_loss(x, old, adv, mask, preset=preset, dropped=dropped)
-        first.loss.backward()
-        assert torch.equal(here[0].loss, first.loss) and torch.equal(here[1], x.grad)  # type: ignore[arg-type]
+        first, gradient = differentiated(ek.clip_cov_loss, lp, old, adv, mask, preset=preset, dropped=dropped)
+        assert torch.equal(here[0].loss, first.loss) and torch.equal(here[1], gradient)
         share = ek.clip_cov_mask(cov, mask, k=10**6, **chosen).sum() / mask.sum()
         assert 0 < float(first.metrics["selected_frac"]) < float(here[0].metrics["band_frac"]) == pytest.approx(share)
 
@@ -201,9 +159,7 @@ def test_the_backend_of_the_selection_changes_nothing(name: str, loss_place: Pla
     expected = run(name, *batch, backend="torch")
     for backend in names:
         if states[backend] == "available":
-            got = run(name, *batch, backend=backend)
-            assert torch.equal(got[0].loss, expected[0].loss) and torch.equal(got[1], expected[1])
-            assert all(torch.equal(value, expected[0].metrics[key]) for key, value in got[0].metrics.items())
+            assert_same(run(name, *batch, backend=backend), expected, rtol=0, atol=0)
 
 
 # ---- 4. what is not finite ------------------------------------------------------------------------------------------
@@ -213,28 +169,30 @@ def test_the_backend_of_the_selection_changes_nothing(name: str, loss_place: Pla
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e38])
 def test_padding_does_not_leak(name: str, garbage: float) -> None:
     lp, old, adv, mask = sample()
-    clean = run(name, lp, old, adv, mask, entropy=leaf(lp), entropy_coef=0.1, ref_logprob=old + 0.1, ref_kl_coef=0.1)
-    dirty = [torch.where(mask, x, garbage) for x in (lp, old, adv)]
+    terms = {"entropy_coef": 0.1, "ref_kl_coef": 0.1}
+    clean = run(name, lp, old, adv, mask, entropy=leaf(lp), ref_logprob=old + 0.1, **terms)
+    *dirty, ref = (torch.where(mask, x, garbage) for x in (lp, old, adv, old + 0.1))
     entropy = leaf(torch.where(mask, lp, garbage))
-    ref = torch.where(mask, old + 0.1, garbage)
-    out = run(name, *dirty, mask, entropy=entropy, entropy_coef=0.1, ref_logprob=ref, ref_kl_coef=0.1)
+    out = run(name, *dirty, mask, entropy=entropy, ref_logprob=ref, **terms)
     assert_same(out, clean)
     assert (out[1][~mask] == 0).all() and entropy.grad is not None and (entropy.grad[~mask] == 0).all()
 
 
+NAMES = ("logprob", "old_logprob", "advantages", "entropy", "ref_logprob", "covariance_advantages")
+
+
 @every_loss
-@pytest.mark.parametrize("which", ["logprob", "old_logprob", "advantages", "entropy", "ref_logprob"])
+@pytest.mark.parametrize("which", NAMES)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_nonfinite_valid_token_is_never_hidden(name: str, which: str, value: float) -> None:
     """Not by a PPO clip, not by k3's clamps, not by a ratio of 0."""
     lp, old, adv, mask = sample()
-    tensors = {"logprob": lp, "old_logprob": old, "advantages": adv, "entropy": lp.abs(), "ref_logprob": old + 0.1}
-    tensors[which] = tensors[which].clone()
+    tensors = dict(zip(NAMES, (lp, old, adv, lp.abs(), old + 0.1, adv.clone()), strict=True))
     tensors[which][2, 1] = value
-    entropy = leaf(tensors.pop("entropy"))
+    *positional, entropy, ref, scored = tensors.values()
     out, _ = run(
-        name, *[tensors[key] for key in ("logprob", "old_logprob", "advantages")], mask,
-        entropy=entropy, entropy_coef=0.1, ref_logprob=tensors["ref_logprob"], ref_kl_coef=0.1,
+        name, *positional, mask, entropy=leaf(entropy), entropy_coef=0.1, ref_logprob=ref, ref_kl_coef=0.1,
+        covariance_advantages=scored if which == "covariance_advantages" else None,
     )  # fmt: skip
     assert not out.loss.isfinite()
     assert float(out.metrics["nonfinite_tokens"]) == 1
@@ -303,24 +261,19 @@ def test_log_ratio_of_100_dropped(advantage: float) -> None:
     adv = torch.full_like(adv, advantage)
     dropped = lp - old > 50
     for clip in (None, 0.2):
-        x = leaf(lp)
-        out = ek.clip_cov_loss(x, old, adv, mask, dropped=dropped, clip_low=clip, clip_high=clip)
-        out.loss.backward()
-        assert x.grad is not None and x.grad.isfinite().all() and (x.grad[dropped] == 0).all()
-        rest = ek.clip_cov_loss(
-            lp[~dropped], old[~dropped], adv[~dropped], None, dropped=dropped[~dropped], batch_num_tokens=8,
-            clip_low=clip, clip_high=clip,
-        )  # fmt: skip
-        torch.testing.assert_close(out.loss, rest.loss)
+        clips = {"clip_low": clip, "clip_high": clip}
+        out, gradient = differentiated(ek.clip_cov_loss, lp, old, adv, mask, dropped=dropped, **clips)
+        assert gradient.isfinite().all() and (gradient[dropped] == 0).all()
+        *rest, none = (x[~dropped] for x in (lp, old, adv, dropped))
+        expected = ek.clip_cov_loss(*rest, None, dropped=none, batch_num_tokens=8, **clips)
+        torch.testing.assert_close(out.loss, expected.loss)
 
 
 def test_log_ratio_of_100_dropped_by_the_paper_keeps_its_value() -> None:
     lp, old, adv, mask = overflowing()
-    x = leaf(lp)
-    out = ek.clip_cov_loss(x, old, adv, mask, preset="paper", dropped=lp - old > 50)
-    out.loss.backward()
+    out, gradient = differentiated(ek.clip_cov_loss, lp, old, adv, mask, preset="paper", dropped=lp - old > 50)
     assert float(out.loss.detach()) == -INF and float(out.metrics["nonfinite_tokens"]) == 1
-    assert x.grad is not None and x.grad.isfinite().all()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
@@ -341,32 +294,26 @@ def test_overflow_that_no_clip_holds_shows(dual_clip: float | None) -> None:
 def test_kl_terms_at_log_ratio_100(estimator: str) -> None:
     lp, old, adv, mask = overflowing()
     adv = torch.where(lp - old > 50, 0.0, adv)
-    penalized = (lp - old).abs() > 50
-    x = leaf(lp)
-    out = ek.kl_cov_loss(
-        x, old, adv, mask, penalized=penalized, penalty_estimator=estimator,
+    out, gradient = differentiated(
+        ek.kl_cov_loss, lp, old, adv, mask, penalized=(lp - old).abs() > 50, penalty_estimator=estimator,
         ref_logprob=old, ref_kl_coef=0.1, kl_estimator=estimator,
     )  # fmt: skip
-    out.loss.backward()
-    assert out.loss.isfinite() and x.grad is not None and x.grad.isfinite().all()
+    assert out.loss.isfinite() and gradient.isfinite().all()
 
 
 def test_kl_cov_is_inert_on_policy() -> None:
     """sign(0) = 0: the first update after a rollout is that of the policy loss without a clip."""
     _, old, adv, mask = sample()
-    x, y = leaf(old), leaf(old)
-    penalised = ek.kl_cov_loss(x, old, adv, mask, ratio=1.0, kl_coef=100.0)
-    plain = ek.policy_loss(y, old, adv, mask, clip_low=None, clip_high=None)
-    penalised.loss.backward()
-    plain.loss.backward()
-    assert torch.equal(penalised.loss, plain.loss) and torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
+    penalised = differentiated(ek.kl_cov_loss, old, old, adv, mask, ratio=1.0, kl_coef=100.0)
+    plain = differentiated(ek.policy_loss, old, old, adv, mask, clip_low=None, clip_high=None)
+    assert torch.equal(penalised[0].loss, plain[0].loss) and torch.equal(penalised[1], plain[1])
 
 
 # ---- 10, 13, 14, 16: layouts, gradients, inputs, masks --------------------------------------------------------------
 
 
 @every_loss
-def test_strides_do_not_matter(name: str) -> None:
+def test_strides_and_mask_dtypes_do_not_matter(name: str) -> None:
     lp, old, adv, mask = sample()
     plain = run(name, lp, old, adv, mask)
     wide = torch.full((10, 9), NAN)
@@ -374,13 +321,8 @@ def test_strides_do_not_matter(name: str) -> None:
     wide.t()[:4].copy_(lp)
     strided = run(name, view, old.t().contiguous().t(), adv.repeat(1, 2)[:, :10], mask.t().contiguous().t())
     assert_same(strided, plain)
-
-
-@every_loss
-@pytest.mark.parametrize("dtype", MASK_DTYPES)
-def test_mask_dtypes(name: str, dtype: torch.dtype) -> None:
-    lp, old, adv, mask = sample()
-    assert_same(run(name, lp, old, adv, mask.to(dtype)), run(name, lp, old, adv, mask))
+    for dtype in MASK_DTYPES:
+        assert_same(run(name, lp, old, adv, mask.to(dtype)), plain)
 
 
 @pytest.mark.parametrize("dtype", MASK_DTYPES)
@@ -400,9 +342,8 @@ def test_advantages_per_sequence(name: str) -> None:
     lp, old, _, mask = sample(4, 4)
     adv = torch.randn(4, generator=torch.Generator().manual_seed(0))
     full = run(name, lp, old, adv[:, None].repeat(1, 4), mask)
-    assert_same(run(name, lp, old, adv, mask), full)
-    assert_same(run(name, lp, old, adv[:, None], mask), full)
-    assert_same(run(name, lp, old, adv.double(), mask), full)
+    for same in (adv, adv[:, None], adv.double()):
+        assert_same(run(name, lp, old, same, mask), full)
 
 
 @every_loss
@@ -418,37 +359,28 @@ def test_packed_tokens_and_more_dimensions(name: str) -> None:
 
 
 @every_loss
-def test_inputs_are_never_changed(name: str) -> None:
+def test_inputs_are_never_changed_and_without_grad_nothing_is_recorded(name: str) -> None:
+    function, options = LOSSES[name]
     tensors = sample()
     before = [x.clone() for x in tensors]
-    run(name, *tensors)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-
-
-@every_loss
-def test_without_grad_nothing_is_recorded(name: str) -> None:
-    function, options = LOSSES[name]
-    lp, old, adv, mask = sample()
-    x = leaf(lp)
+    out, _ = run(name, *tensors)
     with torch.no_grad():
-        quiet = function(x, old, adv, mask, **options)
-    assert not quiet.loss.requires_grad
-    assert torch.equal(quiet.loss, function(x, old, adv, mask, **options).loss.detach())
+        quiet = function(leaf(tensors[0]), *tensors[1:], **options)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert not quiet.loss.requires_grad and torch.equal(quiet.loss, out.loss.detach())
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in LOSSES if name != "clip_cov_paper"]
-)  # it keeps a dropped token's value
+# clip_cov_paper keeps a dropped token's value
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "clip_cov_paper"])
 @pytest.mark.parametrize("mode", ["token-mean", "none"])
 def test_gradients_in_float64(name: str, mode: str) -> None:
     """Against finite differences, by the log-probs and by the entropy."""
     function, options = LOSSES[name]
     lp, old, adv, mask = (x.double() if x.is_floating_point() else x for x in sample(3, 6))
-    reference = old + 0.1
+    terms = {"entropy_coef": 0.1, "ref_logprob": old + 0.1, "ref_kl_coef": 0.2, "loss_agg_mode": mode, **options}
 
     def loss(logprob: Tensor, entropy: Tensor) -> Tensor:
-        terms: dict[str, Any] = {"entropy": entropy, "entropy_coef": 0.1, "ref_logprob": reference, "ref_kl_coef": 0.2}
-        return function(logprob, old, adv, mask, loss_agg_mode=mode, **terms, **options).loss
+        return function(logprob, old, adv, mask, entropy=entropy, **terms).loss
 
     assert torch.autograd.gradcheck(loss, (leaf(lp), leaf(lp.abs())), eps=1e-7, atol=1e-5)
 
@@ -466,9 +398,8 @@ def test_derivatives_that_there_are_not(name: str) -> None:
         dual = torch.autograd.forward_ad.make_dual(lp, torch.ones_like(lp))
         with pytest.raises(NotImplementedError, match="policy_loss: forward-mode"):
             function(dual, old, adv, mask, **options)
-    with pytest.raises(
-        NotImplementedError, match=r"policy_loss: torch\.func's derivatives .* use torch\.autograd\.grad"
-    ):
+    words = r"policy_loss: torch\.func's derivatives .* use torch\.autograd\.grad"
+    with pytest.raises(NotImplementedError, match=words):
         torch.func.grad(lambda logprob: function(logprob, old, adv, mask, **options).loss)(lp)
 
 
@@ -498,8 +429,7 @@ def test_metrics_changed_in_place_change_nothing_else(name: str, mode: str) -> N
     for value in out.metrics.values():
         value.fill_(7)
     out.loss.backward()
-    assert torch.equal(out.loss, expected.loss)
-    assert torch.equal(x.grad, gradient)
+    assert torch.equal(out.loss, expected.loss) and torch.equal(x.grad, gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,16 +11,8 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels.losses import (
-    AGG_MODES,
-    CLIP_COV,
-    KL_COV,
-    KL_ESTIMATORS,
-    METRICS,
-    kl_estimate,
-    metric_table,
-    surrogate_table,
-)
+from entropy_kernels import losses
+from entropy_kernels.losses import AGG_MODES, CLIP_COV, KL_COV, KL_ESTIMATORS, METRICS
 from loss_cases import MODES, leaf
 
 LP = torch.zeros(2, 3)
@@ -29,11 +21,14 @@ FUNCTIONS = {"policy": ek.policy_loss, "clip_cov": ek.clip_cov_loss, "kl_cov": e
 
 
 def call(function: Any, **changes: Any) -> ek.PolicyLoss:
-    options: dict[str, Any] = {"seed": 0} if function is ek.clip_cov_loss and "dropped" not in changes else {}
-    positional = {"logprob": LP, "old_logprob": LP, "advantages": LP, "mask": MASK}
-    options.update(positional)
-    options.update(changes)
-    return function(*[options.pop(name) for name in positional], **options)
+    options: dict[str, Any] = {"logprob": LP, "old_logprob": LP, "advantages": LP, "mask": MASK, **changes}
+    if function is ek.clip_cov_loss and "dropped" not in changes:
+        options.setdefault("seed", 0)
+    return function(*[options.pop(name) for name in ("logprob", "old_logprob", "advantages", "mask")], **options)
+
+
+def surrogate(result: Any, **more: Any) -> ek.Surrogate:
+    return ek.Surrogate(lambda d, lp, a, o: result(a), **more)
 
 
 # (changes, error, words of the message); for every loss
@@ -75,6 +70,34 @@ SHARED = [
     ({"global_batch_size": "4"}, TypeError, "global_batch_size: expected a number, got str"),
     ({"loss_scale_factor": 0}, ValueError, "loss_scale_factor: expected > 0, got 0"),
     ({"batch_group": "world"}, TypeError, "batch_group: expected a torch.distributed process group or None, got str"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite: expected 'propagate' or 'drop', got 'ignore'"),
+    ({"surrogate": "grpo2"}, ValueError, "surrogate: expected an ek.Surrogate or one of ppo, gspo.*got 'grpo2'"),
+    ({"surrogate": "sapo", "tau": 1.0}, TypeError,
+     "tau: expected one of the loss's keywords.*tau_pos, tau_neg; got tau"),
+    ({"epsilon": 0.2}, TypeError, "epsilon: expected one of the loss's keywords.*docs/migration.md"),
+    ({"clip_hihg": 0.2}, TypeError, r"clip_hihg: .*did you mean clip_high\?"),
+    ({"tau_pos": 1.0}, TypeError, "tau_pos is an option of surrogate='sapo'"),
+    ({"surrogate": "dapo"}, ValueError, "surrogate: .*did you mean 'ppo'"),
+    ({"surrogate": max}, TypeError, "surrogate: .*wrap it"),
+    ({"surrogate": surrogate(lambda a: (a, a))}, TypeError, r"surrogate: expected fn to return \(value"),
+    ({"surrogate": surrogate(lambda a: (a.bfloat16(), a, None))}, TypeError, "surrogate: .*got .*bfloat16"),
+    ({"surrogate": surrogate(lambda a: (a, a[0], None))}, TypeError, r"surrogate: .*of shape \(3,\)"),
+    ({"surrogate": surrogate(lambda a: (a, a, None), defaults={"clip_low": 0.1})}, ValueError,
+     "surrogate: expected defaults that are no keywords of the loss, got clip_low"),
+    ({"surrogate": surrogate(lambda a: (a, a, None), defaults={"tau": 1.0}), "theta": 1.0}, TypeError, "tau"),
+    ({"token_weight": torch.zeros(5)}, ValueError, "token_weight: expected logprob's shape"),
+    ({"covariance_advantages": 3.0}, TypeError, "covariance_advantages: expected a torch.Tensor, got float"),
+    ({"clip_low": torch.zeros(2)}, ValueError, "clip_low: expected a number or a 0-d tensor"),
+    ({"clip_low": torch.tensor(0.1, requires_grad=True)}, ValueError, "clip_low: expected a constant"),
+    ({"clip_low": torch.tensor(True)}, TypeError, "clip_low: expected a number, got torch.bool"),
+    ({"cu_seqlens": torch.tensor([0, 3])}, ValueError,
+     r"cu_seqlens: expected numbers that rise from 0 to the number of .*, 6, got \[0, 3\]"),
+    ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens: expected numbers that rise"),
+    ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, "cu_seqlens: expected numbers that rise"),
+    ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens: expected dtype"),
+    ({"cu_seqlens": torch.zeros(2, 2, dtype=torch.int64)}, ValueError,
+     r"cu_seqlens: expected shape \(sequences \+ 1,\), got \(2, 2\)"),
+    ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens: expected a torch.Tensor, got list"),
 ]  # fmt: skip
 CLIP = [
     ({"preset": "Paper"}, ValueError, "preset: expected one of 'verl', 'paper', got 'Paper'"),
@@ -108,31 +131,44 @@ KL = [
 ]
 
 
-@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-@pytest.mark.parametrize(("changes", "error", "words"), SHARED)
-def test_shared_arguments(function: Any, changes: dict[str, Any], error: type, words: str) -> None:
+REFUSED = [
+    *((function, *case) for function in FUNCTIONS for case in SHARED),
+    *(("clip_cov", *case) for case in CLIP),
+    *(("kl_cov", *case) for case in KL),
+]
+
+
+@pytest.mark.parametrize(("function", "changes", "error", "words"), REFUSED)
+def test_refused_arguments_are_named(function: str, changes: dict[str, Any], error: type, words: str) -> None:
     with pytest.raises(error, match=words):
-        call(function, **changes)
+        call(FUNCTIONS[function], **changes)
 
 
-@pytest.mark.parametrize(("changes", "error", "words"), CLIP)
-def test_arguments_of_clip_cov(changes: dict[str, Any], error: type, words: str) -> None:
-    with pytest.raises(error, match=words):
-        call(ek.clip_cov_loss, **changes)
+BY_SEQUENCE = [{"loss_agg_mode": mode} for mode in MODES if mode.startswith("seq-")]
 
 
-@pytest.mark.parametrize(("changes", "error", "words"), KL)
-def test_arguments_of_kl_cov(changes: dict[str, Any], error: type, words: str) -> None:
-    with pytest.raises(error, match=words):
-        call(ek.kl_cov_loss, **changes)
+@pytest.mark.parametrize("options", [*BY_SEQUENCE, {"surrogate": "gspo"}])
+def test_packed_tokens_have_no_sequences(options: dict[str, str]) -> None:
+    (name, value), *_ = options.items()
+    words = rf"expected \(\.\.\., sequences, tokens\) with {name}='{value}', or cu_seqlens beside it, got shape \(3,\)"
+    with pytest.raises(ValueError, match=f"logprob: {words}"):
+        ek.policy_loss(LP[0], LP[0], LP[0], None, **options)  # type: ignore[arg-type]
+    if name == "loss_agg_mode":
+        with pytest.raises(ValueError, match=f"term: {words}"):
+            ek.aggregate(LP[0], None, **options)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("seq-")])
-def test_packed_tokens_have_no_sequences(mode: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"logprob: expected \(\.\.\., sequences, tokens\) with loss_agg_mode=.*got shape"
-    ):
-        ek.policy_loss(LP[0], LP[0], LP[0], None, loss_agg_mode=mode)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss_agg_mode": "mean"}, "loss_agg_mode: expected one of"),
+        ({"dp_size": 2}, "batch_num_tokens: expected the number"),
+        ({"mask": MASK[:1]}, "mask: expected term's shape"),
+    ],
+)
+def test_arguments_of_aggregate(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ek.aggregate(LP, **{"mask": MASK, **changes})
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
@@ -145,7 +181,7 @@ def test_numbers_of_numpy_are_numbers(function: Any) -> None:
 
 def test_estimator_of_the_function() -> None:
     with pytest.raises(ValueError, match="estimator: expected one of"):
-        kl_estimate(LP, "full")
+        losses.kl_estimate(LP, "full")
 
 
 # ---- signatures, presets, tables ------------------------------------------------------------------------------------
@@ -205,20 +241,15 @@ def test_a_clip_can_be_set_and_removed_in_either_preset() -> None:
 
 
 def test_tables_for_the_docs() -> None:
-    table = metric_table()
+    table = losses.metric_table()
     assert table.splitlines()[0] == "| metric | definition | present |"
     for name, metric in METRICS.items():
         assert f"| `{name}` | {metric.definition} | {metric.given} |" in table
         assert "|" not in metric.definition  # it would end the cell
     names = "pg_loss clipfrac clipfrac_lower ppo_kl ppo_kl_abs ratio_mean ratio_max cov_mean cov_max band_frac"
     assert list(METRICS) == [*names.split(), "selected_frac", "entropy", "ref_kl", "nonfinite_tokens"]
-    assert set(AGG_MODES) == set(MODES)
-
-
-def test_the_docs_print_the_tables() -> None:
     text = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
-    assert metric_table() in text
-    assert surrogate_table() in text
+    assert table in text and losses.surrogate_table() in text
     assert all(f"`{name}`" in text for name in (*AGG_MODES, "none", *KL_ESTIMATORS))
 
 

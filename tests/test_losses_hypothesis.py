@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import reference_losses as ref
-from entropy_kernels.losses import METRICS
-from loss_cases import MODES, Batch, assert_matches, ek, leaf
+from loss_cases import MODES, Batch, assert_matches, differentiated, ek, leaf
 
 pytestmark = pytest.mark.usefixtures("loss_place")
 
@@ -36,17 +35,6 @@ def batches(draw: Any) -> Batch:
     return Batch(old + change, old, advantages, matrix(st.sampled_from([0.0, 1.0])), "drawn")
 
 
-def options(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    mode = draw(st.sampled_from(MODES))
-    whole = {
-        "dp_size": draw(st.integers(1, 3)),
-        "batch_num_tokens": draw(st.integers(1, 50)),
-        "global_batch_size": draw(st.integers(1, 9)),
-        "loss_scale_factor": draw(st.sampled_from([None, 1, 2.5])),
-    }
-    return {"loss_agg_mode": mode, **whole}, {"mode": mode, **whole}
-
-
 few = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -67,7 +55,7 @@ def test_any_combination_equals_the_reference(data: Any) -> None:
     low, high, dual = draw(clips), draw(clips), draw(st.sampled_from([None, 1.5, 3.0]))
     if near_a_branch(batch, None if low is None else 1 - low, None if high is None else 1 + high, dual):
         return
-    lp, old, adv, mask = batch.arrays()
+    lp, old, adv, valid = batch.arrays()
     chosen = torch.tensor(draw(st.lists(st.booleans(), min_size=lp.size, max_size=lp.size))).view(lp.shape)
     terms = {
         "clip_low": low,
@@ -77,51 +65,47 @@ def test_any_combination_equals_the_reference(data: Any) -> None:
         "ref_kl_coef": draw(coefficients),
         "kl_estimator": draw(st.sampled_from(["k1", "abs", "k2", "k3", "k3+"])),
     }
-    ours, theirs = options(draw)
+    mode = draw(st.sampled_from(MODES))
+    whole = {
+        "dp_size": draw(st.integers(1, 3)),
+        "batch_num_tokens": draw(st.integers(1, 50)),
+        "global_batch_size": draw(st.integers(1, 9)),
+        "loss_scale_factor": draw(st.sampled_from([None, 1, 2.5])),
+    }
     reference = batch.old_logprob - 0.3
-    entropy, logprob = leaf(batch.old_logprob.abs()), leaf(batch.logprob)
-    common = {"entropy": entropy, "ref_logprob": reference, **terms, **ours}
-    arrays = {"entropy": entropy.detach().numpy(), "ref": np.where(mask, reference.numpy(), 0), **terms, **theirs}
+    entropy = leaf(batch.old_logprob.abs())
+    common = {"entropy": entropy, "ref_logprob": reference, "loss_agg_mode": mode, **terms, **whole}
+    arrays = {"entropy": entropy.detach().numpy(), "ref": np.where(valid, reference.numpy(), 0), "mode": mode}
     which = draw(st.sampled_from(["policy", "verl", "paper", "kl"]))
-    if which == "policy":
-        out = ek.policy_loss(logprob, *batch.args[1:], **common)
-        expected = ref.loss(lp, old, adv, mask, **arrays)
-    elif which == "kl":
+    function, ours, theirs = ek.policy_loss, {}, {}
+    if which == "kl":
         beta, estimator = draw(coefficients), draw(st.sampled_from(["abs", "k2", "k3"]))
-        out = ek.kl_cov_loss(
-            logprob, *batch.args[1:], penalized=chosen, kl_coef=beta, penalty_estimator=estimator, **common
-        )
-        expected = ref.loss(lp, old, adv, mask, penalized=chosen.numpy(), kl_coef=beta, penalty=estimator, **arrays)
-    else:
-        out = ek.clip_cov_loss(logprob, *batch.args[1:], preset=which, dropped=chosen, **common)
-        expected = ref.loss(lp, old, adv, mask, dropped=chosen.numpy(), keep_value=which == "paper", **arrays)
-    out.loss.backward()
-    for name in ("cov_mean", "cov_max"):  # fp32
-        del expected.metrics[name]
-    assert_matches(out, logprob, expected, entropy if terms["entropy_coef"] else None, name=which)
+        function = ek.kl_cov_loss
+        ours = {"penalized": chosen, "kl_coef": beta, "penalty_estimator": estimator}
+        theirs = {"penalized": chosen.numpy(), "kl_coef": beta, "penalty": estimator}
+    elif which != "policy":
+        function, ours = ek.clip_cov_loss, {"preset": which, "dropped": chosen}
+        theirs = {"dropped": chosen.numpy(), "keep_value": which == "paper"}
+    out, gradient = differentiated(function, *batch.args, **common, **ours)
+    expected = ref.loss(lp, old, adv, valid, **arrays, **terms, **whole, **theirs)
+    del expected.metrics["cov_mean"], expected.metrics["cov_max"]  # fp32
+    assert_matches(out, gradient, expected, entropy if terms["entropy_coef"] else None, name=which)
 
 
 @few
 @given(batches(), st.sampled_from(MODES), st.integers(0, 3))
 def test_padding_columns_and_row_order_change_nothing(batch: Batch, mode: str, pad: int) -> None:
     """More padding, filled with NaN, and sequences in another order; -norm's scale is given, as its default is L."""
-
-    def run(*tensors: torch.Tensor) -> tuple[ek.PolicyLoss, torch.Tensor]:
-        x = leaf(tensors[0])
-        out = ek.policy_loss(x, *tensors[1:], loss_agg_mode=mode, loss_scale_factor=3)
-        out.loss.backward()
-        assert x.grad is not None
-        return out, x.grad
-
     nan = torch.full((len(batch.mask), pad), float("nan"), dtype=torch.float64)
     wide = [torch.cat([x, nan], 1).flip(0) for x in batch.args[:3]]
     wide.append(torch.cat([batch.mask, torch.zeros_like(nan)], 1).flip(0))
-    (a, grad_a), (b, grad_b) = run(*batch.args), run(*wide)
+    (a, grad_a), (b, grad_b) = (
+        differentiated(ek.policy_loss, *tensors, loss_agg_mode=mode, loss_scale_factor=3)
+        for tensors in (batch.args, wide)
+    )
     torch.testing.assert_close(b.loss, a.loss)
     torch.testing.assert_close(grad_b.flip(0)[:, : grad_a.shape[1]], grad_a)
-    for name in METRICS:
-        if name in a.metrics:
-            torch.testing.assert_close(b.metrics[name], a.metrics[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(b.metrics, a.metrics, rtol=1e-5, atol=1e-6)
 
 
 @few
@@ -148,9 +132,6 @@ def test_selecting_here_equals_selecting_first(batch: Batch, seed: int, preset: 
 @given(batches())
 def test_the_clip_bounds_the_gain(batch: Batch) -> None:
     """No token gains more than A·(1 + clip_high) or -A·(1 - clip_low), whatever the ratio: what the clip is for."""
-    for row in range(batch.logprob.shape[0]):
-        for column in range(batch.logprob.shape[1]):
-            one = [x[row : row + 1, column : column + 1] for x in batch.args[:3]]
-            loss = float(ek.policy_loss(*one, None).loss)
-            advantage = float(one[2])
-            assert loss >= -max(1.2 * advantage, 0.8 * advantage) - 1e-12
+    advantages = batch.advantages
+    losses = ek.policy_loss(*batch.args[:3], None, loss_agg_mode="none").loss
+    assert (losses >= -torch.maximum(1.2 * advantages, 0.8 * advantages) - 1e-12).all()

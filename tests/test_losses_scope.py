@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
 from gloo import run_ranks
-from loss_cases import MODES, leaf
+from loss_cases import MODES, differentiated, leaf, ragged
 
 ROWS, LENGTH = 8, 12
+POSITIONAL = ("logprob", "old_logprob", "advantages", "mask")
 SELECTING = {
     "policy": (ek.policy_loss, None),
     "clip_cov": (ek.clip_cov_loss, "dropped"),
@@ -25,39 +26,37 @@ SELECTING = {
 
 def batch() -> dict[str, Tensor]:
     """Rows of different lengths, an empty one among them; float64, so that only the order of sums differs."""
-    g = torch.Generator().manual_seed(5)
-    old = -3 * torch.rand(ROWS, LENGTH, generator=g, dtype=torch.float64)
-    return {
-        "logprob": old + 0.3 * torch.randn(ROWS, LENGTH, generator=g, dtype=torch.float64),
-        "old_logprob": old,
-        "advantages": 2 * torch.randn(ROWS, 1, generator=g, dtype=torch.float64),
-        "mask": torch.arange(LENGTH) < torch.tensor([12, 3, 0, 7, 1, 12, 5, 9])[:, None],
-        "entropy": 2 * torch.rand(ROWS, LENGTH, generator=g, dtype=torch.float64),
-        "ref_logprob": old + 0.1,
-    }
+    lp, old, adv, mask = ragged([12, 3, 0, 7, 1, 12, 5, 9], dtype=torch.float64)
+    tensors = (lp, old, 2 * adv[:, :1], mask, lp.abs(), old + 0.1)
+    return dict(zip((*POSITIONAL, "entropy", "ref_logprob"), tensors, strict=True))
+
+
+def parts_of(data: dict[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    rows = ROWS // count
+    return [{key: value[i : i + rows] for key, value in data.items()} for i in range(0, ROWS, rows)]
 
 
 TERMS: dict[str, Any] = {"entropy_coef": 0.02, "ref_kl_coef": 0.05}
-POSITIONAL = ("logprob", "old_logprob", "advantages", "mask")
 
 
 def loss_of(function: Any, data: dict[str, Tensor], **options: Any) -> tuple[ek.PolicyLoss, Tensor, Tensor]:
     """The loss after backward, and the gradients of logprob and entropy."""
-    data = {**data, "logprob": leaf(data["logprob"]), "entropy": leaf(data["entropy"])}
+    entropy = leaf(data["entropy"])
     positional = [data[name] for name in POSITIONAL]
-    out = function(*positional, entropy=data["entropy"], ref_logprob=data["ref_logprob"], **TERMS, **options)
-    out.loss.backward()
-    assert data["logprob"].grad is not None and data["entropy"].grad is not None
-    return out, data["logprob"].grad, data["entropy"].grad
+    out, gradient = differentiated(
+        function, *positional, entropy=entropy, ref_logprob=data["ref_logprob"], **TERMS, **options
+    )
+    assert entropy.grad is not None
+    return out, gradient, entropy.grad
 
 
-def masks_of(parts: list[dict[str, Tensor]], argument: str) -> list[Tensor]:
+def masks_of(parts: list[dict[str, Tensor]], argument: str, **options: Any) -> list[Tensor]:
     """Selection over the whole batch, from its parts."""
     selection = ek.SelectionBatch()
     for part in parts:
         selection.add(*(part[name] for name in ("logprob", "advantages", "mask")))
     if argument == "dropped":
-        return selection.clip_cov(seed=9, ratio=0.2, low=-9.0, high=9.0)
+        return selection.clip_cov(**{"seed": 9, "low": -9.0, "high": 9.0, **options}, ratio=0.2)
     return selection.kl_cov(ratio=0.2)
 
 
@@ -67,8 +66,7 @@ def masks_of(parts: list[dict[str, Tensor]], argument: str) -> list[Tensor]:
 def test_micro_batches_add_up_to_the_batch(name: str, mode: str, count: int) -> None:
     function, argument = SELECTING[name]
     data = batch()
-    rows = [slice(i, i + ROWS // count) for i in range(0, ROWS, ROWS // count)]
-    parts = [{key: value[part] for key, value in data.items()} for part in rows]
+    parts = parts_of(data, count)
     whole = {"batch_num_tokens": int(data["mask"].sum()), "global_batch_size": ROWS, "loss_scale_factor": 3}
     given: list[dict[str, Tensor]] = [{}] * count
     one: dict[str, Tensor] = {}
@@ -79,8 +77,8 @@ def test_micro_batches_add_up_to_the_batch(name: str, mode: str, count: int) -> 
     expected = loss_of(function, data, loss_agg_mode=mode, **whole, **one)
     outs = [loss_of(function, p, loss_agg_mode=mode, **whole, **m) for p, m in zip(parts, given, strict=True)]
     torch.testing.assert_close(sum(out.loss for out, _, _ in outs), expected[0].loss)
-    torch.testing.assert_close(torch.cat([grad for _, grad, _ in outs]), expected[1])
-    torch.testing.assert_close(torch.cat([grad for _, _, grad in outs]), expected[2])
+    for which in (1, 2):
+        torch.testing.assert_close(torch.cat([out[which] for out in outs]), expected[which])
     # pg_loss adds up as the loss does
     torch.testing.assert_close(sum(out.metrics["pg_loss"] for out, _, _ in outs), expected[0].metrics["pg_loss"])
 
@@ -88,9 +86,8 @@ def test_micro_batches_add_up_to_the_batch(name: str, mode: str, count: int) -> 
 def test_without_the_whole_batchs_numbers_micro_batches_do_not_add_up() -> None:
     """The test above can fail: per-call denominators give another loss."""
     data = batch()
-    parts = [{key: value[i : i + 4] for key, value in data.items()} for i in (0, 4)]
     expected = loss_of(ek.policy_loss, data)[0].loss
-    mean = sum(loss_of(ek.policy_loss, part)[0].loss for part in parts) / 2
+    mean = sum(loss_of(ek.policy_loss, part)[0].loss for part in parts_of(data, 2)) / 2
     assert not torch.allclose(mean, expected, rtol=1e-3)
 
 
@@ -101,9 +98,7 @@ def test_advantages_in_fp64_are_not_rounded_before_the_selection() -> None:
     data["advantages"] = 1 + 1e-9 * torch.randn(ROWS, LENGTH, generator=generator, dtype=torch.float64)
     for name, options in (("clip_cov", {"seed": 3, "low": 0.0, "high": 9.0}), ("kl_cov", {})):
         function, argument = SELECTING[name]
-        selection = ek.SelectionBatch()
-        selection.add(*(data[key] for key in ("logprob", "advantages", "mask")))
-        (mask,) = getattr(selection, name)(ratio=0.2, **options)
+        (mask,) = masks_of([data], argument, **options)
         clips: dict[str, Any] = {"clip_low": None, "clip_high": None}  # tokens that they hold would be no candidates
         expected = loss_of(function, data, **clips, **{argument: mask})
         out = loss_of(function, data, ratio=0.2, **clips, **options)
@@ -121,8 +116,7 @@ def test_selecting_per_micro_batch_is_another_selection() -> None:
         out = ek.clip_cov_loss(*(part[name] for name in POSITIONAL), **options)  # type: ignore[arg-type]
         return round(float(out.metrics["selected_frac"] * part["mask"].sum()))
 
-    parts = [{key: value[i : i + 2] for key, value in data.items()} for i in range(0, ROWS, 2)]
-    assert dropped(data) == 1 and sum(map(dropped, parts)) == 4
+    assert dropped(data) == 1 and sum(map(dropped, parts_of(data, 4))) == 4
 
 
 # ---- data-parallel ranks --------------------------------------------------------------------------------------------
@@ -131,31 +125,23 @@ def test_selecting_per_micro_batch_is_another_selection() -> None:
 SHARES = {2: [slice(0, 5), slice(5, 8)], 4: [slice(0, 3), slice(3, 4), slice(4, 4), slice(4, 8)]}
 
 
-def selection_options(name: str) -> dict[str, Any]:
-    clip = {"seed": 9, "ratio": 0.2, "low": -9.0, "high": 9.0}
-    quantile = {"seed": 9, "ratio": 0.2, "low": 0.2, "high": 0.8, "band": "quantile"}
-    return {"policy": {}, "clip_cov": clip, "clip_quantile": quantile, "kl_cov": {"ratio": 0.2}}[name]
-
-
 def check_rank(group: Any, size: int) -> None:
     """Runs on every rank: this rank's share of everything is what one rank computes from the whole batch."""
     rank = dist.get_rank(group)
     rows = SHARES[size][rank]
     data = batch()
     part = {key: value[rows] for key, value in data.items()}
-    for name in ("policy", "clip_cov", "clip_quantile", "kl_cov"):
-        function = SELECTING["clip_cov" if name.startswith("clip") else name][0]
+    for name in ("policy", "clip_cov_verl", "clip_cov_quantile", "kl_cov"):
+        function, selecting = CALLS[name]
         for mode in MODES if name == "policy" else ("token-mean", "seq-mean-token-mean"):
-            options = {"loss_agg_mode": mode, **selection_options(name)}
+            options = {"loss_agg_mode": mode, **selecting}
             expected, grad, grad_entropy = loss_of(function, data, **options)
             for dp_size in (1, size):
                 out, own, own_entropy = loss_of(function, part, batch_group=group, dp_size=dp_size, **options)
                 total = out.loss.detach().clone()
                 dist.all_reduce(total, group=group)
-                torch.testing.assert_close(total, expected.loss.detach() * dp_size)
-                torch.testing.assert_close(own, grad[rows] * dp_size)
-                torch.testing.assert_close(own_entropy, grad_entropy[rows] * dp_size)
-                assert out.metrics.keys() == expected.metrics.keys()
+                share = [x * dp_size for x in (expected.loss.detach(), grad[rows], grad_entropy[rows])]
+                torch.testing.assert_close([total, own, own_entropy], share)
                 torch.testing.assert_close(out.metrics, expected.metrics)
                 mine = torch.stack(list(out.metrics.values()))
                 of_all = [torch.empty_like(mine) for _ in range(size)]
@@ -171,10 +157,8 @@ def check_compiled_rank(group: Any, size: int) -> None:
     part = {key: value[SHARES[size][dist.get_rank(group)]] for key, value in batch().items()}
     # "eager": that dynamo captures the collective is the point here; aot_eager is tested below on one rank
     compiled = torch.compile(ek.policy_loss, backend="eager", fullgraph=True, dynamic=False)
-    expected, grad, _ = loss_of(ek.policy_loss, part, batch_group=group)
-    out, own, _ = loss_of(compiled, part, batch_group=group)
-    torch.testing.assert_close(out.loss, expected.loss)
-    torch.testing.assert_close(own, grad)
+    expected, out = (loss_of(function, part, batch_group=group) for function in (ek.policy_loss, compiled))
+    torch.testing.assert_close((out[0].loss, *out[1:]), (expected[0].loss, *expected[1:]))
 
 
 def on_rank(rank: int, world: int) -> None:
@@ -192,14 +176,13 @@ def test_ranks_share_the_loss_of_the_batch() -> None:
 
 # ---- compiled, and without a sync -----------------------------------------------------------------------------------
 
+WIDE = {"low": -9.0, "high": 9.0}
+QUANTILE = {"seed": torch.tensor(3), "ratio": 0.2, "band": "quantile", "low": 0.2, "high": 0.9}
 CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "policy": (ek.policy_loss, {"dual_clip": 3.0, "kl_estimator": "k3+"}),
-    "clip_cov_verl": (ek.clip_cov_loss, {"seed": torch.tensor(3), "ratio": 0.2, "low": -9.0, "high": 9.0}),
-    "clip_cov_paper": (
-        ek.clip_cov_loss,
-        {"preset": "paper", "seed": torch.tensor(3), "k": 4, "low": -9.0, "high": 9.0},
-    ),
-    "clip_cov_quantile": (ek.clip_cov_loss, {"seed": torch.tensor(3), "band": "quantile", "low": 0.2, "high": 0.9}),
+    "clip_cov_verl": (ek.clip_cov_loss, {"seed": torch.tensor(3), "ratio": 0.2, **WIDE}),
+    "clip_cov_paper": (ek.clip_cov_loss, {"preset": "paper", "seed": torch.tensor(3), "k": 4, **WIDE}),
+    "clip_cov_quantile": (ek.clip_cov_loss, QUANTILE),
     "clip_cov_given": (ek.clip_cov_loss, {"dropped": torch.ones(ROWS, LENGTH)}),
     "kl_cov": (ek.kl_cov_loss, {"ratio": 0.2, "penalty_estimator": "k2"}),
     "kl_cov_given": (ek.kl_cov_loss, {"penalized": torch.ones(ROWS, LENGTH), "kl_coef": torch.tensor(0.5)}),
@@ -213,11 +196,10 @@ def test_compiled_in_one_graph(name: str) -> None:
     mode = MODES[list(CALLS).index(name) % len(MODES)]
     torch._dynamo.reset()
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    expected = loss_of(function, batch(), loss_agg_mode=mode, **options)
-    out = loss_of(compiled, batch(), loss_agg_mode=mode, **options)
-    torch.testing.assert_close(out[0].loss, expected[0].loss)
-    torch.testing.assert_close(out[1:], expected[1:])
-    torch.testing.assert_close(dict(out[0].metrics), expected[0].metrics)
+    (expected, *right), (out, *own) = (
+        loss_of(each, batch(), loss_agg_mode=mode, **options) for each in (function, compiled)
+    )
+    torch.testing.assert_close((out.loss, own, dict(out.metrics)), (expected.loss, right, expected.metrics))
 
 
 def test_a_compiled_module_recompiles_for_nothing_that_changes_each_step() -> None:
