@@ -119,8 +119,7 @@ def test_nothing_counts(selection_place: Place) -> None:
         share = torch.tensor(0.5)
         assert not ek.top_tokens(*tokens, ratio=share, backend=selection_place.backend).any()
         for band in ({}, {"low": share, "high": 1.0, "band": "quantile"}):
-            options: dict[str, Any] = {"seed": 0, "ratio": share, "backend": selection_place.backend, **band}
-            assert not ek.random_tokens(*tokens, **options).any()
+            assert not ek.random_tokens(*tokens, seed=0, ratio=share, backend=selection_place.backend, **band).any()
 
 
 @pytest.mark.parametrize(("function", "options"), [case for case in CASES if "at_least_one" not in case[1]])
@@ -128,12 +127,7 @@ def test_debugging_checks_the_values(function: str, options: dict[str, Any], mon
     monkeypatch.setenv("ENTROPY_KERNELS_DEBUG", "1")
     data, given = batch(), as_tensors(options)
     assert torch.equal(call(function, data, "auto", **given), call(function, data, "auto", **options))
-    wrong: dict[str, tuple[float, ...]] = {
-        "ratio": (0.0, 1.5, NAN),
-        "k": (-1.0, NAN),
-        "low": (INF, NAN),
-        "high": (-2.0,),
-    }
+    wrong = {"ratio": (0.0, 1.5, NAN), "k": (-1.0, NAN), "low": (INF, NAN), "high": (-2.0,)}
     for name, values in wrong.items():
         for value in values if name in options else ():
             with pytest.raises(ValueError, match=f"{name}: expected|low: expected < high"):
@@ -242,40 +236,38 @@ def test_general_names() -> None:
 
 COV = torch.zeros(2, 3)
 BITS = torch.ones(2, 3, dtype=torch.bool)
-SEED = torch.tensor(1)
-COUNT: tuple[Any, ...] = (None, 0.1, None, True)
-MISUSE: list[tuple[str, type[Exception], str, tuple[Any, ...]]] = [
+RIGHT: dict[str, dict[str, Any]] = {
+    "token_covariance": {"logprob": COV, "advantages": COV, "mask": None},
+    "kl_cov_mask": {"covariance": COV, "mask": None, "exclude": None, "token_index": None, "numbers": None,
+                    "ratio": 0.1, "k": None, "at_least_one": True},
+}  # fmt: skip
+RIGHT["clip_cov_mask"] = {
+    **RIGHT["kl_cov_mask"], "seed": torch.tensor(1), "low": 1.0, "high": 5.0, "quantile": False, "closed": False
+}  # fmt: skip
+SEED = RIGHT["clip_cov_mask"]["seed"]
+MISUSE: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("token_covariance", ValueError, r"advantages: expected shape \(1000000,\), got \(3,\)",
-     (torch.randn(10**6), torch.randn(3), None)),
+     {"logprob": torch.randn(10**6), "advantages": torch.randn(3)}),
     ("token_covariance", TypeError, "advantages: expected a floating-point dtype, got torch.int64",
-     (COV, COV.long(), None)),
-    ("token_covariance", TypeError, "mask: expected torch.bool, got torch.float32", (COV, COV, COV)),
-    ("token_covariance", ValueError, "advantages: expected on cpu, got meta", (COV, COV.to("meta"), None)),
-    ("kl_cov_mask", TypeError, "covariance: expected a floating", (COV.long(), None, None, None, *COUNT)),
-    ("kl_cov_mask", TypeError, "mask: expected torch.bool, got torch.float32", (COV, COV, None, None, *COUNT)),
-    ("kl_cov_mask", ValueError, r"exclude: expected shape \(2, 3\), got \(3, 2\)",
-     (COV, None, BITS.t(), None, *COUNT)),
-    ("kl_cov_mask", ValueError, "mask: expected on cpu, got meta", (COV, BITS.to("meta"), None, None, *COUNT)),
-    ("kl_cov_mask", TypeError, "token_index: expected torch.int64, got torch.int32",
-     (COV, None, None, COV.int(), *COUNT)),
-    ("kl_cov_mask", TypeError, "numbers: expected torch.float64", (COV, None, None, None, COV, *COUNT[1:])),
-    ("kl_cov_mask", ValueError, r"numbers: expected shape \(2,\), got \(1,\)",
-     (COV, None, None, None, torch.ones(1).double(), *COUNT[1:])),
-    ("kl_cov_mask", ValueError, "ratio, k: expected one of them", (COV, None, None, None, None, None, None, True)),
-    ("clip_cov_mask", TypeError, "seed: expected torch.int64, got torch.int32",
-     (COV, None, None, None, SEED.int(), *COUNT, 1.0, 5.0, False, False)),
-    ("clip_cov_mask", ValueError, r"seed: expected shape \(\), got \(1,\)",
-     (COV, None, None, None, SEED[None], *COUNT, 1.0, 5.0, False, False)),
-    ("clip_cov_mask", ValueError, "seed: expected on cpu, got meta",
-     (COV, None, None, None, SEED.to("meta"), *COUNT, 1.0, 5.0, False, False)),
-    ("clip_cov_mask", ValueError, r"numbers: expected shape \(4,\), got \(2,\)",
-     (COV, None, None, None, SEED, torch.ones(2).double(), *COUNT[1:], 1.0, 5.0, False, False)),
+     {"advantages": COV.long()}),
+    ("token_covariance", TypeError, "mask: expected torch.bool, got torch.float32", {"mask": COV}),
+    ("token_covariance", ValueError, "advantages: expected on cpu, got meta", {"advantages": COV.to("meta")}),
+    ("kl_cov_mask", TypeError, "covariance: expected a floating", {"covariance": COV.long()}),
+    ("kl_cov_mask", TypeError, "mask: expected torch.bool, got torch.float32", {"mask": COV}),
+    ("kl_cov_mask", ValueError, r"exclude: expected shape \(2, 3\), got \(3, 2\)", {"exclude": BITS.t()}),
+    ("kl_cov_mask", ValueError, "mask: expected on cpu, got meta", {"mask": BITS.to("meta")}),
+    ("kl_cov_mask", TypeError, "token_index: expected torch.int64, got torch.int32", {"token_index": COV.int()}),
+    ("kl_cov_mask", TypeError, "numbers: expected torch.float64", {"numbers": COV}),
+    ("kl_cov_mask", ValueError, r"numbers: expected shape \(2,\), got \(1,\)", {"numbers": torch.ones(1).double()}),
+    ("kl_cov_mask", ValueError, "ratio, k: expected one of them", {"ratio": None}),
+    ("clip_cov_mask", TypeError, "seed: expected torch.int64, got torch.int32", {"seed": SEED.int()}),
+    ("clip_cov_mask", ValueError, r"seed: expected shape \(\), got \(1,\)", {"seed": SEED[None]}),
+    ("clip_cov_mask", ValueError, "seed: expected on cpu, got meta", {"seed": SEED.to("meta")}),
+    ("clip_cov_mask", ValueError, r"numbers: expected shape \(4,\), got \(2,\)", {"numbers": torch.ones(2).double()}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "error", "message", "arguments"), MISUSE)
-def test_raw_operators_check_their_tensors(
-    op: str, error: type[Exception], message: str, arguments: tuple[Any, ...]
-) -> None:
+@pytest.mark.parametrize(("op", "error", "message", "wrong"), MISUSE)
+def test_raw_operators_check_their_tensors(op: str, error: type, message: str, wrong: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
-        getattr(OPS, op)(*arguments, "", "cpu")
+        getattr(OPS, op)(**{**RIGHT[op], **wrong}, group="", backend="cpu")
