@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import operator
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +49,12 @@ def integer(name: str, value: Any) -> Any:
         except TypeError:
             pass
     raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only parameters of a function, with their defaults."""
+    parameters = inspect.signature(function).parameters
+    return {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def check_tensor(name: str, value: Any, also: str = "") -> None:

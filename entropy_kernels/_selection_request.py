@@ -132,7 +132,7 @@ def request(
         seed = seed_tensor(seed, device)
     return Request(
         seed, numbers, ratio, k, bool(at_least_one), low, high,
-        band == "quantile", bool(closed), group_name(group), backend,
+        band == "quantile", bool(closed), "" if group is None else group_name(group), backend,
     )  # fmt: skip
 
 

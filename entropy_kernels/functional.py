@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import integer, number
+from entropy_kernels._arguments import check_tensor, integer, number
 from entropy_kernels.ops import token_stats as op
 
 
@@ -149,8 +149,7 @@ def _token_stats(
 def validate_rows(name: str, rows: Any, target: Any) -> None:
     """``rows`` (..., any) are floating-point vectors, one for each label of ``target`` (...), on one device."""
     for argument, value in ((name, rows), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{argument}: expected a torch.Tensor, got {type(value).__name__}")
+        check_tensor(argument, value)
     if rows.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise TypeError(f"{name}: expected dtype bfloat16, float16, float32 or float64, got {rows.dtype}")
     if target.dtype not in (torch.int32, torch.int64):

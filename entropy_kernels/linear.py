@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import integer, refuse_forward_mode
+from entropy_kernels._arguments import check_tensor, integer, refuse_forward_mode
 from entropy_kernels._dtensor import local_head
 from entropy_kernels.functional import (
     LogprobEntropy,
@@ -33,7 +33,6 @@ from entropy_kernels.ops.linear_policy_loss import Final as Final  # of linear_l
 from entropy_kernels.ops.linear_tiles import Numbers
 from entropy_kernels.ops.products import adds_to_fp32
 
-HELD_OUT = planning.HELD_OUT
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -149,8 +148,7 @@ def linear_plan(
     Raises:
         TypeError, ValueError: as :func:`linear_logprob_entropy`.
     """
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"hidden: expected a torch.Tensor, got {type(hidden).__name__}")
+    check_tensor("hidden", hidden)
     target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
     validate_rows("hidden", hidden, target)
     validate_options(False, vocab_group, "auto")
@@ -392,8 +390,7 @@ def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:
     for name, value, shape in (("weight", weight, (None, hidden.shape[-1])), ("bias", bias, (None,))):
         if value is None and name == "bias":
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        check_tensor(name, value)
         expected = ("V", hidden.shape[-1]) if name == "weight" else (weight.shape[0],)
         if value.dim() != len(shape) or value.shape[-1] != expected[-1]:
             raise ValueError(

@@ -7,20 +7,20 @@ without gradient and without a value read back by the host. Method: arXiv 2505.2
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import (
-    check_place,
-    check_tensor,
-    debugging,
-    group_name,
-    integer,
-    number,
-    scalar_tensor,
+from entropy_kernels._arguments import group_name
+from entropy_kernels._selection_request import (
+    SeedCounter,
+    boolean_of,
+    check_float,
+    check_token_index,
+    per_token,
+    request,
+    tokens_of,
 )
 from entropy_kernels.ops import selection as op
 
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 CLIP_COV_RATIO = 2e-4
-_ALL_TOKENS = 1 << 53  # more than any batch holds
 KL_COV_RATIO = 2e-3
 
 
@@ -67,9 +66,9 @@ def token_covariance(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
     """
-    _check_float("logprob", logprob)
+    check_float("logprob", logprob)
     advantages = per_token("advantages", advantages, logprob)
-    mask = _boolean("mask", mask, "logprob", logprob)
+    mask = boolean_of("mask", mask, "logprob", logprob)
     return covariance_of(logprob.detach(), advantages.detach(), mask, group_name(batch_group), backend)
 
 
@@ -128,7 +127,7 @@ def random_tokens(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; ratio and k, or neither.
     """
-    tokens = _tokens("score", score, mask, exclude, token_index)
+    tokens = tokens_of("score", score, mask, exclude, token_index)
     return request(
         score.device, seed=seed, ratio=ratio, k=k, default=None, at_least_one=at_least_one, low=low, high=high,
         band=band, closed=closed, group=batch_group, backend=backend,
@@ -161,7 +160,7 @@ def clip_cov_mask(
 
     Other args, returns, raises: as :func:`random_tokens`.
     """
-    tokens = _tokens("covariance", covariance, mask, exclude, token_index)
+    tokens = tokens_of("covariance", covariance, mask, exclude, token_index)
     return request(
         covariance.device, seed=seed, ratio=ratio, k=k, default=CLIP_COV_RATIO, at_least_one=at_least_one, low=low,
         high=high, band=band, closed=closed, group=batch_group, backend=backend,
@@ -187,7 +186,7 @@ def top_tokens(
 
     Args, returns, raises: as :func:`random_tokens`.
     """
-    tokens = _tokens("score", score, mask, exclude, token_index)
+    tokens = tokens_of("score", score, mask, exclude, token_index)
     return request(
         score.device, ratio=ratio, k=k, default=None, at_least_one=at_least_one, group=batch_group,
         backend=backend,
@@ -216,138 +215,11 @@ def kl_cov_mask(
 
     Other args, returns, raises: as :func:`random_tokens`.
     """
-    tokens = _tokens("covariance", covariance, mask, exclude, token_index)
+    tokens = tokens_of("covariance", covariance, mask, exclude, token_index)
     return request(
         covariance.device, ratio=ratio, k=k, default=KL_COV_RATIO, at_least_one=at_least_one, group=batch_group,
         backend=backend,
     )(*tokens)  # fmt: skip
-
-
-_Number = float | Tensor | None
-_Tokens = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
-class Request(NamedTuple):
-    """A selection, checked: everything but the tokens, in the order of the op's arguments."""
-
-    seed: Tensor | None  # None: the largest scores; else drawn from a band
-    numbers: Tensor | None  # ratio, k, low and high where one of them is a tensor
-    ratio: float | None
-    k: int | None
-    at_least_one: bool
-    low: float
-    high: float
-    quantile: bool
-    closed: bool
-    group: str
-    backend: str
-
-    def __call__(
-        self, score: Tensor, mask: Tensor | None, exclude: Tensor | None, token_index: Tensor | None
-    ) -> Tensor:
-        """The selected tokens, bool; ``score`` floating point, the others bool or int64, all of its shape."""
-        if self.seed is None:
-            return op.kl_cov_mask(score, mask, exclude, token_index, *self[1:5], *self[9:])
-        return op.clip_cov_mask(score, mask, exclude, token_index, *self)
-
-    def candidates(self, score: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
-        """The tokens that are drawn from, bool; of a selection with a seed."""
-        if self.quantile:  # the bounds are order statistics: the selection finds them
-            if self.numbers is None:
-                return self._replace(ratio=None, k=_ALL_TOKENS)(score, mask, exclude, None)
-            everything = torch.stack([self.numbers.new_full((), x) for x in (math.nan, _ALL_TOKENS)])
-            return self._replace(numbers=torch.cat([everything, self.numbers[2:]]))(score, mask, exclude, None)
-        low, high = (self.low, self.high) if self.numbers is None else self.numbers[2:].float().unbind()
-        inside = (score >= low) & (score <= high) if self.closed else (score > low) & (score < high)
-        inside = inside if mask is None else inside & mask
-        return inside if exclude is None else inside & ~exclude
-
-
-def request(
-    device: torch.device,
-    *,
-    ratio: Any,
-    k: Any,
-    default: float | None,
-    at_least_one: bool,
-    group: Any,
-    backend: str,
-    seed: Any = None,
-    low: Any = 0.0,
-    high: Any = 1.0,
-    band: str = "absolute",
-    closed: bool = False,
-) -> Request:
-    """The record of a selection; arguments, errors: :func:`random_tokens`. ``default``: the ratio without both."""
-    ratio, k = (ratio, k) if k is None and type(ratio) is float and 0 < ratio <= 1 else _count(ratio, k, default)
-    if type(low) is not float or type(high) is not float or band != "absolute" or not low < high:
-        low, high = _bounds(low, high, band)
-    given = (ratio, k) if seed is None else (ratio, k, low, high)
-    numbers = None
-    # A compiler takes plain numbers for constants
-    tensors = isinstance(ratio, Tensor) or isinstance(k, Tensor) or isinstance(low, Tensor) or isinstance(high, Tensor)
-    if tensors or torch.compiler.is_compiling():
-        numbers = torch.stack([_in_float64(math.nan if value is None else value, device) for value in given])
-        ratio, k, low, high = None, None, 0.0, 0.0
-    if not torch.compiler.is_compiling() and type(seed) is int and 0 <= seed < 1 << 63:
-        seed = torch.full((), seed, dtype=torch.int64, device=device)
-    elif seed is not None:
-        seed = seed_tensor(seed, device)
-    return Request(
-        seed, numbers, ratio, k, bool(at_least_one), low, high,
-        band == "quantile", bool(closed), group_name(group), backend,
-    )  # fmt: skip
-
-
-def _tokens(name: str, score: Any, mask: Any, exclude: Any, token_index: Any) -> _Tokens:
-    _check_float(name, score)
-    return (
-        score.detach(),
-        _boolean("mask", mask, name, score),
-        _boolean("exclude", exclude, name, score),
-        check_token_index(token_index, name, score),
-    )
-
-
-def _in_float64(value: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=torch.float64, non_blocking=True)
-    return scalar_tensor(value, torch.float64, device)
-
-
-class SeedCounter(torch.nn.Module):
-    """Seeds where nobody counts the steps: ``seed=counter`` of :func:`clip_cov_mask`, ``clip_cov_loss`` and their kin.
-
-    The first call draws with ``seed``, the next one with ``seed + 1``, and so on. How many there were is saved with the
-    module's state, so that a run that is resumed goes on as it would have. Ranks that share a batch make equal calls,
-    and so have equal seeds. A call that is computed again, as inside of a checkpoint, counts and draws again: give such
-    a call a seed, or a mask.
-
-    Args:
-        seed: int of at most 62 bits.
-
-    Raises:
-        TypeError, ValueError: another seed.
-    """
-
-    calls: Tensor
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.seed = integer("seed", seed)
-        if abs(self.seed) >= 1 << 62:
-            raise ValueError(f"seed: expected an int of at most 62 bits, got {seed}")
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-
-    def forward(self) -> Tensor:
-        """The next seed, 0-d int64 on the module's device."""
-        seed = self.calls + self.seed
-        self.calls += 1
-        return seed
-
-    def extra_repr(self) -> str:
-        """The first seed."""
-        return f"seed={self.seed}"
 
 
 class SelectionBatch:
@@ -399,15 +271,15 @@ class SelectionBatch:
         Tensors are kept by reference, detached: leave them unchanged until the masks are there. ``token_index`` is
         given for all micro-batches or for none; the default continues where the last micro-batch ended.
         """
-        _check_float("logprob", logprob)
+        check_float("logprob", logprob)
         if self._logprob and logprob.device != self._logprob[0].device:
             raise ValueError(
                 f"logprob: expected on the device of the earlier micro-batches, {self._logprob[0].device}, "
                 f"got {logprob.device}"
             )
         advantages = per_token("advantages", advantages, logprob)
-        mask = _boolean("mask", mask, "logprob", logprob)
-        exclude = _boolean("exclude", exclude, "logprob", logprob)
+        mask = boolean_of("mask", mask, "logprob", logprob)
+        exclude = boolean_of("exclude", exclude, "logprob", logprob)
         token_index = check_token_index(token_index, "logprob", logprob)
         if self._shapes and (token_index is not None) != bool(self._token_index):
             got = "one" if token_index is not None else "none"
@@ -494,132 +366,3 @@ def _group_device(group: Any) -> torch.device:
     if group is None:
         return torch.device("cpu")
     return torch.device(torch.distributed.distributed_c10d._get_pg_default_device(group))
-
-
-def _check_float(name: str, value: Any) -> None:
-    check_tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-
-
-def per_token(name: str, value: Any, logprob: Tensor) -> Tensor:
-    """``value`` in ``logprob``'s shape (B, L), detached: as given; (B,) or (B, 1) one per sequence; 0-d one for all."""
-    check_tensor(name, value)
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-    value = value.detach()
-    if not value.is_floating_point():
-        value = value.to(torch.float64)
-    # One per sequence, never one per position: of a square batch (B,) could be read both ways
-    if value.dim() > 0 and value.shape != logprob.shape and value.shape == logprob.shape[:-1]:
-        value = value.unsqueeze(-1)
-    return _expand(name, value, "logprob", logprob, f", one per sequence {tuple(logprob.shape[:-1])}")
-
-
-def _expand(name: str, value: Tensor, like_name: str, like: Tensor, also: str = "") -> Tensor:
-    """``value`` in ``like``'s shape: equal, or of size 1 in some dimensions, or 0-d."""
-    if value.device != like.device:
-        raise ValueError(f"{name}: expected on the device of {like_name}, {like.device}, got {value.device}")
-    if value.shape == like.shape:
-        return value
-    # Fewer dimensions are refused: (B,) would silently run along the tokens of a (B, B) batch.
-    fits = value.dim() == 0 or (
-        value.dim() == like.dim() and all(a in (1, b) for a, b in zip(value.shape, like.shape, strict=True))
-    )
-    if not fits:
-        raise ValueError(
-            f"{name}: expected {like_name}'s shape {tuple(like.shape)}{also}, or size 1 where one value serves all, "
-            f"got {tuple(value.shape)}"
-        )
-    return value.expand(like.shape)
-
-
-def _boolean(name: str, value: Any, like_name: str, like: Tensor) -> Tensor | None:
-    if value is None:
-        return None
-    check_tensor(name, value, " or None")
-    if value.is_complex():
-        raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}")
-    value = _expand(name, value.detach(), like_name, like)
-    return value if value.dtype == torch.bool else value != 0
-
-
-def check_token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None:
-    if value is None:
-        return None
-    check_tensor("token_index", value, " or None")
-    if value.dtype != torch.int64:
-        raise TypeError(f"token_index: expected dtype torch.int64, got {value.dtype}")
-    check_place("token_index", value, like_name, like)
-    return value
-
-
-def seed_tensor(seed: Any, device: torch.device) -> Tensor:
-    """A 0-d tensor: a Python int below the op would recompile for every value. A module (SeedCounter) is asked."""
-    if isinstance(seed, SeedCounter):
-        seed = seed()
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise TypeError(
-                f"seed: expected an int or a 0-d int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
-            )
-        return seed.to(device, non_blocking=True)
-    if isinstance(seed, bool):
-        raise TypeError("seed: expected an int or a 0-d int64 tensor, got bool")
-    if torch.compiler.is_compiling() and isinstance(seed, (int, torch.SymInt)) and -(1 << 63) <= seed < 1 << 63:
-        return scalar_tensor(seed, torch.int64, device)
-    try:
-        value = operator.index(seed)
-    except TypeError:
-        raise TypeError(f"seed: expected an int or a 0-d int64 tensor, got {type(seed).__name__}") from None
-    if not -(1 << 63) <= value < 1 << 64:
-        raise ValueError(f"seed: expected at most 64 bits, got {value}")
-    if value >= 1 << 63:
-        value -= 1 << 64  # the same 64 bits
-    return scalar_tensor(value, torch.int64, device)
-
-
-def _known(name: str, value: Any, unknown: float) -> Any:
-    """A number as it is; of a 0-d tensor ``unknown``, a value that is right, but when debugging its own."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.dim() != 0:
-        raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: expected a float or int dtype, got {value.dtype}")
-    if torch.compiler.is_compiling() or not debugging():
-        return unknown
-    return value.to(torch.int64 if isinstance(unknown, int) else torch.float64).item()
-
-
-def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]:
-    """Ratio and k, of which one is None, in Python's types or as they are if tensors."""
-    if k is not None:
-        if ratio is not None:
-            raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
-        count = integer("k", _known("k", k, 0))
-        if count < 0:
-            raise ValueError(f"k: expected >= 0, got {count}")
-        return None, k if isinstance(k, Tensor) else count
-    if ratio is None:
-        if default is None:
-            raise ValueError("ratio, k: expected one of them, got neither")
-        return default, None
-    share = number("ratio", _known("ratio", ratio, 1.0))
-    if not 0 < share <= 1:
-        raise ValueError(f"ratio: expected a fraction in (0, 1], got {share}")
-    return ratio if isinstance(ratio, Tensor) else float(share), None
-
-
-def _bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
-    """The same of the bounds of a band."""
-    if band not in ("absolute", "quantile"):
-        raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")
-    least, most = (0.0, 1.0) if band == "quantile" else (-math.inf, math.inf)
-    least, most = number("low", _known("low", low, least)), number("high", _known("high", high, most))
-    for name, value in (("low", least), ("high", most)):
-        if band == "quantile" and not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a share in [0, 1] with band='quantile', got {value}")
-    if not least < most:
-        raise ValueError(f"low: expected < high, got low={least}, high={most}")
-    return low if isinstance(low, Tensor) else float(least), high if isinstance(high, Tensor) else float(most)

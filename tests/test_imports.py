@@ -28,6 +28,7 @@ ROOMS = {
     "ops": 1,
     "functional": 2,
     "linear": 2,
+    "_selection_request": 2,  # arguments of a selection, for it and for the losses
     "selection": 2,
     "losses": 3,
     "analysis": 3,

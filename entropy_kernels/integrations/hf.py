@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels._arguments import values_are_checked
+from entropy_kernels._arguments import check_tensor, keywords, values_are_checked
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
 
@@ -229,9 +229,7 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
 def _check_options(backbone: torch.nn.Module, options: dict[str, Any]) -> None:
     """Refuse what backbones would swallow without a word: misspelt names of ours, and what belongs to the head."""
     known = inspect.signature(backbone.forward).parameters
-    ours = [
-        name for name, p in inspect.signature(causal_lm_logprob_entropy).parameters.items() if p.kind is p.KEYWORD_ONLY
-    ]
+    ours = [*keywords(causal_lm_logprob_entropy)]
     for name in options:
         close = [] if name in known else difflib.get_close_matches(name, ours, 1, 0.75)
         if close or name in _NOT_OF_THE_BACKBONE:
@@ -346,8 +344,7 @@ def _check_shape(name: str, value: Tensor, input_ids: Tensor) -> None:
 
 def _check_cu_seqlens(cu_seqlens: Any, input_ids: Tensor) -> None:
     length = input_ids.shape[-1]
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
+    check_tensor("cu_seqlens", cu_seqlens)
     integers = not (cu_seqlens.is_floating_point() or cu_seqlens.is_complex() or cu_seqlens.dtype == torch.bool)
     if input_ids.numel() != length or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or not integers:
         raise ValueError(

@@ -22,6 +22,8 @@ AGG_MODES: dict[str, str] = {
     "seq-mean-token-mean": "mean of L_b / m_b over the sequences with m_b > 0",
     "seq-mean-token-sum-norm": "mean of L_b over the sequences with m_b > 0, / loss_scale_factor (default: L)",
 }
+# The keyword that gives the count of tokens, or of sequences, of the whole batch
+COUNTS = ("batch_num_tokens", "global_batch_size")
 
 
 class Sequences(NamedTuple):
@@ -56,6 +58,15 @@ class Counts(NamedTuple):
     tokens: Tensor  # valid tokens
     sequences: Tensor | None  # sequences with at least one valid token; None where the mode asks for none
 
+    def there(self) -> dict[str, Tensor]:
+        """Those that are not None, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    @classmethod
+    def of(cls, named: dict[str, Tensor]) -> Counts:
+        """The opposite of :meth:`there`; other names may be among them."""
+        return cls(named["tokens"], named.get("sequences"))
+
 
 class Aggregation(NamedTuple):
     """The arguments that say how a loss is aggregated, checked; see :func:`entropy_kernels.policy_loss`."""
@@ -63,10 +74,10 @@ class Aggregation(NamedTuple):
     mode: str
     by_sequence: bool  # whether the mode asks what a sequence is
     dp_size: int
-    batch_num_tokens: int | Tensor | None
-    global_batch_size: int | Tensor | None
+    given_count: int | Tensor | None  # of the whole batch, where the caller gives the one that the mode divides by
     loss_scale_factor: float | Tensor | None
     group: Any
+    group_name: str  # "" without one
 
     def counted(self, valid: Tensor, sequences: Sequences) -> tuple[Counts, Tensor | float]:
         """What is counted over this rank's tokens, ``valid`` (bool) being those that count, and the weights w_i.
@@ -80,6 +91,12 @@ class Aggregation(NamedTuple):
         counts = Counts(tokens, lengths.count_nonzero())
         return counts, lengths.clamp(min=1).double().reciprocal() if self.mode == "seq-mean-token-mean" else 1.0
 
+    def whole(self, counts: Counts) -> Counts:
+        """Over the ranks of the group, if there is one."""
+        if self.group is None:
+            return counts
+        return Counts.of(over_group(counts.there(), {}, self.group))
+
     def weighted_sum(self, values: Tensor, weight: Tensor | float, sequences: Sequences) -> Tensor:
         """Σ w_i x_i in fp64, 0-d; ``weight`` as :meth:`counted` gives it. Rows are summed as they come, in blocks."""
         if self.by_sequence:
@@ -90,8 +107,7 @@ class Aggregation(NamedTuple):
 
     def denominator(self, counts: Counts, width: int) -> Tensor:
         """D, 0-d; never 0, so that a batch without valid tokens has loss 0."""
-        given = self.global_batch_size if self.by_sequence else self.batch_num_tokens
-        count = counts.sequences if self.by_sequence else counts.tokens
+        given, count = self.given_count, counts.sequences if self.by_sequence else counts.tokens
         assert count is not None
         if self.mode == "token-sum":
             return torch.ones_like(count, dtype=torch.float64)

@@ -219,7 +219,7 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
     found = surrogate_terms(logprob, tokens, options)
     valid, chosen, candidates, compiling = found.valid, tokens.chosen, None, torch.compiler.is_compiling()
     scored = tokens.advantages if tokens.covariance_advantages is None else tokens.covariance_advantages
-    covariance = covariance_of(logprob, scored, valid, options.group, options.backend)
+    covariance = covariance_of(logprob, scored, valid, aggregation.group_name, options.backend)
     if options.selection is not None:
         exclude, score = None, covariance
         if options.exclude_clipped and found.clipped is not None:
@@ -268,10 +268,9 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
     if terms.policy is not terms.loss:
         policy = pg_loss = aggregation.weighted_sum(terms.policy, own, sequences)
     if aggregation.group is not None:
-        counted = {"tokens": counts.tokens} | ({} if counts.sequences is None else {"sequences": counts.sequences})
-        given = {**sums, **counted, "nonfinite": nonfinite, "policy": policy}
+        given = {**sums, **counts.there(), "nonfinite": nonfinite, "policy": policy}
         totals = over_group(given, maxima, aggregation.group)
-        counts = Counts(totals["tokens"], totals.get("sequences"))
+        counts = Counts.of(totals)
         sums, maxima = ({name: totals[name] for name in x} for x in (sums, maxima))
         nonfinite, pg_loss = totals["nonfinite"], totals["policy"]
     denominator = aggregation.denominator(counts, sequences.width or logprob.shape[-1])

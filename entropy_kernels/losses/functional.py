@@ -11,7 +11,6 @@ from torch.autograd import forward_ad
 
 from entropy_kernels._arguments import refuse_transforms
 from entropy_kernels.losses import metrics, options, tokens
-from entropy_kernels.losses.aggregation import Counts, over_group
 from entropy_kernels.losses.evaluate import Loss
 from entropy_kernels.losses.presets import Clip
 from entropy_kernels.losses.surrogates import Surrogate
@@ -307,9 +306,7 @@ def aggregate(
     counts, weight = aggregation.counted(
         torch.ones_like(values, dtype=torch.bool) if valid is None else valid, sequences
     )
-    if batch_group is not None:
-        totals = over_group({name: x for name, x in counts._asdict().items() if x is not None}, {}, batch_group)
-        counts = Counts(totals["tokens"], totals.get("sequences"))
+    counts = aggregation.whole(counts)
     total = aggregation.weighted_sum(values, weight, sequences)
     return (total * aggregation.dp_size / aggregation.denominator(counts, sequences.width or values.shape[-1])).to(
         values.dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels._arguments import integer
+from entropy_kernels._arguments import check_tensor, integer, keywords
 from entropy_kernels.linear import Final, changes_of, linear_loss
 from entropy_kernels.losses import functional, metrics, tokens
-from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
+from entropy_kernels.losses.aggregation import COUNTS, Sequences
 from entropy_kernels.losses.evaluate import evaluate, surrogate_terms, token_terms
 from entropy_kernels.losses.functional import PolicyLoss
 from entropy_kernels.losses.masking import keep
@@ -27,14 +26,7 @@ LOSSES: dict[str, Callable[..., PolicyLoss]] = {  # by `method`
     "kl_cov": functional.kl_cov_loss,
 }
 # The keywords of each, with their defaults
-_KEYWORDS: dict[str, dict[str, Any]] = {
-    method: {
-        name: parameter.default
-        for name, parameter in inspect.signature(loss).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    for method, loss in LOSSES.items()
-}
+_KEYWORDS: dict[str, dict[str, Any]] = {method: keywords(loss) for method, loss in LOSSES.items()}
 _HUGE = 8.0  # × the mean size of the advantages that are not 0
 
 
@@ -109,8 +101,7 @@ def linear_policy_loss(
     }  # fmt: skip
     ignore_index = integer("ignore_index", ignore_index)
     for name, value in (("hidden", hidden), ("target", target), ("old_logprob", old_logprob)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        check_tensor(name, value)
     if old_logprob.shape != target.shape:
         raise ValueError(f"old_logprob: expected target's shape {tuple(target.shape)}, got {tuple(old_logprob.shape)}")
     if not old_logprob.is_floating_point():
@@ -169,12 +160,11 @@ def _why_composed(
     if chosen.aggregation.mode == "none":
         return "with loss_agg_mode='none', whose factors come only with the backward pass"
     if chosen.drop_nonfinite:
-        mode, by_sequence = chosen.aggregation.mode, chosen.aggregation.by_sequence
-        given = chosen.aggregation.global_batch_size if by_sequence else chosen.aggregation.batch_num_tokens
+        mode, given = chosen.aggregation.mode, chosen.aggregation.given_count
         if mode == "seq-mean-token-mean":
             return "with nonfinite='drop', which leaves lengths of sequences that are known only after all tokens"
         if grad_buffer is not None and given is None and mode != "token-sum":  # else it is a factor that comes late
-            name = "global_batch_size" if by_sequence else "batch_num_tokens"
+            name = COUNTS[chosen.aggregation.by_sequence]
             return f"with nonfinite='drop', whose count is known only after all tokens where no {name} gives it"
     # A penalty is the token's own; a token that is dropped takes its share of the derivative of all its sequence along
     pooled = chosen.surrogate.pools and not chosen.surrogate.local
@@ -219,9 +209,7 @@ class _Coefficients:
         mask, aggregation, sequences = batch.mask, chosen.aggregation, batch.sequences
         assert mask is not None
         counts, own = aggregation.counted(mask, sequences)
-        if aggregation.group is not None:
-            totals = over_group({k: v for k, v in counts._asdict().items() if v is not None}, {}, aggregation.group)
-            counts = Counts(totals["tokens"], totals.get("sequences"))
+        counts = aggregation.whole(counts)
         share = own * aggregation.dp_size / aggregation.denominator(counts, sequences.width or mask.shape[-1])
         # fp64, of the tokens' shape: what a token's loss is multiplied by, before what is not finite is dropped
         self._weights = sequences.spread(share).expand(mask.shape) * mask
@@ -257,8 +245,7 @@ class _Coefficients:
         c, e = self._derivatives(found.terms, self._weights)
         factor = None
         aggregation = self._options.aggregation
-        given = aggregation.global_batch_size if aggregation.by_sequence else aggregation.batch_num_tokens
-        if self._options.drop_nonfinite and aggregation.mode != "token-sum" and given is None:
+        if self._options.drop_nonfinite and aggregation.mode != "token-sum" and aggregation.given_count is None:
             factor = found.weight / self._share
         return Final(found.loss, torch.stack(found.metrics), c, e, factor)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from entropy_kernels._arguments import keywords
+from entropy_kernels._selection_request import SeedCounter
 from entropy_kernels.losses import functional, surrogates
 from entropy_kernels.losses.functional import PolicyLoss
-from entropy_kernels.selection import SeedCounter
 
 
 class _LossModule(nn.Module):
@@ -20,7 +20,7 @@ class _LossModule(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        known = [*_keywords(self._function), *surrogates.find(options.get("surrogate", "ppo")).defaults]
+        known = [*keywords(self._function), *surrogates.find(options.get("surrogate", "ppo")).defaults]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise TypeError(
@@ -94,8 +94,3 @@ class KlCovLoss(_LossModule):
     """
 
     _function = staticmethod(functional.kl_cov_loss)
-
-
-def _keywords(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import group_name, integer, number, scalar_tensor
+from entropy_kernels._selection_request import Request, SeedCounter, request
 from entropy_kernels.losses import presets, surrogates
-from entropy_kernels.losses.aggregation import AGG_MODES, Aggregation
+from entropy_kernels.losses.aggregation import AGG_MODES, COUNTS, Aggregation
 from entropy_kernels.losses.kl import check_estimator
 from entropy_kernels.losses.surrogates import Surrogate, SurrogateOptions
-from entropy_kernels.selection import Request, SeedCounter, request
 
 Number = float | Tensor  # a tensor is 0-d and never read back
 Effect = Literal["none", "dropped", "detached", "penalized"]  # on a token that is selected
@@ -33,8 +33,7 @@ _NUMBERS: dict[str, tuple[float, bool, bool, bool]] = {
     "loss_scale_factor": (0, False, True, False),
 }
 _OPTIONAL = ("clip_low", "clip_high", "dual_clip")  # None: no clip
-_COUNTS = ("batch_num_tokens", "global_batch_size")
-_AGGREGATING = (*_COUNTS, "loss_scale_factor")
+_AGGREGATING = (*COUNTS, "loss_scale_factor")
 _GIVEN = {"clip_cov": "dropped", "kl_cov": "penalized"}  # the mask that goes instead of a selection
 _SELECTING = ("seed", "ratio", "k", "low", "high", "band")
 
@@ -58,7 +57,6 @@ class LossOptions:
     seeds: SeedCounter | None  # gives the selection its seed, when the call is known to be right
     penalty: str  # estimator of the penalty
     kl_coef: Number  # of the penalty
-    group: str  # name of the batch_group, "" without one
     backend: str  # of covariance and selection
 
 
@@ -141,7 +139,6 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
         seeds=given["seed"] if selection is not None and isinstance(given.get("seed"), SeedCounter) else None,
         penalty=penalty,
         kl_coef=coefficients["kl_coef"],
-        group=group_name(given["batch_group"]),
         backend=given.get("backend", "auto"),
     )
 
@@ -162,12 +159,12 @@ def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
     mode, group, dp_size = given["loss_agg_mode"], given["batch_group"], given["dp_size"]
     if mode not in AGG_MODES and mode != "none":
         raise ValueError(f"loss_agg_mode: expected one of {', '.join(map(repr, AGG_MODES))}, 'none', got {mode!r}")
-    group_name(group)  # which refuses what is no group
+    name = "" if group is None else group_name(group)
     dp_size = dp_size if type(dp_size) is int else integer("dp_size", dp_size)
     if dp_size < 1:
         raise ValueError(f"dp_size: expected >= 1, got {dp_size}")
     by_sequence = mode.startswith("seq-")
-    counted = _COUNTS[by_sequence]
+    counted = COUNTS[by_sequence]
     if dp_size > 1 and group is None and mode not in ("token-sum", "none") and given[counted] is None:
         raise ValueError(
             f"{counted}: expected the number of the whole batch (or a batch_group that counts it) with "
@@ -178,7 +175,7 @@ def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
         tokens, sequences, scale = (
             None if given[name] is None else _number(name, given[name], device) for name in _AGGREGATING
         )
-    return Aggregation(mode, by_sequence, dp_size, tokens, sequences, scale, group)
+    return Aggregation(mode, by_sequence, dp_size, sequences if by_sequence else tokens, scale, group, name)
 
 
 def _number(name: str, value: Any, device: Any) -> Any:
@@ -193,7 +190,7 @@ def _number(name: str, value: Any, device: Any) -> Any:
             raise TypeError(f"{name}: expected a number, got torch.bool")
         if value.requires_grad and not differentiable:
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
-        exact = value.dtype in (torch.float32, torch.float64) or name in _COUNTS
+        exact = value.dtype in (torch.float32, torch.float64) or name in COUNTS
         return value if exact else value.double()  # 1 - 0.2 in bf16 is another clip, and 1 - 2 in uint8 is 255
     if type(value) is not float:
         value = number(name, value)
@@ -203,7 +200,7 @@ def _number(name: str, value: Any, device: Any) -> Any:
         none = "" if name in _AGGREGATING or not optional else " or None"
         raise ValueError(f"{name}: expected {'>=' if inclusive else '>'} {least}{none}, got {value}")
     if torch.compiler.is_compiling() and value != 0:
-        return scalar_tensor(value, torch.int64 if name in _COUNTS else torch.float64, device)
+        return scalar_tensor(value, torch.int64 if name in COUNTS else torch.float64, device)
     return value
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import check_place, check_tensor, values_are_checked
+from entropy_kernels._selection_request import check_token_index, per_token
 from entropy_kernels.losses.aggregation import Aggregation, Sequences
 from entropy_kernels.losses.options import LossOptions, used
-from entropy_kernels.selection import check_token_index, per_token
 
 # What a tensor has to be: of a dtype and shape like the log-prob's, a mask, or a number per token or per sequence
 _KINDS = {
@@ -89,7 +89,8 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
             elif not usual or value.shape != shape:
                 value = _per_token(name, value, logprob, sequences)
         else:
-            check_place(name, value, "logprob", logprob)
+            if value.device != device or value.shape != shape:
+                check_place(name, value, "logprob", logprob)
             if kind == "like" and not value.is_floating_point():
                 raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
             if kind == "mask" and value.dtype != torch.bool:
