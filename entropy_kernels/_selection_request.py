@@ -184,7 +184,7 @@ def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]
     """Ratio and k, of which one is None, in Python's types or as they are if tensors."""
     if k is not None:
         if ratio is not None:
-            raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
+            raise ValueError("ratio, k: expected one of them, got both")  # unnamed: a tensor is not read back
         count = integer("k", _known("k", k, 0))
         if count < 0:
             raise ValueError(f"k: expected >= 0, got {count}")

@@ -126,7 +126,7 @@ def check_term(
         if mask.is_complex():
             raise TypeError(f"mask: expected a bool, int or float 0/1 dtype, got {mask.dtype}")
         check_place("mask", mask, "term", term)
-        mask = mask.detach() != 0
+        mask = mask.detach() if mask.dtype == torch.bool else mask.detach() != 0
     sequences = _sequences("term", term, cu_seqlens, aggregation, "")
     term = term.to(torch.float64 if term.dtype == torch.float64 else torch.float32)
     if sequences is None:
