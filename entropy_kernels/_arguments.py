@@ -6,7 +6,7 @@ import inspect
 import numbers
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,13 @@ def check_place(name: str, value: torch.Tensor, like_name: str, like: torch.Tens
         raise ValueError(f"{name}: expected on the device of {like_name}, {like.device}, got {value.device}")
     if value.shape != like.shape:
         raise ValueError(f"{name}: expected {like_name}'s shape {tuple(like.shape)}, got {tuple(value.shape)}")
+
+
+def recorded(*values: Any) -> Sequence[Any]:
+    """Values, the tensors among them as autograd can save them: what torch.inference_mode() has made is copied."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return values
+    return [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in values]
 
 
 def group_name(group: Any) -> str:

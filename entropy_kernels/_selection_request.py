@@ -51,7 +51,8 @@ class SeedCounter(torch.nn.Module):
         self.seed = integer("seed", seed)
         if abs(self.seed) >= 1 << 62:
             raise ValueError(f"seed: expected an int of at most 62 bits, got {seed}")
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        with torch.inference_mode(False):  # a tensor that can be counted up outside of it, too
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self) -> Tensor:
         """The next seed, 0-d int64 on the module's device."""

@@ -191,7 +191,7 @@ def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch
         if not least <= value <= most:
             raise ValueError(f"temperature: expected a number > 0 within [{least:.2g}, {most:.2g}], got {value}")
         return torch.full((1,), value, dtype=dtype, device=target.device)
-    if temperature.requires_grad:
+    if temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "temperature: expected a tensor without grad (no gradient flows to it), got requires_grad=True"
         )

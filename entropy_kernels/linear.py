@@ -362,7 +362,13 @@ def _through_head(
         )
     _, size, _ = vocabulary("weight", vocab_size if width is None else width, None, None, vocab_size)  # type: ignore[arg-type]
     given = getattr(function, "parameters", ())
-    parameters = (given() if callable(given) else given) if torch.is_grad_enabled() else ()
+    parameters = [*(given() if callable(given) else given)] if torch.is_grad_enabled() else []
+    tracked = hidden.requires_grad or any(parameter.requires_grad for parameter in parameters)
+    if tracked and not torch.compiler.is_compiling() and any(parameter.is_inference() for parameter in parameters):
+        raise ValueError(
+            "weight: expected a head whose parameters autograd can save, got some made under torch.inference_mode(); "
+            "make the head outside of it, or clone them"
+        )
     head = Head(
         function,
         not module,

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import recorded
+
 
 def predicted_entropy_change(
     vocab_covariance: Tensor,
@@ -53,7 +55,7 @@ def predicted_entropy_change(
 
     def operand(value: Tensor | float, name: str) -> Tensor:
         if isinstance(value, Tensor):
-            tensor = value.to(device, dtype)
+            (tensor,) = recorded(value.to(device, dtype))
         elif torch.compiler.is_compiling() and isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
             # a number that multiplies a tensor stays symbolic; one that fills it would recompile for every value
             tensor = torch.ones((), dtype=dtype, device=device) * value
@@ -85,4 +87,4 @@ def predicted_entropy_change(
     g = operand(advantages, "advantages")
     if ratio is not None:
         g = g * operand(ratio, "ratio")
-    return -(operand(step_size, "step_size") * g / (t * t)) * vocab_covariance.to(dtype)
+    return -(operand(step_size, "step_size") * g / (t * t)) * operand(vocab_covariance, "vocab_covariance")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels._arguments import check_tensor, keywords, values_are_checked
+from entropy_kernels._arguments import check_tensor, keywords, recorded, values_are_checked
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
 
@@ -172,6 +172,7 @@ def causal_lm_logprob_entropy(
             "(with which transformers would let packed sequences see each other)"
         )
     _check_options(parts.backbone, model_options)
+    input_ids, attention_mask, position_ids = recorded(input_ids, attention_mask, position_ids)
     hidden = parts.backbone(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **model_options
     )[0]  # (B, L, H)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import recorded
 from entropy_kernels.losses import metrics
 from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
 from entropy_kernels.losses.kl import kl_and_grad
@@ -310,7 +311,7 @@ class Loss(torch.autograd.Function):
         terms = found.terms
         kept = (terms.entropy, terms.ref_term) if any(ctx.needs_input_grad[2:4]) else (None, None)
         coefficient = ctx.entropy_coef if isinstance(ctx.entropy_coef, Tensor) else None
-        ctx.save_for_backward(logprob, found.weight, coefficient, *kept, *terms.pullback)
+        ctx.save_for_backward(*recorded(logprob, found.weight, coefficient, *kept, *terms.pullback))
         ctx.per_token = options.aggregation.mode == "none"
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found.metrics)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-from entropy_kernels._arguments import refuse_transforms
+from entropy_kernels._arguments import recorded, refuse_transforms
 from entropy_kernels.losses import metrics, options, tokens
 from entropy_kernels.losses.evaluate import Loss
 from entropy_kernels.losses.presets import Clip
@@ -300,6 +300,7 @@ def aggregate(
     aggregation = options.aggregation(given, getattr(term, "device", None))
     values, valid, sequences = tokens.check_term(term, mask, cu_seqlens, aggregation)
     if valid is not None:
+        (valid,) = recorded(valid)
         values = torch.where(valid, values, 0)
     if aggregation.mode == "none":
         return values.view(term.shape)

@@ -112,7 +112,7 @@ def linear_policy_loss(
     given |= {"logprob": old_logprob, "entropy": old_logprob}
     chosen = make(method, given, old_logprob.device)
     for name in ("entropy_coef", "ref_kl_coef"):
-        if isinstance(given[name], Tensor) and given[name].requires_grad:
+        if isinstance(given[name], Tensor) and given[name].requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
     checked = tokens.check(given, chosen)
     batch = checked.tokens

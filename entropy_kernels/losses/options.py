@@ -188,7 +188,7 @@ def _number(name: str, value: Any, device: Any) -> Any:
             )
         if value.dtype == torch.bool:
             raise TypeError(f"{name}: expected a number, got torch.bool")
-        if value.requires_grad and not differentiable:
+        if value.requires_grad and not differentiable and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
         exact = value.dtype in (torch.float32, torch.float64) or name in COUNTS
         return value if exact else value.double()  # 1 - 0.2 in bf16 is another clip, and 1 - 2 in uint8 is 255

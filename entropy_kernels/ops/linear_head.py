@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import refuse_forward_mode, refuse_functional_grad
+from entropy_kernels._arguments import recorded, refuse_forward_mode, refuse_functional_grad
 from entropy_kernels.backends import registry
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import head_tile
@@ -115,7 +115,7 @@ class _HeadTokenStats(torch.autograd.Function):
             state_of, row_parts if h.shape[0] else [], column_parts, labels, t, numbers, want, head.vocab
         )
         outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
-        ctx.save_for_backward(hidden, target, temperature, state, *parameters)
+        ctx.save_for_backward(hidden, *recorded(target, temperature), state, *parameters)
         ctx.head, ctx.numbers, ctx.rows, ctx.states = head, numbers, rows, states
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[outputs[i] for i in range(3) if not want & (1 << i)], outputs[3])
@@ -175,6 +175,8 @@ def head_token_stats(
     check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
     refuse_forward_mode(_NAME, hidden)
     refuse_functional_grad(_NAME, hidden, *head.parameters)
+    # A Function is told what requires grad, whatever the grad mode; and the head may save its argument
+    (hidden,) = recorded(hidden) if torch.is_grad_enabled() else (hidden.detach(),)
     if torch.is_grad_enabled() and not hidden.requires_grad and not head.parameters and target.numel():
         with _State(hidden.device).again():  # a gradient that nobody asked for, and that somebody may miss
             _check_leaves(head(hidden[:1], slice(0, min(head.vocab, 64) if head.sliced else head.vocab)), [])

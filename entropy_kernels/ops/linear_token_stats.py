@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import refuse_forward_mode, refuse_functional_grad
+from entropy_kernels._arguments import recorded, refuse_forward_mode, refuse_functional_grad
 from entropy_kernels.backends.eager.softmax_state import COLLISION, ENTROPY, LOGPROB, VOCAB_COVARIANCE, state_rows
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import columns_here, padded
@@ -129,7 +129,7 @@ class _LinearTokenStats(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = linear_token_stats(*inputs)
         logits = output[_LOGITS] if keep else None
-        ctx.save_for_backward(hidden, weight, bias, target, temperature, output[_STATE], logits)
+        ctx.save_for_backward(*recorded(hidden, weight, bias, target, temperature, output[_STATE], logits))
         ctx.numbers = numbers
         ctx.overwritten = False
         ctx.set_materialize_grads(False)  # an output that was not used costs nothing

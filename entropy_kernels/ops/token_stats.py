@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_kernels._arguments import (
     all_gather,
     process_group_of,
+    recorded,
     refuse_forward_mode,
     refuse_functional_grad,
     values_are_checked,
@@ -186,7 +187,7 @@ class _TokenStats(torch.autograd.Function):
         logits, target, temperature, *numbers, want, ctx.inplace, _group, backend = inputs
         with torch._C._AutoDispatchBelowAutograd():
             output = token_stats(*inputs)
-        ctx.save_for_backward(logits, target, temperature, output[_STATE])
+        ctx.save_for_backward(*recorded(logits, target, temperature, output[_STATE]))
         ctx.numbers = (*numbers, backend)
         ctx.overwritten = False
         ctx.set_materialize_grads(False)  # an output that was not used costs nothing
