@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 import operator
 import os
@@ -27,28 +28,54 @@ def process_group_of(name: Any) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-def number(name: str, value: Any) -> Any:
+INT64 = 1 << 63  # ints that tensors and operators hold are below it, and not below its negative
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def number(name: str, value: Any, dtype: torch.dtype = torch.float32) -> Any:
     """``value`` as a Python number (numpy's are numbers too; a compiler's symbolic one stays as it is).
 
-    Raises TypeError, naming the argument; a bool is no number.
+    Raises, naming the argument: TypeError (a bool is no number), and ValueError for a finite number that overflows in
+    ``dtype``, in which it will be used.
     """
-    if isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        return float(value)
-    raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if isinstance(value, bool) or not isinstance(value, (float, int, torch.SymFloat, torch.SymInt)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        value = value if isinstance(value, numbers.Rational) else float(value)
+        return float(_in_range(name, value, dtype))
+    value = _in_range(name, value, dtype)
+    return float(value) if type(value) is int and not -INT64 <= value < INT64 else value
+
+
+def _in_range(name: str, value: Any, dtype: torch.dtype) -> Any:
+    most = torch.finfo(dtype).max
+    if (value > most and value != math.inf) or (value < -most and value != -math.inf):
+        got = f"an int of {value.bit_length()} bits" if isinstance(value, int) else value
+        raise ValueError(f"{name}: expected a number within ±{most:.2g}, the range of {dtype}, got {got}")
+    return value
+
+
+def divisor_range(dtype: torch.dtype) -> tuple[float, float]:
+    """Positive numbers whose inverse, with a small factor, is finite and no subnormal number, which is flushed to 0."""
+    tiny = torch.finfo(dtype).tiny
+    return tiny, 1 / (64 * tiny)
 
 
 def integer(name: str, value: Any) -> Any:
-    """``value`` as a Python int (or a compiler's symbolic one); TypeError, naming the argument, for anything else."""
-    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return value
-    if not isinstance(value, (bool, torch.Tensor)):
+    """``value`` as a Python int (or a compiler's symbolic one).
+
+    Raises, naming the argument: TypeError for anything else, ValueError for an int that does not fit int64.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
-            return operator.index(value)
+            if isinstance(value, (bool, torch.Tensor)):
+                raise TypeError
+            value = operator.index(value)
         except TypeError:
-            pass
-    raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+    if not -INT64 <= value < INT64:
+        raise ValueError(f"{name}: expected an int of at most 64 bits with its sign, got one of {value.bit_length()}")
+    return value
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
@@ -76,6 +103,41 @@ def recorded(*values: Any) -> Sequence[Any]:
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return values
     return [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in values]
+
+
+def check_own_memory(name: str, value: torch.Tensor, why: str) -> None:
+    """Raise ValueError where elements of ``value`` share memory, or where it cannot be told that they do not.
+
+    It can of every view that slicing, transposing, splitting and selecting make of a tensor that owns its memory.
+    """
+    if not value.numel():
+        return
+    layout = sorted((stride, size) for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1)
+    reach = 0  # the largest offset along the dimensions before this one
+    for i, (stride, size) in enumerate(layout):
+        # Of two dimensions the first equal offsets, a·stride = b·inner, are where both are the least common multiple
+        apart = stride > reach
+        if not apart and i == 1 and stride:
+            (inner, count), common = layout[0], math.lcm(stride, layout[0][0])
+            apart = common >= inner * count or common >= stride * size
+        if not apart:
+            raise ValueError(
+                f"{name}: expected {name if name != 'inplace_backward' else 'logits'} whose elements do not share "
+                f"memory ({why}), got shape {tuple(value.shape)} with strides {value.stride()}; a .clone() has its own"
+            )
+        reach += stride * (size - 1)
+
+
+def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether both lie in one storage, and the first to the last element of one meet those of the other."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
+        return False
+    ends = []
+    for x in (a, b):
+        first = x.storage_offset()
+        last = first + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        ends.append((first * x.element_size(), (last + 1) * x.element_size()))
+    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
 
 
 def group_name(group: Any) -> str:

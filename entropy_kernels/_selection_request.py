@@ -6,6 +6,7 @@ Read in this order: ``request`` (the numbers of a selection, as a record that is
 
 from __future__ import annotations
 
+import ctypes
 import math
 import operator
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from entropy_kernels._arguments import (
 )
 from entropy_kernels.ops import selection as op
 
+_SAFE = 1e30  # bounds between whose negative and itself fp32 holds, if they are not next to each other
 _ALL_TOKENS = 1 << 53  # more than any batch holds
 _Number = float | Tensor | None
 _Tokens = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -118,7 +120,8 @@ def request(
 ) -> Request:
     """The record of a selection; arguments, errors: :func:`random_tokens`. ``default``: the ratio without both."""
     ratio, k = (ratio, k) if k is None and type(ratio) is float and 0 < ratio <= 1 else _count(ratio, k, default)
-    if type(low) is not float or type(high) is not float or band != "absolute" or not low < high:
+    plain = type(low) is float and type(high) is float and band == "absolute"
+    if not plain or not -_SAFE < low < high < _SAFE or high - low < 1e-6 * (abs(low) + abs(high)):
         low, high = _bounds(low, high, band)
     given = (ratio, k) if seed is None else (ratio, k, low, high)
     numbers = None
@@ -205,13 +208,19 @@ def _bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Ten
     if band not in ("absolute", "quantile"):
         raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")
     least, most = (0.0, 1.0) if band == "quantile" else (-math.inf, math.inf)
-    least, most = number("low", _known("low", low, least)), number("high", _known("high", high, most))
+    least = number("low", _known("low", low, least), torch.float64)
+    most = number("high", _known("high", high, most), torch.float64)
     for name, value in (("low", least), ("high", most)):
         if band == "quantile" and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a share in [0, 1] with band='quantile', got {value}")
-    if not least < most:
-        raise ValueError(f"low: expected < high, got low={least}, high={most}")
+    if not least < most or (band == "absolute" and not _in_float32(least) < _in_float32(most)):
+        raise ValueError(f"low: expected < high (as fp32, in an absolute band), got low={least}, high={most}")
     return low if isinstance(low, Tensor) else float(least), high if isinstance(high, Tensor) else float(most)
+
+
+def _in_float32(value: float) -> float:
+    """Rounded to it; a compiler's symbolic number stays as it is."""
+    return value if torch.compiler.is_compiling() else ctypes.c_float(value).value
 
 
 def tokens_of(name: str, score: Any, mask: Any, exclude: Any, token_index: Any) -> _Tokens:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_tensor, integer, number
+from entropy_kernels._arguments import check_own_memory, check_tensor, divisor_range, integer, number
 from entropy_kernels.ops import token_stats as op
 
 
@@ -49,10 +49,12 @@ def logprob_entropy(
         logits: (..., V) bf16, fp16, fp32 or, on the CPU, fp64, with any strides.
         target: (...) int32 or int64 token ids; global ids under ``vocab_group``.
         temperature: a number > 0, or a tensor broadcastable to ``target``'s shape; it carries no gradient.
-        softcap: if given, logits become ``softcap * tanh(logits / softcap)`` before the temperature.
+        softcap: if given, logits become ``softcap * tanh(logits / softcap)`` before the temperature; a number within
+            [1.2e-38, 1e31], beyond which fp32 does not hold it or its inverse (fp64 logits: as far as fp64 does).
         ignore_index: tokens with this label give 0, have gradient 0, and their rows are not read.
         inplace_backward: write the gradient over the logits (the caller promises not to need them any more);
-            a second backward pass then raises. Under torch.compile the compiler plans the memory and this is ignored.
+            a second backward pass then raises, and so does a layout whose elements share memory. Under torch.compile
+            the compiler plans the memory and this is ignored.
         vocab_group: torch.distributed process group over vocabulary shards; ``logits`` is this rank's shard.
             Results are replicated; upstream gradients must be the same on all ranks.
         vocab_start: first global id of this rank's shard; by default all shards are as wide as this one.
@@ -126,13 +128,13 @@ def _token_stats(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     start, size, group = vocabulary("logits", vocab, vocab_group, vocab_start, vocab_size)
     if inplace_backward:
-        _validate_inplace(logits)
+        check_own_memory("inplace_backward", logits, "the gradient is written over them")
         inplace_backward = not torch.compiler.is_compiling()
     outputs = op.token_stats(
         _as_3d(logits),
         target.reshape(-1).contiguous(),
         temperature_tensor(temperature, target, dtype),
-        softcap_number(softcap),
+        softcap_number(softcap, dtype),
         ignore_index,
         start,
         size,
@@ -172,22 +174,14 @@ def validate_options(inplace_backward: Any, vocab_group: Any, backend: Any) -> N
         raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
 
 
-def _validate_inplace(logits: Tensor) -> None:
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(
-            "inplace_backward: expected logits whose elements do not share memory (the gradient is written over them), "
-            f"got an expanded view of shape {tuple(logits.shape)} with strides {logits.stride()}"
-        )
-
-
 def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """A (1,) or (N,) tensor: a Python number below the op would recompile for every value."""
     if not isinstance(temperature, Tensor):
-        value = number("temperature", temperature)
+        value = number("temperature", temperature, torch.float64)
         if torch.compiler.is_compiling():
             # The compiler keeps a number symbolic that multiplies a tensor, and specialises on one that fills it
             return torch.ones((1,), dtype=dtype, device=target.device) * value
-        least, most = op.temperature_range(dtype)
+        least, most = divisor_range(dtype)
         if not least <= value <= most:
             raise ValueError(f"temperature: expected a number > 0 within [{least:.2g}, {most:.2g}], got {value}")
         return torch.full((1,), value, dtype=dtype, device=target.device)
@@ -211,12 +205,18 @@ def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch
     return expanded.to(dtype).reshape(-1).contiguous()
 
 
-def softcap_number(softcap: float | None) -> float:
+def softcap_number(softcap: float | None, dtype: torch.dtype) -> float:
+    """For kernels that compute in ``dtype``; 0 for None."""
     if softcap is None:
         return 0.0
-    softcap = number("softcap", softcap)
-    if not softcap > 0 or softcap == float("inf"):
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
+    softcap = number("softcap", softcap, torch.float64)
+    # At either end it is finite, and its inverse: logits divided by it are no subnormal numbers, which are flushed to 0
+    finfo = torch.finfo(dtype)
+    least, most = finfo.tiny, finfo.eps / finfo.tiny
+    if not least <= softcap <= most:
+        raise ValueError(
+            f"softcap: expected a finite number > 0 within [{least:.2g}, {most:.2g}] or None, got {softcap}"
+        )
     return float(softcap)
 
 
@@ -229,8 +229,8 @@ def vocabulary(
     """
     vocab_start = None if vocab_start is None else integer("vocab_start", vocab_start)
     vocab_size = None if vocab_size is None else integer("vocab_size", vocab_size)
-    if vocab_size is not None and vocab_size < 1:
-        raise ValueError(f"vocab_size: expected >= 1, got {vocab_size}")
+    if vocab_size is not None and not 1 <= vocab_size <= op.UNBOUNDED:
+        raise ValueError(f"vocab_size: expected >= 1 and <= {op.UNBOUNDED}, got {vocab_size}")
     if vocab_group is None:
         if vocab_start:
             raise ValueError(f"vocab_start: expected None without a vocab_group, got {vocab_start}")
@@ -238,8 +238,8 @@ def vocabulary(
             raise ValueError(f"vocab_size: expected <= {vocab}, the width of {name}, got {vocab_size}")
         return 0, vocab if vocab_size is None else vocab_size, ""
     if vocab_start is not None:
-        if vocab_start < 0:
-            raise ValueError(f"vocab_start: expected >= 0, got {vocab_start}")
+        if not 0 <= vocab_start <= op.UNBOUNDED:
+            raise ValueError(f"vocab_start: expected >= 0 and <= {op.UNBOUNDED}, got {vocab_start}")
         return vocab_start, op.UNBOUNDED if vocab_size is None else vocab_size, vocab_group.group_name
     size = vocab * vocab_group.size() if vocab_size is None else vocab_size
     return vocab * vocab_group.rank(), size, vocab_group.group_name

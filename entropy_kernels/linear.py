@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_tensor, integer, refuse_forward_mode
+from entropy_kernels._arguments import check_own_memory, check_tensor, integer, refuse_forward_mode, share_memory
 from entropy_kernels._dtensor import local_head
 from entropy_kernels.functional import (
     LogprobEntropy,
@@ -241,15 +241,24 @@ def _checked(
     shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
     problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
     start, size, group = shard
+    accumulator = planning.accumulator(product)
     tensors = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         target.reshape(-1).contiguous(),
-        temperature_tensor(temperature, target, planning.accumulator(product)),
+        temperature_tensor(temperature, target, accumulator),
     )
     numbers = Numbers(
-        softcap_number(softcap), ignore_index, start, size, product, problem.logits, problem.budget, group, backend
+        softcap_number(softcap, accumulator),
+        ignore_index,
+        start,
+        size,
+        product,
+        problem.logits,
+        problem.budget,
+        group,
+        backend,
     )
     return _Checked(tensors, numbers, problem)
 
@@ -329,6 +338,9 @@ def _check_buffer(grad_buffer: Any, weight: Tensor, head: Tensor, problem: Probl
             f"grad_buffer: expected {problem.wide} of weight's shape {tuple(head.shape)} on {head.device}, got "
             f"{grad_buffer.dtype} of shape {tuple(grad_buffer.shape)} on {grad_buffer.device}"
         )
+    check_own_memory("grad_buffer", grad_buffer, "the gradient is added to them")
+    if share_memory(grad_buffer, head):
+        raise ValueError("grad_buffer: expected memory of its own, got a tensor that shares weight's")
     if grad_buffer.requires_grad:
         raise ValueError("grad_buffer: expected a tensor that does not require grad, got one that does")
 
@@ -378,7 +390,9 @@ def _through_head(
     )
     dtype = planning.accumulator(hidden.dtype)
     budget = _budget(memory_budget, hidden.device)
-    numbers = Numbers(softcap_number(softcap), ignore_index, 0, size, hidden.dtype, hidden.dtype, budget, "", backend)
+    numbers = Numbers(
+        softcap_number(softcap, dtype), ignore_index, 0, size, hidden.dtype, hidden.dtype, budget, "", backend
+    )
     outputs = head_token_stats(
         head, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous(),
         temperature_tensor(temperature, target, dtype), numbers, want,

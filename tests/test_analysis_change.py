@@ -182,6 +182,11 @@ def test_compiles_with_a_temperature_tensor(temperature):
         ({"temperature": 0.0}, ValueError, "temperature: expected > 0, got 0"),
         ({"temperature": torch.tensor([1.0, -2.0, 1.0])}, ValueError, "temperature: expected > 0, got -2"),
         ({"temperature": float("nan")}, ValueError, "temperature: expected > 0, got nan"),
+        ({"temperature": 1e-39}, ValueError, "temperature: expected within .*, got 1e-39"),
+        ({"temperature": 1e39}, ValueError, "temperature: expected a number within .*, got 1e.39"),
+        ({"step_size": 1e300}, ValueError, "step_size: expected a number within .*, got 1e.300"),
+        ({"ratio": 10**400}, ValueError, "ratio: expected a number within .*, got an int of 1329 bits"),
+        ({"advantages": -1e39}, ValueError, "advantages: expected a number within .*, got -1e.39"),
     ],
 )
 def test_clear_errors(change, error, message):

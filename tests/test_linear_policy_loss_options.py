@@ -252,6 +252,19 @@ def test_a_buffer_that_is_refused(name: str) -> None:
     assert not buffer.any()
 
 
+def test_a_buffer_with_memory_of_its_own() -> None:
+    case = make("ppo")
+    for buffer, words in (
+        (torch.zeros(1, H, dtype=torch.float64).expand(V, H), "whose elements do not share memory"),
+        (torch.zeros(H + V, dtype=torch.float64).as_strided((V, H), (1, 1)), "whose elements do not share memory"),
+    ):
+        with pytest.raises(ValueError, match=f"grad_buffer: expected .*{words}"):
+            fused(case, FEW, grad_buffer=buffer)
+    weight = case.weight.clone().requires_grad_()
+    with pytest.raises(ValueError, match="grad_buffer: expected memory of its own, got a tensor that shares weight's"):
+        case.loss(case.hidden, weight, grad_buffer=weight.detach())
+
+
 COMPILED: dict[str, Callable[[], Case]] = {
     "Clip-Cov": lambda: full(make("clip_cov", ratio=0.1, low=0.01, high=50.0, batch_num_tokens=123)),
     "KL-Cov": lambda: make("kl_cov", ratio=0.1, kl_coef=2.0, nonfinite="drop"),

@@ -131,7 +131,43 @@ KL = [
 ]
 
 
+# Numbers that fp32, or int64, does not hold: (loss, keyword of a number, keyword of a count)
+TOO_LARGE = r"expected a number within ±3.4e\+38, the range of torch.float32, got"
+BEYOND: list[tuple[str, dict[str, Any], type, str]] = [
+    *(
+        (function, {name: value}, ValueError, f"{name}: {TOO_LARGE}")
+        for function in FUNCTIONS
+        for name in ("clip_low", "clip_high", "dual_clip", "entropy_coef", "ref_kl_coef", "loss_scale_factor")
+        for value in (1e300, 10**400)
+    ),
+    ("kl_cov", {"kl_coef": -1e300}, ValueError, f"kl_coef: {TOO_LARGE}"),
+    *(
+        ("policy", {"surrogate": name, option: value}, ValueError, f"{option}: {TOO_LARGE}")
+        for name, known in ek.surrogates().items()
+        for option in known.defaults
+        for value in (1e39, 10**400)
+    ),
+    *(
+        ("policy", {"surrogate": "sapo", option: value}, ValueError, f"{option}: expected > 0 within .*, got")
+        for option in ("tau_pos", "tau_neg")
+        for value in (0.0, 0, 1e-46, -1.0)
+    ),
+    *(("policy", {"loss_scale_factor": x}, ValueError, "loss_scale_factor: .* within .*, got") for x in (1e-46, 3e38)),
+    *(
+        ("policy", {name: value}, ValueError, f"{name}: expected an int of at most 64 bits")
+        for name in ("batch_num_tokens", "global_batch_size", "dp_size")
+        for value in (1 << 63, 10**400)
+    ),
+    ("policy", {"batch_num_tokens": 1e19}, ValueError, "batch_num_tokens: expected a number below 2"),
+    ("clip_cov", {"k": 1 << 63}, ValueError, "k: expected an int of at most 64 bits"),
+    ("clip_cov", {"seed": 1 << 64}, ValueError, "seed: expected at most 64 bits"),
+    ("clip_cov", {"ratio": 10**400}, ValueError, "ratio: expected a"),
+    ("clip_cov", {"low": 1e39, "high": 2e39}, ValueError, "low: expected < high"),
+    ("clip_cov", {"low": 1.0, "high": 1 + 1e-9}, ValueError, "low: expected < high"),
+    ("kl_cov", {"k": -(10**30)}, ValueError, "k: expected an int of at most 64 bits"),
+]
 REFUSED = [
+    *BEYOND,
     *((function, *case) for function in FUNCTIONS for case in SHARED),
     *(("clip_cov", *case) for case in CLIP),
     *(("kl_cov", *case) for case in KL),
@@ -177,6 +213,19 @@ def test_numbers_of_numpy_are_numbers(function: Any) -> None:
     from_numpy = {name: np.asarray(value)[()] for name, value in options.items()}
     assert all(isinstance(value, np.generic) for value in from_numpy.values())
     assert torch.equal(call(function, **options).loss, call(function, **from_numpy).loss)
+
+
+def test_counts_of_any_integer_dtype() -> None:
+    for dtype in (torch.uint8, torch.uint16, torch.uint64, torch.int32, torch.float64):
+        out = ek.policy_loss(LP, LP, LP + 1, None, batch_num_tokens=torch.tensor(12, dtype=dtype))
+        assert float(out.loss) == -0.5
+
+
+def test_numbers_that_change_nothing() -> None:
+    """What underflows in fp32 acts as 0 or as 1 where nothing is divided by it; what is large acts as it is."""
+    right = ek.policy_loss(LP, LP, LP + 1, None, clip_low=None, clip_high=None).loss
+    for options in ({"clip_high": 3e38, "clip_low": 10**20}, {"entropy": LP, "entropy_coef": 1e-300}):
+        assert torch.equal(ek.policy_loss(LP, LP, LP + 1, None, **options).loss, right)
 
 
 def test_estimator_of_the_function() -> None:

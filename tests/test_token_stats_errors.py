@@ -296,6 +296,40 @@ def test_what_is_no_number_is_refused(name, value):
         ek.logprob_entropy(torch.randn(2, 5), torch.tensor([0, 1]), **{name: value})
 
 
+@pytest.mark.parametrize("value", [1e39, 1e32, 1e-39, 1e-46, 10**400, np.float32(1e-40), np.float64(1e300)])
+def test_softcap_and_its_inverse_are_numbers_of_the_kernels(value):
+    logits, hidden, target = torch.randn(2, 5), torch.randn(2, 3), torch.tensor([0, 1])
+    for call in (
+        lambda **options: ek.logprob_entropy(logits, target, **options),
+        lambda **options: ek.token_stats(logits.bfloat16(), target, **options),
+        lambda **options: ek.linear_logprob_entropy(hidden, torch.randn(5, 3), target, **options),
+        lambda **options: ek.linear_logprob_entropy(hidden, torch.nn.Linear(3, 5), target, **options),
+    ):
+        with pytest.raises(ValueError, match=r"softcap: expected a (finite )?number .*, got"):
+            call(softcap=value)
+    for wide in (1e39, 1e-46):
+        assert ek.logprob_entropy(logits.double(), target, softcap=wide).logprob.isfinite().all()
+
+
+def test_extreme_softcaps(place):
+    """As wide as it gets there is none, as narrow as it gets the distribution is uniform."""
+    logits, target = torch.tensor([[1e-3, 2.0, 3.0]], device=place.device), torch.tensor([2], device=place.device)
+    wide, narrow = (ek.token_stats(logits, target, softcap=s, backend=place.backend) for s in (1e31, 1.2e-38))
+    for out, expected in zip(wide, ek.token_stats(logits, target, backend=place.backend), strict=True):
+        torch.testing.assert_close(out, expected)
+    assert narrow.logprob.item() == pytest.approx(-np.log(3))
+
+
+@pytest.mark.parametrize("name", ["ignore_index", "vocab_size", "memory_budget"])
+@pytest.mark.parametrize("value", [1 << 63, -(1 << 63) - 1, 10**5000], ids=["2**63", "-2**63 - 1", "10**5000"])
+def test_integers_beyond_int64(name, value):
+    with pytest.raises(ValueError, match=rf"{name}: expected an int of at most 64 bits"):
+        ek.linear_logprob_entropy(torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1]), **{name: value})
+    if name != "memory_budget":
+        with pytest.raises(ValueError, match=rf"{name}: expected an int of at most 64 bits"):
+            ek.token_stats(torch.randn(2, 5), torch.tensor([0, 1]), **{name: value})
+
+
 def test_temperature_of_an_ignored_token_does_not_matter(place):
     logits, target = torch.randn(3, 5, device=place.device), torch.tensor([0, -100, 1], device=place.device)
     temperature = torch.tensor([1.0, 0.0, 1.0], device=place.device)

@@ -240,6 +240,60 @@ def test_inplace_over_an_expanded_view_is_an_error(place: Place) -> None:
             ek.logprob_entropy(logits, target, inplace_backward=True, backend=place.backend)
 
 
+# shape, strides, whether two elements are one
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
+    "rows that overlap": ((3, 200), (50, 1), True),
+    "rows that share one element": ((3, 51), (50, 1), True),
+    "rows that touch": ((3, 50), (50, 1), False),
+    "sliding windows over columns": ((5, 4), (1, 2), True),
+    "a batch that overlaps": ((2, 3, 40), (80, 40, 1), True),
+    "one row in two batches": ((2, 3, 40), (0, 40, 1), True),
+    "a batch of one": ((1, 3, 40), (7, 40, 1), False),
+    "interleaved": ((2, 3), (3, 2), False),
+    "interleaved until they meet": ((3, 4), (3, 2), True),
+    "nothing": ((0, 3), (1, 1), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_inplace_needs_memory_of_its_own(name: str, place: Place) -> None:
+    shape, strides, shared = LAYOUTS[name]
+    base = normal(400, dtype=torch.float32, device=place.device).requires_grad_() * 1
+    logits = base.as_strided(shape, strides)
+    target = torch.zeros(shape[:-1], dtype=torch.int64, device=place.device)
+    addresses = torch.arange(400).as_strided(shape, strides).reshape(-1)
+    assert shared == (addresses.unique().numel() < addresses.numel())
+    if shared:
+        with pytest.raises(ValueError, match=r"inplace_backward: expected logits .* got shape .*strides.*clone"):
+            ek.logprob_entropy(logits, target, inplace_backward=True, backend=place.backend)
+        return
+    apart = logits.detach().clone().requires_grad_()
+    own = base.detach().clone().requires_grad_()
+    work = own * 1
+    for z, inplace in ((work.as_strided(shape, strides), True), (apart, False)):
+        out = ek.logprob_entropy(z, target, inplace_backward=inplace, backend=place.backend)
+        (out.logprob + out.entropy).sum().backward()
+    assert own.grad is not None and same_bits(own.grad.as_strided(shape, strides), apart.grad)
+
+
+def test_inplace_over_what_the_backward_pass_reads(place: Place) -> None:
+    """A temperature, labels or upstream gradients that lie in the logits' memory are read as they were."""
+    values = normal(3, 40, dtype=torch.float32, device=place.device).abs() + 0.5
+    target = torch.tensor([1, 2, 3], device=place.device)
+    temperature, grad = values[0, 0].clone(), values[:, 1].clone()
+    apart = values.clone().requires_grad_()
+    outputs = ek.logprob_entropy(apart, target, temperature=temperature, backend=place.backend)
+    torch.autograd.backward(outputs, [grad, grad])
+    leaf = values.clone().requires_grad_()
+    work = leaf * 1
+    with torch.no_grad():
+        inside = work[0, 0], work[:, 1]
+    outputs = ek.logprob_entropy(work, target, temperature=inside[0].detach(), inplace_backward=True,
+                                 backend=place.backend)  # fmt: skip
+    torch.autograd.backward(outputs, [inside[1].detach()] * 2)
+    assert same_bits(leaf.grad, apart.grad)
+
+
 def test_second_backward_after_inplace_is_a_clear_error(place: Place) -> None:
     sample = plain(torch.float32, place.device)
     logits = sample.logits.clone().requires_grad_() * 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import recorded
+from entropy_kernels._arguments import divisor_range, number, recorded
 
 
 def predicted_entropy_change(
@@ -59,7 +60,8 @@ def predicted_entropy_change(
         elif torch.compiler.is_compiling() and isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
             # a number that multiplies a tensor stays symbolic; one that fills it would recompile for every value
             tensor = torch.ones((), dtype=dtype, device=device) * value
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, numbers.Real):
+            value = number(name, value, dtype)
             # straight into dtype: through the default float32 a number would lose half its digits; and a fill, because
             # a copy from the host would wait for the device
             tensor = torch.full((), value, dtype=dtype, device=device)
@@ -84,7 +86,11 @@ def predicted_entropy_change(
         lowest = values.amin().item() if readable else 1.0
     if not lowest > 0:
         raise ValueError(f"temperature: expected > 0, got {lowest:g}")
+    least, most = divisor_range(dtype)
+    if not torch.compiler.is_compiling() and isinstance(temperature, numbers.Real) and not least <= temperature <= most:
+        raise ValueError(f"temperature: expected within [{least:.2g}, {most:.2g}], got {temperature}")
     g = operand(advantages, "advantages")
     if ratio is not None:
         g = g * operand(ratio, "ratio")
-    return -(operand(step_size, "step_size") * g / (t * t)) * operand(vocab_covariance, "vocab_covariance")
+    # T² might be 0 or infinite where T is not
+    return -(operand(step_size, "step_size") * g / t / t) * operand(vocab_covariance, "vocab_covariance")

@@ -70,7 +70,7 @@ def policy_loss(
             NaN included, reaches neither value nor gradient.
         clip_low, clip_high: the ratio is clipped to 1 - clip_low .. 1 + clip_high; None: no clip on that side. These
             and all other numbers may be 0-d tensors, which are not read back; under torch.compile no value of theirs
-            compiles anew.
+            compiles anew. Python numbers have to be finite in fp32.
         dual_clip: > 1, or None for none.
         entropy: ``logprob``'s shape, nats, differentiable (:func:`entropy_kernels.logprob_entropy`); gives the metric,
             and with ``entropy_coef`` the bonus with its true gradient.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import group_name, integer, number, scalar_tensor
+from entropy_kernels._arguments import FLOAT32_MAX, INT64, divisor_range, group_name, integer, number, scalar_tensor
 from entropy_kernels._selection_request import Request, SeedCounter, request
 from entropy_kernels.losses import presets, surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, COUNTS, Aggregation
@@ -107,15 +107,16 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
     coefficients = {"entropy_coef": given["entropy_coef"], "ref_kl_coef": given["ref_kl_coef"]}
     coefficients["kl_coef"] = given.get("kl_coef", 0.0)
     compiling = torch.compiler.is_compiling()
+    always = ("dual_clip", *surrogate.divisors)
     for numbers in (told, coefficients):
         for name, value in numbers.items():
-            if type(value) is float and not compiling and 0 <= value < 1 and name != "dual_clip":
+            if type(value) is float and not compiling and 0 <= value < 1 and name not in always:
                 continue  # the usual case needs no further look
             default = surrogate.defaults.get(name, None if name in _OPTIONAL else 0.0)
             if isinstance(default, bool) or not isinstance(default, (int, float, Tensor, type(None))):
                 continue  # an option of a surrogate that is no number
             if value is not None or default is not None:
-                numbers[name] = _number(name, value, device)
+                numbers[name] = _number(name, value, device, name in surrogate.divisors)
     if given["nonfinite"] not in ("propagate", "drop"):
         raise ValueError(f"nonfinite: expected 'propagate' or 'drop', got {given['nonfinite']!r}")
     estimator = given["kl_estimator"]
@@ -160,7 +161,7 @@ def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
     if mode not in AGG_MODES and mode != "none":
         raise ValueError(f"loss_agg_mode: expected one of {', '.join(map(repr, AGG_MODES))}, 'none', got {mode!r}")
     name = "" if group is None else group_name(group)
-    dp_size = dp_size if type(dp_size) is int else integer("dp_size", dp_size)
+    dp_size = dp_size if type(dp_size) is int and dp_size < INT64 else integer("dp_size", dp_size)
     if dp_size < 1:
         raise ValueError(f"dp_size: expected >= 1, got {dp_size}")
     by_sequence = mode.startswith("seq-")
@@ -178,8 +179,11 @@ def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
     return Aggregation(mode, by_sequence, dp_size, sequences if by_sequence else tokens, scale, group, name)
 
 
-def _number(name: str, value: Any, device: Any) -> Any:
-    """``value`` checked by its row of _NUMBERS (one that has none may be any finite number)."""
+def _number(name: str, value: Any, device: Any, divides: bool = False) -> Any:
+    """``value`` checked by its row of _NUMBERS (one that has none may be any finite number).
+
+    ``divides``: it also has to be one that fp32 tensors can be divided by.
+    """
     least, inclusive, optional, differentiable = _NUMBERS.get(name, (-math.inf, True, True, False))
     if isinstance(value, Tensor):
         if value.dim() != 0 or value.is_complex():
@@ -190,15 +194,20 @@ def _number(name: str, value: Any, device: Any) -> Any:
             raise TypeError(f"{name}: expected a number, got torch.bool")
         if value.requires_grad and not differentiable and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
-        exact = value.dtype in (torch.float32, torch.float64) or name in COUNTS
+        exact = value.dtype in (torch.float32, torch.float64) or (name in COUNTS and value.dtype == torch.int64)
         return value if exact else value.double()  # 1 - 0.2 in bf16 is another clip, and 1 - 2 in uint8 is 255
-    if type(value) is not float:
-        value = number(name, value)
-    if not -math.inf < value < math.inf:
+    value = integer(name, value) if name in COUNTS and type(value) is int else number(name, value)
+    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
         raise ValueError(f"{name}: expected a finite number, got {value}")
+    if name in COUNTS and not -INT64 <= value < INT64:
+        raise ValueError(f"{name}: expected a number below 2**63, got {value}")
     if value < least or (value == least and not inclusive):
         none = "" if name in _AGGREGATING or not optional else " or None"
         raise ValueError(f"{name}: expected {'>=' if inclusive else '>'} {least}{none}, got {value}")
+    if divides or name == "loss_scale_factor":
+        smallest, largest = divisor_range(torch.float32)
+        if not smallest <= value <= largest:
+            raise ValueError(f"{name}: expected > 0 within [{smallest:.2g}, {largest:.2g}], got {value}")
     if torch.compiler.is_compiling() and value != 0:
         return scalar_tensor(value, torch.int64 if name in COUNTS else torch.float64, device)
     return value

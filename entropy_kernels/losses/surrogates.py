@@ -58,6 +58,7 @@ class Surrogate:
         contribution: level "sequence" only: ``(log_ratio, advantages, options) -> (part, grad, clipped)``: what a token
             adds to its sequence's sum, where that is not its log-ratio, and its derivative.
         reduce: "mean" or "sum", over the tokens of a sequence.
+        divisors: options of ``defaults`` that fn divides by, and which therefore have to be > 0.
         clips, formula, source, users: for the documentation; ``clips``: which of the losses' clips fn reads.
     """
 
@@ -67,6 +68,7 @@ class Surrogate:
     local: bool = False
     contribution: Callable[[Tensor, Tensor, SurrogateOptions], Result] | None = None
     reduce: Literal["mean", "sum"] = "mean"
+    divisors: tuple[str, ...] = ()
     clips: tuple[str, ...] = ("clip_low", "clip_high", "dual_clip")
     formula: str = ""
     source: str = ""
@@ -253,7 +255,8 @@ _SURROGATES: dict[str, Surrogate] = {
         formula="-sg(min(r, clip_high))·A·log π: clip_high is the bound itself, often 5; clipped counts A > 0",
         users="TRL `cispo`"),
     "sapo": Surrogate(
-        _sapo, defaults={"tau_pos": 1.0, "tau_neg": 1.05}, clips=(), source="2511.20347",
+        _sapo, defaults={"tau_pos": 1.0, "tau_neg": 1.05}, divisors=("tau_pos", "tau_neg"), clips=(),
+        source="2511.20347",
         formula="-A·sigmoid(τ·(r - 1))·4/τ, τ = tau_pos for A > 0, else tau_neg", users="verl `sapo`, TRL `sapo`"),
     "dppo_tv": Surrogate(
         functools.partial(_dppo, binary_kl=False), defaults={"ratio_cap": 20.0}, clips=("clip_low", "clip_high"),

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from entropy_kernels._arguments import (
     all_gather,
+    divisor_range,
     process_group_of,
     recorded,
     refuse_forward_mode,
     refuse_functional_grad,
+    share_memory,
     values_are_checked,
 )
 from entropy_kernels.backends import registry
@@ -57,12 +59,6 @@ _library.define(
 )
 
 
-def temperature_range(dtype: torch.dtype) -> tuple[float, float]:
-    """Temperatures whose inverse, with a small factor, is finite and no subnormal number, which kernels flush to 0."""
-    tiny = torch.finfo(dtype).tiny
-    return tiny, 1 / (64 * tiny)
-
-
 def check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Errors that need the values, where they are looked at."""
     if target.numel() == 0 or not values_are_checked(target):
@@ -76,7 +72,7 @@ def check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_s
                 f"got {int(target[wrong][0])} ({int(wrong.sum())} such of {target.numel()})"
             )
     lowest, highest = (temperature, temperature) if temperature.numel() == 1 else temperature.aminmax()
-    least, most = temperature_range(temperature.dtype)
+    least, most = divisor_range(temperature.dtype)
     if not (least <= lowest.item() and highest.item() <= most):
         wrong = ~((temperature >= least) & (temperature <= most)) & (target != ignore_index)
         if wrong.any():
@@ -217,6 +213,12 @@ class _TokenStats(torch.autograd.Function):
         if ctx.inplace:
             ctx.overwritten = True
             logits = logits.detach()
+            # What is read while the gradient is written must lie elsewhere
+            others = (*grads[:3], target, temperature)
+            *grads3, target, temperature = (
+                x.clone() if x is not None and share_memory(x, logits) else x for x in others
+            )
+            grads = tuple(grads3)
         arguments = (*grads[:3], logits, target, temperature, state, *ctx.numbers)
         if ctx.inplace:
             torch.ops.entropy_kernels.token_stats_backward_.default(*arguments)
