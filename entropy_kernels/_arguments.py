@@ -105,6 +105,41 @@ def recorded(*values: Any) -> Sequence[Any]:
     return [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in values]
 
 
+def boolean(name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A mask as bool, and which of its values are neither 0 nor 1; None where that is known of none.
+
+    They are an error where values are looked at, and in compiled code of the CPU. Elsewhere they count as 1, and the
+    caller sees to it that nothing comes of it (:func:`poisoned`).
+    """
+    value = value.detach()
+    if value.dtype == torch.bool:
+        return value, None
+    if value.is_complex():
+        raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}")
+    mask = value != 0
+    wrong = value != mask.to(value.dtype)
+    if torch.compiler.is_compiling():
+        if value.device.type != "cpu":
+            return mask, wrong
+        torch._assert_async(~wrong.any(), f"{name}: expected a mask of 0 and 1")
+    elif not values_are_checked(value):
+        return mask, wrong
+    elif wrong.any():
+        raise ValueError(
+            f"{name}: expected a mask of 0 and 1, got {value[wrong][0].item()} ({int(wrong.sum())} such of "
+            f"{value.numel()}); {name} != 0 is one"
+        )
+    return mask, None
+
+
+def poisoned(values: torch.Tensor, *wrong: torch.Tensor | None) -> torch.Tensor:
+    """NaN where a mask was wrong; see :func:`boolean`."""
+    for where in wrong:
+        if where is not None:
+            values = values.masked_fill(where, math.nan)
+    return values
+
+
 def check_own_memory(name: str, value: torch.Tensor, why: str) -> None:
     """Raise ValueError where elements of ``value`` share memory, or where it cannot be told that they do not.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import (
+    boolean,
     check_place,
     check_tensor,
     debugging,
@@ -214,7 +215,8 @@ def _bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Ten
         if band == "quantile" and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a share in [0, 1] with band='quantile', got {value}")
     if not least < most or (band == "absolute" and not _in_float32(least) < _in_float32(most)):
-        raise ValueError(f"low: expected < high (as fp32, in an absolute band), got low={least}, high={most}")
+        equal = ", which are equal in fp32" if least < most else ""
+        raise ValueError(f"low: expected < high, got low={least}, high={most}{equal}")
     return low if isinstance(low, Tensor) else float(least), high if isinstance(high, Tensor) else float(most)
 
 
@@ -225,12 +227,13 @@ def _in_float32(value: float) -> float:
 
 def tokens_of(name: str, score: Any, mask: Any, exclude: Any, token_index: Any) -> _Tokens:
     check_float(name, score)
-    return (
-        score.detach(),
-        boolean_of("mask", mask, name, score),
-        boolean_of("exclude", exclude, name, score),
-        check_token_index(token_index, name, score),
-    )
+    mask, wrong = boolean_of("mask", mask, name, score)
+    exclude, strange = boolean_of("exclude", exclude, name, score)
+    if mask is not None and wrong is not None:
+        mask = mask & ~wrong.any()
+    if exclude is not None and strange is not None:
+        exclude = exclude | strange.any()
+    return score.detach(), mask, exclude, check_token_index(token_index, name, score)
 
 
 def check_float(name: str, value: Any) -> None:
@@ -271,14 +274,13 @@ def _expand(name: str, value: Tensor, like_name: str, like: Tensor, also: str = 
     return value.expand(like.shape)
 
 
-def boolean_of(name: str, value: Any, like_name: str, like: Tensor) -> Tensor | None:
+def boolean_of(name: str, value: Any, like_name: str, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A mask in ``like``'s shape, and where it is wrong: :func:`entropy_kernels._arguments.boolean`."""
     if value is None:
-        return None
+        return None, None
     check_tensor(name, value, " or None")
-    if value.is_complex():
-        raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}")
-    value = _expand(name, value.detach(), like_name, like)
-    return value if value.dtype == torch.bool else value != 0
+    mask, wrong = boolean(name, value)
+    return _expand(name, mask, like_name, like), None if wrong is None else _expand(name, wrong, like_name, like)
 
 
 def check_token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import group_name
+from entropy_kernels._arguments import group_name, poisoned
 from entropy_kernels._selection_request import (
     SeedCounter,
     boolean_of,
@@ -54,7 +54,8 @@ def token_covariance(
     Args:
         logprob: log-probs of the sampled tokens in nats, any floating-point dtype, shape and strides; often (B, L).
         advantages: of ``logprob``'s shape, or (B,) or (B, 1) for one per sequence, or 0-d; floats or integers.
-        mask: bool, int or float 0/1, shaped like advantages; True = counts. None: all tokens count.
+        mask: bool, int or float 0/1, shaped like advantages; True = counts. None: all tokens count. Another value is an
+            error on the CPU and with ENTROPY_KERNELS_DEBUG=1; else all that it reaches is NaN.
         batch_group: torch.distributed process group over the ranks that share the batch; shapes may differ between
             ranks, and a rank may have no tokens.
         backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
@@ -68,8 +69,8 @@ def token_covariance(
     """
     check_float("logprob", logprob)
     advantages = per_token("advantages", advantages, logprob)
-    mask = boolean_of("mask", mask, "logprob", logprob)
-    return covariance_of(logprob.detach(), advantages.detach(), mask, group_name(batch_group), backend)
+    mask, wrong = boolean_of("mask", mask, "logprob", logprob)
+    return covariance_of(poisoned(logprob.detach(), wrong), advantages.detach(), mask, group_name(batch_group), backend)
 
 
 def random_tokens(
@@ -104,7 +105,8 @@ def random_tokens(
 
     Args:
         score: any floating-point dtype and strides, compared in fp32; as from :func:`token_covariance`.
-        mask: bool, int or float 0/1, ``score``'s shape or size 1 per dimension; None: all tokens count.
+        mask: bool, int or float 0/1, ``score``'s shape or size 1 per dimension; None: all tokens count. Another value,
+            in ``exclude`` too, is an error on the CPU and with ENTROPY_KERNELS_DEBUG=1; else nothing is selected.
         seed: an int of at most 64 bits, or a 0-d int64 tensor, which a CUDA graph reads anew at each replay.
         ratio: share of N to select, in (0, 1]; a fraction: 2e-4 is 0.02 %.
         k: number of tokens to select instead of a ratio, >= 0.
@@ -278,8 +280,8 @@ class SelectionBatch:
                 f"got {logprob.device}"
             )
         advantages = per_token("advantages", advantages, logprob)
-        mask = boolean_of("mask", mask, "logprob", logprob)
-        exclude = boolean_of("exclude", exclude, "logprob", logprob)
+        mask, wrong = boolean_of("mask", mask, "logprob", logprob)
+        exclude, strange = boolean_of("exclude", exclude, "logprob", logprob)
         token_index = check_token_index(token_index, "logprob", logprob)
         if self._shapes and (token_index is not None) != bool(self._token_index):
             got = "one" if token_index is not None else "none"
@@ -288,7 +290,7 @@ class SelectionBatch:
                 "other than for those before"
             )
         self._shapes.append(logprob.shape)
-        self._logprob.append(logprob.detach())
+        self._logprob.append(poisoned(logprob.detach(), wrong, strange))
         self._advantages.append(advantages.detach())
         self._mask.append(mask)
         self._exclude.append(exclude)

@@ -255,6 +255,8 @@ class TestNextTokens:
             ek.hf.next_tokens(torch.zeros(3))
         with pytest.raises(ValueError, match="attention_mask: expected input_ids's shape"):
             ek.hf.next_tokens(torch.arange(3), attention_mask=torch.ones(4))
+        with pytest.raises(ValueError, match="attention_mask: expected a mask of 0 and 1, got 2"):
+            ek.hf.next_tokens(torch.arange(3), attention_mask=torch.tensor([1, 1, 2]))  # numbers of packed sequences
         with pytest.raises(ValueError, match="cu_seqlens: expected"):
             ek.hf.next_tokens(torch.ones(2, 3, dtype=torch.int64), cu_seqlens=torch.tensor([0, 3]))
         for wrong in (torch.empty(0, dtype=torch.int64), torch.tensor([False, True])):

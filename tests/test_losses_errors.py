@@ -46,6 +46,10 @@ SHARED = [
     ({"advantages": torch.zeros(2, 2)}, ValueError, r"advantages: expected .*got \(2, 2\)"),
     ({"mask": [1]}, TypeError, "mask: expected a torch.Tensor, got list"),
     ({"mask": MASK[:1]}, ValueError, r"mask: expected logprob's shape \(2, 3\), got \(1, 3\)"),
+    *(
+        ({"mask": torch.full((2, 3), x)}, ValueError, rf"mask: expected a mask of 0 and 1, got {x} \(6 such of 6\)")
+        for x in (0.5, float("nan"), -1, 2)
+    ),
     ({"mask": MASK.to(torch.complex64)}, TypeError, "mask: expected a bool, int or float"),
     ({"clip_low": -0.1}, ValueError, "clip_low: expected >= 0 or None, got -0.1"),
     ({"clip_high": float("nan")}, ValueError, "clip_high: expected a finite number, got nan"),
@@ -113,6 +117,7 @@ CLIP = [
     ({"band": "quantile"}, ValueError, r"low, high: expected shares in \[0, 1\] with band='quantile', got low=None"),
     ({"band": "quantile", "low": 0.1, "high": 2.0}, ValueError, "high: expected a share"),
     ({"token_index": MASK}, TypeError, "token_index: expected dtype torch.int64"),
+    ({"dropped": MASK * 0.5}, ValueError, "dropped: expected a mask of 0 and 1, got 0.5"),
     ({"dropped": MASK, "seed": 0}, ValueError, "dropped: expected no seed, ratio, k, low, high, band.*got seed"),
     ({"dropped": MASK, "ratio": 0.1, "low": 1.0}, ValueError, "dropped: .*got ratio, low"),
     ({"dropped": MASK, "k": 1}, ValueError, "dropped: .*got k"),
@@ -126,6 +131,7 @@ KL = [
     ({"kl_coef": "1"}, TypeError, "kl_coef: expected a number, got str"),
     ({"penalty_estimator": "l2"}, ValueError, "penalty_estimator: expected one of .*got 'l2'"),
     ({"penalized": MASK, "ratio": 0.1}, ValueError, "penalized: expected no ratio, k beside it.*got ratio"),
+    ({"penalized": MASK.int() * 3}, ValueError, "penalized: expected a mask of 0 and 1, got 3"),
     ({"penalized": MASK, "k": 0}, ValueError, "penalized: .*got k"),
     ({"penalized": 3}, TypeError, "penalized: expected a torch.Tensor, got int"),
 ]
@@ -200,11 +206,36 @@ def test_packed_tokens_have_no_sequences(options: dict[str, str]) -> None:
         ({"loss_agg_mode": "mean"}, "loss_agg_mode: expected one of"),
         ({"dp_size": 2}, "batch_num_tokens: expected the number"),
         ({"mask": MASK[:1]}, "mask: expected term's shape"),
+        ({"mask": MASK * 0.5}, "mask: expected a mask of 0 and 1, got 0.5"),
     ],
 )
 def test_arguments_of_aggregate(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ek.aggregate(LP, **{"mask": MASK, **changes})
+
+
+WRONG_MASKS: list[tuple[str, str]] = [
+    *((f, "mask") for f in FUNCTIONS),
+    ("clip_cov", "dropped"),
+    ("kl_cov", "penalized"),
+]
+
+
+@pytest.mark.parametrize(("function", "name"), WRONG_MASKS)
+def test_wrong_masks_that_nobody_looks_at(function: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: NaN; in compiled code of the CPU an error."""
+    mask = MASK.double()
+    mask[1, 1] = 0.5
+    compiled = torch.compile(FUNCTIONS[function], fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=f"{name}: expected a mask of 0 and 1"):
+        call(compiled, **{"seed": 0} if (function, name) == ("clip_cov", "mask") else {}, **{name: mask})
+    monkeypatch.setattr("entropy_kernels._arguments.values_are_checked", lambda tensor: False)
+    x = leaf(LP)
+    out = call(FUNCTIONS[function], logprob=x, **{name: mask})
+    out.loss.backward()
+    assert out.loss.isnan() and float(out.metrics["nonfinite_tokens"]) == 1
+    assert x.grad is not None and x.grad.isnan().any()
+    assert ek.aggregate(LP, mask).isnan()
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)

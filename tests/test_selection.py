@@ -465,3 +465,37 @@ def test_advantages_per_sequence(selection_place):
         assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="advantages: expected"):
         ek.token_covariance(logprob, torch.ones(3, device=selection_place.device))
+
+
+SELECTIONS: dict[str, Callable[..., Any]] = {
+    "covariance": lambda x, mask, exclude: ek.token_covariance(x, x, mask),
+    "kl_cov": lambda x, mask, exclude: ek.kl_cov_mask(x, mask, exclude=exclude, k=3),
+    "clip_cov": lambda x, mask, exclude: ek.clip_cov_mask(x, mask, exclude=exclude, seed=0, k=3, low=-9, high=9),
+    "batch": lambda x, mask, exclude: added(x, mask, exclude).kl_cov(k=3)[0],
+}
+
+
+def added(x: Tensor, mask: Any, exclude: Any) -> ek.SelectionBatch:
+    batch = ek.SelectionBatch()
+    batch.add(x, x, mask, exclude=exclude)
+    return batch
+
+
+@pytest.mark.parametrize("argument", ["mask", "exclude"])
+@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("value", [0.5, NAN, -1.0, 2.0])
+def test_masks_are_of_0_and_1(name: str, argument: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything else is an error, and where nobody looks nothing is selected, and a covariance is NaN."""
+    if (name, argument) == ("covariance", "exclude"):
+        return
+    x = torch.linspace(-2, 3, 10)
+    flags = {"mask": None, "exclude": None, argument: torch.tensor([0, 1, 0, 1, 0, 0, value, 1, 0, 0.0])}
+    with pytest.raises(ValueError, match=rf"{argument}: expected a mask of 0 and 1, got {value} \(1 such of 10\); "):
+        SELECTIONS[name](x, **flags)
+    monkeypatch.setattr("entropy_kernels._arguments.values_are_checked", lambda tensor: False)
+    got = SELECTIONS[name](x, **flags)
+    assert not got.nan_to_num(0.0).any() and (name != "covariance" or got.isnan().any())
+    right = torch.tensor([0, 1, 0, 1, 0, 0, 1, 1, 0, 0])
+    for dtype in (torch.int8, torch.uint8, torch.float16, torch.float64, torch.bool):
+        flags[argument] = right.to(dtype)
+        assert SELECTIONS[name](x, **flags).any() or argument == "exclude"

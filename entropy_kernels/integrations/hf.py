@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels._arguments import check_tensor, keywords, recorded, values_are_checked
+from entropy_kernels._arguments import boolean, check_tensor, keywords, recorded, values_are_checked
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
 
@@ -107,8 +107,10 @@ def next_tokens(
         target[..., :-1] = torch.where(follows, target[..., :-1], ignore_index)
     if attention_mask is not None:
         _check_shape("attention_mask", attention_mask, input_ids)
-        real = attention_mask != 0
+        real, wrong = boolean("attention_mask", attention_mask)
         target[..., :-1] = torch.where(real[..., 1:] & real[..., :-1], target[..., :-1], ignore_index)
+        if wrong is not None:  # no id, so that what comes of it is NaN
+            target.masked_fill_(wrong, torch.iinfo(target.dtype).min)
     return target
 
 

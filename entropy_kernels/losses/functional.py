@@ -67,7 +67,8 @@ def policy_loss(
         old_logprob: of the policy that sampled the tokens; ``logprob``'s shape, a constant here.
         advantages: ``logprob``'s shape, or (B,) or (B, 1): one per sequence; raw, a constant here.
         mask: ``logprob``'s shape, bool, int or float 0/1, 1 = counts; None: all tokens count. What stands in padding,
-            NaN included, reaches neither value nor gradient.
+            NaN included, reaches neither value nor gradient. Another value, in any mask, is an error on the CPU (in
+            compiled code a RuntimeError) and with ENTROPY_KERNELS_DEBUG=1; else its token counts as NaN.
         clip_low, clip_high: the ratio is clipped to 1 - clip_low .. 1 + clip_high; None: no clip on that side. These
             and all other numbers may be 0-d tensors, which are not read back; under torch.compile no value of theirs
             compiles anew. Python numbers have to be finite in fp32.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_place, check_tensor, values_are_checked
+from entropy_kernels._arguments import boolean, check_place, check_tensor, poisoned, values_are_checked
 from entropy_kernels._selection_request import check_token_index, per_token
 from entropy_kernels.losses.aggregation import Aggregation, Sequences
 from entropy_kernels.losses.options import LossOptions, used
@@ -72,6 +72,7 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
         why = f"surrogate={given['surrogate']!r}" if pools else ""
         sequences = _sequences("logprob", logprob, given["cu_seqlens"], options.aggregation, why)
     found: dict[str, Any] = {}
+    wrong: list[Tensor | None] = []
     for name, kind in _KINDS.items():
         value: Any = given.get(name)
         found[name] = value
@@ -94,7 +95,8 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
             if kind == "like" and not value.is_floating_point():
                 raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
             if kind == "mask" and value.dtype != torch.bool:
-                value = value != 0
+                value, where = boolean(name, value)
+                wrong.append(where)
         found[name] = value if name == "entropy" else value.detach()
     for term, coefficient in (("ref_logprob", options.ref_kl_coef), ("entropy", options.entropy_coef)):
         if found[term] is None and (isinstance(coefficient, Tensor) or coefficient != 0):
@@ -103,6 +105,8 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
     entropy = found["entropy"]
     if entropy is not None and not entropy.requires_grad and logprob.requires_grad:
         _warn_about_lost_gradient(options)
+    if wrong:
+        found["old_logprob"] = poisoned(found["old_logprob"], *wrong)
     chosen = None if not options.given else found[options.given]
     tokens = Tokens(
         found["old_logprob"], found["advantages"], found["mask"], found["covariance_advantages"],
@@ -123,10 +127,9 @@ def check_term(
         raise TypeError(f"term: expected a floating-point tensor of at least one dimension, got {term.dtype}")
     if mask is not None:
         check_tensor("mask", mask)
-        if mask.is_complex():
-            raise TypeError(f"mask: expected a bool, int or float 0/1 dtype, got {mask.dtype}")
         check_place("mask", mask, "term", term)
-        mask = mask.detach() if mask.dtype == torch.bool else mask.detach() != 0
+        mask, wrong = boolean("mask", mask)
+        term = poisoned(term, wrong)
     sequences = _sequences("term", term, cu_seqlens, aggregation, "")
     term = term.to(torch.float64 if term.dtype == torch.float64 else torch.float32)
     if sequences is None:
