@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -12,13 +13,13 @@ def local_head(
 ) -> tuple[Any, Any, int | None, int | None]:
     """(weight, bias, vocab_start, vocab_size) without DTensors; anything else as it came.
 
-    Without a ``vocab_group`` the whole weight is gathered once, and its gradient is the sum over the ranks that hold a
-    part: each has tokens of its own. With one, ``Shard(0)`` weights are this rank's shard.
+    Without a ``vocab_group`` the whole weight is gathered once (:func:`whole`). With one, ``Shard(0)`` weights are this
+    rank's shard.
     """
     if not isinstance(weight, Tensor) or not hasattr(weight, "full_tensor"):
         return weight, bias, vocab_start, vocab_size
     if vocab_group is None:
-        return _whole(weight), _whole(bias), vocab_start, vocab_size
+        return whole(weight), whole(bias), vocab_start, vocab_size
     sharded: Any = weight
     placements = sharded.placements
     if len(placements) != 1 or not placements[0].is_shard(0):
@@ -36,9 +37,24 @@ def local_head(
     )  # fmt: skip
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
+    """All of a DTensor. Its gradient is the mean over the ranks of the mesh, as of what FSDP reduces."""
     if not hasattr(value, "full_tensor"):
         return value
     from torch.distributed.tensor import Partial
 
-    return value.full_tensor(grad_placements=[Partial()] * value.device_mesh.ndim)
+    mesh = value.device_mesh
+    return _Mean.apply(value.full_tensor(grad_placements=[Partial()] * mesh.ndim), mesh.size())
+
+
+class _Mean(torch.autograd.Function):
+    """The value, on each of some ranks; its gradient, which is then summed over them, divided by their number."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad / ctx.ranks, None

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import check_own_memory, check_tensor, integer, refuse_forward_mode, share_memory
 from entropy_kernels._dtensor import local_head
 from entropy_kernels.functional import (
@@ -191,10 +192,16 @@ def _linear_token_stats(
         validate_options(False, vocab_group, backend)
         ignore_index = integer("ignore_index", ignore_index)
         _refuse_beside_a_head(bias=bias, vocab_group=vocab_group, vocab_start=vocab_start)
-        return _through_head(
-            hidden, weight, target, temperature, softcap, ignore_index, vocab_size, logits_dtype, memory_budget,
-            backend, want,
-        )  # fmt: skip
+        units = fsdp.sharded(weight.modules()) if isinstance(weight, torch.nn.Module) else []
+
+        def through(hidden: Tensor) -> list[Tensor]:
+            with fsdp.gathered_once(units):
+                return _through_head(
+                    hidden, weight, target, temperature, softcap, ignore_index, vocab_size, logits_dtype,
+                    memory_budget, backend, want,
+                )  # fmt: skip
+
+        return fsdp.as_forward(units, through, hidden, called=weight)
     call = _checked(
         hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
         logits_dtype, memory_budget, backend,
@@ -365,7 +372,7 @@ def _through_head(
     memory_budget: int | None,
     backend: str,
     want: int,
-) -> Sequence[Tensor]:
+) -> list[Tensor]:
     module = isinstance(function, torch.nn.Module)
     width = getattr(function, "out_features", None) if module else None
     if width is None and vocab_size is None:
@@ -374,18 +381,22 @@ def _through_head(
         )
     _, size, _ = vocabulary("weight", vocab_size if width is None else width, None, None, vocab_size)  # type: ignore[arg-type]
     given = getattr(function, "parameters", ())
-    parameters = [*(given() if callable(given) else given)] if torch.is_grad_enabled() else []
+    parameters = {p: p for p in (given() if callable(given) else given)} if torch.is_grad_enabled() else {}
+    if module:
+        function, parameters = fsdp.with_whole_parameters(function, parameters)
     tracked = hidden.requires_grad or any(parameter.requires_grad for parameter in parameters)
     if tracked and not torch.compiler.is_compiling() and any(parameter.is_inference() for parameter in parameters):
         raise ValueError(
             "weight: expected a head whose parameters autograd can save, got some made under torch.inference_mode(); "
             "make the head outside of it, or clone them"
         )
+    trained = {used: source for used, source in parameters.items() if used.requires_grad}
     head = Head(
         function,
         not module,
         size if width is None else width,
-        [parameter for parameter in parameters if parameter.requires_grad],
+        [*trained],
+        [*trained.values()],
         None if logits_dtype is None else _logits_dtype(logits_dtype, hidden.dtype),
     )
     dtype = planning.accumulator(hidden.dtype)

@@ -20,6 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = {
     "_arguments": 0,  # numbers and groups, for every room
     "_dtensor": 0,  # what a sharded weight is on this rank
+    "_fsdp": 0,  # our functions as the forward of sharded modules
     "_console": 0,  # prints tables, knows nothing of what is in them
     "_machine": 0,  # its name, for reports
     "_version": 0,

@@ -221,7 +221,7 @@ def test_compiled_code_breaks_its_graph_there() -> None:
 
 
 def gathered(rank: int, world: int, vocab: int) -> dict[str, Any]:
-    """Every rank has tokens of its own and a part of the weight, as data-parallel sharding leaves it."""
+    """Every rank has tokens of its own and a part of the weight, whose gradient is the ranks' mean, as FSDP's are."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -236,7 +236,7 @@ def gathered(rank: int, world: int, vocab: int) -> dict[str, Any]:
     up = {name: value[own] for name, value in upstream(case).items()}
     torch.autograd.backward([getattr(out, n) for n in up], list(up.values()))
     found = {name: value.detach() for name, value in out._asdict().items()}
-    whole = {"d_weight": weight.grad.full_tensor(), "d_bias": bias.grad.full_tensor()}  # type: ignore[union-attr]
+    whole = {f"d_{n}": world * x.grad.full_tensor() for n, x in (("weight", weight), ("bias", bias))}  # type: ignore
     return {"tokens": found | {"d_hidden": hidden.grad}, "whole": whole}
 
 

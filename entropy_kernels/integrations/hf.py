@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import boolean, check_tensor, keywords, recorded, values_are_checked
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
@@ -173,24 +174,36 @@ def causal_lm_logprob_entropy(
             "attention_mask: expected None beside cu_seqlens, which say where sequences and padding are, got a tensor "
             "(with which transformers would let packed sequences see each other)"
         )
-    _check_options(parts.backbone, model_options)
+    _check_options(getattr(parts.backbone, "module", parts.backbone), model_options)
     input_ids, attention_mask, position_ids = recorded(input_ids, attention_mask, position_ids)
-    hidden = parts.backbone(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **model_options
-    )[0]  # (B, L, H)
-    return ek.linear_logprob_entropy(
-        hidden if parts.scale == 1 else hidden * parts.scale,
-        parts.weight,
-        target,
-        parts.bias,
-        vocab_size=parts.vocab_size,
-        temperature=temperature,
-        softcap=parts.softcap,
-        ignore_index=ignore_index,
-        logits_dtype=logits_dtype,
-        memory_budget=memory_budget,
-        backend=backend,
-    )
+
+    def forward(**inputs: Any) -> list[Tensor]:
+        hidden = parts.backbone(**inputs, use_cache=False)[0]
+        return fsdp.as_forward(around_head, through_head, hidden, called=head)
+
+    def through_head(hidden: Tensor) -> list[Tensor]:  # (B, L, H)
+        now = causal_lm_parts(model) if around_head else parts  # FSDP has gathered the weight only now
+        outputs = ek.linear_logprob_entropy(
+            hidden if now.scale == 1 else hidden * now.scale,
+            now.weight,
+            target,
+            now.bias,
+            vocab_size=now.vocab_size,
+            temperature=temperature,
+            softcap=now.softcap,
+            ignore_index=ignore_index,
+            logits_dtype=logits_dtype,
+            memory_budget=memory_budget,
+            backend=backend,
+        )
+        return [*outputs]
+
+    _, backbone, head = _modules_of(model)
+    units = fsdp.sharded(model.modules())
+    around_backbone = fsdp.sharded(fsdp.around(model, backbone)) if units else []
+    around_head = fsdp.sharded([*fsdp.around(model, head), head]) if units else []
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **model_options}
+    return ek.LogprobEntropy(*fsdp.as_forward(around_backbone, forward, **inputs))
 
 
 def causal_lm_parts(model: Any) -> CausalLMParts:
@@ -209,17 +222,13 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
             known to change its logits in another way than by a factor and a softcap, one that is wrapped, or a PEFT
             model that adds tokens to the prompt.
     """
-    model = _unwrapped(model)
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    backbone = getattr(model, "base_model", None)
-    if head is None or backbone is None or backbone is model:
-        raise TypeError(
-            f"model: expected a transformers causal language model with an output head, got {type(model).__name__}"
-        )
+    given, (model, backbone, head) = model, _modules_of(model)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     _check_logits(model, backbone, head, config)
     before, after, softcap = _hidden_scale_logit_scale_softcap(model.config, config)
     vocab_size = None if getattr(head, "out_features", None) is not None else config.vocab_size
+    if fsdp.is_managed(backbone):
+        backbone = fsdp.Forward(backbone, fsdp.around(given, backbone))
     # Adapters, quantised weights or hooks may do more than the attributes of the head tell: these are called instead
     plain = getattr(head.forward, "__func__", None) is torch.nn.Linear.forward and head.weight.is_floating_point()
     if not plain:
@@ -227,6 +236,18 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
         return CausalLMParts(backbone, called, None, before, softcap, vocab_size)
     bias = head.bias if head.bias is None or after == 1 else head.bias * after
     return CausalLMParts(backbone, head.weight, bias, before * after, softcap, vocab_size)
+
+
+def _modules_of(model: Any) -> tuple[Any, torch.nn.Module, Any]:
+    """The model without wrappers, its backbone, its head."""
+    model = _unwrapped(model)
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    backbone = getattr(model, "base_model", None)
+    if head is None or backbone is None or backbone is model:
+        raise TypeError(
+            f"model: expected a transformers causal language model with an output head, got {type(model).__name__}"
+        )
+    return model, backbone, head
 
 
 def _check_options(backbone: torch.nn.Module, options: dict[str, Any]) -> None:

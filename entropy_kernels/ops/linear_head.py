@@ -29,13 +29,15 @@ _NAME = "linear_logprob_entropy / linear_token_stats"
 class Head:
     """``function(hidden)`` gives all logits of some tokens or, with ``sliced``, ``function(hidden, start, stop)`` some.
 
-    ``parameters`` are the tensors, beside the hidden states, that gradients flow to.
+    ``parameters`` are the tensors, beside the hidden states, that it uses and that gradients flow to; ``sources`` the
+    same, or what each of them is a detached view of.
     """
 
     function: Callable
     sliced: bool
     vocab: int
     parameters: list[Tensor]
+    sources: list[Tensor]
     logits: torch.dtype | None  # that its result is rounded to
 
     def __call__(self, hidden: Tensor, columns: slice) -> Tensor:
@@ -125,11 +127,11 @@ class _HeadTokenStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
-        hidden, target, temperature, state, *parameters = ctx.saved_tensors
-        nothing = (None,) * (6 + len(parameters))
-        if all(grad is None for grad in grads[:3]):
-            return nothing
+        hidden, target, temperature, state = ctx.saved_tensors[:4]
         head, numbers, need_hidden = ctx.head, ctx.numbers, ctx.needs_input_grad[3]
+        parameters = head.parameters
+        if all(grad is None for grad in grads[:3]):
+            return (None,) * (6 + len(parameters))
         total = target.numel()
         h, labels, *upstream = picked(ctx.rows, hidden, target, *grads[:3])
         t = at(temperature, ctx.rows)
@@ -180,4 +182,4 @@ def head_token_stats(
     if torch.is_grad_enabled() and not hidden.requires_grad and not head.parameters and target.numel():
         with _State(hidden.device).again():  # a gradient that nobody asked for, and that somebody may miss
             _check_leaves(head(hidden[:1], slice(0, min(head.vocab, 64) if head.sliced else head.vocab)), [])
-    return _HeadTokenStats.apply(head, numbers, want, hidden, target, temperature, *head.parameters)
+    return _HeadTokenStats.apply(head, numbers, want, hidden, target, temperature, *head.sources)

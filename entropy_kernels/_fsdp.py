@@ -1,0 +1,175 @@
+"""FSDP2: one of our functions run as the forward of sharded modules, which then gather, cast and reduce as ever.
+
+``FSDPModule`` and ``register_fsdp_forward_method`` are public in torch. Two things are not, which nothing public tells:
+the state that a module is in (``_get_fsdp_state()._training_state``), and the mark on modules whose parameters FSDP
+holds (``_is_fsdp_managed_module``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_kernels._dtensor import whole
+
+_NAME = "_entropy_kernels_forward"
+CURE = (
+    "call this in the forward of the module that fully_shard was applied to, or in a method of it that is named to "
+    "torch.distributed.fsdp.register_fsdp_forward_method(module, name)"
+)
+
+
+def sharded(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those of ``modules`` that ``fully_shard`` was applied to; nothing is imported to find out."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether FSDP holds parameters of ``module``: as a unit of its own, in it or around it."""
+    return "torch.distributed.fsdp" in sys.modules and any(
+        getattr(part, "_is_fsdp_managed_module", False) for part in module.modules()
+    )
+
+
+def around(root: nn.Module, part: nn.Module) -> list[nn.Module]:
+    """The modules from ``root`` down to the one that has ``part`` as a child."""
+    for path, module in root.named_modules():
+        if module is part:
+            names = path.split(".") if path else []
+            return [root.get_submodule(".".join(names[:depth])) for depth in range(len(names))]
+    return []
+
+
+def as_forward(
+    modules: Iterable[nn.Module],
+    function: Callable[..., Any],
+    *args: Any,
+    called: nn.Module | None = None,
+    **kwargs: Any,
+) -> Any:
+    """``function(*args, **kwargs)`` as if it were the forward of ``modules``, the outermost first.
+
+    FSDP2 gathers what they hold before, and frees it after as it does after their forward. It casts tensors among the
+    arguments as if each module, or only the one ``called``, had been called with them. Its hooks on the results gather
+    again for the backward pass, and reduce the gradients. The results come as ``function`` gives them, not cast to an
+    ``output_dtype``; in a list, views are copied, which could lose the hooks. Modules that are no FSDP modules need
+    nothing; those that are in their forward already cast if they are ``called``.
+    """
+    for module in reversed(sharded(modules)):
+        if module is called or not _in_forward(module):
+            function = _method(module, function, called is None or module is called)
+    return function(*args, **kwargs)
+
+
+def _in_forward(module: Any) -> bool:
+    return bool(module._get_fsdp_state()._training_state.name == "FORWARD")
+
+
+def _method(module: Any, function: Callable[..., Any], casts: bool) -> Callable[..., Any]:
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        results: list[Any] = []
+        errors: list[Exception] = []
+
+        def run(*cast: Any, **casts_too: Any) -> Any:
+            try:
+                found = function(*cast, **casts_too) if casts else function(*args, **kwargs)
+                if isinstance(found, list):
+                    found = [value if value._base is None else value.clone() for value in found]
+                results.append(found)
+                return found
+            except Exception as error:  # FSDP's own forward ends none the less, else its next one would be off
+                errors.append(error)
+                return None
+
+        setattr(module, _NAME, run)
+        try:
+            register_fsdp_forward_method(module, _NAME)
+            method = getattr(module, _NAME)
+        finally:
+            delattr(module, _NAME)
+        with gathered_once([module] if _in_forward(module) else []):
+            method(*args, **kwargs) if casts else method()
+        if errors:
+            raise errors.pop()
+        return results.pop()
+
+    return call
+
+
+@contextlib.contextmanager
+def gathered_once(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Calls of ``modules``, which :func:`as_forward` has gathered, cast as ever, and leave them gathered.
+
+    As when a checkpoint calls them again in the backward pass: it is the state of that in which they do so.
+    """
+    states = [module._get_fsdp_state() for module in sharded(modules)]
+    before = [state._training_state for state in states]
+    try:
+        for state in states:
+            state._training_state = type(state._training_state).PRE_BACKWARD
+        yield
+    finally:
+        for state, old in zip(states, before, strict=True):
+            state._training_state = old
+
+
+def with_whole_parameters(head: Any, parameters: dict[Tensor, Tensor]) -> tuple[Any, dict[Tensor, Tensor]]:
+    """``head`` and its parameters, as they are but for those that FSDP holds in a unit around it: no call gathers them.
+
+    They are gathered here, once, and ``head`` is called with views of them. The keys of what is returned are those, the
+    values what they are views of, whose gradients go to the shards (:func:`entropy_kernels._dtensor.whole`).
+    """
+    if not is_managed(head):
+        return head, parameters
+    views: dict[str, Tensor] = {}
+    seen: set[Tensor] = set()
+    for prefix, part in head.named_modules():
+        # tensor parallelism (distribute_module) has hooks that expect the shards
+        if not getattr(part, "_is_fsdp_managed_module", False) or getattr(part, "_distribute_module_applied", False):
+            continue
+        for name, parameter in part.named_parameters(prefix, recurse=False):
+            if hasattr(parameter, "full_tensor") and parameter not in seen:
+                seen.add(parameter)
+                source = whole(parameter)
+                views[name] = source.detach().requires_grad_(source.requires_grad)
+                parameters.pop(parameter, None)
+                parameters[views[name]] = source
+    if not views:
+        return head, parameters
+    return named("weight", lambda hidden: torch.func.functional_call(head, views, (hidden,))), parameters
+
+
+def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``; what torch says of shards beside tensors names FSDP2 and the cure."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            if "DTensor" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{name}: expected parameters that FSDP2 gathers, got shards (DTensors) that a module around it holds; "
+                + CURE
+            ) from error
+
+    return call
+
+
+class Forward(nn.Module):
+    """``module``, called as a part of the forward of ``modules``."""
+
+    def __init__(self, module: nn.Module, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.module, self._around = module, list(modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return named("model", as_forward)(self._around, self.module, *args, **kwargs)
