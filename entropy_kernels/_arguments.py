@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 
@@ -85,9 +86,79 @@ def keywords(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_tensor(name: str, value: Any, also: str = "") -> None:
-    """Raise TypeError, naming the argument, for anything else; ``also``: what else would have done."""
+    """Raise TypeError, naming the argument, for anything but a dense tensor; ``also``: what else would have done.
+
+    A subclass does if its operators are torch's; of those that have their own, a compiler's and torch's tensors of
+    collectives that are still under way.
+    """
+    kind = type(value)
+    usual = kind is torch.Tensor or kind is torch.nn.Parameter
+    if usual and value.layout is torch.strided and not value.is_nested and not value.is_quantized:
+        return
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor{also}, got {type(value).__name__}")
+        hint = "; torch.as_tensor makes one" if isinstance(value, (list, tuple)) or hasattr(value, "__array__") else ""
+        raise TypeError(f"{name}: expected a torch.Tensor{also}, got {kind.__name__}{hint}")
+    if (got := _unusual(value)) is not None:
+        raise TypeError(f"{name}: expected a plain torch.Tensor{also}, got {got}")
+
+
+def _unusual(value: torch.Tensor) -> str | None:
+    """What kind of a tensor that has no memory of its own in rows and columns this is, and what makes it one that has.
+
+    None: it will do.
+    """
+    kind = type(value)
+    if is_dtensor(value):
+        placements: Any = value.placements  # type: ignore[attr-defined]
+        return (
+            f"a DTensor placed {tuple(placements)}; pass .full_tensor(), or .to_local() where the part of this rank is "
+            "meant"
+        )
+    if value.is_nested:
+        return (
+            f"a nested tensor ({value.layout}); .to_padded_tensor(0) beside a mask, or .values() beside cu_seqlens "
+            "(its .offsets())"
+        )
+    if value.layout is not torch.strided:
+        return f"a tensor of layout {value.layout}; .to_dense() is a plain one"
+    if value.is_quantized:
+        return f"a quantised tensor ({value.dtype}); .dequantize() is a plain one"
+    if torch.nn.parameter.is_lazy(value):
+        return f"an {kind.__name__}, which has no values before its module is called for the first time"
+    own = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    if not own or torch.compiler.is_compiling() or kind.__name__ in ("AsyncCollectiveTensor", "FunctionalTensor"):
+        return None
+    if kind.__name__ == "FakeTensor":
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        return None if fake is not None else "a FakeTensor outside of its FakeTensorMode, which has no values"
+    return (
+        f"a {kind.__module__}.{kind.__name__}, a subclass with operators of its own; make a plain tensor of it (a "
+        "weight may be a module that is called)"
+    )
+
+
+def is_dtensor(value: Any) -> bool:
+    """Without importing torch.distributed.tensor, which takes a second."""
+    return hasattr(value, "full_tensor") and hasattr(value, "placements")
+
+
+def refuse_mapped(arguments: dict[str, Any]) -> None:
+    """Raise where torch.vmap runs over one of ``arguments``, instead of torch's error about our autograd.Function."""
+    if torch.compiler.is_compiling() or functorch.maybe_current_level() is None:
+        return
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and functorch.is_batchedtensor(value):
+            raise NotImplementedError(
+                f"{name}: expected a tensor that torch.vmap does not map over, got one that it does; call the function "
+                "for each part, or for all of it at once"
+            )
+
+
+def check_scalar(name: str, value: torch.Tensor, device: torch.device) -> None:
+    """Raise where a 0-d tensor is of no use beside tensors on ``device``: it is to be there, or on the CPU."""
+    check_tensor(name, value)
+    if value.device != device and value.device.type != "cpu":
+        raise ValueError(f"{name}: expected on {device} or the CPU, got {value.device}")
 
 
 def check_place(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
@@ -102,7 +173,10 @@ def recorded(*values: Any) -> Sequence[Any]:
     """Values, the tensors among them as autograd can save them: what torch.inference_mode() has made is copied."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return values
-    return [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in values]
+    found = []
+    for x in values:
+        found.append(x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x)
+    return found
 
 
 def boolean(name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -218,7 +292,12 @@ def refuse_functional_grad(name: str, *values: torch.Tensor) -> None:
 
 
 def refuse_transforms(name: str, *values: torch.Tensor) -> None:
-    """Both of the above."""
+    """Both of the above, and where an autograd.Function of ours would be called at the level of a transform."""
     for value in values:
         refuse_functional_grad(name, value)
         refuse_forward_mode(name, value)
+    if functorch.maybe_current_level() is not None:
+        raise NotImplementedError(
+            f"{name}: torch.func's transforms (vmap, grad, ...) are not supported around it, whatever they act on; "
+            "call it outside of them"
+        )

@@ -1,4 +1,4 @@
-"""What a DTensor head is on this rank: gathered, or this rank's shard of the vocabulary."""
+"""What DTensors are on this rank: a head is gathered, or this rank's shard of the vocabulary; logits are a shard."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from entropy_kernels._arguments import is_dtensor
 
 
 def local_head(
@@ -28,8 +30,7 @@ def local_head(
             f"{placements}"
         )
     total = sharded.shape[0]
-    width = -(-total // sharded.device_mesh.size())  # DTensor's shards are torch.chunk's
-    start = min(sharded.device_mesh.get_local_rank() * width, total)
+    start, _ = _chunk(total, sharded.device_mesh.size(), sharded.device_mesh.get_local_rank())
     local_bias = bias.to_local() if hasattr(bias, "to_local") else bias
     return (
         sharded.to_local(), local_bias, start if vocab_start is None else vocab_start,
@@ -58,3 +59,57 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad / ctx.ranks, None
+
+
+def local_logits(
+    logits: Any, target: Any, temperature: Any, vocab_group: Any, vocab_start: int | None, vocab_size: int | None
+) -> tuple[Tensor, Any, Any, Any, int | None, int | None]:
+    """The same arguments without DTensors: ``logits`` (..., V), sharded over V or not at all, as this rank's part.
+
+    Its gradient is a DTensor again, of the same placements.
+    """
+    mesh, placements, total, last = logits.device_mesh, logits.placements, logits.shape[-1], logits.dim() - 1
+    sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    # not a strided shard, a class of its own, whose columns are not in one piece
+    plain = all(type(placements[dim]).__name__ == "Shard" and placements[dim].is_shard(last) for dim in sharded)
+    if not plain or len(sharded) > 1:
+        raise ValueError(
+            f"logits: expected a DTensor sharded over the vocabulary, Shard({last}), over at most one mesh dimension "
+            f"and replicated over the others, got {placements}; .redistribute(...) it, or pass .to_local() with what "
+            "belongs to it"
+        )
+    local, target, temperature = logits.to_local(), _replica("target", target), _replica("temperature", temperature)
+    if not sharded:
+        return local, target, temperature, vocab_group, vocab_start, vocab_size
+    group, width = mesh.get_group(sharded[0]), local.shape[-1]
+    start, stop = _chunk(total, mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
+    if width != stop - start:
+        raise ValueError(
+            f"logits: expected a DTensor whose shards are torch.chunk's, so columns {start} to {stop} of {total} here, "
+            f"got {width} columns; pass .to_local() with vocab_group and vocab_start"
+        )
+    if vocab_group is not None and getattr(vocab_group, "group_name", "") != group.group_name:
+        raise ValueError("vocab_group: expected None or the group of the mesh beside a DTensor, got another one")
+    if vocab_start not in (None, start):
+        raise ValueError(f"vocab_start: expected None or {start}, that of the DTensor's shard, got {vocab_start}")
+    if vocab_size is not None and vocab_size > total:
+        raise ValueError(f"vocab_size: expected <= {total}, the width of logits, got {vocab_size}")
+    return local, target, temperature, group, start, total if vocab_size is None else vocab_size
+
+
+def _chunk(total: int, parts: int, part: int) -> tuple[int, int]:
+    """Where a DTensor's shard begins and ends: torch.chunk's."""
+    width = -(-total // parts)
+    return min(part * width, total), min((part + 1) * width, total)
+
+
+def _replica(name: str, value: Any) -> Any:
+    """A DTensor that is the same on all ranks as a plain tensor; anything else as it came."""
+    if not is_dtensor(value):
+        return value
+    if not all(placement.is_replicate() for placement in value.placements):
+        raise ValueError(
+            f"{name}: expected a plain tensor or a DTensor that is replicated, as the vocabulary's shards are of the "
+            f"same tokens, got {value.placements}; .redistribute(...) it"
+        )
+    return value.to_local()

@@ -17,6 +17,7 @@ from torch import Tensor
 from entropy_kernels._arguments import (
     boolean,
     check_place,
+    check_scalar,
     check_tensor,
     debugging,
     group_name,
@@ -129,7 +130,12 @@ def request(
     # A compiler takes plain numbers for constants
     tensors = isinstance(ratio, Tensor) or isinstance(k, Tensor) or isinstance(low, Tensor) or isinstance(high, Tensor)
     if tensors or torch.compiler.is_compiling():
-        numbers = torch.stack([_in_float64(math.nan if value is None else value, device) for value in given])
+        numbers = torch.stack(
+            [
+                _in_float64(name, math.nan if value is None else value, device)
+                for name, value in zip(("ratio", "k", "low", "high"), given, strict=False)
+            ]
+        )
         ratio, k, low, high = None, None, 0.0, 0.0
     if not torch.compiler.is_compiling() and type(seed) is int and 0 <= seed < 1 << 63:
         seed = torch.full((), seed, dtype=torch.int64, device=device)
@@ -141,8 +147,9 @@ def request(
     )  # fmt: skip
 
 
-def _in_float64(value: float | Tensor, device: torch.device) -> Tensor:
+def _in_float64(name: str, value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
+        check_scalar(name, value, device)
         return value.detach().to(device=device, dtype=torch.float64, non_blocking=True)
     return scalar_tensor(value, torch.float64, device)
 
@@ -152,10 +159,12 @@ def seed_tensor(seed: Any, device: torch.device) -> Tensor:
     if isinstance(seed, SeedCounter):
         seed = seed()
     if isinstance(seed, Tensor):
+        check_tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.dim() != 0:
             raise TypeError(
                 f"seed: expected an int or a 0-d int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
             )
+        check_scalar("seed", seed, device)
         return seed.to(device, non_blocking=True)
     if isinstance(seed, bool):
         raise TypeError("seed: expected an int or a 0-d int64 tensor, got bool")
@@ -176,6 +185,7 @@ def _known(name: str, value: Any, unknown: float) -> Any:
     """A number as it is; of a 0-d tensor ``unknown``, a value that is right, but when debugging its own."""
     if not isinstance(value, Tensor):
         return value
+    check_tensor(name, value)
     if value.dim() != 0:
         raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
     if value.is_complex() or value.dtype == torch.bool:

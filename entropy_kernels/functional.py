@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_own_memory, check_tensor, divisor_range, integer, number
+from entropy_kernels._arguments import check_own_memory, check_tensor, divisor_range, integer, is_dtensor, number
+from entropy_kernels._dtensor import local_logits
 from entropy_kernels.ops import token_stats as op
 
 
@@ -46,8 +47,10 @@ def logprob_entropy(
     Both are differentiable with respect to ``logits``; probabilities are never materialised (docs/math.md).
 
     Args:
-        logits: (..., V) bf16, fp16, fp32 or, on the CPU, fp64, with any strides.
-        target: (...) int32 or int64 token ids; global ids under ``vocab_group``.
+        logits: (..., V) bf16, fp16, fp32 or, on the CPU, fp64, with any strides. A DTensor that is sharded over V, or
+            not at all, is taken as this rank's shard, with the group of its mesh; its gradient is such a DTensor, too.
+        target: (...) int32 or int64 token ids; global ids under ``vocab_group``. Beside logits that are a DTensor it
+            may be a replicated one; so may ``temperature``. Results are plain tensors.
         temperature: a number > 0, or a tensor broadcastable to ``target``'s shape; it carries no gradient.
         softcap: if given, logits become ``softcap * tanh(logits / softcap)`` before the temperature; a number within
             [1.2e-38, 1e31], beyond which fp32 does not hold it or its inverse (fp64 logits: as far as fp64 does).
@@ -121,6 +124,10 @@ def _token_stats(
     backend: str,
     want: int,
 ) -> Sequence[Tensor]:
+    if type(logits) is not Tensor and is_dtensor(logits):
+        logits, target, temperature, vocab_group, vocab_start, vocab_size = local_logits(
+            logits, target, temperature, vocab_group, vocab_start, vocab_size
+        )
     validate_rows("logits", logits, target)
     validate_options(inplace_backward, vocab_group, backend)
     ignore_index = integer("ignore_index", ignore_index)
@@ -185,13 +192,14 @@ def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch
         if not least <= value <= most:
             raise ValueError(f"temperature: expected a number > 0 within [{least:.2g}, {most:.2g}], got {value}")
         return torch.full((1,), value, dtype=dtype, device=target.device)
+    check_tensor("temperature", temperature)
     if temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "temperature: expected a tensor without grad (no gradient flows to it), got requires_grad=True"
         )
     if not temperature.is_floating_point() and temperature.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
-    if temperature.device != target.device and temperature.dim() > 0:
+    if temperature.device != target.device and (temperature.dim() > 0 or temperature.is_meta):
         raise ValueError(f"temperature: expected on the device of target, {target.device}, got {temperature.device}")
     if temperature.numel() == 1:
         return temperature.to(device=target.device, dtype=dtype, non_blocking=True).reshape(1)

@@ -331,8 +331,7 @@ def linear_loss(
 
 
 def _check_buffer(grad_buffer: Any, weight: Tensor, head: Tensor, problem: Problem, vocab_group: Any) -> None:
-    if not isinstance(grad_buffer, Tensor) or hasattr(grad_buffer, "full_tensor"):
-        raise TypeError(f"grad_buffer: expected a plain torch.Tensor or None, got {type(grad_buffer).__name__}")
+    check_tensor("grad_buffer", grad_buffer, " or None")
     if head is not weight and vocab_group is None:
         raise ValueError(
             "grad_buffer: expected None beside a DTensor weight without a vocab_group, whose gradient is reduced over "
@@ -350,6 +349,8 @@ def _check_buffer(grad_buffer: Any, weight: Tensor, head: Tensor, problem: Probl
         raise ValueError("grad_buffer: expected memory of its own, got a tensor that shares weight's")
     if grad_buffer.requires_grad:
         raise ValueError("grad_buffer: expected a tensor that does not require grad, got one that does")
+    if not torch.compiler.is_compiling() and grad_buffer.is_inference():
+        raise ValueError("grad_buffer: expected a tensor made outside of torch.inference_mode(), got one made inside")
 
 
 def _refuse_beside_a_head(**arguments: Any) -> None:

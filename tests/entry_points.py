@@ -141,9 +141,7 @@ def plain(function: Callable, **options: Any) -> Callable:
 
 def batched(exclude: Tensor, **rest: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     batch = ek.SelectionBatch()
-    added = [rest.pop(name) for name in ("logprob", "advantages", "mask", "token_index")]
-    for i in range(B):
-        batch.add(*(x[i] for x in added), exclude=exclude[i])
+    batch.add(*(rest.pop(name) for name in ("logprob", "advantages", "mask", "token_index")), exclude=exclude)
     kl = {name: value for name, value in rest.items() if name == "ratio"}
     return [], [*batch.covariance(), *batch.clip_cov(**rest), *batch.kl_cov(**kl)]
 

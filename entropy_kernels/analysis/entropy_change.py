@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import divisor_range, number, recorded
+from entropy_kernels._arguments import check_tensor, divisor_range, number, recorded, refuse_mapped
 
 
 def predicted_entropy_change(
@@ -48,14 +48,22 @@ def predicted_entropy_change(
             positive (checked for numbers and CPU tensors; on an accelerator it gives inf or NaN without a sync).
         TypeError: ``vocab_covariance`` is not a floating-point tensor, or another argument no number or tensor.
     """
-    if not isinstance(vocab_covariance, Tensor) or not vocab_covariance.dtype.is_floating_point:
+    if isinstance(vocab_covariance, Tensor):
+        check_tensor("vocab_covariance", vocab_covariance)
+    if not isinstance(vocab_covariance, Tensor) or not vocab_covariance.is_floating_point():
         got = vocab_covariance.dtype if isinstance(vocab_covariance, Tensor) else type(vocab_covariance).__name__
         raise TypeError(f"vocab_covariance: expected a floating-point tensor, got {got}")
+    refuse_mapped({"temperature": temperature})  # it is looked at
     shape, device = vocab_covariance.shape, vocab_covariance.device
     dtype = torch.float64 if vocab_covariance.dtype == torch.float64 else torch.float32
 
     def operand(value: Tensor | float, name: str) -> Tensor:
         if isinstance(value, Tensor):
+            check_tensor(name, value)
+            if value.is_complex():
+                raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+            if value.is_meta and device.type != "meta":
+                raise ValueError(f"{name}: expected on the device of vocab_covariance, {device}, got {value.device}")
             (tensor,) = recorded(value.to(device, dtype))
         elif torch.compiler.is_compiling() and isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
             # a number that multiplies a tensor stays symbolic; one that fills it would recompile for every value

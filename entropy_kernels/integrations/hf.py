@@ -12,7 +12,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels import _fsdp as fsdp
-from entropy_kernels._arguments import boolean, check_tensor, keywords, recorded, values_are_checked
+from entropy_kernels._arguments import boolean, check_tensor, keywords, recorded, refuse_mapped, values_are_checked
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
 
@@ -95,7 +95,7 @@ def next_tokens(
             CPU; on a GPU they give wrong labels, and ENTROPY_KERNELS_DEBUG=1 makes it an error there too, at the price
             of a sync).
     """
-    _check_ids(input_ids)
+    _check_kinds(input_ids, attention_mask=attention_mask, position_ids=position_ids)
     target = torch.full_like(input_ids, ignore_index)
     target[..., :-1] = input_ids[..., 1:]
     if cu_seqlens is not None:
@@ -159,6 +159,7 @@ def causal_lm_logprob_entropy(
         ValueError: arguments of the wrong shape; values that are no ``cu_seqlens``, as :func:`next_tokens`.
     """
     parts = causal_lm_parts(model)
+    _check_kinds(input_ids, target=target, attention_mask=attention_mask, position_ids=position_ids)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected (B, L), got shape {tuple(input_ids.shape)}")
     if cu_seqlens is not None and position_ids is None:
@@ -353,15 +354,29 @@ def _positions(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     return (place - starts[torch.searchsorted(starts, place, right=True) - 1]).view(input_ids.shape)
 
 
+def _check_kinds(input_ids: Any, **others: Any) -> None:
+    """Tensors as ops take them, on one device; ``others`` may be None or what else a backbone knows, no arrays."""
+    _check_ids(input_ids)
+    refuse_mapped({"input_ids": input_ids, **others})
+    for name, value in others.items():
+        if isinstance(value, (Tensor, list, tuple)) or hasattr(value, "__array__"):
+            check_tensor(name, value)
+            if value.is_complex():
+                raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}")
+            if value.device != input_ids.device:
+                raise ValueError(f"{name}: expected on the device of input_ids, {input_ids.device}, got {value.device}")
+
+
 def _check_ids(input_ids: Any) -> None:
-    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"input_ids: expected a tensor of integers, got {got}")
+    check_tensor("input_ids", input_ids)
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids: expected a tensor of integers, got {input_ids.dtype}")
     if input_ids.dim() == 0:
         raise ValueError("input_ids: expected (..., L), got a 0-d tensor")
 
 
 def _check_shape(name: str, value: Tensor, input_ids: Tensor) -> None:
+    check_tensor(name, value)
     if value.shape != input_ids.shape:
         raise ValueError(f"{name}: expected input_ids's shape {tuple(input_ids.shape)}, got {tuple(value.shape)}")
 

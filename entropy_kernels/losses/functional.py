@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-from entropy_kernels._arguments import recorded, refuse_transforms
+from entropy_kernels._arguments import recorded, refuse_mapped, refuse_transforms
 from entropy_kernels.losses import metrics, options, tokens
 from entropy_kernels.losses.evaluate import Loss
 from entropy_kernels.losses.presets import Clip
@@ -251,6 +251,8 @@ def kl_cov_loss(
 
 
 def _loss(method: str, given: dict[str, Any]) -> PolicyLoss:
+    if not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None:
+        refuse_mapped(given)
     chosen = options.make(method, given, getattr(given["logprob"], "device", None))
     checked = tokens.check(given, chosen)
     return apply(*checked, chosen if chosen.seeds is None else options.seeded(chosen))
@@ -298,6 +300,7 @@ def aggregate(
         TypeError, ValueError: as :func:`policy_loss`.
     """
     given = dict(locals())
+    refuse_mapped({"cu_seqlens": cu_seqlens})
     aggregation = options.aggregation(given, getattr(term, "device", None))
     values, valid, sequences = tokens.check_term(term, mask, cu_seqlens, aggregation)
     if valid is not None:

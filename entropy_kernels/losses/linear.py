@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels._arguments import check_tensor, integer, keywords
+from entropy_kernels._arguments import check_place, check_tensor, integer, keywords, refuse_mapped
 from entropy_kernels.linear import Final, changes_of, linear_loss
 from entropy_kernels.losses import functional, metrics, tokens
 from entropy_kernels.losses.aggregation import COUNTS, Sequences
@@ -94,6 +94,8 @@ def linear_policy_loss(
         RuntimeError: a second backward pass, double backward, or a factor on the loss beside a ``grad_buffer``.
     """
     given = _keywords(method, options)
+    tensors = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "temperature": temperature}
+    refuse_mapped({**tensors, "old_logprob": old_logprob, "advantages": advantages, "mask": mask, **options})
     head: dict[str, Any] = {
         "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index, "vocab_group": vocab_group,
         "vocab_start": vocab_start, "vocab_size": vocab_size, "logits_dtype": logits_dtype,
@@ -102,8 +104,7 @@ def linear_policy_loss(
     ignore_index = integer("ignore_index", ignore_index)
     for name, value in (("hidden", hidden), ("target", target), ("old_logprob", old_logprob)):
         check_tensor(name, value)
-    if old_logprob.shape != target.shape:
-        raise ValueError(f"old_logprob: expected target's shape {tuple(target.shape)}, got {tuple(old_logprob.shape)}")
+    check_place("old_logprob", old_logprob, "target", target)
     if not old_logprob.is_floating_point():
         raise TypeError(f"old_logprob: expected a floating-point dtype, got {old_logprob.dtype}")
     # Every error of the loss comes before the work, and before anything is added to a buffer: in place of the log-probs

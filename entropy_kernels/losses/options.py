@@ -10,7 +10,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import FLOAT32_MAX, INT64, divisor_range, group_name, integer, number, scalar_tensor
+from entropy_kernels._arguments import (
+    FLOAT32_MAX,
+    INT64,
+    check_scalar,
+    divisor_range,
+    group_name,
+    integer,
+    number,
+    scalar_tensor,
+)
 from entropy_kernels._selection_request import Request, SeedCounter, request
 from entropy_kernels.losses import presets, surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, COUNTS, Aggregation
@@ -186,6 +195,7 @@ def _number(name: str, value: Any, device: Any, divides: bool = False) -> Any:
     """
     least, inclusive, optional, differentiable = _NUMBERS.get(name, (-math.inf, True, True, False))
     if isinstance(value, Tensor):
+        check_scalar(name, value, device)
         if value.dim() != 0 or value.is_complex():
             raise ValueError(
                 f"{name}: expected a number or a 0-d tensor, got {value.dtype} of shape {tuple(value.shape)}"

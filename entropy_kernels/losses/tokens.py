@@ -61,8 +61,8 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
         TypeError, ValueError: one of the wrong type, dtype, device or shape, or one that is missing.
     """
     logprob = given["logprob"]
-    if not isinstance(logprob, Tensor) or not logprob.is_floating_point() or logprob.dim() == 0:
-        check_tensor("logprob", logprob)
+    check_tensor("logprob", logprob)
+    if not logprob.is_floating_point() or logprob.dim() == 0:
         if not logprob.is_floating_point():
             raise TypeError(f"logprob: expected a floating-point dtype, got {logprob.dtype}")
         raise ValueError("logprob: expected at least one dimension, often (B, L), got a 0-d tensor")
@@ -78,9 +78,11 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
         found[name] = value
         if value is None and name not in ("old_logprob", "advantages"):
             continue
-        if not isinstance(value, Tensor) or value.is_complex():
+        # the usual case of check_tensor, without a call
+        if type(value) is not Tensor or value.layout is not torch.strided or value.is_nested or value.is_quantized:
             check_tensor(name, value)
-            raise TypeError(f"{name}: expected a {_EXPECTED[kind]} dtype, got {value.dtype}")  # type: ignore[union-attr]
+        if value.is_complex():
+            raise TypeError(f"{name}: expected a {_EXPECTED[kind]} dtype, got {value.dtype}")
         if kind == "index":
             value = check_token_index(value, "logprob", logprob)
         elif kind == "per token":

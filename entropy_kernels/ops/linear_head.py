@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import recorded, refuse_forward_mode, refuse_functional_grad
+from entropy_kernels._arguments import recorded, refuse_mapped, refuse_transforms
 from entropy_kernels.backends import registry
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import head_tile
@@ -174,9 +174,9 @@ def head_token_stats(
     head: Head, hidden: Tensor, target: Tensor, temperature: Tensor, numbers: Numbers, want: int
 ) -> tuple[Tensor, ...]:
     """As ``linear_token_stats``, through ``head``; hidden (N, H), target (N,), temperature (1,) or (N,)."""
+    refuse_mapped({"hidden": hidden, "target": target, "temperature": temperature})
+    refuse_transforms(_NAME, hidden, *head.parameters)
     check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
-    refuse_forward_mode(_NAME, hidden)
-    refuse_functional_grad(_NAME, hidden, *head.parameters)
     # A Function is told what requires grad, whatever the grad mode; and the head may save its argument
     (hidden,) = recorded(hidden) if torch.is_grad_enabled() else (hidden.detach(),)
     if torch.is_grad_enabled() and not hidden.requires_grad and not head.parameters and target.numel():

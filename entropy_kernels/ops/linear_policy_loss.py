@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import process_group_of, refuse_functional_grad
+from entropy_kernels._arguments import process_group_of, refuse_transforms
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.ops import linear_tiles
@@ -388,7 +388,7 @@ def linear_policy_loss(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss, whose backward pass hands out what :func:`gradients` made, and its metrics."""
     if not traced():
-        refuse_functional_grad(_NAME, *(x for x in (hidden, weight, bias) if x is not None))
+        refuse_transforms(_NAME, *(x for x in (hidden, weight, bias) if x is not None))
         # of all tokens, before anything is added to a buffer
         check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
     with torch.no_grad(), linear_tiles.without_autocast(hidden):

@@ -1,0 +1,259 @@
+"""Tensors of another kind than a plain one: refused by the argument's name for every public function, or served."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
+from torch.testing._internal.two_tensor import TwoTensor
+
+import entropy_kernels as ek
+from calls import same_bits
+from entry_points import ENTRIES, tensors
+from gloo import run_ranks
+
+every_entry = pytest.mark.parametrize("name", ENTRIES)
+REFUSED = (TypeError, ValueError, NotImplementedError)
+
+
+def sparse_csr(x: Tensor) -> Tensor | None:
+    return x.to_sparse_csr() if x.dim() == 2 else None
+
+
+def jagged(x: Tensor) -> Tensor | None:
+    return torch.nested.nested_tensor([*x.detach()], layout=torch.jagged) if x.dim() > 1 else None
+
+
+def nested(x: Tensor) -> Tensor | None:
+    return torch.nested.nested_tensor([*x.detach()]) if x.dim() > 1 else None
+
+
+def quantised(x: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(x.detach().float(), 0.1, 0, torch.qint8)
+
+
+def fake(x: Tensor) -> Tensor:
+    return FakeTensorMode().from_tensor(x)
+
+
+# name -> (made of an argument; None: not of this one), what the error says of it and of the way out
+KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "sparse_coo": (Tensor.to_sparse, r"torch.sparse_coo.*\.to_dense\(\)"),
+    "sparse_csr": (sparse_csr, r"torch.sparse_csr.*\.to_dense\(\)"),
+    "jagged": (jagged, r"nested tensor.*to_padded_tensor"),
+    "nested": (nested, r"nested tensor.*to_padded_tensor"),
+    "quantised": (quantised, r"quantised.*\.dequantize\(\)"),
+    "complex": (lambda x: x.to(torch.complex64), "complex64"),
+    "MaskedTensor": (lambda x: masked_tensor(x, x == x), "MaskedTensor, a subclass with operators of its own"),
+    "subclass with operators": (lambda x: TwoTensor(x, x), "TwoTensor, a subclass with operators of its own"),
+    "FakeTensor": (fake, "FakeTensor outside of its FakeTensorMode"),
+    "numpy": (lambda x: x.numpy() if x.dim() else None, "ndarray"),
+    "list": (lambda x: x.tolist() if x.dim() else None, "list"),
+    "meta": (lambda x: x.to("meta"), "meta"),
+}  # fmt: skip
+
+
+def error_of(call: Callable[[], Any]) -> Exception | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about prototypes
+        try:
+            call()
+        except Exception as error:
+            return error
+    return None
+
+
+def served(name: str, argument: str, kind: str) -> bool:
+    """What is none of ours: a head's or a model's own tensors; and what torch.as_tensor takes, where it is asked."""
+    if name.endswith(("module", "function")):
+        return argument in ("weight", "bias")
+    if kind == "DTensor" and argument == "weight":  # gathered
+        return True
+    if name == "predicted_entropy_change":
+        return kind in ("numpy", "list", "meta") and argument != ("" if kind == "meta" else "vocab_covariance")
+    return name.startswith("hf.causal_lm") and argument in ("hidden", "weight")
+
+
+def refusals(name: str, kind: str, make: Callable[[Tensor], Any], says: str) -> list[str]:
+    """Of an entry, what is wrong with the error for each argument of a kind."""
+    entry, plain, wrong = ENTRIES[name], tensors(), []
+    for argument in entry.arguments:
+        odd = None if served(name, argument, kind) else make(plain[argument])
+        if odd is None:
+            continue
+        given = {n: plain[n] for n in entry.arguments} | {argument: odd}
+        error = error_of(lambda given=given: entry.call(**given))
+        # on another device than the first tensor: that one is right by definition, and another is named
+        named = (
+            rf"^{argument}: expected|^\w+: expected.* of (old_)?(logprob|{argument})"
+            if says == "meta"
+            else f"^{argument}: expected"
+        )
+        if not isinstance(error, REFUSED) or not re.search(named, str(error)) or not re.search(says, str(error)):
+            wrong.append(f"{argument}: {type(error).__name__}: {str(error)[:200]}")
+    return wrong
+
+
+@every_entry
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_are_refused_by_name(name: str, kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not refusals(name, kind, *KINDS[kind])
+
+
+class Mine(Tensor):
+    """Torch's operators, and results of its own class."""
+
+
+@every_entry
+def test_subclasses_with_torchs_operators_are_served(name: str) -> None:
+    entry, plain = ENTRIES[name], tensors()
+    given = {n: plain[n] for n in entry.arguments}
+    kinds = {n: torch.nn.Parameter(x) if x.is_floating_point() else torch.nn.Buffer(x) for n, x in given.items()}
+    expected = [x for outputs in entry.call(**given) for x in outputs]
+    with torch.no_grad():
+        for odd in (kinds, {n: x.as_subclass(Mine) for n, x in given.items()}):
+            found = [x for outputs in entry.call(**odd) for x in outputs]
+            assert all(same_bits(a.as_subclass(Tensor), b) for a, b in zip(found, expected, strict=True))
+    tracked = {n: plain[n].as_subclass(Mine).requires_grad_() for n in entry.differentiable}
+    for output in entry.call(**given | tracked)[0]:
+        output.sum().backward(retain_graph=True)
+    assert all(x.grad is not None for x in tracked.values())
+
+
+@every_entry
+def test_mapped_tensors_are_refused_or_served(name: str) -> None:
+    """torch.vmap works where an operator is all there is to it; the losses and heads name what is mapped."""
+    entry, plain = ENTRIES[name], tensors()
+    for argument in entry.arguments:
+
+        def call(value: Tensor, argument: str = argument) -> tuple[Tensor, ...]:
+            outputs = entry.call(**{n: plain[n] for n in entry.arguments} | {argument: value})
+            return *outputs[0], *outputs[1]
+
+        try:
+            found = torch.vmap(call, randomness="same")(torch.stack([plain[argument]] * 2))
+        except NotImplementedError as error:
+            assert str(error).startswith("linear_" if served(name, argument, "mapped") else f"{argument}: expected")
+            continue
+        for mapped, value in zip(found, call(plain[argument]), strict=True):
+            assert all(same_bits(x, value) for x in mapped)
+
+
+@pytest.mark.parametrize("name", [n for n, entry in ENTRIES.items() if "logprob" in entry.differentiable])
+def test_a_loss_inside_a_transform_of_something_else_is_refused(name: str) -> None:
+    entry, plain = ENTRIES[name], tensors()
+    given = {n: plain[n] for n in entry.arguments}
+    with pytest.raises(NotImplementedError, match=r"policy_loss: torch.func's (transforms|derivatives)"):
+        torch.func.grad(lambda factor: (factor * entry.call(**given)[0][0]).sum())(torch.tensor(2.0))
+
+
+# ---- DTensor --------------------------------------------------------------------------------------------------------
+
+# columns, options, whether target and temperature are replicated DTensors, shape of the mesh
+SHARDED: dict[str, tuple[int, dict[str, Any], bool, tuple[int, ...]]] = {
+    "even": (8, {}, False, (2,)),
+    "uneven": (7, {"softcap": 2.0}, True, (2,)),
+    "empty": (1, {}, False, (2,)),
+    "padded": (9, {"vocab_size": 6}, False, (2,)),
+    "in place": (9, {"inplace_backward": True}, False, (2,)),
+    "two dimensions, shards in the second": (7, {}, True, (1, 2)),
+    "two dimensions, copies in the first": (7, {}, False, (2, 1)),
+    "copies": (7, {}, True, (2,)),
+}
+
+
+def _sample(vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    target = torch.randint(0, min(vocab, 6), (2, 3), generator=g)
+    target[0, 1] = -100
+    return 3 * torch.randn(2, 3, vocab, generator=g), target, 0.5 + torch.rand(2, 1, generator=g)
+
+
+def _differentiated(logits: Tensor, target: Any, **options: Any) -> tuple[list[Tensor], Tensor]:
+    leaf = logits.detach().requires_grad_()
+    found = ek.token_stats(leaf * 1, target, **options)
+    sum((i + 1) * x.square().sum() for i, x in enumerate(found[:3])).backward()
+    assert leaf.grad is not None
+    return [x.detach() for x in found], leaf.grad
+
+
+def sharded_logits(rank: int, world: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    results: dict[str, Any] = {}
+    for name, (vocab, options, replicas, shape) in SHARDED.items():
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
+        logits, *rest = _sample(vocab)
+        placements: list[Any] = [Replicate() for _ in shape]
+        if name != "copies":
+            placements[-1] = Shard(2)
+        if replicas:
+            rest = [distribute_tensor(x, mesh, [Replicate() for _ in shape]) for x in rest]
+        dtensor = distribute_tensor(logits, mesh, placements)
+        stats, gradient = _differentiated(dtensor, rest[0], temperature=rest[1], **options)
+        assert all(type(x) is Tensor for x in stats)
+        assert isinstance(gradient, DTensor) and gradient.placements == tuple(placements)
+        with torch.no_grad():
+            again = ek.logprob_entropy(dtensor, rest[0], temperature=rest[1], **{**options, "inplace_backward": False})
+        assert all(same_bits(a, b) for a, b in zip(again, stats, strict=False))
+        results[name] = stats, gradient.full_tensor()
+    mesh = init_device_mesh("cpu", (world,))
+    logits, target, _ = _sample(8)
+    whole, shards = distribute_tensor(logits, mesh, [Replicate()]), distribute_tensor(logits, mesh, [Shard(2)])
+    partial = DTensor.from_local(logits, mesh, [Partial()])
+    uneven = DTensor.from_local(logits[..., : 4 + rank], mesh, [Shard(2)], shape=(2, 3, 8), stride=(24, 8, 1))
+    wrong = {
+        "batch": (distribute_tensor(logits, mesh, [Shard(0)]), target, {}),
+        "partial": (partial, target, {}),
+        "target": (shards, distribute_tensor(target, mesh, [Shard(0)]), {}),
+        "target alone": (logits, distribute_tensor(target, mesh, [Replicate()]), {}),
+        "temperature": (shards, target, {"temperature": distribute_tensor(torch.ones(2, 1), mesh, [Shard(0)])}),
+        "vocab_start": (shards, target, {"vocab_start": 3}),
+        "vocab_size": (shards, target, {"vocab_size": 9}),
+        "vocab_group": (shards, target, {"vocab_group": torch.distributed.new_group([0, 1])}),
+        "copies with a start": (whole, target, {"vocab_start": 3}),
+        "uneven": (uneven, target, {}) if rank else (whole, target, {"vocab_start": 3}),
+    }
+    results["wrong"] = {
+        name: str(error_of(lambda a=a, b=b, c=c: ek.logprob_entropy(a, b, **c))) for name, (a, b, c) in wrong.items()
+    }
+    replica = lambda x: distribute_tensor(x, mesh, [Replicate()])  # noqa: E731
+    warned = (name for name in ENTRIES if name not in ("token_stats", "logprob_entropy"))
+    results["elsewhere"] = {name: refusals(name, "DTensor", replica, r"DTensor.*\.full_tensor\(\)") for name in warned}
+    return results
+
+
+def test_dtensors_sharded_over_the_vocabulary_are_served_and_others_named() -> None:
+    ranks = run_ranks(2, sharded_logits)
+    for name, (vocab, options, *_) in SHARDED.items():
+        logits, target, temperature = _sample(vocab)
+        expected, gradient = _differentiated(logits, target, temperature=temperature, **options)
+        for rank in ranks:
+            torch.testing.assert_close(rank[name][0], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(rank[name][1], gradient, rtol=1e-5, atol=1e-6)
+    says = {
+        "batch": r"logits: expected a DTensor sharded over the vocabulary, Shard\(2\).*got \(Shard\(dim=0\),\); \.re",
+        "partial": r"logits: expected a DTensor sharded over the vocabulary.* got \(Partial",
+        "target": r"target: expected a plain tensor or a DTensor that is replicated.* got \(Shard",
+        "target alone": r"target: expected a plain torch.Tensor, got a DTensor placed",
+        "temperature": "temperature: expected a plain tensor or a DTensor that is replicated",
+        "vocab_start": "vocab_start: expected None or [04], that of the DTensor's shard, got 3",
+        "vocab_size": "vocab_size: expected <= 8, the width of logits, got 9",
+        "vocab_group": "vocab_group: expected None or the group of the mesh",
+        "copies with a start": "vocab_start: expected None without a vocab_group, got 3",
+        "uneven": "logits: expected a DTensor whose shards are torch.chunk's|vocab_start",
+    }
+    for rank in ranks:
+        for name, pattern in says.items():
+            assert re.search(pattern, rank["wrong"][name]), (name, rank["wrong"][name])
+        assert not {name: wrong for name, wrong in rank["elsewhere"].items() if wrong}
