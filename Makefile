@@ -14,7 +14,7 @@ help: ## list the targets
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja numpy torch
+	$(PIP) install -q -c constraints.txt setuptools pybind11 ninja numpy torch
 	ENTROPY_KERNELS_SKIP_CPP=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
@@ -30,8 +30,17 @@ train: setup ## train a tiny model under GRPO, Clip-Cov and KL-Cov; writes runs/
 reproduce-toy: setup ## three seeds with the random-token controls (8 to 25 minutes)
 	$(BIN)/python -m entropy_kernels.trainer reproduce --out runs/reproduce-toy
 
+# CPU=avx2 | avx512 | avx512_bf16: as on a CPU that has no more, in the order ours, torch's, oneDNN's, MKL's.
+# Not ?=: an environment's CPU means something else.
+CPU =
+forced = ENTROPY_KERNELS_CPU_CAPABILITY=$(1) ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2) MKL_ENABLE_INSTRUCTIONS=$(3)
+CPU_avx2 = $(call forced,avx2,AVX2,AVX2)
+CPU_avx512 = $(call forced,avx512,AVX512_CORE,AVX512)
+CPU_avx512_bf16 = $(call forced,avx512,AVX512_CORE_BF16,AVX512)
+
 # A process per core with one thread each; loadfile keeps the fixtures of a module in one process.
 test: setup ## the whole test suite
+	$(if $(CPU),$(or $(CPU_$(CPU)),$(error CPU: expected avx2, avx512 or avx512_bf16, got $(CPU)))) \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 # Peers in an environment of their own; the package runs from here, with the libraries that `make setup` built, if any.

@@ -3,7 +3,8 @@
 
 Switches: ENTROPY_KERNELS_SKIP_CPP=1 builds no C++, CXX names the compiler, MAX_JOBS limits parallelism; those of CUDA
 and the flags are in tools/cuda_build.py.
-Without torch or a C++ compiler the package installs pure Python and runs on its torch and Triton backends.
+Without a C++ compiler the package installs pure Python and runs on its torch and Triton backends; without torch,
+tools/build_backend.py stops.
 """
 
 import os

@@ -1,38 +1,115 @@
-"""The build backend asks for torch where it is needed and missing, and nowhere else."""
+"""The build backend takes the torch of the environment, asks for one only where pip would install it, or stops."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+import venv
 from pathlib import Path
 
 import pytest
+import setuptools
+import torch
 
 import build_backend as backend
+
+ROOT = Path(backend.__file__).parent.parent
+REQUIRES = ("get_requires_for_build_wheel", "get_requires_for_build_editable")
+BUILDS = ("build_wheel", "build_editable")
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(backend.__file__).parent.parent)  # setuptools runs setup.py of the working directory
-    monkeypatch.delenv("ENTROPY_KERNELS_SKIP_CPP", raising=False)
+    monkeypatch.chdir(ROOT)  # setuptools runs setup.py of the working directory
+    for switch in ("ENTROPY_KERNELS_SKIP_CPP", "PIP_BUILD_TRACKER"):
+        monkeypatch.delenv(switch, raising=False)
+    monkeypatch.setenv("CXX", sys.executable)  # a compiler that is there
+    for name in (*REQUIRES, *BUILDS):
+        monkeypatch.setattr(backend.build_meta, name, lambda *_: ["theirs"])
 
 
-def test_torch_that_is_there_is_used() -> None:
-    assert backend.torch_is_there() and not backend._torch()
+def test_torch_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_BUILD_TRACKER", "folder")
+    assert [getattr(backend, name)() for name in REQUIRES] == [["theirs"]] * 2
+    assert [getattr(backend, name)("dist") for name in BUILDS] == [["theirs"]] * 2
 
 
-def test_a_wheel_needs_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tracker", "more"), [("folder", ["torch>=2.10", "numpy"]), (None, [])])
+def test_only_pip_is_asked_for_a_torch(monkeypatch: pytest.MonkeyPatch, tracker: str | None, more: list[str]) -> None:
     monkeypatch.setattr(backend, "torch_is_there", lambda: False)
-    for name in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
-        monkeypatch.setattr(backend.build_meta, name, lambda settings: ["wheel"])
-        assert getattr(backend, name)() == ["wheel", "torch>=2.10", "numpy"]
+    if tracker:
+        monkeypatch.setenv("PIP_BUILD_TRACKER", tracker)
+    assert [getattr(backend, name)() for name in REQUIRES] == [["theirs", *more]] * 2
 
 
-def test_a_source_archive_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("found", (None, "2.9.1+cu128"))
+@pytest.mark.parametrize("name", BUILDS)
+def test_nothing_is_built_against_no_torch_or_an_old_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, found: str | None
+) -> None:
+    monkeypatch.setattr(backend, "torch_is_there", lambda: found is not None)
+    monkeypatch.setattr(backend.importlib.metadata, "version", lambda name: found)
+    with pytest.raises(SystemExit, match=f"expected torch >= 2.10 where it is built, got {re.escape(found or 'none')}"):
+        getattr(backend, name)("dist")
+
+
+def test_a_source_archive_needs_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "torch_is_there", lambda: False)
-    assert backend.get_requires_for_build_sdist is backend.build_meta.get_requires_for_build_sdist
+    for name in ("get_requires_for_build_sdist", "build_sdist"):
+        assert getattr(backend, name) is getattr(backend.build_meta, name)
 
 
 @pytest.mark.parametrize(("name", "value"), [("ENTROPY_KERNELS_SKIP_CPP", "1"), ("CXX", "/no/compiler")])
 def test_pure_python_needs_no_torch(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setattr(backend, "torch_is_there", lambda: False)
+    monkeypatch.setenv("PIP_BUILD_TRACKER", "folder")
     monkeypatch.setenv(name, value)
     assert backend.skip_reason() and not backend._torch()
+    assert backend.build_wheel("dist") == ["theirs"]
+
+
+def test_the_readme_gives_the_commands_of_the_error() -> None:
+    readme = (ROOT / "README.md").read_text()
+    commands = [line.strip() for line in backend.NO_TORCH.splitlines() if line.startswith("    ")]
+    assert len(commands) == 3 and all(line in readme for line in commands)
+
+
+# What pip puts in front of the environment's packages, and takes them away with (pip/_internal/build_env.py).
+SITECUSTOMIZE = "import sys, sysconfig; sys.path = [p for p in sys.path if p not in {hidden!r}]"
+
+
+def build_environment(folder: Path, python: str, *hidden: Path) -> subprocess.CompletedProcess:
+    """What the backend does in a front end's environment: setuptools in ``folder``, first on the path."""
+    folder.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        (folder / name).symlink_to(Path(setuptools.__file__).parent.parent / name)
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(hidden=[str(path) for path in hidden]))
+    code = (
+        "import build_backend as b; print(b._finds_torch(), b._torch()); b.check_torch()\n"
+        "import importlib.util as u; print(u.find_spec('torch').origin, u.find_spec('sympy').origin)"
+    )
+    paths = os.pathsep.join((str(folder), str(ROOT / "tools")))
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONNOUSERSITE": "1", "PIP_BUILD_TRACKER": "folder"}
+    return subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_torch_of_the_environment_that_pip_installs_into(tmp_path: Path) -> None:
+    """Its own site-packages, or those that it sees through a .pth file (also: of the system, of the user)."""
+    there = Path(torch.__file__).parent.parent
+    venv.create(tmp_path / "linked")
+    linked = tmp_path / "linked" / "bin" / "python"
+    site = next((tmp_path / "linked").glob("lib/python*/site-packages"))
+    (site / "others.pth").write_text(f"{there}\n")
+    for i, python in enumerate((sys.executable, str(linked))):
+        done = build_environment(tmp_path / str(i), python, there, site)
+        assert done.stdout.startswith("False []\n"), done.stderr
+        assert str(there / "torch") in done.stdout and str(there / "sympy") in done.stdout
+
+
+def test_the_environment_of_another_front_end(tmp_path: Path) -> None:
+    venv.create(tmp_path / "isolated")
+    done = build_environment(tmp_path / "packages", str(tmp_path / "isolated" / "bin" / "python"))
+    assert done.returncode == 1 and done.stdout == "False ['torch>=2.10', 'numpy']\n"
+    assert f"got none ({tmp_path / 'isolated'})" in done.stderr and "--no-build-isolation" in done.stderr
