@@ -431,8 +431,13 @@ def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:
             )
         if value.device != hidden.device:
             raise ValueError(f"{name}: expected on the device of hidden, {hidden.device}, got {value.device}")
-        if not value.is_floating_point() or (product is None and value.dtype != hidden.dtype):
+        if not value.is_floating_point():
             raise TypeError(f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+        if product is None and value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}; cast {name} or hidden, e.g. "
+                f"{name}.to(hidden.dtype), or call under torch.autocast, which casts both"
+            )
     return hidden.dtype if product is None else product
 
 

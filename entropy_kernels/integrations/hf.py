@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import boolean, check_tensor, keywords, recorded, refuse_mapped, values_are_checked
+from entropy_kernels.integrations import _modules
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
 
@@ -39,6 +41,12 @@ _OTHERS = (
     "scale_logits",  # OLMo's first code
 )  # fmt: skip
 _NEUTRAL = (None, 0, 1)
+_OTHERWISE = {"chameleon": "image tokens, which are ruled out", "prophetnet": "streams of its own that predict"}
+# As transformers 5.23 has them, these let packed sequences see each other
+_MASKS_WITHOUT_POSITIONS = {
+    "afmoe", "bert-generation", "biogpt", "cosmos3_edge", "evolla", "falcon", "gpt_oss", "inkling2", "inkling2_text",
+    "lfm3", "lfm3_vl", "minimax", "openai-gpt", "opt", "xglm", "xlm",
+}  # fmt: skip
 _NOT_OF_THE_BACKBONE = (
     "labels", "logits_to_keep", "num_logits_to_keep", "use_cache", "softcap", "entropy_coef", "method", "vocab_size",
 )  # fmt: skip
@@ -57,7 +65,7 @@ class CausalLMParts(NamedTuple):
     backbone: torch.nn.Module
     """Called as the model is; gives the states before the head as its first output, (B, L, H)."""
     weight: Tensor | Callable[..., Tensor]
-    """(V, H); the head itself where it is more than a weight: quantised, or with an adapter."""
+    """(V, H); a module that calls the head where it is more than a weight: quantised, with an adapter, with hooks."""
     bias: Tensor | None
     """(V,)"""
     scale: float
@@ -82,8 +90,10 @@ def next_tokens(
         input_ids: (..., L) int token ids.
         attention_mask: ``input_ids``'s shape, 1 = a token, 0 = padding on either side: a padded position has no label
             and is none.
-        position_ids: ``input_ids``'s shape; a position that does not follow the one before it begins a sequence
-            (several sequences packed in one row).
+        position_ids: ``input_ids``'s shape, or (1, L) for all rows; a position that does not follow the one before it
+            begins a sequence (several sequences packed in one row). Or with a first dimension of 3, the positions of
+            Qwen2-VL and its kin in time, height and width: a sequence begins where all are 0 and where the least of the
+            three falls, so that those of images do not. Of 4: the first are those of the text, and tell alone.
         cu_seqlens: (S + 1,) int, from 0 to at most L, never falling: sequence s of a packed row, (L,) or (1, L), is
             [cu_seqlens[s], cu_seqlens[s + 1]); what lies behind the last one is padding.
 
@@ -103,8 +113,7 @@ def next_tokens(
         last = _sequence_ends(input_ids, cu_seqlens)
         target = torch.where(last.view(input_ids.shape), ignore_index, target)
     if position_ids is not None:
-        _check_shape("position_ids", position_ids, input_ids)
-        follows = position_ids[..., 1:] == position_ids[..., :-1] + 1
+        follows = _follows(position_ids, input_ids)
         target[..., :-1] = torch.where(follows, target[..., :-1], ignore_index)
     if attention_mask is not None:
         _check_shape("attention_mask", attention_mask, input_ids)
@@ -136,12 +145,13 @@ def causal_lm_logprob_entropy(
 
     replaces ``logits = model(input_ids, ...).logits`` and what follows. Gradients reach every parameter, a tied
     embedding through both of its uses. Gradient checkpointing, autocast and adapters work as in ``model(...)``; a head
-    that is more than its weight (LoRA, quantised) is called with a tile of the tokens at a time. Softcaps (Gemma) and
-    scales of the logits (Granite, Cohere, Falcon-H1 and others) are the model's.
+    that is more than its weight (LoRA, quantised, with hooks) is called with a tile of the tokens at a time. Softcaps
+    (Gemma) and scales of the logits (Granite, Cohere, Falcon-H1 and others) are the model's. What is not computed: a
+    loss, the balancing loss of a mixture of experts among it.
 
     Args:
-        model: a transformers causal language model, or a PEFT model around one; not one wrapped in DDP or FSDP1,
-            whose forward this would go past.
+        model: a transformers causal language model, or a PEFT, accelerate or torch.compile model around one; not one
+            wrapped in DDP or FSDP1, nor one with hooks or a forward of yours, which this would go past.
         input_ids: (B, L) int; packed sequences: (1, L) with ``cu_seqlens`` or ``position_ids``.
         target: (B, L) labels of the positions; by default :func:`next_tokens`. Positions with ``ignore_index`` cost
             nothing but their row in the product.
@@ -155,8 +165,9 @@ def causal_lm_logprob_entropy(
         ``LogprobEntropy`` of (B, L): position t belongs to the token at t + 1; 0 where there is no label.
 
     Raises:
-        TypeError: as :func:`causal_lm_parts`.
-        ValueError: arguments of the wrong shape; values that are no ``cu_seqlens``, as :func:`next_tokens`.
+        TypeError: as :func:`causal_lm_parts`; an option of the model that has no effect here.
+        ValueError: arguments of the wrong shape; values that are no ``cu_seqlens``, as :func:`next_tokens`; positions
+            or packed sequences, of a model that does not tell sequences apart by positions.
     """
     parts = causal_lm_parts(model)
     _check_kinds(input_ids, target=target, attention_mask=attention_mask, position_ids=position_ids)
@@ -175,11 +186,16 @@ def causal_lm_logprob_entropy(
             "attention_mask: expected None beside cu_seqlens, which say where sequences and padding are, got a tensor "
             "(with which transformers would let packed sequences see each other)"
         )
-    _check_options(getattr(parts.backbone, "module", parts.backbone), model_options)
+    inner, backbone, head = _modules_of(model)
+    if position_ids is not None:
+        _check_positions(inner, backbone, cu_seqlens)
+        position_ids = _with_text_positions(position_ids, input_ids, cu_seqlens, _text_config(inner))
+    options = _options(backbone, model_options)
     input_ids, attention_mask, position_ids = recorded(input_ids, attention_mask, position_ids)
 
     def forward(**inputs: Any) -> list[Tensor]:
-        hidden = parts.backbone(**inputs, use_cache=False)[0]
+        found = parts.backbone(**inputs)
+        hidden = found if isinstance(found, Tensor) else found[0]
         return fsdp.as_forward(around_head, through_head, hidden, called=head)
 
     def through_head(hidden: Tensor) -> list[Tensor]:  # (B, L, H)
@@ -199,12 +215,13 @@ def causal_lm_logprob_entropy(
         )
         return [*outputs]
 
-    _, backbone, head = _modules_of(model)
     units = fsdp.sharded(model.modules())
     around_backbone = fsdp.sharded(fsdp.around(model, backbone)) if units else []
     around_head = fsdp.sharded([*fsdp.around(model, head), head]) if units else []
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **model_options}
-    return ek.LogprobEntropy(*fsdp.as_forward(around_backbone, forward, **inputs))
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **options}
+    inputs = {name: value for name, value in given.items() if value is not None}
+    with _modules.autocast_of(*_wrapped(model)):
+        return ek.LogprobEntropy(*fsdp.as_forward(around_backbone, forward, **inputs))
 
 
 def causal_lm_parts(model: Any) -> CausalLMParts:
@@ -220,52 +237,150 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
 
     Raises:
         TypeError: a model without an output head, with layers between backbone and head, with an encoder, one that is
-            known to change its logits in another way than by a factor and a softcap, one that is wrapped, or a PEFT
-            model that adds tokens to the prompt.
+            known to change its logits in another way than by a factor and a softcap, one that is wrapped, one with
+            hooks or a forward that take effect on the whole model only, or a PEFT model that adds tokens to the prompt.
     """
+    for module in _wrapped(model):
+        _check_call(module)
     given, (model, backbone, head) = model, _modules_of(model)
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = _text_config(model)
     _check_logits(model, backbone, head, config)
+    _say_what_is_dropped(config)
     before, after, softcap = _hidden_scale_logit_scale_softcap(model.config, config)
     vocab_size = None if getattr(head, "out_features", None) is not None else config.vocab_size
     if fsdp.is_managed(backbone):
         backbone = fsdp.Forward(backbone, fsdp.around(given, backbone))
-    # Adapters, quantised weights or hooks may do more than the attributes of the head tell: these are called instead
-    plain = getattr(head.forward, "__func__", None) is torch.nn.Linear.forward and head.weight.is_floating_point()
-    if not plain:
-        called = head if after == 1 else _Scaled(head, after)
-        return CausalLMParts(backbone, called, None, before, softcap, vocab_size)
+    weight = _modules.weight_of(head)
+    if weight is None:
+        return CausalLMParts(backbone, _Called(head, after), None, before, softcap, vocab_size)
     bias = head.bias if head.bias is None or after == 1 else head.bias * after
-    return CausalLMParts(backbone, head.weight, bias, before * after, softcap, vocab_size)
+    return CausalLMParts(backbone, weight, bias, before * after, softcap, vocab_size)
 
 
-def _modules_of(model: Any) -> tuple[Any, torch.nn.Module, Any]:
-    """The model without wrappers, its backbone, its head."""
-    model = _unwrapped(model)
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _modules_of(model: Any) -> tuple[Any, Any, Any]:
+    """The model without what is around it, its backbone, its head."""
+    model = _wrapped(model)[-1]
+    return model, *_backbone_and_head(model, _text_config(model))
+
+
+def _backbone_and_head(model: Any, config: Any) -> tuple[Any, Any]:
+    """By the names that its class gives them or, where these name nothing, the only two parts of the model."""
+    parts = dict(model.named_children()) if isinstance(model, torch.nn.Module) else {}
+    parts = {n: part for n, part in parts.items() if not _is_beside(n) and next(part.parameters(), None) is not None}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        rows = getattr(config, "vocab_size", -1)
+        head = _only(part for part in parts.values() if getattr(part, "out_features", None) == rows)
     backbone = getattr(model, "base_model", None)
-    if head is None or backbone is None or backbone is model:
+    if backbone is None or backbone is model:
+        backbone = _only(part for part in parts.values() if part is not head)
+    if None not in (head, backbone, config) and all(part is not head for part in backbone.modules()):
+        return backbone, head
+    around = [n for n, part in parts.items() if part is not head and any(inner is head for inner in part.modules())]
+    way_out = f"; for text alone take model.{around[0]}" if around else ""
+    raise TypeError(
+        "model: expected a transformers causal language model with an output head after its backbone, "
+        f"got {type(model).__name__}{way_out}"
+    )
+
+
+def _text_config(model: Any) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _only(parts: Iterable[Any]) -> Any:
+    found = list(parts)
+    return found[0] if len(found) == 1 else None
+
+
+def _check_call(model: Any) -> None:
+    """What a call of the model adds to that of its parts would be lost without a word."""
+    added = _modules.added_to(model) if isinstance(model, torch.nn.Module) else []
+    if added:
         raise TypeError(
-            f"model: expected a transformers causal language model with an output head, got {type(model).__name__}"
+            "model: expected one whose logits nothing changes behind its head, since it is not called itself, got "
+            f"{type(model).__name__} with {', '.join(added)}; take ek.logprob_entropy(model(...).logits, ...), or "
+            "put that on the backbone or the head, or, if it leaves logits as they are, remove it for this call"
         )
-    return model, backbone, head
+    for hook in _modules.global_hooks():
+        if not _modules.is_harmless(hook):
+            warnings.warn(
+                f"model: the global hook {_modules.name_of(hook)} runs on backbone and head, not on the model, which "
+                "is not called itself",
+                stacklevel=4,
+            )
 
 
-def _check_options(backbone: torch.nn.Module, options: dict[str, Any]) -> None:
-    """Refuse what backbones would swallow without a word: misspelt names of ours, and what belongs to the head."""
-    known = inspect.signature(backbone.forward).parameters
+def _say_what_is_dropped(config: Any) -> None:
+    if getattr(config, "output_router_logits", False):
+        warnings.warn(
+            "model: its config has output_router_logits=True; the balancing loss of its experts is not computed here "
+            "(model(..., output_router_logits=True).aux_loss has it)",
+            stacklevel=4,
+        )
+
+
+def _options(backbone: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """For the backbone; refuses what it would swallow without a word: misspelt names of ours, and the head's."""
+    known = _parameters(backbone)
     ours = [*keywords(causal_lm_logprob_entropy)]
-    for name in options:
+    for name, value in options.items():
         close = [] if name in known else difflib.get_close_matches(name, ours, 1, 0.75)
         if close or name in _NOT_OF_THE_BACKBONE:
             raise TypeError(
                 f"{name}: expected an option of causal_lm_logprob_entropy or of the backbone, got one of neither"
                 + (f"; did you mean {close[0]}?" if close else "")
             )
+        if name.startswith("output_") and value:
+            raise TypeError(
+                f"{name}: expected none of the outputs that are not returned here, got {value!r}; take them, and a "
+                "balancing loss of experts, from model(...)"
+            )
+    swallows = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    return {"use_cache": False, **options} if swallows or "use_cache" in known else options
 
 
-def _unwrapped(model: Any) -> Any:
-    """The model itself; a PEFT model has its adapters inside of it."""
+def _check_positions(model: Any, backbone: Any, cu_seqlens: Tensor | None) -> None:
+    """Models that do not look at positions, or not only, let packed sequences see each other."""
+    known = {**_parameters(backbone), **_parameters(model.get_decoder() if hasattr(model, "get_decoder") else backbone)}
+    name = "position_ids" if cu_seqlens is None else "cu_seqlens"
+    why = ""
+    if "input_ids" in known and "position_ids" not in known:
+        why = "whose backbone takes no position_ids"
+    elif cu_seqlens is not None and getattr(model, "_is_stateful", False):
+        why = "whose layers have a state that goes on from one packed sequence to the next"
+    elif cu_seqlens is not None and _masks_without_positions(model):
+        why = "whose attention masks do not follow positions (flash attention's do)"
+    if why:
+        raise ValueError(
+            f"{name}: expected None for {type(model).__name__}, {why}, got a tensor; pad sequences to rows of their "
+            "own, with an attention_mask"
+        )
+
+
+def _masks_without_positions(model: Any) -> bool:
+    attention = str(getattr(_text_config(model), "_attn_implementation", None))
+    return model.config.model_type in _MASKS_WITHOUT_POSITIONS and "flash" not in attention
+
+
+def _with_text_positions(position_ids: Tensor, input_ids: Tensor, cu_seqlens: Tensor | None, config: Any) -> Tensor:
+    """With positions in time, height and width (mRoPE), those of the text before them: they keep sequences apart."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    axes = len(rope.get("mrope_section") or ())
+    flat = position_ids.dim() == input_ids.dim()
+    if axes == 0 or not (flat or (cu_seqlens is not None and position_ids.shape[0] == axes)):
+        return position_ids
+    text = position_ids if cu_seqlens is None else _positions(input_ids, cu_seqlens)
+    return torch.cat([part.expand(n, *input_ids.shape) for part, n in ((text, 1), (position_ids, axes))])
+
+
+def _parameters(backbone: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(getattr(backbone, "_orig_mod", backbone).forward).parameters
+
+
+def _wrapped(model: Any) -> list[Any]:
+    """The model and, before it, what is around it, from outside; a PEFT model has its adapters inside of the model."""
     if (
         isinstance(model, torch.nn.parallel.DistributedDataParallel)
         or type(model).__name__ == "FullyShardedDataParallel"
@@ -279,20 +394,24 @@ def _unwrapped(model: Any) -> Any:
             "model: expected a PEFT model with adapters in its layers, "
             f"got {model.active_peft_config.peft_type}, whose virtual tokens would be left out"
         )
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "_orig_mod"):  # torch.compile
+        return [model, *_wrapped(model._orig_mod)]
+    if hasattr(model, "get_base_model"):
+        return [model, model.base_model, *_wrapped(model.get_base_model())]
+    return [model]
 
 
-class _Scaled(torch.nn.Module):
-    """A head whose logits are multiplied, its bias or adapter included."""
+class _Called(torch.nn.Module):
+    """A head as its model calls it, with (..., L, H) states, and its logits multiplied."""
 
     def __init__(self, head: torch.nn.Module, scale: float) -> None:
         super().__init__()
         self._head, self._scale = head, scale
         self.out_features = getattr(head, "out_features", None)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self._head(hidden)
-        return logits * self._scale
+    def __call__(self, hidden: Tensor) -> Tensor:  # no module of the user's: global hooks are not to meet it
+        logits: Tensor = self._head(hidden) if hidden.dim() > 2 else self._head(hidden[None])[0]
+        return logits if self._scale == 1 else logits * self._scale
 
 
 def _hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, float, float | None]:
@@ -308,13 +427,17 @@ def _hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, fl
     return before, after, float(softcaps[0]) if softcaps else None
 
 
+def _is_beside(name: str) -> bool:
+    return any(word in name.lower() for word in _BESIDE)
+
+
 def _check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, config: Any) -> None:
     """Refuse what would give other logits than the model's without a word."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"model: expected a causal language model without an encoder, got {type(model).__name__}")
     known = {id(p) for part in (backbone, head) for p in part.parameters()}
     others = [name for name, p in model.named_parameters() if id(p) not in known]
-    between = [name for name in others if not any(word in name.lower() for word in _BESIDE)]
+    between = [name for name in others if not _is_beside(name)]
     if between:
         raise TypeError(
             "model: expected one whose linear head comes right after its backbone, "
@@ -328,8 +451,8 @@ def _check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, 
     rows, padded = getattr(config, "unpadded_vocab_size", None), getattr(config, "vocab_size", 0)
     if rows is not None and rows < padded:  # Inkling: logits behind it are cut off
         changing.append(f"unpadded_vocab_size={rows}")
-    if config.model_type == "chameleon":
-        changing.append("image tokens, which are ruled out")
+    if config.model_type in _OTHERWISE:
+        changing.append(_OTHERWISE[config.model_type])
     if changing:
         raise TypeError(
             "model: expected one whose logits are those of a linear head, with a factor and a softcap that are known "
@@ -344,6 +467,22 @@ def _sequence_ends(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     ends = torch.searchsorted(cu_seqlens.to(place), place + 1, right=True)
     ends = ends != torch.searchsorted(cu_seqlens.to(place), place, right=True)
     return ends | (place >= cu_seqlens[-1])
+
+
+def _follows(position_ids: Tensor, input_ids: Tensor) -> Tensor:
+    """(..., L - 1) bool: whether a token is of the sequence of the one before it."""
+    check_tensor("position_ids", position_ids)
+    channels = position_ids.shape[0] if position_ids.dim() == input_ids.dim() + 1 else 0
+    place = position_ids[0] if channels in (3, 4) else position_ids
+    if place.shape != input_ids.shape and place.shape != (1, *input_ids.shape[1:]):
+        raise ValueError(
+            f"position_ids: expected input_ids's shape {tuple(input_ids.shape)}, or 3 or 4 times that, "
+            f"got {tuple(position_ids.shape)}"
+        )
+    if channels == 3:
+        least, first = position_ids.amin(0), (position_ids == 0).all(0)
+        return (least[..., 1:] >= least[..., :-1]) & ~first[..., 1:]
+    return place[..., 1:] == place[..., :-1] + 1
 
 
 def _positions(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ know tensors only; compiled code breaks its graph here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,24 @@ class Head:
     logits: torch.dtype | None  # that its result is rounded to
 
     def __call__(self, hidden: Tensor, columns: slice) -> Tensor:
-        z = self.function(hidden, columns.start, columns.stop) if self.sliced else self.function(hidden)
+        before = self._written(hidden)
+        try:
+            z = self.function(hidden, columns.start, columns.stop) if self.sliced else self.function(hidden)
+        except RuntimeError as error:
+            others = {p.dtype for p in self._tensors("parameters") if p.is_floating_point()} - {hidden.dtype}
+            if "dtype" not in str(error) or not others:
+                raise
+            raise TypeError(
+                f"weight: expected a head that takes hidden's dtype, {hidden.dtype}, got one with parameters of "
+                f"{', '.join(map(str, others))}, whose product fails; cast one of the two, have the head cast its "
+                f"argument, or call under torch.autocast ({error})"
+            ) from error
+        if self._written(hidden) != before:
+            raise ValueError(
+                "weight: expected a head whose call writes neither to its argument nor to its buffers, since it is "
+                "called once per tile and again in the backward pass, got one that does; put it into eval mode, or "
+                "take the logits themselves"
+            )
         shape = (hidden.shape[0], columns.stop - columns.start)
         if not isinstance(z, Tensor) or z.shape != shape or not z.is_floating_point():
             got = f"{tuple(z.shape)} of {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
@@ -51,6 +68,16 @@ class Head:
         if (z.dtype == torch.float64) != (hidden.dtype == torch.float64):
             raise TypeError(f"weight: expected the head to return logits for {hidden.dtype} states, got {z.dtype}")
         return z
+
+    def _tensors(self, kind: str) -> Iterable[Tensor]:
+        """Parameters or buffers of a module, or of what goes for one."""
+        found = getattr(self.function, kind, ())
+        return found() if callable(found) else found
+
+    def _written(self, hidden: Tensor) -> list[tuple[int, int]]:
+        """Changes where something is written to them; tensors of inference mode do not tell."""
+        tensors = [hidden, *self._tensors("buffers")]
+        return [(id(tensor), tensor._version) for tensor in tensors if not tensor.is_inference()]
 
 
 class _State:

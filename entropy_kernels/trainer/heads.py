@@ -74,8 +74,8 @@ class LinearHead:
     ) -> Any:
         parts = ek.hf.causal_lm_parts(self._model)
         return function(
-            outputs, parts.weight, target, bias=parts.bias, temperature=temperature, softcap=parts.softcap,
-            memory_budget=self._memory_budget, **options,
+            outputs, parts.weight, target, bias=parts.bias, vocab_size=parts.vocab_size, temperature=temperature,
+            softcap=parts.softcap, memory_budget=self._memory_budget, **options,
         )  # fmt: skip
 
 
