@@ -51,6 +51,8 @@ def is_harmless(function: Any) -> bool:
 def added_to(model: nn.Module) -> list[str]:
     """What a call of ``model`` does, in words, that a call of its parts does not."""
     found = [f"the hook {name_of(hook)}" for hook in hooks(model) if not is_harmless(hook)]
+    if "_orig_mod" in model._modules:  # torch.compile's, whose forward is the call of the module inside
+        return found
     accelerates = getattr(model, "_hf_hook", None)  # of add_hook_to_module, which puts it into forward
     for hook in getattr(accelerates, "hooks", [accelerates]):
         if hook is not None and not is_harmless(type(hook)):
