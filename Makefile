@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test test-peers bench bench-readme bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt lint format clean
+.PHONY: help setup train reproduce-toy test test-peers bench bench-readme bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -90,6 +90,9 @@ gpu-bench: ## on a GPU: the benchmark with its peers, the other backends' tests,
 
 cuda-check: setup ## compile every CUDA kernel for sm_80, sm_90a and sm_100a, without a GPU; fails on a spill
 	$(BIN)/python tools/cuda_check.py
+
+sanitize: setup ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer, with 10^5 hostile calls each; some minutes
+	$(BIN)/python tools/sanitize.py $(SANITIZE_ARGS)
 
 lint: setup ## ruff and mypy, pinned
 	$(BIN)/ruff format --check .

@@ -1,6 +1,8 @@
 // Schemas of the native kernels, once. Each csrc/cpu/*.cpp and csrc/cuda/*.cpp registers its implementation
 // with STABLE_TORCH_LIBRARY_IMPL. Through torch's stable ABI: one binary serves every torch >= 2.10 and every Python.
-// These are kernels, not public operators: autograd, fakes and argument checks belong to entropy_kernels/ops.
+// These are kernels, not public operators: autograd and fakes belong to entropy_kernels/ops. They check their arguments
+// (arguments.h) as anybody can call them; the CPU half registers for all devices that have no kernels, so that a tensor
+// from elsewhere, even one on "meta", is refused by name.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(entropy_kernels_native, m) {

@@ -26,7 +26,12 @@ def all_gather(output: torch.Tensor, local: torch.Tensor, group: Any) -> None:
 
 def process_group_of(name: Any) -> Any:
     """The process group of a name (newer torch wraps the name in a type of its own)."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)
+    except (AttributeError, RuntimeError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"group: expected the name of a process group that this process is in, or '' for none, got {name!r}"
+        ) from error
 
 
 INT64 = 1 << 63  # ints that tensors and operators hold are below it, and not below its negative

@@ -131,17 +131,21 @@ def _compile(compiler: Sequence[str], files: Sequence[Path], folder: Path) -> tu
         return objects, list(pool.map(_run, commands))
 
 
-def build_operators(library: Path, folder: Path, torch_folder: Path) -> None:
+def build_operators(
+    library: Path, folder: Path, torch_folder: Path, flags: Sequence[str] = (), more: Sequence[Path] = ()
+) -> None:
     """Compile and link ``_ops.so`` against a torch that need not be installed; setup.py leaves that to torch.
 
     Args:
         library: the shared library to write.
         folder: for object files.
         torch_folder: with its include/ and lib/.
+        flags: of the compiler, beside the usual ones.
+        more: sources beside the usual ones.
     """
     compiler = [*os.environ.get("CXX", "c++").split(), "-fPIC", *CXX_FLAGS, STABLE_ABI_FLAG]
-    compiler += [f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include")]
-    files = sorted(path for pattern in OPERATOR_SOURCES for path in ROOT.glob(pattern))
+    compiler += [f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include"), *flags]
+    files = [*sorted(path for pattern in OPERATOR_SOURCES for path in ROOT.glob(pattern)), *more]
     objects, _ = _compile(compiler, files, folder)
     library.parent.mkdir(parents=True, exist_ok=True)
     link = [*compiler, "-shared", "-Wl,-z,defs", *objects, f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]

@@ -39,11 +39,16 @@ EK_HOST_DEVICE int64_t fixed_point_exponent(double largest, double count) {
 constexpr double kRoundingMagic = 6755399441055744.0;
 constexpr int64_t kRoundingMagicBits = 0x4338000000000000;
 
+// Modulo 2^64: terms that are not finite, or a scale of the caller's own, may exceed it, and the order must not matter.
+EK_HOST_DEVICE int64_t wrapping_sum(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}
+
 EK_HOST_DEVICE int64_t to_fixed_point(double value, double scale) {
   const double shifted = value * scale + kRoundingMagic;
   int64_t bits;
   memcpy(&bits, &shifted, sizeof(bits));
-  return bits - kRoundingMagicBits;
+  return wrapping_sum(bits, -kRoundingMagicBits);
 }
 
 // Magnitudes compare like their bits, and NaN has larger bits than infinity.

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/fixed_point.h"
 #include "common/host_device.h"
 #include "common/philox.h"
 #include "common/radix_select.h"
@@ -33,7 +34,7 @@ struct TokenIndex {
   const int64_t* given;   // null: none
   const int64_t* offset;  // ()
 
-  EK_HOST_DEVICE int64_t operator()(int64_t i) const { return given != nullptr ? given[i] : *offset + i; }
+  EK_HOST_DEVICE int64_t operator()(int64_t i) const { return given != nullptr ? given[i] : wrapping_sum(*offset, i); }
 };
 
 // Random keys of the candidates whose ordered covariance lies in the band, both ends included.

@@ -19,6 +19,7 @@
 #include "common/selection.h"
 #include "cpu/selection_scan.h"
 #include "cpu/selection_view.h"
+#include "selection_arguments.h"
 
 namespace entropy_kernels::cpu {
 namespace {
@@ -359,6 +360,8 @@ Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::
                      std::optional<Tensor> token_index, const Tensor& seed, double ratio, int64_t k,
                      bool at_least_one, double low, double high, bool quantile, bool closed,
                      std::optional<Tensor> numbers) {
+  check_selection(covariance, mask, exclude, token_index, ratio, k, numbers, 4);
+  check_scalar("seed", seed, covariance);
   if (const auto* given = data_or_null<double>(numbers)) {
     low = given[2];
     high = given[3];
@@ -374,6 +377,7 @@ Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::
 Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
                    std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one,
                    std::optional<Tensor> numbers) {
+  check_selection(covariance, mask, exclude, token_index, ratio, k, numbers, 2);
   Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
   select_largest(token_view(covariance, mask, exclude, token_index), count_of(ratio, k, at_least_one, numbers),
                  static_cast<uint8_t*>(selected.mutable_data_ptr()));
@@ -383,7 +387,7 @@ Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::op
 }  // namespace
 }  // namespace entropy_kernels::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("clip_cov_mask", TORCH_BOX(&entropy_kernels::cpu::clip_cov_mask));
   m.impl("kl_cov_mask", TORCH_BOX(&entropy_kernels::cpu::kl_cov_mask));
 }

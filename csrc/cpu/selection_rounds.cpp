@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/selection_view.h"
+#include "selection_arguments.h"
 
 namespace entropy_kernels::cpu {
 namespace {
@@ -35,6 +36,7 @@ void for_each_token(int64_t tokens, const Step& step) {
 }
 
 Tensor selection_value_keys(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude) {
+  check_masks(covariance, mask, exclude);
   Tensor out = torch::stable::new_empty(covariance, covariance.sizes(), ScalarType::Long);
   for_each_token(covariance.numel(),
                  ValueKeyStep{static_cast<const float*>(covariance.const_data_ptr()), data_or_null<uint8_t>(mask),
@@ -44,6 +46,9 @@ Tensor selection_value_keys(const Tensor& covariance, std::optional<Tensor> mask
 
 Tensor selection_random_keys(const Tensor& value_keys, const Tensor& band, std::optional<Tensor> token_index,
                              const Tensor& offset, const Tensor& seed) {
+  check_keys("value_keys", value_keys, token_index, offset);
+  check_pair("band", band, ScalarType::Long, value_keys);
+  check_scalar("seed", seed, value_keys);
   Tensor out = torch::stable::new_empty(value_keys, value_keys.sizes(), ScalarType::Long);
   for_each_token(value_keys.numel(),
                  RandomKeyStep{int64_data(value_keys), int64_data(band), token_index_of(token_index, offset),
@@ -77,6 +82,7 @@ Tensor histogram(const Tensor& state, int64_t tokens, const Digit& digit) {
 }
 
 Tensor selection_key_histogram(const Tensor& keys, const Tensor& state, int64_t shift, int64_t bits) {
+  check_key_digit(keys, state, shift, bits);
   return histogram(state, keys.numel(),
                    KeyDigitStep{int64_data(keys), int64_data(state), static_cast<int>(shift), static_cast<int>(bits)});
 }
@@ -84,6 +90,7 @@ Tensor selection_key_histogram(const Tensor& keys, const Tensor& state, int64_t 
 Tensor selection_index_histogram(const Tensor& keys, std::optional<Tensor> token_index, const Tensor& offset,
                                  const Tensor& key_state, const Tensor& state, int64_t shift, int64_t bits,
                                  int64_t known) {
+  check_index_digit(keys, token_index, offset, key_state, state, shift, bits, known);
   return histogram(
       state, keys.numel(),
       IndexDigitStep{int64_data(keys), token_index_of(token_index, offset), int64_data(key_state), int64_data(state),
@@ -92,6 +99,9 @@ Tensor selection_index_histogram(const Tensor& keys, std::optional<Tensor> token
 
 Tensor selection_mask(const Tensor& keys, std::optional<Tensor> token_index, const Tensor& offset,
                       const Tensor& threshold, const Tensor& last_index) {
+  check_keys("keys", keys, token_index, offset);
+  check_scalar("threshold", threshold, keys);
+  check_scalar("last_index", last_index, keys);
   Tensor out = torch::stable::new_empty(keys, keys.sizes(), ScalarType::Bool);
   for_each_token(keys.numel(), MaskStep{int64_data(keys), token_index_of(token_index, offset), int64_data(threshold),
                                         int64_data(last_index), static_cast<uint8_t*>(out.mutable_data_ptr())});
@@ -101,7 +111,7 @@ Tensor selection_mask(const Tensor& keys, std::optional<Tensor> token_index, con
 }  // namespace
 }  // namespace entropy_kernels::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("selection_value_keys", TORCH_BOX(&entropy_kernels::cpu::selection_value_keys));
   m.impl("selection_random_keys", TORCH_BOX(&entropy_kernels::cpu::selection_random_keys));
   m.impl("selection_key_histogram", TORCH_BOX(&entropy_kernels::cpu::selection_key_histogram));

@@ -1,4 +1,4 @@
-// From tensors, as entropy_kernels/ops/selection.py prepares them (flat, contiguous), to what the scan reads.
+// From tensors that selection_arguments.h has checked to what the scan reads.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -10,6 +10,7 @@
 
 #include "common/fixed_point.h"
 #include "cpu/selection_view.h"
+#include "selection_arguments.h"
 
 namespace entropy_kernels::cpu {
 namespace {
@@ -66,12 +67,12 @@ Sums fixed_point_sums(const T* logprob, const T* advantages, const uint8_t* mask
     Sums mine;
     for (int64_t i = begin; i < end; ++i) {
       const bool valid = !mask || mask[i];
-      mine.logprob += to_fixed_point(value_if(logprob[i], valid), scale_logprob);
-      mine.advantages += to_fixed_point(value_if(advantages[i], valid), scale_advantages);
+      mine.logprob = wrapping_sum(mine.logprob, to_fixed_point(value_if(logprob[i], valid), scale_logprob));
+      mine.advantages = wrapping_sum(mine.advantages, to_fixed_point(value_if(advantages[i], valid), scale_advantages));
     }
     const std::lock_guard<std::mutex> guard(lock);
-    all.logprob += mine.logprob;
-    all.advantages += mine.advantages;
+    all.logprob = wrapping_sum(all.logprob, mine.logprob);
+    all.advantages = wrapping_sum(all.advantages, mine.advantages);
   });
   return all;
 }
@@ -98,6 +99,7 @@ auto with_type(const Tensor& logprob, const Tensor& advantages, const Body& body
 
 // (N,) fp32; logprob and advantages are flat, both fp32 or both fp64.
 Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {
+  check_covariance_arguments(logprob, advantages, mask);
   const uint8_t* valid = data_or_null<uint8_t>(mask);
   const int64_t tokens = logprob.numel();
   Tensor out = torch::stable::new_empty(logprob, logprob.sizes(), ScalarType::Float);
@@ -115,6 +117,7 @@ Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::op
 
 // (3,) float64: largest |logprob|, largest |advantage|, number of tokens that count
 Tensor covariance_extremes(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {
+  check_covariance_arguments(logprob, advantages, mask);
   Tensor out = torch::stable::new_empty(logprob, {3}, ScalarType::Double);
   const Extremes found = with_type(logprob, advantages, [&](const auto* lp, const auto* adv) {
     return extremes(lp, adv, data_or_null<uint8_t>(mask), logprob.numel());
@@ -129,6 +132,8 @@ Tensor covariance_extremes(const Tensor& logprob, const Tensor& advantages, std:
 // (2,) int64 sums at the given scales, (2,) float64
 Tensor covariance_sums(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask,
                        const Tensor& scales) {
+  check_covariance_arguments(logprob, advantages, mask);
+  check_pair("scales", scales, ScalarType::Double, logprob);
   Tensor out = torch::stable::new_empty(logprob, {2}, ScalarType::Long);
   const auto* scale = static_cast<const double*>(scales.const_data_ptr());
   const Sums sums = with_type(logprob, advantages, [&](const auto* lp, const auto* adv) {
@@ -143,6 +148,8 @@ Tensor covariance_sums(const Tensor& logprob, const Tensor& advantages, std::opt
 // (N,) float32 from given means, (2,) float64
 Tensor covariance_apply(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask,
                         const Tensor& means) {
+  check_covariance_arguments(logprob, advantages, mask);
+  check_pair("means", means, ScalarType::Double, logprob);
   Tensor out = torch::stable::new_empty(logprob, logprob.sizes(), ScalarType::Float);
   const auto* mean = static_cast<const double*>(means.const_data_ptr());
   with_type(logprob, advantages, [&](const auto* lp, const auto* adv) {
@@ -155,7 +162,7 @@ Tensor covariance_apply(const Tensor& logprob, const Tensor& advantages, std::op
 }  // namespace
 }  // namespace entropy_kernels::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("token_covariance", TORCH_BOX(&entropy_kernels::cpu::token_covariance));
   m.impl("covariance_extremes", TORCH_BOX(&entropy_kernels::cpu::covariance_extremes));
   m.impl("covariance_sums", TORCH_BOX(&entropy_kernels::cpu::covariance_sums));

@@ -108,14 +108,16 @@ struct Problem {
   std::int64_t ignore_index, vocab_start, vocab_size;
   const RowKernels& kernels;
 
-  static const Tensor& checked(const Tensor& logits) {
-    check_logits(logits);
+  // Before anything is asked of them.
+  static const Tensor& checked(const Tensor& logits, const Tensor& target, const Tensor& temperature, double softcap,
+                               std::int64_t vocab_start, std::int64_t vocab_size) {
+    check_arguments(logits, target, temperature, softcap, vocab_start, vocab_size);
     return logits;
   }
 
   Problem(const Tensor& logits_, const Tensor& target_, const Tensor& temperature_, double softcap_,
           std::int64_t ignore_index_, std::int64_t vocab_start_, std::int64_t vocab_size_)
-      : element(element_of(checked(logits_))),
+      : element(element_of(checked(logits_, target_, temperature_, softcap_, vocab_start_, vocab_size_))),
         result(result_of(logits_)),
         logits(logits_, const_cast<void*>(logits_.const_data_ptr())),
         rows(logits_.size(0) * logits_.size(1)),
@@ -129,7 +131,6 @@ struct Problem {
         vocab_start(vocab_start_),
         vocab_size(vocab_size_),
         kernels(row_kernels(element, selected_capability())) {
-    check_arguments(logits_, target_, temperature_, softcap);
     temperature = {temperature_.const_data_ptr(), temperature_.numel() == 1 ? 0 : 1, element == Element::kFloat64};
   }
 
@@ -138,8 +139,8 @@ struct Problem {
   }
   // The label's column here, or -1 if it lies elsewhere.
   std::int64_t label_column(std::int64_t label) const {
-    const std::int64_t column = label - vocab_start;
-    return label != ignore_index && column >= 0 && column < columns ? column : -1;
+    // compared first: far labels must not overflow the difference
+    return label != ignore_index && label >= vocab_start && label - vocab_start < columns ? label - vocab_start : -1;
   }
   std::int64_t part_begin(std::int64_t part) const { return part * kPartColumns; }
   std::int64_t part_end(std::int64_t part) const { return part + 1 == parts ? columns : (part + 1) * kPartColumns; }
@@ -322,7 +323,7 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("token_stats_forward", TORCH_BOX(&token_stats_forward));
   m.impl("token_stats_backward", TORCH_BOX(&token_stats_backward));
 }

@@ -57,8 +57,8 @@ EK_HOST_DEVICE void covariance_block(Team& team, const CovarianceArguments<T>& a
   const double advantage_scale = power_of_two(fixed_point_exponent(advantage, count));
   int64_t logprob_sum = 0, advantage_sum = 0;
   for_tokens(team, share.tokens, load, [&](int, const Token& token) {
-    logprob_sum += to_fixed_point(value_if(token.logprob, token.counts), logprob_scale);
-    advantage_sum += to_fixed_point(value_if(token.advantage, token.counts), advantage_scale);
+    logprob_sum = wrapping_sum(logprob_sum, to_fixed_point(value_if(token.logprob, token.counts), logprob_scale));
+    advantage_sum = wrapping_sum(advantage_sum, to_fixed_point(value_if(token.advantage, token.counts), advantage_scale));
   });
   team.add_sum(kLogprobSum, static_cast<uint64_t>(logprob_sum));
   team.add_sum(kAdvantagesSum, static_cast<uint64_t>(advantage_sum));

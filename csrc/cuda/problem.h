@@ -46,8 +46,9 @@ struct Problem {
   }
   // The label's column here, or -1 if it lies elsewhere.
   EK_HOST_DEVICE int label_column(std::int64_t label) const {
-    const std::int64_t column = label - vocab_start;
-    return label != ignore_index && column >= 0 && column < columns ? static_cast<int>(column) : -1;
+    // compared first: far labels must not overflow the difference
+    const bool here = label != ignore_index && label >= vocab_start && label - vocab_start < columns;
+    return here ? static_cast<int>(label - vocab_start) : -1;
   }
   EK_HOST_DEVICE T temperature_of(int row) const {
     return temperature[static_cast<std::int64_t>(row) * temperature_stride];

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "cuda/tensors.h"
+#include "selection_arguments.h"
 
 namespace entropy_kernels::cuda {
 namespace {
@@ -32,6 +33,7 @@ void with_type(const Tensor& logprob, const Tensor& advantages, const Body& body
 }
 
 Tensor token_covariance(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {
+  check_covariance_arguments(logprob, advantages, mask);
   Tensor out = torch::stable::new_empty(logprob, logprob.sizes(), ScalarType::Float);
   const int64_t tokens = logprob.numel();
   if (tokens == 0) {
@@ -81,6 +83,8 @@ Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::
                      std::optional<Tensor> token_index, const Tensor& seed, double ratio, int64_t k,
                      bool at_least_one, double low, double high, bool quantile, bool closed,
                      std::optional<Tensor> numbers) {
+  check_selection(covariance, mask, exclude, token_index, ratio, k, numbers, 4);
+  check_scalar("seed", seed, covariance);
   SelectionArguments arguments = {};
   arguments.count = {ratio, k, at_least_one};
   arguments.numbers = data<double>(numbers);
@@ -91,6 +95,7 @@ Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::
 Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
                    std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one,
                    std::optional<Tensor> numbers) {
+  check_selection(covariance, mask, exclude, token_index, ratio, k, numbers, 2);
   SelectionArguments arguments = {};
   arguments.count = {ratio, k, at_least_one};
   arguments.numbers = data<double>(numbers);
@@ -119,6 +124,7 @@ Tensor histogram(const Tensor& keys, const Tensor& state, const Digit& digit) {
 }
 
 Tensor covariance_extremes(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask) {
+  check_covariance_arguments(logprob, advantages, mask);
   const DeviceGuard guard(logprob.get_device());
   Tensor out = torch::stable::new_zeros(logprob, {3}, ScalarType::Double);
   if (logprob.numel() > 0) {
@@ -132,6 +138,8 @@ Tensor covariance_extremes(const Tensor& logprob, const Tensor& advantages, std:
 
 Tensor covariance_sums(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask,
                        const Tensor& scales) {
+  check_covariance_arguments(logprob, advantages, mask);
+  check_pair("scales", scales, ScalarType::Double, logprob);
   const DeviceGuard guard(logprob.get_device());
   Tensor out = torch::stable::new_zeros(logprob, {2}, ScalarType::Long);
   if (logprob.numel() > 0) {
@@ -145,6 +153,8 @@ Tensor covariance_sums(const Tensor& logprob, const Tensor& advantages, std::opt
 
 Tensor covariance_apply(const Tensor& logprob, const Tensor& advantages, std::optional<Tensor> mask,
                         const Tensor& means) {
+  check_covariance_arguments(logprob, advantages, mask);
+  check_pair("means", means, ScalarType::Double, logprob);
   Tensor out = torch::stable::new_empty(logprob, logprob.sizes(), ScalarType::Float);
   with_type(logprob, advantages, [&]<class T>(const T* lp, const T* adv) {
     run_step(logprob,
@@ -154,6 +164,7 @@ Tensor covariance_apply(const Tensor& logprob, const Tensor& advantages, std::op
 }
 
 Tensor selection_value_keys(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude) {
+  check_masks(covariance, mask, exclude);
   Tensor out = torch::stable::new_empty(covariance, covariance.sizes(), ScalarType::Long);
   run_step(covariance, ValueKeyStep{data<float>(covariance), data<uint8_t>(mask), data<uint8_t>(exclude),
                                     mutable_data<int64_t>(out)});
@@ -162,6 +173,9 @@ Tensor selection_value_keys(const Tensor& covariance, std::optional<Tensor> mask
 
 Tensor selection_random_keys(const Tensor& value_keys, const Tensor& band, std::optional<Tensor> token_index,
                              const Tensor& offset, const Tensor& seed) {
+  check_keys("value_keys", value_keys, token_index, offset);
+  check_pair("band", band, ScalarType::Long, value_keys);
+  check_scalar("seed", seed, value_keys);
   Tensor out = torch::stable::new_empty(value_keys, value_keys.sizes(), ScalarType::Long);
   run_step(value_keys, RandomKeyStep{data<int64_t>(value_keys), data<int64_t>(band),
                                      token_index_of(token_index, offset), data<int64_t>(seed),
@@ -170,6 +184,7 @@ Tensor selection_random_keys(const Tensor& value_keys, const Tensor& band, std::
 }
 
 Tensor selection_key_histogram(const Tensor& keys, const Tensor& state, int64_t shift, int64_t bits) {
+  check_key_digit(keys, state, shift, bits);
   return histogram(keys, state,
                    KeyDigitStep{data<int64_t>(keys), data<int64_t>(state), static_cast<int>(shift),
                                 static_cast<int>(bits)});
@@ -178,6 +193,7 @@ Tensor selection_key_histogram(const Tensor& keys, const Tensor& state, int64_t 
 Tensor selection_index_histogram(const Tensor& keys, std::optional<Tensor> token_index, const Tensor& offset,
                                  const Tensor& key_state, const Tensor& state, int64_t shift, int64_t bits,
                                  int64_t known) {
+  check_index_digit(keys, token_index, offset, key_state, state, shift, bits, known);
   return histogram(keys, state,
                    IndexDigitStep{data<int64_t>(keys), token_index_of(token_index, offset), data<int64_t>(key_state),
                                   data<int64_t>(state), static_cast<int>(shift), static_cast<int>(bits),
@@ -186,6 +202,9 @@ Tensor selection_index_histogram(const Tensor& keys, std::optional<Tensor> token
 
 Tensor selection_mask(const Tensor& keys, std::optional<Tensor> token_index, const Tensor& offset,
                       const Tensor& threshold, const Tensor& last_index) {
+  check_keys("keys", keys, token_index, offset);
+  check_scalar("threshold", threshold, keys);
+  check_scalar("last_index", last_index, keys);
   Tensor out = torch::stable::new_empty(keys, keys.sizes(), ScalarType::Bool);
   run_step(keys, MaskStep{data<int64_t>(keys), token_index_of(token_index, offset), data<int64_t>(threshold),
                           data<int64_t>(last_index), mutable_data<uint8_t>(out)});

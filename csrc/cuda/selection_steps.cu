@@ -82,12 +82,12 @@ __global__ void __launch_bounds__(kStepThreads, 2)
   int64_t logprob_sum = 0, advantage_sum = 0;
   for (int64_t i = first_token(); i < tokens; i += token_stride()) {
     const bool valid = mask == nullptr || mask[i] != 0;
-    logprob_sum += to_fixed_point(value_if(logprob[i], valid), logprob_scale);
-    advantage_sum += to_fixed_point(value_if(advantages[i], valid), advantage_scale);
+    logprob_sum = wrapping_sum(logprob_sum, to_fixed_point(value_if(logprob[i], valid), logprob_scale));
+    advantage_sum = wrapping_sum(advantage_sum, to_fixed_point(value_if(advantages[i], valid), advantage_scale));
   }
   for (int lane = kLanes / 2; lane > 0; lane /= 2) {
-    logprob_sum += __shfl_xor_sync(0xffffffffu, logprob_sum, lane);
-    advantage_sum += __shfl_xor_sync(0xffffffffu, advantage_sum, lane);
+    logprob_sum = wrapping_sum(logprob_sum, __shfl_xor_sync(0xffffffffu, logprob_sum, lane));
+    advantage_sum = wrapping_sum(advantage_sum, __shfl_xor_sync(0xffffffffu, advantage_sum, lane));
   }
   if (threadIdx.x % kLanes == 0) {
     atomicAdd(atomic_word(sums), static_cast<unsigned long long>(logprob_sum));

@@ -61,7 +61,7 @@ Problem<T> problem_of(const Tensor& logits, void* data, const Tensor& target, co
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
     Tensor logits, Tensor target, Tensor temperature, double softcap, std::int64_t ignore_index,
     std::int64_t vocab_start, std::int64_t vocab_size, std::int64_t want) {
-  check_arguments(logits, target, temperature, softcap);
+  check_arguments(logits, target, temperature, softcap, vocab_start, vocab_size);
   check_want(want);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   const ScalarType dtype = result_of(logits);
@@ -104,7 +104,7 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
                           std::optional<Tensor> grad_collision, Tensor logits, Tensor target, Tensor temperature,
                           Tensor state, double softcap, std::int64_t ignore_index, std::int64_t vocab_start,
                           std::int64_t vocab_size, Tensor dlogits) {
-  check_arguments(logits, target, temperature, softcap);
+  check_arguments(logits, target, temperature, softcap, vocab_start, vocab_size);
   check_upstream("grad_logprob", grad_logprob, logits);
   check_upstream("grad_entropy", grad_entropy, logits);
   check_upstream("grad_collision", grad_collision, logits);

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from entropy_kernels._arguments import process_group_of
+
 RADIX_BINS = 2048
 KEY_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of each round
 INDEX_DIGITS = ((53, 11), (42, 11), (31, 11), (20, 11), (9, 11), (0, 9))
@@ -135,8 +137,7 @@ class Group:
     """The reductions over a process group, or over this process alone (name "")."""
 
     def __init__(self, name: str) -> None:
-        key: Any = name  # newer torch wraps the name in a type of its own
-        self.group = dist.distributed_c10d._resolve_process_group(key) if name else None
+        self.group = process_group_of(name) if name else None
 
     def gather(self, value: Tensor) -> Tensor:
         """(ranks, *value.shape)."""

@@ -26,13 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import process_group_of, refuse_transforms
+from entropy_kernels._arguments import process_group_of, refuse_transforms, values_are_checked
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.ops import linear_tiles
+from entropy_kernels.ops.checks import check_backward, check_floats, check_tensors
 from entropy_kernels.ops.linear_plan import HELD_OUT, kept_dtype
 from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, picked, spread, traced
-from entropy_kernels.ops.linear_token_stats import NUMBERS
+from entropy_kernels.ops.linear_token_stats import NUMBERS, check_call
 from entropy_kernels.ops.products import multiply, multiply_add
 from entropy_kernels.ops.token_stats import check_values
 
@@ -90,6 +91,40 @@ _library.define(
 )
 
 
+def _check_tile(
+    logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor,
+    call: Numbers,
+) -> None:  # fmt: skip
+    check_call(hidden, weight, bias, target, temperature, call)
+    check_tensors(hidden.device, ("logits", logits, call.logits, logits.shape))
+    least = (hidden.shape[0], weight.shape[0])
+    if logits.dim() != 2 or logits.shape[0] < least[0] or logits.shape[1] < least[1]:
+        raise ValueError(f"logits: expected at least shape {least}, got {tuple(logits.shape)}")
+
+
+def _check_grads(*arguments: Any) -> None:
+    """All arguments of ``linear_tile_grads``."""
+    hidden, weight, _bias, target, temperature = arguments[1:6]
+    *numbers, state, c, e, again, change, begin, d_hidden, d_weight, d_bias, _, _ = arguments[6:]
+    _check_tile(*arguments[:6], Numbers(*numbers))
+    check_backward((c, e, None), target, temperature, state, ("c", "e", ""))
+    more, dtype, device = again.shape[0] if again.dim() == 1 else 0, temperature.dtype, hidden.device
+    check_tensors(device, ("again", again, torch.int64, (more,)), ("change", change, dtype, (more,)))
+    width = hidden.shape[1:]
+    for name, x, shape in (("d_hidden", d_hidden, width), ("d_weight", d_weight, width), ("d_bias", d_bias, ())):
+        if x is not None:
+            check_floats(name, x, 1 + len(shape), "(n, H)" if shape else "(V,)")
+            check_tensors(device, (name, x, x.dtype, (x.shape[0], *shape)))
+    own, kept = hidden.shape[0] - more, 0 if d_hidden is None else d_hidden.shape[0]
+    if own < 0:
+        raise ValueError(f"again: expected at most {hidden.shape[0]} tokens, those of hidden, got {more}")
+    if begin < 0 or (d_hidden is not None and begin + own > kept):
+        raise ValueError(f"begin: expected 0 to {kept - own}, as d_hidden has {kept} rows, got {begin}")
+    for name, x in (("d_weight", d_weight), ("d_bias", d_bias)):
+        if x is not None and x.shape[0] < weight.shape[0]:
+            raise ValueError(f"{name}: expected at least {weight.shape[0]} rows, got {x.shape[0]}")
+
+
 def _stats(
     logits: Tensor,  # (≥ n, ≥ V): takes those of the tokens
     hidden: Tensor,  # (n, H)
@@ -102,6 +137,7 @@ def _stats(
     """Log-prob and entropy (n,) and the state (K, n). ``end``: first global id beyond this rank's shard."""
     *numbers, end = rest
     call = Numbers(*numbers)
+    _check_tile(logits, hidden, weight, bias, target, temperature, call)
     check_values(target, temperature, call.ignore_index, call.vocab_size)
     columns = weight.shape[0]
     if logits.is_cpu:  # as linear_tiles.workspace has it; a compiler's buffer has not
@@ -113,8 +149,9 @@ def _stats(
     return logprob, entropy, state
 
 
-def _fake_stats(logits: Tensor, hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows, temperature = hidden.shape[0], rest[3]
+def _fake_stats(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _check_tile(*inputs[:6], Numbers(*inputs[6:-1]))
+    rows, temperature = inputs[1].shape[0], inputs[5]
     logprob, entropy = temperature.new_empty(rows), temperature.new_empty(rows)
     return logprob, entropy, temperature.new_empty((state_rows(_WANT), rows))
 
@@ -134,7 +171,14 @@ def _grads(
     that are made ``again`` (their indices there), ``change`` being what their c has changed by since they were added.
     c and e are those of now. ``adds``: ``d_weight`` holds something; ``summed``: there are several parts.
     """
+    _check_grads(logits, hidden, weight, bias, target, temperature, *rest)
     *numbers, state, c, e, again, change, begin, d_hidden, d_weight, d_bias, adds, summed = rest
+    if again.numel() and d_hidden is not None and values_are_checked(again):
+        lowest, highest = again.aminmax()
+        if lowest < 0 or highest >= d_hidden.shape[0]:
+            raise IndexError(
+                f"again: expected rows of d_hidden, 0 to {d_hidden.shape[0] - 1}, got {lowest} to {highest}"
+            )
     call = Numbers(*numbers)
     columns, n, more = weight.shape[0], hidden.shape[0], again.numel()
     own = n - more
@@ -180,7 +224,7 @@ def _grads(
 
 
 for _name, _run, _fake in (
-    ("linear_tile_stats", _stats, _fake_stats), ("linear_tile_grads", _grads, lambda *inputs: None)
+    ("linear_tile_stats", _stats, _fake_stats), ("linear_tile_grads", _grads, _check_grads)
 ):  # fmt: skip
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"entropy_kernels::{_name}", _fake, lib=_library)

@@ -15,6 +15,7 @@ from torch import Tensor
 from entropy_kernels._arguments import recorded, refuse_forward_mode, refuse_functional_grad
 from entropy_kernels.backends.eager.softmax_state import COLLISION, ENTROPY, LOGPROB, VOCAB_COVARIANCE, state_rows
 from entropy_kernels.ops import linear_tiles
+from entropy_kernels.ops.checks import check_backward, check_head, check_tensors, check_want
 from entropy_kernels.ops.linear_plan import columns_here, padded
 from entropy_kernels.ops.linear_tiles import Grads, Needs, Numbers
 from entropy_kernels.ops.token_stats import check_values
@@ -48,11 +49,25 @@ _library.define(
 )
 
 
+def check_call(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, call: Numbers
+) -> None:
+    """The arguments that all ops from hidden states have."""
+    check_head(
+        hidden, weight, bias, target, temperature, call.product, call.logits, call.softcap, call.vocab_start,
+        call.vocab_size,
+    )  # fmt: skip
+    if call.budget < 0:
+        raise ValueError(f"memory_budget: expected >= 0, got {call.budget}")
+
+
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     *numbers, want, keep, need_hidden, need_weight, need_bias = rest
     call = Numbers(*numbers)
+    check_call(hidden, weight, bias, target, temperature, call)
+    check_want(want)
     check_values(target, temperature, call.ignore_index, call.vocab_size)
     kept = None
     if keep:
@@ -64,7 +79,18 @@ def _forward(
     return (*outputs, state, hidden.new_empty(0, dtype=call.logits) if kept is None else kept)
 
 
+def _check_backward(*arguments: Any) -> None:
+    hidden, weight, bias, target, temperature, state, logits, *numbers = arguments[3:-3]
+    call = Numbers(*numbers)
+    check_call(hidden, weight, bias, target, temperature, call)
+    check_backward(arguments[:3], target, temperature, state)
+    if logits is not None:
+        columns = padded(columns_here(weight.shape[0], call.vocab_start, call.vocab_size))
+        check_tensors(hidden.device, ("logits", logits, call.logits, (hidden.shape[0], columns)))
+
+
 def _run_backward(*arguments: Any, overwrite: bool) -> tuple[Tensor, ...]:
+    _check_backward(*arguments)
     grads: Grads = arguments[:3]
     hidden, weight, bias, target, temperature, state, logits, *numbers = arguments[3:-3]
     needs: Needs = arguments[-3:]
@@ -91,16 +117,20 @@ _library.impl("linear_token_stats_backward_", _backward_, "CompositeExplicitAuto
 def _fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    vocab_start, vocab_size, logits_dtype, want, keep = rest[2], rest[3], rest[5], rest[9], rest[10]
+    *numbers, want, keep = rest[:11]
+    call = Numbers(*numbers)
+    check_call(hidden, weight, bias, target, temperature, call)
+    check_want(want)
     rows = target.shape[0]
     sizes = [rows if want & bit else 0 for bit in (LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE)]
     outputs = [temperature.new_empty(size) for size in sizes]
-    columns = columns_here(weight.shape[0], vocab_start, vocab_size)
-    kept = hidden.new_empty((hidden.shape[0], padded(columns)) if keep else (0,), dtype=logits_dtype)
+    columns = columns_here(weight.shape[0], call.vocab_start, call.vocab_size)
+    kept = hidden.new_empty((hidden.shape[0], padded(columns)) if keep else (0,), dtype=call.logits)
     return (*outputs, temperature.new_empty((state_rows(want), rows)), kept)
 
 
 def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    _check_backward(*arguments)
     hidden, weight, bias = arguments[3:6]
     need_hidden, need_weight, need_bias = arguments[-3:]
     return (

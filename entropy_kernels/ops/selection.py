@@ -19,6 +19,7 @@ from torch import Tensor
 
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.radix_select import Band, Count
+from entropy_kernels.ops.checks import check_tensors
 
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")
 _TOKENS = "Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index"
@@ -32,25 +33,9 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _flat(like: Tensor, *others: tuple[str, Tensor | None, torch.dtype]) -> list[Any]:
-    """(N,) and contiguous: ``like``, and the others, which are to have its shape and device and a dtype.
-
-    Kernels read bare memory, as if it were this.
-    """
-    shape, device = like.shape, like.device
-    flat: list[Tensor | None] = []
-    for name, tensor, dtype in (("", like, like.dtype), *others):
-        if tensor is not None:
-            if tensor.dtype != dtype:
-                raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-            if tensor.device != device:
-                raise ValueError(f"{name}: expected on {device}, got {tensor.device}")
-            if tensor.dim() != 1 or not tensor.is_contiguous():
-                tensor = tensor.reshape(-1).contiguous()
-        flat.append(tensor)
-    return flat
+def _flat(*tensors: Tensor | None) -> list[Any]:
+    """(N,) and contiguous: kernels read bare memory."""
+    return [x if x is None or (x.dim() == 1 and x.is_contiguous()) else x.reshape(-1).contiguous() for x in tensors]
 
 
 def _flat_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> list[Any]:
@@ -58,7 +43,11 @@ def _flat_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -
         name, tensor = ("advantages", advantages) if logprob.is_floating_point() else ("logprob", logprob)
         raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
     dtype = torch.float64 if torch.float64 in (logprob.dtype, advantages.dtype) else torch.float32
-    return _flat(logprob.to(dtype), ("advantages", advantages.to(dtype), dtype), ("mask", mask, torch.bool))
+    shape = logprob.shape
+    check_tensors(
+        logprob.device, ("advantages", advantages, advantages.dtype, shape), ("mask", mask, torch.bool, shape)
+    )
+    return _flat(logprob.to(dtype), advantages.to(dtype), mask)
 
 
 def _flat_selection(
@@ -74,19 +63,19 @@ def _flat_selection(
     """The first four; ``seed`` is None where there is none, and no band."""
     if not covariance.is_floating_point():
         raise TypeError(f"covariance: expected a floating-point dtype, got {covariance.dtype}")
-    small = ("seed", seed, torch.int64, ()), ("numbers", numbers, torch.float64, (2 if seed is None else 4,))
-    for name, tensor, dtype, shape in small:
-        if tensor is not None:
-            if tensor.dtype != dtype:
-                raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-            if tensor.device != covariance.device:
-                raise ValueError(f"{name}: expected on {covariance.device}, got {tensor.device}")
+    shape = covariance.shape
+    check_tensors(
+        covariance.device, ("mask", mask, torch.bool, shape), ("exclude", exclude, torch.bool, shape),
+        ("token_index", token_index, torch.int64, shape), ("seed", seed, torch.int64, ()),
+        ("numbers", numbers, torch.float64, (2 if seed is None else 4,)),
+    )  # fmt: skip
     if numbers is None and (ratio is None) == (k is None):
         raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
-    booleans = ("mask", mask, torch.bool), ("exclude", exclude, torch.bool)
-    return _flat(covariance.float(), *booleans, ("token_index", token_index, torch.int64))
+    if ratio is not None and not 0 <= ratio <= 1:
+        raise ValueError(f"ratio: expected a share in [0, 1], got {ratio}")
+    if k is not None and k < 0:
+        raise ValueError(f"k: expected >= 0, got {k}")
+    return _flat(covariance.float(), mask, exclude, token_index)
 
 
 def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:

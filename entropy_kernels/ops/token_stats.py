@@ -31,6 +31,7 @@ from entropy_kernels.backends.eager.softmax_state import (
     merge,
     state_rows,
 )
+from entropy_kernels.ops.checks import check_backward, check_rows, check_want
 
 __all__ = ["COLLISION", "ENTROPY", "LOGPROB", "UNBOUNDED", "VOCAB_COVARIANCE", "token_stats"]
 
@@ -95,6 +96,8 @@ def _forward(
     group: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
+    check_want(want)
     check_values(target, temperature, ignore_index, vocab_size)
     kernel = registry.kernel("token_stats", "token_stats_forward", backend, logits)
     outputs = kernel(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
@@ -136,8 +139,15 @@ def merge_shards(
     return logprob, entropy, collision, covariance, merged
 
 
+def _check_backward(*arguments: Any) -> None:
+    logits, target, temperature, state, softcap, _, vocab_start, vocab_size = arguments[3:11]
+    check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
+    check_backward(arguments[:3], target, temperature, state)
+
+
 def _run_backward(*arguments: Any, inplace: bool) -> Tensor:
     *tensors_and_numbers, backend = arguments
+    _check_backward(*arguments)
     kernel = registry.kernel("token_stats", "token_stats_backward", backend, arguments[3])
     return kernel(*tensors_and_numbers, inplace)
 
@@ -158,7 +168,9 @@ _library.impl("token_stats_backward_", _backward_, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("entropy_kernels::token_stats", lib=_library)
 def _fake(logits: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    want = rest[4]
+    softcap, _, vocab_start, vocab_size, want = rest[:5]
+    check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
+    check_want(want)
     rows = target.shape[0]
     sizes = [rows if want & bit else 0 for bit in (LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE)]
     outputs = [logits.new_empty(size, dtype=temperature.dtype) for size in sizes]
@@ -166,13 +178,14 @@ def _fake(logits: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tu
 
 
 @torch.library.register_fake("entropy_kernels::token_stats_backward", lib=_library)
-def _fake_backward(grad_logprob: Any, grad_entropy: Any, grad_collision: Any, logits: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _fake_backward(*arguments: Any) -> Tensor:
+    _check_backward(*arguments)
+    return torch.empty_like(arguments[3], memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("entropy_kernels::token_stats_backward_", lib=_library)
 def _fake_backward_(*arguments: Any) -> None:
-    return None
+    _check_backward(*arguments)
 
 
 class _TokenStats(torch.autograd.Function):

@@ -1,0 +1,131 @@
+"""What the operators check of their arguments, whoever calls them: kernels read bare memory.
+
+The public functions have said the same in their users' words; these errors are for who calls ``torch.ops`` by hand.
+Fakes check, too: one tensor on the meta device makes the fake the kernel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# dtype of logits -> of their statistics, state, temperature and upstream gradients
+RESULT = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32}
+RESULT |= {torch.float64: torch.float64}
+
+Argument = tuple[str, Tensor | None, torch.dtype, tuple]
+
+
+def check_tensors(device: torch.device, *arguments: Argument) -> None:
+    """Each (name, tensor, dtype, shape) is that, and on the device; None is as well."""
+    for name, tensor, dtype, shape in arguments:
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected on {device}, got {tensor.device}")
+
+
+def check_floats(name: str, tensor: Tensor, dims: int, shape: str) -> None:
+    if tensor.dtype not in RESULT:
+        raise TypeError(f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}")
+    if tensor.dim() != dims:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_labels(
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,  # of the temperature
+    target: Tensor,  # (N,)
+    temperature: Tensor,  # (1,) or (N,)
+    softcap: float,
+    vocab_start: int,
+    vocab_size: int,
+) -> None:
+    """What a row of logits comes with, for ``rows`` rows."""
+    labels = target.dtype if target.dtype == torch.int32 else torch.int64
+    one = temperature.dim() == 1 and temperature.shape[0] == 1
+    temperatures = ("temperature", temperature, dtype, (1,) if one else (rows,))
+    check_tensors(device, ("target", target, labels, (rows,)), temperatures)
+    for name, tensor in (("target", target), ("temperature", temperature)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number > 0, or 0 for none, got {softcap}")
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start: expected >= 0, got {vocab_start}")
+    if vocab_size < 0:
+        raise ValueError(f"vocab_size: expected >= 0, got {vocab_size}")
+
+
+def check_rows(
+    logits: Tensor,  # (B, L, V)
+    target: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    vocab_start: int,
+    vocab_size: int,
+) -> None:
+    check_floats("logits", logits, 3, "(B, L, V)")
+    rows = logits.shape[0] * logits.shape[1]
+    check_labels(rows, logits.device, RESULT[logits.dtype], target, temperature, softcap, vocab_start, vocab_size)
+
+
+def check_head(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    target: Tensor,
+    temperature: Tensor,
+    product_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    softcap: float,
+    vocab_start: int,
+    vocab_size: int,
+) -> None:
+    """The arguments of an op that makes its logits; V is this rank's."""
+    check_floats("hidden", hidden, 2, "(N, H)")
+    check_floats("weight", weight, 2, "(V, H)")
+    for name, dtype in (("product_dtype", product_dtype), ("logits_dtype", logits_dtype)):
+        if dtype not in RESULT:
+            raise TypeError(f"{name}: expected bfloat16, float16, float32 or float64, got {dtype}")
+    rows, features = hidden.shape
+    device = hidden.device
+    check_tensors(device, ("weight", weight, weight.dtype, (weight.shape[0], features)))
+    if bias is not None:
+        check_floats("bias", bias, 1, "(V,)")
+        check_tensors(device, ("bias", bias, bias.dtype, (weight.shape[0],)))
+    dtype = RESULT[product_dtype]
+    check_labels(rows, device, dtype, target, temperature, softcap, vocab_start, vocab_size)
+
+
+def check_want(want: int) -> None:
+    if not 0 <= want < 16:
+        raise ValueError(f"want: expected a bitmask in [0, 16), got {want}")
+
+
+def check_backward(
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],  # of log-prob, entropy, collision; (N,)
+    target: Tensor,
+    temperature: Tensor,
+    state: Tensor,  # (K, N)
+    names: tuple[str, str, str] = ("grad_logprob", "grad_entropy", "grad_collision"),
+) -> None:
+    """What a backward pass gets beside the arguments of its forward pass, which have been checked."""
+    logprob, entropy, collision = grads
+    if logprob is None and entropy is None and collision is None:
+        raise ValueError(f"{', '.join(names)}: expected one of them, got None for all")
+    dtype, rows = temperature.dtype, target.shape[0]
+    fields = 4 if collision is None else 6
+    if state.dim() != 2 or state.shape[0] < fields:
+        raise ValueError(f"state: expected shape ({fields} or more, {rows}), got {tuple(state.shape)}")
+    check_tensors(
+        target.device, (names[0], logprob, dtype, (rows,)), (names[1], entropy, dtype, (rows,)),
+        (names[2], collision, dtype, (rows,)), ("state", state, dtype, (state.shape[0], rows)),
+    )  # fmt: skip
