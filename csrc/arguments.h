@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -98,7 +99,9 @@ inline void check_contiguous(const char* name, const torch::stable::Tensor& tens
                   shape_of(tensor));
 }
 
-// Whether two elements may share memory: each dimension has to step over all that the ones of smaller strides span.
+// Whether two elements may share memory: each dimension has to step over all that the ones of smaller strides span; of
+// the first two, the first equal offsets are where both are the least common multiple of the strides. As
+// check_own_memory of entropy_kernels/_arguments.py.
 inline bool overlaps_itself(const torch::stable::Tensor& tensor) {
   std::vector<std::pair<std::int64_t, std::int64_t>> dims;  // stride, size
   for (std::int64_t i = 0; i < tensor.dim(); ++i) {
@@ -106,8 +109,14 @@ inline bool overlaps_itself(const torch::stable::Tensor& tensor) {
   }
   std::sort(dims.begin(), dims.end());
   std::int64_t span = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride < span) return true;
+  for (std::size_t i = 0; i < dims.size(); ++i) {
+    const auto [stride, size] = dims[i];
+    bool apart = stride >= span;
+    if (!apart && i == 1 && dims[0].first > 0) {
+      const std::int64_t common = std::lcm(stride, dims[0].first);
+      apart = common >= dims[0].first * dims[0].second || common >= stride * size;
+    }
+    if (!apart) return true;
     span += (size - 1) * stride;
   }
   return false;

@@ -87,15 +87,25 @@ inline void check_upstream(const char* name, const std::optional<torch::stable::
   check_shape(name, *grad, {logits.size(0) * logits.size(1)});
 }
 
-// The output of the backward pass shares no memory with an input, but it may be the logits.
-inline void check_apart(const char* name, const torch::stable::Tensor& input, const torch::stable::Tensor& dlogits) {
-  STD_TORCH_CHECK(!overlap(input, dlogits), "dlogits: expected memory of its own, or the logits themselves, got some of ",
-                  name, "'s");
+// The output of the backward pass shares no memory with what is read meanwhile, but it may be the logits.
+inline void check_apart(const char* name, const std::optional<torch::stable::Tensor>& input,
+                        const torch::stable::Tensor& dlogits) {
+  STD_TORCH_CHECK(!input.has_value() || !overlap(*input, dlogits),
+                  "dlogits: expected memory of its own, or the logits themselves, got some of ", name, "'s");
 }
 
-// The backward pass's own: the state, which needs its second moments if a gradient comes from them, and the output.
-inline void check_backward(const torch::stable::Tensor& logits, const torch::stable::Tensor& state, bool second_moments,
+// The backward pass's own: the state, which needs its second moments if a gradient comes from them, upstream gradients,
+// and the output.
+inline void check_backward(const std::optional<torch::stable::Tensor>& grad_logprob,
+                           const std::optional<torch::stable::Tensor>& grad_entropy,
+                           const std::optional<torch::stable::Tensor>& grad_collision,
+                           const torch::stable::Tensor& logits, const torch::stable::Tensor& target,
+                           const torch::stable::Tensor& temperature, const torch::stable::Tensor& state,
                            const torch::stable::Tensor& dlogits) {
+  check_upstream("grad_logprob", grad_logprob, logits);
+  check_upstream("grad_entropy", grad_entropy, logits);
+  check_upstream("grad_collision", grad_collision, logits);
+  const bool second_moments = grad_collision.has_value();
   const std::int64_t rows = logits.size(0) * logits.size(1), fields = second_moments ? 6 : 4;
   check_result("state", state, logits);
   STD_TORCH_CHECK(state.dim() == 2 && state.size(0) >= fields && state.size(1) == rows, "state: expected at least ",
@@ -111,6 +121,11 @@ inline void check_backward(const torch::stable::Tensor& logits, const torch::sta
     in_place = logits.size(i) <= 1 || logits.stride(i) == dlogits.stride(i);
   }
   if (!in_place) check_apart("logits", logits, dlogits);
+  check_apart("grad_logprob", grad_logprob, dlogits);
+  check_apart("grad_entropy", grad_entropy, dlogits);
+  check_apart("grad_collision", grad_collision, dlogits);
+  check_apart("target", target, dlogits);
+  check_apart("temperature", temperature, dlogits);
   check_apart("state", state, dlogits);
 }
 

@@ -146,6 +146,16 @@ def test_a_backward_pass_needs_a_gradient() -> None:
             call(name, calls("torch")[name] | nothing)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_written_over_is_nobody_elses(backend: str) -> None:
+    arguments = calls(backend)["token_stats_backward_"]
+    with pytest.raises(ValueError, match=r"logits: .* do not share memory"):
+        call("token_stats_backward_", arguments | {"logits": torch.randn(V).expand(2, 3, V)})
+    shared = {"grad_entropy": arguments["logits"].flatten()[7 : 7 + N]}
+    with pytest.raises(ValueError, match="grad_entropy: expected memory apart from the logits'"):
+        call("token_stats_backward_", arguments | shared)
+
+
 def test_the_cases_that_were_seen() -> None:
     ops = torch.ops.entropy_kernels
     with pytest.raises(ValueError, match=r"advantages: expected shape \(1000000,\), got \(3,\)"):
@@ -195,6 +205,23 @@ def test_memory_that_is_written_is_nobody_elses() -> None:
     for dlogits, given, message in wrong:
         with pytest.raises(RuntimeError, match=f"dlogits: expected .*{message}"):
             run(logits, dlogits, given)
+    with pytest.raises(RuntimeError, match=r"dlogits: .* some of grad_logprob's"):
+        op(buffer[5:11], None, None, logits, torch.arange(6), torch.ones(1), state, 0.0, -100, 0, 20, logits)
+    interleaved = torch.empty(80).as_strided((2, 3, 1), (3, 2, 1))
+    op(
+        grad,
+        None,
+        None,
+        torch.randn(2, 3, 1),
+        torch.zeros(6).long(),
+        torch.ones(1),
+        state,
+        0.0,
+        -100,
+        0,
+        1,
+        interleaved,
+    )
     freed = torch.randn(2, 3, 20)
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"logits: expected a storage of at least 480 bytes .*, got 0"):

@@ -276,14 +276,13 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
                           std::int64_t vocab_size, Tensor dlogits) {
   const Problem problem(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size);
   const bool wide = problem.element == Element::kFloat64;
-  const auto upstream = [&](const char* name, const std::optional<Tensor>& grad) -> Vector {
-    check_upstream(name, grad, logits);
+  check_backward(grad_logprob, grad_entropy, grad_collision, logits, target, temperature, state, dlogits);
+  const auto upstream = [&](const std::optional<Tensor>& grad) -> Vector {
     return grad.has_value() ? Vector{grad->const_data_ptr(), grad->stride(0), wide} : Vector{};
   };
-  const Vector g_logprob = upstream("grad_logprob", grad_logprob);
-  const Vector g_entropy = upstream("grad_entropy", grad_entropy);
-  const Vector g_collision = upstream("grad_collision", grad_collision);
-  check_backward(logits, state, grad_collision.has_value(), dlogits);
+  const Vector g_logprob = upstream(grad_logprob);
+  const Vector g_entropy = upstream(grad_entropy);
+  const Vector g_collision = upstream(grad_collision);
 
   const Matrix gradient(dlogits, dlogits.mutable_data_ptr());
   const std::int64_t bytes = problem.rows * problem.vocab * gradient.element_size;

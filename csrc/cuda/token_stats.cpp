@@ -105,10 +105,7 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
                           Tensor state, double softcap, std::int64_t ignore_index, std::int64_t vocab_start,
                           std::int64_t vocab_size, Tensor dlogits) {
   check_arguments(logits, target, temperature, softcap, vocab_start, vocab_size);
-  check_upstream("grad_logprob", grad_logprob, logits);
-  check_upstream("grad_entropy", grad_entropy, logits);
-  check_upstream("grad_collision", grad_collision, logits);
-  check_backward(logits, state, grad_collision.has_value(), dlogits);
+  check_backward(grad_logprob, grad_entropy, grad_collision, logits, target, temperature, state, dlogits);
   if (logits.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   const auto run = [&]<typename T>(T) {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entropy_kernels._arguments import (
     all_gather,
+    check_own_memory,
     divisor_range,
     process_group_of,
     recorded,
@@ -157,6 +158,12 @@ def _backward(*arguments: Any) -> Tensor:
 
 
 def _backward_(*arguments: Any) -> None:
+    logits = arguments[3]
+    check_own_memory("logits", logits, "the gradient is written over them")
+    names = ("grad_logprob", "grad_entropy", "grad_collision", "logits", "target", "temperature", "state")
+    for name, x in zip(names, arguments[:7], strict=True):
+        if x is not None and x is not logits and share_memory(x, logits):
+            raise ValueError(f"{name}: expected memory apart from the logits', which are written over, got some of it")
     _run_backward(*arguments, inplace=True)
     torch.autograd.graph.increment_version(arguments[3])
 
