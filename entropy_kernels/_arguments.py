@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 
 def all_gather(output: torch.Tensor, local: torch.Tensor, group: Any) -> None:
     """``local`` of every rank, one after the other, into ``output``."""
@@ -134,8 +136,7 @@ def _unusual(value: torch.Tensor) -> str | None:
     if not own or torch.compiler.is_compiling() or kind.__name__ in ("AsyncCollectiveTensor", "FunctionalTensor"):
         return None
     if kind.__name__ == "FakeTensor":
-        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        return None if fake is not None else "a FakeTensor outside of its FakeTensorMode, which has no values"
+        return None if traced() else "a FakeTensor outside of its FakeTensorMode, which has no values"
     return (
         f"a {kind.__module__}.{kind.__name__}, a subclass with operators of its own; make a plain tensor of it (a "
         "weight may be a module that is called)"
@@ -265,8 +266,16 @@ def group_name(group: Any) -> str:
 
 
 def values_are_checked(tensor: torch.Tensor) -> bool:
-    """Errors that need values are raised on the CPU; elsewhere with ENTROPY_KERNELS_DEBUG=1: they cost a sync."""
-    return tensor.device.type == "cpu" or debugging()
+    """Errors that need values are raised on the CPU; elsewhere with ENTROPY_KERNELS_DEBUG=1: they cost a sync.
+
+    Where a compiler or a FakeTensorMode is at work no tensor has values.
+    """
+    return not traced() and (tensor.device.type == "cpu" or debugging())
+
+
+def traced() -> bool:
+    """Whether no tensor has values: a compiler or a FakeTensorMode is at work."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None
 
 
 def debugging() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_tensor, divisor_range, number, recorded, refuse_mapped
+from entropy_kernels._arguments import check_tensor, divisor_range, number, recorded, refuse_mapped, traced
 
 
 def predicted_entropy_change(
@@ -90,7 +90,7 @@ def predicted_entropy_change(
     lowest: Any = temperature
     if not isinstance(temperature, (int, float, torch.SymInt, torch.SymFloat)):
         values = torch.as_tensor(temperature)
-        readable = values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()
+        readable = values.device.type == "cpu" and values.numel() > 0 and not traced()
         lowest = values.amin().item() if readable else 1.0
     if not lowest > 0:
         raise ValueError(f"temperature: expected > 0, got {lowest:g}")

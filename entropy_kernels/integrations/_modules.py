@@ -29,7 +29,8 @@ def weight_of(head: Any) -> Tensor | None:
     if global_hooks() or not all(_origin(hook).startswith("torch.distributed.fsdp.") for hook in hooks(head)):
         return None
     weight = head.weight
-    is_plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor")
+    kind = type(weight)
+    is_plain = kind in (Tensor, nn.Parameter) or hasattr(weight, "full_tensor") or kind.__name__ == "FakeTensor"
     return weight if is_plain and weight.is_floating_point() else None
 
 

@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import process_group_of, refuse_transforms, values_are_checked
+from entropy_kernels._arguments import process_group_of, refuse_transforms, traced, values_are_checked
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.checks import check_backward, check_floats, check_tensors
 from entropy_kernels.ops.linear_plan import HELD_OUT, kept_dtype
-from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, picked, spread, traced
+from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, picked, spread
 from entropy_kernels.ops.linear_token_stats import NUMBERS, check_call
 from entropy_kernels.ops.products import multiply, multiply_add
 from entropy_kernels.ops.token_stats import check_values

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import process_group_of
+from entropy_kernels._arguments import process_group_of, traced
 from entropy_kernels.backends import registry, reused_memory
 from entropy_kernels.backends.eager.softmax_state import finalize, merge, state_rows
 from entropy_kernels.ops.linear_plan import Problem, columns_here, padded, tiles
@@ -75,12 +75,6 @@ def without_autocast(tensor: Tensor) -> Any:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
-def traced() -> bool:
-    """Whether no tensor has values: a compiler or a FakeTensorMode is at work."""
-    fake = torch._C._TorchDispatchModeKey.FAKE
-    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fake) is not None
-
-
 def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised (rows, columns) with aligned rows, in memory that served an earlier call where that fits.
 
@@ -96,7 +90,7 @@ def workspace(rows: int, columns: int, dtype: torch.dtype, device: torch.device)
 
 def kept_rows(dropped: Tensor) -> Tensor | None:
     """Indices of the rows that are not ``dropped``; None for all of them, and on a GPU, where to ask costs a sync."""
-    if dropped.device.type != "cpu" or not dropped.any():
+    if dropped.device.type != "cpu" or traced() or not dropped.any():
         return None
     return (~dropped).nonzero()[:, 0]
 
