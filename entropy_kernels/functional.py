@@ -59,8 +59,12 @@ def logprob_entropy(
             a second backward pass then raises, and so does a layout whose elements share memory. Under torch.compile
             the compiler plans the memory and this is ignored.
         vocab_group: torch.distributed process group over vocabulary shards; ``logits`` is this rank's shard.
-            Results are replicated; upstream gradients must be the same on all ranks.
-        vocab_start: first global id of this rank's shard; by default all shards are as wide as this one.
+            Results are replicated; upstream gradients must be the same on all ranks. All other arguments but ``logits``
+            and ``vocab_start`` are, or every rank raises the same error (on a GPU without ENTROPY_KERNELS_DEBUG=1:
+            outputs are NaN). Other *numbers* of tokens make ranks wait for each other, or gloo abort; debugging
+            checks them first.
+        vocab_start: first global id of this rank's shard; by default all shards are as wide as this one. Shards begin
+            at 0 and follow each other, in any order of the ranks, without overlap or gap.
         vocab_size: ids at or beyond it are padding and count as -inf; by default there is none.
         backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
 

@@ -120,7 +120,8 @@ def random_tokens(
             row-major position plus the number of positions on lower ranks. Whoever pads or splits a batch in
             different ways passes it, and the selection stays the same.
         batch_group: torch.distributed process group over the ranks that share the batch, and all arguments from seed
-            to at_least_one.
+            to at_least_one: else every rank raises the same error (on a GPU without ENTROPY_KERNELS_DEBUG=1: nothing is
+            selected). All pass ``token_index``, or none.
         backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
 
     Returns:

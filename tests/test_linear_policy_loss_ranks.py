@@ -181,3 +181,49 @@ def test_a_narrow_shard_is_summed_as_the_others() -> None:
     exact, base = grads
     assert ours.dtype == torch.bfloat16
     assert (ours.double() - exact).norm() <= 1.05 * (base - exact).norm()
+
+
+def disagreeing(rank: int, world: int) -> dict[str, str]:
+    """Messages of calls in which the last rank has another argument; nothing may be added to a buffer."""
+    last, case = rank == world - 1, make("ppo")
+    start = V // world * rank
+    stop = V if last else start + V // world
+    other = case.target.clone()
+    other[0, 0] = (other[0, 0] + 1) % V
+    calls: dict[str, dict[str, Any]] = {
+        "target": {"target": other if last else case.target},
+        "target, ignored by one": {"target": torch.full_like(other, -100) if last else case.target},
+        "temperature": {"temperature": 1.0 + last},
+        "softcap": {"softcap": 30.0 if last else None},
+        "ignore_index": {"ignore_index": -1 if last else -100},
+        "vocab_size": {"vocab_size": V - last},
+        "vocab_start": {"vocab_start": start - last},
+    }
+    messages = {}
+    for name, changes in calls.items():
+        buffer = torch.zeros(stop - start, case.weight.shape[1], dtype=torch.float64)
+        weight = case.weight[start:stop].clone().requires_grad_()
+        given = {
+            "vocab_group": dist.group.WORLD,
+            "vocab_start": start,
+            "vocab_size": V,
+            "memory_budget": MANY,
+            **changes,
+        }
+        target = given.pop("target", case.target)
+        try:
+            ek.linear_policy_loss(
+                case.hidden, weight, target, case.old_logprob, case.advantages, case.mask, grad_buffer=buffer, **given
+            )
+            messages[name] = "nothing was raised"
+        except (ValueError, IndexError) as error:
+            messages[name] = str(error)
+        assert not buffer.any(), name
+    return messages
+
+
+def test_ranks_that_disagree_all_raise_the_same() -> None:
+    first, second = run_ranks(2, disagreeing)
+    assert first == second
+    for name, message in first.items():
+        assert message.startswith(f"{name.split(',')[0]}: expected") and "ranks of the vocab_group" in message, message

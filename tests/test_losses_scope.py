@@ -174,6 +174,45 @@ def test_ranks_share_the_loss_of_the_batch() -> None:
     run_ranks(4, on_rank)
 
 
+def disagreeing(rank: int, world: int) -> dict[str, str]:
+    """Messages of losses of which the last rank has another option than the rest."""
+    last, group = rank == world - 1, dist.group.WORLD
+    lp = torch.randn(3 + rank, 5)
+    given: dict[str, Any] = {"entropy": lp.exp(), "ref_logprob": lp - 1, "batch_group": group}
+    changes: dict[str, dict[str, Any]] = {
+        "dp_size": {"dp_size": 1 + last},
+        "entropy_coef": {"entropy_coef": 0.1 * last},
+        "ref_kl_coef, a tensor": {"ref_kl_coef": torch.tensor(0.5 + last)},
+        "clip_high": {"clip_high": None if last else 0.2},
+        "batch_num_tokens": {"batch_num_tokens": 100 + last},
+        "loss_agg_mode": {"loss_agg_mode": "token-sum" if last else "token-mean"},
+        "kl_estimator": {"kl_estimator": "k2" if last else "k3"},
+        "tau_pos": {"surrogate": "sapo", "tau_pos": 1.0 + last},
+        "ratio": {"ratio": 0.1 + 0.1 * last, "seed": 1, "low": -9.0, "high": 9.0},
+    }
+    messages = {}
+    for name, options in changes.items():
+        function: Any = ek.clip_cov_loss if "ratio" in options else ek.policy_loss
+        try:
+            function(lp, lp - 0.1, lp, None, **given, **options)
+            messages[name] = "nothing was raised"
+        except ValueError as error:
+            messages[name] = str(error)
+    try:
+        ek.aggregate(lp, None, batch_group=group, dp_size=1 + last)
+    except ValueError as error:
+        messages["dp_size, aggregate"] = str(error)
+    return messages
+
+
+def test_ranks_that_disagree_all_raise_the_same() -> None:
+    first, *others = run_ranks(3, disagreeing)
+    assert all(other == first for other in others)
+    for name, message in first.items():
+        assert message.startswith(f"{name.split(',')[0]}: expected the same on all ranks of the batch_group"), message
+    assert first["dp_size"].endswith("got [1.0, 1.0, 2.0]") and "dp_size, aggregate" in first
+
+
 # ---- compiled, and without a sync -----------------------------------------------------------------------------------
 
 WIDE = {"low": -9.0, "high": 9.0}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from calls import same_bits
+from entropy_kernels.backends import radix_select
 from gloo import run_ranks
 
 WORLD = 4
@@ -120,3 +121,64 @@ def test_the_cases_select_something(alone: dict[str, Tensor]) -> None:
     assert torch.equal(alone["SelectionBatch, clip"], alone["clip"])
     assert torch.equal(alone["SelectionBatch, kl"], alone["kl"])
     assert bool(alone["covariance, nan"].isnan().all())
+
+
+def disagreeing(rank: int, world: int) -> dict[str, str]:
+    """Messages of selections of which the last rank has another option than the rest."""
+    last, group = rank == world - 1, dist.group.WORLD
+    score = torch.randn(50 + rank)
+    clip: dict[str, Any] = {"seed": 1, "ratio": 0.1, "low": -1.0, "high": 1.0, "batch_group": group}
+    changes: dict[str, dict[str, Any]] = {
+        "ratio": {"ratio": 0.2 if last else 0.1},
+        "ratio, a tensor": {"ratio": torch.tensor(0.2 if last else 0.1)},
+        "k": {"ratio": None, "k": 4 if last else 3},
+        "ratio instead of k": {"ratio": 0.1 if last else None, "k": None if last else 3},
+        "seed": {"seed": 2 if last else 1},
+        "seed, a tensor": {"seed": torch.tensor(2 if last else 1)},
+        "low": {"low": -2.0 if last else -1.0},
+        "high": {"high": 2.0 if last else 1.0},
+        "band": {"low": 0.1, "high": 0.9, "band": "quantile" if last else "absolute"},
+        "closed": {"closed": last},
+        "at_least_one": {"at_least_one": last},
+        "low of shares": {"low": 0.2 if last else 0.1, "high": 0.9, "band": "quantile"},
+    }
+    messages, masks = {}, {}
+
+    def attempt(name: str, function: Any, options: dict[str, Any]) -> None:
+        try:
+            masks[name] = function(score, **options)
+            messages[name] = "nothing was raised"
+        except ValueError as error:
+            messages[name] = str(error)
+
+    index = torch.arange(len(score)) + 100 * rank
+    for looked_at in (True, False):
+        for name, change in changes.items():
+            if name == "band" and not looked_at:  # the ranks would wait for each other: one asks for two quantiles
+                continue
+            for backend in BACKENDS:
+                attempt(f"{name}, {backend}", ek.clip_cov_mask, {**clip, **change, "backend": backend})
+            if name != "band":
+                attempt(f"{name}, with indices", ek.clip_cov_mask, {**clip, **change, "token_index": index})
+        attempt("kl_cov_mask", ek.kl_cov_mask if last else ek.clip_cov_mask,
+                {"k": 3, "batch_group": group} | ({} if last else {"seed": 0}))  # fmt: skip
+        attempt("k, kl_cov", ek.kl_cov_mask, {"k": 3 + last, "batch_group": group})
+        if looked_at:
+            assert not masks
+            found = dict(messages)
+        # As on a GPU, where nobody looks: nothing is selected
+        vars(radix_select)["values_are_checked"] = lambda tensor: False
+    assert len(masks) == len(found) - len(BACKENDS) and not any(mask.any() for mask in masks.values())
+    return found
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_ranks_that_disagree_all_raise_the_same(world: int) -> None:
+    first, *others = run_ranks(world, disagreeing)
+    assert all(other == first for other in others)
+    for name, message in first.items():
+        words = f"{name.split(',')[0].split()[0]}: expected the same on all ranks of the batch_group, got ["
+        assert message.startswith(words), (name, message)
+    assert first["k, kl_cov"].endswith(f"got {[3] * (world - 1) + [4]}")
+    assert first["seed, torch"].endswith(f"got {[1] * (world - 1) + [2]}")
+    assert first["low, torch"].endswith(f"got {[-1.0] * (world - 1) + [-2.0]}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -290,6 +292,90 @@ def test_errors_are_the_same_on_every_rank() -> None:
         assert "expected" in message and "got" in message, f"{name}: {message}"
         assert argument == ("target" if "label" in name else name.split()[-1])
     assert "20" in first["label beyond all shards"] and "15" in first["label in the padding"]
+
+
+def disagreements(rank: int, world: int) -> dict[str, dict[str, Any]]:
+    """Arguments of which the last rank has others than the rest, by the one that is to be named."""
+    last = rank == world - 1
+    labels = torch.tensor([0, 9, 11])
+    return {
+        "target": {"target": labels + int(last)},
+        "target, one label": {"target": torch.tensor([0, 9, 12 if last else 11], dtype=torch.int32)},
+        "target, ignored by one": {"target": torch.tensor([0, 9, -100 if last else 11])},
+        "target, one that is none": {"target": torch.tensor([0, -1 if last else 9, 11])},
+        "temperature": {"temperature": 0.5 if last else 1.0},
+        "temperature of one token": {"temperature": torch.tensor([1.0, 2.0, 1.5 if last else 1.0])},
+        "temperature, one that is none": {"temperature": torch.tensor([1.0, 2.0, -1.0 if last else 1.0])},
+        "softcap": {"softcap": 20.0 if last else 30.0},
+        "softcap of one": {"softcap": 20.0 if last else None},
+        "ignore_index": {"ignore_index": -1 if last else -100},
+        "vocab_size": {"vocab_size": 14 + last},
+        "vocab_start, overlapping": {"vocab_start": 10 * rank - last},
+        "vocab_start, equal": {"vocab_start": 0},
+        "vocab_start, with a gap": {"vocab_start": 10 * rank + last},
+        "vocab_start, with a gap and a label in it": {
+            "vocab_start": 12 * rank, "target": torch.tensor([0, 10, 12]),
+        },
+        "vocab_start, not from 0": {"vocab_start": 10 * rank + 1},
+    }  # fmt: skip
+
+
+def disagreeing(rank: int, world: int) -> dict[str, str]:
+    logits, group = torch.randn(3, 10), dist.group.WORLD
+    hidden, weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.randn(10, 4)
+    messages = {}
+    for name, kwargs in disagreements(rank, world).items():
+        given = {"target": torch.tensor([0, 9, 11]), **kwargs, "vocab_group": group}
+        for function, inputs in ((ek.token_stats, (logits,)), (ek.linear_logprob_entropy, (hidden, weight))):
+            try:
+                function(*inputs, **given)
+                messages[f"{name}, {function.__name__}"] = "nothing was raised"
+            except (ValueError, IndexError) as error:
+                messages[f"{name}, {function.__name__}"] = str(error)
+    ek.logprob_entropy(logits, torch.tensor([0, 19, 5]), vocab_group=group)  # the group still works
+    # A temperature of an ignored token is nobody's, and shards need not lie in the order of the ranks
+    temperature = torch.tensor([1.0, 0.5 + rank, 2.0])
+    target = torch.tensor([0, -100, 5])
+    out = ek.logprob_entropy(
+        logits, target, temperature=temperature, vocab_start=10 * (world - 1 - rank), vocab_group=group
+    )
+    assert out.logprob.isfinite().all()
+    # As on a GPU, where nobody looks: NaN
+    for module in ("_arguments", "ops.token_stats"):
+        vars(sys.modules[f"entropy_kernels.{module}"])["values_are_checked"] = lambda tensor: False
+    for name, kwargs in disagreements(rank, world).items():
+        given = {"target": torch.tensor([0, 9, 11]), **kwargs, "vocab_group": group}
+        outputs = torch.stack(ek.token_stats(logits, **given))
+        everywhere = name.startswith(("softcap", "ignore", "vocab_s"))
+        assert outputs.isnan().all() if everywhere else outputs[:, -1].isnan().all() or outputs[:, 1].isnan().all(), (
+            name
+        )
+    return messages
+
+
+@pytest.mark.parametrize("world", (2, 3))
+def test_ranks_that_disagree_all_raise_the_same(world: int) -> None:
+    first, *others = run_ranks(world, disagreeing)
+    assert all(other == first for other in others)
+    for name, message in first.items():
+        argument = name.split(",")[0].split()[0]
+        assert message.startswith(f"{argument}: expected") and "ranks of the vocab_group" in message, (name, message)
+    assert first["target, one label, token_stats"].endswith(f"got {[11] * (world - 1) + [12]} for token 2")
+    assert first["softcap, token_stats"].endswith(f"got {[30.0] * (world - 1) + [20.0]}")
+
+
+def debugged(rank: int, world: int) -> str:
+    os.environ["ENTROPY_KERNELS_DEBUG"] = "1"
+    try:
+        ek.logprob_entropy(torch.randn(3 + rank, 10), torch.arange(3 + rank), vocab_group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_debugging_asks_for_the_number_of_tokens() -> None:
+    first, second = run_ranks(2, debugged)
+    assert first == second and "target: expected the same number of tokens" in first and "[3, 4] tokens" in first
 
 
 def compiled(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:

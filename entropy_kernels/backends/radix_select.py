@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import process_group_of
+from entropy_kernels._arguments import process_group_of, values_are_checked
 
 RADIX_BINS = 2048
 KEY_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of each round
@@ -87,6 +88,52 @@ class Band(NamedTuple):
     numbers: Tensor | None = None
 
 
+class Options(NamedTuple):
+    """What the ranks of a selection have in common."""
+
+    seed: Tensor | None  # None: the largest keys, and no band
+    size: Count
+    band: Band | None
+
+    def packed(self, device: torch.device) -> Tensor:
+        """(E,) int64: all of them on the CPU; on a GPU, where nothing waits for it, a digest of what the host knows."""
+        numbers = self.size.numbers
+        unknown = math.nan  # also for None, as in `numbers`
+        ratio, k = self.size.ratio, self.size.k
+        low, high, quantile, closed = (unknown, unknown, False, False) if self.band is None else self.band[:4]
+        floats = [unknown if x is None else float(x) for x in (ratio, k, low, high)]
+        flags = [self.seed is None, quantile, closed, self.size.at_least_one]
+        if device.type == "cpu":
+            if numbers is not None:
+                floats[: numbers.numel()] = numbers.tolist()
+            seed = 0 if self.seed is None else int(self.seed)
+            return torch.tensor([*map(int, flags), seed, *struct.unpack("<4q", struct.pack("<4d", *floats))])
+        digest = torch.full((1,), zlib.crc32(struct.pack("<4d4?", *floats, *flags)), device=device)
+        told = [
+            None if self.seed is None else self.seed.view(1),
+            None if numbers is None else numbers.view(torch.int64),
+        ]
+        return torch.cat([digest, *(x for x in told if x is not None)])
+
+    def refuse(self, of_ranks: list[list[int]]) -> None:
+        """Raise the same on all ranks, given what each has packed."""
+        names = ("kl_cov_mask", "band", "closed", "at_least_one", "seed", "ratio", "k", "low", "high")
+        for i, values in enumerate(zip(*of_ranks, strict=True)):
+            if len(set(values)) == 1:
+                continue
+            name, got = "options", ""  # a digest tells no more
+            if len(of_ranks[0]) == len(names):
+                name, shown = names[i], list(values)
+                if i > 4:
+                    shown = [struct.unpack("<d", struct.pack("<q", x))[0] for x in values]
+                    shown = [None if math.isnan(x) else int(x) if name == "k" else x for x in shown]
+                elif i < 4:
+                    words = {"band": ("absolute", "quantile"), "kl_cov_mask": ("not called", "called")}
+                    shown = [words.get(name, (False, True))[x] for x in values]
+                got = f", got {shown}"
+            raise ValueError(f"{name}: expected the same on all ranks of the batch_group{got}")
+
+
 class Steps(Protocol):
     """What a backend implements. All tensors are contiguous and on one device; masks are bool, None = all / none."""
 
@@ -136,8 +183,11 @@ class Steps(Protocol):
 class Group:
     """The reductions over a process group, or over this process alone (name "")."""
 
-    def __init__(self, name: str) -> None:
+    agree: Tensor | None = None  # () bool, after the first sum of a selection over ranks
+
+    def __init__(self, name: str, options: Options | None = None) -> None:
         self.group = process_group_of(name) if name else None
+        self._options = options if name else None
 
     def gather(self, value: Tensor) -> Tensor:
         """(ranks, *value.shape)."""
@@ -149,10 +199,27 @@ class Group:
         return self.sum(gathered)
 
     def sum(self, value: Tensor) -> Tensor:
-        if self.group is not None:
+        """The first one also tells whether the ranks have the same options; if not, all of them raise, or select none.
+
+        It has the same size for all selections without token indices.
+        """
+        if self.group is None:
+            return value
+        options, self._options = self._options, None
+        if options is None:
             value = value.contiguous()
             dist.all_reduce(value, group=self.group)
-        return value
+            return value
+        local = options.packed(value.device)
+        slots = local.new_zeros((self.group.size(), local.numel()))
+        slots[self.group.rank()] = local
+        packed = torch.cat([value.reshape(-1), slots.view(-1)])
+        dist.all_reduce(packed, group=self.group)
+        slots = packed[value.numel() :].view_as(slots)
+        self.agree = (slots == slots[0]).all()
+        if values_are_checked(value) and not self.agree:
+            options.refuse(slots.tolist())
+        return packed[: value.numel()].view(value.shape)
 
     def offset(self, like: Tensor) -> Tensor:
         """() int64: number of positions on lower ranks."""
@@ -224,7 +291,7 @@ def clip_cov_mask(
     group: str,
 ) -> Tensor:
     """(N,) bool."""
-    ranks = Group(group)
+    ranks = Group(group, Options(seed, count, band))
     offset = _offset(ranks, covariance, token_index)
     values = steps.selection_value_keys(covariance, mask, exclude)
     bounds = _quantiles(steps, ranks, values, band) if band.quantile else _bounds(band, covariance.device)
@@ -245,7 +312,7 @@ def kl_cov_mask(
     count: Count,
     group: str,
 ) -> Tensor:
-    ranks = Group(group)
+    ranks = Group(group, Options(None, count, None))
     offset = _offset(ranks, covariance, token_index)
     keys = steps.selection_value_keys(covariance, mask, exclude)
     return _largest(steps, ranks, keys, token_index, offset, _valid(covariance, mask), count)
@@ -315,6 +382,8 @@ def _largest(
     packed = ranks.sum(torch.cat([histogram.view(-1), valid.view(1)]))
     histogram = packed[:-1].view(1, -1)
     need = torch.minimum(count.of(packed[-1:]), histogram.sum(1))
+    if ranks.agree is not None:
+        need = torch.where(ranks.agree, need, 0)
     key_state = _finish(steps, ranks, keys, histogram, _start(keys, need))
     # An empty selection has a threshold that no key reaches; only there a need of 0 is left.
     need, equal = key_state[0, NEED], key_state[0, EQUAL]

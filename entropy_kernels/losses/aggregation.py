@@ -7,6 +7,9 @@ derivative is its weight, and micro-batches add up exactly.
 
 from __future__ import annotations
 
+import math
+import struct
+import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +94,19 @@ class Aggregation(NamedTuple):
         counts = Counts(tokens, lengths.count_nonzero())
         return counts, lengths.clamp(min=1).double().reciprocal() if self.mode == "seq-mean-token-mean" else 1.0
 
-    def whole(self, counts: Counts) -> Counts:
+    def in_common(self) -> dict[str, Any]:
+        """What the ranks of the group must have alike."""
+        count = COUNTS[self.by_sequence]
+        return {
+            "loss_agg_mode": self.mode, "dp_size": self.dp_size, count: self.given_count,
+            "loss_scale_factor": self.loss_scale_factor,
+        }  # fmt: skip
+
+    def whole(self, counts: Counts, in_common: dict[str, Any]) -> Counts:
         """Over the ranks of the group, if there is one."""
         if self.group is None:
             return counts
-        return Counts.of(over_group(counts.there(), {}, self.group))
+        return Counts.of(over_group(counts.there(), {}, self.group, in_common))
 
     def weighted_sum(self, values: Tensor, weight: Tensor | float, sequences: Sequences) -> Tensor:
         """Σ w_i x_i in fp64, 0-d; ``weight`` as :meth:`counted` gives it. Rows are summed as they come, in blocks."""
@@ -122,14 +133,49 @@ class Aggregation(NamedTuple):
         return count * (max(width, 1) if self.loss_scale_factor is None else self.loss_scale_factor)
 
 
-def over_group(sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any) -> dict[str, Tensor]:
+def over_group(
+    sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any, in_common: dict[str, Any]
+) -> dict[str, Tensor]:
     """Sums and maxima of 0-d tensors over the ranks of ``group``, in one collective; fp64.
 
-    No gradient passes; the same numbers, bit for bit, on every rank. All ranks call it with the same names.
+    No gradient passes; the same numbers, bit for bit, on every rank. All ranks call it with the same names. Where they
+    have not ``in_common`` what they should, all of them raise the same, or get NaN where values are not looked at.
     """
     merged = {**sums, **maxima}
     local = torch.stack([value.detach().double() for value in merged.values()])
-    gathered = local.new_empty((group.size(), local.numel()))
-    all_gather(gathered.view(-1), local, group=group)
+    common = _digest(in_common, local.device)
+    gathered = local.new_empty((group.size(), local.numel() + common.numel()))
+    all_gather(gathered.view(-1), torch.cat([local, common]), group=group)
+    gathered, common = gathered.split([local.numel(), common.numel()], 1)
     totals = torch.cat([gathered[:, : len(sums)].sum(0), gathered[:, len(sums) :].amax(0)])
+    differ = (common != common[:1]).any(0)
+    if len(in_common) == common.shape[1] and differ.any():  # of the CPU
+        i = int(differ.nonzero()[0])
+        name, value = list(in_common.items())[i]
+        got = (
+            "" if isinstance(value, str) else f", got {[None if x == -math.inf else x for x in common[:, i].tolist()]}"
+        )
+        raise ValueError(f"{name}: expected the same on all ranks of the batch_group{got}")
+    if common.shape[1]:
+        totals = torch.where(differ.any(), math.nan, totals)
     return dict(zip(merged, totals.unbind(), strict=True))
+
+
+def _digest(in_common: dict[str, Any], device: torch.device) -> Tensor:
+    """fp64: every value where the host can read it; on a GPU one number of those that the host has.
+
+    Nothing in compiled code, which has its numbers as tensors.
+    """
+    if torch.compiler.is_compiling():
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    known = []
+    for value in in_common.values():
+        if isinstance(value, str):
+            value = zlib.crc32(value.encode())
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            value = None  # it is not read back
+        number = -math.inf if value is None else float(value)
+        known.append(number if number == number else math.inf)
+    if device.type == "cpu":
+        return torch.tensor(known, dtype=torch.float64)
+    return torch.full((1,), zlib.crc32(struct.pack(f"{len(known)}d", *known)), dtype=torch.float64, device=device)

@@ -270,7 +270,7 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         policy = pg_loss = aggregation.weighted_sum(terms.policy, own, sequences)
     if aggregation.group is not None:
         given = {**sums, **counts.there(), "nonfinite": nonfinite, "policy": policy}
-        totals = over_group(given, maxima, aggregation.group)
+        totals = over_group(given, maxima, aggregation.group, options.in_common())
         counts = Counts.of(totals)
         sums, maxima = ({name: totals[name] for name in x} for x in (sums, maxima))
         nonfinite, pg_loss = totals["nonfinite"], totals["policy"]

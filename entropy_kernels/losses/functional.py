@@ -93,7 +93,8 @@ def policy_loss(
         loss_scale_factor: divisor of "seq-mean-token-sum-norm"; default: L. Give it where L changes between calls.
         batch_group: torch.distributed process group over data-parallel ranks: denominators that are not given, metrics
             and covariance are taken over all its ranks. Each rank's loss is its own share of the batch's loss: the
-            shares add up to it (× dp_size). No gradient crosses ranks; all ranks make the same calls.
+            shares add up to it (× dp_size). No gradient crosses ranks; all ranks make the same calls, with the same
+            options: else all of them raise the same error, or, on a GPU, the loss is NaN.
         surrogate: a name of :func:`entropy_kernels.surrogates` ("ppo", "gspo", "gspo_token", "cispo", "sapo", ...;
             docs/losses.md has their formulas), or an :class:`entropy_kernels.Surrogate` of your own.
         token_weight: a constant factor of each token's surrogate (importance weights of the rollout, masks of
@@ -311,7 +312,7 @@ def aggregate(
     counts, weight = aggregation.counted(
         torch.ones_like(values, dtype=torch.bool) if valid is None else valid, sequences
     )
-    counts = aggregation.whole(counts)
+    counts = aggregation.whole(counts, aggregation.in_common())
     total = aggregation.weighted_sum(values, weight, sequences)
     return (total * aggregation.dp_size / aggregation.denominator(counts, sequences.width or values.shape[-1])).to(
         values.dtype

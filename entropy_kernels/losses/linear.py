@@ -210,7 +210,7 @@ class _Coefficients:
         mask, aggregation, sequences = batch.mask, chosen.aggregation, batch.sequences
         assert mask is not None
         counts, own = aggregation.counted(mask, sequences)
-        counts = aggregation.whole(counts)
+        counts = aggregation.whole(counts, chosen.in_common())
         share = own * aggregation.dp_size / aggregation.denominator(counts, sequences.width or mask.shape[-1])
         # fp64, of the tokens' shape: what a token's loss is multiplied by, before what is not finite is dropped
         self._weights = sequences.spread(share).expand(mask.shape) * mask

@@ -68,6 +68,12 @@ class LossOptions:
     kl_coef: Number  # of the penalty
     backend: str  # of covariance and selection
 
+    def in_common(self) -> dict[str, Any]:
+        """What the ranks of a batch_group must have alike, strings and numbers."""
+        coefficients = {name: getattr(self, name) for name in ("entropy_coef", "ref_kl_coef", "kl_coef")}
+        clips = {name: x for name, x in self.clips.items() if isinstance(x, (int, float, Tensor, type(None)))}
+        return {**self.aggregation.in_common(), "kl_estimator": self.kl_estimator, **coefficients, **clips}
+
 
 def seeded(options: LossOptions) -> LossOptions:
     """With the seed of this call, where a module counts them."""

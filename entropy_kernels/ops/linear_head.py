@@ -140,9 +140,8 @@ class _HeadTokenStats(torch.autograd.Function):
                 states.append(_State(h.device))
             return linear_tiles.state_of_logits(head(h[r], c), labels[r], at(t, r), numbers, c.start, want)
 
-        outputs, state = linear_tiles.statistics(
-            state_of, row_parts if h.shape[0] else [], column_parts, labels, t, numbers, want, head.vocab
-        )
+        state = linear_tiles.merged(state_of, row_parts if h.shape[0] else [], column_parts, t, want)
+        outputs, state = linear_tiles.finished(state, labels, t, numbers, want, head.vocab)
         outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
         ctx.save_for_backward(hidden, *recorded(target, temperature), state, *parameters)
         ctx.head, ctx.numbers, ctx.rows, ctx.states = head, numbers, rows, states

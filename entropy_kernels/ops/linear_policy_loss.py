@@ -35,7 +35,7 @@ from entropy_kernels.ops.linear_plan import HELD_OUT, kept_dtype
 from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, picked, spread
 from entropy_kernels.ops.linear_token_stats import NUMBERS, check_call
 from entropy_kernels.ops.products import multiply, multiply_add
-from entropy_kernels.ops.token_stats import check_values
+from entropy_kernels.ops.token_stats import check_values, in_common, int64s, refuse_options
 
 _NAME = "linear_policy_loss"
 _WANT = LOGPROB | ENTROPY
@@ -138,7 +138,8 @@ def _stats(
     *numbers, end = rest
     call = Numbers(*numbers)
     _check_tile(logits, hidden, weight, bias, target, temperature, call)
-    check_values(target, temperature, call.ignore_index, call.vocab_size)
+    if not call.group:
+        check_values(target, temperature, call.ignore_index, call.vocab_size)
     columns = weight.shape[0]
     if logits.is_cpu:  # as linear_tiles.workspace has it; a compiler's buffer has not
         logits[:, columns:] = 0
@@ -340,13 +341,37 @@ def gradients(
     return loss, metrics, (d_hidden, d_weight, d_bias, factor)
 
 
-def agreed(size: int, group: str, device: torch.device) -> int:
-    """The least of all ranks: shards may be unequal, and the ranks merge the statistics of each part. One read back."""
-    if not group:
+def agreed(size: int, target: Tensor, temperature: Tensor, numbers: Numbers) -> int:
+    """The least ``size`` of all ranks: shards may be unequal, and the ranks merge the statistics of each part.
+
+    One read back; what else the ranks have in common goes along, so that all of them refuse it before the work.
+    """
+    if not numbers.group:
         return size
-    least = torch.tensor(size, device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=process_group_of(group))
-    return int(least.item())
+    options = in_common(numbers.softcap, numbers.ignore_index, numbers.vocab_size)
+    known = temperature.expand(target.shape)
+    known = known.masked_fill(target == numbers.ignore_index, 0)
+    sums = [_position_sum(x) for x in (target, known.view(torch.int32 if known.element_size() == 4 else torch.int64))]
+    local = torch.cat([int64s([*options, target.numel()], target.device), torch.stack(sums)])
+    both = torch.cat([int64s([size], target.device), local, ~local])  # ~ turns the order around, as - would
+    dist.all_reduce(both, dist.ReduceOp.MIN, group=process_group_of(numbers.group))
+    least, *rest = both.tolist()
+    low, high = rest[: len(rest) // 2], [~x for x in rest[len(rest) // 2 :]]
+    refuse_options([low[:3], high[:3]])
+    if low[3] != high[3]:
+        raise ValueError(
+            f"target: expected the same number of tokens on all ranks of the vocab_group, got {low[3]} and {high[3]}"
+        )
+    for i, name in enumerate(("target", "temperature"), 4):
+        if low[i] != high[i]:
+            raise ValueError(f"{name}: expected the same on all ranks of the vocab_group, got others on some")
+    return least
+
+
+def _position_sum(values: Tensor) -> Tensor:
+    """0-d int64, which other values, or the same in another order, hardly have."""
+    odd = 2 * torch.arange(values.numel(), device=values.device) + 1
+    return (values.long() * (odd * 0x9E3779B97F4A7C1 + (odd << 33))).sum()
 
 
 def _reading_back_costs(device: torch.device) -> bool:

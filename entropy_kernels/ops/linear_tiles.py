@@ -112,27 +112,21 @@ def spread(rows: Tensor | None, value: Tensor, total: int) -> Tensor:
     return value.new_zeros((total, *value.shape[1:])).index_copy_(0, rows, value)
 
 
-def statistics(
+def merged(
     state_of: Callable[[slice, slice], Tensor],
     row_parts: list[slice],
     column_parts: list[slice],
-    target: Tensor,  # (N,)
     temperature: Tensor,  # (1,) or (N,)
-    numbers: Numbers,
     want: int,
-    end: int,
-) -> tuple[list[Tensor], Tensor]:
-    """The four statistics, each (N,) or empty, and the state (K, N).
-
-    ``state_of(rows, columns)`` gives the state (K, n) of a tile. ``end``: first global id beyond this rank's shard.
-    """
-    state = temperature.new_empty((state_rows(want), target.numel()))
+) -> Tensor:
+    """The state (K, N) of all tiles; ``state_of(rows, columns)`` gives the state (K, n) of one."""
+    state = temperature.new_empty((state_rows(want), sum(r.stop - r.start for r in row_parts)))
     for rows in row_parts:
         states = state.new_empty((len(column_parts), state.shape[0], rows.stop - rows.start))
         for i, columns in enumerate(column_parts):
             states[i] = state_of(rows, columns)
         state[:, rows] = states[0] if len(column_parts) == 1 else merge(states, at(temperature, rows))
-    return finished(state, target, temperature, numbers, want, end)
+    return state
 
 
 def finished(
@@ -143,11 +137,15 @@ def finished(
     want: int,
     end: int,
 ) -> tuple[list[Tensor], Tensor]:
-    """The statistics and the state over all ranks, as in :func:`statistics`."""
+    """The four statistics, each (N,) or empty, and the state, of the columns of all ranks.
+
+    ``end``: first global id beyond this rank's shard.
+    """
     if numbers.group:
         *outputs, state = merge_shards(
-            state, end, target, temperature, numbers.ignore_index, numbers.vocab_size, want, numbers.group
-        )
+            state, (numbers.vocab_start, end), target, temperature, numbers.softcap, numbers.ignore_index,
+            numbers.vocab_size, want, numbers.group,
+        )  # fmt: skip
         return outputs, state
     ignored = target == numbers.ignore_index
     invalid = ((target < 0) | (target >= numbers.vocab_size)) & ~ignored
@@ -172,8 +170,9 @@ def forward(
     kept: Tensor | None,  # (N, V) or wider: takes the logits of the rows that are not ignored
     needs: Needs,
 ) -> tuple[list[Tensor], Tensor]:
-    """The statistics and the state, as in :func:`statistics`."""
-    total = target.numel()
+    """The statistics and the state, as :func:`finished` gives them."""
+    total, end = target.numel(), numbers.vocab_start + weight.shape[0]
+    everything = target, temperature
     rows = kept_rows(target == numbers.ignore_index)
     hidden, target = picked(rows, hidden, target)
     temperature = at(temperature, rows)
@@ -198,10 +197,10 @@ def forward(
         multiply(z, h, w.t(), b)
         return state_of_logits(z, labels, t, numbers, c.start, want)
 
-    outputs, state = statistics(
-        state_of, parts(p.rows, row_size), parts(p.columns, column_size), target, temperature, numbers, want,
-        numbers.vocab_start + weight.shape[0],
-    )  # fmt: skip
+    state = merged(state_of, parts(p.rows, row_size), parts(p.columns, column_size), temperature, want)
+    if numbers.group:  # which compares the labels of all rows
+        return finished(spread(rows, state.t(), total).t(), *everything, numbers, want, end)
+    outputs, state = finished(state, target, temperature, numbers, want, end)
     outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
     return outputs, spread(rows, state.t(), total).t().contiguous()
 

@@ -68,7 +68,8 @@ def _forward(
     call = Numbers(*numbers)
     check_call(hidden, weight, bias, target, temperature, call)
     check_want(want)
-    check_values(target, temperature, call.ignore_index, call.vocab_size)
+    if not call.group:
+        check_values(target, temperature, call.ignore_index, call.vocab_size)
     kept = None
     if keep:
         columns = columns_here(weight.shape[0], call.vocab_start, call.vocab_size)

@@ -6,6 +6,7 @@ The last output is the softmax state (K, N) that the backward pass starts from; 
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from entropy_kernels._arguments import (
     all_gather,
     check_own_memory,
+    debugging,
     divisor_range,
     process_group_of,
     recorded,
@@ -99,20 +101,22 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
     check_want(want)
-    check_values(target, temperature, ignore_index, vocab_size)
+    if not group:
+        check_values(target, temperature, ignore_index, vocab_size)
     kernel = registry.kernel("token_stats", "token_stats_forward", backend, logits)
     outputs = kernel(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
     if not group:
         return outputs
-    end = vocab_start + logits.shape[2]
-    return merge_shards(outputs[_STATE], end, target, temperature, ignore_index, vocab_size, want, group)
+    shard = vocab_start, vocab_start + logits.shape[2]
+    return merge_shards(outputs[_STATE], shard, target, temperature, softcap, ignore_index, vocab_size, want, group)
 
 
 def merge_shards(
     state: Tensor,
-    end: int,
+    shard: tuple[int, int],
     target: Tensor,
     temperature: Tensor,
+    softcap: float,
     ignore_index: int,
     vocab_size: int,
     want: int,
@@ -120,22 +124,45 @@ def merge_shards(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One all-gather of the packed state, then merge and finalize: the same on every rank of the group.
 
-    ``end`` is the first global id beyond this rank's shard.
+    ``shard``: this rank's first global id, and the first one beyond. It travels along, with all that the ranks have in
+    common: where they do not, or where shards overlap or leave ids out, every rank raises the same error, or all
+    outputs that depend on it are NaN where values are not looked at. (K, N) has to be the same, or the ranks wait for
+    each other; ENTROPY_KERNELS_DEBUG=1 asks first.
     """
-    process_group = process_group_of(group)
-    # A row with the shard's end travels along: where no vocab_size was given, the largest one bounds the labels.
-    packed = torch.cat([state, state.new_full((1, state.shape[1]), end)])  # (K + 1, N)
-    gathered = packed.new_empty((process_group.size(), *packed.shape))
-    all_gather(gathered.flatten(0, 1), packed, group=process_group)
-    ends = gathered[:, -1].amax(0).clamp(max=vocab_size)
+    process_group, (kinds, rows) = process_group_of(group), state.shape
+    if debugging():
+        _check_sizes(state, process_group)
+    bits = torch.int32 if state.dtype == torch.float32 else torch.int64
+    local = int64s([*shard, *in_common(softcap, ignore_index, vocab_size)], state.device)
+    tokens = target.to(bits), temperature.expand(rows).view(bits)
+    packed = torch.cat([state.view(bits).reshape(-1), *tokens, local.view(bits)])
+    gathered = packed.new_empty((process_group.size(), packed.numel()))
+    all_gather(gathered.view(-1), packed, group=process_group)
+    states, tokens, common = gathered.split([kinds * rows, 2 * rows, gathered.shape[1] - (kinds + 2) * rows], 1)
+    tokens, common = tokens.unflatten(1, (2, rows)), common.contiguous().view(torch.int64)
     ignored = target == ignore_index
-    invalid = ((target < 0) | (target >= ends)) & ~ignored
-    if target.device.type == "cpu" and invalid.any():
-        # every rank sees the same labels and ends, so every rank raises
-        raise IndexError(
-            f"target: expected ids in [0, {int(ends[0])}) or ignore_index={ignore_index}, got {int(target[invalid][0])}"
-        )
-    merged = merge(gathered[:, :-1], temperature)
+    differs = (tokens != tokens[:1]).any(0)  # (2, N): labels, temperatures
+    differs[1] &= ~ignored
+    options = (common[:, 2:] != common[:1, 2:]).any(0)
+    starts, ends = common[:, :2].clamp(max=vocab_size).sort(0).values.unbind(1)
+    apart = (starts[0] != 0) | (starts[1:] != ends[:-1]).any()  # each begins where another one ends
+    if values_are_checked(target):
+        if options.any():
+            refuse_options(common[:, 2:].tolist())
+        _check_tokens(differs, tokens)
+        overlap = bool((starts[1:] < ends[:-1]).any())
+        if not overlap:  # else it says little what the last id is
+            check_values(target, temperature, ignore_index, int(ends[-1]))
+        if overlap or apart:
+            shards = ", ".join(f"[{start}, {end})" for start, end, *_ in common.tolist())
+            raise ValueError(
+                "vocab_start: expected shards that begin at 0 and follow each other without overlap or gap, got the "
+                f"ids {shards} on the ranks of the vocab_group"
+            )
+    invalid = differs.any(0) | options.any() | apart
+    ignored = ignored & ~invalid
+    invalid = invalid | (((target < 0) | (target >= ends[-1])) & ~ignored)
+    merged = merge(states.view(state.dtype).unflatten(1, (kinds, rows)), temperature)
     logprob, entropy, collision, covariance = finalize(merged, temperature, want, ignored, invalid)
     return logprob, entropy, collision, covariance, merged
 
@@ -144,6 +171,53 @@ def _check_backward(*arguments: Any) -> None:
     logits, target, temperature, state, softcap, _, vocab_start, vocab_size = arguments[3:11]
     check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
     check_backward(arguments[:3], target, temperature, state)
+
+
+def int64s(values: list[int], device: torch.device) -> Tensor:
+    """Numbers on a device, without a copy that would wait for it."""
+    if device.type == "cpu":
+        return torch.tensor(values)
+    return torch.cat([torch.full((1,), value, device=device) for value in values])
+
+
+def _check_sizes(state: Tensor, process_group: Any) -> None:
+    local = int64s(list(state.shape), state.device)
+    sizes = local.new_empty((process_group.size(), 2))
+    all_gather(sizes.view(-1), local, group=process_group)
+    if (sizes != sizes[0]).any():
+        raise ValueError(
+            "target: expected the same number of tokens and the same function on all ranks of the vocab_group, got "
+            f"{sizes[:, 1].tolist()} tokens and states of {sizes[:, 0].tolist()} numbers"
+        )
+
+
+def in_common(softcap: float, ignore_index: int, vocab_size: int) -> list[int]:
+    """What the ranks of a group have in common, as int64."""
+    return [*struct.unpack("<q", struct.pack("<d", softcap)), ignore_index, vocab_size]
+
+
+def refuse_options(of_ranks: list[list[int]]) -> None:
+    """Raise where :func:`in_common` is not the same for all ranks."""
+    bits, ignore_index, sizes = zip(*of_ranks, strict=True)
+    given = {
+        "softcap": [struct.unpack("<d", struct.pack("<q", x))[0] or None for x in bits],
+        "ignore_index": list(ignore_index),
+        "vocab_size": [None if size == UNBOUNDED else size for size in sizes],
+    }
+    for name, values in given.items():
+        if len(set(values)) > 1:
+            raise ValueError(f"{name}: expected the same on all ranks of the vocab_group, got {values}")
+
+
+def _check_tokens(differs: Tensor, tokens: Tensor) -> None:
+    for i, name in enumerate(("target", "temperature")):
+        if differs[i].any():
+            token = int(differs[i].nonzero()[0])
+            got = tokens[:, i, token].contiguous()
+            values = got if name == "target" else got.view(torch.float32 if got.dtype == torch.int32 else torch.float64)
+            raise ValueError(
+                f"{name}: expected the same on all ranks of the vocab_group, got {values.tolist()} for token {token}"
+            )
 
 
 def _run_backward(*arguments: Any, inplace: bool) -> Tensor:
