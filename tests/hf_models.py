@@ -25,6 +25,10 @@ INKLING = {
     "rel_extent": 16, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }  # fmt: skip
+EXPERTS = {
+    "num_experts_per_tok": 1, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8,
+    "interleave_moe_layer_step": 2,
+}  # fmt: skip
 MPT = {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
@@ -49,6 +53,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nanochat": ("NanoChatConfig", "NanoChatForCausalLM", {**GROUPED, "final_logit_softcapping": 0.5}),
     "mpt, unused scale": ("MptConfig", "MptForCausalLM", {**MPT, "logit_scale": 0.25}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {**GROUPED, "logit_scale": 0.25}),
+    "llama4": ("Llama4TextConfig", "Llama4ForCausalLM", {**GROUPED, **EXPERTS}),
     "phi, with bias": ("PhiConfig", "PhiForCausalLM", SIZES),
 }
 
@@ -60,7 +65,8 @@ IMAGES = {
 SIGLIP = {"model_type": "siglip_vision_model", **IMAGES}
 CAPPED = {**GROUPED, "head_dim": 8, "final_logit_softcapping": 0.5}
 COHERE2 = {"model_type": "cohere2", **GROUPED, "logit_scale": 0.25}
-#: What differs too much from the families above for their tests: models of images, which take text as well, and xLSTM.
+#: What differs too much from the families above for their tests: models of images, which take text as well, and others
+#: with tests of their own.
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3, images": (
         "Gemma3Config", "Gemma3ForConditionalGeneration",
@@ -84,6 +90,24 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MuseGlimmerConfig", "MuseGlimmerForConditionalGeneration",
         {"text_config": {**CAPPED, "output_multiplier": 0.25},
          "vision_config": {**IMAGES, "layer_types": ["full_attention"]}},
+    ),
+    "qwen2.5, images": (
+        "Qwen2_5_VLConfig", "Qwen2_5_VLForConditionalGeneration",
+        {"text_config": {**GROUPED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                        "mrope_section": [2, 1, 1]}},
+         "vision_config": {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32,
+                           "intermediate_size": 16, "fullatt_block_indexes": [0]},
+         "image_token_id": 92, "video_token_id": 93, "vision_start_token_id": 94, "vision_end_token_id": 95},
+    ),
+    "mixtral": (
+        "MixtralConfig", "MixtralForCausalLM",
+        {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "opt": (
+        "OPTConfig", "OPTForCausalLM",
+        {"vocab_size": 97, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 64, "word_embed_proj_dim": 32, "bos_token_id": 1, "eos_token_id": 2,
+         "pad_token_id": 0},
     ),
     "xlstm": (
         "xLSTMConfig", "xLSTMForCausalLM",

@@ -14,7 +14,7 @@ from entropy_kernels.integrations import hf
 
 pytest.importorskip("transformers")
 
-from hf_models import FAMILIES, OTHERS, SIZES, make, transformers
+from hf_models import EXPERTS, FAMILIES, IMAGES, OTHERS, SIZES, make, transformers
 
 
 def ids(*shape: int) -> Tensor:
@@ -137,6 +137,18 @@ REFUSED = {
     "BertLMHeadModel": ("BertConfig", {**SIZES, "is_decoder": True}, "which has cls.predictions.transform"),
     "RobertaForCausalLM": ("RobertaConfig", {**SIZES, "is_decoder": True}, "which has lm_head.dense.weight beside"),
     "ElectraForCausalLM": ("ElectraConfig", {**SIZES, "is_decoder": True, "embedding_size": 32}, "which has generator"),
+    "ProphetNetForCausalLM": (
+        "ProphetNetConfig",
+        {"vocab_size": 97, "hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 4,
+         "decoder_ffn_dim": 48},
+        "with streams of its own that predict",
+    ),
+    "Llama4ForConditionalGeneration": (
+        "Llama4Config",
+        {"text_config": {**SIZES, **EXPERTS}, "vision_config": {**IMAGES, "vision_output_dim": 16}},
+        r"got Llama4ForConditionalGeneration; for text alone take model.language_model",
+    ),
+    "LlamaForTokenClassification": ("LlamaConfig", SIZES, "with an output head .* got LlamaForTokenClassification"),
     "BartForConditionalGeneration": (
         "BartConfig",
         {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
@@ -152,6 +164,49 @@ def test_models_that_make_their_logits_otherwise(name: str) -> None:
     model = getattr(transformers, name)(getattr(transformers, config)(**options))
     with pytest.raises(TypeError, match=f"model: .*{message}"):
         ek.hf.causal_lm_parts(model)
+
+
+class Unnamed(transformers.LlamaForCausalLM):
+    """Where the names of its class lead nowhere."""
+
+    base_model_prefix = "decoder"
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+class Plain(torch.nn.Module):
+    """Takes ids alone, and returns a tensor."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner(input_ids)[0]
+
+
+def test_parts_are_found_whatever_they_are_called() -> None:
+    model, input_ids = make("llama"), ids(2, 7)
+    want = ek.hf.causal_lm_logprob_entropy(model, input_ids)
+    model.__class__ = Unnamed
+    model.v_head = torch.nn.Linear(32, 1)
+    torch.testing.assert_close(ek.hf.causal_lm_logprob_entropy(model, input_ids), want)
+    model.model = Plain(model.model)
+    torch.testing.assert_close(ek.hf.causal_lm_logprob_entropy(model, input_ids), want)
+    with pytest.raises(ValueError, match="position_ids: expected None for Unnamed, whose backbone takes no position_"):
+        ek.hf.causal_lm_logprob_entropy(model, input_ids, position_ids=torch.arange(7)[None])
+
+
+def test_a_loss_of_experts_is_not_dropped_without_a_word() -> None:
+    model, input_ids = make("mixtral"), ids(1, 7)
+    want = ek.hf.causal_lm_logprob_entropy(model, input_ids, output_router_logits=False)
+    with pytest.raises(TypeError, match=r"output_router_logits: expected none .* from model\(\.\.\.\)"):
+        ek.hf.causal_lm_logprob_entropy(model, input_ids, output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.warns(UserWarning, match="balancing loss of its experts is not computed here") as caught:
+        torch.testing.assert_close(ek.hf.causal_lm_logprob_entropy(model, input_ids), want)
+    assert caught[0].filename == __file__
 
 
 def test_attributes_that_change_logits_otherwise() -> None:
@@ -225,6 +280,42 @@ def test_packed_sequences_are_as_if_alone(given: str) -> None:
     assert got.logprob[0, [4, 5, 14]].abs().sum() == 0
 
 
+@pytest.mark.parametrize("given", ["cu_seqlens", "(1, L)", "(4, 1, L)", "cu_seqlens beside (3, 1, L)"])
+def test_packed_sequences_with_positions_in_three_axes(given: str) -> None:
+    """Only positions of the text keep sequences apart there."""
+    model = make("qwen2.5, images")
+    sequences = [ids(1, length).clamp(max=90) for length in (5, 1, 9)]
+    place = torch.cat([torch.arange(s.shape[1]) for s in sequences])[None]
+    cu_seqlens = torch.tensor([0, 5, 6, 15])
+    options = {
+        "cu_seqlens": {"cu_seqlens": cu_seqlens},
+        "(1, L)": {"position_ids": place},
+        "(4, 1, L)": {"position_ids": place.expand(4, 1, -1)},
+        "cu_seqlens beside (3, 1, L)": {"cu_seqlens": cu_seqlens, "position_ids": place.expand(3, 1, -1)},
+    }[given]
+    got = ek.hf.causal_lm_logprob_entropy(model, torch.cat(sequences, 1), **options)
+    alone = [ek.hf.causal_lm_logprob_entropy(model, sequence) for sequence in sequences]
+    for i in range(2):
+        torch.testing.assert_close(got[i], torch.cat([outputs[i] for outputs in alone], 1), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_in_three_axes_as_the_model_takes_them() -> None:
+    model, input_ids = make("qwen2.5, images"), ids(2, 9).clamp(max=90)
+    image = torch.tensor([[0, 1, 2, 2, 2, 2, 4, 5, 6], [0, 1, 2, 2, 3, 3, 4, 5, 6], [0, 1, 2, 3, 2, 3, 4, 5, 6]])
+    positions = torch.stack([image, torch.arange(9).expand(3, 9)], 1)  # (3, 2, 9)
+    got = ek.hf.causal_lm_logprob_entropy(model, input_ids, position_ids=positions)
+    want = expected(model, input_ids, ek.hf.next_tokens(input_ids), position_ids=positions)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mpt, unused scale", "falcon-h1", "recurrent-gemma", "opt"])
+def test_models_that_would_let_packed_sequences_see_each_other(family: str) -> None:
+    model, packed = make(family), ids(1, 9)
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected None for \w+, whose .* rows of their own"):
+        ek.hf.causal_lm_logprob_entropy(model, packed, cu_seqlens=torch.tensor([0, 4, 9]))
+
+
 class TestNextTokens:
     def test_one_row(self) -> None:
         assert ek.hf.next_tokens(torch.tensor([5, 6, 7])).tolist() == [6, 7, -100]
@@ -247,6 +338,21 @@ class TestNextTokens:
         target = ek.hf.next_tokens(torch.arange(6)[None], position_ids=torch.tensor([[0, 1, 2, 0, 0, 1]]))
         assert target.tolist() == [[1, 2, -100, -100, 5, -100]]
 
+    def test_positions_of_all_rows(self) -> None:
+        target = ek.hf.next_tokens(torch.arange(8).view(2, 4), position_ids=torch.tensor([[0, 1, 0, 1]]))
+        assert target.tolist() == [[1, -100, 3, -100], [5, -100, 7, -100]]
+
+    def test_positions_in_three_axes(self) -> None:
+        """Text, an image of 2 × 2, text; a sequence of one token; one that begins with two frames of 1 × 2."""
+        time = [0, 1, 2, 2, 2, 2, 4, 0, 0, 0, 1, 1, 2]
+        height = [0, 1, 2, 2, 3, 3, 4, 0, 0, 0, 0, 0, 2]
+        width = [0, 1, 2, 3, 2, 3, 4, 0, 0, 1, 0, 1, 2]
+        axes, packed = torch.tensor([time, height, width])[:, None], torch.arange(13)[None]
+        want = [[1, 2, 3, 4, 5, 6, -100, -100, 9, 10, 11, 12, -100]]
+        assert ek.hf.next_tokens(packed, position_ids=axes).tolist() == want
+        text = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3, 4]])
+        assert ek.hf.next_tokens(packed, position_ids=torch.cat([text[None], axes])).tolist() == want
+
     def test_nothing(self) -> None:
         assert ek.hf.next_tokens(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0)
 
@@ -259,6 +365,9 @@ class TestNextTokens:
             ek.hf.next_tokens(torch.arange(3), attention_mask=torch.tensor([1, 1, 2]))  # numbers of packed sequences
         with pytest.raises(ValueError, match="cu_seqlens: expected"):
             ek.hf.next_tokens(torch.ones(2, 3, dtype=torch.int64), cu_seqlens=torch.tensor([0, 3]))
+        for shape in ((4,), (2, 3), (5, 3)):
+            with pytest.raises(ValueError, match=r"position_ids: expected input_ids's shape \(3,\), or 3 or 4 times"):
+                ek.hf.next_tokens(torch.arange(3), position_ids=torch.zeros(shape, dtype=torch.int64))
         for wrong in (torch.empty(0, dtype=torch.int64), torch.tensor([False, True])):
             with pytest.raises(ValueError, match=r"cu_seqlens: expected \(S \+ 1,\) int"):
                 ek.hf.next_tokens(torch.arange(3), cu_seqlens=wrong)

@@ -26,7 +26,9 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "weight a list": ({"weight": [[1.0]]}, TypeError, "weight", "list"),
     "weight 1-d": ({"weight": torch.randn(H)}, ValueError, "weight", r"\(6,\)"),
     "weight transposed": ({"weight": torch.randn(H, V)}, ValueError, "weight", r"\(6, 11\)"),
-    "weight of another dtype": ({"weight": torch.randn(V, H).bfloat16()}, TypeError, "weight", "bfloat16"),
+    "weight of another dtype": (
+        {"weight": torch.randn(V, H).bfloat16()}, TypeError, "weight", "bfloat16; cast .* torch.autocast",
+    ),
     "weight on meta": ({"weight": torch.randn(V, H, device="meta")}, ValueError, "weight", "meta"),
     "bias a number": ({"bias": 1.0}, TypeError, "bias", "float"),
     "bias too long": ({"bias": torch.randn(V + 1)}, ValueError, "bias", r"\(12,\)"),

@@ -180,6 +180,16 @@ def test_autocast_holds_in_the_backward_pass() -> None:
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
 
 
+class CountsCalls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        self.calls += 1
+        return logits / self.calls
+
+
 def test_errors() -> None:
     lora, hidden, target = Lora(), torch.randn(5, 12, requires_grad=True), torch.arange(5)
     hidden_function = lambda h, start, stop: lora(h)[:, start:stop]  # noqa: E731
@@ -200,6 +210,13 @@ def test_errors() -> None:
         call(nn.Identity(), vocab_size=803)
     with pytest.raises(ValueError, match="memory_budget: expected at least 9636"):
         call(lora, memory_budget=9635)
+    message = r"weight: expected a head that takes hidden's dtype, torch.bfloat16, got .* torch.float32, .*autocast"
+    with pytest.raises(TypeError, match=message):
+        call(lora.base, hidden=hidden.bfloat16())
+    with pytest.raises(
+        ValueError, match="weight: expected a head whose call writes neither to its argument nor to its"
+    ):
+        call(nn.Sequential(lora.base, CountsCalls()), vocab_size=803)
     with pytest.raises(IndexError, match="target"):
         ek.linear_logprob_entropy(hidden, lora, target + 800)
     with pytest.raises(RuntimeError, match="double backward"):

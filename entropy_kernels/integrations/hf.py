@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,44 +14,13 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import boolean, check_tensor, keywords, recorded, refuse_mapped, values_are_checked
-from entropy_kernels.integrations import _modules
+from entropy_kernels.integrations import _models, _modules
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
 
-# How transformers' models make their logits, by attribute of the text configuration. A factor is the value to a power.
-_FACTORS = {
-    "logit_scale": 1,  # Cohere
-    "lm_head_multiplier": 1,  # Falcon-H1
-    "output_multiplier": 1,  # Muse
-    "logits_scaling": -1,  # Granite
-    "logits_mup_width_multiplier": -1,  # Inkling
-}
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
-# Exceptions, by `model_type`
-_MULTIPLIES = {"hyperclovax"}  # where others divide
-_BEFORE_THE_HEAD = {"minicpm3", "inkling_text"}  # the factor is that of the hidden states: a bias does not have it
-_UNUSED = {  # the configuration has a factor or a softcap, of its own or of its text model, that the logits do not
-    "aya_vision", "cohere2_vision", "gemma3", "granite_speech", "granite_speech_plus", "mpt",
-}  # fmt: skip
-# Known to change logits, in models whose code is not in transformers. Neutral values change none.
-_OTHERS = (
-    "mup_output_alpha", "mup_width_scale", "output_logits_scale", "width_scale",  # Jais
-    "mup_width_multiplier",  # Phi-3-small
-    "output_multiplier_scale",  # Grok-1
-    "scale_logits",  # OLMo's first code
-)  # fmt: skip
-_NEUTRAL = (None, 0, 1)
-_OTHERWISE = {"chameleon": "image tokens, which are ruled out", "prophetnet": "streams of its own that predict"}
-# As transformers 5.23 has them, these let packed sequences see each other
-_MASKS_WITHOUT_POSITIONS = {
-    "afmoe", "bert-generation", "biogpt", "cosmos3_edge", "evolla", "falcon", "gpt_oss", "inkling2", "inkling2_text",
-    "lfm3", "lfm3_vl", "minimax", "openai-gpt", "opt", "xglm", "xlm",
-}  # fmt: skip
 _NOT_OF_THE_BACKBONE = (
     "labels", "logits_to_keep", "num_logits_to_keep", "use_cache", "softcap", "entropy_coef", "method", "vocab_size",
 )  # fmt: skip
-# Names of layers that people put beside the head, for other purposes; any others are taken to be before it
-_BESIDE = ("value", "v_head", "score", "critic", "reward")
 
 
 class CausalLMParts(NamedTuple):
@@ -189,7 +158,7 @@ def causal_lm_logprob_entropy(
     inner, backbone, head = _modules_of(model)
     if position_ids is not None:
         _check_positions(inner, backbone, cu_seqlens)
-        position_ids = _with_text_positions(position_ids, input_ids, cu_seqlens, _text_config(inner))
+        position_ids = _with_text_positions(position_ids, input_ids, cu_seqlens, _models.text_config(inner))
     options = _options(backbone, model_options)
     input_ids, attention_mask, position_ids = recorded(input_ids, attention_mask, position_ids)
 
@@ -229,7 +198,9 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
 
         parts = ek.hf.causal_lm_parts(model)
         hidden = parts.backbone(input_ids, attention_mask=mask, use_cache=False)[0][:, -n - 1 : -1] * parts.scale
-        stats = ek.linear_token_stats(hidden, parts.weight, input_ids[:, -n:], parts.bias, softcap=parts.softcap)
+        stats = ek.linear_token_stats(
+            hidden, parts.weight, input_ids[:, -n:], parts.bias, vocab_size=parts.vocab_size, softcap=parts.softcap
+        )
 
     Args:
         model: as there. Code of a model's own that makes logits in a way which no attribute tells is not noticed:
@@ -243,10 +214,10 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
     for module in _wrapped(model):
         _check_call(module)
     given, (model, backbone, head) = model, _modules_of(model)
-    config = _text_config(model)
-    _check_logits(model, backbone, head, config)
+    config = _models.text_config(model)
+    _models.check_logits(model, backbone, head, config)
     _say_what_is_dropped(config)
-    before, after, softcap = _hidden_scale_logit_scale_softcap(model.config, config)
+    before, after, softcap = _models.hidden_scale_logit_scale_softcap(model.config, config)
     vocab_size = None if getattr(head, "out_features", None) is not None else config.vocab_size
     if fsdp.is_managed(backbone):
         backbone = fsdp.Forward(backbone, fsdp.around(given, backbone))
@@ -260,38 +231,7 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
 def _modules_of(model: Any) -> tuple[Any, Any, Any]:
     """The model without what is around it, its backbone, its head."""
     model = _wrapped(model)[-1]
-    return model, *_backbone_and_head(model, _text_config(model))
-
-
-def _backbone_and_head(model: Any, config: Any) -> tuple[Any, Any]:
-    """By the names that its class gives them or, where these name nothing, the only two parts of the model."""
-    parts = dict(model.named_children()) if isinstance(model, torch.nn.Module) else {}
-    parts = {n: part for n, part in parts.items() if not _is_beside(n) and next(part.parameters(), None) is not None}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        rows = getattr(config, "vocab_size", -1)
-        head = _only(part for part in parts.values() if getattr(part, "out_features", None) == rows)
-    backbone = getattr(model, "base_model", None)
-    if backbone is None or backbone is model:
-        backbone = _only(part for part in parts.values() if part is not head)
-    if None not in (head, backbone, config) and all(part is not head for part in backbone.modules()):
-        return backbone, head
-    around = [n for n, part in parts.items() if part is not head and any(inner is head for inner in part.modules())]
-    way_out = f"; for text alone take model.{around[0]}" if around else ""
-    raise TypeError(
-        "model: expected a transformers causal language model with an output head after its backbone, "
-        f"got {type(model).__name__}{way_out}"
-    )
-
-
-def _text_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _only(parts: Iterable[Any]) -> Any:
-    found = list(parts)
-    return found[0] if len(found) == 1 else None
+    return model, *_models.backbone_and_head(model, _models.text_config(model))
 
 
 def _check_call(model: Any) -> None:
@@ -337,31 +277,28 @@ def _options(backbone: Any, options: dict[str, Any]) -> dict[str, Any]:
                 f"{name}: expected none of the outputs that are not returned here, got {value!r}; take them, and a "
                 "balancing loss of experts, from model(...)"
             )
-    swallows = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    return {"use_cache": False, **options} if swallows or "use_cache" in known else options
+    return {"use_cache": False, **options} if _takes_any(known) or "use_cache" in known else options
 
 
 def _check_positions(model: Any, backbone: Any, cu_seqlens: Tensor | None) -> None:
     """Models that do not look at positions, or not only, let packed sequences see each other."""
-    known = {**_parameters(backbone), **_parameters(model.get_decoder() if hasattr(model, "get_decoder") else backbone)}
+    known = _parameters(backbone)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if _takes_any(known) and decoder is not model:  # models of images hand on what they do not name
+        known = {**known, **_parameters(decoder)}
     name = "position_ids" if cu_seqlens is None else "cu_seqlens"
     why = ""
     if "input_ids" in known and "position_ids" not in known:
         why = "whose backbone takes no position_ids"
     elif cu_seqlens is not None and getattr(model, "_is_stateful", False):
         why = "whose layers have a state that goes on from one packed sequence to the next"
-    elif cu_seqlens is not None and _masks_without_positions(model):
+    elif cu_seqlens is not None and _models.masks_without_positions(model):
         why = "whose attention masks do not follow positions (flash attention's do)"
     if why:
         raise ValueError(
             f"{name}: expected None for {type(model).__name__}, {why}, got a tensor; pad sequences to rows of their "
             "own, with an attention_mask"
         )
-
-
-def _masks_without_positions(model: Any) -> bool:
-    attention = str(getattr(_text_config(model), "_attn_implementation", None))
-    return model.config.model_type in _MASKS_WITHOUT_POSITIONS and "flash" not in attention
 
 
 def _with_text_positions(position_ids: Tensor, input_ids: Tensor, cu_seqlens: Tensor | None, config: Any) -> Tensor:
@@ -377,6 +314,10 @@ def _with_text_positions(position_ids: Tensor, input_ids: Tensor, cu_seqlens: Te
 
 def _parameters(backbone: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(backbone, "_orig_mod", backbone).forward).parameters
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def _wrapped(model: Any) -> list[Any]:
@@ -412,52 +353,6 @@ class _Called(torch.nn.Module):
     def __call__(self, hidden: Tensor) -> Tensor:  # no module of the user's: global hooks are not to meet it
         logits: Tensor = self._head(hidden) if hidden.dim() > 2 else self._head(hidden[None])[0]
         return logits if self._scale == 1 else logits * self._scale
-
-
-def _hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, float, float | None]:
-    """Factor of the hidden states, factor of the logits, softcap; of the model's configuration and its text model's."""
-    if config.model_type in _UNUSED:
-        return 1.0, 1.0, None
-    scale = 1.0
-    for name, power in _FACTORS.items():
-        value = getattr(text, name, None)
-        scale *= 1.0 if value is None else float(value) ** (abs(power) if text.model_type in _MULTIPLIES else power)
-    softcaps = [value for name in _SOFTCAPS if (value := getattr(text, name, None)) is not None]
-    before, after = (scale, 1.0) if text.model_type in _BEFORE_THE_HEAD else (1.0, scale)
-    return before, after, float(softcaps[0]) if softcaps else None
-
-
-def _is_beside(name: str) -> bool:
-    return any(word in name.lower() for word in _BESIDE)
-
-
-def _check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, config: Any) -> None:
-    """Refuse what would give other logits than the model's without a word."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise TypeError(f"model: expected a causal language model without an encoder, got {type(model).__name__}")
-    known = {id(p) for part in (backbone, head) for p in part.parameters()}
-    others = [name for name, p in model.named_parameters() if id(p) not in known]
-    between = [name for name in others if not _is_beside(name)]
-    if between:
-        raise TypeError(
-            "model: expected one whose linear head comes right after its backbone, "
-            f"got {type(model).__name__}, which has {between[0]} beside them"
-        )
-    values = {name: getattr(config, name, None) for name in _OTHERS}
-    changing = [f"{name}={value!r}" for name, value in values.items() if value is True or value not in _NEUTRAL]
-    width = getattr(config, "hidden_size", None)
-    if getattr(config, "dim_model_base", width) != width and not hasattr(config, "logits_scaling"):  # MiniCPM 1 and 2
-        changing.append(f"dim_model_base={config.dim_model_base!r}")
-    rows, padded = getattr(config, "unpadded_vocab_size", None), getattr(config, "vocab_size", 0)
-    if rows is not None and rows < padded:  # Inkling: logits behind it are cut off
-        changing.append(f"unpadded_vocab_size={rows}")
-    if config.model_type in _OTHERWISE:
-        changing.append(_OTHERWISE[config.model_type])
-    if changing:
-        raise TypeError(
-            "model: expected one whose logits are those of a linear head, with a factor and a softcap that are known "
-            f"here, got {type(model).__name__} with {', '.join(changing)}"
-        )
 
 
 def _sequence_ends(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+"""What transformers' models are made of, asked of the model itself: backbone, head, and how logits follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+# How transformers' models make their logits, by attribute of the text configuration. A factor is the value to a power.
+_FACTORS = {
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "output_multiplier": 1,  # Muse
+    "logits_scaling": -1,  # Granite
+    "logits_mup_width_multiplier": -1,  # Inkling
+}
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
+# Exceptions, by `model_type`
+_MULTIPLIES = {"hyperclovax"}  # where others divide
+_BEFORE_THE_HEAD = {"minicpm3", "inkling_text"}  # the factor is that of the hidden states: a bias does not have it
+_UNUSED = {  # the configuration has a factor or a softcap, of its own or of its text model, that the logits do not
+    "aya_vision", "cohere2_vision", "gemma3", "granite_speech", "granite_speech_plus", "mpt",
+}  # fmt: skip
+# Known to change logits, in models whose code is not in transformers. Neutral values change none.
+_OTHERS = (
+    "mup_output_alpha", "mup_width_scale", "output_logits_scale", "width_scale",  # Jais
+    "mup_width_multiplier",  # Phi-3-small
+    "output_multiplier_scale",  # Grok-1
+    "scale_logits",  # OLMo's first code
+)  # fmt: skip
+_NEUTRAL = (None, 0, 1)
+_OTHERWISE = {"chameleon": "image tokens, which are ruled out", "prophetnet": "streams of its own that predict"}
+# As transformers 5.23 has them, these let packed sequences see each other
+_MASKS_WITHOUT_POSITIONS = {
+    "afmoe", "bert-generation", "biogpt", "cosmos3_edge", "evolla", "falcon", "gpt_oss", "inkling2", "inkling2_text",
+    "lfm3", "lfm3_vl", "minimax", "openai-gpt", "opt", "xglm", "xlm",
+}  # fmt: skip
+# Names of layers that people put beside the head, for other purposes; any others are taken to be before it
+_BESIDE = ("value", "v_head", "score", "critic", "reward")
+
+
+def backbone_and_head(model: Any, config: Any) -> tuple[Any, Any]:
+    """By the names that its class gives them or, where these name nothing, the only two parts of the model."""
+    parts = dict(model.named_children()) if isinstance(model, torch.nn.Module) else {}
+    parts = {n: part for n, part in parts.items() if not _is_beside(n) and next(part.parameters(), None) is not None}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        rows = getattr(config, "vocab_size", -1)
+        head = _only(part for part in parts.values() if getattr(part, "out_features", None) == rows)
+    backbone = getattr(model, "base_model", None)
+    if backbone is None or backbone is model:
+        backbone = _only(part for part in parts.values() if part is not head)
+    if None not in (head, backbone, config) and all(part is not head for part in backbone.modules()):
+        return backbone, head
+    around = [n for n, part in parts.items() if part is not head and any(inner is head for inner in part.modules())]
+    way_out = f"; for text alone take model.{around[0]}" if around else ""
+    raise TypeError(
+        "model: expected a transformers causal language model with an output head after its backbone, "
+        f"got {type(model).__name__}{way_out}"
+    )
+
+
+def text_config(model: Any) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _only(parts: Iterable[Any]) -> Any:
+    found = list(parts)
+    return found[0] if len(found) == 1 else None
+
+
+def hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, float, float | None]:
+    """Factor of the hidden states, factor of the logits, softcap; of the model's configuration and its text model's."""
+    if config.model_type in _UNUSED:
+        return 1.0, 1.0, None
+    scale = 1.0
+    for name, power in _FACTORS.items():
+        value = getattr(text, name, None)
+        scale *= 1.0 if value is None else float(value) ** (abs(power) if text.model_type in _MULTIPLIES else power)
+    softcaps = [value for name in _SOFTCAPS if (value := getattr(text, name, None)) is not None]
+    before, after = (scale, 1.0) if text.model_type in _BEFORE_THE_HEAD else (1.0, scale)
+    return before, after, float(softcaps[0]) if softcaps else None
+
+
+def _is_beside(name: str) -> bool:
+    return any(word in name.lower() for word in _BESIDE)
+
+
+def check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, config: Any) -> None:
+    """Refuse what would give other logits than the model's without a word."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"model: expected a causal language model without an encoder, got {type(model).__name__}")
+    known = {id(p) for part in (backbone, head) for p in part.parameters()}
+    others = [name for name, p in model.named_parameters() if id(p) not in known]
+    between = [name for name in others if not _is_beside(name)]
+    if between:
+        raise TypeError(
+            "model: expected one whose linear head comes right after its backbone, "
+            f"got {type(model).__name__}, which has {between[0]} beside them"
+        )
+    values = {name: getattr(config, name, None) for name in _OTHERS}
+    changing = [f"{name}={value!r}" for name, value in values.items() if value is True or value not in _NEUTRAL]
+    width = getattr(config, "hidden_size", None)
+    if getattr(config, "dim_model_base", width) != width and not hasattr(config, "logits_scaling"):  # MiniCPM 1 and 2
+        changing.append(f"dim_model_base={config.dim_model_base!r}")
+    rows, padded = getattr(config, "unpadded_vocab_size", None), getattr(config, "vocab_size", 0)
+    if rows is not None and rows < padded:  # Inkling: logits behind it are cut off
+        changing.append(f"unpadded_vocab_size={rows}")
+    if config.model_type in _OTHERWISE:
+        changing.append(_OTHERWISE[config.model_type])
+    if changing:
+        raise TypeError(
+            "model: expected one whose logits are those of a linear head, with a factor and a softcap that are known "
+            f"here, got {type(model).__name__} with {', '.join(changing)}"
+        )
+
+
+def masks_without_positions(model: Any) -> bool:
+    attention = str(getattr(text_config(model), "_attn_implementation", None))
+    return model.config.model_type in _MASKS_WITHOUT_POSITIONS and "flash" not in attention
