@@ -130,10 +130,12 @@ def _unusual(value: torch.Tensor) -> str | None:
         return f"a tensor of layout {value.layout}; .to_dense() is a plain one"
     if value.is_quantized:
         return f"a quantised tensor ({value.dtype}); .dequantize() is a plain one"
+    if torch.compiler.is_compiling():  # which traces with tensors of its own, and knows those of others
+        return None
     if torch.nn.parameter.is_lazy(value):
         return f"an {kind.__name__}, which has no values before its module is called for the first time"
     own = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    if not own or torch.compiler.is_compiling() or kind.__name__ in ("AsyncCollectiveTensor", "FunctionalTensor"):
+    if not own or kind.__name__ in ("AsyncCollectiveTensor", "FunctionalTensor"):
         return None
     if kind.__name__ == "FakeTensor":
         return None if traced() else "a FakeTensor outside of its FakeTensorMode, which has no values"
@@ -144,8 +146,8 @@ def _unusual(value: torch.Tensor) -> str | None:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Without importing torch.distributed.tensor, which takes a second."""
-    return hasattr(value, "full_tensor") and hasattr(value, "placements")
+    """Without importing torch.distributed.tensor, which takes a second; by what a compiler sees of one, too."""
+    return hasattr(value, "placements") and hasattr(value, "device_mesh")
 
 
 def refuse_mapped(arguments: dict[str, Any]) -> None:

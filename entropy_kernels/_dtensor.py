@@ -61,6 +61,13 @@ class _Mean(torch.autograd.Function):
         return grad / ctx.ranks, None
 
 
+def as_whole(value: Any) -> Any:
+    """What :func:`whole` would give, for those who ask for its shape and the like: nothing is gathered."""
+    if not is_dtensor(value):
+        return value
+    return value.to_local().detach().new_empty(()).expand(value.shape).requires_grad_(value.requires_grad)
+
+
 def local_logits(
     logits: Any, target: Any, temperature: Any, vocab_group: Any, vocab_start: int | None, vocab_size: int | None
 ) -> tuple[Tensor, Any, Any, Any, int | None, int | None]:

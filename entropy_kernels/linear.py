@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import check_own_memory, check_tensor, integer, refuse_forward_mode, share_memory
-from entropy_kernels._dtensor import local_head
+from entropy_kernels._dtensor import as_whole, local_head
 from entropy_kernels.functional import (
     LogprobEntropy,
     TokenStats,
@@ -153,6 +153,8 @@ def linear_plan(
     target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
     validate_rows("hidden", hidden, target)
     validate_options(False, vocab_group, "auto")
+    if vocab_group is None:
+        weight, bias = as_whole(weight), as_whole(bias)
     product = _validate_head(hidden, weight, bias)
     shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
     problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)

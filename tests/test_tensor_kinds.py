@@ -199,6 +199,7 @@ def _differentiated(logits: Tensor, target: Any, **options: Any) -> tuple[list[T
 
 
 def sharded_logits(rank: int, world: int) -> dict[str, Any]:
+    from torch.distributed import _functional_collectives as functional_collectives
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -222,6 +223,12 @@ def sharded_logits(rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (world,))
     logits, target, _ = _sample(8)
     whole, shards = distribute_tensor(logits, mesh, [Replicate()]), distribute_tensor(logits, mesh, [Shard(2)])
+    compiled = torch.compile(lambda x, y: ek.token_stats(x, y), backend="aot_eager", fullgraph=True)
+    results["compiled"] = [x.detach() for x in compiled(shards.detach().requires_grad_(), target)]
+    # what a collective returns is waited for, like everywhere
+    results["under way"] = [*ek.token_stats(*(functional_collectives.broadcast(x, 0, mesh) for x in (logits, target)))]
+    weight = distribute_tensor(torch.ones(7, 4), mesh, [Shard(0)]).requires_grad_()
+    results["plan"] = ek.linear_plan(torch.ones(3, 4), weight)
     partial = DTensor.from_local(logits, mesh, [Partial()])
     uneven = DTensor.from_local(logits[..., : 4 + rank], mesh, [Shard(2)], shape=(2, 3, 8), stride=(24, 8, 1))
     wrong = {
@@ -253,6 +260,11 @@ def test_dtensors_sharded_over_the_vocabulary_are_served_and_others_named() -> N
         for rank in ranks:
             torch.testing.assert_close(rank[name][0], expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(rank[name][1], gradient, rtol=1e-5, atol=1e-6)
+    logits, target, _ = _sample(8)
+    for rank in ranks:
+        for name in ("compiled", "under way"):
+            torch.testing.assert_close(rank[name], [*ek.token_stats(logits, target)], rtol=1e-5, atol=1e-6)
+        assert rank["plan"] == ek.linear_plan(torch.ones(3, 4), torch.ones(7, 4, requires_grad=True))
     says = {
         "batch": r"logits: expected a DTensor sharded over the vocabulary, Shard\(2\).*got \(Shard\(dim=0\),\); \.re",
         "partial": r"logits: expected a DTensor sharded over the vocabulary.* got \(Partial",

@@ -91,7 +91,7 @@ def predicted_entropy_change(
     if not isinstance(temperature, (int, float, torch.SymInt, torch.SymFloat)):
         values = torch.as_tensor(temperature)
         readable = values.device.type == "cpu" and values.numel() > 0 and not traced()
-        lowest = values.amin().item() if readable else 1.0
+        lowest = values.double().amin().item() if readable else 1.0
     if not lowest > 0:
         raise ValueError(f"temperature: expected > 0, got {lowest:g}")
     least, most = divisor_range(dtype)

@@ -140,6 +140,8 @@ def causal_lm_logprob_entropy(
     """
     parts = causal_lm_parts(model)
     _check_kinds(input_ids, target=target, attention_mask=attention_mask, position_ids=position_ids)
+    if input_ids.dtype not in (torch.int32, torch.int64):  # what an embedding takes
+        raise TypeError(f"input_ids: expected dtype torch.int32 or torch.int64, got {input_ids.dtype}")
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected (B, L), got shape {tuple(input_ids.shape)}")
     if cu_seqlens is not None and position_ids is None:
@@ -395,8 +397,9 @@ def _check_kinds(input_ids: Any, **others: Any) -> None:
     for name, value in others.items():
         if isinstance(value, (Tensor, list, tuple)) or hasattr(value, "__array__"):
             check_tensor(name, value)
-            if value.is_complex():
-                raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}")
+            unusual = value.dtype in (torch.uint16, torch.uint32, torch.uint64) or value.dtype.itemsize < 2
+            if value.is_complex() or (unusual and value.dtype not in (torch.bool, torch.uint8, torch.int8)):
+                raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}; .long() is one")
             if value.device != input_ids.device:
                 raise ValueError(f"{name}: expected on the device of input_ids, {input_ids.device}, got {value.device}")
 

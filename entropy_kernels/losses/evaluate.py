@@ -84,7 +84,7 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
     if options.drop_nonfinite:
         finite = torch.isfinite(log_ratio) & torch.isfinite(advantages)
         if tokens.covariance_advantages is not None:
-            finite = finite & torch.isfinite(tokens.covariance_advantages)
+            finite = finite & torch.isfinite(tokens.covariance_advantages.to(dtype))
         valid = finite if valid is None else valid & finite
     mask = None if valid is None else bits(valid, dtype)
     log_ratio, advantages, logprob = keep(mask, log_ratio, advantages, logprob)

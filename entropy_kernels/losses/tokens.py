@@ -182,6 +182,8 @@ def _per_token(name: str, value: Tensor, logprob: Tensor, sequences: Sequences |
     """As :func:`per_token`; one per sequence where they are packed, and a weight may be a mask."""
     if name == "token_weight" and value.dtype == torch.bool:
         value = value.to(torch.float32)
+    if not value.is_floating_point() and value.dtype != torch.bool:
+        value = value.double()  # few operators know all kinds of integers
     if sequences is not None and sequences.lengths is not None and value.dim() > 0 and value.shape != logprob.shape:
         count = sequences.lengths.numel()
         if value.shape not in ((count,), (count, 1)):
