@@ -57,7 +57,8 @@ def linear_logprob_entropy(
 
     Differentiable with respect to ``hidden``, ``weight`` and ``bias``; each gradient is computed only where it is
     needed, accumulates in fp32 and is rounded once. How it is computed, and in how much memory, says
-    :func:`linear_plan`. Under torch.autocast the products are made in its dtype.
+    :func:`linear_plan`. Under torch.autocast the products are made in its dtype. A row's last bits depend on the number
+    of rows, by which products and tiles are chosen; those of :func:`entropy_kernels.logprob_entropy` do not.
 
     Args:
         hidden: (..., H) bf16, fp16, fp32 or, on the CPU, fp64, with any strides.

@@ -24,10 +24,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// With fewer rows than this, rows are split into parts of so many columns and their states merged. Neither number
-// depends on how many threads there are, so results do not either.
-constexpr std::int64_t kFewRows = 256;
+// A row's state is that of its parts of so many columns, merged in their order, whoever reads which: so a row gives the
+// same bits for any number of rows and of threads. With fewer rows than kFewRows threads share the parts of a row, else
+// one has them all.
 constexpr std::int64_t kPartColumns = 8192;
+constexpr std::int64_t kFewRows = 256;
 // A gradient of this size or more that goes into memory of its own is written past the caches.
 constexpr std::int64_t kLargeBytes = std::int64_t(16) << 20;
 
@@ -101,6 +102,7 @@ struct Problem {
   std::int64_t rows, vocab;
   std::int64_t columns;  // those with a global id below vocab_size; the rest count as -inf and are not read
   std::int64_t parts;    // column parts per row
+  bool split;            // whether threads share the parts of a row
   const void* target;
   bool wide_target;
   Vector temperature;
@@ -123,7 +125,8 @@ struct Problem {
         rows(logits_.size(0) * logits_.size(1)),
         vocab(logits_.size(2)),
         columns(std::clamp<std::int64_t>(vocab_size_ - vocab_start_, 0, vocab)),
-        parts(rows < kFewRows ? std::max<std::int64_t>(1, (columns + kPartColumns - 1) / kPartColumns) : 1),
+        parts(std::max<std::int64_t>(1, (columns + kPartColumns - 1) / kPartColumns)),
+        split(rows < kFewRows && parts > 1),
         target(target_.const_data_ptr()),
         wide_target(target_.scalar_type() == ScalarType::Long),
         softcap(softcap_),
@@ -142,24 +145,30 @@ struct Problem {
     // compared first: far labels must not overflow the difference
     return label != ignore_index && label >= vocab_start && label - vocab_start < columns ? label - vocab_start : -1;
   }
-  std::int64_t part_begin(std::int64_t part) const { return part * kPartColumns; }
-  std::int64_t part_end(std::int64_t part) const { return part + 1 == parts ? columns : (part + 1) * kPartColumns; }
-  Row part_of_row(std::int64_t row, std::int64_t part) const {
-    return {logits.at(row, part_begin(part)), part_end(part) - part_begin(part), logits.column_stride};
+  // Columns before part `part`, which may be the one behind the last.
+  std::int64_t edge(std::int64_t part) const { return std::min(part * kPartColumns, columns); }
+  Row part_of_row(std::int64_t row, std::int64_t begin, std::int64_t end) const {
+    return {logits.at(row, begin), end - begin, logits.column_stride};
   }
   double capped(double logit) const { return softcap > 0 ? kernels.capped(logit, softcap) : logit; }
 
-  // Calls run(row, part) for all of them on torch's threads.
+  // Calls run with the arithmetic that every row has.
+  template <class Run>
+  void with_flush(const Run& run) const {
+    if (element == Element::kFloat64) {
+      run();
+    } else {
+      const FlushSubnormals flush;
+      run();
+    }
+  }
+  // Calls run(row, first, last), the parts from `first` to before `last`, for all of them on torch's threads.
   template <class Run>
   void for_each_part(const Run& run) const {
-    parallel_tasks(rows * parts, columns / parts, [&](std::int64_t task) {
-      const std::int64_t row = task / parts, part = task % parts;
-      if (element == Element::kFloat64) {
-        run(row, part);
-      } else {
-        const FlushSubnormals flush;
-        run(row, part);
-      }
+    const std::int64_t shares = split ? parts : 1, each = parts / shares;
+    parallel_tasks(rows * shares, columns / shares, [&](std::int64_t task) {
+      const std::int64_t row = task / shares, first = task % shares * each;
+      with_flush([&] { run(row, first, first + each); });
     });
   }
 };
@@ -198,28 +207,33 @@ struct ForwardOutputs {
 template <typename T>
 void forward(const Problem& problem, const ForwardOutputs<T>& outputs) {
   const auto accumulate = [&](std::int64_t row, std::int64_t part) {
-    return problem.kernels.accumulate(problem.part_of_row(row, part), problem.temperature[row], problem.softcap,
-                                      outputs.second_moments);
+    return problem.kernels.accumulate(problem.part_of_row(row, problem.edge(part), problem.edge(part + 1)),
+                                      problem.temperature[row], problem.softcap, outputs.second_moments);
   };
-  std::vector<SoftmaxState<double>> states(problem.parts == 1 ? 0 : problem.rows * problem.parts);
-  problem.for_each_part([&](std::int64_t row, std::int64_t part) {
-    if (problem.label(row) == problem.ignore_index) {
-      if (part == 0) outputs.write(row, {0, 1, 0, 0, 1, 0}, {0, 0, 0, 0});
-    } else if (problem.parts == 1) {
-      outputs.finish(problem, row, accumulate(row, 0));
-    } else {
-      states[row * problem.parts + part] = accumulate(row, part);
-    }
-  });
-  if (problem.parts == 1) return;
-  for (std::int64_t row = 0; row < problem.rows; ++row) {
-    if (problem.label(row) == problem.ignore_index) continue;
-    SoftmaxState<double> state = states[row * problem.parts];
+  const auto finish = [&](std::int64_t row, const auto& state_of) {
+    SoftmaxState<double> state = state_of(row, 0);
     for (std::int64_t part = 1; part < problem.parts; ++part) {
-      state = merge(state, states[row * problem.parts + part], problem.temperature[row]);
+      state = merge(state, state_of(row, part), problem.temperature[row]);
     }
     outputs.finish(problem, row, state);
-  }
+  };
+  std::vector<SoftmaxState<double>> states(problem.split ? problem.rows * problem.parts : 0);
+  problem.for_each_part([&](std::int64_t row, std::int64_t first, std::int64_t) {
+    if (problem.label(row) == problem.ignore_index) {
+      if (first == 0) outputs.write(row, {0, 1, 0, 0, 1, 0}, {0, 0, 0, 0});
+    } else if (problem.split) {
+      states[row * problem.parts + first] = accumulate(row, first);
+    } else {
+      finish(row, accumulate);
+    }
+  });
+  if (!problem.split) return;
+  const auto accumulated = [&](std::int64_t row, std::int64_t part) { return states[row * problem.parts + part]; };
+  problem.with_flush([&] {
+    for (std::int64_t row = 0; row < problem.rows; ++row) {
+      if (problem.label(row) != problem.ignore_index) finish(row, accumulated);
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
@@ -293,9 +307,9 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
     return Vector{static_cast<const char*>(fields.data) + k * field_stride * (wide ? 8 : 4), fields.stride, wide}[row];
   };
 
-  problem.for_each_part([&](std::int64_t row, std::int64_t part) {
-    const std::int64_t begin = problem.part_begin(part), end = problem.part_end(part);
-    if (part + 1 == problem.parts) fill_zero(gradient, row, end, problem.vocab);
+  problem.for_each_part([&](std::int64_t row, std::int64_t first, std::int64_t last) {
+    const std::int64_t begin = problem.edge(first), end = problem.edge(last);
+    if (last == problem.parts) fill_zero(gradient, row, end, problem.vocab);
     const std::int64_t label = problem.label(row);
     const double lp = g_logprob[row], h = g_entropy[row], c = g_collision[row];
     // No gradient comes in: none goes out, and the row is not read, whatever it holds.
@@ -315,7 +329,7 @@ void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tens
     // before the row may be overwritten
     const double logit = has_target ? load(problem.logits.at(row, column), problem.element) : 0;
     const RowGradient out = {gradient.at(row, begin), gradient.column_stride, streaming, s.m, t, softcap, coefficients};
-    problem.kernels.gradient(problem.part_of_row(row, part), out);
+    problem.kernels.gradient(problem.part_of_row(row, begin, end), out);
     if (has_target) {
       store(gradient.at(row, column), problem.element, target_gradient(problem, s, t, coefficients, lp, logit));
     }

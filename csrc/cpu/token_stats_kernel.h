@@ -3,12 +3,14 @@
 // their simd_*.h: no include guard, and no function here may exist outside that namespace.
 //
 // Forward: blocks of 8 KB. The first pass over a block takes its maximum and pulls it into the L1 cache, the second
-// adds up the exponentials. Only if the block holds a new maximum are the sums rescaled. Partial sums per block keep
-// fp32 accurate to about 1e-7 at V = 262144: no lane ever adds more than 256 terms to one number.
+// adds up the exponentials. Only if the block holds a new maximum are the sums rescaled. Partial sums over a few lines
+// keep fp32 accurate to about 1e-7, also where a row has few different values, whose roundings do not cancel out.
 
 // How many lines make a block, and how many floats a block has at most.
 constexpr std::int64_t kBlockLines = 128;
 constexpr std::int64_t kBlockFloats = 32 * kBlockLines;
+// How many lines a lane adds up before their sum goes to its total.
+constexpr std::int64_t kGroupLines = 16;
 
 // A line is 64 bytes: sixteen fp32 in one vector, or 32 halves in two. Positions inside a line may be permuted (sums
 // and maxima do not care); store undoes what load does.
@@ -144,22 +146,32 @@ EK_INLINE bool has_nan(const typename Line::Element* p, std::int64_t lines) {
 
 template <class Line, bool kSecondMoments>
 EK_INLINE void add_exponentials(const typename Line::Element* p, std::int64_t lines, float m,
-                                const Exponential& exponential, std::int64_t prefetch_distance, Sums& sums) {
+                                const Exponential& exponential, std::int64_t prefetch_distance, Sums& total) {
   const F32x16 top = F32x16::set1(m);
-  for (std::int64_t i = 0; i < lines; ++i) {
-    F32x16 z[Line::kVectors];
-    Line::load(p + i * Line::kElements, z);
-    __builtin_prefetch(p + i * Line::kElements + prefetch_distance);
-    for (int k = 0; k < Line::kVectors; ++k) {
-      const F32x16 d = exponential.clamp(z[k] - top);
-      const F32x16 e = exponential(d);
-      sums.s = sums.s + e;
-      sums.w = fma(d, e, sums.w);
-      if constexpr (kSecondMoments) {
-        const F32x16 square = e * e;
-        sums.s2 = sums.s2 + square;
-        sums.w2 = fma(d, square, sums.w2);
+  for (std::int64_t begin = 0; begin < lines; begin += kGroupLines) {
+    const std::int64_t end = begin + kGroupLines < lines ? begin + kGroupLines : lines;
+    Sums sums;
+    for (std::int64_t i = begin; i < end; ++i) {
+      F32x16 z[Line::kVectors];
+      Line::load(p + i * Line::kElements, z);
+      __builtin_prefetch(p + i * Line::kElements + prefetch_distance);
+      for (int k = 0; k < Line::kVectors; ++k) {
+        const F32x16 d = exponential.clamp(z[k] - top);
+        const F32x16 e = exponential(d);
+        sums.s = sums.s + e;
+        sums.w = fma(d, e, sums.w);
+        if constexpr (kSecondMoments) {
+          const F32x16 square = e * e;
+          sums.s2 = sums.s2 + square;
+          sums.w2 = fma(d, square, sums.w2);
+        }
       }
+    }
+    total.s = total.s + sums.s;
+    total.w = total.w + sums.w;
+    if constexpr (kSecondMoments) {
+      total.s2 = total.s2 + sums.s2;
+      total.w2 = total.w2 + sums.w2;
     }
   }
 }
@@ -214,15 +226,8 @@ struct Accumulator {
       }
       return;
     }
-    Sums block;
-    add_exponentials<Line, kSecondMoments>(p, lines, m, exponential, prefetch_distance, block);
-    if (tail != nullptr) add_exponentials<Line, kSecondMoments>(tail, 1, m, exponential, 0, block);
-    total.s = total.s + block.s;
-    total.w = total.w + block.w;
-    if constexpr (kSecondMoments) {
-      total.s2 = total.s2 + block.s2;
-      total.w2 = total.w2 + block.w2;
-    }
+    add_exponentials<Line, kSecondMoments>(p, lines, m, exponential, prefetch_distance, total);
+    if (tail != nullptr) add_exponentials<Line, kSecondMoments>(tail, 1, m, exponential, 0, total);
   }
 
   EK_INLINE SoftmaxState<double> state() const {

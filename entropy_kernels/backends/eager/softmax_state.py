@@ -24,6 +24,28 @@ def state_rows(want: int) -> int:
     return 6 if want & SECOND_ORDER else 4
 
 
+def row_sums(terms: Tensor) -> Tensor:
+    """Sums (rows,) of contiguous ``terms`` (rows, n); a row's have the same bits for any number of rows and threads.
+
+    On the CPU torch adds up a contiguous row in an order that depends on n alone, unless there is no other row: then
+    threads share it. On a GPU the number of rows decides how many threads a row has, so there rows are halved.
+    """
+    if not terms.is_cpu:
+        return _halved(terms)
+    shared = terms.shape[0] == 1 and torch.get_num_threads() > 1
+    return terms.expand(2, -1).sum(-1)[:1] if shared else terms.sum(-1)
+
+
+def _halved(terms: Tensor) -> Tensor:
+    """Row sums by adding one half of each row to the other until a column is left."""
+    while (half := terms.shape[1] // 2) > 0:
+        rest = terms[:, 2 * half :]  # the last column of an odd number
+        terms = terms[:, :half] + terms[:, half : 2 * half]
+        if rest.shape[1]:
+            terms[:, :1] += rest
+    return terms.sum(-1)
+
+
 def merge(states: Tensor, temperature: Tensor) -> Tensor:
     """Merge states (R, K, N) of R parts of the vocabulary into one (K, N); ``temperature`` has 1 or N elements."""
     m = states[:, 0]  # (R, N)
@@ -32,25 +54,23 @@ def merge(states: Tensor, temperature: Tensor) -> Tensor:
     empty = m == -torch.inf
     delta = torch.where(empty, 0, (top - m) / temperature)  # >= 0
     scale = torch.where(empty, 0, torch.exp(-delta))
-    merged = torch.empty_like(states[0])
-    merged[0] = top
-    merged[1] = (scale * states[:, 1]).sum(0)
     # exp(-delta) underflows before delta overflows to inf: 0 * inf would be NaN
     delta = torch.where(scale == 0, 0, delta)
-    merged[2] = (scale * (states[:, 2] + delta * states[:, 1])).sum(0)
-    merged[3] = states[:, 3].amax(0)
+    terms = [scale * states[:, 1], scale * (states[:, 2] + delta * states[:, 1])]
     if states.shape[1] == 6:
         square = scale * scale
-        merged[4] = (square * states[:, 4]).sum(0)
-        merged[5] = (square * (states[:, 5] + delta * states[:, 4])).sum(0)
-    return merged
+        terms += [square * states[:, 4], square * (states[:, 5] + delta * states[:, 4])]
+    s, w, *second = [row_sums(term.T.contiguous()) for term in terms]
+    return torch.stack([top, s, w, states[:, 3].amax(0), *second])
 
 
 def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, invalid: Tensor) -> list[Tensor]:
     """The four statistics (N,) of a state; an empty tensor for each one that ``want`` leaves out.
 
-    ``ignored`` rows give 0, ``invalid`` rows (label out of range) NaN; both are bool (N,).
+    ``ignored`` rows give 0, ``invalid`` rows (label out of range) NaN; both are bool (N,). Made in fp64: log s and H
+    are about 12 at large vocabularies, where each rounding to fp32 costs 5e-7.
     """
+    dtype, state = state.dtype, state.double()
     m, s, w, x_y = state[:4]
     log_s = torch.log(s)
     logprob = (x_y - m) / temperature - log_s
@@ -64,9 +84,10 @@ def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, inv
         own = torch.where(p_y == 0, 0, p_y * (logprob + entropy))
         outputs += [collision, own - (q + entropy * collision)]
     bad = invalid | ~(temperature > 0)
-    empty = state.new_empty(0)
+    empty = state.new_empty(0, dtype=dtype)
     results = []
     for bit, value in zip((LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE), (*outputs, empty, empty), strict=False):
         keep = want & bit
-        results.append(torch.where(ignored, 0, torch.where(bad, torch.nan, value)) if keep else empty.clone())
+        value = torch.where(ignored, 0, torch.where(bad, torch.nan, value)).to(dtype) if keep else empty.clone()
+        results.append(value)
     return results

@@ -1,4 +1,8 @@
-"""Statistics of softmax rows in plain torch, a chunk of rows at a time (no V-sized fp32 copy of the whole batch)."""
+"""Statistics of softmax rows in plain torch, a chunk of rows at a time (no V-sized fp32 copy of the whole batch).
+
+A row's bits do not depend on the number of rows, on the threads or on the layout: beside sums (``row_sums``) and
+maxima, which are exact, everything is done per element of contiguous tensors.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_kernels.backends.eager.softmax_state import SECOND_ORDER, finalize, state_rows
+from entropy_kernels.backends.eager.softmax_state import SECOND_ORDER, finalize, row_sums, state_rows
 
 _CHUNK_ELEMENTS = 1 << 22  # 16 MB of fp32 per temporary
 
@@ -19,14 +23,16 @@ def _chunks(rows: int, vocab: int) -> Iterator[slice]:
 
 
 def _rows(logits: Tensor, part: slice, dtype: torch.dtype, columns: int) -> Tensor:
-    """Rows ``part`` of (B, L, V) logits, counted over (B, L), as a (rows, columns) tensor of ``dtype``."""
+    """Rows ``part`` of (B, L, V) logits, counted over (B, L), as a contiguous (rows, columns) tensor of ``dtype``."""
     length = logits.shape[1]
     if logits.shape[0] == 1:
-        return logits[0, part, :columns].to(dtype)
-    if length == 1:
-        return logits[part, 0, :columns].to(dtype)
-    index = torch.arange(part.start, part.stop, device=logits.device)
-    return logits[index // length, index % length, :columns].to(dtype)
+        rows = logits[0, part, :columns]
+    elif length == 1:
+        rows = logits[part, 0, :columns]
+    else:
+        index = torch.arange(part.start, part.stop, device=logits.device)
+        rows = logits[index // length, index % length, :columns]
+    return rows.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _capped(z: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
@@ -69,8 +75,8 @@ def token_stats_forward(
         e = torch.exp(d)
         d.masked_fill_(d == -torch.inf, 0)  # an impossible entry adds 0, not 0 * inf
         state[0, part] = m[:, 0]
-        state[1, part] = e.sum(-1)
-        state[2, part] = -(d * e).sum(-1)
+        state[1, part] = row_sums(e)
+        state[2, part] = -row_sums(d * e)
         if columns:
             picked = z.gather(-1, local[part].clamp(0, columns - 1).unsqueeze(-1))
             state[3, part] = torch.where(here[part].unsqueeze(-1), picked, minus_inf)[:, 0]
@@ -78,8 +84,8 @@ def token_stats_forward(
             state[3, part] = -torch.inf
         if want & SECOND_ORDER:
             e.square_()
-            state[4, part] = e.sum(-1)
-            state[5, part] = -(d * e).sum(-1)
+            state[4, part] = row_sums(e)
+            state[5, part] = -row_sums(d * e)
     neutral = state.new_zeros((state.shape[0], 1))  # filled there: a list would be copied from the host, a sync
     neutral[1::3] = 1  # s and s2
     state = torch.where(ignored, neutral, state)
