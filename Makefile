@@ -91,7 +91,7 @@ gpu-bench: ## on a GPU: the benchmark with its peers, the other backends' tests,
 cuda-check: setup ## compile every CUDA kernel for sm_80, sm_90a and sm_100a, without a GPU; fails on a spill
 	$(BIN)/python tools/cuda_check.py
 
-sanitize: setup ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer, with 10^5 hostile calls each; some minutes
+sanitize: setup ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer, with 10^5 hostile calls; some minutes
 	$(BIN)/python tools/sanitize.py $(SANITIZE_ARGS)
 
 lint: setup ## ruff and mypy, pinned

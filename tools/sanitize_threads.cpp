@@ -1,5 +1,5 @@
 // torch's parallel_for over std::thread, for ThreadSanitizer (tools/sanitize.py): it cannot see how torch's own threads,
-// which are not built for it, wait for each other. Linked into _ops.so in torch's place.
+// which are not built for it, wait for each other. Linked into _ops.so in torch's place. Even a few tokens are shared.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <algorithm>
@@ -9,9 +9,9 @@
 constexpr int64_t kThreads = 4;
 
 extern "C" __attribute__((visibility("default"))) AOTITorchError torch_parallel_for(int64_t begin, int64_t end,
-                                                                                   int64_t grain_size,
+                                                                                   int64_t /* grain_size */,
                                                                                    ParallelFunc func, void* ctx) {
-  const int64_t step = std::max<int64_t>({1, grain_size, (end - begin + kThreads - 1) / kThreads});
+  const int64_t step = std::max<int64_t>(1, (end - begin + kThreads - 1) / kThreads);
   std::vector<std::thread> threads;
   for (int64_t first = begin; first < end; first += step) {
     threads.emplace_back([=] { func(first, std::min(first + step, end), ctx); });
