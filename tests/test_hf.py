@@ -167,12 +167,12 @@ def test_models_that_make_their_logits_otherwise(name: str) -> None:
 
 
 class Unnamed(transformers.LlamaForCausalLM):
-    """Where the names of its class lead nowhere."""
+    """Whose class has another name for its backbone."""
 
     base_model_prefix = "decoder"
 
-    def get_output_embeddings(self) -> None:
-        return None
+    def get_output_embeddings(self) -> Any:
+        return self.lm_head
 
 
 class Plain(torch.nn.Module):
@@ -194,6 +194,10 @@ def test_parts_are_found_whatever_they_are_called() -> None:
     torch.testing.assert_close(ek.hf.causal_lm_logprob_entropy(model, input_ids), want)
     model.model = Plain(model.model)
     torch.testing.assert_close(ek.hf.causal_lm_logprob_entropy(model, input_ids), want)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(TypeError, match="with an output head after its backbone, got Unnamed"):
+        ek.hf.causal_lm_parts(model)
+    del model.get_output_embeddings
     with pytest.raises(ValueError, match="position_ids: expected None for Unnamed, whose backbone takes no position_"):
         ek.hf.causal_lm_logprob_entropy(model, input_ids, position_ids=torch.arange(7)[None])
 

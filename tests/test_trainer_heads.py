@@ -296,12 +296,21 @@ def test_measuring_leaves_the_run_as_it_is(tmp_path: Path) -> None:
 
 def test_logits_that_ek_hf_does_not_know_are_refused() -> None:
     policy = policy_of()
-    policy.model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    policy.model.config.final_logit_softcapping = 0.5  # which its code does not look at
     rollout = rollout_of(policy)
     with pytest.raises(ValueError, match=r"head: expected, for linear.*nats off on average; take --head logits"):
         ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS)
     row = ppo.compare_on_first_micro_batch(policy.with_head("logits"), rollout, SETTINGS)
     assert row["head_gap"] > 0.1  # told, and not refused
+
+
+def test_a_head_that_is_more_than_its_weight() -> None:
+    """Also one that does not tell how many logits it gives."""
+    policy = policy_of()
+    policy.model.lm_head = torch.nn.Sequential(policy.model.lm_head)
+    policy.model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    row = ppo.compare_on_first_micro_batch(policy, rollout_of(policy), SETTINGS)
+    assert row["head_gap"] < 1e-5
 
 
 def test_a_model_without_a_linear_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 _MULTIPLIES = {"hyperclovax"}  # where others divide
 _BEFORE_THE_HEAD = {"minicpm3", "inkling_text"}  # the factor is that of the hidden states: a bias does not have it
 _UNUSED = {  # the configuration has a factor or a softcap, of its own or of its text model, that the logits do not
-    "aya_vision", "cohere2_vision", "gemma3", "granite_speech", "granite_speech_plus", "mpt",
+    "aya_vision", "cohere2_vision", "gemma3", "granite_speech", "granite_speech_plus", "mpt", "shieldgemma2",
 }  # fmt: skip
 # Known to change logits, in models whose code is not in transformers. Neutral values change none.
 _OTHERS = (
@@ -34,23 +33,21 @@ _OTHERWISE = {"chameleon": "image tokens, which are ruled out", "prophetnet": "s
 # As transformers 5.23 has them, these let packed sequences see each other
 _MASKS_WITHOUT_POSITIONS = {
     "afmoe", "bert-generation", "biogpt", "cosmos3_edge", "evolla", "falcon", "gpt_oss", "inkling2", "inkling2_text",
-    "lfm3", "lfm3_vl", "minimax", "openai-gpt", "opt", "xglm", "xlm",
+    "inkling_mm_model", "inkling_text", "lfm3", "lfm3_vl", "minimax", "openai-gpt", "opt", "xglm", "xlm",
 }  # fmt: skip
 # Names of layers that people put beside the head, for other purposes; any others are taken to be before it
 _BESIDE = ("value", "v_head", "score", "critic", "reward")
 
 
 def backbone_and_head(model: Any, config: Any) -> tuple[Any, Any]:
-    """By the names that its class gives them or, where these name nothing, the only two parts of the model."""
+    """What the model says they are; where its name of the backbone names nothing, the only part beside the head."""
     parts = dict(model.named_children()) if isinstance(model, torch.nn.Module) else {}
     parts = {n: part for n, part in parts.items() if not _is_beside(n) and next(part.parameters(), None) is not None}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        rows = getattr(config, "vocab_size", -1)
-        head = _only(part for part in parts.values() if getattr(part, "out_features", None) == rows)
     backbone = getattr(model, "base_model", None)
     if backbone is None or backbone is model:
-        backbone = _only(part for part in parts.values() if part is not head)
+        others = [part for part in parts.values() if part is not head]
+        backbone = others[0] if len(others) == 1 else None
     if None not in (head, backbone, config) and all(part is not head for part in backbone.modules()):
         return backbone, head
     around = [n for n, part in parts.items() if part is not head and any(inner is head for inner in part.modules())]
@@ -64,11 +61,6 @@ def backbone_and_head(model: Any, config: Any) -> tuple[Any, Any]:
 def text_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _only(parts: Iterable[Any]) -> Any:
-    found = list(parts)
-    return found[0] if len(found) == 1 else None
 
 
 def hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, float, float | None]:
