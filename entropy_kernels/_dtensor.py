@@ -18,7 +18,7 @@ def local_head(
     Without a ``vocab_group`` the whole weight is gathered once (:func:`whole`). With one, ``Shard(0)`` weights are this
     rank's shard.
     """
-    if not isinstance(weight, Tensor) or not hasattr(weight, "full_tensor"):
+    if not is_dtensor(weight):
         return weight, bias, vocab_start, vocab_size
     if vocab_group is None:
         return whole(weight), whole(bias), vocab_start, vocab_size
@@ -40,7 +40,7 @@ def local_head(
 
 def whole(value: Any) -> Any:
     """All of a DTensor. Its gradient is the mean over the ranks of the mesh, as of what FSDP reduces."""
-    if not hasattr(value, "full_tensor"):
+    if not is_dtensor(value):
         return value
     from torch.distributed.tensor import Partial
 

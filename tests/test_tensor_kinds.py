@@ -228,6 +228,10 @@ def sharded_logits(rank: int, world: int) -> dict[str, Any]:
     # what a collective returns is waited for, like everywhere
     results["under way"] = [*ek.token_stats(*(functional_collectives.broadcast(x, 0, mesh) for x in (logits, target)))]
     weight = distribute_tensor(torch.ones(7, 4), mesh, [Shard(0)]).requires_grad_()
+    hidden, labels = torch.linspace(-1, 1, 12).view(3, 4), torch.tensor([0, 6, 3])
+    compiled = torch.compile(lambda h, w, y: ek.linear_logprob_entropy(h, w, y), backend="aot_eager", fullgraph=True)
+    found, eager = (call(hidden, weight, labels) for call in (compiled, ek.linear_logprob_entropy))
+    torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-6)
     results["plan"] = ek.linear_plan(torch.ones(3, 4), weight)
     partial = DTensor.from_local(logits, mesh, [Partial()])
     uneven = DTensor.from_local(logits[..., : 4 + rank], mesh, [Shard(2)], shape=(2, 3, 8), stride=(24, 8, 1))
