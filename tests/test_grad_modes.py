@@ -96,16 +96,19 @@ def test_each_gradient_alone_equals_it_among_all(name: str, autocast: bool) -> N
 
 
 @every_differentiable
+@every_precision
 @pytest.mark.parametrize("use_reentrant", (False, True))
-def test_a_checkpoint_gives_the_same_gradients(name: str, use_reentrant: bool) -> None:
+def test_a_checkpoint_gives_the_same_gradients(name: str, use_reentrant: bool, autocast: bool) -> None:
     entry = ENTRIES[name]
-    expected = gradients(entry, given(entry, entry.differentiable), entry.differentiable)
+    with precision(autocast):
+        expected = gradients(entry, given(entry, entry.differentiable), entry.differentiable)
     arguments = given(entry, entry.differentiable)
 
     def call(*values: Tensor) -> tuple[Tensor, ...]:
         return tuple(entry.call(**dict(zip(arguments, values, strict=True)))[0])
 
-    outputs = checkpoint(call, *arguments.values(), use_reentrant=use_reentrant)
+    with precision(autocast):
+        outputs = checkpoint(call, *arguments.values(), use_reentrant=use_reentrant)
     torch.autograd.backward(outputs, upstream(outputs))
     for argument, gradient in expected.items():
         torch.testing.assert_close(arguments[argument].grad, gradient, rtol=1e-5, atol=1e-7, msg=argument)
