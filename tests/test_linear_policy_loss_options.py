@@ -303,6 +303,23 @@ def test_compiled(name: str, products: list[int]) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+def test_schedules_do_not_compile_anew(tensors: bool) -> None:
+    """In one part; with more, a ratio or k that is a number says how many there are, and only a tensor does not."""
+    torch._dynamo.reset()
+    case = make("clip_cov", seed=0)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for i in range(1, 8):
+        values: dict[str, Any] = {"ratio": 0.05 * i, "low": 0.001 * i, "high": 40.0 + i, "temperature": 1 + 0.1 * i}
+        values |= {"batch_num_tokens": 100 + i, "clip_low": 0.1 * i, "entropy_coef": 0.01 * i, "memory_budget": ONE}
+        if tensors:
+            values = {name: torch.tensor(x) if name != "memory_budget" else x for name, x in values.items()}
+        losses = [function(case.leaves(), case, 0.0, 0.0, **values)[0].detach() for function in (step, compiled)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=1e-14)
+    assert counter.frame_count <= (1 if tensors else 2)
+
+
 @pytest.mark.slow
 def test_inductor() -> None:
     torch._dynamo.reset()  # the recompilations of the tests before count towards its limit

@@ -61,9 +61,32 @@ def test_a_packed_row_counts_its_sequences() -> None:
     losses = torch.arange(12.0)[None]
     zeros, cu_seqlens = torch.zeros(1, 12), torch.tensor([0, 3, 10, 12])
     options: dict[str, Any] = {"loss_agg_mode": "seq-mean-token-mean"}
-    out = ek.policy_loss(zeros, zeros, -losses, None, cu_seqlens=cu_seqlens, **options)
-    assert float(out.loss) == pytest.approx((1 + 6 + 10.5) / 3)
+    out, gradient = differentiated(ek.policy_loss, zeros, zeros, -losses, None, cu_seqlens=cu_seqlens, **options)
+    assert float(out.loss.detach()) == pytest.approx((1 + 6 + 10.5) / 3)
+    share = torch.repeat_interleave(torch.tensor([1 / 9, 1 / 21, 1 / 6]), torch.tensor([3, 7, 2]))
+    torch.testing.assert_close(gradient, losses * share)
     assert float(ek.policy_loss(zeros, zeros, -losses, None, **options).loss) == pytest.approx(5.5)  # one sequence
+
+
+SEQUENCE_RATIOS = ("ppo", *(name for name, known in ek.surrogates().items() if known.level == "sequence"))
+
+
+@pytest.mark.parametrize("surrogate", SEQUENCE_RATIOS)
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_mask_leaves_of_packed_sequences(surrogate: str, mode: str) -> None:
+    """Single tokens, a whole sequence, and padding behind the last one, which is a sequence of its own."""
+    lp, old, adv, mask = batch()
+    mask[1, 2] = mask[1, 6] = mask[3, :2] = False
+    options: dict[str, Any] = {"loss_agg_mode": mode, "loss_scale_factor": 5, "surrogate": surrogate}
+    padded, gradient = differentiated(ek.policy_loss, lp, old, adv, mask, **options)
+    tokens = [torch.cat([row, torch.full((1, 4), NAN, dtype=row.dtype)], 1) for row in packed(lp, old, adv)]
+    (valid,) = packed(mask)
+    valid = torch.cat([valid, torch.zeros(1, 4, dtype=torch.bool)], 1)
+    for dtype in (torch.int32, torch.int64):
+        cu_seqlens = torch.tensor([*CU_SEQLENS.tolist(), 16], dtype=dtype)
+        out, own = differentiated(ek.policy_loss, *tokens, valid, cu_seqlens=cu_seqlens, **options)
+        assert_same((out, own[:, :12][packed(mask)[0]]), (padded, gradient[mask]))
+        assert not own[~valid].any()
 
 
 def test_advantages_per_packed_sequence() -> None:
@@ -277,12 +300,16 @@ def test_seeds_that_nobody_counts() -> None:
 
 
 SCHEDULED: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
-    "policy": (ek.policy_loss, {}, ("clip_low", "clip_high", "entropy_coef", "ref_kl_coef")),
-    "policy, dual": (ek.policy_loss, {}, ("dual_clip",)),
+    "policy": (ek.policy_loss, {}, ("clip_low", "clip_high", "entropy_coef", "ref_kl_coef", "batch_num_tokens")),
+    "policy, dual": (ek.policy_loss, {"loss_agg_mode": "seq-mean-token-sum-norm"},
+                     ("dual_clip", "global_batch_size", "loss_scale_factor")),
     "sapo": (ek.policy_loss, {"surrogate": "sapo"}, ("tau_pos", "tau_neg")),
-    "clip_cov": (ek.clip_cov_loss, {"seed": torch.tensor(1)}, ("clip_low", "ratio", "low", "high")),
+    "vespo": (ek.policy_loss, {"surrogate": "vespo"}, ("k_pos", "k_neg", "lambda_pos", "lambda_neg")),
+    "clip_cov": (ek.clip_cov_loss, {}, ("clip_low", "clip_high", "ratio", "low", "high", "seed")),
+    "clip_cov, k of shares": (ek.clip_cov_loss, {"band": "quantile", "high": 1.0, "seed": 1}, ("k", "low")),
     "kl_cov": (ek.kl_cov_loss, {}, ("kl_coef", "k")),
-}
+}  # fmt: skip
+_INTEGERS = ("k", "seed", "batch_num_tokens", "global_batch_size")
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
@@ -295,9 +322,9 @@ def test_numbers_that_schedules_change_do_not_compile_anew(name: str, tensors: b
     compiled = torch.compile(function, backend=counter, fullgraph=True)
     for step in range(7):
         options: dict[str, Any] = dict(fixed)
-        for i, option in enumerate(changing):
-            value = (2 if option == "dual_clip" else 9 * i if option == "high" else 0) + 0.05 * (step + 1)
-            value = step + 1 if option == "k" else value
+        for option in changing:
+            value = {"dual_clip": 2.0, "high": 9.0, "loss_scale_factor": 1.0}.get(option, 0.0) + 0.05 * (step + 1)
+            value = step + 2 if option in _INTEGERS else value
             options[option] = torch.tensor(value) if tensors else value
         if "entropy_coef" in changing:
             options |= {"entropy": leaf(data[0]), "ref_logprob": data[1]}
