@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entropy_kernels._arguments import is_dtensor
 from entropy_kernels._dtensor import whole
 
 _NAME = "_entropy_kernels_forward"
@@ -61,14 +62,36 @@ def as_forward(
     ``output_dtype``; in a list, views are copied, which could lose the hooks. Modules that are no FSDP modules need
     nothing; those that are in their forward already cast if they are ``called``.
     """
-    for module in reversed(sharded(modules)):
-        if module is called or not _in_forward(module):
+    units = sharded(modules)
+    for module in reversed(units):
+        if module is called or _state(module) != "FORWARD":
             function = _method(module, function, called is None or module is called)
-    return function(*args, **kwargs)
+    with _outside_inference_mode() if units else contextlib.nullcontext():
+        return function(*args, **kwargs)
 
 
-def _in_forward(module: Any) -> bool:
-    return bool(module._get_fsdp_state()._training_state.name == "FORWARD")
+def settle(modules: Iterable[nn.Module]) -> None:
+    """Free what FSDP2 modules have kept gathered after their forward.
+
+    Used as a plain tensor it would have a gradient that nobody reduces, if nothing else of that forward needs one.
+    """
+    for module in sharded(modules):
+        if _state(module) == "IDLE":
+            module.reshard()
+
+
+def _state(module: Any) -> str:
+    return module._get_fsdp_state()._training_state.name  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    """What FSDP gathers under torch.inference_mode() it could not use in a later forward with gradients."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _method(module: Any, function: Callable[..., Any], casts: bool) -> Callable[..., Any]:
@@ -95,7 +118,7 @@ def _method(module: Any, function: Callable[..., Any], casts: bool) -> Callable[
             method = getattr(module, _NAME)
         finally:
             delattr(module, _NAME)
-        with gathered_once([module] if _in_forward(module) else []):
+        with gathered_once([module] if _state(module) == "FORWARD" else []):
             method(*args, **kwargs) if casts else method()
         if errors:
             raise errors.pop()
@@ -121,44 +144,53 @@ def gathered_once(modules: Iterable[nn.Module]) -> Iterator[None]:
             state._training_state = old
 
 
-def with_whole_parameters(head: Any, parameters: dict[Tensor, Tensor]) -> tuple[Any, dict[Tensor, Tensor]]:
+def with_whole_parameters(head: Any) -> tuple[Any, dict[Tensor, Tensor]]:
     """``head`` and its parameters, as they are but for those that FSDP holds in a unit around it: no call gathers them.
 
     They are gathered here, once, and ``head`` is called with views of them. The keys of what is returned are those, the
     values what they are views of, whose gradients go to the shards (:func:`entropy_kernels._dtensor.whole`).
     """
-    if not is_managed(head):
-        return head, parameters
-    views: dict[str, Tensor] = {}
-    seen: set[Tensor] = set()
-    for prefix, part in head.named_modules():
-        # tensor parallelism (distribute_module) has hooks that expect the shards
-        if not getattr(part, "_is_fsdp_managed_module", False) or getattr(part, "_distribute_module_applied", False):
-            continue
-        for name, parameter in part.named_parameters(prefix, recurse=False):
-            if hasattr(parameter, "full_tensor") and parameter not in seen:
-                seen.add(parameter)
-                source = whole(parameter)
-                views[name] = source.detach().requires_grad_(source.requires_grad)
-                parameters.pop(parameter, None)
-                parameters[views[name]] = source
-    if not views:
-        return head, parameters
-    return named("weight", lambda hidden: torch.func.functional_call(head, views, (hidden,))), parameters
+    parts = [part for part, _ in _shards(head)]
+    if not parts:
+        return head, {parameter: parameter for parameter in head.parameters()}
+    for part in parts:
+        # FSDP's hooks put the shards in place, too, of what a reshard_after_forward=2 keeps until the backward pass, whose
+        # gradients nobody reads. Only where they do so for no other unit
+        if not [*part.children()]:
+            part.state_dict(keep_vars=True)
+    sources = {shard: whole(shard) for _, shard in _shards(head)}
+    views = {shard: source.detach().requires_grad_(source.requires_grad) for shard, source in sources.items()}
+    named_views = {name: views[p] for name, p in head.named_parameters() if p in views}
+    parameters = {views.get(p, p): sources.get(p, p) for p in head.parameters()}
+    return named("weight", lambda hidden: torch.func.functional_call(head, named_views, (hidden,))), parameters
+
+
+def _shards(head: nn.Module) -> list[tuple[nn.Module, Tensor]]:
+    """Parameters that FSDP holds, but not those that are shards of tensor parallelism, whose hooks expect them.
+
+    In an order that is the same on all ranks, which gather them together.
+    """
+    return [
+        (part, parameter)
+        for part in (head.modules() if is_managed(head) else ())
+        if getattr(part, "_is_fsdp_managed_module", False) and not getattr(part, "_distribute_module_applied", False)
+        for parameter in part.parameters(recurse=False)
+        if is_dtensor(parameter)
+    ]
 
 
 def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``; what torch says of shards beside tensors names FSDP2 and the cure."""
+    """``function``; what torch says of shards beside tensors, or of their dtypes, names FSDP2 and the cure."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
         except RuntimeError as error:
-            if "DTensor" not in str(error):
+            if "DTensor" not in str(error) and "dtype" not in str(error):
                 raise
             raise RuntimeError(
-                f"{name}: expected parameters that FSDP2 gathers, got shards (DTensors) that a module around it holds; "
-                + CURE
+                f"{name}: expected parameters that FSDP2 has gathered (and cast), got some that a module around it "
+                f"holds in shards; {CURE} ({error})"
             ) from error
 
     return call
@@ -172,4 +204,7 @@ class Forward(nn.Module):
         self.module, self._around = module, list(modules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return named("model", as_forward)(self._around, self.module, *args, **kwargs)
+        with _outside_inference_mode():
+            found = named("model", as_forward)(self._around, self.module, *args, **kwargs)
+        settle(self._around)
+        return found

@@ -384,10 +384,13 @@ def _through_head(
             "vocab_size: expected the number of logits that the head gives, as it has no out_features, got None"
         )
     _, size, _ = vocabulary("weight", vocab_size if width is None else width, None, None, vocab_size)  # type: ignore[arg-type]
-    given = getattr(function, "parameters", ())
-    parameters = {p: p for p in (given() if callable(given) else given)} if torch.is_grad_enabled() else {}
     if module:
-        function, parameters = fsdp.with_whole_parameters(function, parameters)
+        function, parameters = fsdp.with_whole_parameters(function)
+    else:
+        given = getattr(function, "parameters", ())
+        parameters = {p: p for p in (given() if callable(given) else given)}
+    if not torch.is_grad_enabled():
+        parameters = {}
     tracked = hidden.requires_grad or any(parameter.requires_grad for parameter in parameters)
     if tracked and not torch.compiler.is_compiling() and any(parameter.is_inference() for parameter in parameters):
         raise ValueError(

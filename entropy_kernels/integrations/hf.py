@@ -138,7 +138,8 @@ def causal_lm_logprob_entropy(
         ValueError: arguments of the wrong shape; values that are no ``cu_seqlens``, as :func:`next_tokens`; positions
             or packed sequences, of a model that does not tell sequences apart by positions.
     """
-    parts = causal_lm_parts(model)
+    _check_model(model)
+    parts = _parts(model)
     _check_kinds(input_ids, target=target, attention_mask=attention_mask, position_ids=position_ids)
     if input_ids.dtype not in (torch.int32, torch.int64):  # what an embedding takes
         raise TypeError(f"input_ids: expected dtype torch.int32 or torch.int64, got {input_ids.dtype}")
@@ -170,7 +171,7 @@ def causal_lm_logprob_entropy(
         return fsdp.as_forward(around_head, through_head, hidden, called=head)
 
     def through_head(hidden: Tensor) -> list[Tensor]:  # (B, L, H)
-        now = causal_lm_parts(model) if around_head else parts  # FSDP has gathered the weight only now
+        now = _parts(model) if around_head else parts  # FSDP has gathered the weight only now
         outputs = ek.linear_logprob_entropy(
             hidden if now.scale == 1 else hidden * now.scale,
             now.weight,
@@ -213,12 +214,21 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
             known to change its logits in another way than by a factor and a softcap, one that is wrapped, one with
             hooks or a forward that take effect on the whole model only, or a PEFT model that adds tokens to the prompt.
     """
+    _check_model(model)
+    fsdp.settle(model.modules())
+    return _parts(model)
+
+
+def _check_model(model: Any) -> None:
     for module in _wrapped(model):
         _check_call(module)
+    _say_what_is_dropped(_models.text_config(_modules_of(model)[0]))
+
+
+def _parts(model: Any) -> CausalLMParts:
     given, (model, backbone, head) = model, _modules_of(model)
     config = _models.text_config(model)
     _models.check_logits(model, backbone, head, config)
-    _say_what_is_dropped(config)
     before, after, softcap = _models.hidden_scale_logit_scale_softcap(model.config, config)
     vocab_size = None if getattr(head, "out_features", None) is not None else config.vocab_size
     if fsdp.is_managed(backbone):
