@@ -154,7 +154,7 @@ def with_whole_parameters(head: Any) -> tuple[Any, dict[Tensor, Tensor]]:
     if not parts:
         return head, {parameter: parameter for parameter in head.parameters()}
     for part in parts:
-        # FSDP's hooks put the shards in place, too, of what a reshard_after_forward=2 keeps until the backward pass, whose
+        # FSDP's hooks then put the shards in place of what reshard_after_forward=2 keeps until the backward pass, whose
         # gradients nobody reads. Only where they do so for no other unit
         if not [*part.children()]:
             part.state_dict(keep_vars=True)

@@ -442,7 +442,8 @@ def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:
         if product is None and value.dtype != hidden.dtype:
             raise TypeError(
                 f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}; cast {name} or hidden, e.g. "
-                f"{name}.to(hidden.dtype), or call under torch.autocast, which casts both"
+                f"{name}.to(hidden.dtype), or call under torch.autocast, which casts both; where FSDP2 casts (its "
+                f"MixedPrecisionPolicy), {fsdp.CURE}"
             )
     return hidden.dtype if product is None else product
 
