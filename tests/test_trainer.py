@@ -18,7 +18,15 @@ from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
 from entropy_kernels.trainer.entropy_change import FirstOrder, logits_as_parameters
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog, defined, read_rows
-from entropy_kernels.trainer.policy import Encoded, Policy, build_policy, load_policy, word_tokenizer
+from entropy_kernels.trainer.policy import (
+    Encoded,
+    Policy,
+    _finish,
+    build_policy,
+    enable_checkpointing,
+    load_policy,
+    word_tokenizer,
+)
 from entropy_kernels.trainer.rollout import collect, evaluate, score
 from entropy_kernels.trainer.selection import Part, ppo_clipped, select
 from entropy_kernels.trainer.summary import agreement
@@ -383,3 +391,70 @@ def test_evaluate_counts_distinct_answers() -> None:
     assert metrics["pass1"] == metrics["pass8"] == 1.0
     assert metrics["distinct"] == 8.0  # an untrained policy never repeats seven tokens
     assert 4.0 < metrics["entropy"] <= math.log(110)
+
+
+# --- precision and memory of the model -------------------------------------------------------------------------------
+
+
+def test_weights_and_updates_are_float32_whatever_was_saved(tmp_path: Path) -> None:
+    policy = policy_of()
+    policy.model.bfloat16()
+    policy.save(tmp_path / "model")
+    for settings in (
+        dataclasses.replace(TINY, dtype="mixed"),
+        dataclasses.replace(TINY, dtype="mixed", model=str(tmp_path / "model")),
+    ):
+        for loaded in (load_policy(tmp_path / "model", settings, EasyTask()), build_policy(settings, EasyTask())):
+            assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    before = {name: value.clone() for name, value in loaded.model.named_parameters()}
+    optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=5e-6, weight_decay=0.0)
+    rollout = collect(loaded, EasyTask(), settings, step=0, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(len(rollout.ids))
+    ppo.update(loaded, optimizer, rollout, rows, settings, seed=0, dropped=torch.zeros_like(rollout.mask))
+    moved = [(value != before[name])[value.grad != 0] for name, value in loaded.model.named_parameters()]
+    assert torch.cat(moved).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("head", ["linear", "logits"])
+@pytest.mark.parametrize("asked", ["configuration", "model"])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(head: str, asked: str) -> None:
+    settings = dataclasses.replace(TINY, head=head, num_layers=2)  # type: ignore[arg-type]
+    plain = policy_of(settings)
+    if asked == "configuration":
+        checkpointed = policy_of(dataclasses.replace(settings, gradient_checkpointing=True))
+    else:
+        checkpointed = policy_of(settings)
+        enable_checkpointing(checkpointed.model)
+    rollouts = [
+        collect(policy, EasyTask(), settings, step=0, generator=torch.Generator().manual_seed(0))
+        for policy in (plain, checkpointed)
+    ]
+    assert torch.equal(rollouts[0].ids, rollouts[1].ids) and torch.equal(rollouts[0].entropy, rollouts[1].entropy)
+    calls = {"n": 0}
+    for layer in checkpointed.model.model.layers:
+        # a recomputation stops at the last tensor that is needed: its beginning is counted
+        layer.input_layernorm.register_forward_pre_hook(lambda *_: calls.update(n=calls["n"] + 1))
+    grads = []
+    for policy in (plain, checkpointed):
+        outputs = policy.outputs(rollouts[0].prompts, rollouts[0].ids, rollouts[0].mask)
+        policy.logprob_entropy(outputs, rollouts[0].ids, rollouts[0].mask, temperature=1.0).logprob.sum().backward()
+        grads.append([parameter.grad for parameter in policy.model.parameters()])
+    assert calls["n"] == 2 * 2, "the layers' activations were kept, not computed once more"
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+    assert not any(module.training for module in checkpointed.model.modules())
+
+
+def test_dropout_is_off_under_gradient_checkpointing() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = word_tokenizer(EasyTask().words())
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32, resid_pdrop=0.9,
+                   attn_pdrop=0.9, embd_pdrop=0.9)
+    )  # fmt: skip
+    policy = _finish(model, tokenizer, dataclasses.replace(TINY, gradient_checkpointing=True), EasyTask())
+    prompts = policy.encode(["12 57"])
+    ids, mask = policy.encode_completions(["x3 36 +8 44 -2 42 +15"])
+    with torch.no_grad():
+        expected = policy.outputs(prompts, ids, mask)
+    assert torch.equal(policy.outputs(prompts, ids, mask), expected)

@@ -8,11 +8,13 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
 from entropy_kernels.trainer import tasks
+from entropy_kernels.trainer.scoring import Unscored, is_plain
 from entropy_kernels.trainer.tasks import Prompt, WalkTask, extract_answer, make_task, task_options, verify_all
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -136,7 +138,7 @@ def test_an_answer_that_takes_for_ever_is_wrong(evaluating: None) -> None:
     handler = signal.getsignal(signal.SIGALRM)
     assert task.verify(Prompt("", {}), "for ever") == 0.0
     assert task.verify(Prompt("", {}), "2 + 3") == 1.0
-    assert task.verify(Prompt("", {}), "2 +") == 0.01
+    assert task.verify(Prompt("", {}), "2 +") == 0.0
     assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
     with ThreadPoolExecutor() as pool:  # where no signal comes
         assert pool.submit(task.verify, Prompt("", {}), "5").result() == 1.0
@@ -147,3 +149,127 @@ def test_what_the_model_wrote_is_not_run(evaluating: None) -> None:
     assert task.verify(Prompt("", {}), "<answer>(1 + 9) / 2</answer>") == 1.0
     for answer in ("9**9**9**9", "__import__('os').getpid() * 0 + 5", "len('12345')", "factorial(10**9)"):
         assert task.verify(Prompt("", {}), f"<answer>{answer}</answer>") == 0.0
+
+
+# --- scorers that cannot be relied on --------------------------------------------------------------------------------
+
+
+def scorer_giving(monkeypatch: pytest.MonkeyPatch, score: object) -> object:
+    """The task of a dataset whose scorer returns `score(answer)`, or raises or returns `score` itself."""
+
+    class Dataset(list):
+        def score_answer(self, answer: str, entry: dict[str, str]) -> object:
+            if isinstance(score, BaseException):
+                raise score
+            return score(answer) if callable(score) else score
+
+    gym = types.SimpleNamespace(create_dataset=lambda *_, **__: Dataset())
+    monkeypatch.setitem(sys.modules, "reasoning_gym", gym)  # type: ignore[arg-type]
+    return make_task("reasoning_gym:any")
+
+
+@pytest.mark.parametrize(
+    "score",
+    [float("nan"), float("inf"), None, "1", "right", 1.5, -0.5, 10**400, torch.tensor(1.0), [1.0], 1j,
+     ValueError("odd\nanswer"), KeyError(0), RecursionError(), MemoryError(), SystemExit(0), AssertionError()],
+    ids=repr,
+)  # fmt: skip
+def test_a_scorer_that_fails_gives_no_reward_and_is_told(monkeypatch: pytest.MonkeyPatch, score: object) -> None:
+    task = scorer_giving(monkeypatch, score)
+    for reward in (task.verify(Prompt("", {}), "5"), verify_all(task, [Prompt("", {})], ["5"])[0]):
+        assert reward == 0.0 and isinstance(reward, Unscored) and reward.reason
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), type("Terminated", (SystemExit,), {})(143)])
+def test_the_user_can_stop_a_scorer(monkeypatch: pytest.MonkeyPatch, stop: BaseException) -> None:
+    with pytest.raises(type(stop)):
+        scorer_giving(monkeypatch, stop).verify(Prompt("", {}), "5")
+
+
+def test_a_verifier_of_any_task_may_fail() -> None:
+    class Odd(WalkTask):
+        def verify(self, prompt: Prompt, completion: str) -> float:
+            return {"right": 1.0, "half": 0.5}[completion]
+
+    rewards = verify_all(Odd(), [Prompt("")], ["right", "half", "neither"])
+    assert rewards == [1.0, 0.5, 0.0]
+    assert [getattr(reward, "reason", None) for reward in rewards] == [None, None, "raised KeyError: 'neither'"]
+
+
+@pytest.mark.parametrize(
+    ("score", "exact"), [(0.01, 0.0), (0.05, 0.0), (0.999999, 0.0), (1.0, 1.0), (1, 1.0), (True, 1.0)]
+)
+def test_only_a_full_score_is_a_reward_unless_asked(
+    monkeypatch: pytest.MonkeyPatch, score: float, exact: float
+) -> None:
+    task = scorer_giving(monkeypatch, score)
+    assert task.verify(Prompt("", {}), "5") == exact
+    task.partial_credit = True
+    assert task.verify(Prompt("", {}), "5") == float(score)
+
+
+@pytest.mark.parametrize("answer", ["nan", "NaN", "-nan", "nan+nanj", "1 + nani", "(nan)"])
+def test_nan_is_never_right(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
+    task = scorer_giving(monkeypatch, 1.0)
+    assert task.verify(Prompt("", {"answer": "3"}), answer) == 0.0
+    assert task.verify(Prompt("", {"answer": answer}), answer) == 1.0, "the right answer"
+
+
+def test_full_scores_for_anything_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    no = scorer_giving(monkeypatch, lambda answer: float(answer != "True"))  # as game_of_life_halting
+    assert [no.verify(Prompt("", {"answer": "False"}), a) for a in ("False", "false", "x", "", "0", "True")] == [
+        1,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
+    prefix = scorer_giving(monkeypatch, lambda answer: float("0.02685".startswith(answer)))  # as coin_flip
+    assert [prefix.verify(Prompt("", {"answer": "0.02685"}), a) for a in ("0.02685", "0.0268", "0.0", "0")] == [
+        1,
+        1,
+        0,
+        0,
+    ]
+    several = scorer_giving(monkeypatch, lambda answer: float(answer in ("2+3", "3+2")))
+    assert [several.verify(Prompt("", {"answer": "2+3"}), a) for a in ("2+3", "3+2", "4+1")] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["__import__('os')._exit(1)", "exit()", "open ('x', 'w')", "[].__class__", "().real", "9**9**9**9", "(9**9)**9**9",
+     "9 ** (9 ** 9)", "9^9^9", "(9**9)**999", "2**99999", "1<<99", "99999999!", "factorial(9)", "lambda: 0",
+     "[0]*999999999", "'9'*9999", "'%99999d' % 1", "[x for x in (1,)]", "x := 3", "if", "import os", "a;b"],
+)  # fmt: skip
+def test_an_answer_that_would_run_is_not_plain(answer: str) -> None:
+    assert not is_plain(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["5", "(1 + 9) / 2 * 3", "x**2 - 3*x + 1", "X**3/3 + C", "2*sin(x) + exp(3*x)/3 - log(x)", "(x**2 + 1)**3/6",
+     "[1, 2]", "[['1', '2'], ['3', '4']]", "1.5e-3", "0x1f", "3 != 4", "2 and (3)", "x" * 20000, "A B C. ", ""],
+)  # fmt: skip
+def test_arithmetic_is_plain(answer: str) -> None:
+    assert is_plain(answer)
+
+
+#: Of each kind that was seen: it evaluates, raises, takes nan, takes anything, counts a prefix, gives partial credit.
+TELLING = ["countdown", "simple_integration", "binary_matrix", "prime_factorization", "game_of_life",
+           "complex_arithmetic", "game_of_life_halting", "coin_flip", "boxnet", "chain_sum"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_hostile_answers_to_reasoning_gym(name: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    task = make_task(f"reasoning_gym:{name}")
+    hostile = ["", " ", "nan", "NaN", "inf", "None", "[]", "{}", "0", "-", "1e999", "9" * 6000, "١٢٣", "½", "1/0",
+               "[[1,2],[3]]", '{"a": 1}', "()", "9**9**9**9", "__import__('os')._exit(1)", "exit()", "\x00", "(" * 3000,
+               "\ud800"]  # fmt: skip
+    for prompt in task.prompts(2, seed=1, split="train"):
+        right = prompt.data["answer"]
+        if right is not None:
+            assert task.verify(prompt, f"<answer>{right}</answer>") == 1.0
+        for answer in hostile:
+            assert answer == right or task.verify(prompt, f"<answer>{answer}</answer>") == 0.0, (answer, right)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,12 @@ USAGE = """usage: python -m entropy_kernels.trainer [flags]             one run;
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code. Errors of the configuration are one line on stderr, not a traceback."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    with _stopped_by_signals():
-        return _main(arguments)
+    before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        with _stopped_by_signals():
+            return _main(arguments)
+    finally:
+        warnings.formatwarning = before
 
 
 def _main(arguments: list[str]) -> int:
@@ -50,6 +55,13 @@ def _main(arguments: list[str]) -> int:
             return _from_config(Path(arguments[1]), arguments[2:])
         raise ValueError(f"command: expected quickstart, reproduce, compare or from-config, got {command!r}\n{USAGE}")
     except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from entropy_kernels.trainer.drivers import RunFailed
+
+        if not isinstance(error, RunFailed):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -96,7 +108,15 @@ def _parse(kind: type, arguments: list[str], command: str | None, **options: Any
     except ImportError as error:
         raise ImportError("the trainer's command line needs tyro: pip install 'entropy_kernels[train]'") from error
     program = "python -m entropy_kernels.trainer" + (f" {command}" if command else "")
-    return tyro.cli(kind, args=arguments, prog=program, **options)
+    parsed = tyro.cli(kind, args=arguments, prog=program, **options)
+    for name, value in vars(parsed).items():
+        if isinstance(value, Path):
+            setattr(parsed, name, value.expanduser())  # a shell leaves the ~ of --out=~/runs as it is
+    return parsed
+
+
+class _Terminated(SystemExit):
+    """Told apart from a verifier that calls exit()."""
 
 
 @contextmanager
@@ -107,7 +127,7 @@ def _stopped_by_signals() -> Iterator[None]:
         return
 
     def terminated(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
+        raise _Terminated(128 + number)
 
     before = signal.signal(signal.SIGTERM, terminated)
     try:

@@ -1,53 +1,48 @@
-"""Files that are whole or not there: checkpoints, JSON, text, all written beside their name and moved into place."""
+"""Checkpoints: everything that the rest of a run depends on, with a checksum, and the one before."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
+import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-#: Number of the checkpoint's layout; goes up when the meaning of a saved field changes.
-FORMAT = 1
+from entropy_kernels.trainer.files import write_atomic
+from entropy_kernels.trainer.files import write_json as write_json  # what drivers and tests write requests with
+
+#: Number of the checkpoint's layout; goes up when the meaning of a saved field changes. 2: a checksum at the end.
+FORMAT = 2
+#: What ends the file: this, the SHA-256 of all before it in hexadecimal digits, a line feed.
+_SEAL = b"\nentropy_kernels sha256 "
+_SEAL_LENGTH = len(_SEAL) + 64 + 1
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Call `write` on a temporary file beside `path`, flush it to disk, and move it into place.
+class _Hashed:
+    """A file that is written once from front to back, hashed on the way."""
 
-    If `write` raises, or the process dies at any point, `path` still holds what it held before.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(scratch, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.hash = hashlib.sha256()
+        self.error: OSError | None = None
 
+    def write(self, data: Any) -> int:
+        try:
+            count = self._file.write(data)
+        except OSError as error:  # torch makes an error of its own of it, without the reason
+            self.error = error
+            raise
+        self.hash.update(data)
+        return count
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Bytes, atomically."""
-
-    def write(file: BinaryIO) -> None:
-        file.write(data)
-
-    write_atomic(path, write)
+    def flush(self) -> None:
+        self._file.flush()
 
 
-def write_text(path: Path, text: str) -> None:
-    """UTF-8 text, atomically."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+def previous_of(path: Path) -> Path:
+    """Where the checkpoint before `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def save_checkpoint(
@@ -58,39 +53,111 @@ def save_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     generators: dict[str, torch.Generator],
+    row: dict[str, Any] | None = None,
 ) -> None:
-    """Write everything that the rest of the run depends on.
+    """Write everything that the rest of the run depends on. What `path` held becomes :func:`previous_of` it.
 
-    `step` is the number of finished steps. Besides the named generators, torch's global ones are saved, for models
-    that use them.
+    `step` is the number of finished steps; `row` the last one of the log, which tells whose log it is. Besides the
+    named generators, torch's global ones are saved, for models that use them. OSError where it cannot be written:
+    `path` is as it was then.
     """
     state = {
         "format": FORMAT,
         "step": step,
         "config": config,
+        "row": row,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    write_atomic(path, lambda file: torch.save(state, file))
+
+    def write(file: BinaryIO) -> None:
+        hashed = _Hashed(file)
+        try:
+            torch.save(state, hashed)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise hashed.error or error from error
+        file.write(_SEAL + hashed.hash.hexdigest().encode() + b"\n")
+
+    try:
+        write_atomic(path, write, keep_old=previous_of(path))
+    except OSError as error:
+        raise OSError(f"{error}; with space to write, --resume continues from it") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The dictionary that :func:`save_checkpoint` wrote, on the CPU.
 
-    Raises FileNotFoundError without a checkpoint, ValueError for one of another format.
+    Raises FileNotFoundError without a checkpoint, ValueError for one that is damaged, of a newer version, or of another
+    program, OSError for one that cannot be read; each says what to do.
     """
-    if not path.exists():
-        raise FileNotFoundError(
-            f"resume: expected a checkpoint at {path}, got none; a run that ended before its first one (save_every) "
-            "starts again with --overwrite"
+    expect_checkpoint(path)
+    expected = f"resume: expected a checkpoint at {path}, got "
+    try:
+        damage = _damage(path)
+    except OSError as error:
+        raise OSError(f"{expected}a file that cannot be read ({error.strerror})") from error
+    if damage is not None:
+        raise ValueError(f"{expected}{damage}; {_way_out(path)}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # whole, as its checksums say, but not made by save_checkpoint
+        raise ValueError(f"{expected}a file of another program; {_way_out(path)}") from error
+    if not (isinstance(state, dict) and isinstance(state.get("format"), int) and {"step", "config"} <= set(state)):
+        raise ValueError(f"{expected}a file of another program; {_way_out(path)}")
+    if state["format"] > FORMAT:
+        raise ValueError(
+            f"{expected}one of format {state['format']}, from a newer version: this one reads up to {FORMAT}; update "
+            "entropy_kernels"
         )
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("format") != FORMAT:
-        raise ValueError(f"resume: expected a checkpoint of format {FORMAT}, got {state.get('format')!r} in {path}")
+    if state["format"] == FORMAT and not _sealed(path):
+        raise ValueError(f"{expected}a file whose end, with the checksum, is damaged; {_way_out(path)}")
     return state
+
+
+def expect_checkpoint(path: Path) -> None:
+    """Raise FileNotFoundError or IsADirectoryError, with the way out, if there is no file at `path`."""
+    if path.is_dir():
+        raise IsADirectoryError(f"resume: expected a checkpoint at {path}, got a folder; {_way_out(path)}")
+    if not path.exists():
+        raise FileNotFoundError(f"resume: expected a checkpoint at {path}, got none; {_way_out(path)}")
+
+
+def _way_out(path: Path) -> str:
+    again = "a run that ended before its first one (save_every) starts again with --overwrite, or under another --out"
+    if previous_of(path).is_file():
+        return f"the one before is kept: mv {previous_of(path)} {path}, then --resume; {again}"
+    return again
+
+
+def _sealed(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-min(_SEAL_LENGTH, path.stat().st_size), 2)
+        return file.read(len(_SEAL)) == _SEAL
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file, by its checksums: the SHA-256 at its end, or those of a zip file from before that."""
+    size = path.stat().st_size
+    if size == 0:
+        return "an empty file"
+    if not _sealed(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return None if archive.testzip() is None else "a damaged file (its checksums do not match)"
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError):
+            return f"a file that was cut off, is damaged, or is of another program ({size} bytes)"
+    left, found = size - _SEAL_LENGTH, hashlib.sha256()
+    with open(path, "rb") as file:
+        while left:
+            data = file.read(min(left, 1 << 20))
+            found.update(data)
+            left -= len(data)
+        whole = file.read() == _SEAL + found.hexdigest().encode() + b"\n"
+    return None if whole else "a damaged file (its checksum does not match)"
 
 
 def restore(

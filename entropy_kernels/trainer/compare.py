@@ -12,6 +12,7 @@ from pathlib import Path
 
 from entropy_kernels.trainer.config import METHODS, TrainerConfig
 from entropy_kernels.trainer.drivers import (
+    experiment,
     load_runs,
     run_side_by_side,
     shared_warm_start,
@@ -19,7 +20,7 @@ from entropy_kernels.trainer.drivers import (
     unfinished,
 )
 from entropy_kernels.trainer.progress import ProgressBoard
-from entropy_kernels.trainer.report import write_kept, write_report
+from entropy_kernels.trainer.report import REPORT_FILES, kept_files, write_kept, write_report
 from entropy_kernels.trainer.report_text import memory_line
 
 
@@ -80,6 +81,7 @@ def run_methods(
     torch_ops: str | None = None,
     workers: int,
     reuse: bool = False,
+    kind: str = "compare",
     command: str,
     title: str,
     progress: bool,
@@ -96,6 +98,8 @@ def run_methods(
         Runs at the same time.
     reuse : bool
         Keep what is complete in `out` already, and continue what has a checkpoint.
+    kind : str
+        The command that `out` belongs to.
     command, title : str
         For the report.
 
@@ -113,32 +117,34 @@ def run_methods(
         raise ValueError(f"workers: expected an integer >= 1, got {workers}")
     base.validate()
     started = time.time()
-    with ProgressBoard(enabled=progress) as board:
-        start = shared_warm_start(base, out / "warm_start", board)
-        configs = {
-            method: dataclasses.replace(base, out=out / method, method=method, warm_start_from=start)  # type: ignore
-            for method in methods
-        }
-        if torch_ops is not None:
-            name = f"{torch_ops}_torch_ops"
-            configs[name] = dataclasses.replace(
-                base, out=out / name, method=torch_ops, warm_start_from=start, head="torch"  # type: ignore[arg-type]
-            )  # fmt: skip
+    start = out / "warm_start"
+    configs = {
+        method: dataclasses.replace(base, out=out / method, method=method, warm_start_from=start)  # type: ignore
+        for method in methods
+    }
+    if torch_ops is not None:
+        name = f"{torch_ops}_torch_ops"
+        configs[name] = dataclasses.replace(
+            base, out=out / name, method=torch_ops, warm_start_from=start, head="torch"  # type: ignore[arg-type]
+        )  # fmt: skip
+    reports = (*REPORT_FILES, *kept_files("curves.png", configs))
+    with experiment(out, kind, {} if reuse else configs, *reports), ProgressBoard(enabled=progress) as board:
+        shared_warm_start(base, start, board)
         run_side_by_side(unfinished(configs) if reuse else configs, workers=workers, board=board)
-    logs = load_runs({name: config.out for name, config in configs.items()})
-    runs = {name: [log] for name, log in logs.items()}
-    path = write_report(
-        out,
-        runs,
-        base=base,
-        experiment=start_experiment(base, start),
-        command=command,
-        seeds=[base.seed],
-        seconds=time.time() - started,
-        workers=workers,
-        title=title,
-    )
-    write_kept(out, runs, names=logs, picture="curves.png")
+        logs = load_runs({name: config.out for name, config in configs.items()})
+        runs = {name: [log] for name, log in logs.items()}
+        path = write_report(
+            out,
+            runs,
+            base=base,
+            experiment=start_experiment(base, start),
+            command=command,
+            seeds=[base.seed],
+            seconds=time.time() - started,
+            workers=workers,
+            title=title,
+        )
+        write_kept(out, runs, names=logs, picture="curves.png")
     if progress:
         memory = memory_line(json.loads((out / "summary.json").read_text(encoding="utf-8"))["methods"])
         if memory:

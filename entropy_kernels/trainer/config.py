@@ -15,12 +15,15 @@ from typing import Any, Literal
 
 import torch
 
+from entropy_kernels.trainer.pretrained import check_model
+
 METHODS = ("grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized")
 HEADS = ("linear", "logits", "torch")
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
     {"out", "steps", "resume", "overwrite", "save_every", "tensorboard", "progress", "measure_memory"}
+    | {"gradient_checkpointing"}
 )
 
 #: What runs did before a field was there, where that is not the field's default.
@@ -95,9 +98,11 @@ class TrainerConfig:
     """Layers of the tiny model."""
     num_heads: int = 4
     """Attention heads of the tiny model."""
-    dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
-    """Precision of weights and activations; mixed: float32 weights, bfloat16 products (torch.autocast). Statistics and
-    losses are float32 in all three."""
+    dtype: str = "float32"
+    """float32, or mixed: matrix products in bfloat16 (torch.autocast). Weights, optimizer, statistics and losses are
+    float32 in both: most updates are smaller than the rounding of a weight in bfloat16."""
+    gradient_checkpointing: bool = False
+    """Compute the layers' activations once more in the backward pass, and keep none: less memory, the same results."""
     head: Literal["linear", "logits", "torch"] = "linear"
     """linear: losses, log-probs and entropies from hidden states, by linear_policy_loss and linear_logprob_entropy in
     place of the model's head. logits: from the model's logits, which then exist for a whole micro-batch. torch: the
@@ -122,6 +127,11 @@ class TrainerConfig:
     """Seed of model initialisation and demonstrations; kept apart from `seed` so that runs can share a start."""
     warm_start_from: Path | None = None
     """Directory of a saved warm start (model and tokenizer) to begin from; made by an earlier run or by quickstart."""
+
+    # --- reward ------------------------------------------------------------------------------------------------------
+    partial_credit: bool = False
+    """Rewards of reasoning-gym as its scorers give them, partial ones for wrong answers (0.01, 0.05, 0.1) included.
+    Without it a reward is 1 for a full score, else 0. No effect on walk."""
 
     # --- rollout -----------------------------------------------------------------------------------------------------
     prompts_per_step: int = 64
@@ -225,9 +235,19 @@ class TrainerConfig:
         for name in ("adam_beta1", "adam_beta2"):
             _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
         _expect(_usable(self.device), "device", "auto or a torch device that is there", self.device)
+        _expect(
+            self.dtype in ("float32", "mixed"),
+            "dtype",
+            "float32 or mixed (which keeps float32 weights and makes its products in bfloat16: weights in bfloat16 are "
+            "rounded to 3 digits, and an update of 5e-6 is lost for nearly all of them)"
+            if self.dtype == "bfloat16"
+            else "float32 or mixed",
+            self.dtype,
+        )
+        if self.model not in ("tiny", "smollm2"):
+            check_model(self.model)
         for name, allowed in (
             ("head", HEADS),
-            ("dtype", ("float32", "bfloat16", "mixed")),
             ("method", METHODS),
             ("advantage", ("grpo", "rloo")),
             ("cov_band", ("absolute", "quantile")),
@@ -277,11 +297,6 @@ class TrainerConfig:
         if self.method in ("clip_cov", "random_dropped"):
             return "clip_cov"
         return "ppo" if self.method == "grpo" else "kl_cov"
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        """Of the model's weights."""
-        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
     @property
     def selects_late(self) -> bool:
@@ -339,13 +354,19 @@ class TrainerConfig:
         return {name: values[name] for name in WARM_START_FIELDS}
 
 
+def as_saved(values: dict[str, Any]) -> dict[str, Any]:
+    """What a run was made under, from what it saved: with fields that came later as they were then."""
+    before = {**_BEFORE, "partial_credit": str(values.get("task", "walk")) != "walk"}
+    return {**TrainerConfig().to_dict(), **before, **values}
+
+
 def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int) -> None:
     """Raise ValueError if `now` cannot continue the run saved under `saved` after `finished` steps.
 
     Only the fields in RESUMABLE_FIELDS may change; every other one would make the second half of the run a different
     experiment from the first.
     """
-    saved = {**TrainerConfig().to_dict(), **_BEFORE, **saved}
+    saved = as_saved(saved)
     current = now.to_dict()
     changed = [
         f"{name}: expected {saved.get(name)!r} (as saved), got {value!r}"

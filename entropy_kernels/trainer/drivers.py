@@ -6,52 +6,72 @@ import dataclasses
 import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from entropy_kernels.trainer import checkpoint
-from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.config import TrainerConfig, as_saved
+from entropy_kernels.trainer.files import OwnFiles, locked, write_json
 from entropy_kernels.trainer.metrics_log import read_rows
 from entropy_kernels.trainer.policy import build_policy, load_policy
+from entropy_kernels.trainer.ppo import DRIVER_FILES, RUN_FILES, own_files, remove_run
+from entropy_kernels.trainer.pretrained import check_model
 from entropy_kernels.trainer.progress import ProgressBoard, describe_row
 from entropy_kernels.trainer.tasks import make_task
 from entropy_kernels.trainer.warm_start import warm_start
 
+#: In the directory of a warm start: the settings that it was made under.
+_STAMP = "warm_start.json"
 #: Seconds between looks at the logs of running processes.
 _POLL = 0.5
 #: Of float64 logits in the experiment with logits as parameters, which holds a few such tensors.
 _EXPERIMENT_BYTES = 512 << 20
 
 
+class RunFailed(RuntimeError):
+    """A run of several ended with an error, which its log has told."""
+
+
 def shared_warm_start(config: TrainerConfig, directory: Path, board: ProgressBoard) -> Path:
     """The model that all runs start from, saved in `directory`; one made earlier under the same settings is kept."""
     key = {**config.warm_start_key(), "threads": config.threads, "torch": torch.__version__}
-    stamp = directory / "warm_start.json"
-    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == key:
-        board.say(f"warm start: kept from {directory}")
-        return directory
-    torch.set_num_threads(config.threads)
-    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
-    policy = build_policy(config, task)
+    with locked(directory, "out"):
+        files = OwnFiles(directory, "model", alone=True)
+        files.tidy()
+        if _is_kept(directory, key):
+            board.say(f"warm start: kept from {directory}")
+            return directory
+        torch.set_num_threads(config.threads)
+        task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+        policy = build_policy(config, task)
 
-    def on_step(step: int, loss: float) -> None:
-        board.update("warm start", step, config.warm_steps, f"loss {loss:.3f}")
+        def on_step(step: int, loss: float) -> None:
+            board.update("warm start", step, config.warm_steps, f"loss {loss:.3f}")
 
-    if config.warm_steps:
-        warm_start(policy, task, config, on_step=on_step)
-    stamp.unlink(missing_ok=True)
-    policy.save(directory)
-    # the stamp comes last: without it the directory is made anew
-    checkpoint.write_json(stamp, key)
+        if config.warm_steps:
+            warm_start(policy, task, config, on_step=on_step)
+        files.remove(_STAMP)
+        policy.write(files)
+        # the stamp comes last: without it the directory is made anew
+        write_json(files.file(_STAMP), key)
     del policy
     _leave_gpu()  # to the runs
     return directory
+
+
+def _is_kept(directory: Path, key: dict[str, Any]) -> bool:
+    """Whether a directory holds the warm start of these settings, whole."""
+    try:
+        check_model(str(directory.absolute()))
+        return json.loads((directory / _STAMP).read_text(encoding="utf-8")) == key
+    except (OSError, ValueError):
+        return False
 
 
 def _leave_gpu() -> None:
@@ -64,7 +84,7 @@ def _leave_gpu() -> None:
 def run_side_by_side(runs: dict[str, TrainerConfig], *, workers: int, board: ProgressBoard) -> None:
     """Train every configuration in a process of its own, at most `workers` at once, in the given order.
 
-    Raises RuntimeError with the end of its log if a run fails; the others are stopped then.
+    Raises RunFailed with the end of its log if a run fails; the others are stopped then.
     """
     for name, config in runs.items():
         config.validate()
@@ -85,7 +105,7 @@ def run_side_by_side(runs: dict[str, TrainerConfig], *, workers: int, board: Pro
                 del running[name]
                 if code != 0:
                     tail = (runs[name].out / "run.log").read_text(encoding="utf-8", errors="replace")[-2000:]
-                    raise RuntimeError(f"run {name}: expected exit code 0, got {code}; the end of its log:\n{tail}")
+                    raise RunFailed(f"run {name}: expected exit code 0, got {code}; the end of its log:\n{tail}")
     finally:
         for process in running.values():
             process.terminate()
@@ -93,14 +113,46 @@ def run_side_by_side(runs: dict[str, TrainerConfig], *, workers: int, board: Pro
             process.wait()
 
 
+@contextmanager
+def experiment(out: Path, command: str, runs: Mapping[str, TrainerConfig], *reports: str) -> Iterator[None]:
+    """Within: `out` is this command's, with its `reports` and the directories of its `runs`.
+
+    Raises before anything is written, if another process is at work there or files of the user's are in the way. Also
+    FileExistsError: a directory holds another command's files, or a run that was started by itself.
+    """
+    with locked(out):
+        files = OwnFiles(out, command)
+        files.tidy()
+        files.claim(*reports)
+        for config in runs.values():
+            if config.out.exists():
+                with locked(config.out):
+                    _place(config)
+        yield
+
+
+def _place(config: TrainerConfig) -> OwnFiles:
+    """The files of a run that is to be started; FileExistsError for a run there that no driver has started."""
+    files = own_files(config.out, *RUN_FILES)
+    if not config.resume and files.has("metrics.jsonl") and not files.has("request.json"):
+        raise FileExistsError(
+            f"out: expected in {config.out} no run, or one of an earlier call, got one that was started by itself; "
+            "move it away or choose another --out"
+        )
+    files.claim(*DRIVER_FILES)
+    return files
+
+
 def _start(config: TrainerConfig) -> subprocess.Popen[bytes]:
     config = dataclasses.replace(config, overwrite=not config.resume, progress=False)
-    if not config.resume:
-        # an earlier run would be read as this one's progress until it starts
-        shutil.rmtree(config.out, ignore_errors=True)
-        config.out.mkdir(parents=True)
-    checkpoint.write_json(config.out / "request.json", config.to_dict())
-    with open(config.out / "run.log", "wb") as log:
+    with locked(config.out):
+        files = _place(config)
+        if not config.resume:
+            # an earlier run would be read as this one's progress until it starts
+            remove_run(files)
+        write_json(files.file("request.json"), config.to_dict())
+        files.remove("run.log")
+    with open(config.out / "run.log", "xb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "entropy_kernels.trainer", "from-config", str(config.out / "request.json")],
             stdout=log,
@@ -147,10 +199,13 @@ def _same_configuration(config: TrainerConfig) -> bool:
     saved, metrics = config.out / "config.json", config.out / "metrics.jsonl"
     if not (saved.exists() and metrics.exists()):
         return False
-    start = None if config.warm_start_from is None else config.warm_start_from / "warm_start.json"
+    start = None if config.warm_start_from is None else config.warm_start_from / _STAMP
     if start is not None and start.exists() and start.stat().st_mtime_ns > saved.stat().st_mtime_ns:
         return False  # the run began at another one
-    values = json.loads(saved.read_text(encoding="utf-8"))
+    try:
+        values = as_saved(json.loads(saved.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return False
     ignored = {"overwrite", "progress", "resume"}
     return all(values.get(k) == v for k, v in config.to_dict().items() if k not in ignored)
 
@@ -163,6 +218,7 @@ def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[f
     torch.set_num_threads(config.threads)
     task = make_task(config.task, max_new_tokens=config.max_new_tokens)
     policy = load_policy(directory, config, task)
+    task.partial_credit = config.partial_credit
     sampler = torch.Generator(policy.device).manual_seed(config.seed)
     rollout = collect(policy, task, config, step=0, generator=sampler)
     row = 8 * rollout.ids.shape[1] * policy.model.config.vocab_size  # bytes of its logits

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
-from entropy_kernels.trainer.checkpoint import write_text
+from entropy_kernels.trainer.files import OwnFiles, write_text
 
 #: Fractions of the paper's table 1, and the columns that hold the mean covariance of each top fraction.
 COVARIANCE_COLUMNS = {fraction: f"cov_top_{fraction:g}" for fraction in (0.0002, 0.002, 0.02, 0.2, 0.5, 1.0)}
+
+#: Where lines of the log that are no rows are kept.
+BROKEN = "metrics.broken"
 
 DEFINITIONS = {
     "step": "finished RL steps when the row's policy was measured",
     "entropy": "policy entropy, nats: mean over the tokens of the rollout, before the step's updates",
     "reward": "mean reward of the rollout",
+    "unscored": "answers of the rollout that their verifier could not judge (reward 0); the first in unscored.jsonl",
     "groups_mixed": "share of prompts whose completions got different rewards (the others have advantage 0)",
     "tokens": "completion tokens of the rollout",
     "sampling_gap": "largest |log-prob while sampling - log-prob of the full forward|, nats",
@@ -79,13 +84,56 @@ def defined(name: str) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that was cut off by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """Rows of a metrics.jsonl by step; lines that are none, as a crash may leave them, are left out."""
+    return read_log(path)[0]
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+    """Rows by step, and the other lines by their number. Of several rows of one step the last counts."""
+    rows: dict[int, dict[str, Any]] = {}
+    broken = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        text = line.strip(b"\0\r\t ")  # zeros: what some file systems leave after a loss of power
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(text.decode("utf-8"))
+            if type(row["step"]) is not int:
+                raise ValueError
+            rows[row["step"]] = row
+        except (ValueError, KeyError, TypeError):
+            if line.strip(b"\r\t "):
+                broken[number] = line
+    return [rows[step] for step in sorted(rows)], broken
+
+
+def rows_before(path: Path, step: int, last: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The rows of an earlier part of the run, up to a checkpoint after `step` steps whose last row was `last`.
+
+    Warns of lines and rows that are missing; broken lines are kept beside the log. ValueError if the log is another
+    run's.
+    """
+    if not path.exists():
+        if step:
+            warnings.warn(f"{path}: not there; the log begins anew at step {step}", stacklevel=3)
+        return []
+    found, broken = read_log(path)
+    rows = [row for row in found if row["step"] < step]
+    if last is not None and rows and rows[-1]["step"] == last["step"] and any(
+        rows[-1].get(name, value) != value for name, value in last.items()
+    ):  # fmt: skip
+        raise ValueError(
+            f"resume: expected in {path} the log of the run in checkpoint.pt, got another run's: its row of step "
+            f"{last['step']} differs; move it away, and the log begins anew"
+        )
+    if broken:
+        aside = path.with_name(BROKEN)
+        with open(aside, "ab") as file:
+            file.write(b"".join(line + b"\n" for line in broken.values()))
+        numbers = ", ".join(map(str, broken))
+        warnings.warn(f"{path}: line {numbers} is no row and is left out; kept in {aside.name}", stacklevel=3)
+    missing = sorted(set(range(step)) - {row["step"] for row in rows})
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        warnings.warn(f"{path}: no row of step {shown} of the {step} before the checkpoint", stacklevel=3)
     return rows
 
 
@@ -100,13 +148,18 @@ class MetricsLog:
         Write events under ``tensorboard/``.
     keep_before : int
         Rows of an earlier part of the run with ``step`` below this are kept, the others removed (0 starts afresh).
+    last : dict, optional
+        The last of these, if known; a log that has another one is refused.
     """
 
-    def __init__(self, directory: Path, *, tensorboard: bool, keep_before: int = 0) -> None:
+    def __init__(
+        self, directory: Path, *, tensorboard: bool, keep_before: int = 0, last: dict[str, Any] | None = None
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
-        rows = [row for row in read_rows(path) if row["step"] < keep_before] if path.exists() else []
+        rows = rows_before(path, keep_before, last) if keep_before else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self.last = rows[-1] if rows else None
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._writer = _summary_writer(directory / "tensorboard", purge_step=keep_before) if tensorboard else None
 
@@ -119,6 +172,7 @@ class MetricsLog:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        self.last = clean
         if self._writer is not None:
             for name, value in row.items():
                 if name != "step":
@@ -139,4 +193,8 @@ def _summary_writer(directory: Path, *, purge_step: int) -> Any:
             "tensorboard = True needs the package tensorboard: pip install 'entropy_kernels[analysis]', "
             "or --no-tensorboard"
         ) from error
-    return SummaryWriter(str(directory), purge_step=purge_step)
+    files = OwnFiles(directory, "tensorboard", alone=True)
+    before = set(directory.iterdir())
+    writer = SummaryWriter(str(directory), purge_step=purge_step)
+    files.adopt(*(path.name for path in set(directory.iterdir()) - before))
+    return writer

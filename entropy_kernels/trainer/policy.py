@@ -21,7 +21,9 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.files import OwnFiles, scratch_of
 from entropy_kernels.trainer.heads import make_head
+from entropy_kernels.trainer.pretrained import load_model
 from entropy_kernels.trainer.tasks import Task
 
 PAD, BOS = "<pad>", "<bos>"
@@ -141,6 +143,24 @@ class Policy:
         """A context in which the model and its head run in the precision of the products."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Within: layers under gradient checkpointing do it, where there is a gradient.
+
+        transformers asks them to be in training mode. They alone are, not what is in them, and their dropout is 0
+        (:func:`_without_dropout`); outside they are not, since they would drop the cache that sampling needs.
+        """
+        layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
+        if not torch.is_grad_enabled():
+            layers = []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
     def encode(self, prompts: Sequence[str]) -> Encoded:
         """Prompts as left-padded ids, through the chat template where the tokenizer has one."""
         texts = list(prompts)
@@ -189,7 +209,7 @@ class Policy:
         """
         attention = torch.cat([prompts.mask, mask.to(prompts.mask.dtype)], dim=1)
         # a mask of ones is left out: attention then takes its causal fast path
-        with self.precision():
+        with self.precision(), self._checkpointing():
             return self._head.outputs(
                 ids.shape[1],
                 input_ids=torch.cat([prompts.ids, ids], dim=1),
@@ -266,19 +286,30 @@ class Policy:
             return self._head.policy_loss(outputs, _target(ids, mask), temperature, mask=mask, **options)
 
     def save(self, directory: Path) -> None:
-        """Write model and tokenizer; the directory appears whole or not at all."""
-        scratch = directory.with_name(directory.name + ".tmp")
+        """Write model and tokenizer into a folder of their own; see :meth:`write`."""
+        self.write(OwnFiles(directory, "model", argument="directory", alone=True))
+
+    def write(self, files: OwnFiles) -> None:
+        """Replace the model and tokenizer in a folder; files that we did not write stay.
+
+        All are written before the first is replaced, and while they are there is no config.json: what is left if the
+        process dies then does not pass for a model.
+        """
+        files.tidy()
+        files.claim("config.json")
+        scratch = scratch_of(files.folder / "config.json")
         shutil.rmtree(scratch, ignore_errors=True)
-        self.model.save_pretrained(scratch)
-        self.tokenizer.save_pretrained(scratch)
-        if directory.exists():
-            old = directory.with_name(directory.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(directory, old)
-            os.replace(scratch, directory)
-            shutil.rmtree(old)
-        else:
-            os.replace(scratch, directory)
+        try:
+            self.model.save_pretrained(scratch)
+            self.tokenizer.save_pretrained(scratch)
+            names = {str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()}
+            files.claim(*names)
+            files.remove("config.json", *(files.names - names))
+            for name in sorted(names, key=lambda name: name == "config.json"):
+                (files.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(scratch / name, files.folder / name)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
     @staticmethod
     def _full(mask: Tensor) -> bool:
@@ -312,8 +343,7 @@ def build_policy(config: TrainerConfig, task: Task) -> Policy:
 
     ``tiny`` is initialised from `config.warm_seed`; every other name is loaded.
     """
-    transformers = _transformers()
-    device = resolve_device(config.device)
+    _transformers()
     if config.model == "tiny":
         model, tokenizer = _tiny(config, task)
     elif config.model == "smollm2":
@@ -321,19 +351,14 @@ def build_policy(config: TrainerConfig, task: Task) -> Policy:
 
         model, tokenizer = load_smollm2()
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(config.model)
-    return _finish(model.to(device=device, dtype=config.weight_dtype), tokenizer, config, task)
+        model, tokenizer = load_model(config.model)
+    return _finish(model, tokenizer, config, task)
 
 
 def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
     """A policy written by :meth:`Policy.save`."""
-    transformers = _transformers()
-    if not (directory / "config.json").exists():
-        raise FileNotFoundError(f"warm_start_from: expected a saved model in {directory}, got no config.json there")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory)
-    model = model.to(device=resolve_device(config.device), dtype=config.weight_dtype)
+    _transformers()
+    model, tokenizer = load_model(str(directory.absolute()), "warm_start_from")
     return _finish(model, tokenizer, config, task)
 
 
@@ -383,8 +408,13 @@ def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Po
         model.set_attn_implementation("eager")
     if not config.chat_template:
         tokenizer.chat_template = None
+    # weights in float32, whatever they are saved in: updates are smaller than the rounding of bfloat16
+    model.to(device=resolve_device(config.device), dtype=torch.float32)
     # eval mode for good: dropout would make the scored distribution differ from the sampled one
     model.eval()
+    _without_dropout(model)
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
     if not task.fixed_length:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"model: expected a tokenizer with an end-of-sequence token for {task.name}, got none")
@@ -398,6 +428,22 @@ def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Po
         memory_budget=config.memory_budget,
         mixed=config.dtype == "mixed",
     )
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Gradient checkpointing of a model of transformers, under the name that its version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _without_dropout(model: Any) -> None:
+    """Dropout 0 in every module, for layers that are in training mode under gradient checkpointing."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
 
 
 def _transformers() -> Any:

@@ -22,9 +22,10 @@ Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' c
 
 from __future__ import annotations
 
-import shutil
+import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,9 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.entropy_change import FirstOrder
+from entropy_kernels.trainer.files import OwnFiles, locked, write_json
 from entropy_kernels.trainer.heads import compare_heads, loss_of_stats
-from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog
+from entropy_kernels.trainer.metrics_log import BROKEN, COVARIANCE_COLUMNS, MetricsLog
 from entropy_kernels.trainer.policy import Encoded, Policy, build_policy, load_policy
 from entropy_kernels.trainer.rollout import Rollout, collect, evaluate, mean_over, score
 from entropy_kernels.trainer.selection import Part, select
@@ -71,18 +73,28 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
     FileNotFoundError
         ``resume`` without a checkpoint.
     FileExistsError
-        The directory holds another run, and neither ``resume`` nor ``overwrite`` is set.
+        The directory holds another run, and neither ``resume`` nor ``overwrite`` is set; or files of the names of ours
+        that we did not write.
+    BlockingIOError
+        Another process trains in the directory.
     """
     config.validate()
     task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+    task.partial_credit = config.partial_credit
+    if config.resume:
+        checkpoint.expect_checkpoint(config.out / "checkpoint.pt")
+    with locked(config.out):
+        return _train(config, task, report or (lambda phase, done, total, row: None))
+
+
+def _train(config: TrainerConfig, task: Task, tell: Report) -> Path:
+    """:func:`train`, in a directory that no other process writes into."""
     saved = checkpoint.load_checkpoint(config.out / "checkpoint.pt") if config.resume else None
     if saved is not None:
         check_resumable(saved["config"], config, finished=saved["step"])
-    else:
-        prepare_directory(config)
+    files = prepare_directory(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    tell = report or (lambda phase, done, total, row: None)
 
     # --- the policy: loaded, or built and warm-started --------------------------------------------------------------
     if config.warm_start_from is not None:
@@ -104,10 +116,14 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
     first = 0
     if saved is not None:
         first = checkpoint.restore(saved, model=policy.model, optimizer=optimizer, generators=generators)
+    elif config.overwrite:
+        remove_run(files)
+    # before anything is changed: another run's log is refused
+    last = None if saved is None else saved.get("row")
+    log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "overwrite": False}
-    checkpoint.write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
-    log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first)
+    write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
 
     def save(step: int) -> None:
         checkpoint.save_checkpoint(
@@ -117,6 +133,7 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
             model=policy.model,
             optimizer=optimizer,
             generators=generators,
+            row=log.last,
         )
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -132,6 +149,7 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
         # 1. sample, verify, score: the policy that the row describes
         rollout = collect(policy, task, config, step=step, generator=sampler)
         row |= describe(rollout, config)
+        note_unscored(config.out / "unscored.jsonl", step, rollout.unscored)
         collected = time.perf_counter()
         if config.measure_memory and step == 0:
             row |= compare_on_first_micro_batch(policy, rollout, config)
@@ -355,6 +373,7 @@ def describe(rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
     row = {
         "entropy": mean_over(rollout.entropy, rollout.mask),
         "reward": float(rollout.rewards.mean()),
+        "unscored": len(rollout.unscored),
         "groups_mixed": float((rollout.rewards != rollout.rewards[:, :1]).any(dim=1).float().mean()),
         "tokens": n,
         "sampling_gap": rollout.sampling_gap,
@@ -438,22 +457,81 @@ def average(updates: list[dict[str, float]]) -> dict[str, float]:
     return row
 
 
-def prepare_directory(config: TrainerConfig) -> None:
-    """An empty place for the run; an earlier run there is removed only if asked."""
-    metrics = config.out / "metrics.jsonl"
-    if metrics.exists() and not config.overwrite:
+#: What a run writes besides its folders, and whatever a driver that starts it adds.
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", BROKEN, "unscored.jsonl")
+DRIVER_FILES = ("request.json", "run.log")
+#: Its folders, and how the names of files there began before there were records of them.
+_FOLDERS = {
+    "model": ("config.json", "generation_config.json", "model", "tokenizer", "special_tokens", "chat_template"),
+    "tensorboard": ("events.out.tfevents.",),
+}
+
+
+def prepare_directory(config: TrainerConfig) -> OwnFiles:
+    """Whether the run may be written into its directory; nothing is removed yet.
+
+    FileExistsError for a run that is there and is neither resumed nor replaced, and for files that we did not write
+    under the names of ours.
+    """
+    there = any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoint.pt"))
+    if there and not (config.overwrite or config.resume):
         resume = "--resume to continue it, " if (config.out / "checkpoint.pt").exists() else ""
         raise FileExistsError(
             f"out: expected a directory without a run, got {config.out}, which holds one; pass {resume}"
             "--overwrite to replace it, or another --out"
         )
-    if config.overwrite:
-        # only what a run writes: the directory may hold the user's own files
-        for name in ("metrics.jsonl", "checkpoint.pt", "config.json"):
-            (config.out / name).unlink(missing_ok=True)
-        for name in ("tensorboard", "model"):
-            shutil.rmtree(config.out / name, ignore_errors=True)
-    config.out.mkdir(parents=True, exist_ok=True)
+    return own_files(config.out, *RUN_FILES, ours=config.resume)
+
+
+def own_files(out: Path, *names: str, ours: bool = False) -> OwnFiles:
+    """The files of a run's directory with `names` among them, once leftovers of killed processes are removed.
+
+    What a run left before there were records of files is ours too: `ours` says so, or its config.json.
+    """
+    files = OwnFiles(out, "run")
+    ours = not files.names and (ours or _left_by_us(out / "config.json"))
+    if ours:
+        files.adopt(*RUN_FILES, *DRIVER_FILES)
+    files.claim(*names)
+    files.tidy()
+    for name, prefixes in _FOLDERS.items():
+        if (out / name).exists():
+            inner = OwnFiles(out / name, name, alone=not ours)
+            if ours:
+                inner.adopt(*(path.name for path in (out / name).iterdir() if path.name.startswith(prefixes)))
+            inner.tidy()
+    files.claim(*names)  # once more: names of files that are not there yet are forgotten by tidy
+    return files
+
+
+def _left_by_us(path: Path) -> bool:
+    try:
+        return "entropy_kernels" in json.loads(path.read_text(encoding="utf-8"))["versions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def remove_run(files: OwnFiles) -> None:
+    """Remove what an earlier run wrote into its directory; the user's own files stay."""
+    files.remove(*RUN_FILES)
+    for name in _FOLDERS:
+        if (files.folder / name).is_dir():
+            OwnFiles(files.folder / name, name).remove()
+
+
+#: Answers that could not be judged and are kept to be looked at.
+_KEPT = 20
+
+
+def note_unscored(path: Path, step: int, unscored: list[dict[str, str]]) -> None:
+    """Keep the first answers that a verifier could not judge, a JSON object a line; a warning for the very first."""
+    kept = path.read_bytes().count(b"\n") if unscored and path.exists() else 0
+    if unscored and not kept:
+        reason = unscored[0]["reason"]
+        warnings.warn(f"an answer could not be judged, its reward is 0 ({reason}); see {path}", stacklevel=2)
+    if unscored and kept < _KEPT:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in unscored[: _KEPT - kept])
 
 
 def versions() -> dict[str, str]:

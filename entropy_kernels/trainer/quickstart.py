@@ -15,7 +15,7 @@ class Quickstart:
     """Train a tiny model under GRPO, Clip-Cov and KL-Cov and write report.html: three to six minutes on two cores."""
 
     out: Path = Path("runs/quickstart")
-    """Directory of the report and of the runs below it; earlier quickstart runs there are replaced."""
+    """Directory of the report and of the runs below it; only what quickstart wrote there earlier is replaced."""
     seed: int = 0
     """Seed of all runs."""
     steps: int = 240
@@ -26,6 +26,8 @@ class Quickstart:
     """Add Clip-Cov's control: as many tokens dropped at random."""
     warm_steps: int = 800
     """Supervised steps before RL."""
+    reuse: bool = False
+    """Keep runs that are complete in `out` under the same configuration, and continue those that have a checkpoint."""
     progress: bool = True
     """Show progress."""
 
@@ -40,6 +42,8 @@ def run(options: Quickstart) -> Path:
         options.out,
         methods=methods,
         workers=options.workers,
+        reuse=options.reuse,
+        kind="quickstart",
         command="python -m entropy_kernels.trainer " + shlex.join(command),
         title="Entropy collapse and two cures, on a task that fits into a minute",
         progress=options.progress,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels.analysis import plots
 from entropy_kernels.analysis.plot_style import method_style
-from entropy_kernels.trainer.checkpoint import write_bytes, write_json, write_text
 from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.files import OwnFiles, write_bytes, write_json, write_text
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.policy import resolve_device
 from entropy_kernels.trainer.ppo import versions
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Runs = Mapping[str, Sequence["DataFrame"]]
+
+FIGURES = ("entropy", "performance", "law", "entropy_change", "covariance")
+#: What :func:`write_report` writes.
+REPORT_FILES = ("report.html", "summary.json", *(f"{name}.png" for name in FIGURES))
 
 #: Columns of the small per-run logs that are worth keeping under version control.
 KEPT_COLUMNS = (
@@ -105,7 +109,7 @@ def write_report(
         import jinja2
     except ImportError as error:
         raise ImportError("the report needs jinja2: pip install 'entropy_kernels[train]'") from error
-    out.mkdir(parents=True, exist_ok=True)
+    OwnFiles(out).claim(*REPORT_FILES)
     summary = over_seeds(runs)
     walk = base.task == "walk"
     checks = criteria(summary, experiment, walk=walk)
@@ -162,11 +166,17 @@ def hardware_line(base: TrainerConfig) -> str:
     return f"{cpu_name()}, {usable_cores()} cores, {base.threads} thread{'s' if base.threads > 1 else ''} a run"
 
 
+def kept_files(picture: str, names: Iterable[str]) -> tuple[str, ...]:
+    """What :func:`write_kept` writes."""
+    return "report.md", picture, *(f"csv/{name}.csv" for name in names)
+
+
 def write_kept(out: Path, runs: Runs, *, names: Mapping[str, DataFrame], picture: str) -> None:
     """What of a report is worth keeping under version control: report.md, one picture, the small columns as csv/.
 
     `names`: file name to log. summary.json and the figures are there already.
     """
+    OwnFiles(out).claim(*kept_files(picture, names))
     record = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     columns = {"entropy": "policy entropy (nats)", "val_pass1": "pass@1", "val_pass8": "pass@8"}
     title = heading(record)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from entropy_kernels.trainer.config import METHODS, TrainerConfig
 from entropy_kernels.trainer.drivers import (
+    experiment,
     load_runs,
     run_side_by_side,
     shared_warm_start,
@@ -17,7 +18,7 @@ from entropy_kernels.trainer.drivers import (
     unfinished,
 )
 from entropy_kernels.trainer.progress import ProgressBoard
-from entropy_kernels.trainer.report import write_kept, write_report
+from entropy_kernels.trainer.report import REPORT_FILES, kept_files, write_kept, write_report
 from entropy_kernels.trainer.report_text import memory_line
 
 
@@ -54,44 +55,51 @@ def run(options: Reproduce) -> int:
     if not options.seeds or options.workers < 1:
         raise ValueError(f"seeds, workers: expected at least one of each, got {options.seeds} and {options.workers}")
     started = time.time()
-    with ProgressBoard(enabled=options.progress) as board:
-        base = TrainerConfig(steps=options.steps, warm_steps=options.warm_steps)
-        start = shared_warm_start(base, options.out / "warm_start", board)
-        configs = {
-            f"{method}-{seed}": TrainerConfig(
-                out=options.out / f"{method}-{seed}",
-                seed=seed,
-                steps=options.steps,
-                method=method,  # type: ignore[arg-type]
-                warm_steps=options.warm_steps,
-                warm_start_from=start,
-                tensorboard=False,
-                eval_every=options.eval_every,
-                # measuring entropy changes takes a fifth of a step: on the first seed's methods, not on all fifteen
-                measure_entropy_change=measured(method, seed, options),
-                first_order_every=8 if measured(method, seed, options) else 0,
-            )
-            for seed in options.seeds
-            for method in options.methods
-        }
+    base = TrainerConfig(steps=options.steps, warm_steps=options.warm_steps)
+    start = options.out / "warm_start"
+    configs = {
+        f"{method}-{seed}": TrainerConfig(
+            out=options.out / f"{method}-{seed}",
+            seed=seed,
+            steps=options.steps,
+            method=method,  # type: ignore[arg-type]
+            warm_steps=options.warm_steps,
+            warm_start_from=start,
+            tensorboard=False,
+            eval_every=options.eval_every,
+            # measuring entropy changes takes a fifth of a step: on the first seed's methods, not on all fifteen
+            measure_entropy_change=measured(method, seed, options),
+            first_order_every=8 if measured(method, seed, options) else 0,
+        )
+        for seed in options.seeds
+        for method in options.methods
+    }
+    reports = (*REPORT_FILES, *kept_files("toy.png", configs))
+    with (
+        experiment(options.out, "reproduce", {} if options.reuse else configs, *reports),
+        ProgressBoard(enabled=options.progress) as board,
+    ):
+        shared_warm_start(base, start, board)
         todo = unfinished(configs) if options.reuse else configs
         run_side_by_side(todo, workers=options.workers, board=board)
-    logs = load_runs({name: c.out for name, c in configs.items()})
-    runs = {method: [logs[f"{method}-{seed}"] for seed in options.seeds] for method in options.methods}
-    command = "python -m entropy_kernels.trainer reproduce --out " + shlex.quote(str(options.out))
-    command += f" --seeds {' '.join(map(str, options.seeds))} --steps {options.steps} --warm-steps {options.warm_steps}"
-    write_report(
-        options.out,
-        runs,
-        base=base,
-        experiment=start_experiment(base, start),
-        command=command,
-        seeds=options.seeds,
-        seconds=time.time() - started,
-        workers=options.workers,
-        title=f"Entropy collapse and two cures over {len(options.seeds)} seeds, with random-token controls",
-    )
-    write_kept(options.out, runs, names=logs, picture="toy.png")
+        logs = load_runs({name: c.out for name, c in configs.items()})
+        runs = {method: [logs[f"{method}-{seed}"] for seed in options.seeds] for method in options.methods}
+        command = "python -m entropy_kernels.trainer reproduce --out " + shlex.quote(str(options.out))
+        command += (
+            f" --seeds {' '.join(map(str, options.seeds))} --steps {options.steps} --warm-steps {options.warm_steps}"
+        )
+        write_report(
+            options.out,
+            runs,
+            base=base,
+            experiment=start_experiment(base, start),
+            command=command,
+            seeds=options.seeds,
+            seconds=time.time() - started,
+            workers=options.workers,
+            title=f"Entropy collapse and two cures over {len(options.seeds)} seeds, with random-token controls",
+        )
+        write_kept(options.out, runs, names=logs, picture="toy.png")
     return verdict(options.out, quiet=not options.progress)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.policy import Completions, Encoded, Policy
+from entropy_kernels.trainer.scoring import Unscored
 from entropy_kernels.trainer.tasks import Prompt, Task, verify_all
 
 #: Validation uses the same held-out prompts at every step, so that its curve shows the policy and not the prompts.
@@ -31,6 +32,7 @@ class Rollout:
     vocab_covariance: Tensor  # (B, L) float32
     sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
     seconds: dict[str, float] = field(default_factory=dict)  # of sample, verify, score
+    unscored: list[dict[str, str]] = field(default_factory=list)  # prompt, completion, reason
 
     @property
     def tokens(self) -> int:
@@ -56,7 +58,9 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
     encoded, completions = sample_groups(policy, task, config, prompts, config.samples_per_prompt, generator)
     float(completions.logprob.sum())
     times.append(time.perf_counter())
-    rewards = torch.tensor(verify_all(task, prompts, policy.decode(completions)), dtype=torch.float32)
+    texts = policy.decode(completions)
+    given = verify_all(task, prompts, texts)
+    rewards = torch.tensor(given, dtype=torch.float32)
     times.append(time.perf_counter())
     rewards = rewards.view(config.prompts_per_step, config.samples_per_prompt).to(policy.device)
     per_row = group_advantages(rewards, estimator=config.advantage, normalize_std=config.normalize_std)
@@ -74,6 +78,11 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
         vocab_covariance=covariance,
         sampling_gap=gap,
         seconds={name: times[i + 1] - times[i] for i, name in enumerate(("sample", "verify", "score"))},
+        unscored=[
+            {"prompt": prompts[i // config.samples_per_prompt].text, "completion": texts[i], "reason": reward.reason}
+            for i, reward in enumerate(given)
+            if isinstance(reward, Unscored)
+        ],
     )
 
 

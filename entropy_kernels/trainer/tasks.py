@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import ast
 import random
-import re
-import signal
-import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl
+
+from entropy_kernels.trainer.scoring import Unscored, evaluates, is_nan, is_plain, judge, same_answer
 
 Split = Literal["train", "validation"]
 
 #: Longest time that an answer's score may take.
 SCORING_SECONDS = 1.0
-#: Datasets of reasoning-gym whose answers are arithmetic that the scorer evaluates.
-_EVALUATED = frozenset({"countdown"})
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,8 @@ class Task(Protocol):
     max_new_tokens: int
     #: True: completions end at `max_new_tokens` only, there is no end-of-sequence token to learn.
     fixed_length: bool
+    #: False: a reward is 0 or 1. The trainer sets it from its configuration.
+    partial_credit: bool
 
     def prompts(self, count: int, *, seed: int, split: Split) -> list[Prompt]:
         """`count` prompts; the same seed and split give the same prompts, and the two splits share none."""
@@ -72,6 +71,7 @@ class WalkTask:
     name = "walk"
     max_new_tokens = 7
     fixed_length = True
+    partial_credit = False
     moves = ("+1", "+3", "+8", "+15", "-2", "-6", "x2", "x3")
     limit = 100
     held_out = 8
@@ -167,8 +167,16 @@ class ReasoningGymTask:
         Longest completion.
     options : dict, optional
         Passed to the generator (its difficulty).
+
+    Attributes
+    ----------
+    partial_credit : bool
+        False: the reward is 1 for a full score, else 0. True: the score itself, with what the scorers give wrong
+        answers for their form (0.01, 0.05, 0.1): a group of wrong answers then has a best one, and a normalised
+        advantage is as large for it as for a right answer.
     """
 
+    partial_credit = False
     fixed_length = False
     #: Distance between the seeds of two calls.
     stride = 1_000_000
@@ -188,6 +196,7 @@ class ReasoningGymTask:
         self._create = reasoning_gym.create_dataset
         try:
             self._scorer = self._create(dataset, size=1, seed=0, **self._options)
+            self._evaluates = evaluates(self._scorer)
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"task: expected reasoning_gym:NAME with a dataset of reasoning-gym, got {dataset!r}"
@@ -204,17 +213,34 @@ class ReasoningGymTask:
         return [Prompt(f"{entry['question']}\n{self.instruction}", entry) for entry in entries]
 
     def verify(self, prompt: Prompt, completion: str) -> float:
-        """reasoning-gym's score of the extracted answer; 0 for one that its scorer cannot be asked about.
+        """1 for an answer to which reasoning-gym's scorer gives 1, else 0, or its score under `partial_credit`.
 
-        Some scorers evaluate what the model wrote: 9**9**9**9 would take for ever. One that takes longer than a second
-        is stopped, where the interpreter can be: in its main thread.
+        An answer that the scorer cannot be asked about, raises at, or takes longer than a second for is
+        :class:`Unscored`, which is 0. The time is limited in the main thread only. What a scorer would evaluate has to
+        be plain arithmetic: some run what the model wrote as Python.
         """
         answer = extract_answer(completion)
-        if self._dataset in _EVALUATED and ("**" in answer or not re.fullmatch(r"[\d\s+\-*/().]*", answer)):
-            return 0.0
-        with _time_limit(SCORING_SECONDS):
-            return float(self._scorer.score_answer(answer=answer, entry=prompt.data))
-        return 0.0
+        reward = judge(lambda: self._score(answer, prompt.data), seconds=SCORING_SECONDS)
+        return reward if self.partial_credit or reward >= 1 or isinstance(reward, Unscored) else 0.0
+
+    def _score(self, answer: str, entry: Any) -> Any:
+        """What the scorer gives, but for answers that it must not see and for full scores that it gives to anything."""
+        right = entry.get("answer") if isinstance(entry, dict) else None
+        if answer == right:
+            return self._scorer.score_answer(answer=answer, entry=entry)
+        if self._evaluates and not is_plain(answer):
+            return Unscored("is no plain arithmetic, and the scorer would evaluate it")
+        if is_nan(answer):
+            return Unscored("is no number")
+        score = self._scorer.score_answer(answer=answer, entry=entry)
+        if isinstance(right, str) and isinstance(score, (int, float)) and score >= 1 and not same_answer(answer, right):
+            # some take all that is not "yes" for a no, or the first digit of a number for the whole
+            for nonsense in {"~", "0"} - {answer}:
+                if not same_answer(nonsense, right) and self._scorer.score_answer(answer=nonsense, entry=entry) >= 1:
+                    return 0.0
+            if answer in ("~", "0"):
+                return 0.0
+        return score
 
     def demonstrations(self, count: int, *, seed: int, wrong_fraction: float) -> list[tuple[str, str]]:
         """The generator's own answers in the format of the instruction; some of them exchanged between problems."""
@@ -230,31 +256,6 @@ class ReasoningGymTask:
     def words(self) -> None:
         """No small vocabulary covers these problems."""
         return
-
-
-class _OutOfTime(BaseException):
-    """Not an Exception: scorers catch those."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """What stands within is left after so many seconds."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(number: int, frame: Any) -> None:
-        raise _OutOfTime
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except _OutOfTime:
-        pass
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def extract_answer(completion: str) -> str:
@@ -297,8 +298,11 @@ def task_options(query: str) -> dict[str, Any]:
 
 
 def verify_all(task: Task, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-    """Rewards of completions; completion i belongs to prompt i // (completions per prompt)."""
+    """Rewards of completions; completion i belongs to prompt i // (completions per prompt).
+
+    A verifier that raises, or returns no number in [0, 1], does not end the run: the reward is :class:`Unscored` then.
+    """
     if not prompts or len(completions) % len(prompts):
         raise ValueError(f"completions: expected a multiple of {len(prompts)} prompts, got {len(completions)}")
     per_prompt = len(completions) // len(prompts)
-    return [task.verify(prompts[i // per_prompt], text) for i, text in enumerate(completions)]
+    return [judge(partial(task.verify, prompts[i // per_prompt], text)) for i, text in enumerate(completions)]

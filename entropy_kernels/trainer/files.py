@@ -1,0 +1,257 @@
+"""Files that are whole or not there, and folders that one process writes into: to its own files, not to the user's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+#: In every folder that is written into: the lock, with the process that has it, and the names of our files.
+LOCK, RECORD = ".entropy_kernels.lock", ".entropy_kernels.json"
+_SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
+
+
+def scratch_of(path: Path) -> Path:
+    """Where `path` is written before it is moved into place; :meth:`OwnFiles.tidy` removes those of killed ones."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], None], *, keep_old: Path | None = None) -> None:
+    """Call `write` on a temporary file beside `path`, flush it to disk, and move it into place.
+
+    If `write` raises, or the process dies at any point, `path` still holds what it held before. What it held before
+    becomes `keep_old`, if that is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_of(path)
+    try:
+        with open(scratch, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_old is not None and path.exists():
+            # a second name for the old file first: at no moment is there none under `path`
+            link = scratch_of(keep_old)
+            link.unlink(missing_ok=True)
+            try:
+                os.link(path, link)
+            except OSError:  # a file system without hard links
+                os.replace(path, link)
+            os.replace(link, keep_old)
+        os.replace(scratch, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}); what was there is kept") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # not everywhere can a folder be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Bytes, atomically."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    write_atomic(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text, atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def make_folder(folder: Path, argument: str = "out") -> None:
+    """Create a folder with its parents; an OSError names the argument that asked for it."""
+    for part in (folder, *folder.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise NotADirectoryError(f"{argument}: expected a folder, got {folder}, where {part} is a file")
+            break
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{argument}: expected a folder that can be made, got {folder} ({error.strerror})") from error
+
+
+@contextmanager
+def locked(folder: Path, argument: str = "out") -> Iterator[None]:
+    """Within: no other process that asks for it writes into `folder`, which is made if need be.
+
+    The lock is the operating system's (flock): it ends with its process, however that ends. BlockingIOError names the
+    process that has it.
+    """
+    make_folder(folder, argument)
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(f"{argument}: expected a folder that can be written, got {folder} ({error.strerror})") from error
+    try:
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown"
+            raise BlockingIOError(
+                f"{argument}: expected a folder that no other process writes into, got {folder}, which process "
+                f"{holder} is using; wait for it, stop it, or choose another folder"
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{folder}: its file system has no locks ({error.strerror}); a second process there goes unnoticed",
+                stacklevel=3,
+            )
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class OwnFiles:
+    """The files of a folder that were written by us, and how they are written: nothing else there is touched.
+
+    Their names, relative to the folder, stand in a record in it before they are created. Whoever writes should have the
+    folder :func:`locked`.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if need be.
+    kind : str, optional
+        What it holds: "run", "model". A folder of another kind is refused. None: of any kind.
+    argument : str
+        What the user called the folder, for errors.
+    alone : bool
+        Refuse a folder that holds something and has no record: for folders whose files' names are not known beforehand.
+    """
+
+    def __init__(self, folder: Path, kind: str | None = None, *, argument: str = "out", alone: bool = False) -> None:
+        make_folder(folder, argument)
+        found, names = self._read(folder)
+        self.folder, self.kind, self.argument = folder, kind or found or "report", argument
+        if found is not None and self.kind != found:
+            raise FileExistsError(
+                f"{argument}: expected a folder for a {kind}, got {folder}, which is for a {found}; choose another one"
+            )
+        if alone and found is None:
+            other = sorted(
+                path.name for path in folder.iterdir() if not path.name.startswith((LOCK, RECORD, f".{RECORD}"))
+            )
+            if other:
+                raise FileExistsError(
+                    f"{argument}: expected {folder} to be new or one of ours, got a folder with other files "
+                    f"({', '.join(other[:3])}{', ...' if len(other) > 3 else ''}); move it away or choose another one"
+                )
+            self._write(names)
+
+    @property
+    def names(self) -> set[str]:
+        """Of our files; some may not be there yet."""
+        return self._read(self.folder)[1]
+
+    def file(self, name: str) -> Path:
+        """The path of a file that may be written: it is ours, or not there yet (see :meth:`claim`)."""
+        self.claim(name)
+        return self.folder / name
+
+    def claim(self, *names: str) -> None:
+        """Make `names` ours. FileExistsError for one that is there and was not written by us."""
+        own = self.names
+        for name in names:
+            path = self.folder / name
+            blocked = path.is_dir() and not path.is_symlink()
+            if blocked or (os.path.lexists(path) and name not in own) or path.parent.is_file():
+                raise FileExistsError(
+                    f"{self.argument}: expected no {name} in {self.folder}, or one written by this program, got one of "
+                    "another origin; move it away or choose another folder"
+                )
+        if set(names) - own:
+            self._write(own | set(names))
+
+    def adopt(self, *names: str) -> None:
+        """Make ours what is there of `names`, since we know by other means that we wrote it."""
+        own = self.names
+        found = {name for name in names if (self.folder / name).is_file()}
+        if found - own:
+            self._write(own | found)
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds the file, written by us."""
+        return name in self.names and (self.folder / name).is_file()
+
+    def remove(self, *names: str) -> None:
+        """Delete those of `names` that are ours; all that is ours without names, and the folder if it is empty then."""
+        own = self.names
+        for name in names or own:
+            if name in own:
+                with suppress(IsADirectoryError, PermissionError):  # a folder of the user's, by now
+                    (self.folder / name).unlink(missing_ok=True)
+        if not names and not {path.name for path in self.folder.iterdir()} - {LOCK, RECORD}:
+            for name in (RECORD, LOCK):
+                (self.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def tidy(self) -> None:
+        """Remove what killed processes left of our files, and forget names of files that are gone."""
+        own = self.names
+        for folder in {(self.folder / name).parent for name in own | {RECORD}}:
+            for path in folder.iterdir() if folder.is_dir() else ():
+                match = _SCRATCH.fullmatch(path.name)
+                if not match or _alive(int(match["pid"])):
+                    continue
+                if (folder / match["name"]).relative_to(self.folder).as_posix() in own | {RECORD}:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        there = {name for name in own if os.path.lexists(self.folder / name)}
+        if there != own:
+            self._write(there)
+
+    @staticmethod
+    def _read(folder: Path) -> tuple[str | None, set[str]]:
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            return str(record["kind"]), {str(name) for name in record["files"]}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None, set()  # without a record nothing is ours
+
+    def _write(self, names: set[str]) -> None:
+        write_json(self.folder / RECORD, {"kind": self.kind, "files": sorted(names)})
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process of this number runs; one of our own number is an earlier one, of a container perhaps."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
