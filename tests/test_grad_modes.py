@@ -158,6 +158,24 @@ def test_a_head_is_called_once_for_each_tile_where_no_gradient_is_asked_for(mode
         torch.testing.assert_close(ek.linear_logprob_entropy(hidden, nn.Linear(H, V), made["target"])[0].shape, (3, 5))
 
 
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+def test_results_of_a_head_that_lets_no_gradient_through_require_none(mode: Any) -> None:
+    """As of logits that such a head gives; a gradient of 0 would be one that nobody notices."""
+    made, linear = tensors(), nn.Linear(H, V)
+
+    class Silent(nn.Module):
+        out_features = V
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            with mode():
+                return linear(hidden)
+
+    for hidden in (made["hidden"].requires_grad_(), made["hidden"].detach()):
+        found = ek.linear_logprob_entropy(hidden, Silent(), made["target"])
+        torch.testing.assert_close(found, ek.logprob_entropy(linear(hidden.detach()), made["target"]))
+        assert not any(output.requires_grad for output in found)
+
+
 def test_a_counter_made_in_inference_mode_counts_outside_of_it() -> None:
     with torch.inference_mode():
         criterion = ek.ClipCovLoss(seed=3)

@@ -109,6 +109,20 @@ def test_other_kinds_are_refused_by_name(name: str, kind: str) -> None:
         assert not refusals(name, kind, *KINDS[kind])
 
 
+def test_logits_of_a_head_are_plain() -> None:
+    made = tensors()
+    for kind in ("sparse_coo", "quantised", "FakeTensor"):
+        make, says = KINDS[kind]
+
+        def head(hidden: Tensor, start: int, stop: int, make: Any = make) -> Any:
+            return make(torch.zeros(hidden.shape[0], stop - start))
+
+        error = error_of(
+            lambda head=head: ek.linear_logprob_entropy(made["hidden"], head, made["target"] % 5, vocab_size=5)
+        )
+        assert re.search(rf"^weight: the head's logits: expected .*{says}", str(error)), error
+
+
 class Mine(Tensor):
     """Torch's operators, and results of its own class."""
 

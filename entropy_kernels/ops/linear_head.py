@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import recorded, refuse_mapped, refuse_transforms
+from entropy_kernels._arguments import check_tensor, recorded, refuse_mapped, refuse_transforms
 from entropy_kernels.backends import registry
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import head_tile
@@ -60,6 +60,8 @@ class Head:
                 "take the logits themselves"
             )
         shape = (hidden.shape[0], columns.stop - columns.start)
+        if isinstance(z, Tensor):
+            check_tensor("weight: the head's logits", z)
         if not isinstance(z, Tensor) or z.shape != shape or not z.is_floating_point():
             got = f"{tuple(z.shape)} of {z.dtype}" if isinstance(z, Tensor) else type(z).__name__
             raise ValueError(f"weight: expected the head to return floating-point logits of shape {shape}, got {got}")
@@ -131,12 +133,16 @@ class _HeadTokenStats(torch.autograd.Function):
         ctx.cut = head_tile(h.shape[0], head.vocab, head.sliced, accumulator(h.dtype), h.device.type, numbers.budget)
         row_parts, column_parts = parts(h.shape[0], ctx.cut[0]), parts(head.vocab, ctx.cut[1])
         states: list[_State] = []
+        tracked: list[bool] = []  # False: the head lets no gradient through, as under torch.no_grad()
 
         def state_of(r: slice, c: slice) -> Tensor:
             if ctx.needs_input_grad[3] or parameters:
                 if not states:
+                    leaf = h[r][:1].detach().requires_grad_(ctx.needs_input_grad[3])
                     with _State(h.device).again(), torch.enable_grad():
-                        _check_leaves(head(h[r][:1].detach(), c), head.parameters)
+                        z = head(leaf, c)
+                    tracked.append(z.requires_grad)
+                    _check_leaves(z, [leaf, *head.parameters])
                 states.append(_State(h.device))
             return linear_tiles.state_of_logits(head(h[r], c), labels[r], at(t, r), numbers, c.start, want)
 
@@ -146,7 +152,8 @@ class _HeadTokenStats(torch.autograd.Function):
         ctx.save_for_backward(hidden, *recorded(target, temperature), state, *parameters)
         ctx.head, ctx.numbers, ctx.rows, ctx.states = head, numbers, rows, states
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[outputs[i] for i in range(3) if not want & (1 << i)], outputs[3])
+        nothing = [output for i, output in enumerate(outputs) if i == 3 or not want & (1 << i) or False in tracked]
+        ctx.mark_non_differentiable(*nothing)
         return tuple(outputs)
 
     @staticmethod
