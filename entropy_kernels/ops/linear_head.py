@@ -115,7 +115,8 @@ def _check_leaves(z: Tensor, known: Sequence[Tensor]) -> None:
         if leaf is not None and id(leaf) not in names:
             raise ValueError(
                 "weight: expected a head whose parameters() yields every tensor that needs a gradient, got one that "
-                f"uses another, of shape {tuple(leaf.shape)}; a function needs an attribute `parameters`, or a module"
+                f"uses another, of shape {tuple(leaf.shape)}; a function needs an attribute `parameters`, and a module "
+                "that makes them in its call (FSDP1, offloaded weights) serves under torch.no_grad() only"
             )
         queue += [edge[0] for edge in node.next_functions]
 
