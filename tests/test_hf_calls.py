@@ -221,6 +221,26 @@ def test_what_would_change_the_logits_behind_the_head_is_refused(how: str, wrapp
         ek.hf.causal_lm_logprob_entropy(torch.compile(model, backend="eager") if wrapped else model, ids())
 
 
+class Scores(transformers.LlamaForCausalLM):
+    """As DDP and FSDP want it: what is wrapped is called, and its forward calls us."""
+
+    def forward(self, input_ids: Tensor) -> ek.LogprobEntropy:
+        return ek.hf.causal_lm_logprob_entropy(self, input_ids)
+
+
+def test_a_forward_that_calls_us_is_not_in_the_way() -> None:
+    model = make("llama")
+    want = ek.hf.causal_lm_logprob_entropy(model, ids())
+    model.__class__ = Scores
+    seen = []
+    model.register_forward_hook(lambda _, args, out: seen.append(out))
+    torch.testing.assert_close(model(ids()), want)
+    assert len(seen) == 1
+    torch.testing.assert_close(model.forward(ids()), want)
+    with pytest.raises(TypeError, match=r"Scores.forward in place of the forward of LlamaForCausalLM"):
+        ek.hf.causal_lm_logprob_entropy(model, ids())
+
+
 @pytest.fixture(params=(False, True), ids=("replaced", "decorated"))
 def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forward = decorated(ORIGINAL) if request.param else doubled

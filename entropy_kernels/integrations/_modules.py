@@ -77,6 +77,18 @@ def added_to(model: nn.Module) -> list[str]:
     return found
 
 
+def in_call_of(model: nn.Module) -> bool:
+    """Whether a call of ``model`` is under way, in which all that is added to it has its part."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if first is model and code.co_name in ("forward", "__call__", "_call_impl"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def autocast_of(*models: nn.Module) -> contextlib.AbstractContextManager:
     """The autocast that a forward of these is wrapped in, as accelerate's mixed precision does; or none."""
     for layer in (layer for model in models for layer in _layers(model.forward)):

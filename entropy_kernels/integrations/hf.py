@@ -249,7 +249,7 @@ def _modules_of(model: Any) -> tuple[Any, Any, Any]:
 def _check_call(model: Any) -> None:
     """What a call of the model adds to that of its parts would be lost without a word."""
     added = _modules.added_to(model) if isinstance(model, torch.nn.Module) else []
-    if added:
+    if added and not _modules.in_call_of(model):
         raise TypeError(
             "model: expected one whose logits nothing changes behind its head, since it is not called itself, got "
             f"{type(model).__name__} with {', '.join(added)}; take ek.logprob_entropy(model(...).logits, ...), or "
