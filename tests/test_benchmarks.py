@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from benchmarks.plans import BARS, QUICK, Group, groups
 from benchmarks.records import Record
 from benchmarks.run import main
 from benchmarks.shapes import Case, LogitsShape, TokensShape, parse_logits
+from waiting import Clock
 
 CPU = torch.device("cpu")
 # a machine's ceilings are not needed where no time is judged
@@ -160,24 +160,32 @@ def test_an_exception_is_reported_and_ends_nothing() -> None:
 # --- clocks, memory, traffic ------------------------------------------------------------------------------------------
 
 
-def test_interleave_resets_before_every_call_and_counts_samples() -> None:
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """``takes(seconds)``: as long passes on the clock of timing.py."""
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return lambda seconds: setattr(clock, "now", clock.now + seconds)
+
+
+def test_interleave_resets_before_every_call_and_counts_samples(takes: Callable[[float], None]) -> None:
     log: list[str] = []
-    slow = Prepared(lambda: (log.append("call"), time.sleep(0.03)), lambda: log.append("reset"))
+    slow = Prepared(lambda: (log.append("call"), takes(0.03)), lambda: (log.append("reset"), takes(1.0)))
     fast = Prepared(lambda: None)
     samples = timing.interleave([slow, fast], timing.CpuClock(), 3)
     assert [len(series) for series in samples] == [3, 3 * timing.CALLS_PER_ROUND]
-    assert min(samples[0]) >= 0.03 and log == ["reset", "call"] * (3 + timing.WARM_UP)
+    assert samples[0] == pytest.approx([0.03] * 3) and log == ["reset", "call"] * (3 + timing.WARM_UP)
 
 
-def test_long_calls_take_part_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_calls_take_part_in_fewer_rounds(monkeypatch: pytest.MonkeyPatch, takes: Callable[[float], None]) -> None:
     monkeypatch.setattr(timing, "BUDGET", 0.05)
-    samples = timing.interleave([Prepared(lambda: time.sleep(0.03)), Prepared(lambda: None)], timing.CpuClock(), 6)
+    samples = timing.interleave([Prepared(lambda: takes(0.03)), Prepared(lambda: None)], timing.CpuClock(), 6)
     assert [len(series) for series in samples] == [timing.FEWEST, 6 * timing.CALLS_PER_ROUND]
 
 
-def test_cold_clock_flushes_and_times_the_same_call() -> None:
+def test_cold_clock_flushes_and_times_the_same_call(takes: Callable[[float], None]) -> None:
     clock = timing.clock_for(CPU, "cold")
-    assert clock.time(Prepared(lambda: time.sleep(0.01))) >= 0.01
+    assert clock.time(Prepared(lambda: takes(0.01))) == pytest.approx(0.01) and clock._flush.eq(1).all()
 
 
 def test_summarise() -> None:

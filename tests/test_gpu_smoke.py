@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from conftest import needs_fake_gpu
 from entropy_kernels.smoke_matrix import Family
 from entropy_kernels.verify import Outcome
 from gpu_smoke import Course, Gpu, Step
+from waiting import Clock, has_begun, lives, was_ended
 
 ROOT = Path(__file__).resolve().parent.parent
 H100 = Gpu("NVIDIA H100 80GB HBM3", "9.0", "580.1")
@@ -27,7 +27,7 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-def course(folder: Path, seconds: float = 60) -> Course:
+def course(folder: Path, seconds: float = 600) -> Course:
     return Course("smoke", argparse.Namespace(out=folder, seconds=seconds), H100)
 
 
@@ -80,8 +80,10 @@ def test_a_folder_that_cannot_be_written(
 
 def test_a_failure_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = course(tmp_path)
-    assert run.run("good", python("import os; print('done', os.environ['X'])"), 20, X="y")
-    assert not run.run("bad", python("import sys; print('{\"a\": 1}'); print('3 failed'); print('x'); sys.exit(1)"), 20)
+    assert run.run("good", python("import os; print('done', os.environ['X'])"), 600, X="y")
+    assert not run.run(
+        "bad", python("import sys; print('{\"a\": 1}'); print('3 failed'); print('x'); sys.exit(1)"), 600
+    )
     assert not run.run("missing", ("/no/such/program",), 20)
     assert not run.step("raises", 20, lambda seconds: 1 // 0)  # type: ignore[arg-type, return-value]
     states = [(step.name, step.state, step.note) for step in run.steps]
@@ -97,31 +99,36 @@ def test_a_failure_does_not_stop_the_rest(tmp_path: Path, capsys: pytest.Capture
     assert (tmp_path / "logs" / "smoke-good.log").read_text() == "done y\n"
 
 
-def test_a_hanging_step_is_ended_with_its_children(tmp_path: Path) -> None:
-    mark = tmp_path / "alive"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    run, began = course(tmp_path), time.monotonic()
-    assert not run.run("hangs", python(code), 1.0)
-    assert run.steps[0].state == "out of time" and time.monotonic() - began < 20
-    time.sleep(3.5)
-    assert not mark.exists()
-
-
-def test_a_step_out_of_time_may_write_what_it_has(tmp_path: Path) -> None:
-    code = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('{\"written\": true}')"
+def test_a_hanging_step_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = tmp_path / "child"
+    monkeypatch.setattr(gpu_smoke, "time", Clock(lambda: has_begun(child)))
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {lives(child)!r}]); time.sleep(60)"
     run = course(tmp_path)
-    run.run("slow", python(code), 10.0)
+    assert not run.run("hangs", python(code), 1.0)
+    assert run.steps[0].state == "out of time" and was_ended(child)
+
+
+def test_a_step_out_of_time_may_write_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = tmp_path / "begun"
+    monkeypatch.setattr(gpu_smoke, "time", Clock(begun.exists))
+    monkeypatch.setattr(gpu_smoke, "GRACE", 100.0)
+    code = f"import pathlib, time\ntry: pathlib.Path({str(begun)!r}).touch(); time.sleep(600)\n"
+    code += "except KeyboardInterrupt: print('{\"written\": true}')"
+    run = course(tmp_path)
+    run.run("slow", python(code), 600)
     assert run.steps[0].state == "out of time" and {"written": True}.items() <= records(tmp_path)[1].items()
 
 
-def test_the_time_is_for_all(tmp_path: Path) -> None:
-    run = course(tmp_path, seconds=12)
-    assert run.run("one", python("import time; time.sleep(1); print('x')"), 10)
-    assert run.run("two", (*python("import sys; print(sys.argv[1])"), "{seconds}"), 30), "11 s are enough to begin"
-    assert run.steps[1].note in ("0", "1"), "what is left for its work, after time to end"
+def test_the_time_is_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(gpu_smoke, "time", clock)
+    run = course(tmp_path, seconds=32)
+    assert run.run("one", python("print('x')"), 10)
+    clock.now = 20.0
+    assert run.run("two", (*python("import sys; print(sys.argv[1])"), "{seconds}"), 30), "12 s are enough to begin"
+    assert run.steps[1].note == "2", "what is left for its work, after time to end"
     assert not run.run("three", python("print(1)"), 100)
-    assert run.steps[2].state == "not run" and run.steps[2].note.endswith("s left of its 100")
+    assert (run.steps[2].state, run.steps[2].note) == ("not run", "12 s left of its 100")
 
 
 @pytest.mark.parametrize("refused", [None, "built from other sources"])

@@ -38,6 +38,8 @@ REGISTER_CUDA_HOOKS(CUDAHooks) // torch looks for this name
 } // namespace at
 
 // A wait for a device that hangs: a signal's handler in Python runs only after it, which is never.
+extern "C" volatile int fake_gpu_hangs = 0;
 extern "C" void fake_gpu_hang() {
+  fake_gpu_hangs = 1;
   for (;;) pause();
 }
