@@ -25,8 +25,9 @@ BANDWIDTH = traffic.Bandwidth(read=1e10, copy=1e10, buffer_bytes=1)
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """--threads changes the whole process."""
+def _run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """--threads changes the whole process; --quick has a time limit, which a busy machine may reach."""
+    monkeypatch.setattr("benchmarks.run.QUICK_SECONDS", 1e9)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -184,7 +184,7 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "preset": (ValueError, "preset: expected one of", {"method": "kl_cov", "preset": "mine"}),
     "buffer's dtype": (ValueError, "grad_buffer: expected torch.float32", {"grad_buffer": torch.zeros(V, H).half()}),
     "buffer's shape": (ValueError, "grad_buffer: expected torch.float32", {"grad_buffer": torch.zeros(H, V)}),
-    "buffer": (TypeError, "grad_buffer: expected a plain torch.Tensor", {"grad_buffer": 3}),
+    "buffer": (TypeError, "grad_buffer: expected a torch.Tensor or None, got int", {"grad_buffer": 3}),
     "buffer that requires grad": (ValueError, "grad_buffer: expected a tensor that does not",
                                   {"grad_buffer": torch.zeros(V, H, requires_grad=True)}),
     "budget": (ValueError, "memory_budget: expected at least", {"budget": 1000}),

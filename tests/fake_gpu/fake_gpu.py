@@ -493,11 +493,17 @@ def _patch_native(native: Any) -> None:
     native.cuda_kernels = list
 
 
+def _patch_arguments(arguments: Any) -> None:
+    unusual = arguments._unusual
+    arguments._unusual = lambda value: None if isinstance(value, GpuTensor) else unusual(value)  # as plain as any
+
+
 #: By module, what sitecustomize.py does after its import.
 PATCHES = {
     "triton.runtime.interpreter": _patch_interpreter,
     "entropy_kernels.backends.triton.tiling": _patch_tiling,
     "entropy_kernels.backends.native": _patch_native,
+    "entropy_kernels._arguments": _patch_arguments,
 }
 _patch_torch()
 _remember_python_ops()

@@ -51,6 +51,7 @@ class Finder:
     PATCHED = (
         "torch",
         "triton.runtime.interpreter",
+        "entropy_kernels._arguments",
         "entropy_kernels.backends.native",
         "entropy_kernels.backends.triton.tiling",
     )
