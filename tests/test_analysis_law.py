@@ -247,6 +247,11 @@ def test_hac_standard_errors_grow_with_serial_correlation():
     assert hac.standard_errors == "hac"
 
 
+def test_performance_whose_squares_underflow_has_a_law():
+    law, tiny = (ek.fit_entropy_law(H, np.asarray(R) * scale) for scale in (1.0, 1e-200))
+    assert tiny.a == pytest.approx(1e-200 * law.a, rel=1e-6) and math.isnan(tiny.r2)
+
+
 def test_equal_performance_has_no_r2_but_a_law():
     law = ek.fit_entropy_law(H, [0.4] * 8)
     assert law.a == pytest.approx(0, abs=1e-12)
@@ -274,6 +279,11 @@ def test_three_points_are_enough_and_string_names_the_law():
         (([0.5, 1.0, 800.0], [0.1, 0.2, 0.3]), "entropy: expected nats per token.*got 800"),
         (([0.5, 1.0, math.inf], [0.1, 0.2, 0.3]), "entropy: expected finite values, got inf at position 2"),
         (([0.5, 1.0, 0.2], [0.1, -math.inf, 0.3]), "performance: expected finite values"),
+        (
+            ([0.5, 1.0, 0.2], [0.1, -1e160, 0.3]),
+            "performance: expected values within .1e.100.*got -1e.160 at position 1",
+        ),
+        (([0.5, 1.0, 0.2], [0.1, 10**400, 0.3]), "performance: expected numbers, got list"),
         (([-0.9, -0.5, -0.3], [0.1, 0.2, 0.3]), "entropy: expected nats >= 0.*negated"),
         ((np.ones((3, 2)), [0.1, 0.2, 0.3]), r"entropy: expected one dimension, got shape \(3, 2\)"),
         ((["a", "b", "c"], [0.1, 0.2, 0.3]), "entropy: expected numbers, got list"),

@@ -14,12 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from entropy_kernels._arguments import number
 from entropy_kernels.analysis._require import require
 
 MIN_POINTS = 3
 # A token's entropy is at most log V (12.5 nats at V = 262144). Beyond this the column is something else (a sum over a
 # response, a perplexity), and e^H would swamp or overflow the fit long before float64 does.
 MAX_ENTROPY = 100.0
+MAX_PERFORMANCE = 1e100
 # Chains that evaluate lse - Σp·z in bf16 log entropies that are off by up to .15 nats, so a collapsed policy can be
 # logged a little below zero. Anything lower is a negated loss term, not an entropy.
 MIN_ENTROPY = -0.2
@@ -217,7 +219,7 @@ def fit_entropy_law(
     if fit_fraction is None:
         return _fit(h, r, dropped, confidence, standard_errors)
 
-    if not 0 < fit_fraction < 1:
+    if not 0 < number("fit_fraction", fit_fraction, torch.float64) < 1:
         raise ValueError(f"fit_fraction: expected a number in (0, 1), got {fit_fraction!r}")
     # the 1e-9 keeps 0.15·20 = 2.9999999999999996 at 3 points
     n_fit = math.floor(fit_fraction * len(h) + 1e-9)
@@ -280,7 +282,7 @@ def _fit(h: np.ndarray, r: np.ndarray, dropped: int, confidence: float, standard
 def _r2(residual: np.ndarray, r: np.ndarray) -> float:
     spread = float(np.sum((r - r.mean()) ** 2))
     # a mean that rounds leaves a spread of eps² even where all values are equal: 0/0, not a perfect or a bad fit
-    return 1.0 - float(residual @ residual) / spread if np.ptp(r) > 0 else math.nan
+    return 1.0 - float(residual @ residual) / spread if np.ptp(r) > 0 and spread > 0 else math.nan
 
 
 def _rms(residual: np.ndarray) -> float:
@@ -288,7 +290,7 @@ def _rms(residual: np.ndarray) -> float:
 
 
 def _quantile(confidence: float, degrees: int) -> float:
-    if not 0 < confidence < 1:
+    if not 0 < number("confidence", confidence, torch.float64) < 1:
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence!r}")
     stats = require("scipy.stats", "an interval of the entropy law")
     return float(stats.t.ppf(0.5 + confidence / 2, degrees))
@@ -303,7 +305,7 @@ def _array(values: Any, name: str) -> np.ndarray:
         values = [v.item() if isinstance(v, torch.Tensor) else v for v in values]
     try:
         return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{name}: expected numbers, got {type(values).__name__} ({error})") from None
 
 
@@ -326,6 +328,11 @@ def _pairs(entropy: Any, performance: Any) -> tuple[np.ndarray, np.ndarray, int]
             raise ValueError(f"{name}: expected one dimension, got shape {tuple(values.shape)}")
         if np.any(np.isinf(values)):
             raise ValueError(f"{name}: expected finite values, got inf at position {int(np.argmax(np.isinf(values)))}")
+    if np.any(np.abs(r) > MAX_PERFORMANCE):
+        raise ValueError(
+            f"performance: expected values within ±{MAX_PERFORMANCE:g}, whose squares are finite, got "
+            f"{r[np.nanargmax(np.abs(r))]:.6g} at position {int(np.nanargmax(np.abs(r)))}"
+        )
     if len(h) != len(r):
         raise ValueError(f"entropy, performance: expected equal lengths, got {len(h)} and {len(r)}")
     keep = ~(np.isnan(h) | np.isnan(r))
