@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import all_gather
+from entropy_kernels._arguments import all_gather, traced
 
 # L_b: sum of the losses of sequence b over its valid tokens, m_b: their number. The docs print this table.
 AGG_MODES: dict[str, str] = {
@@ -164,9 +164,9 @@ def over_group(
 def _digest(in_common: dict[str, Any], device: torch.device) -> Tensor:
     """fp64: every value where the host can read it; on a GPU one number of those that the host has.
 
-    Nothing in compiled code, which has its numbers as tensors.
+    Nothing in compiled code, whose numbers are tensors.
     """
-    if torch.compiler.is_compiling():
+    if traced():
         return torch.zeros(0, dtype=torch.float64, device=device)
     known = []
     for value in in_common.values():
