@@ -391,6 +391,10 @@ def _through_head(
         parameters = {p: p for p in (given() if callable(given) else given)}
     if not torch.is_grad_enabled():
         parameters = {}
+    if not torch.compiler.is_compiling() and any(map(torch.nn.parameter.is_lazy, parameters)):
+        raise ValueError(
+            "weight: expected a head whose parameters have values, got a lazy one, which gets them from its first call"
+        )
     tracked = hidden.requires_grad or any(parameter.requires_grad for parameter in parameters)
     if tracked and not torch.compiler.is_compiling() and any(parameter.is_inference() for parameter in parameters):
         raise ValueError(

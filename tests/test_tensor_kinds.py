@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import entropy_kernels as ek
 from calls import same_bits
-from entry_points import ENTRIES, tensors
+from entry_points import ENTRIES, V, tensors
 from gloo import run_ranks
 
 every_entry = pytest.mark.parametrize("name", ENTRIES)
@@ -121,6 +121,14 @@ def test_logits_of_a_head_are_plain() -> None:
             lambda head=head: ek.linear_logprob_entropy(made["hidden"], head, made["target"] % 5, vocab_size=5)
         )
         assert re.search(rf"^weight: the head's logits: expected .*{says}", str(error)), error
+
+
+@pytest.mark.parametrize("name", [n for n in ENTRIES if n.startswith("linear") and "function" not in n])
+def test_lazy_parameters_are_named(name: str) -> None:
+    entry, plain = ENTRIES[name], tensors()
+    given = {n: plain[n] for n in entry.arguments} | {"weight": torch.nn.LazyLinear(V).weight}
+    error = error_of(lambda: entry.call(**given))
+    assert re.search("^weight: expected .*(UninitializedParameter|lazy)", str(error)), error
 
 
 class Mine(Tensor):
