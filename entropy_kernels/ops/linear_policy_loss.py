@@ -92,8 +92,8 @@ _library.define(
 
 
 def _check_tile(
-    logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor,
-    call: Numbers,
+    call: Numbers, logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    temperature: Tensor,
 ) -> None:  # fmt: skip
     check_call(hidden, weight, bias, target, temperature, call)
     check_tensors(hidden.device, ("logits", logits, call.logits, logits.shape))
@@ -106,7 +106,7 @@ def _check_grads(*arguments: Any) -> None:
     """All arguments of ``linear_tile_grads``."""
     hidden, weight, _bias, target, temperature = arguments[1:6]
     *numbers, state, c, e, again, change, begin, d_hidden, d_weight, d_bias, _, _ = arguments[6:]
-    _check_tile(*arguments[:6], Numbers(*numbers))
+    _check_tile(Numbers(*numbers), *arguments[:6])
     check_backward((c, e, None), target, temperature, state, ("c", "e", ""))
     more, dtype, device = again.shape[0] if again.dim() == 1 else 0, temperature.dtype, hidden.device
     check_tensors(device, ("again", again, torch.int64, (more,)), ("change", change, dtype, (more,)))
@@ -137,7 +137,7 @@ def _stats(
     """Log-prob and entropy (n,) and the state (K, n). ``end``: first global id beyond this rank's shard."""
     *numbers, end = rest
     call = Numbers(*numbers)
-    _check_tile(logits, hidden, weight, bias, target, temperature, call)
+    _check_tile(call, logits, hidden, weight, bias, target, temperature)
     if not call.group:
         check_values(target, temperature, call.ignore_index, call.vocab_size)
     columns = weight.shape[0]
@@ -151,7 +151,7 @@ def _stats(
 
 
 def _fake_stats(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_tile(*inputs[:6], Numbers(*inputs[6:-1]))
+    _check_tile(Numbers(*inputs[6:-1]), *inputs[:6])
     rows, temperature = inputs[1].shape[0], inputs[5]
     logprob, entropy = temperature.new_empty(rows), temperature.new_empty(rows)
     return logprob, entropy, temperature.new_empty((state_rows(_WANT), rows))
