@@ -6,8 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from entropy_kernels._arguments import is_dtensor
+
+CURE = (
+    "call this in the forward of the module that fully_shard was applied to, or in a method of it that is named to "
+    "torch.distributed.fsdp.register_fsdp_forward_method(module, name)"
+)
 
 
 def local_head(
@@ -42,9 +48,15 @@ def whole(value: Any) -> Any:
     """All of a DTensor. Its gradient is the mean over the ranks of the mesh, as of what FSDP reduces."""
     if not is_dtensor(value):
         return value
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import Partial, Replicate, Shard
 
     mesh = value.device_mesh
+    # FSDP wants names for a mesh of two dimensions, and gives none to its own
+    if isinstance(value, Parameter) and mesh.mesh_dim_names is None and value.placements == (Replicate(), Shard(0)):
+        raise ValueError(
+            "weight: expected a parameter, got what FSDP2 has in its place between forward and backward "
+            f"(reshard_after_forward=2 and the like), whose gradient nobody reads; model.reshard() first, or {CURE}"
+        )
     return _Mean.apply(value.full_tensor(grad_placements=[Partial()] * mesh.ndim), mesh.size())
 
 

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from entropy_kernels._arguments import is_dtensor
+from entropy_kernels._dtensor import CURE as CURE
 from entropy_kernels._dtensor import whole
 
 _NAME = "_entropy_kernels_forward"
-CURE = (
-    "call this in the forward of the module that fully_shard was applied to, or in a method of it that is named to "
-    "torch.distributed.fsdp.register_fsdp_forward_method(module, name)"
-)
 
 
 def sharded(modules: Iterable[nn.Module]) -> list[Any]:

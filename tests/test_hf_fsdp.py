@@ -137,6 +137,20 @@ def the_weight(model: Any, input_ids: Tensor) -> Any:
     return ek.linear_logprob_entropy(hidden, parts.weight, ek.hf.next_tokens(input_ids))
 
 
+def the_weight_between(model: Any, input_ids: Tensor) -> Any:
+    """Forward and backward pass of the model, where FSDP has tensors of other meshes in the place of parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the model returns views
+        hidden = model(input_ids, output_hidden_states=True).hidden_states[-1]
+    target = ek.hf.next_tokens(input_ids)
+    with pytest.raises(
+        ValueError, match=r"weight: expected a parameter, got what FSDP2 .*register_fsdp_forward_method"
+    ):
+        ek.linear_logprob_entropy(hidden, model.lm_head.weight, target)
+    model.reshard()
+    return ek.linear_logprob_entropy(hidden, model.lm_head.weight, target)
+
+
 def after_scoring(model: Any, input_ids: Tensor) -> Any:
     with torch.no_grad():
         ours(model, input_ids)
@@ -293,6 +307,7 @@ FOUR_RANKS = {
     "HSDP": Case(llama, "layers, head", mesh=(2, 2)),
     "HSDP, tied": Case(TIED, "layers", mesh=(2, 2)),
     "HSDP, the weight": Case(llama, "layers", call=the_weight, mesh=(2, 2)),
+    "resharded to 2, the weight": Case(llama, "layers", reshard(2), the_weight_between),
     **{
         f"resharded to 2, {name}, {call.__name__}": Case(llama, name, reshard(2), call)
         for name in ("layers", "layers, head")
