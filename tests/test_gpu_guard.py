@@ -26,10 +26,12 @@ import torch
 def test_good(number):
     assert torch.ones(2, device="cuda").sum() == 2
 
+@pytest.mark.timeout(3)  # alone, so that no other test's end depends on how busy the machine is
 @pytest.mark.gpu(backend="torch")
 def test_hangs():
     torch.cuda.synchronize()
 
+@pytest.mark.timeout(3)
 @pytest.mark.gpu(backend="triton", ops=("token_stats",))
 def test_hangs_and_keeps_the_gil():
     while True:
@@ -87,7 +89,7 @@ def of(log: list[dict[str, Any]], event: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_hung_and_lost_tests_end_alone(tmp_path: Path) -> None:
-    done, log = run(tmp_path, "-n", "2", "--timeout=3", "-k", "not interrupted")
+    done, log = run(tmp_path, "-n", "2", "-k", "not interrupted")
     output = done.stdout + done.stderr
     begun, ended = of(log, "begin"), of(log, "end")
     good = [f"test_good[{number}]" for number in range(4)]
@@ -126,11 +128,11 @@ def test_hung_and_lost_tests_end_alone(tmp_path: Path) -> None:
 
 def test_without_workers_the_run_stops(tmp_path: Path) -> None:
     """At the lost device, named; at a hang or an interrupt, with what was begun in the log."""
-    done, log = run(tmp_path, "--timeout=3", "-k", "good or loses or without", "--gpu-backend", "none,torch")
+    done, log = run(tmp_path, "-k", "good or loses or without", "--gpu-backend", "none,torch")
     assert "Exit: device lost in test_inner.py::test_loses_the_device: CUDA error" in done.stdout + done.stderr
     assert of(log, "end").keys() == of(log, "begin").keys() == {"test_loses_the_device"}
     assert log[-1] == {"event": "finish", "exit": 1}
-    done, log = run(tmp_path, "--timeout=1", "--gpu-backend", "torch")
+    done, log = run(tmp_path, "--gpu-backend", "torch")
     assert done.returncode == 1 and "Timeout" in done.stdout
     assert of(log, "begin").keys() == {"test_hangs"} and not of(log, "end") and log[-1]["event"] == "begin"
     done, log = run(tmp_path, "-k", "interrupted")
