@@ -119,7 +119,7 @@ def policy_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range, or one that another
             argument requires.
-        NotImplementedError: forward-mode differentiation, torch.func's derivatives.
+        NotImplementedError: forward-mode differentiation, torch.func's transforms (vmap, grad, ...).
     """
     return _loss("ppo", locals())
 
