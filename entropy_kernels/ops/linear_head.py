@@ -23,6 +23,10 @@ from entropy_kernels.ops.products import accumulator
 from entropy_kernels.ops.token_stats import check_values
 
 _NAME = "linear_logprob_entropy / linear_token_stats"
+_WRITES = (
+    "weight: expected a head whose call writes neither to its argument nor to its buffers, since it is called once per "
+    "tile and again in the backward pass, got one that does; put it into eval mode, or take the logits themselves"
+)
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Head:
         try:
             z = self.function(hidden, columns.start, columns.stop) if self.sliced else self.function(hidden)
         except RuntimeError as error:
+            if "a leaf Variable that requires grad" in str(error):
+                raise ValueError(_WRITES) from error
             others = {p.dtype for p in self._tensors("parameters") if p.is_floating_point()} - {hidden.dtype}
             if "dtype" not in str(error) or not others:
                 raise
@@ -54,11 +60,7 @@ class Head:
                 f"argument, or call under torch.autocast ({error})"
             ) from error
         if self._written(hidden) != before:
-            raise ValueError(
-                "weight: expected a head whose call writes neither to its argument nor to its buffers, since it is "
-                "called once per tile and again in the backward pass, got one that does; put it into eval mode, or "
-                "take the logits themselves"
-            )
+            raise ValueError(_WRITES)
         shape = (hidden.shape[0], columns.stop - columns.start)
         if isinstance(z, Tensor):
             check_tensor("weight: the head's logits", z)
