@@ -233,7 +233,7 @@ void forward_call(const Call& c) {
   std::vector<unsigned> counters(c.rows, 0);
   const auto output = [&](int i) { return static_cast<T*>(c.outputs[i]); };
   const ForwardArguments<T> arguments = {problem_of<T>(c), output(0),          output(1),      output(2), output(3),
-                                         static_cast<T*>(c.state), c.parts, part_states.data(), counters.data()};
+                                         static_cast<T*>(c.state), c.parts, c.vectors != 0, part_states.data(), counters.data()};
   const auto run = [&]<bool kSecondMoments, bool kSoftcap>() {
     c.bulk ? forward<E, kSecondMoments, kSoftcap, true>(arguments, c.threads, c.seed)
            : forward<E, kSecondMoments, kSoftcap, false>(arguments, c.threads, c.seed);

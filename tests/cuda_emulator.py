@@ -73,7 +73,8 @@ def _equally_aligned(a: Tensor, b: Tensor) -> bool:
 class Emulated:
     """The kernels with a given way to cut rows: whole, in ``parts``, through bulk copies or not.
 
-    The backward pass may take the rows ``reversed``, and run only its first ``blocks``.
+    The backward pass may take the rows ``reversed``, and run only its first ``blocks``. Without ``vectors`` the forward
+    pass reads every row by elements.
     """
 
     library: ctypes.CDLL
@@ -82,6 +83,7 @@ class Emulated:
     seed: int = 0
     most_warps: int = MAX_WARPS
     reversed: bool = False
+    vectors: bool = True
     blocks: int | None = None
 
     def _common(self, logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size) -> _Call:
@@ -113,7 +115,8 @@ class Emulated:
         if rows:
             call = self._common(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size)
             call.second_moments, call.state = want & 12 != 0, state.data_ptr()
-            if logits.element_size() == 8 or call.column_stride != 1:
+            call.vectors = self.vectors and call.column_stride == 1
+            if logits.element_size() == 8 or not call.vectors:
                 call.bulk = 0
             for i in range(4):
                 call.outputs[i] = outputs[i].data_ptr() if want >> i & 1 else None

@@ -7,6 +7,7 @@
 
 #include "cuda/launch_plan.h"
 #include "cuda/once_per_device.h"
+#include "cuda/row_plan.h"
 
 using namespace entropy_kernels::cuda;
 
@@ -21,6 +22,14 @@ extern "C" const char* host_plan(int64_t tokens, int cluster, int64_t per_block,
   } catch (const std::runtime_error&) {
     return "too many tokens";
   }
+}
+
+extern "C" int host_forward_parts(int64_t rows, int64_t bytes, int64_t enough, int most, int64_t least) {
+  return forward_parts(rows, bytes, enough, most, least);
+}
+
+extern "C" int host_reads_vectors(int64_t address, int64_t batch, int64_t length, int64_t column, int size) {
+  return reads_vectors(static_cast<std::intptr_t>(address), batch, length, column, size);
 }
 
 // Each thread asks for every kernel on every device, several times. Returns how often an answer was not known yet, or

@@ -39,6 +39,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     whole, one = ctypes.c_int64, ctypes.c_int
     loaded.host_plan.argtypes = [whole, one, whole, one, one, ctypes.POINTER(whole)]
     loaded.host_plan.restype = ctypes.c_char_p
+    loaded.host_forward_parts.argtypes = [whole, whole, whole, one, whole]
+    loaded.host_reads_vectors.argtypes = [whole, whole, whole, whole, one]
     return loaded
 
 
@@ -79,6 +81,28 @@ def test_cluster_tokens_is_capped_by_what_the_cluster_holds(library: Any) -> Non
 
 
 @needs_compiler
+def test_rows_are_cut_without_regard_to_their_number_if_asked_to(library: Any) -> None:
+    """152 K columns of bf16 on 132 multiprocessors; and misaligned rows, whose vectors their address would decide."""
+
+    def parts(rows: int) -> int:
+        return library.host_forward_parts(rows, 2 * 151_936, 264, 8, 8192)
+
+    def vectors(address: int, pitch: int, column: int = 1) -> bool:
+        return bool(library.host_reads_vectors(address, 7 * pitch, pitch, column, 2))
+
+    assert [parts(n) for n in (1, 32, 40, 132, 263, 264)] == [8, 8, 8, 2, 2, 1]
+    assert library.host_forward_parts(1, 40_000, 264, 8, 8192) == 4
+    assert vectors(512, 1024) and vectors(512, 1023) and vectors(514, 1024) and not vectors(512, 1024, column=2)
+    library.host_switch(b"row_invariant", 1)
+    try:
+        assert {parts(n) for n in (1, 40, 1000)} == {1}
+        assert vectors(512, 1024) and not vectors(512, 1023) and not vectors(514, 1024)
+        assert not vectors(512, 1024, column=2)
+    finally:
+        library.host_switch(b"row_invariant", 0)
+
+
+@needs_compiler
 def test_python_and_cpp_know_the_same_switches(library: Any) -> None:
     for name, values in native.CUDA_SWITCHES.items():
         before = library.host_switch(name.encode(), values[-1])
@@ -94,7 +118,9 @@ def test_a_kernel_is_asked_once_per_device(library: Any) -> None:
 
 
 def test_a_switch_that_is_wrong_is_named() -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of cluster_tokens, backward_reversed, got 'cluster'"):
+    with pytest.raises(
+        ValueError, match=r"name: expected one of cluster_tokens, backward_reversed, row_invariant, got 'cluster'"
+    ):
         native.set_cuda_switch("cluster", 1)
     for value in (-1, 2**63, 1.0, "1", None):
         with pytest.raises(ValueError, match=rf"value: expected an integer from 0 to {2**63 - 1} .* got {value!r}"):

@@ -178,6 +178,30 @@ def test_bits_do_not_depend_on_the_order_of_threads(library: ctypes.CDLL) -> Non
             assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab, bulk", [(1031, False), (4096, False), (4096, True)])
+def test_bits_do_not_depend_on_the_number_of_rows(
+    vocab: int, bulk: bool, dtype: torch.dtype, library: ctypes.CDLL
+) -> None:
+    """As the switch row_invariant has it: whole rows, and rows that are not all aligned read by elements."""
+    kernels = Emulated(library, bulk=bulk, vectors=vocab % 8 == 0)
+    logits = normal(1, 9, vocab, dtype=dtype, device="cpu")
+    target, temperature = labels(9, vocab=vocab, device="cpu"), torch.rand(9) + 0.5
+    grads = [torch.randn(9) for _ in range(3)]
+
+    def call(part: slice) -> tuple[list[Tensor], Tensor]:
+        rows, rest = (logits[:, part], target[part], temperature[part]), (0.0, -100, 0, vocab)
+        *stats, state = kernels.token_stats_forward(*rows, *rest, ALL)
+        given = [g[part] for g in grads]
+        return [*stats, state], kernels.token_stats_backward(*given, *rows, state, *rest, False)
+
+    whole, gradient = call(slice(None))
+    for part in (*(slice(i, i + 1) for i in range(9)), slice(2, 7)):
+        values, other = call(part)
+        assert all(same_bits(a, b[..., part]) for a, b in zip(values, whole, strict=True))
+        assert same_bits(other, gradient[:, part])
+
+
 def test_more_parts_than_warps(library: ctypes.CDLL) -> None:
     """As many parts as one warp can merge; some of them get nothing of a short row."""
     sample = plain(torch.float32, "cpu", rows=2, vocab=301)

@@ -107,9 +107,9 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
 
 
-# A line is 16 fp32 or 32 halves, a block 128 lines, a part 8192 columns: sizes around each of them.
+# A line is 16 fp32 or 32 halves, a block 128 lines, a part 16384 columns: sizes around each of them.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 31, 32, 33, 97, 2047, 2048, 2049, 4097, 8192, 8193, 20011])
+@pytest.mark.parametrize("vocab", [1, 2, 15, 16, 17, 31, 32, 33, 97, 2047, 2048, 2049, 4097, 8192, 8193, 16385, 20011])
 def test_widths(capability: str, dtype: torch.dtype, vocab: int) -> None:
     assert_matches_float64(*problem(2, 3, vocab, dtype))
 

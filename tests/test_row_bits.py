@@ -65,8 +65,8 @@ def batch(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
     return logits, target, normal(3, rows, dtype=torch.float32, device="cpu", scale=1)
 
 
-# 8192 columns are a part of a row, and from 256 rows on a thread has whole rows. The width is odd, so that every row is
-# aligned differently, and its gradient from 262 rows of fp32 on too large for the caches.
+# 16384 columns are a part of a row, and from 256 rows on a thread has whole rows. The width is odd, so that every row
+# is aligned differently, and its gradient from 262 rows of fp32 on too large for the caches.
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_number_of_rows_and_place(backend: str, dtype: torch.dtype, softcap: float | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from conftest import on_gpu
+from entropy_kernels.backends import switches
 from entropy_kernels.backends.eager import softmax_state as torch_state
 from entropy_kernels.backends.eager import token_stats as eager
 from entropy_kernels.backends.triton import tiling
@@ -115,6 +116,29 @@ def test_split_count() -> None:
             parts = tiling.split_count(rows, tiles, programs)
             assert 1 <= parts <= min(tiles, tiling.MAX_SPLITS)
             assert -(-tiles // parts) * parts >= tiles
+
+
+def test_a_row_is_cut_without_regard_to_the_others_if_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENTROPY_KERNELS_ROW_INVARIANT=1: the same bits for any number of rows."""
+    narrow(monkeypatch)
+    monkeypatch.setattr(tiling, "RESIDENT_WARPS", {4: 4})
+    small_tiles(monkeypatch)
+    cut = tiling.ForwardTiling(2, 1, 32, 8, 2)
+    logits, target, temperature = inputs(4, 4099)
+    results = []
+    for invariant in (False, True):
+        monkeypatch.setattr(switches, "ROW_INVARIANT", invariant)
+        parts = {cut.parts(rows, 4099, 4, 1)[0] for rows in (1, 4)}
+        assert len(parts) == (1 if invariant else 2), parts
+
+        def call(rows: slice) -> tuple[Tensor, ...]:
+            given = (logits[:, rows], target[rows], temperature[rows])
+            return kernels.token_stats_forward(*given, 0.0, -100, 0, NONE, ALL)
+
+        whole = call(slice(None))
+        pairs = [(a, b[..., i : i + 1]) for i in range(2) for a, b in zip(call(slice(i, i + 1)), whole, strict=True)]
+        results.append(all(torch.equal(a, b) for a, b in pairs))
+    assert results == [False, True]
 
 
 # ---- the state -----------------------------------------------------------------------------------------------------

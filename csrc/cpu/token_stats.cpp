@@ -27,7 +27,7 @@ using torch::stable::Tensor;
 // A row's state is that of its parts of so many columns, merged in their order, whoever reads which: so a row gives the
 // same bits for any number of rows and of threads. With fewer rows than kFewRows threads share the parts of a row, else
 // one has them all.
-constexpr std::int64_t kPartColumns = 8192;
+constexpr std::int64_t kPartColumns = 16384;
 constexpr std::int64_t kFewRows = 256;
 // A gradient of this size or more that goes into memory of its own is written past the caches.
 constexpr std::int64_t kLargeBytes = std::int64_t(16) << 20;

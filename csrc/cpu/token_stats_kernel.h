@@ -9,8 +9,8 @@
 // How many lines make a block, and how many floats a block has at most.
 constexpr std::int64_t kBlockLines = 128;
 constexpr std::int64_t kBlockFloats = 32 * kBlockLines;
-// How many lines a lane adds up before their sum goes to its total.
-constexpr std::int64_t kGroupLines = 16;
+// How many terms a lane adds up before their sum goes to its total.
+constexpr std::int64_t kGroup = 32;
 
 // A line is 64 bytes: sixteen fp32 in one vector, or 32 halves in two. Positions inside a line may be permuted (sums
 // and maxima do not care); store undoes what load does.
@@ -148,8 +148,9 @@ template <class Line, bool kSecondMoments>
 EK_INLINE void add_exponentials(const typename Line::Element* p, std::int64_t lines, float m,
                                 const Exponential& exponential, std::int64_t prefetch_distance, Sums& total) {
   const F32x16 top = F32x16::set1(m);
-  for (std::int64_t begin = 0; begin < lines; begin += kGroupLines) {
-    const std::int64_t end = begin + kGroupLines < lines ? begin + kGroupLines : lines;
+  constexpr std::int64_t kLines = kGroup / Line::kVectors;
+  for (std::int64_t begin = 0; begin < lines; begin += kLines) {
+    const std::int64_t end = begin + kLines < lines ? begin + kLines : lines;
     Sums sums;
     for (std::int64_t i = begin; i < end; ++i) {
       F32x16 z[Line::kVectors];
@@ -179,9 +180,9 @@ EK_INLINE void add_exponentials(const typename Line::Element* p, std::int64_t li
 EK_INLINE double horizontal_sum(F32x16 v) {
   float lanes[16];
   v.store(lanes);
-  double sum = 0;
-  for (int i = 0; i < 16; ++i) sum += static_cast<double>(lanes[i]);
-  return sum;
+  double sums[4] = {};
+  for (int i = 0; i < 16; ++i) sums[i % 4] += static_cast<double>(lanes[i]);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // The running state of a row: its maximum and sixteen lanes of each sum.

@@ -61,6 +61,7 @@ struct ForwardArguments {
   T *logprob, *entropy, *collision, *vocab_covariance;  // (N,), null where not wanted
   T* state;                                             // (K, N)
   int parts;
+  bool vectors;                  // reads_vectors (row_plan.h)
   SoftmaxState<T>* part_states;  // (N, parts); null where parts are merged through shared memory
   unsigned* counters;            // (N,), 0
 };

@@ -20,10 +20,13 @@ struct Switch {
 inline Switch cluster_tokens = {"cluster_tokens", 512 * 1024};
 // 1: the gradient begins with the last row. The forward pass has read that one last, so the L2 may still hold it.
 inline Switch backward_reversed = {"backward_reversed", 0};
+// 1: how the forward pass cuts a row does not depend on how many there are; Python sets it where the environment has
+// ENTROPY_KERNELS_ROW_INVARIANT=1.
+inline Switch row_invariant = {"row_invariant", 0};
 
 // Returns the value before, or -1 if there is no such switch.
 inline std::int64_t set_switch(std::string_view name, std::int64_t value) {
-  for (Switch* known : {&cluster_tokens, &backward_reversed}) {
+  for (Switch* known : {&cluster_tokens, &backward_reversed, &row_invariant}) {
     if (name == known->name) return known->value.exchange(value, std::memory_order_relaxed);
   }
   return -1;

@@ -14,6 +14,7 @@
 
 #include "../token_stats_arguments.h"
 #include "launch.h"
+#include "row_plan.h"
 #include "tensors.h"
 
 namespace entropy_kernels::cuda {
@@ -77,6 +78,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
     };
     const Problem<T> problem = problem_of<T>(logits, const_cast<void*>(logits.const_data_ptr()), target, temperature,
                                              softcap, ignore_index, vocab_start, vocab_size);
+    // with the strides of single rows and batches, so that a row alone is read as among others
+    const bool vectors = reads_vectors(reinterpret_cast<std::intptr_t>(problem.logits.data), logits.stride(0),
+                                       logits.stride(1), problem.logits.column_stride, logits.element_size());
     const ForwardArguments<T> arguments = {problem,
                                            pointer(logprob, kLogprob),
                                            pointer(entropy, kEntropy),
@@ -84,10 +88,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
                                            pointer(covariance, kVocabCovariance),
                                            static_cast<T*>(state.mutable_data_ptr()),
                                            1,
+                                           vectors,
                                            nullptr,
                                            nullptr};
     const Element element = element_of(logits);
-    const ForwardPlan plan = plan_forward(element, problem, logits.get_device());
+    const ForwardPlan plan = plan_forward(element, problem, vectors, logits.get_device());
     // Freed when this returns; the allocator gives it to nothing that runs before the kernel on this stream.
     std::optional<Tensor> scratch;
     if (plan.scratch_bytes > 0) {

@@ -19,8 +19,9 @@ struct ForwardPlan {
   std::size_t counter_offset;
 };
 
+// `vectors` as in ForwardArguments.
 template <typename T>
-ForwardPlan plan_forward(Element element, const Problem<T>& problem, int device);
+ForwardPlan plan_forward(Element element, const Problem<T>& problem, bool vectors, int device);
 
 // Enqueues the forward pass; what the plan says about `arguments` is set here.
 template <typename T>

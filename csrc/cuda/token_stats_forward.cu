@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "once_per_device.h"
+#include "row_plan.h"
 #include "token_stats.h"
 #include "token_stats_kernels.h"
 
@@ -87,19 +88,14 @@ void allow_stages(const void* function) {
 }  // namespace
 
 template <typename T>
-ForwardPlan plan_forward(Element element, const Problem<T>& problem, int device) {
+ForwardPlan plan_forward(Element element, const Problem<T>& problem, bool vectors, int device) {
   const auto bytes = static_cast<std::int64_t>(problem.columns) * element_size(element);
-  const bool bulk =
-      sizeof(T) == 4 && problem.logits.column_stride == 1 && bytes >= kTileBytes && has_bulk_copies(device);
+  const bool bulk = sizeof(T) == 4 && vectors && bytes >= kTileBytes && has_bulk_copies(device);
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   // So many blocks keep as many bytes in flight as the memory's latency asks for, and enough warps busy with them.
   const std::int64_t enough = 2 * multiprocessors;
-  int parts = 1;
-  while (problem.rows * std::int64_t(parts) < enough && 2 * parts <= (bulk ? kMaxCluster : kMaxParts) &&
-         2 * parts * std::int64_t(kTileBytes / 2) <= bytes) {
-    parts *= 2;
-  }
+  const int parts = forward_parts(problem.rows, bytes, enough, bulk ? kMaxCluster : kMaxParts, kTileBytes / 2);
   ForwardPlan plan = {bulk, bulk ? kMaxThreads : threads_for(problem.columns, element), parts, 0, 0};
   if (!bulk && parts > 1) {
     plan.counter_offset = sizeof(SoftmaxState<T>) * problem.rows * parts;
@@ -154,8 +150,8 @@ std::vector<Kernel> forward_kernels() {
   return kernels;
 }
 
-template ForwardPlan plan_forward(Element, const Problem<float>&, int);
-template ForwardPlan plan_forward(Element, const Problem<double>&, int);
+template ForwardPlan plan_forward(Element, const Problem<float>&, bool, int);
+template ForwardPlan plan_forward(Element, const Problem<double>&, bool, int);
 template void launch_forward(Element, const ForwardPlan&, ForwardArguments<float>, bool, void*, cudaStream_t);
 template void launch_forward(Element, const ForwardPlan&, ForwardArguments<double>, bool, void*, cudaStream_t);
 

@@ -236,7 +236,7 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
   }
   const Storage* logits = problem.logits.template at<const Storage>(row, problem.length);
   const std::int64_t stride = problem.logits.column_stride;
-  const RowCut<E> cut(logits, problem.columns, stride == 1);
+  const RowCut<E> cut(logits, problem.columns, arguments.vectors);
   const auto* vectors = reinterpret_cast<const Words*>(logits + cut.head);
   const Share share(cut.vectors, part, parts);
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from entropy_kernels.backends import radix_select, reused_memory
+from entropy_kernels.backends import radix_select, reused_memory, switches
 from entropy_kernels.backends.radix_select import Band, Count
 
 _FOLDER = Path(__file__).parent.parent
@@ -199,7 +199,7 @@ def largest_cluster() -> int:
 
 
 # The values that each may have; csrc/cuda/switches.h says what they do.
-CUDA_SWITCHES = {"cluster_tokens": range(2**63), "backward_reversed": range(2)}
+CUDA_SWITCHES = {"cluster_tokens": range(2**63), "backward_reversed": range(2), "row_invariant": range(2)}
 
 
 def set_cuda_switch(name: str, value: int) -> int:
@@ -217,3 +217,7 @@ def set_cuda_switch(name: str, value: int) -> int:
     if not isinstance(value, int) or value not in values:
         raise ValueError(f"value: expected an integer from 0 to {values[-1]} for {name}, got {value!r}")
     return _cuda_function("switch", ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)(name.encode(), value)
+
+
+if switches.ROW_INVARIANT and cuda_load_error is None:
+    set_cuda_switch("row_invariant", 1)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from entropy_kernels.backends import switches
+
 MAX_SPLITS = 128  # parts of one row; the merge kernel reads them as one vector
 
 
@@ -68,6 +70,8 @@ class ForwardTiling:
     def parts(self, rows: int, columns: int, itemsize: int, multiprocessors: int) -> tuple[int, int]:
         """(parts of each row, tiles of each part)."""
         tiles = max(1, -(-columns // self.tile))
+        if switches.ROW_INVARIANT:
+            return 1, tiles
         parts = split_count(rows, tiles, resident_programs(itemsize, self.warps, multiprocessors))
         parts = parts << self.split if self.split >= 0 else parts >> -self.split
         tiles_per_part = -(-tiles // min(max(parts, 1), tiles, MAX_SPLITS))
