@@ -50,9 +50,9 @@ def whole(value: Any) -> Any:
         return value
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    mesh = value.device_mesh
+    mesh, placements = value.device_mesh, value.placements
     # FSDP wants names for a mesh of two dimensions, and gives none to its own
-    if isinstance(value, Parameter) and mesh.mesh_dim_names is None and value.placements == (Replicate(), Shard(0)):
+    if isinstance(value, Parameter) and mesh.mesh_dim_names is None and placements == (Replicate(), Shard(0)):
         raise ValueError(
             "weight: expected a parameter, got what FSDP2 has in its place between forward and backward "
             f"(reshard_after_forward=2 and the like), whose gradient nobody reads; model.reshard() first, or {CURE}"
