@@ -44,7 +44,7 @@ def backbone_and_head(model: Any, config: Any) -> tuple[Any, Any]:
     parts = dict(model.named_children()) if isinstance(model, torch.nn.Module) else {}
     parts = {n: part for n, part in parts.items() if not _is_beside(n) and next(part.parameters(), None) is not None}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    backbone = getattr(model, "base_model", None)
+    backbone: Any = getattr(model, "base_model", None)
     if backbone is None or backbone is model:
         others = [part for part in parts.values() if part is not head]
         backbone = others[0] if len(others) == 1 else None
