@@ -27,6 +27,8 @@ _OURS = {
 }
 _PEER_COLORS = ("#3b3b3b", "#aa4499", "#b8860b", "#56b4e9", "#882255", "#44aa99", "#999933", "#cc6677", "#888888")
 _PEER_MARKERS = ("v", "D", "P", "X", "<", ">", "h", "p", "d", "*")
+#: Of the figures.
+NAMES = ("bandwidth", "time", "memory", "error_vocabulary", "bandwidth_rows")
 _LEAST_VOCABULARIES = 2
 _NOISE = 1e-9  # smaller errors, zero among them, are drawn here
 

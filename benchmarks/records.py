@@ -103,7 +103,7 @@ def as_document(head: Mapping[str, Any], measured: Iterable[Measured], verdicts:
 def write(path: Path, document: Mapping[str, Any]) -> None:
     """Write JSON so that a reader, or whoever cuts the run off, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps(document, indent=1, ensure_ascii=False)
     # a list of samples on one line: a line for each makes a document of a grid hundreds of thousands of lines long
     scratch.write_text(_NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n")

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records, tables
+from benchmarks import curves, records, tables
 from benchmarks.records import Measured
 from benchmarks.verdicts import Verdict
 
+#: All that may stand beside bench.json and bench.md.
+PICTURES = ("time_statistics", "time_selection", "error", "from_hidden", "error_hidden", *curves.NAMES)
 ALL_PANELS = 12  # groups up to which every one has a panel of times; of more, those that are not in the curves
 
 
@@ -24,8 +27,8 @@ def write(folder: Path) -> str:
     head, measured = records.read(folder / "bench.json")
     text = tables.markdown(head, verdicts(head), measured)
     (folder / "bench.md").write_text(text)
-    for stale in folder.glob("*.png"):  # of an earlier run, which may have had other rows
-        stale.unlink()
+    for name in PICTURES:  # of an earlier run, which may have had other rows
+        (folder / f"{name}.png").unlink(missing_ok=True)
     if importlib.util.find_spec("matplotlib") is None:
         print("matplotlib is not installed: no plots (python -m benchmarks.report makes them)", file=sys.stderr)
     else:
@@ -36,13 +39,26 @@ def write(folder: Path) -> str:
     return text
 
 
+def in_the_way(folder: Path) -> str | None:
+    """A file of the user's that a run into `folder` would replace: one under the name of a result, and no results."""
+    names = [
+        name for name in ("bench.json", "bench.md", *(f"{name}.png" for name in PICTURES)) if (folder / name).exists()
+    ]
+    try:
+        if "groups" in json.loads((folder / "bench.json").read_text()):
+            return None
+    except (OSError, ValueError, TypeError):
+        pass
+    return names[0] if names else None
+
+
 def verdicts(head: dict[str, Any]) -> list[Verdict]:
     """The bars of a document."""
     return [Verdict(**{k: v for k, v in bar.items() if k != "passed"}) for bar in head["bars"]]
 
 
 def _draw(folder: Path, head: dict[str, Any], measured: Sequence[Measured]) -> None:
-    from benchmarks import curves, plots
+    from benchmarks import plots
 
     machine = head["machine"]
     commit = (machine["commit"] or "unknown")[:10]

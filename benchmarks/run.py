@@ -229,6 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(head, plan, device, output_folder(arguments, device))
     if run.folder.exists() and not run.folder.is_dir():
         parser().error(f"argument --output: expected a folder, got the file {run.folder}")
+    other = report.in_the_way(run.folder)
+    if other is not None:
+        parser().error(
+            f"argument --output: expected a folder for results, got {run.folder}, whose {other} is no result"
+        )
     if arguments.resume and run.document.exists():
         before, run.measured = _before(run)
         settings = replace(settings, done=frozenset(r.key for part in run.measured for r in part.records))

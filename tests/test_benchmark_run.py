@@ -188,9 +188,21 @@ def test_reports_are_made_from_the_document_alone(tmp_path: Path) -> None:
     text = (tmp_path / "bench.md").read_text()
     for made in tmp_path.glob("*.[pm][nd]*"):
         made.unlink()
+    (tmp_path / "thesis.png").write_text("x")
     assert report.main([str(tmp_path)]) == 0 and (tmp_path / "bench.md").read_text() == text
     for name in ("bandwidth", "time", "memory", "error_vocabulary"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "thesis.png").read_text() == "x"
+
+
+def test_files_in_the_way_of_results(tmp_path: Path) -> None:
+    (tmp_path / "thesis.png").write_text("x")
+    assert report.in_the_way(tmp_path) is None
+    for name in ("error.png", "bench.md", "bench.json"):
+        (tmp_path / name).write_text("[]")
+        assert report.in_the_way(tmp_path) == name
+    records.write(tmp_path / "bench.json", records.as_document({}, []))
+    assert report.in_the_way(tmp_path) is None and report.in_the_way(tmp_path / "new") is None
 
 
 # --- README -----------------------------------------------------------------------------------------------------------

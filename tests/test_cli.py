@@ -160,6 +160,21 @@ def test_fit_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
     assert captured.out == ""
 
 
+@pytest.mark.parametrize("name", ["plot.png", "plot.svg", "plot.pdf", "metrics.entropy-law.png", "metrics.jsonl"])
+def test_a_plot_replaces_an_earlier_one_and_no_other_file(log, name, capsys):
+    plot = log.with_name(name)
+    arguments = ["fit", str(log), *([] if "law" in name else ["--output", str(plot)])]
+    if name != "metrics.jsonl":
+        plot.write_text("my thesis")
+    before = plot.read_text()
+    assert cli.main(arguments) == 2
+    assert f"output: expected a new file or an earlier plot, got {plot}" in capsys.readouterr().err
+    assert plot.read_text() == before
+    if name != "metrics.jsonl":
+        plot.unlink()
+        assert cli.main(arguments) == cli.main(arguments) == 0
+
+
 def test_errors_of_a_process_have_no_traceback(tmp_path):
     result = command("fit", tmp_path / "nope.csv")
     assert result.returncode == 2

@@ -15,6 +15,9 @@ from entropy_kernels.analysis.metric_names import LogError, Metric, find_entropy
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+#: In the metadata of every plot: others under its name are not replaced.
+_MADE_BY = "entropy-kernels fit"
+
 
 @dataclasses.dataclass(frozen=True)
 class LogFit:
@@ -82,7 +85,14 @@ def fit_log(
 
 
 def save_plot(fit: LogFit, output: Path) -> None:
-    """Write the figure of ``fit`` to ``output``; its suffix chooses the format."""
+    """Write the figure of ``fit`` to ``output``; its suffix chooses the format.
+
+    FileExistsError for a file that is there and is no earlier plot: these say in their metadata what made them.
+    """
+    if output.exists() and not (output.is_file() and _MADE_BY.encode() in output.read_bytes()):
+        raise FileExistsError(
+            f"output: expected a new file or an earlier plot, got {output}, which is something else; name another file"
+        )
     from entropy_kernels.analysis.plots import fit_figure
 
     figure = fit_figure(
@@ -95,7 +105,10 @@ def save_plot(fit: LogFit, output: Path) -> None:
         performance_name=_short(fit.performance),
         title=f"Entropy law of {fit.path.name}",
     )
-    figure.savefig(output, dpi=150)
+    field = {".png": "Software", ".svg": "Creator", ".pdf": "Creator", ".ps": "Creator", ".eps": "Creator"}.get(
+        output.suffix.lower()
+    )
+    figure.savefig(output, dpi=150, metadata={field: _MADE_BY} if field else None)
 
 
 def default_plot(path: Path) -> Path:
