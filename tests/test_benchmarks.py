@@ -25,7 +25,7 @@ BANDWIDTH = traffic.Bandwidth(read=1e10, copy=1e10, buffer_bytes=1)
 
 
 @pytest.fixture(autouse=True)
-def _run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _unlimited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """--threads changes the whole process; --quick has a time limit, which a busy machine may reach."""
     monkeypatch.setattr("benchmarks.run.QUICK_SECONDS", 1e9)
     before = torch.get_num_threads()
