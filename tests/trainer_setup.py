@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,31 @@ def rows_without_times(out: Path) -> list[dict[str, object]]:
     rows = read_rows(out / "metrics.jsonl")
     assert rows, "no rows were logged"
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+SHORT = {"steps": 1, "measure_memory": False, "first_order_every": 0, "measure_entropy_change": False}
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps with a checkpoint after each; tests work on copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
+        return ppo.train(config(tmp_path_factory.mktemp("trained") / "run", **{**SHORT, "steps": 3, "save_every": 1}))
+
+
+@pytest.fixture
+def run(trained_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained_run, tmp_path / "run"))
+
+
+def again(out: Path, **changes: object) -> Path:
+    return ppo.train(config(out, **{**SHORT, "steps": 4, "resume": True, **changes}))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".entropy_kernels")
+    }

@@ -20,9 +20,9 @@ from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, write_json
 from entropy_kernels.trainer.metrics_log import read_rows
 from entropy_kernels.trainer.policy import build_policy, load_policy
-from entropy_kernels.trainer.ppo import DRIVER_FILES, RUN_FILES, own_files, remove_run
 from entropy_kernels.trainer.pretrained import check_model
 from entropy_kernels.trainer.progress import ProgressBoard, describe_row
+from entropy_kernels.trainer.run_folder import DRIVER_FILES, RUN_FILES, own_files, remove_run
 from entropy_kernels.trainer.tasks import make_task
 from entropy_kernels.trainer.warm_start import warm_start
 

@@ -248,6 +248,8 @@ def _alive(pid: int) -> bool:
     """Whether another process of this number runs; one of our own number is an earlier one, of a container perhaps."""
     if pid == os.getpid():
         return False
+    if os.name == "nt":
+        return True  # cannot be asked there: os.kill would end it
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,0 +1,283 @@
+"""What the trainer says of its own files, and of a model's, that are damaged, and that nothing else is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("tyro")
+
+import trainer_setup
+from entropy_kernels.trainer import checkpoint, drivers
+from entropy_kernels.trainer.__main__ import main
+from entropy_kernels.trainer.config import TrainerConfig, as_saved
+from entropy_kernels.trainer.files import LOCK, OwnFiles
+from entropy_kernels.trainer.metrics_log import MetricsLog, read_rows
+from entropy_kernels.trainer.policy import build_policy, load_policy
+from entropy_kernels.trainer.pretrained import check_model
+from entropy_kernels.trainer.progress import ProgressBoard
+from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times  # noqa: F401
+
+trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_any_damage_to_a_checkpoint_is_seen(run: Path) -> None:
+    path = run / "checkpoint.pt"
+    good = path.read_bytes()
+    assert checkpoint.load_checkpoint(path)["step"] == 3
+    assert torch.load(path, weights_only=True)["step"] == 3, "torch alone cannot read it"
+    places = [*range(0, len(good), len(good) // 40), *range(len(good) - 100, len(good)), 30, 31]
+    for place in places:
+        flip(path, place)
+        with pytest.raises(ValueError, match=r"resume: expected a checkpoint at .*checkpoint\.pt, got a .*damaged"):
+            checkpoint.load_checkpoint(path)
+        path.write_bytes(good)
+    for size in (
+        1,
+        10,
+        1000,
+        len(good) // 2,
+        len(good) - 200,
+        len(good) - 1,
+        *random.Random(0).sample(range(len(good)), 9),
+    ):
+        path.write_bytes(good[:size])
+        with pytest.raises(ValueError, match=r"checkpoint\.pt, got a"):
+            checkpoint.load_checkpoint(path)
+
+
+def test_a_damaged_checkpoint_is_told_with_the_way_out_and_that_works(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    before = contents(run)
+    assert main(["from-config", str(run / "config.json"), "--out", str(run), "--resume", "--steps", "4"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(
+        f"error: resume: expected a checkpoint at {path}, got a file that"
+    )
+    assert f"mv {path.with_name('checkpoint.previous.pt')} {path}" in error
+    assert contents(run) == before
+    path.with_name("checkpoint.previous.pt").replace(path)
+    again(run)
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "got an empty file"),
+        (lambda path: path.write_bytes(bytes(4000)), "cut off, is damaged, or is of another program"),
+        (lambda path: path.mkdir(), "got a folder"),
+        (lambda path: torch.save({"model": {}}, path), "got a file of another program"),
+        (lambda path: torch.save(dataclasses.make_dataclass("A", ["b"]), path), "got a file of another program"),
+        (lambda path: torch.save({"format": 99, "step": 1, "config": {}}, path), "from a newer version.*update"),
+        (lambda path: path.symlink_to("nowhere"), "got none"),
+    ],
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_told(tmp_path: Path, make: Any, message: str) -> None:
+    make.__globals__["A"] = None
+    path = tmp_path / "checkpoint.pt"
+    try:
+        make(path)
+    except Exception:  # pickle refuses a local class on some versions
+        path.write_bytes(b"\x80\x04.")
+        message = "another program"
+    with pytest.raises((ValueError, OSError), match=rf"resume: expected a checkpoint at .*{message}"):
+        checkpoint.load_checkpoint(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
+def test_a_checkpoint_that_cannot_be_read(run: Path) -> None:
+    (run / "checkpoint.pt").chmod(0)
+    with pytest.raises(OSError, match=r"resume: expected a checkpoint at .*cannot be read \(Permission denied\)"):
+        again(run)
+
+
+def test_a_checkpoint_from_before_there_were_checksums_is_read(run: Path) -> None:
+    path = run / "checkpoint.pt"
+    state = checkpoint.load_checkpoint(path)
+    del state["row"]
+    torch.save({**state, "format": 1}, path)
+    again(run)
+    torch.save({**state, "format": 1}, path)
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"got a damaged file \(its checksums do not match\)"):
+        again(run)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(run: Path) -> None:
+    path = run / "checkpoint.pt"
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"checkpoint\.pt: cannot be written \(File too large\).*--resume"):
+            again(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and not list(run.glob(".*.tmp"))
+    again(run)
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def steps_after(run: Path) -> list[int]:
+    again(run)
+    return [row["step"] for row in read_rows(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"step": 1, "ent', b"", b"\0\0\0\0", b"[1]", b"7", b'{"entropy": 1.0}', b'{"step": "1"}', b"\xff\xfe"]
+)
+def test_a_broken_line_takes_no_other_with_it(run: Path, line: bytes) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))  # and without an end of the last line
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: no row of step 1 of the 3"):
+        assert steps_after(run) == [0, 2, 3, 4]
+    kept = run / "metrics.broken"
+    assert kept.read_bytes() == line + b"\n" if line else not kept.exists()
+    assert len(path.read_bytes().splitlines()) == 4
+
+
+def test_a_broken_line_is_told_with_its_number(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\nhalf a li\n", 1))
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 2 is no row and is left out; kept in metrics\.broken"):
+        assert steps_after(run) == [0, 1, 2, 3, 4]
+
+
+def test_zeros_before_a_row_and_rows_twice(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[1] + b"\0" * 4096 + lines[0] + lines[1] + lines[2] + b'{"step": 9}\n')
+    assert steps_after(run) == [0, 1, 2, 3, 4]
+
+
+def test_a_log_that_is_gone_or_of_another_run(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    other = "".join(json.dumps({**json.loads(line), "entropy": 0.123}) + "\n" for line in lines)
+    path.write_text(other)
+    before = contents(run)
+    with pytest.raises(ValueError, match=r"resume: expected in .*metrics\.jsonl the log of the run in checkpoint\.pt"):
+        again(run)
+    assert contents(run) == before
+    path.unlink()
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: not there; the log begins anew at step 3"):
+        assert steps_after(run) == [3, 4]
+
+
+def test_two_logs_in_a_row_keep_every_line(tmp_path: Path) -> None:
+    for first in (0, 2):
+        log = MetricsLog(tmp_path, tensorboard=False, keep_before=first)
+        for step in range(first, first + 3):
+            log.write({"step": step, "entropy": float(first)})
+        log.close()
+    assert [row["entropy"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0.0, 0.0, 2.0, 2.0, 2.0]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def remove(name: str) -> Any:
+    return lambda folder: [path.unlink() for path in folder.glob(name)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.rmtree, "which does not exist"),
+        (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "which is a file"),
+        (remove("config.json"), "which has no config.json"),
+        (remove("*.safetensors"), "which has no weights"),
+        (remove("tokenizer*"), "which has no tokenizer"),
+        (lambda folder: (folder / "config.json").write_text("{"), "whose config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "whose config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "nosuch"}'), "that transformers can load"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "model.safetensors is damaged: expected"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 50), "it ends after 50 bytes, within its header"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 0), "which has no weights"),
+        (lambda folder: flip(folder / "model.safetensors", 12), "its header cannot be|transformers can load|lacks"),
+        (
+            lambda folder: (folder / "x.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+            "which has no b.safetensors, one of the files that x.index.json names",
+        ),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_model_is_told(run: Path, change: Any, message: str) -> None:
+    change(run / "model")
+    for raises in (
+        lambda: load_policy(run / "model", TINY, EasyTask()),
+        lambda: build_policy(dataclasses.replace(TINY, model=str(run / "model")), EasyTask()),
+    ):
+        with pytest.raises((ValueError, OSError), match=rf"^(model|warm_start_from): expected .*({message})") as caught:
+            raises()
+        assert "\n" not in str(caught.value) and "repo" not in str(caught.value).lower()
+
+
+def test_a_model_that_lacks_weights_is_refused(run: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = run / "model" / "model.safetensors"
+    weights = load_file(path)
+    save_file({k: v for k, v in weights.items() if "lm_head" not in k and "embed" not in k}, path, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"warm_start_from: expected weights for the whole model, got .*, which lacks \d"
+    ):
+        load_policy(run / "model", TINY, EasyTask())
+
+
+def test_names_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("./nosuch", "../nosuch", "/nosuch/model", "~/nosuch", "nosuch/", "a/b/c"):
+        assert main(["--model", name, "--out", str(tmp_path / "x")]) == 2
+        assert capsys.readouterr().err == (
+            f"error: model: expected a folder with a model of transformers, got {name}, which does not exist\n"
+        )
+    assert not (tmp_path / "x").exists()
+    check_model("Qwen/Qwen3-0.6B")  # of the hub
+    with pytest.raises(ValueError, match=r"model: expected tiny, smollm2, a folder or a name of the hub, got ''"):
+        check_model("")
+
+
+def test_a_warm_start_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
+    settings = dataclasses.replace(TINY, warm_steps=1, warm_batch=4)
+    board = ProgressBoard(enabled=False)
+    path = drivers.shared_warm_start(settings, tmp_path, board) / "model.safetensors"
+    good = path.read_bytes()
+    for damage in (lambda: os.truncate(path, 100), lambda: (tmp_path / "warm_start.json").write_text("{")):
+        damage()
+        drivers.shared_warm_start(settings, tmp_path, board)
+        assert path.read_bytes() == good
+
+
+def test_fields_that_came_later_are_as_they_were() -> None:
+    old = {"task": "reasoning_gym:chain_sum", "lr": 1.0}
+    assert as_saved(old)["partial_credit"] is True and as_saved({})["partial_credit"] is False
+    assert set(as_saved(old)) == set(TrainerConfig().to_dict())
+
+
+def test_lock_files_are_no_part_of_the_record(run: Path) -> None:
+    assert (run / LOCK).exists() and LOCK not in OwnFiles(run, "run").names
+    assert rows_without_times(run)[0]["unscored"] == 0
