@@ -229,16 +229,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(head, plan, device, output_folder(arguments, device))
     if run.folder.exists() and not run.folder.is_dir():
         parser().error(f"argument --output: expected a folder, got the file {run.folder}")
-    other = report.in_the_way(run.folder)
-    if other is not None:
-        parser().error(
-            f"argument --output: expected a folder for results, got {run.folder}, whose {other} is no result"
-        )
     if arguments.resume and run.document.exists():
         before, run.measured = _before(run)
         settings = replace(settings, done=frozenset(r.key for part in run.measured for r in part.records))
         head.update({key: before[key] for key in ("command", "time", "machine")})
         started -= before["seconds"]
+    other = report.in_the_way(run.folder)
+    if other is not None:
+        parser().error(
+            f"argument --output: expected a folder for results, got {run.folder}, whose {other} is no result"
+        )
     lost = _measure(run, work, settings, started)
     if lost is not None:
         _begin_again(command, settings.deadline, lost)

@@ -356,7 +356,7 @@ def test_a_run_from_before_the_linear_head_resumes_under_logits(tmp_path: Path) 
     state = checkpoint.load_checkpoint(path)
     for name in ("head", "memory_budget", "measure_memory"):
         del state["config"][name]
-    torch.save(state, path)
+    torch.save({**state, "format": 1}, path)
     with pytest.raises(ValueError, match=r"head: expected 'logits' \(as saved\), got 'linear'"):
         ppo.train(config(tmp_path / "old", steps=3, resume=True))
     ppo.train(config(tmp_path / "old", steps=3, resume=True, head="logits"))
