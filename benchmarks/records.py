@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 2
+#: What every document's command begins with.
+COMMAND = "python -m benchmarks.run"
 _NUMBERS = re.compile(r"\[\s+-?[\d.][\d.eE+-]*(?:,\s+-?[\d.][\d.eE+-]*)*\s+\]")
 
 

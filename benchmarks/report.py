@@ -8,17 +8,21 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import re
+import struct
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curves, records, tables
+from benchmarks import curves, plots, records, tables
 from benchmarks.records import Measured
 from benchmarks.verdicts import Verdict
 
 #: All that may stand beside bench.json and bench.md.
 PICTURES = ("time_statistics", "time_selection", "error", "from_hidden", "error_hidden", *curves.NAMES)
+_PNG = b"\x89PNG\r\n\x1a\n"
 ALL_PANELS = 12  # groups up to which every one has a panel of times; of more, those that are not in the curves
 
 
@@ -40,16 +44,47 @@ def write(folder: Path) -> str:
 
 
 def in_the_way(folder: Path) -> str | None:
-    """A file of the user's that a run into `folder` would replace: one under the name of a result, and no results."""
-    names = [
-        name for name in ("bench.json", "bench.md", *(f"{name}.png" for name in PICTURES)) if (folder / name).exists()
-    ]
+    """A file of the user's that a run into `folder` would replace: one under the name of a result, and no result."""
+    results = {"bench.json": _is_document, "bench.md": _is_table, **{f"{name}.png": _is_picture for name in PICTURES}}
+    there = [name for name in results if os.path.lexists(folder / name)]
+    known = _is_document(folder / "bench.json")
+    return next((name for name in there if not (known and results[name](folder / name))), None)
+
+
+def _is_document(path: Path) -> bool:
     try:
-        if "groups" in json.loads((folder / "bench.json").read_text()):
-            return None
-    except (OSError, ValueError, TypeError):
-        pass
-    return names[0] if names else None
+        found = json.loads(path.read_text())
+        command, formatted = found["command"], found["format"]
+        lists = isinstance(found["groups"], list) and isinstance(found["bars"], list)
+        return lists and type(formatted) is int and command.split()[:3] == records.COMMAND.split()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return False
+
+
+def _is_table(path: Path) -> bool:
+    try:
+        return re.match(rf"# Benchmark[^\n]*\n\n`{re.escape(records.COMMAND)}\b", path.read_text()) is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a PNG names the benchmark as its program, or matplotlib with our resolution, as earlier ones do."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    chunks: dict[bytes, bytes] = {}
+    start = len(_PNG)
+    while data.startswith(_PNG) and start + 8 <= len(data):
+        (length,), kind = struct.unpack(">I", data[start : start + 4]), data[start + 4 : start + 8]
+        chunks[kind] = data[start + 8 : start + 8 + length]
+        start += 12 + length
+    software, per_metre = chunks.get(b"tEXt", b""), round(plots.DPI / 0.0254)
+    before = software.startswith(b"Software\0Matplotlib version")
+    return software == b"Software\0" + plots.MADE_BY.encode() or (
+        before and chunks.get(b"pHYs") == struct.pack(">IIB", per_metre, per_metre, 1)
+    )
 
 
 def verdicts(head: dict[str, Any]) -> list[Verdict]:
@@ -58,8 +93,6 @@ def verdicts(head: dict[str, Any]) -> list[Verdict]:
 
 
 def _draw(folder: Path, head: dict[str, Any], measured: Sequence[Measured]) -> None:
-    from benchmarks import plots
-
     machine = head["machine"]
     commit = (machine["commit"] or "unknown")[:10]
     threads = "" if machine["gpu"] else f", {machine['threads']} threads"
@@ -86,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in folders:
         if not (folder / "bench.json").is_file():
             parser.error(f"argument FOLDER: expected a folder with a bench.json, got {folder}")
+        other = in_the_way(folder)
+        if other is not None:
+            parser.error(f"argument FOLDER: expected a folder of results, got {folder}, whose {other} is no result")
     for folder in folders:
         write(folder)
         print(folder / "bench.md")

@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = list(sys.argv[1:] if argv is None else argv)
     head = {
-        "command": shlex.join(["python", "-m", "benchmarks.run", *command]),
+        "command": shlex.join([*records.COMMAND.split(), *command]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": 0.0,
         "machine": machine.describe(device),
@@ -237,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     other = report.in_the_way(run.folder)
     if other is not None:
         parser().error(
-            f"argument --output: expected a folder for results, got {run.folder}, whose {other} is no result"
+            f"argument --output: expected a folder for results, got {run.folder}, whose {other} is no result; move it "
+            "away or name another folder"
         )
     lost = _measure(run, work, settings, started)
     if lost is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from benchmarks import implementations, measure, peers, readme, records, registry, report, run, standins
+from benchmarks import implementations, machine, measure, peers, plots, readme, records, registry, report, run, standins
 from benchmarks.implementations import REGISTRY
 from benchmarks.plans import GRID, GRID_QUICK, QUICK
 from benchmarks.records import Measured, Record
@@ -201,8 +201,33 @@ def test_files_in_the_way_of_results(tmp_path: Path) -> None:
     for name in ("error.png", "bench.md", "bench.json"):
         (tmp_path / name).write_text("[]")
         assert report.in_the_way(tmp_path) == name
-    records.write(tmp_path / "bench.json", records.as_document({}, []))
+    for users in (
+        '{"groups": {}}',
+        '["groups"]',
+        '{"groups": [], "bars": [], "format": 1, "command": "mine"}',
+        "[" * 99999,
+    ):
+        (tmp_path / "bench.json").write_text(users)
+        assert report.in_the_way(tmp_path) == "bench.json"
+    records.write(tmp_path / "bench.json", records.as_document({"command": "python -m benchmarks.run --quick"}, []))
+    for name in ("bench.md", "error.png"):  # not ours for standing beside results
+        assert report.in_the_way(tmp_path) == name
+        (tmp_path / name).unlink()
     assert report.in_the_way(tmp_path) is None and report.in_the_way(tmp_path / "new") is None
+
+
+def test_only_pictures_of_the_benchmark_are_replaced(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    records.write(tmp_path / "bench.json", records.as_document({"command": "python -m benchmarks.run"}, []))
+    for path in sorted((machine.ROOT / "benchmarks" / "results").glob("*/bench.json")):
+        assert report.in_the_way(path.parent) is None, "results that are committed"
+    plots.save(figure, tmp_path / "error.png")
+    assert report.in_the_way(tmp_path) is None
+    figure.savefig(tmp_path / "error.png")
+    assert report.in_the_way(tmp_path) == "error.png"
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    assert (tmp_path / "error.png").exists()
 
 
 # --- README -----------------------------------------------------------------------------------------------------------

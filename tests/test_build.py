@@ -70,6 +70,19 @@ def test_pure_python_needs_no_torch(monkeypatch: pytest.MonkeyPatch, name: str, 
     assert backend.build_wheel("dist") == ["theirs"]
 
 
+@pytest.mark.parametrize("value", ["", "0", "false", "No", "off", " "])
+def test_a_switch_that_is_off_builds(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("ENTROPY_KERNELS_SKIP_CPP", value)
+    assert backend.skip_reason() is None
+    monkeypatch.setenv("CXX", "   ")  # as if it were not set
+    monkeypatch.setattr(backend.shutil, "which", lambda name: name)
+    assert backend.skip_reason() is None
+
+
+def test_versions_of_torch_are_compared() -> None:
+    assert backend._numbers("2.10rc1") == backend._numbers("2.10.0+cpu") == (2, 10) > backend._numbers("2.9.1")
+
+
 def test_the_readme_gives_the_commands_of_the_error() -> None:
     readme = (ROOT / "README.md").read_text()
     commands = [line.strip() for line in backend.NO_TORCH.splitlines() if line.startswith("    ")]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import matplotlib.figure
 import pytest
 import torch
 
@@ -173,6 +174,23 @@ def test_a_plot_replaces_an_earlier_one_and_no_other_file(log, name, capsys):
     if name != "metrics.jsonl":
         plot.unlink()
         assert cli.main(arguments) == cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "svgz", "pdf", "eps", "jpg", "tif", "webp"])
+def test_a_plot_of_any_kind_is_known_by_its_metadata(log, kind, capsys):
+    plot = log.with_name(f"plot.{kind}")
+    arguments = ["fit", str(log), "--output", str(plot)]
+    assert cli.main(arguments) == cli.main(arguments) == 0, capsys.readouterr().err
+    figure = matplotlib.figure.Figure()
+    figure.text(0, 0, "entropy-kernels fit\n%%Creator: entropy-kernels fit\n/Creator (entropy-kernels fit)")
+    metadata = {"Title" if kind != "eps" else "Creator": "notes on entropy-kernels fit"}
+    pictures = ("jpg", "tif", "webp")
+    with matplotlib.rc_context({"svg.fonttype": "none", "pdf.compression": 0}):
+        figure.savefig(plot, metadata=None if kind in pictures else metadata)
+    before = plot.read_bytes()
+    assert cli.main(arguments) == 2
+    assert "name another file or remove it" in capsys.readouterr().err
+    assert plot.read_bytes() == before
 
 
 def test_errors_of_a_process_have_no_traceback(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import random
@@ -106,6 +108,37 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path, make: Any, message: str) 
         checkpoint.load_checkpoint(path)
 
 
+@pytest.mark.parametrize("form", [1, checkpoint.FORMAT])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((lambda state, name=name: state.pop(name), "a file of another program")
+          for name in ("step", "config", "model", "optimizer", "generators", "torch_rng", "cuda_rng")),
+        (lambda state: state.update(config=None), "a file of another program"),
+        (lambda state: state.update(step="3"), "a file of another program"),
+        (lambda state: state.update(row=[]), "a file of another program"),
+        (lambda state: state["model"].popitem(), "one of another model"),
+        (lambda state: state.update(model={k: v[:1] for k, v in state["model"].items()}), "one of another model"),
+        (lambda state: state["optimizer"].update(param_groups=[]), "one of another optimizer"),
+        (lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(2, 2)), "one of another optimizer"),
+        (lambda state: state["generators"].pop("sampler"), "one of another generator"),
+        (lambda state: state.update(torch_rng=torch.ones(3)), "one of another generator"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_whole_and_not_ours(run: Path, form: int, change: Any, message: str) -> None:
+    path = run / "checkpoint.pt"
+    state = {**checkpoint.load_checkpoint(path), "format": form}
+    change(state)
+    data = io.BytesIO()
+    torch.save(state, data)
+    seal = checkpoint._SEAL + hashlib.sha256(data.getvalue()).hexdigest().encode() + b"\n" if form > 1 else b""
+    path.write_bytes(data.getvalue() + seal)
+    before = contents(run)
+    with pytest.raises(ValueError, match=rf"resume: expected a checkpoint at .*got {message}; the one before is kept"):
+        again(run)
+    assert contents(run) == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
 def test_a_checkpoint_that_cannot_be_read(run: Path) -> None:
     (run / "checkpoint.pt").chmod(0)
@@ -148,7 +181,18 @@ def steps_after(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "line", [b'{"step": 1, "ent', b"", b"\0\0\0\0", b"[1]", b"7", b'{"entropy": 1.0}', b'{"step": "1"}', b"\xff\xfe"]
+    "line",
+    [
+        b'{"step": 1, "ent',
+        b"",
+        b"\0\0\0\0",
+        b"[1]",
+        b"7",
+        b'{"entropy": 1.0}',
+        b'{"step": "1"}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
 )
 def test_a_broken_line_takes_no_other_with_it(run: Path, line: bytes) -> None:
     path = run / "metrics.jsonl"
@@ -166,6 +210,12 @@ def test_a_broken_line_is_told_with_its_number(run: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"\n", b"\nhalf a li\n", 1))
     with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 2 is no row and is left out; kept in metrics\.broken"):
         assert steps_after(run) == [0, 1, 2, 3, 4]
+
+
+def test_a_mark_before_the_first_row(run: Path) -> None:
+    path = run / "metrics.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert steps_after(run) == [0, 1, 2, 3, 4]
 
 
 def test_zeros_before_a_row_and_rows_twice(run: Path) -> None:
@@ -257,8 +307,9 @@ def test_names_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         )
     assert not (tmp_path / "x").exists()
     check_model("Qwen/Qwen3-0.6B")  # of the hub
-    with pytest.raises(ValueError, match=r"model: expected tiny, smollm2, a folder or a name of the hub, got ''"):
-        check_model("")
+    for name in ("", "a b c", "-a", "a..b", "a--b", "a/b c", "a" * 99):
+        with pytest.raises(ValueError, match=rf"model: expected tiny, smollm2, a folder or a name of .*got '{name}'$"):
+            check_model(name)
 
 
 def test_a_warm_start_that_is_damaged_is_made_anew(tmp_path: Path) -> None:

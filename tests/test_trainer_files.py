@@ -82,15 +82,69 @@ def test_what_cannot_start_removes_nothing(run: Path) -> None:
         assert contents(run) == before
 
 
+def forget(folder: Path) -> None:
+    """Leave what a version without records would have."""
+    for name in (".entropy_kernels*", "checkpoint.previous.pt"):
+        for path in folder.rglob(name):
+            path.unlink()
+
+
 def test_a_run_from_before_there_were_records_is_ours(run: Path) -> None:
-    for record in run.rglob(".entropy_kernels*"):
-        record.unlink()
-    (run / "model" / "thesis.txt").write_text("x")
-    again(run)
-    for record in run.rglob(".entropy_kernels*"):
-        record.unlink()
-    ppo.train(config(run, overwrite=True, **SHORT))
-    assert (run / "model" / "thesis.txt").read_text() == "x"
+    mine = ["thesis.txt", "model_card.md", "tokenizer_notes.txt", "modelling.ipynb", "model.safetensors.bak"]
+    mine = ["run.log", *(f"model/{name}" for name in mine)]
+    for name in mine:
+        (run / name).write_text("x")
+    for start in (lambda: again(run), lambda: ppo.train(config(run, overwrite=True, **SHORT))):
+        forget(run)
+        start()
+        assert all((run / name).read_text() == "x" for name in mine)
+
+
+@pytest.mark.parametrize("name", ["unscored.jsonl", "metrics.broken", "checkpoint.previous.pt", "model"])
+def test_names_that_came_later_are_not_an_earlier_runs(run: Path, name: str) -> None:
+    forget(run)
+    if name == "model":
+        (run / "config.json").unlink()  # and with it the proof
+    else:
+        (run / name).write_text("x")
+    before = contents(run)
+    with pytest.raises(FileExistsError, match=r"^out: expected "):
+        ppo.train(config(run, overwrite=True, **SHORT))
+    assert contents(run) == before
+
+
+def test_a_users_log_and_checkpoint_are_not_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_text("x")
+    with pytest.raises(ValueError, match=r"resume: expected a checkpoint at .*or is of another program"):
+        again(tmp_path)
+    with pytest.raises(FileExistsError, match=r"expected no checkpoint.pt in .* move it away"):
+        ppo.train(config(tmp_path, **SHORT))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("name", [".entropy_kernels.json", ".entropy_kernels.lock"])
+@pytest.mark.parametrize("text", ["x", "[]", '{"kind": "run", "files": [], "mine": 1}'])
+def test_the_users_files_under_the_names_of_lock_and_record(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(FileExistsError, match=rf"out: expected no {name} in .* move it away"):
+        ppo.train(config(tmp_path, **SHORT))
+    assert (tmp_path / name).read_text() == text and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+def test_out_that_no_system_can_have(tmp_path: Path, name: str) -> None:
+    for start in (ppo.train, again, compare_in):
+        with pytest.raises((OSError, ValueError), match=r"^out: expected a path of this system, got "):
+            start(config(tmp_path / name, **SHORT) if start is ppo.train else tmp_path / name)
+
+
+def test_what_fails_in_loading_leaves_no_folder(run: Path) -> None:
+    (run / "model" / "config.json").write_text('{"model_type": "nosuch"}')
+    (run.parent / "empty").mkdir()
+    for out in (run.parent / "empty", run.parent / "new" / "inner"):
+        with pytest.raises(ValueError, match="that transformers can load"):
+            ppo.train(config(out, model=str(run / "model"), **SHORT))
+    assert not list((run.parent / "empty").iterdir()) and not (run.parent / "new").exists()
 
 
 @pytest.mark.parametrize("out", ["file", "file/run", "dangling"])
@@ -127,10 +181,10 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drivers, "_POLL", 0.0)
 
 
-def compare_in(out: Path, kind: str = "compare", **changes: Any) -> Path:
+def compare_in(out: Path, kind: str = "compare", reuse: bool = False, **changes: Any) -> Path:
     base = dataclasses.replace(TINY, **{**SHORT, **changes})
     return compare.run_methods(
-        base, out, methods=["grpo"], workers=1, kind=kind, command="c", title="t", progress=False
+        base, out, methods=["grpo"], workers=1, kind=kind, reuse=reuse, command="c", title="t", progress=False
     )
 
 
@@ -162,6 +216,29 @@ def test_drivers_refuse_files_in_their_way_before_they_begin(tmp_path: Path, nam
     with pytest.raises(OSError, match=r"^out: expected "):
         compare_in(tmp_path)
     assert contents(tmp_path) == {name: b"x"}
+
+
+def test_an_experiment_from_before_there_were_records_goes_on(tmp_path: Path, instant: None) -> None:
+    compare_in(tmp_path)
+    forget(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["command"] = "python -m entropy_kernels.trainer compare --config x"
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    mine = ["warm_start/model_card.md", "grpo/notes.md", "report.txt"]
+    for name in mine:
+        (tmp_path / name).write_text("x")
+    compare_in(tmp_path, seed=1)
+    assert all((tmp_path / name).read_text() == "x" for name in mine)
+    forget(tmp_path)
+    for path in (tmp_path / "csv", tmp_path):  # interrupted within a run
+        for left in (*path.glob("*.csv"), *path.glob("*.png"), *path.glob("*.html"), *path.glob("*.md"),
+                     *path.glob("summary.json"), *path.glob("grpo/metrics.jsonl")):  # fmt: skip
+            left.unlink()
+    compare_in(tmp_path, reuse=True, seed=1)
+    forget(tmp_path)
+    (tmp_path / "summary.json").write_text('{"command": "mine"}')
+    with pytest.raises(FileExistsError, match=r"expected no report\.html"):
+        compare_in(tmp_path)
 
 
 def test_a_driver_does_not_replace_a_run_of_the_users(run: Path, instant: None) -> None:

@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
-from entropy_kernels.trainer import checkpoint, drivers, ppo
+from entropy_kernels.trainer import drivers, ppo
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
+from entropy_kernels.trainer.files import write_json
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, read_rows
 from entropy_kernels.trainer.progress import ProgressBoard
 from entropy_kernels.trainer.report import write_report
@@ -74,7 +75,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checkpoint.write_json(tmp_path / "request.json", config(tmp_path / "run", steps=1).to_dict())
+    write_json(tmp_path / "request.json", config(tmp_path / "run", steps=1).to_dict())
     assert main(["from-config", str(tmp_path / "request.json")]) == 0
     assert (tmp_path / "run" / "metrics.jsonl").exists()
     assert main(["from-config", str(tmp_path / "request.json")]) == 2
@@ -208,7 +209,7 @@ def test_runs_from_a_start_that_was_made_anew_are_run_again(tmp_path: Path) -> N
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {**TINY.to_dict(), "warm_steps": 2, "warm_batch": 8, "dtype": "mixed", "steps": 4, "measure_memory": False}
-    checkpoint.write_json(tmp_path / "tiny.json", {**values, "command": ["what a run adds"]})
+    write_json(tmp_path / "tiny.json", {**values, "command": ["what a run adds"]})
     flags = ["compare", "--config", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "out")]
     flags += ["--methods", "grpo", "kl_cov", "--torch-ops", "kl_cov", "--workers", "2", "--no-progress"]
     assert main([*flags, "--steps", "3"]) == 0

@@ -6,14 +6,16 @@ import signal
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
-from entropy_kernels.trainer import tasks
+from entropy_kernels.trainer import scoring, tasks
 from entropy_kernels.trainer.scoring import Unscored, is_plain
 from entropy_kernels.trainer.tasks import Prompt, WalkTask, extract_answer, make_task, task_options, verify_all
 
@@ -144,6 +146,13 @@ def test_an_answer_that_takes_for_ever_is_wrong(evaluating: None) -> None:
         assert pool.submit(task.verify, Prompt("", {}), "5").result() == 1.0
 
 
+def test_a_scorer_that_goes_on_when_its_time_is_up_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 9.0])
+    monkeypatch.setattr(scoring, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    reward = scoring.judge(lambda: 1.0, seconds=5.0)
+    assert isinstance(reward, Unscored) and reward.reason == "took longer than 5 s"
+
+
 def test_what_the_model_wrote_is_not_run(evaluating: None) -> None:
     task = make_task("reasoning_gym:countdown")
     assert task.verify(Prompt("", {}), "<answer>(1 + 9) / 2</answer>") == 1.0
@@ -168,11 +177,21 @@ def scorer_giving(monkeypatch: pytest.MonkeyPatch, score: object) -> object:
     return make_task("reasoning_gym:any")
 
 
+class BadText(Exception):
+    """Of which nobody can make a text."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+    __repr__ = __str__
+
+
 @pytest.mark.parametrize(
     "score",
-    [float("nan"), float("inf"), None, "1", "right", 1.5, -0.5, 10**400, torch.tensor(1.0), [1.0], 1j,
-     ValueError("odd\nanswer"), KeyError(0), RecursionError(), MemoryError(), SystemExit(0), AssertionError()],
-    ids=repr,
+    [float("nan"), float("inf"), None, "1", "right", 1.5, -0.5, 10**400, torch.ones(2), [1.0], 1j, np.array("1"),
+     Decimal("nan"), torch.tensor(float("nan")), type("PanicException", (BaseException,), {})("a\nb"), BadText(),
+     BadText, ValueError("odd\nanswer"), KeyError(0), RecursionError(), MemoryError(), SystemExit(0), AssertionError()],
+    ids=lambda score: type(score).__name__,
 )  # fmt: skip
 def test_a_scorer_that_fails_gives_no_reward_and_is_told(monkeypatch: pytest.MonkeyPatch, score: object) -> None:
     task = scorer_giving(monkeypatch, score)
@@ -197,7 +216,20 @@ def test_a_verifier_of_any_task_may_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    ("score", "exact"), [(0.01, 0.0), (0.05, 0.0), (0.999999, 0.0), (1.0, 1.0), (1, 1.0), (True, 1.0)]
+    ("score", "exact"),
+    [
+        (0.01, 0.0),
+        (0.05, 0.0),
+        (0.999999, 0.0),
+        (1.0, 1.0),
+        (1, 1.0),
+        (True, 1.0),
+        (torch.tensor(1.0), 1.0),
+        (Decimal(1), 1.0),
+        (np.float32(1), 1.0),
+        (np.bool_(True), 1.0),
+        (torch.tensor(0.5, dtype=torch.bfloat16), 0.0),
+    ],
 )
 def test_only_a_full_score_is_a_reward_unless_asked(
     monkeypatch: pytest.MonkeyPatch, score: float, exact: float

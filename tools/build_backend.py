@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,9 +38,9 @@ or set ENTROPY_KERNELS_SKIP_CPP=1: pure Python, which runs on torch and Triton."
 
 def skip_reason() -> str | None:
     """Why no C++ is built here, or None."""
-    if os.environ.get("ENTROPY_KERNELS_SKIP_CPP", "0") not in ("", "0"):
+    if os.environ.get("ENTROPY_KERNELS_SKIP_CPP", "").strip().lower() not in ("", "0", "false", "no", "off"):
         return "ENTROPY_KERNELS_SKIP_CPP is set"
-    compiler = os.environ.get("CXX")
+    compiler = os.environ.get("CXX", "").strip()
     if not any(shutil.which(c) for c in ([compiler.split()[0]] if compiler else ["c++", "g++", "clang++"])):
         return f"no C++ compiler found ({compiler or 'c++, g++, clang++'})"
     return None
@@ -80,7 +81,7 @@ def check_torch() -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))  # of 2.10rc1, too
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:

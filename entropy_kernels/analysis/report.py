@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from xml.etree import ElementTree
 
 from entropy_kernels._console import print_table
 from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, fit_entropy_law
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 
 #: In the metadata of every plot: others under its name are not replaced.
 _MADE_BY = "entropy-kernels fit"
+#: The field of an Exif record that says which program made a picture.
+_SOFTWARE = 0x0131
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +93,13 @@ def fit_log(
 def save_plot(fit: LogFit, output: Path) -> None:
     """Write the figure of ``fit`` to ``output``; its suffix chooses the format.
 
-    FileExistsError for a file that is there and is no earlier plot: these say in their metadata what made them.
+    FileExistsError for a file that is there and is no earlier plot: these say in their metadata what made them. In a
+    format that has none, no file is replaced.
     """
-    if output.exists() and not (output.is_file() and _MADE_BY.encode() in output.read_bytes()):
+    if output.exists() and not (output.is_file() and _maker(output) == _MADE_BY):
         raise FileExistsError(
-            f"output: expected a new file or an earlier plot, got {output}, which is something else; name another file"
+            f"output: expected a new file or an earlier plot, got {output}, which is something else or does not say "
+            "what made it; name another file or remove it"
         )
     from entropy_kernels.analysis.plots import fit_figure
 
@@ -105,10 +113,42 @@ def save_plot(fit: LogFit, output: Path) -> None:
         performance_name=_short(fit.performance),
         title=f"Entropy law of {fit.path.name}",
     )
-    field = {".png": "Software", ".svg": "Creator", ".pdf": "Creator", ".ps": "Creator", ".eps": "Creator"}.get(
-        output.suffix.lower()
-    )
-    figure.savefig(output, dpi=150, metadata={field: _MADE_BY} if field else None)
+    kind = output.suffix.lower()
+    keywords: dict[str, Any] = {}
+    if kind in (".png", ".svg", ".svgz", ".pdf", ".ps", ".eps"):
+        keywords["metadata"] = {"Software" if kind == ".png" else "Creator": _MADE_BY}
+    elif kind in (".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".avif"):
+        from PIL import Image
+
+        exif = Image.Exif()
+        exif[_SOFTWARE] = _MADE_BY
+        keywords["pil_kwargs"] = {"exif": exif}
+    figure.savefig(output, dpi=150, **keywords)
+
+
+def _maker(plot: Path) -> str | None:
+    """The program that a file's metadata name, in the field that :func:`save_plot` writes; None if there is none."""
+    data, kind = plot.read_bytes(), plot.suffix.lower()
+    made_by = re.escape(_MADE_BY.encode())
+    if kind in (".ps", ".eps"):
+        head = data.partition(b"%%EndComments")[0]
+        return _MADE_BY if re.search(rb"^%%Creator: " + made_by + rb"\r?$", head, re.MULTILINE) else None
+    if kind == ".pdf":
+        # of the dictionary of the document, as matplotlib writes it
+        field = (
+            rb"\nendobj\n\d+ 0 obj\n<<[^<>]*/Creator \(" + made_by + rb"\)[^<>]*/Producer \(Matplotlib [^<>]*>>\nend"
+        )
+        return _MADE_BY if data.startswith(b"%PDF") and re.search(field, data) else None
+    try:
+        if kind in (".svg", ".svgz"):
+            root = ElementTree.fromstring(gzip.decompress(data) if kind == ".svgz" else data)
+            return root.findtext("./{*}metadata/{*}RDF/{*}Work/{*}creator/{*}Agent/{*}title")
+        from PIL import Image
+
+        with Image.open(io.BytesIO(data)) as image:
+            return image.info.get("Software") if kind == ".png" else image.getexif().get(_SOFTWARE)
+    except Exception:  # a file that is not what its name says
+        return None
 
 
 def default_plot(path: Path) -> Path:

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 import torch
 
 from entropy_kernels.trainer.files import write_atomic
-from entropy_kernels.trainer.files import write_json as write_json  # what drivers and tests write requests with
 
 #: Number of the checkpoint's layout; goes up when the meaning of a saved field changes. 2: a checksum at the end.
 FORMAT = 2
@@ -106,7 +105,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         # whole, as its checksums say, but not made by save_checkpoint
         raise ValueError(f"{expected}a file of another program; {_way_out(path)}") from error
-    if not (isinstance(state, dict) and isinstance(state.get("format"), int) and {"step", "config"} <= set(state)):
+    if not (isinstance(state, dict) and type(state.get("format")) is int and state["format"] > 0):
         raise ValueError(f"{expected}a file of another program; {_way_out(path)}")
     if state["format"] > FORMAT:
         raise ValueError(
@@ -115,7 +114,24 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         )
     if state["format"] == FORMAT and not _sealed(path):
         raise ValueError(f"{expected}a file whose end, with the checksum, is damaged; {_way_out(path)}")
+    if not _is_whole(state):
+        raise ValueError(f"{expected}a file of another program; {_way_out(path)}")
     return state
+
+
+def _is_whole(state: dict[str, Any]) -> bool:
+    """Whether a dictionary has what :func:`save_checkpoint` writes; formats before 2 have no row."""
+    step, row, tensors = state.get("step"), state.get("row"), [state.get("torch_rng")]
+    if type(step) is not int or step < 0 or not (row is None or (type(row) is dict and type(row.get("step")) is int)):
+        return False
+    for name in ("model", "generators"):
+        if not isinstance(state.get(name), dict):
+            return False
+        tensors += state[name].values()
+    optimizer, config, cuda = state.get("optimizer"), state.get("config"), state.get("cuda_rng")
+    if not (isinstance(optimizer, dict) and isinstance(config, dict) and isinstance(cuda, list)):
+        return False
+    return {"state", "param_groups"} <= optimizer.keys() and all(isinstance(t, torch.Tensor) for t in tensors + cuda)
 
 
 def expect_checkpoint(path: Path) -> None:
@@ -162,17 +178,33 @@ def _damage(path: Path) -> str | None:
 
 def restore(
     state: dict[str, Any],
+    path: Path,
     *,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     generators: dict[str, torch.Generator],
 ) -> int:
-    """Put a loaded checkpoint back in place; returns the number of finished steps."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    for name, generator in generators.items():
-        generator.set_state(state["generators"][name])
-    torch.set_rng_state(state["torch_rng"])
-    if torch.cuda.is_available() and state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    """Put the checkpoint that was loaded from `path` back in place; returns the number of finished steps.
+
+    ValueError, with the way out, for one that is of another model, or whose optimizer or generators are.
+    """
+    part = "model"
+    try:
+        model.load_state_dict(state["model"])
+        part = "optimizer"
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in optimizer.state.items():  # torch looks at shapes in its first step
+            if any(v.dim() and v.shape != parameter.shape for v in values.values() if isinstance(v, torch.Tensor)):
+                raise ValueError
+        part = "generator"
+        for name, generator in generators.items():
+            generator.set_state(state["generators"][name])
+        torch.set_rng_state(state["torch_rng"])
+        if torch.cuda.is_available() and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"resume: expected a checkpoint at {path} of this configuration's {part}, got one of another {part}; "
+            f"{_way_out(path)}"
+        ) from error
     return int(state["step"])

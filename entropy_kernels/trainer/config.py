@@ -7,7 +7,6 @@ effect of Clip-Cov and KL-Cov show on two CPU cores (docs/trainer.md tells how t
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.pretrained import check_model
 
 METHODS = ("grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized")
@@ -341,7 +341,7 @@ class TrainerConfig:
         if not path.is_file():
             raise FileNotFoundError(f"config: expected a file, got {path}, which does not exist")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except ValueError as error:
             raise ValueError(f"config: expected JSON in {path}, got {error}") from error
         if not isinstance(values, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -17,17 +16,23 @@ from typing import Any
 import torch
 
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
-from entropy_kernels.trainer.files import OwnFiles, locked, write_json
+from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
 from entropy_kernels.trainer.metrics_log import read_rows
 from entropy_kernels.trainer.policy import build_policy, load_policy
 from entropy_kernels.trainer.pretrained import check_model
 from entropy_kernels.trainer.progress import ProgressBoard, describe_row
-from entropy_kernels.trainer.run_folder import DRIVER_FILES, RUN_FILES, own_files, remove_run
+from entropy_kernels.trainer.run_folder import (
+    DRIVER_FILES,
+    RUN_FILES,
+    STAMP,
+    model_files,
+    own_files,
+    remove_run,
+    report_files,
+)
 from entropy_kernels.trainer.tasks import make_task
 from entropy_kernels.trainer.warm_start import warm_start
 
-#: In the directory of a warm start: the settings that it was made under.
-_STAMP = "warm_start.json"
 #: Seconds between looks at the logs of running processes.
 _POLL = 0.5
 #: Of float64 logits in the experiment with logits as parameters, which holds a few such tensors.
@@ -42,7 +47,7 @@ def shared_warm_start(config: TrainerConfig, directory: Path, board: ProgressBoa
     """The model that all runs start from, saved in `directory`; one made earlier under the same settings is kept."""
     key = {**config.warm_start_key(), "threads": config.threads, "torch": torch.__version__}
     with locked(directory, "out"):
-        files = OwnFiles(directory, "model", alone=True)
+        files = model_files(directory)
         files.tidy()
         if _is_kept(directory, key):
             board.say(f"warm start: kept from {directory}")
@@ -56,10 +61,10 @@ def shared_warm_start(config: TrainerConfig, directory: Path, board: ProgressBoa
 
         if config.warm_steps:
             warm_start(policy, task, config, on_step=on_step)
-        files.remove(_STAMP)
+        files.remove(STAMP)
         policy.write(files)
         # the stamp comes last: without it the directory is made anew
-        write_json(files.file(_STAMP), key)
+        write_json(files.file(STAMP), key)
     del policy
     _leave_gpu()  # to the runs
     return directory
@@ -69,7 +74,7 @@ def _is_kept(directory: Path, key: dict[str, Any]) -> bool:
     """Whether a directory holds the warm start of these settings, whole."""
     try:
         check_model(str(directory.absolute()))
-        return json.loads((directory / _STAMP).read_text(encoding="utf-8")) == key
+        return read_json(directory / STAMP) == key
     except (OSError, ValueError):
         return False
 
@@ -121,9 +126,7 @@ def experiment(out: Path, command: str, runs: Mapping[str, TrainerConfig], *repo
     FileExistsError: a directory holds another command's files, or a run that was started by itself.
     """
     with locked(out):
-        files = OwnFiles(out, command)
-        files.tidy()
-        files.claim(*reports)
+        report_files(out, command, *reports)
         for config in runs.values():
             if config.out.exists():
                 with locked(config.out):
@@ -199,11 +202,11 @@ def _same_configuration(config: TrainerConfig) -> bool:
     saved, metrics = config.out / "config.json", config.out / "metrics.jsonl"
     if not (saved.exists() and metrics.exists()):
         return False
-    start = None if config.warm_start_from is None else config.warm_start_from / _STAMP
+    start = None if config.warm_start_from is None else config.warm_start_from / STAMP
     if start is not None and start.exists() and start.stat().st_mtime_ns > saved.stat().st_mtime_ns:
         return False  # the run began at another one
     try:
-        values = as_saved(json.loads(saved.read_text(encoding="utf-8")))
+        values = as_saved(read_json(saved))
     except (ValueError, TypeError):
         return False
     ignored = {"overwrite", "progress", "resume"}

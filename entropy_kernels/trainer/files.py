@@ -21,6 +21,8 @@ except ImportError:  # Windows
 #: In every folder that is written into: the lock, with the process that has it, and the names of our files.
 LOCK, RECORD = ".entropy_kernels.lock", ".entropy_kernels.json"
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp")
+#: What stands in a lock; nothing before its first holder has written.
+_HOLDER = re.compile(rb"(\d+ on [^\n]*\n)?")
 
 
 def scratch_of(path: Path) -> Path:
@@ -86,8 +88,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The value in a file; ValueError for one that holds none, however it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def check_path(path: Path, argument: str = "out") -> None:
+    """OSError or ValueError, which name the argument, for a path that the system cannot have."""
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.lstat(path)
+    except OSError as error:
+        raise OSError(f"{argument}: expected a path of this system, got {str(path)!r:.99} ({error.strerror})") from None
+    except ValueError as error:  # a zero byte
+        raise ValueError(f"{argument}: expected a path of this system, got {str(path)!r:.99} ({error})") from None
+
+
 def make_folder(folder: Path, argument: str = "out") -> None:
     """Create a folder with its parents; an OSError names the argument that asked for it."""
+    check_path(folder, argument)
     for part in (folder, *folder.parents):
         if part.exists():
             if not part.is_dir():
@@ -104,11 +126,15 @@ def locked(folder: Path, argument: str = "out") -> Iterator[None]:
     """Within: no other process that asks for it writes into `folder`, which is made if need be.
 
     The lock is the operating system's (flock): it ends with its process, however that ends. BlockingIOError names the
-    process that has it.
+    process that has it. After an error, a folder without a file that was not there before is as it was.
     """
+    check_path(folder, argument)
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
     make_folder(folder, argument)
+    before = {path.name for path in folder.iterdir()}
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        # a link would be followed to a file of the user's
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     except OSError as error:
         raise OSError(f"{argument}: expected a folder that can be written, got {folder} ({error.strerror})") from error
     try:
@@ -126,11 +152,31 @@ def locked(folder: Path, argument: str = "out") -> Iterator[None]:
                 f"{folder}: its file system has no locks ({error.strerror}); a second process there goes unnoticed",
                 stacklevel=3,
             )
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        if not _HOLDER.fullmatch(os.read(descriptor, 1000)):
+            raise _not_ours(folder, LOCK, argument)
+        os.lseek(descriptor, 0, os.SEEK_SET)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
-        yield
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # not empty, or gone
+                new = {path.name for path in folder.iterdir()} - before
+                for name in new if new <= {LOCK, RECORD} else ():
+                    (folder / name).unlink()
+                for part in made:
+                    part.rmdir()
+            raise
     finally:
         os.close(descriptor)
+
+
+def _not_ours(folder: Path, name: str, argument: str) -> FileExistsError:
+    return FileExistsError(
+        f"{argument}: expected no {name} in {folder}, or one written by this program, got one of another origin; move "
+        "it away or choose another folder"
+    )
 
 
 class OwnFiles:
@@ -153,8 +199,9 @@ class OwnFiles:
 
     def __init__(self, folder: Path, kind: str | None = None, *, argument: str = "out", alone: bool = False) -> None:
         make_folder(folder, argument)
+        self.argument = argument
         found, names = self._read(folder)
-        self.folder, self.kind, self.argument = folder, kind or found or "report", argument
+        self.folder, self.kind = folder, kind or found or "report"
         if found is not None and self.kind != found:
             raise FileExistsError(
                 f"{argument}: expected a folder for a {kind}, got {folder}, which is for a {found}; choose another one"
@@ -187,10 +234,7 @@ class OwnFiles:
             path = self.folder / name
             blocked = path.is_dir() and not path.is_symlink()
             if blocked or (os.path.lexists(path) and name not in own) or path.parent.is_file():
-                raise FileExistsError(
-                    f"{self.argument}: expected no {name} in {self.folder}, or one written by this program, got one of "
-                    "another origin; move it away or choose another folder"
-                )
+                raise _not_ours(self.folder, name, self.argument)
         if set(names) - own:
             self._write(own | set(names))
 
@@ -232,16 +276,24 @@ class OwnFiles:
         if there != own:
             self._write(there)
 
-    @staticmethod
-    def _read(folder: Path) -> tuple[str | None, set[str]]:
+    def _read(self, folder: Path) -> tuple[str | None, set[str]]:
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            return str(record["kind"]), {str(name) for name in record["files"]}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            record = read_json(folder / RECORD)
+            kind, names = record["kind"], record["files"]
+            if record.keys() == {"kind", "files"} and isinstance(names, list) and all(map(_is_text, [kind, *names])):
+                return kind, set(names)
+        except FileNotFoundError:
             return None, set()  # without a record nothing is ours
+        except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        raise _not_ours(folder, RECORD, self.argument)
 
     def _write(self, names: set[str]) -> None:
         write_json(self.folder / RECORD, {"kind": self.kind, "files": sorted(names)})
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _alive(pid: int) -> bool:

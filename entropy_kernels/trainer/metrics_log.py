@@ -95,11 +95,11 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         text = line.strip(b"\0\r\t ")  # zeros: what some file systems leave after a loss of power
         try:
-            row = json.loads(text.decode("utf-8"))
+            row = json.loads(text.decode("utf-8-sig" if number == 1 else "utf-8"))  # editors put a mark there
             if type(row["step"]) is not int:
                 raise ValueError
             rows[row["step"]] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             if line.strip(b"\r\t "):
                 broken[number] = line
     return [rows[step] for step in sorted(rows)], broken

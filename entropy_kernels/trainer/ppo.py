@@ -36,7 +36,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.entropy_change import FirstOrder
-from entropy_kernels.trainer.files import locked, write_json
+from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.heads import compare_heads, loss_of_stats
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog
 from entropy_kernels.trainer.policy import Encoded, Policy, build_policy, load_policy
@@ -80,6 +80,7 @@ def train(config: TrainerConfig, *, report: Report | None = None) -> Path:
     config.validate()
     task = make_task(config.task, max_new_tokens=config.max_new_tokens)
     task.partial_credit = config.partial_credit
+    check_path(config.out)
     if config.resume:
         checkpoint.expect_checkpoint(config.out / "checkpoint.pt")
     with locked(config.out):
@@ -114,7 +115,9 @@ def _train(config: TrainerConfig, task: Task, tell: Report) -> Path:
     generators = {"sampler": sampler, "shuffler": shuffler}
     first = 0
     if saved is not None:
-        first = checkpoint.restore(saved, model=policy.model, optimizer=optimizer, generators=generators)
+        first = checkpoint.restore(
+            saved, config.out / "checkpoint.pt", model=policy.model, optimizer=optimizer, generators=generators
+        )
     elif config.overwrite:
         remove_run(files)
     # before anything is changed: another run's log is refused

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from entropy_kernels.trainer.files import read_json
+
+#: The hub's names: NAME or OWNER/NAME, of up to 96 characters each.
+_OF_THE_HUB = re.compile(
+    r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?)?", re.A
+)
 #: How the files of a tokenizer begin or end.
 _TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
@@ -27,6 +34,10 @@ def check_model(name: str, argument: str = "model") -> None:
         raise ValueError(f"{argument}: expected tiny, smollm2, a folder or a name of the hub, got {name!r}")
     folder = local_folder(name)
     if folder is None:
+        if not _OF_THE_HUB.fullmatch(name):
+            raise ValueError(
+                f"{argument}: expected tiny, smollm2, a folder or a name of the hub (NAME or OWNER/NAME), got {name!r}"
+            )
         return
     expected = f"{argument}: expected a folder with a model of transformers, got {name}, "
     if not folder.exists():
@@ -40,7 +51,7 @@ def check_model(name: str, argument: str = "model") -> None:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     for path in (folder / name for name in names if name == "config.json" or name.endswith(".index.json")):
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             shards = set(values["weight_map"].values()) if path.name != "config.json" else set()
             if not isinstance(values, dict):
                 raise ValueError(f"a {type(values).__name__}, no object")
@@ -101,6 +112,6 @@ def _damage(path: Path) -> str | None:
         try:
             header = json.loads(file.read(length))
             end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return "its header cannot be read"
     return None if size == 8 + length + end else f"expected {8 + length + end} bytes, got {size}"

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.files import OwnFiles
+from entropy_kernels.trainer.files import OwnFiles, read_json
 from entropy_kernels.trainer.metrics_log import BROKEN
 
 #: What a run writes besides its folders, and whatever a driver that starts it adds.
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", BROKEN, "unscored.jsonl")
 DRIVER_FILES = ("request.json", "run.log")
-#: Its folders, and how the names of files there began before there were records of them.
+#: Its folders, and what may stand in them that a version before there were records wrote: these names, no others.
 _FOLDERS = {
-    "model": ("config.json", "generation_config.json", "model", "tokenizer", "special_tokens", "chat_template"),
-    "tensorboard": ("events.out.tfevents.",),
+    "model": re.compile(
+        r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+        r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
+        r"|vocab\.(json|txt)|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model"
+    ),
+    "tensorboard": re.compile(r"events\.out\.tfevents\.\d{10}\.[^/]+\.\d+\.\d+"),
 }
+#: In the folder of a warm start, written last: the settings that it was made under.
+STAMP = "warm_start.json"
 
 
 def prepare_directory(config: TrainerConfig) -> OwnFiles:
@@ -27,41 +35,90 @@ def prepare_directory(config: TrainerConfig) -> OwnFiles:
     under the names of ours.
     """
     there = any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoint.pt"))
+    files = own_files(config.out, *RUN_FILES, loaded=config.resume)
     if there and not (config.overwrite or config.resume):
-        resume = "--resume to continue it, " if (config.out / "checkpoint.pt").exists() else ""
+        files.tidy()
+        resume = "--resume to continue it, " if files.has("checkpoint.pt") else ""
         raise FileExistsError(
             f"out: expected a directory without a run, got {config.out}, which holds one; pass {resume}"
             "--overwrite to replace it, or another --out"
         )
-    return own_files(config.out, *RUN_FILES, ours=config.resume)
+    return files
 
 
-def own_files(out: Path, *names: str, ours: bool = False) -> OwnFiles:
+def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
     """The files of a run's directory with `names` among them, once leftovers of killed processes are removed.
 
-    What a run left before there were records of files is ours too: `ours` says so, or its config.json.
+    What a run left before there were records of files is ours too, as its config.json or a driver's request proves;
+    its checkpoint also if it could be `loaded`.
     """
     files = OwnFiles(out, "run")
-    ours = not files.names and (ours or _left_by_us(out / "config.json"))
-    if ours:
-        files.adopt(*RUN_FILES, *DRIVER_FILES)
+    ran, asked = (not files.names and check(out) for check in (_has_run, _was_asked_for))
+    if asked:
+        files.adopt(*DRIVER_FILES)
+    if loaded:
+        files.adopt("checkpoint.pt")
+    if ran:
+        files.adopt("config.json", "metrics.jsonl", "checkpoint.pt")
     files.claim(*names)
     files.tidy()
-    for name, prefixes in _FOLDERS.items():
+    for name in _FOLDERS:
         if (out / name).exists():
-            inner = OwnFiles(out / name, name, alone=not ours)
-            if ours:
-                inner.adopt(*(path.name for path in (out / name).iterdir() if path.name.startswith(prefixes)))
+            inner = OwnFiles(out / name, name, alone=not ran)
+            if ran:
+                adopt_unrecorded(inner, name)
             inner.tidy()
     files.claim(*names)  # once more: names of files that are not there yet are forgotten by tidy
     return files
 
 
-def _left_by_us(path: Path) -> bool:
+def adopt_unrecorded(files: OwnFiles, kind: str) -> None:
+    """Make ours what a version without records wrote into a folder of a run, which is known to be ours."""
+    if not files.names:
+        files.adopt(*(path.name for path in files.folder.iterdir() if _FOLDERS[kind].fullmatch(path.name)))
+
+
+def model_files(folder: Path) -> OwnFiles:
+    """The files of a warm start's folder; its stamp proves that it is ours where there is no record."""
+    stamp = _fields(folder / STAMP)
+    ours = {"warm_seed", "warm_steps", "threads", "torch"} <= stamp.keys()
+    files = OwnFiles(folder, "model", alone=not ours)
+    if ours and not files.names:
+        adopt_unrecorded(files, "model")
+        files.adopt(STAMP)
+    return files
+
+
+def report_files(out: Path, kind: str, *names: str) -> OwnFiles:
+    """The files of an experiment with its reports, `names`; summary.json proves that earlier ones are ours."""
+    files = OwnFiles(out, kind)
+    command = f"python -m entropy_kernels.trainer {kind} "
+    if not files.names and str(_fields(out / "summary.json").get("command")).startswith(command):
+        files.adopt(*names)
+    files.tidy()
+    files.claim(*names)
+    return files
+
+
+def _has_run(out: Path) -> bool:
+    versions = _fields(out / "config.json").get("versions")
+    return isinstance(versions, dict) and "entropy_kernels" in versions
+
+
+def _was_asked_for(out: Path) -> bool:
+    """Whether a driver has written a request for the run, with all fields of a configuration at that time."""
+    request = _fields(out / "request.json")
+    fields = {"out", "seed", "steps", "method", "warm_start_from", "overwrite", "resume", "progress"}
+    return fields <= request.keys() and Path(str(request["out"])).name == out.name
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """Of an object in a JSON file; none if it holds something else."""
     try:
-        return "entropy_kernels" in json.loads(path.read_text(encoding="utf-8"))["versions"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def remove_run(files: OwnFiles) -> None:

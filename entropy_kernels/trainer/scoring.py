@@ -9,12 +9,12 @@ import numbers
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
-
-import numpy as np
 
 #: What an answer may call where the scorer evaluates it.
 _FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan"}
@@ -41,24 +41,35 @@ class Unscored(float):
 
 def judge(ask: Callable[[], object], *, seconds: float | None = None) -> float:
     """The score that `ask` returns, in [0, 1]; :class:`Unscored` if it raises, takes longer or gives anything else."""
-    late = True
+    late, started = True, time.monotonic()
     try:
         with time_limit(seconds):
-            score = ask()
+            score: Any = ask()
             late = False
-        if late:
+        # a scorer that catches everything goes on when its time is up
+        if late or (seconds is not None and time.monotonic() - started > seconds):
             return Unscored(f"took longer than {seconds:g} s")
         if isinstance(score, Unscored):
             return score
-        if isinstance(score, (numbers.Real, np.bool_)) and 0 <= float(score) <= 1:  # NaN is not
-            return float(score)
+        value = score.item() if getattr(score, "ndim", None) == 0 else score  # a scalar of numpy or torch
+        if isinstance(value, (numbers.Real, Decimal)) and 0 <= float(value) <= 1:  # NaN is not
+            return float(value)
         return Unscored(f"expected a score in [0, 1], got {score!r:.80}")
+    except KeyboardInterrupt:
+        raise
     except SystemExit as error:
         if type(error) is not SystemExit:  # the trainer's own, on a signal
             raise
         return Unscored("called exit()")
-    except Exception as error:
-        return Unscored(f"raised {type(error).__name__}: {str(error)[:200]}")
+    except BaseException as error:  # those of extensions in Rust are no Exception
+        return Unscored(f"raised {type(error).__name__}: {_text(error)}")
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return " ".join(str(error)[:200].split())
+    except Exception as other:
+        return f"(its text raised {type(other).__name__})"
 
 
 def evaluates(scorer: Any) -> bool:
