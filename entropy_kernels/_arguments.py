@@ -96,17 +96,35 @@ def check_tensor(name: str, value: Any, also: str = "") -> None:
     """Raise TypeError, naming the argument, for anything but a dense tensor; ``also``: what else would have done.
 
     A subclass does if its operators are torch's; of those that have their own, a compiler's and torch's tensors of
-    collectives that are still under way.
+    collectives that are still under way. ValueError where the memory of its elements is gone.
     """
     kind = type(value)
     usual = kind is torch.Tensor or kind is torch.nn.Parameter
-    if usual and value.layout is torch.strided and not value.is_nested and not value.is_quantized:
+    if not (usual and value.layout is torch.strided and not value.is_nested and not value.is_quantized):
+        if not isinstance(value, torch.Tensor):
+            as_tensor = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
+            hint = "; torch.as_tensor makes one" if as_tensor else ""
+            raise TypeError(f"{name}: expected a torch.Tensor{also}, got {kind.__name__}{hint}")
+        if (got := _unusual(value)) is not None:
+            raise TypeError(f"{name}: expected a plain torch.Tensor{also}, got {got}")
+        if has_own_operators(kind):  # its memory is elsewhere
+            return
+    if torch.compiler.is_compiling():
         return
-    if not isinstance(value, torch.Tensor):
-        hint = "; torch.as_tensor makes one" if isinstance(value, (list, tuple)) or hasattr(value, "__array__") else ""
-        raise TypeError(f"{name}: expected a torch.Tensor{also}, got {kind.__name__}{hint}")
-    if (got := _unusual(value)) is not None:
-        raise TypeError(f"{name}: expected a plain torch.Tensor{also}, got {got}")
+    try:
+        if value.untyped_storage().nbytes():
+            return
+    except (RuntimeError, NotImplementedError):  # a tensor of torch.func's transforms
+        return
+    if value.numel():
+        raise ValueError(
+            f"{name}: expected a tensor with its memory, got one of shape {tuple(value.shape)} whose memory was freed "
+            "(a storage of 0 bytes); use it before, or fill its storage again"
+        )
+
+
+def has_own_operators(kind: type[torch.Tensor]) -> bool:
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def _unusual(value: torch.Tensor) -> str | None:
@@ -134,8 +152,7 @@ def _unusual(value: torch.Tensor) -> str | None:
         return None
     if torch.nn.parameter.is_lazy(value):
         return f"an {kind.__name__}, which has no values before its module is called for the first time"
-    own = kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    if not own or kind.__name__ in ("AsyncCollectiveTensor", "FunctionalTensor"):
+    if not has_own_operators(kind) or kind.__name__ in ("AsyncCollectiveTensor", "FunctionalTensor"):
         return None
     if kind.__name__ == "FakeTensor":
         return None if traced() else "a FakeTensor outside of its FakeTensorMode, which has no values"

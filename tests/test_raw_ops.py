@@ -3,6 +3,7 @@ the error names it. ``make sanitize`` makes many more such calls (tools/sanitize
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -74,23 +75,94 @@ def test_no_operator_is_missing() -> None:
     assert kernels in (set(), set(sanitize.OPERATORS))
 
 
+def required(name: str) -> set[str]:
+    schema = getattr(torch.ops.entropy_kernels, name).default._schema
+    return {x.name for x in schema.arguments if not isinstance(x.type, torch.OptionalType)}
+
+
+def cut(value: Tensor, share: float) -> Tensor:
+    """A copy that has lost all but a share of its memory."""
+    value = value.clone()
+    value.untyped_storage().resize_(int(share * value.nbytes))
+    return value
+
+
+def hostile(value: Tensor) -> list[Tensor]:
+    """No plain tensors, or not with all of their memory."""
+    kinds = [cut(value, 0), cut(value, 0.5), value.to_sparse()]
+    kinds += [value.to_sparse_csr()] if value.dim() == 2 else []
+    kinds += [value.to_mkldnn()] if value.dtype == torch.float32 else []
+    kinds += [torch.quantize_per_tensor(value, 0.1, 0, torch.quint8)] if value.is_floating_point() else []
+    return kinds
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPS)
 def test_every_tensor_is_checked(name: str, backend: str) -> None:
+    given = calls(backend)[name]
     call(name, calls(backend)[name])
+    for argument, value in given.items():
+        if not isinstance(value, Tensor):
+            continue
+        wrong = hostile(value)
+        if not (value.is_floating_point() and argument in ("logprob", "advantages", "covariance", "bias", "d_bias")):
+            wrong.append(value.to(torch.float32 if value.dtype in (torch.bool, torch.int64) else torch.int64))
+        wrong += [value.to(torch.complex64)] + [None] * (argument in required(name))
+        for tensor in wrong:
+            with pytest.raises((TypeError, ValueError), match=rf"^{argument}: expected"):
+                call(name, calls(backend)[name] | {argument: tensor})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPS)
+def test_every_shape_and_device_is_checked(name: str, backend: str) -> None:
     for argument, value in calls(backend)[name].items():
         if not isinstance(value, Tensor):
             continue
-        other = torch.float32 if value.dtype in (torch.bool, torch.int64) else torch.int64
-        wrong = [value.to("meta"), value.to(other), value[None]]
+        wrong = [value.to("meta"), value[None]]
         wrong += [value[: len(value) - 1]] if value.dim() and name != "linear_tile_grads" else []
         for tensor in wrong:
             arguments = calls(backend)[name] | {argument: tensor}
-            # where shapes disagree, either may be the wrong one; of the first argument the others are called wrong
+            # where two disagree, either may be the wrong one; of the first argument the others are called wrong
             with pytest.raises((TypeError, ValueError), match=r"^(\w+, )*\w+: expected") as caught:
                 call(name, arguments)
             first = argument == next(iter(arguments)) or argument in ("hidden", "logits", "target", "weight", "again")
             assert first or str(caught.value).startswith(argument), (argument, str(caught.value))
+
+
+def test_no_derivative_of_a_tile() -> None:
+    for name in ("linear_tile_stats", "linear_tile_grads"):
+        for argument in ("hidden", "weight", "bias", "temperature"):
+            arguments = calls("torch")[name]
+            arguments[argument] = arguments[argument].clone().requires_grad_()
+            with pytest.raises(ValueError, match=rf"^{argument}: expected a tensor without grad"):
+                call(name, arguments)
+            with torch.no_grad():
+                call(name, arguments)
+
+
+def test_freed_memory_in_public_functions() -> None:
+    logits, target, hidden, weight = (
+        torch.randn(2, 3, V),
+        torch.zeros(2, 3).long(),
+        torch.randn(2, 3, H),
+        torch.randn(V, H),
+    )
+    logprob, mask = torch.randn(2, 3), torch.ones(2, 3)
+    functions: list[tuple[Any, dict[str, Any]]] = [
+        (ek.token_stats, {"logits": logits, "target": target, "temperature": torch.ones(2, 3)}),
+        (ek.logprob_entropy, {"logits": logits.requires_grad_(), "target": target.mT.contiguous().mT}),
+        (ek.linear_token_stats, {"hidden": hidden, "weight": weight, "target": target, "bias": torch.randn(V)}),
+        (ek.token_covariance, {"logprob": logprob, "advantages": logprob, "mask": mask}),
+        (
+            functools.partial(ek.clip_cov_loss, seed=3),
+            {"logprob": logprob, "old_logprob": logprob, "advantages": logprob, "mask": mask},
+        ),
+    ]
+    for function, given in functions:
+        for argument, value in given.items():
+            with pytest.raises(ValueError, match=rf"^{argument}: expected .*whose memory was freed"):
+                function(**(given | {argument: cut(value.detach(), 0)}))
 
 
 WRONG: list[tuple[str, str, Any, str]] = [
@@ -106,6 +178,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("token_stats", "temperature", torch.zeros(1), "temperature: expected numbers > 0"),
     ("token_stats_backward", "state", torch.ones(4, N), r"state: expected shape \(6 or more, 6\), got \(4, 6\)"),
     ("linear_token_stats", "memory_budget", -1, "memory_budget: .* got -1"),
+    ("linear_token_stats", "logits_dtype", torch.float64, "logits_dtype: expected float64 where .* torch.float32"),
+    ("linear_token_stats", "product_dtype", torch.float64, "logits_dtype: expected float64 where .* torch.float64"),
     ("linear_token_stats", "logits_dtype", torch.int64, "logits_dtype: .* got torch.int64"),
     ("linear_token_stats", "target", torch.full((N,), -1), "target: .* got -1"),
     ("linear_tile_stats", "logits", torch.zeros(N, V - 1), r"logits: expected at least shape \(6, 40\)"),

@@ -78,9 +78,7 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
         found[name] = value
         if value is None and name not in ("old_logprob", "advantages"):
             continue
-        # the usual case of check_tensor, without a call
-        if type(value) is not Tensor or value.layout is not torch.strided or value.is_nested or value.is_quantized:
-            check_tensor(name, value)
+        check_tensor(name, value)
         if value.is_complex():
             raise TypeError(f"{name}: expected a {_EXPECTED[kind]} dtype, got {value.dtype}")
         if kind == "index":

@@ -7,13 +7,64 @@ Fakes check, too: one tensor on the meta device makes the fake the kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import check_tensor, has_own_operators
+
 # dtype of logits -> of their statistics, state, temperature and upstream gradients
 RESULT = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32}
 RESULT |= {torch.float64: torch.float64}
+
+
+def register(
+    library: torch.library.Library, name: str, run: Callable[..., Any], fake: Callable[..., Any], no_grad: bool = False
+) -> None:
+    """``run`` and its fake as an operator, of which every tensor argument is dense and has its memory.
+
+    ``no_grad``: there is no derivative, and torch's own error would speak of what ``run`` does.
+    """
+    arguments = torch._C._get_schema(f"entropy_kernels::{name}", "").arguments
+    tensors = [(i, x.name, "Optional" in str(x.type)) for i, x in enumerate(arguments) if "Tensor" in str(x.type)]
+
+    def checked(function: Callable[..., Any], no_grad: bool) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            for i, argument, optional in tensors:
+                value = given[i]
+                if value is None and optional:
+                    continue
+                plain = type(value) is Tensor and value.layout is torch.strided and value.is_contiguous()
+                begin = value.storage_offset() * value.itemsize if plain else 0
+                if not plain or value.untyped_storage().nbytes() < begin + value.nbytes:
+                    _check_tensor(argument, value)
+                if no_grad and value.requires_grad and torch.is_grad_enabled():
+                    raise ValueError(
+                        f"{argument}: expected a tensor without grad ({name} has no derivative), got "
+                        "requires_grad=True; .detach() it, or call under torch.no_grad()"
+                    )
+            return function(*given)
+
+        return call
+
+    library.impl(name, checked(run, no_grad), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"entropy_kernels::{name}", checked(fake, False), lib=library)
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and has_own_operators(type(value)):
+        return  # a compiler's, which is what its shape says
+    check_tensor(name, value)
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    needed, got = (value.storage_offset() + last + 1) * value.itemsize, value.untyped_storage().nbytes()
+    if got < needed and value.numel():
+        raise ValueError(
+            f"{name}: expected a storage of at least {needed} bytes for its shape {tuple(value.shape)}, got one that "
+            f"was cut to {got}"
+        )
+
 
 Argument = tuple[str, Tensor | None, torch.dtype, tuple]
 
@@ -102,6 +153,11 @@ def check_head(
         check_floats("bias", bias, 1, "(V,)")
         check_tensors(device, ("bias", bias, bias.dtype, (weight.shape[0],)))
     dtype = RESULT[product_dtype]
+    if RESULT[logits_dtype] != dtype:
+        raise TypeError(
+            f"logits_dtype: expected float64 where product_dtype is, and only there, got {logits_dtype} beside "
+            f"{product_dtype}"
+        )
     check_labels(rows, device, dtype, target, temperature, softcap, vocab_start, vocab_size)
 
 

@@ -30,7 +30,7 @@ from entropy_kernels._arguments import process_group_of, refuse_transforms, trac
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.ops import linear_tiles
-from entropy_kernels.ops.checks import check_backward, check_floats, check_tensors
+from entropy_kernels.ops.checks import check_backward, check_floats, check_tensors, register
 from entropy_kernels.ops.linear_plan import HELD_OUT, kept_dtype
 from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, picked, spread
 from entropy_kernels.ops.linear_token_stats import NUMBERS, check_call
@@ -224,11 +224,8 @@ def _grads(
             d_hidden[again] = torch.where(change[:, None] != 0, out[own:].to(d_hidden.dtype), d_hidden[again])
 
 
-for _name, _run, _fake in (
-    ("linear_tile_stats", _stats, _fake_stats), ("linear_tile_grads", _grads, _check_grads)
-):  # fmt: skip
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"entropy_kernels::{_name}", _fake, lib=_library)
+register(_library, "linear_tile_stats", _stats, _fake_stats, no_grad=True)
+register(_library, "linear_tile_grads", _grads, _check_grads, no_grad=True)
 
 _ops = torch.ops.entropy_kernels
 Made = tuple[

@@ -15,7 +15,7 @@ from torch import Tensor
 from entropy_kernels._arguments import recorded, refuse_forward_mode, refuse_functional_grad
 from entropy_kernels.backends.eager.softmax_state import COLLISION, ENTROPY, LOGPROB, VOCAB_COVARIANCE, state_rows
 from entropy_kernels.ops import linear_tiles
-from entropy_kernels.ops.checks import check_backward, check_head, check_tensors, check_want
+from entropy_kernels.ops.checks import check_backward, check_head, check_tensors, check_want, register
 from entropy_kernels.ops.linear_plan import columns_here, padded
 from entropy_kernels.ops.linear_tiles import Grads, Needs, Numbers
 from entropy_kernels.ops.token_stats import check_values
@@ -109,12 +109,6 @@ def _backward_(*arguments: Any) -> tuple[Tensor, ...]:
     return _run_backward(*arguments, overwrite=True)
 
 
-_library.impl("linear_token_stats", _forward, "CompositeExplicitAutograd")
-_library.impl("linear_token_stats_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("linear_token_stats_backward_", _backward_, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("entropy_kernels::linear_token_stats", lib=_library)
 def _fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -141,8 +135,9 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-torch.library.register_fake("entropy_kernels::linear_token_stats_backward", _fake_backward, lib=_library)
-torch.library.register_fake("entropy_kernels::linear_token_stats_backward_", _fake_backward, lib=_library)
+register(_library, "linear_token_stats", _forward, _fake)
+register(_library, "linear_token_stats_backward", _backward, _fake_backward)
+register(_library, "linear_token_stats_backward_", _backward_, _fake_backward)
 
 
 def _backward_op(inplace: bool) -> Any:

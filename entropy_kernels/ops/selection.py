@@ -19,7 +19,7 @@ from torch import Tensor
 
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.radix_select import Band, Count
-from entropy_kernels.ops.checks import check_tensors
+from entropy_kernels.ops.checks import check_tensors, register
 
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")
 _TOKENS = "Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index"
@@ -126,28 +126,24 @@ def _kl_cov_mask(
     return kernel(*tokens, count, group).view(covariance.shape)
 
 
-_library.impl("token_covariance", _token_covariance, "CompositeExplicitAutograd")
-_library.impl("clip_cov_mask", _clip_cov_mask, "CompositeExplicitAutograd")
-_library.impl("kl_cov_mask", _kl_cov_mask, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("entropy_kernels::token_covariance", lib=_library)
 def _fake_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
     _flat_covariance(logprob, advantages, mask)  # here, too: a tensor on meta among others makes this the kernel
     return logprob.new_empty(logprob.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("entropy_kernels::clip_cov_mask", lib=_library)
 def _fake_clip(covariance: Tensor, *rest: Any) -> Tensor:
     _flat_selection(covariance, *rest[:7])
     return covariance.new_empty(covariance.shape, dtype=torch.bool)
 
 
-@torch.library.register_fake("entropy_kernels::kl_cov_mask", lib=_library)
 def _fake_kl(covariance: Tensor, *rest: Any) -> Tensor:
     _flat_selection(covariance, *(*rest[:3], None, *rest[3:6]))
     return covariance.new_empty(covariance.shape, dtype=torch.bool)
 
+
+register(_library, "token_covariance", _token_covariance, _fake_covariance)
+register(_library, "clip_cov_mask", _clip_cov_mask, _fake_clip)
+register(_library, "kl_cov_mask", _kl_cov_mask, _fake_kl)
 
 token_covariance = torch.ops.entropy_kernels.token_covariance.default
 clip_cov_mask = torch.ops.entropy_kernels.clip_cov_mask.default

@@ -34,7 +34,7 @@ from entropy_kernels.backends.eager.softmax_state import (
     merge,
     state_rows,
 )
-from entropy_kernels.ops.checks import check_backward, check_rows, check_want
+from entropy_kernels.ops.checks import check_backward, check_rows, check_want, register
 
 __all__ = ["COLLISION", "ENTROPY", "LOGPROB", "UNBOUNDED", "VOCAB_COVARIANCE", "token_stats"]
 
@@ -242,12 +242,6 @@ def _backward_(*arguments: Any) -> None:
     torch.autograd.graph.increment_version(arguments[3])
 
 
-_library.impl("token_stats", _forward, "CompositeExplicitAutograd")
-_library.impl("token_stats_backward", _backward, "CompositeExplicitAutograd")
-_library.impl("token_stats_backward_", _backward_, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("entropy_kernels::token_stats", lib=_library)
 def _fake(logits: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     softcap, _, vocab_start, vocab_size, want = rest[:5]
     check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
@@ -258,15 +252,14 @@ def _fake(logits: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tu
     return (*outputs, logits.new_empty((state_rows(want), rows), dtype=temperature.dtype))
 
 
-@torch.library.register_fake("entropy_kernels::token_stats_backward", lib=_library)
 def _fake_backward(*arguments: Any) -> Tensor:
     _check_backward(*arguments)
     return torch.empty_like(arguments[3], memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("entropy_kernels::token_stats_backward_", lib=_library)
-def _fake_backward_(*arguments: Any) -> None:
-    _check_backward(*arguments)
+register(_library, "token_stats", _forward, _fake)
+register(_library, "token_stats_backward", _backward, _fake_backward)
+register(_library, "token_stats_backward_", _backward_, _check_backward)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -334,7 +327,7 @@ class _TokenStatsBackward(torch.autograd.Function):
 
 
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
-    if inputs[0].requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and inputs[0] is not None and inputs[0].requires_grad:
         refuse_functional_grad("logprob_entropy / token_stats", inputs[0])
         return _TokenStats.apply(*inputs)
     refuse_forward_mode("logprob_entropy / token_stats", inputs[0])
