@@ -24,15 +24,20 @@ _NAME = "_entropy_kernels_forward"
 
 def sharded(modules: Iterable[nn.Module]) -> list[Any]:
     """Those of ``modules`` that ``fully_shard`` was applied to; nothing is imported to find out."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in modules if isinstance(module, fsdp.FSDPModule)]
+    if not _may_be_used():
+        return []
+    fsdp = sys.modules["torch.distributed.fsdp"]
+    return [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 def is_managed(module: nn.Module) -> bool:
     """Whether FSDP holds parameters of ``module``: as a unit of its own, in it or around it."""
-    return "torch.distributed.fsdp" in sys.modules and any(
-        getattr(part, "_is_fsdp_managed_module", False) for part in module.modules()
-    )
+    return _may_be_used() and any(getattr(part, "_is_fsdp_managed_module", False) for part in module.modules())
+
+
+def _may_be_used() -> bool:
+    """Without a process group it cannot be, and no walk over a model is needed; many libraries import it."""
+    return "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
 
 
 def around(root: nn.Module, part: nn.Module) -> list[nn.Module]:
@@ -185,10 +190,16 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError as error:
             if "DTensor" not in str(error) and "dtype" not in str(error):
                 raise
-            raise RuntimeError(
-                f"{name}: expected parameters that FSDP2 has gathered (and cast), got some that a module around it "
-                f"holds in shards; {CURE} ({error})"
-            ) from error
+            expected, got = (
+                ("that FSDP2 has gathered", "that a module around it holds in shards")
+                if "DTensor" in str(error)
+                else (
+                    "of the dtype of what it is called with",
+                    "of another, which FSDP2's MixedPrecisionPolicy casts "
+                    "only in a call of the module that it was given for",
+                )
+            )
+            raise RuntimeError(f"{name}: expected parameters {expected}, got some {got}; {CURE} ({error})") from error
 
     return call
 

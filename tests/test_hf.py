@@ -418,6 +418,11 @@ def test_models_that_do_not_fit() -> None:
     [
         ({"temprature": 0.1}, "temprature: expected .* did you mean temperature"),
         ({"labels": torch.zeros(1, 7)}, "labels: expected an option of causal_lm_logprob_entropy"),
+        ({"mask": torch.ones(1, 7)}, "mask: expected .* did you mean attention_mask"),
+        ({"loss_mask": torch.ones(1, 7)}, "loss_mask: expected .* did you mean attention_mask"),
+        ({"shift_labels": torch.zeros(1, 7)}, "shift_labels: expected .* did you mean target"),
+        ({"label": torch.zeros(1, 7)}, "label: expected .* did you mean target"),
+        ({"adapter_names": ["a"]}, r"adapter_names: expected none, .* model\.set_adapter"),
         ({"use_cache": True}, "use_cache: expected"),
         ({"softcap": 3.0}, "softcap: expected"),
         ({"cu_seqlens": [0, 7]}, "cu_seqlens: expected a torch.Tensor, got list"),

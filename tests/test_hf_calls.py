@@ -304,3 +304,122 @@ def test_mixed_precision_of_accelerate() -> None:
     for name in ("lm_head.weight", "model.embed_tokens.weight"):  # off by the roundings of bf16
         assert (got[name] - want[name]).norm() < 0.02 * want[name].norm()
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_function_that_is_called_forward_is_no_call_of_the_model() -> None:
+    def forward(model: Any, batch: Tensor) -> Any:
+        return ek.hf.causal_lm_logprob_entropy(model, batch)
+
+    class Policy:
+        def __call__(self, batch: Tensor) -> Any:
+            return forward(model, batch)
+
+    model = make("llama")
+    model.register_forward_hook(lambda _, args, out: None)
+    for call in (lambda: forward(model, ids()), lambda: Policy()(ids())):
+        with pytest.raises(TypeError, match=r"got LlamaForCausalLM with the hook"):
+            call()
+
+
+def test_a_forward_that_is_compiled_may_call_us() -> None:
+    model = make("llama")
+    want = ek.hf.causal_lm_logprob_entropy(model, ids())
+    model.__class__ = Scores
+    torch.testing.assert_close(torch.compile(model, backend="eager")(ids()), want)
+
+
+def twice(self: Any, hidden: Tensor) -> Tensor:
+    return 2 * nn.functional.linear(hidden, self.weight, self.bias)
+
+
+def test_a_forward_that_was_put_into_every_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    monkeypatch.setattr(nn.Linear, "forward", twice)
+    assert isinstance(ek.hf.causal_lm_parts(model).weight, nn.Module)
+    assert_as_the_model(model)
+
+
+def test_a_call_that_was_put_into_every_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, call = make("llama"), nn.Module.__call__
+    monkeypatch.setattr(nn.Module, "__call__", lambda *args, **kwargs: call(*args, **kwargs))
+    with pytest.raises(TypeError, match=r"in place of its call"):
+        ek.hf.causal_lm_logprob_entropy(model, ids())
+
+
+class Doubles(nn.Module):
+    def forward(self, module: Any, args: Any, out: Any) -> Any:
+        out.logits = out.logits * 2
+        return out
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize(
+    "hook",
+    (
+        Doubles(), Doubles().__call__, Doubles().forward, Doubles()._call_impl, functools.partial(Doubles().__call__),
+        torch.compile(Doubles(), backend="eager"), torch.compile(Doubles(), backend="eager").__call__,
+        torch.compile(Doubles().forward, backend="eager"), scripted, scripted.__call__,
+    ),
+    ids=(
+        "module", "call", "forward", "call_impl", "partial", "compiled", "compiled call", "compiled forward",
+        "scripted", "scripted call",
+    ),
+)  # fmt: skip
+def test_a_hook_within_a_call_of_torchs(hook: Any) -> None:
+    model = make("llama")
+    model.register_forward_hook(hook)
+    with pytest.raises(TypeError, match=r"got LlamaForCausalLM with the hook"):
+        ek.hf.causal_lm_logprob_entropy(model, ids())
+
+
+class PassesOn(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_the_way_out_for_a_forward_of_a_class() -> None:
+    model = make("llama")
+    model.__class__ = PassesOn
+    with pytest.raises(TypeError, match=r"in place of the forward of LlamaForCausalLM; .* take the model's parts") as e:
+        ek.hf.causal_lm_logprob_entropy(model, ids())
+    code = str(e.value).partition("parts yourself: ")[2].replace("softcap=...", "softcap=None")
+    got = eval(code, {"ek": ek, "model": model, "input_ids": ids()})
+    want = ek.logprob_entropy(model(ids()).logits, ek.hf.next_tokens(ids()))
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-5, atol=1e-5)
+
+
+class Checkpointed(nn.Linear):
+    reentrant = True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, hidden, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_head_with_a_reentrant_checkpoint_names_the_cure() -> None:
+    model = make("llama")
+    model.lm_head.__class__ = Checkpointed
+    with pytest.raises(
+        RuntimeError, match=r"weight: expected a head .* reentrant checkpoint; give use_reentrant=False"
+    ):
+        results(model, True)
+    model.lm_head.reentrant = False
+    assert_as_the_model(model)
+
+
+def test_modules_are_not_walked_over_for_a_look_at_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model of many layers that cost milliseconds a call."""
+    model, walk, seen = make("llama"), nn.Module.named_modules, []
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for found in walk(self, *args, **kwargs):
+            seen.append(found)
+            yield found
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    ek.hf.causal_lm_parts(model)
+    assert len(seen) < len([*walk(model)]) / 2

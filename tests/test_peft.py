@@ -106,3 +106,40 @@ def test_virtual_tokens_are_refused() -> None:
     model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(TypeError, match=r"model: expected a PEFT model with adapters in its layers, got .*PROMPT"):
         ek.hf.causal_lm_logprob_entropy(model, ids())
+
+
+def test_what_the_call_of_a_peft_model_computes_is_refused() -> None:
+    """Offsets, names and scalings, which it hands to the adapters' layers."""
+    config = peft.LoraConfig(**LORA, target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    alora = peft.get_peft_model(make("backbone").unload(), config)
+    for model in (alora, torch.compile(alora, backend="eager")):
+        with pytest.raises(TypeError, match=r"model: expected a PEFT model .*, got aLoRA, whose .* ek.logprob_entropy"):
+            ek.hf.causal_lm_logprob_entropy(model, ids())
+    alora.add_adapter("plain", ADAPTERS["both"]())
+    alora.set_adapter("plain")
+    want = results(alora, ek.logprob_entropy(alora(ids()).logits, ek.hf.next_tokens(ids())))
+    close(results(alora, ek.hf.causal_lm_logprob_entropy(alora, ids())), want)
+    with pytest.raises(TypeError, match=r"adapter_names: expected none, .* model\.set_adapter"):
+        ek.hf.causal_lm_logprob_entropy(alora, ids(), adapter_names=["default", "plain", "plain"])
+    poly = peft.get_peft_model(make("backbone").unload(), peft.PolyConfig(task_type="CAUSAL_LM", r=4, n_tasks=2))
+    with pytest.raises(TypeError, match=r"model: expected a PEFT model .*, got PolyModel, .* its own call"):
+        ek.hf.causal_lm_logprob_entropy(poly, ids())
+
+
+@pytest.mark.parametrize(
+    "config",
+    (
+        lambda: peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9, tinit=1, tfinal=1),
+        lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1),
+        lambda: peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+    ),
+    ids=("AdaLoRA, which adds to the loss alone", "adaption prompt", "IA3"),
+)
+def test_adapters_of_other_kinds(config: Callable[[], Any]) -> None:
+    model = peft.get_peft_model(make("backbone").unload(), config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1) if parameter.requires_grad else None
+        want = ek.logprob_entropy(model(ids()).logits, ek.hf.next_tokens(ids()))
+        got = ek.hf.causal_lm_logprob_entropy(model, ids())
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-5, atol=1e-5)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-import torch
+from torch import nn
 
 # How transformers' models make their logits, by attribute of the text configuration. A factor is the value to a power.
 _FACTORS = {
@@ -41,14 +42,15 @@ _BESIDE = ("value", "v_head", "score", "critic", "reward")
 
 def backbone_and_head(model: Any, config: Any) -> tuple[Any, Any]:
     """What the model says they are; where its name of the backbone names nothing, the only part beside the head."""
-    parts = dict(model.named_children()) if isinstance(model, torch.nn.Module) else {}
+    parts = dict(model.named_children()) if isinstance(model, nn.Module) else {}
     parts = {n: part for n, part in parts.items() if not _is_beside(n) and next(part.parameters(), None) is not None}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     backbone: Any = getattr(model, "base_model", None)
     if backbone is None or backbone is model:
         others = [part for part in parts.values() if part is not head]
         backbone = others[0] if len(others) == 1 else None
-    if None not in (head, backbone, config) and all(part is not head for part in backbone.modules()):
+    beside = any(part is head for part in parts.values()) and backbone is not head  # no walk over all of it
+    if None not in (head, backbone, config) and (beside or all(part is not head for part in backbone.modules())):
         return backbone, head
     around = [n for n, part in parts.items() if part is not head and any(inner is head for inner in part.modules())]
     way_out = f"; for text alone take model.{around[0]}" if around else ""
@@ -76,17 +78,33 @@ def hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, flo
     return before, after, float(softcaps[0]) if softcaps else None
 
 
+def added_by_peft(model: Any) -> str | None:
+    """What the call of a PEFT model hands to its adapters, in words; but for its layers it calls the model as it is."""
+    configs = getattr(model, "peft_config", None)
+    if not hasattr(model, "get_base_model") or not isinstance(configs, dict):
+        return None
+    active = [configs[name] for name in getattr(model, "active_adapters", ()) if name in configs]
+    if any(getattr(config, "alora_invocation_tokens", None) for config in active):
+        return "aLoRA, whose offsets"
+    tuner = type(model.base_model)
+    # AdaLoRA's adds to the loss alone
+    known = ("peft.tuners.tuners_utils", "peft.tuners.adalora.model", nn.Module.forward.__module__)
+    if tuner.forward.__module__ not in known:
+        return f"{tuner.__name__}, part of whose result"
+    return None
+
+
 def _is_beside(name: str) -> bool:
     return any(word in name.lower() for word in _BESIDE)
 
 
-def check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, config: Any) -> None:
+def check_logits(model: Any, backbone: nn.Module, head: nn.Module, config: Any) -> None:
     """Refuse what would give other logits than the model's without a word."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"model: expected a causal language model without an encoder, got {type(model).__name__}")
-    known = {id(p) for part in (backbone, head) for p in part.parameters()}
-    others = [name for name, p in model.named_parameters() if id(p) not in known]
-    between = [name for name in others if not _is_beside(name)]
+    others = [(name, p) for name, p in _parameters_beside(model, (backbone, head)) if not _is_beside(name)]
+    known = {id(p) for part in (backbone, head) if others for p in part.parameters()}
+    between = [name for name, p in others if id(p) not in known]
     if between:
         raise TypeError(
             "model: expected one whose linear head comes right after its backbone, "
@@ -107,6 +125,15 @@ def check_logits(model: Any, backbone: torch.nn.Module, head: torch.nn.Module, c
             "model: expected one whose logits are those of a linear head, with a factor and a softcap that are known "
             f"here, got {type(model).__name__} with {', '.join(changing)}"
         )
+
+
+def _parameters_beside(module: Any, parts: tuple[Any, ...], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Those of ``module`` with their names, without a walk over ``parts``."""
+    for name, parameter in module.named_parameters(prefix, recurse=False):
+        yield name, parameter
+    for name, child in module.named_children():
+        if all(child is not part for part in parts):
+            yield from _parameters_beside(child, parts, f"{prefix}.{name}" if prefix else name)
 
 
 def masks_without_positions(model: Any) -> bool:

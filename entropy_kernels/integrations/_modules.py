@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_
 #: them in another way.
 _HARMLESS = {"torch", "transformers", "accelerate", "peft", "deepspeed", "liger_kernel", "wandb"}
 
+_CONTAINERS = (nn.Module, torch.jit.ScriptFunction, torch._C.ScriptMethod)
+
 
 def weight_of(head: Any) -> Tensor | None:
     """The weight of a head whose call is ``hidden @ weight.T + bias`` and nothing else; None for any other.
@@ -24,7 +27,9 @@ def weight_of(head: Any) -> Tensor | None:
     A DTensor is a weight, too; the hooks of FSDP2 gather it, as we do. To be read once: a parametrised weight is
     computed each time, and by spectral_norm not as the one before.
     """
-    if "forward" in vars(head) or type(head).forward is not nn.Linear.forward or _own_call(head):
+    forward = type(head).forward
+    is_linear = forward is nn.Linear.forward and _origin(forward) == "torch.nn.modules.linear"  # nothing patched in
+    if "forward" in vars(head) or not is_linear or _own_call(head):
         return None
     if global_hooks() or not all(_origin(hook).startswith("torch.distributed.fsdp.") for hook in hooks(head)):
         return None
@@ -79,11 +84,13 @@ def added_to(model: nn.Module) -> list[str]:
 
 def in_call_of(model: nn.Module) -> bool:
     """Whether a call of ``model`` is under way, in which all that is added to it has its part."""
+    calls = [type(model).forward, vars(model).get("forward"), type(model).__call__, nn.Module._call_impl]
+    codes = {_place(layer.__code__) for call in calls for layer in _layers(call) if hasattr(layer, "__code__")}
     frame = inspect.currentframe()
     while frame is not None:
         code = frame.f_code
-        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if first is model and code.co_name in ("forward", "__call__", "_call_impl"):
+        # a function of the user's that is given the model is no call of it
+        if code.co_argcount and _place(code) in codes and frame.f_locals.get(code.co_varnames[0]) is model:
             return True
         frame = frame.f_back
     return False
@@ -104,13 +111,21 @@ def name_of(function: Any) -> str:
     return f"{_origin(function)}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
+def _place(code: types.CodeType) -> tuple[str, int, str]:
+    """Of a function's code, which torch.compile puts other code in the place of."""
+    return code.co_filename, code.co_firstlineno, code.co_name
+
+
 def _is_known(function: Any) -> bool:
+    if isinstance(function, _CONTAINERS):  # of torch, around anybody's code
+        return False
     return _origin(function).split(".")[0] in _HARMLESS
 
 
 def _own_call(module: nn.Module) -> Callable[..., Any] | None:
     call = type(module).__call__
-    return None if call is nn.Module.__call__ else call
+    is_torchs = call is nn.Module.__call__ and _origin(call) == "torch.nn.modules.module"  # nothing patched in
+    return None if is_torchs else call
 
 
 def _layers(function: Any) -> list[Any]:
@@ -125,12 +140,18 @@ def _layers(function: Any) -> list[Any]:
 def _bare(function: Any) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
-    return getattr(function, "__func__", function)
+    owner = getattr(function, "__self__", None)
+    function = getattr(function, "__func__", function)
+    torchs = isinstance(owner, _CONTAINERS) and _stands_in(function).split(".")[0] in ("torch", "builtins")
+    return owner if torchs else function  # a call that is torch's, of a module that need not be
 
 
 def _origin(function: Any) -> str:
     """The module in which the code of a function, or the class of an object, stands."""
-    function = _bare(function)
+    return _stands_in(_bare(function))
+
+
+def _stands_in(function: Any) -> str:
     space = getattr(function, "__globals__", None)
     if space is not None:
         return space.get("__name__", "")

@@ -21,6 +21,10 @@ __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "nex
 _NOT_OF_THE_BACKBONE = (
     "labels", "logits_to_keep", "num_logits_to_keep", "use_cache", "softcap", "entropy_coef", "method", "vocab_size",
 )  # fmt: skip
+# The last word of names that say something of every token, which a backbone's **kwargs would swallow
+_OF_TOKENS = dict.fromkeys(("mask", "masks"), "attention_mask") | dict.fromkeys(
+    ("label", "labels", "target", "targets"), "target, of the token after each position"
+)
 
 
 class CausalLMParts(NamedTuple):
@@ -138,8 +142,9 @@ def causal_lm_logprob_entropy(
         ValueError: arguments of the wrong shape; values that are no ``cu_seqlens``, as :func:`next_tokens`; positions
             or packed sequences, of a model that does not tell sequences apart by positions.
     """
-    _check_model(model)
-    parts = _parts(model)
+    layers = _check_model(model)
+    inner, backbone, head = modules = _modules_of(layers[-1])
+    parts = _parts(model, *modules)
     _check_kinds(input_ids, target=target, attention_mask=attention_mask, position_ids=position_ids)
     if input_ids.dtype not in (torch.int32, torch.int64):  # what an embedding takes
         raise TypeError(f"input_ids: expected dtype torch.int32 or torch.int64, got {input_ids.dtype}")
@@ -158,11 +163,10 @@ def causal_lm_logprob_entropy(
             "attention_mask: expected None beside cu_seqlens, which say where sequences and padding are, got a tensor "
             "(with which transformers would let packed sequences see each other)"
         )
-    inner, backbone, head = _modules_of(model)
     if position_ids is not None:
         _check_positions(inner, backbone, cu_seqlens)
         position_ids = _with_text_positions(position_ids, input_ids, cu_seqlens, _models.text_config(inner))
-    options = _options(backbone, model_options)
+    options = _options(layers, backbone, model_options)
     input_ids, attention_mask, position_ids = recorded(input_ids, attention_mask, position_ids)
 
     def forward(**inputs: Any) -> list[Tensor]:
@@ -171,7 +175,7 @@ def causal_lm_logprob_entropy(
         return fsdp.as_forward(around_head, through_head, hidden, called=head)
 
     def through_head(hidden: Tensor) -> list[Tensor]:  # (B, L, H)
-        now = _parts(model) if around_head else parts  # FSDP has gathered the weight only now
+        now = _parts(model, *modules) if around_head else parts  # FSDP has gathered the weight only now
         outputs = ek.linear_logprob_entropy(
             hidden if now.scale == 1 else hidden * now.scale,
             now.weight,
@@ -192,7 +196,7 @@ def causal_lm_logprob_entropy(
     around_head = fsdp.sharded([*fsdp.around(model, head), head]) if units else []
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, **options}
     inputs = {name: value for name, value in given.items() if value is not None}
-    with _modules.autocast_of(*_wrapped(model)):
+    with _modules.autocast_of(*layers):
         return ek.LogprobEntropy(*fsdp.as_forward(around_backbone, forward, **inputs))
 
 
@@ -214,19 +218,22 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
             known to change its logits in another way than by a factor and a softcap, one that is wrapped, one with
             hooks or a forward that take effect on the whole model only, or a PEFT model that adds tokens to the prompt.
     """
-    _check_model(model)
+    layers = _check_model(model)
     fsdp.settle(model.modules())
-    return _parts(model)
+    return _parts(model, *_modules_of(layers[-1]))
 
 
-def _check_model(model: Any) -> None:
-    for module in _wrapped(model):
+def _check_model(model: Any) -> list[Any]:
+    """:func:`_wrapped`, of a model that can be taken apart."""
+    layers = _wrapped(model)
+    for module in layers:
         _check_call(module)
-    _say_what_is_dropped(_models.text_config(_modules_of(model)[0]))
+    _say_what_is_dropped(_models.text_config(layers[-1]))
+    return layers
 
 
-def _parts(model: Any) -> CausalLMParts:
-    given, (model, backbone, head) = model, _modules_of(model)
+def _parts(given: Any, model: Any, backbone: Any, head: Any) -> CausalLMParts:
+    """Of the model ``given``, and :func:`_modules_of` it."""
     config = _models.text_config(model)
     _models.check_logits(model, backbone, head, config)
     before, after, softcap = _models.hidden_scale_logit_scale_softcap(model.config, config)
@@ -241,8 +248,7 @@ def _parts(model: Any) -> CausalLMParts:
 
 
 def _modules_of(model: Any) -> tuple[Any, Any, Any]:
-    """The model without what is around it, its backbone, its head."""
-    model = _wrapped(model)[-1]
+    """The model, which has nothing around it, its backbone, its head."""
     return model, *_models.backbone_and_head(model, _models.text_config(model))
 
 
@@ -253,7 +259,9 @@ def _check_call(model: Any) -> None:
         raise TypeError(
             "model: expected one whose logits nothing changes behind its head, since it is not called itself, got "
             f"{type(model).__name__} with {', '.join(added)}; take ek.logprob_entropy(model(...).logits, ...), or "
-            "put that on the backbone or the head, or, if it leaves logits as they are, remove it for this call"
+            "put that on the backbone or the head; if it leaves logits as they are, remove it for this call, or take "
+            "the model's parts yourself: ek.linear_logprob_entropy(model.model(input_ids, use_cache=False)[0], "
+            "model.lm_head.weight, ek.hf.next_tokens(input_ids), softcap=...)"
         )
     for hook in _modules.global_hooks():
         if not _modules.is_harmless(hook):
@@ -273,12 +281,22 @@ def _say_what_is_dropped(config: Any) -> None:
         )
 
 
-def _options(backbone: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """For the backbone; refuses what it would swallow without a word: misspelt names of ours, and the head's."""
+def _options(layers: list[Any], backbone: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """For the backbone; refuses what it would swallow without a word: misspelt names of ours, the head's, PEFT's."""
     known = _parameters(backbone)
     ours = [*keywords(causal_lm_logprob_entropy)]
     for name, value in options.items():
         close = [] if name in known else difflib.get_close_matches(name, ours, 1, 0.75)
+        meant = _OF_TOKENS.get(name.split("_")[-1])
+        if not close and meant and not any(name in _parameters(part) for part in backbone.modules()):
+            close = [meant]
+        if name in ("adapter_names", "alora_offsets") or any(
+            name in getattr(layer, "special_peft_forward_args", ()) for layer in layers
+        ):
+            raise TypeError(
+                f"{name}: expected none, since it is the PEFT model's own call that takes it, got {value!r}; choose "
+                "an adapter by model.set_adapter, or take ek.logprob_entropy(model(...).logits, ...)"
+            )
         if close or name in _NOT_OF_THE_BACKBONE:
             raise TypeError(
                 f"{name}: expected an option of causal_lm_logprob_entropy or of the backbone, got one of neither"
@@ -346,6 +364,11 @@ def _wrapped(model: Any) -> list[Any]:
         raise TypeError(
             "model: expected a PEFT model with adapters in its layers, "
             f"got {model.active_peft_config.peft_type}, whose virtual tokens would be left out"
+        )
+    if (added := _models.added_by_peft(model)) is not None:
+        raise TypeError(
+            f"model: expected a PEFT model that only its adapters' layers change, got {added} its own call computes; "
+            "take ek.logprob_entropy(model(...).logits, ...)"
         )
     if hasattr(model, "_orig_mod"):  # torch.compile
         return [model, *_wrapped(model._orig_mod)]

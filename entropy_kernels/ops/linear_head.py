@@ -25,7 +25,13 @@ from entropy_kernels.ops.token_stats import check_values
 _NAME = "linear_logprob_entropy / linear_token_stats"
 _WRITES = (
     "weight: expected a head whose call writes neither to its argument nor to its buffers, since it is called once per "
-    "tile and again in the backward pass, got one that does; put it into eval mode, or take the logits themselves"
+    "tile and again in the backward pass, got one that does; eval mode stops those of spectral_norm and its like, "
+    "else take the logits themselves"
+)
+_REENTRANT = (
+    "weight: expected a head whose gradients torch.autograd.grad can ask for, got one with a reentrant checkpoint; "
+    "give use_reentrant=False to torch.utils.checkpoint.checkpoint, or leave it out: the logits are computed "
+    "again in the backward pass anyway"
 )
 
 
@@ -102,6 +108,15 @@ class _State:
             if self.cuda is not None:
                 torch.cuda.set_rng_state(self.cuda, self.device)
             yield
+
+
+def _gradients(z: Tensor, wanted: Sequence[Tensor], dz: Tensor) -> list[Tensor | None]:
+    try:
+        return list(torch.autograd.grad(z, wanted, dz, allow_unused=True))
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(f"{_REENTRANT} ({error})") from error
 
 
 def _check_leaves(z: Tensor, known: Sequence[Tensor]) -> None:
@@ -189,7 +204,7 @@ class _HeadTokenStats(torch.autograd.Function):
                     *(None if g is None else g[r] for g in upstream), z.detach()[None], labels[r], at(t, r),
                     state[:, r].contiguous(), numbers.softcap, numbers.ignore_index, c.start, numbers.vocab_size, False,
                 )[0]  # fmt: skip
-                found = list(torch.autograd.grad(z, wanted, dz, allow_unused=True)) if z.requires_grad else []
+                found = _gradients(z, wanted, dz) if z.requires_grad else []
                 if need_hidden and found:
                     first = found.pop(0)
                     if first is not None:
