@@ -398,5 +398,7 @@ def errors(rank: int, world: int) -> list[str]:
 
 
 def test_errors_name_the_cure() -> None:
-    for message in run_ranks(2, errors)[0]:
+    messages = run_ranks(2, errors)[0]
+    for message in messages:
         assert "FSDP2" in message and "register_fsdp_forward_method" in message, message
+    assert "dtype" in messages[-1] and "MixedPrecisionPolicy" in messages[-1] and "shards" not in messages[-1]
