@@ -104,7 +104,7 @@ def test_every_tensor_is_checked(name: str, backend: str) -> None:
     for argument, value in given.items():
         if not isinstance(value, Tensor):
             continue
-        wrong = hostile(value)
+        wrong: list[Tensor | None] = [*hostile(value)]
         if not (value.is_floating_point() and argument in ("logprob", "advantages", "covariance", "bias", "d_bias")):
             wrong.append(value.to(torch.float32 if value.dtype in (torch.bool, torch.int64) else torch.int64))
         wrong += [value.to(torch.complex64)] + [None] * (argument in required(name))
