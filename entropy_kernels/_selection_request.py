@@ -208,9 +208,12 @@ def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]
         if default is None:
             raise ValueError("ratio, k: expected one of them, got neither")
         return default, None
-    share = number("ratio", _known("ratio", ratio, 1.0))
+    share = _known("ratio", ratio, 1.0)
+    if type(share) is not int:  # of which some are too large to be a float
+        share = number("ratio", share)
     if not 0 < share <= 1:
-        raise ValueError(f"ratio: expected a fraction in (0, 1], got {share}")
+        got = share if type(share) is not int or abs(share) < 1 << 63 else f"an int of {share.bit_length()} bits"
+        raise ValueError(f"ratio: expected a fraction in (0, 1], got {got}")
     return ratio if isinstance(ratio, Tensor) else float(share), None
 
 

@@ -278,7 +278,8 @@ def linear_loss(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    coefficients: Coefficients,
+    coefficients: Coefficients | None,
+    alike: Callable[[], tuple[dict[str, Any], dict[str, Tensor | None]]] | None,
     *,
     grad_buffer: Tensor | None,
     temperature: float | Tensor = 1.0,
@@ -293,8 +294,9 @@ def linear_loss(
 ) -> tuple[Tensor, Tensor] | None:
     """A loss whose gradients are made in the forward pass, and its metrics: ops/linear_policy_loss.py.
 
-    None, before anything is computed, where a part must hold whole sequences and the longest does not fit the budget,
-    on all ranks of a vocab_group alike: the statistics are then to be computed first, and the loss of them.
+    None, before anything is computed, without ``coefficients`` and where a part must hold whole sequences and the
+    longest does not fit the budget, on all ranks of a vocab_group alike: the statistics are then to be computed first,
+    and the loss of them. ``alike``: the options and tensors that these ranks compare; None without a vocab_group.
 
     ``weight`` is a tensor; at least one of hidden, weight and bias requires a gradient. Other arguments and errors as
     of :func:`linear_logprob_entropy`. In compiled code the ranks of a vocab_group do not ask each other how many tokens
@@ -309,7 +311,7 @@ def linear_loss(
         if tensor is not None:
             refuse_forward_mode("linear_policy_loss", tensor)
     head, problem, numbers = call.tensors[1], call.problem, call.numbers
-    if grad_buffer is not None:
+    if grad_buffer is not None and coefficients is not None:
         _check_buffer(grad_buffer, weight, head, problem, vocab_group)
     if numbers.group and torch.compiler.is_compiling():
         columns = numbers.vocab_size if vocab_start is not None or head is not weight else head.shape[0]
@@ -317,12 +319,16 @@ def linear_loss(
             raise ValueError("vocab_size: expected an int beside vocab_start in compiled code, got None")
         budget = planning.DEFAULT_BUDGET if memory_budget is None else problem.budget
         problem = dataclasses.replace(problem, columns=columns, budget=budget)
-    cuts, longest = coefficients.cuts, None
-    if cuts is not None:
-        longest = max([0, *map(operator.sub, cuts, [0, *cuts])]) if isinstance(cuts, Sequence) else cuts
-    size = planning.loss_rows(problem, coefficients.changes, longest)
-    if not torch.compiler.is_compiling():
-        size = policy_op.agreed(size, *call.tensors[3:], numbers)
+    size, longest = 0, None
+    if coefficients is not None:
+        cuts = coefficients.cuts
+        if cuts is not None:
+            longest = max([0, *map(operator.sub, cuts, [0, *cuts])]) if isinstance(cuts, Sequence) else cuts
+        size = planning.loss_rows(problem, coefficients.changes, longest)
+    if alike is not None and not torch.compiler.is_compiling():
+        size = policy_op.agreed(size, *call.tensors[3:], numbers, *alike())
+    if coefficients is None:
+        return None
     if size == 0:
         if grad_buffer is not None:
             raise ValueError(

@@ -198,6 +198,27 @@ def disagreeing(rank: int, world: int) -> dict[str, str]:
         "ignore_index": {"ignore_index": -1 if last else -100},
         "vocab_size": {"vocab_size": V - last},
         "vocab_start": {"vocab_start": start - last},
+        "clip_low": {"clip_low": 0.3 if last else 0.2},
+        "surrogate": {"surrogate": "cispo" if last else "ppo"},
+        "loss_agg_mode": {"loss_agg_mode": "token-sum" if last else "token-mean"},
+        "loss_agg_mode, composed on one": {"loss_agg_mode": "none" if last else "token-mean", "grad_buffer": None},
+        "entropy_coef": {"entropy_coef": 0.1 * last},
+        "dp_size": {"dp_size": 1 + last, "batch_num_tokens": 9},
+        "batch_num_tokens": {"batch_num_tokens": 9 + last},
+        "old_logprob": {"old_logprob": case.old_logprob + last},
+        "old_logprob, composed": {
+            "old_logprob": case.old_logprob + last,
+            "loss_agg_mode": "none",
+            "grad_buffer": None,
+        },
+        "advantages": {"advantages": case.advantages * (1 + last)},
+        "token_weight": {"token_weight": torch.ones_like(case.advantages) if last else None},
+        "dropped": {"method": "clip_cov", "dropped": case.mask & (not last)},
+        "seed": {"method": "clip_cov", "ratio": 0.4, "seed": 1 + last},
+        "seed, counted": {"method": "clip_cov", "ratio": 0.4, "seed": ek.SeedCounter(1 + last)},
+        "ratio": {"method": "clip_cov", "ratio": torch.tensor(0.4 + last / 8), "seed": 1},
+        "k": {"method": "kl_cov", "k": 1 + last},
+        "low": {"method": "clip_cov", "low": 0.5 * last, "seed": 1},
     }
     messages = {}
     for name, changes in calls.items():
@@ -210,11 +231,11 @@ def disagreeing(rank: int, world: int) -> dict[str, str]:
             "memory_budget": MANY,
             **changes,
         }
-        target = given.pop("target", case.target)
+        own = (case.target, case.old_logprob, case.advantages)
+        tensors = [given.pop(name, x) for name, x in zip(("target", "old_logprob", "advantages"), own, strict=True)]
+        given = {"grad_buffer": buffer, **given}
         try:
-            ek.linear_policy_loss(
-                case.hidden, weight, target, case.old_logprob, case.advantages, case.mask, grad_buffer=buffer, **given
-            )
+            ek.linear_policy_loss(case.hidden, weight, *tensors, case.mask, **given)
             messages[name] = "nothing was raised"
         except (ValueError, IndexError) as error:
             messages[name] = str(error)

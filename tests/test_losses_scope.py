@@ -175,18 +175,32 @@ def test_ranks_share_the_loss_of_the_batch() -> None:
     run_ranks(4, on_rank)
 
 
+def _own(log_ratio: Tensor, logprob: Tensor, advantages: Tensor, options: Any) -> Any:
+    return -advantages * log_ratio, -advantages, None
+
+
+OWN = ek.Surrogate(_own, defaults={"on": False, "word": "a"})
+
+
 def disagreeing(rank: int, world: int) -> dict[str, str]:
     """Messages of losses of which the last rank has another option than the rest."""
     last, group = rank == world - 1, dist.group.WORLD
     lp = torch.randn(3 + rank, 5)
     given: dict[str, Any] = {"entropy": lp.exp(), "ref_logprob": lp - 1, "batch_group": group}
     changes: dict[str, dict[str, Any]] = {
-        "dp_size": {"dp_size": 1 + last},
         "entropy_coef": {"entropy_coef": 0.1 * last},
         "ref_kl_coef, a tensor": {"ref_kl_coef": torch.tensor(0.5 + last)},
         "clip_high": {"clip_high": None if last else 0.2},
-        "batch_num_tokens": {"batch_num_tokens": 100 + last},
         "loss_agg_mode": {"loss_agg_mode": "token-sum" if last else "token-mean"},
+        "loss_agg_mode, of sequences": {"loss_agg_mode": "seq-mean-token-sum" if last else "token-mean"},
+        "surrogate": {"surrogate": "sapo" if last else "ppo"},
+        "surrogate, one function": {"surrogate": "dppo_kl" if last else "dppo_tv"},
+        "entropy": {"entropy": None if last else lp},
+        "ref_logprob": {"ref_logprob": lp if last else None},
+        "nonfinite": {"nonfinite": "drop" if last else "propagate"},
+        "ref_kl_importance": {"ref_kl_importance": bool(last)},
+        "on": {"surrogate": OWN, "on": bool(last)},
+        "word": {"surrogate": OWN, "word": "b" if last else "a"},
         "kl_estimator": {"kl_estimator": "k2" if last else "k3"},
         "tau_pos": {"surrogate": "sapo", "tau_pos": 1.0 + last},
         "ratio": {"ratio": 0.1 + 0.1 * last, "seed": 1, "low": -9.0, "high": 9.0},
@@ -195,14 +209,14 @@ def disagreeing(rank: int, world: int) -> dict[str, str]:
     for name, options in changes.items():
         function: Any = ek.clip_cov_loss if "ratio" in options else ek.policy_loss
         try:
-            function(lp, lp - 0.1, lp, None, **given, **options)
+            function(lp, lp - 0.1, lp, None, **{**given, **options})
             messages[name] = "nothing was raised"
         except ValueError as error:
             messages[name] = str(error)
     try:
-        ek.aggregate(lp, None, batch_group=group, dp_size=1 + last)
+        ek.aggregate(lp, None, batch_group=group, loss_agg_mode="token-sum" if last else "seq-mean-token-sum")
     except ValueError as error:
-        messages["dp_size, aggregate"] = str(error)
+        messages["loss_agg_mode, aggregate"] = str(error)
     return messages
 
 
@@ -211,7 +225,40 @@ def test_ranks_that_disagree_all_raise_the_same() -> None:
     assert all(other == first for other in others)
     for name, message in first.items():
         assert message.startswith(f"{name.split(',')[0]}: expected the same on all ranks of the batch_group"), message
-    assert first["dp_size"].endswith("got [1.0, 1.0, 2.0]") and "dp_size, aggregate" in first
+    assert first["entropy_coef"].endswith("got [0.0, 0.0, 0.1]") and "loss_agg_mode, aggregate" in first
+
+
+def agreeing(rank: int, world: int) -> None:
+    """Runs on every rank: what ranks may have differently."""
+    group = dist.group.WORLD
+    lp, old, adv = torch.randn(3, 2, 5 + rank, generator=torch.Generator().manual_seed(rank))
+
+    def call(function: Any = ek.policy_loss, **options: Any) -> Tensor:
+        return function(lp, old, adv, None, batch_group=group, **options).loss
+
+    # denominators of their own, as with a mean over the ranks of each one's mean
+    for function, options in ((ek.policy_loss, {}), (ek.kl_cov_loss, {"k": 2})):
+        own = call(function, batch_num_tokens=lp.numel(), dp_size=1 + rank, **options)
+        shared = call(function, batch_num_tokens=100, **options)
+        torch.testing.assert_close(own, shared * 100 * (1 + rank) / lp.numel())
+    norm = {"loss_agg_mode": "seq-mean-token-sum-norm", "global_batch_size": 2 + rank}
+    own = call(loss_scale_factor=lp.shape[1], **norm)
+    torch.testing.assert_close(own, call(loss_scale_factor=10, **norm) * 10 / lp.shape[1])
+    assert call(batch_num_tokens=None if rank else 7).isfinite()
+    # one number, of two kinds
+    for name in ("clip_low", "clip_high", "entropy_coef"):
+        value = torch.tensor(0.2) if rank else 0.2
+        torch.testing.assert_close(call(entropy=lp, **{name: value}), call(entropy=lp, **{name: 0.2}))
+    assert call(surrogate=OWN, word={"a", "b", "c"}).isfinite()  # whose order is each process's own
+    # compiled on one rank, eager on the other
+    torch.testing.assert_close(
+        (torch.compile(call, backend="eager") if rank else call)(clip_low=0.3, entropy=lp),
+        call(clip_low=0.3, entropy=lp),
+    )
+
+
+def test_what_ranks_may_have_differently() -> None:
+    run_ranks(2, agreeing)
 
 
 # ---- compiled, and without a sync -----------------------------------------------------------------------------------

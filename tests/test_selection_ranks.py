@@ -182,3 +182,23 @@ def test_ranks_that_disagree_all_raise_the_same(world: int) -> None:
     assert first["k, kl_cov"].endswith(f"got {[3] * (world - 1) + [4]}")
     assert first["seed, torch"].endswith(f"got {[1] * (world - 1) + [2]}")
     assert first["low, torch"].endswith(f"got {[-1.0] * (world - 1) + [-2.0]}")
+
+
+def of_two_kinds(rank: int, world: int) -> list[int]:
+    """Runs on every rank: how many of 150 tokens are selected, where a share is a number on one, fp32 on the other."""
+    group, score = dist.group.WORLD, torch.arange(75.0) + 75 * rank
+    share: dict[str, Any] = {"batch_group": group, "ratio": torch.tensor(0.7) if rank else 0.7}
+    band = {"low": 0.0, "high": torch.tensor(0.7) if rank else 0.7, "band": "quantile"}
+    masks = [ek.kl_cov_mask(score, **share), ek.clip_cov_mask(score, seed=1, low=-1.0, high=200.0, **share)]
+    masks.append(ek.clip_cov_mask(score, seed=1, k=150, batch_group=group, closed=True, **band))
+    counts = torch.tensor([int(mask.sum()) for mask in masks])
+    dist.all_reduce(counts, group=group)
+    return counts.tolist()
+
+
+def test_a_share_of_two_kinds_is_the_first_ranks() -> None:
+    """0.7 in fp32 is less: of 150 tokens 104, not 105 (by ranks that count each for itself: neither)."""
+    first, second = run_ranks(2, of_two_kinds)
+    expected = int(0.7 * 150)
+    assert int(float(torch.tensor(0.7)) * 150) != expected or int(float(torch.tensor(0.7)) * 149) == int(0.7 * 149)
+    assert first == second == [expected, expected, int(0.7 * 149) + 1]

@@ -9,9 +9,9 @@ of the quantile band and the tie-break on the 64-bit token index use the same ro
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
-import zlib
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -96,37 +96,46 @@ class Options(NamedTuple):
     band: Band | None
 
     def packed(self, device: torch.device) -> Tensor:
-        """(E,) int64: all of them on the CPU; on a GPU, where nothing waits for it, a digest of what the host knows."""
-        numbers = self.size.numbers
+        """(E,) int64, E depending on the device alone: flags (one number on a GPU), seed, ratio, k, low and high."""
         unknown = math.nan  # also for None, as in `numbers`
-        ratio, k = self.size.ratio, self.size.k
         low, high, quantile, closed = (unknown, unknown, False, False) if self.band is None else self.band[:4]
-        floats = [unknown if x is None else float(x) for x in (ratio, k, low, high)]
         flags = [self.seed is None, quantile, closed, self.size.at_least_one]
+        floats = [unknown if x is None else float(x) for x in (self.size.ratio, self.size.k, low, high)]
+        own = self.size.numbers
         if device.type == "cpu":
-            if numbers is not None:
-                floats[: numbers.numel()] = numbers.tolist()
+            if own is not None:
+                floats[: own.numel()] = own.tolist()
             seed = 0 if self.seed is None else int(self.seed)
             return torch.tensor([*map(int, flags), seed, *struct.unpack("<4q", struct.pack("<4d", *floats))])
-        digest = torch.full((1,), zlib.crc32(struct.pack("<4d4?", *floats, *flags)), device=device)
-        told = [
-            None if self.seed is None else self.seed.view(1),
-            None if numbers is None else numbers.view(torch.int64),
-        ]
-        return torch.cat([digest, *(x for x in told if x is not None)])
+        told = [torch.full((1,), x, dtype=torch.float64, device=device) for x in floats]
+        if own is not None:
+            told[: own.numel()] = own.split(1)
+        digest = torch.full((1,), sum(flag << i for i, flag in enumerate(flags)), device=device)
+        drawn = torch.zeros_like(digest) if self.seed is None else self.seed.view(1)
+        return torch.cat([digest, drawn, torch.cat(told).view(torch.int64)])
+
+    @staticmethod
+    def numbers(packed: Tensor) -> Tensor:
+        """(..., 4) float64 [ratio, k, low, high] of what is packed."""
+        return packed[..., -4:].contiguous().view(torch.float64)
 
     def refuse(self, of_ranks: list[list[int]]) -> None:
         """Raise the same on all ranks, given what each has packed."""
         names = ("kl_cov_mask", "band", "closed", "at_least_one", "seed", "ratio", "k", "low", "high")
         for i, values in enumerate(zip(*of_ranks, strict=True)):
-            if len(set(values)) == 1:
+            shown: list[Any] = list(values)
+            number = i >= len(of_ranks[0]) - 4
+            if number:
+                shown = [struct.unpack("<d", struct.pack("<q", x))[0] for x in values]
+                shown = [None if math.isnan(x) else x for x in shown]
+            rounded = {None if x is None else ctypes.c_float(x).value for x in shown} if number else set(shown)
+            if len(rounded) == 1:
                 continue
-            name, got = "options", ""  # a digest tells no more
+            name, got = "options", ""  # flags of a GPU tell no more
             if len(of_ranks[0]) == len(names):
-                name, shown = names[i], list(values)
-                if i > 4:
-                    shown = [struct.unpack("<d", struct.pack("<q", x))[0] for x in values]
-                    shown = [None if math.isnan(x) else int(x) if name == "k" else x for x in shown]
+                name = names[i]
+                if name == "k":
+                    shown = [None if x is None else int(x) for x in shown]
                 elif i < 4:
                     words = {"band": ("absolute", "quantile"), "kl_cov_mask": ("not called", "called")}
                     shown = [words.get(name, (False, True))[x] for x in values]
@@ -183,7 +192,10 @@ class Steps(Protocol):
 class Group:
     """The reductions over a process group, or over this process alone (name "")."""
 
-    agree: Tensor | None = None  # () bool, after the first sum of a selection over ranks
+    # After the first sum of a selection over ranks: () bool, and the numbers of the first of them, which all use: 0.1
+    # and a fp32 tensor of it are the same to whoever calls, and not the same share of many tokens
+    agree: Tensor | None = None
+    numbers: Tensor | None = None
 
     def __init__(self, name: str, options: Options | None = None) -> None:
         self.group = process_group_of(name) if name else None
@@ -216,7 +228,10 @@ class Group:
         packed = torch.cat([value.reshape(-1), slots.view(-1)])
         dist.all_reduce(packed, group=self.group)
         slots = packed[value.numel() :].view_as(slots)
-        self.agree = (slots == slots[0]).all()
+        self.numbers = Options.numbers(slots[0])
+        floats = Options.numbers(slots).float()
+        alike = (floats == floats[0]) | (floats.isnan() & floats[0].isnan())
+        self.agree = (slots[:, :-4] == slots[0, :-4]).all() & alike.all()
         if values_are_checked(value) and not self.agree:
             options.refuse(slots.tolist())
         return packed[: value.numel()].view(value.shape)
@@ -341,8 +356,9 @@ def _bounds(band: Band, device: torch.device) -> Tensor:
 def _quantiles(steps: Steps, ranks: Group, values: Tensor, band: Band) -> Tensor:
     """(2,) value keys of the lower order statistics number floor(q·(M - 1)) of the M candidates of the group."""
     total = ranks.sum((values >= 0).sum())
-    if band.numbers is not None:
-        shares = _within_shares(band.numbers[2:])
+    numbers = band.numbers if ranks.numbers is None else ranks.numbers
+    if numbers is not None:
+        shares = _within_shares(numbers[2:])
     else:
         bounds = (torch.full((), q, dtype=torch.float64, device=values.device) for q in (band.low, band.high))
         shares = torch.stack(list(bounds))
@@ -381,6 +397,8 @@ def _largest(
     # The number of tokens that count, from which n follows, travels with the first histogram.
     packed = ranks.sum(torch.cat([histogram.view(-1), valid.view(1)]))
     histogram = packed[:-1].view(1, -1)
+    if ranks.numbers is not None:
+        count = count._replace(numbers=ranks.numbers)
     need = torch.minimum(count.of(packed[-1:]), histogram.sum(1))
     if ranks.agree is not None:
         need = torch.where(ranks.agree, need, 0)

@@ -8,13 +8,12 @@ derivative is its weight, and micro-batches add up exactly.
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from entropy_kernels import _agreement as agreement
 from entropy_kernels._arguments import all_gather, traced
 
 # L_b: sum of the losses of sequence b over its valid tokens, m_b: their number. The docs print this table.
@@ -95,12 +94,13 @@ class Aggregation(NamedTuple):
         return counts, lengths.clamp(min=1).double().reciprocal() if self.mode == "seq-mean-token-mean" else 1.0
 
     def in_common(self) -> dict[str, Any]:
-        """What the ranks of the group must have alike."""
+        """What the ranks of the group must have alike: no denominators, which may be each rank's own where given."""
+        return {"loss_agg_mode": self.mode}
+
+    def denominators(self) -> dict[str, Any]:
+        """Those that the caller gives."""
         count = COUNTS[self.by_sequence]
-        return {
-            "loss_agg_mode": self.mode, "dp_size": self.dp_size, count: self.given_count,
-            "loss_scale_factor": self.loss_scale_factor,
-        }  # fmt: skip
+        return {"dp_size": self.dp_size, count: self.given_count, "loss_scale_factor": self.loss_scale_factor}
 
     def whole(self, counts: Counts, in_common: dict[str, Any]) -> Counts:
         """Over the ranks of the group, if there is one."""
@@ -133,49 +133,42 @@ class Aggregation(NamedTuple):
         return count * (max(width, 1) if self.loss_scale_factor is None else self.loss_scale_factor)
 
 
+# What may cross ranks, each in its place, so that ranks of which one lacks some still send as much as the others
+_SUMS = (
+    *Counts._fields, "nonfinite", "policy", "clipfrac", "clipfrac_lower", "ppo_kl", "ppo_kl_abs", "ratio_mean",
+    "cov_mean", "band_frac", "selected_frac", "entropy", "ref_kl",
+)  # fmt: skip
+_MAXIMA = ("ratio_max", "cov_max")
+
+
 def over_group(
     sums: dict[str, Tensor], maxima: dict[str, Tensor], group: Any, in_common: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Sums and maxima of 0-d tensors over the ranks of ``group``, in one collective; fp64.
 
-    No gradient passes; the same numbers, bit for bit, on every rank. All ranks call it with the same names. Where they
-    have not ``in_common`` what they should, all of them raise the same, or get NaN where values are not looked at.
+    No gradient passes; the same numbers, bit for bit, on every rank. Where the ranks have not ``in_common`` what they
+    should, all of them raise the same, or get NaN where values are not looked at. In compiled code, whose numbers are
+    tensors, a rank tells the others nothing of what it has; then a number that another rank lacks is NaN.
     """
     merged = {**sums, **maxima}
-    local = torch.stack([value.detach().double() for value in merged.values()])
-    common = _digest(in_common, local.device)
+    like = next(iter(merged.values()))
+    device, missing = like.device, like.new_full((), math.nan, dtype=torch.float64)
+    names = (*_SUMS, *_MAXIMA)
+    local = torch.stack([merged[name].detach().double() if name in merged else missing for name in names])
+    compiled = traced()
+    if compiled:
+        common = local.new_full((agreement.room(device),), agreement.UNKNOWN)
+    else:
+        common = agreement.sent(in_common, device)
     gathered = local.new_empty((group.size(), local.numel() + common.numel()))
     all_gather(gathered.view(-1), torch.cat([local, common]), group=group)
     gathered, common = gathered.split([local.numel(), common.numel()], 1)
-    totals = torch.cat([gathered[:, : len(sums)].sum(0), gathered[:, len(sums) :].amax(0)])
-    differ = (common != common[:1]).any(0)
-    if len(in_common) == common.shape[1] and differ.any():  # of the CPU
-        i = int(differ.nonzero()[0])
-        name, value = list(in_common.items())[i]
-        got = (
-            "" if isinstance(value, str) else f", got {[None if x == -math.inf else x for x in common[:, i].tolist()]}"
-        )
-        raise ValueError(f"{name}: expected the same on all ranks of the batch_group{got}")
-    if common.shape[1]:
-        totals = torch.where(differ.any(), math.nan, totals)
-    return dict(zip(merged, totals.unbind(), strict=True))
-
-
-def _digest(in_common: dict[str, Any], device: torch.device) -> Tensor:
-    """fp64: every value where the host can read it; on a GPU one number of those that the host has.
-
-    Nothing in compiled code, whose numbers are tensors.
-    """
-    if traced():
-        return torch.zeros(0, dtype=torch.float64, device=device)
-    known = []
-    for value in in_common.values():
-        if isinstance(value, str):
-            value = zlib.crc32(value.encode())
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            value = None  # it is not read back
-        number = -math.inf if value is None else float(value)
-        known.append(number if number == number else math.inf)
-    if device.type == "cpu":
-        return torch.tensor(known, dtype=torch.float64)
-    return torch.full((1,), zlib.crc32(struct.pack(f"{len(known)}d", *known)), dtype=torch.float64, device=device)
+    totals = torch.cat([gathered[:, : len(_SUMS)].sum(0), gathered[:, len(_SUMS) :].amax(0)])
+    known = ~common.isnan()
+    least, most = (torch.where(known, common, x) for x in (math.inf, -math.inf))
+    differ = least.amin(0) < most.amax(0)
+    if not compiled and device.type == "cpu" and differ.any():
+        column = int(differ.nonzero()[0])
+        agreement.refuse(in_common, column, common[:, column].tolist(), "batch_group")
+    totals = torch.where(differ.any(), math.nan, totals)
+    return {name: total for name, total in zip(names, totals.unbind(), strict=True) if name in merged}

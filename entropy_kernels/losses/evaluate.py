@@ -270,7 +270,8 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         policy = pg_loss = aggregation.weighted_sum(terms.policy, own, sequences)
     if aggregation.group is not None:
         given = {**sums, **counts.there(), "nonfinite": nonfinite, "policy": policy}
-        totals = over_group(given, maxima, aggregation.group, options.in_common())
+        in_common = options.in_common(entropy is not None, tokens.ref_logprob is not None)
+        totals = over_group(given, maxima, aggregation.group, in_common)
         counts = Counts.of(totals)
         sums, maxima = ({name: totals[name] for name in x} for x in (sums, maxima))
         nonfinite, pg_loss = totals["nonfinite"], totals["policy"]
@@ -304,8 +305,9 @@ class Loss(torch.autograd.Function):
         ctx: Any, logprob: Tensor, entropy: Tensor | None, entropy_coef: Any, ref_kl_coef: Any, tokens: Tokens,
         options: LossOptions,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        wide = logprob.to(torch.float64 if logprob.dtype == torch.float64 else torch.float32)
-        found = evaluate(wide, entropy, tokens, options)
+        # resolve_neg, here and in tokens.py: a view that negates lazily has no bits to look at
+        wide = logprob.to(torch.float64 if logprob.dtype == torch.float64 else torch.float32).resolve_neg()
+        found = evaluate(wide, None if entropy is None else entropy.resolve_neg(), tokens, options)
         ctx.dtypes = logprob.dtype, None if entropy is None else entropy.dtype
         ctx.entropy_coef = options.entropy_coef if entropy is not None and used(options.entropy_coef) else None
         terms = found.terms

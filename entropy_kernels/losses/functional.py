@@ -94,7 +94,8 @@ def policy_loss(
         batch_group: torch.distributed process group over data-parallel ranks: denominators that are not given, metrics
             and covariance are taken over all its ranks. Each rank's loss is its own share of the batch's loss: the
             shares add up to it (× dp_size). No gradient crosses ranks; all ranks make the same calls, with the same
-            options: else all of them raise the same error, or, on a GPU, the loss is NaN.
+            options: else all of them raise the same error, or, on a GPU, the loss is NaN; compiled code does not look.
+            Denominators that are given, and ``dp_size``, may be each rank's own.
         surrogate: a name of :func:`entropy_kernels.surrogates` ("ppo", "gspo", "gspo_token", "cispo", "sapo", ...;
             docs/losses.md has their formulas), or an :class:`entropy_kernels.Surrogate` of your own.
         token_weight: a constant factor of each token's surrogate (importance weights of the rollout, masks of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels._arguments import check_place, check_tensor, integer, keywords, refuse_mapped
+from entropy_kernels._arguments import check_place, check_tensor, integer, keywords, refuse_mapped, traced
 from entropy_kernels.linear import Final, changes_of, linear_loss
 from entropy_kernels.losses import functional, metrics, tokens
 from entropy_kernels.losses.aggregation import COUNTS, Sequences
@@ -127,9 +127,11 @@ def linear_policy_loss(
     if why and grad_buffer is not None and torch.is_grad_enabled():
         raise ValueError(f"grad_buffer: expected None {why}, got a tensor")
     made = None
-    if not why and isinstance(weight, Tensor):
-        coefficients = _Coefficients(chosen, batch, _changes(chosen, given, target.numel()))
-        made = linear_loss(hidden, weight, target, bias, coefficients, grad_buffer=grad_buffer, **head)
+    if isinstance(weight, Tensor):
+        coefficients = None if why else _Coefficients(chosen, batch, _changes(chosen, given, target.numel()))
+        if coefficients is not None or (vocab_group is not None and not traced()):
+            alike = (lambda: _alike(chosen, batch, why)) if vocab_group is not None else None
+            made = linear_loss(hidden, weight, target, bias, coefficients, alike, grad_buffer=grad_buffer, **head)
     if made is None:
         logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
         flat = batch.old_logprob.shape
@@ -201,6 +203,22 @@ def _changes(chosen: LossOptions, given: dict[str, Any], tokens: int) -> int | N
     return changes_of(ratio, None if k is None else integer("k", k), tokens)
 
 
+def _alike(chosen: LossOptions, batch: Tokens, why: str) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+    """What the ranks of a vocab_group must have alike: all options and constants, and whether it is composed.
+
+    Of what is per token the tokens that count are looked at.
+    """
+    in_common = chosen.in_common(True, batch.ref_logprob is not None)
+    in_common = {**in_common, **chosen.aggregation.denominators(), **chosen.selecting(), "requires_grad": why}
+    names = {"weight": "token_weight", "chosen": chosen.given or "chosen"}
+    tensors: dict[str, Tensor | None] = {"seed": chosen.next_seed(), "cu_seqlens": batch.sequences.lengths}
+    for name, value in zip(Tokens._fields[:-1], batch[:-1], strict=True):
+        if value is not None and batch.mask is not None:
+            value = torch.where(batch.mask, value, 0)
+        tensors[names.get(name, name)] = value
+    return in_common, tensors
+
+
 class _Coefficients:
     """What a loss is to ops/linear_policy_loss.py, which has the contract."""
 
@@ -210,7 +228,7 @@ class _Coefficients:
         mask, aggregation, sequences = batch.mask, chosen.aggregation, batch.sequences
         assert mask is not None
         counts, own = aggregation.counted(mask, sequences)
-        counts = aggregation.whole(counts, chosen.in_common())
+        counts = aggregation.whole(counts, chosen.in_common(True, batch.ref_logprob is not None))
         share = own * aggregation.dp_size / aggregation.denominator(counts, sequences.width or mask.shape[-1])
         # fp64, of the tokens' shape: what a token's loss is multiplied by, before what is not finite is dropped
         self._weights = sequences.spread(share).expand(mask.shape) * mask

@@ -44,6 +44,7 @@ _NUMBERS: dict[str, tuple[float, bool, bool, bool]] = {
 _OPTIONAL = ("clip_low", "clip_high", "dual_clip")  # None: no clip
 _AGGREGATING = (*COUNTS, "loss_scale_factor")
 _GIVEN = {"clip_cov": "dropped", "kl_cov": "penalized"}  # the mask that goes instead of a selection
+_SELECTED = ("ratio", "k", "low", "high")
 _SELECTING = ("seed", "ratio", "k", "low", "high", "band")
 
 
@@ -68,11 +69,43 @@ class LossOptions:
     kl_coef: Number  # of the penalty
     backend: str  # of covariance and selection
 
-    def in_common(self) -> dict[str, Any]:
-        """What the ranks of a batch_group must have alike, strings and numbers."""
-        coefficients = {name: getattr(self, name) for name in ("entropy_coef", "ref_kl_coef", "kl_coef")}
-        clips = {name: x for name, x in self.clips.items() if isinstance(x, (int, float, Tensor, type(None)))}
-        return {**self.aggregation.in_common(), "kl_estimator": self.kl_estimator, **coefficients, **clips}
+    def in_common(self, entropy: bool, ref_logprob: bool) -> dict[str, Any]:
+        """What the ranks of a batch_group must have alike; the arguments: whether these tensors are given."""
+        s = self.surrogate
+        fn = getattr(s.fn, "func", s.fn), getattr(s.fn, "keywords", {})
+        kind = getattr(fn[0], "__qualname__", type(fn[0]).__name__), fn[1], s.level, s.local, s.reduce
+        return {
+            **self.aggregation.in_common(),
+            "method": self.given, "preset": (self.effect, self.exclude_clipped),
+            "surrogate": (*kind, list(s.defaults)), "nonfinite": str(self.drop_nonfinite),
+            "entropy": entropy, "ref_logprob": ref_logprob,
+            "kl_estimator": self.kl_estimator, "penalty_estimator": self.penalty,
+            "ref_kl_importance": self.ref_kl_importance,
+            **{name: getattr(self, name) for name in ("entropy_coef", "ref_kl_coef", "kl_coef")},
+            **self.clips,
+        }  # fmt: skip
+
+    def selecting(self) -> dict[str, Any]:
+        """The numbers of the selection; its seed apart, which is a tensor."""
+        chosen = self.selection
+        if chosen is None:
+            return dict.fromkeys(("band", "closed", "at_least_one", *_SELECTED))
+        found: Any = [chosen.ratio, chosen.k, chosen.low, chosen.high]
+        if chosen.numbers is not None:
+            told: list[Any] = list(chosen.numbers.unbind())
+            if chosen.numbers.device.type == "cpu":
+                told = [None if x != x else x for x in chosen.numbers.tolist()]
+            found[: len(told)] = told
+        return {
+            "band": str(chosen.quantile), "closed": str(chosen.closed), "at_least_one": str(chosen.at_least_one),
+            **dict(zip(_SELECTED, found, strict=True)),
+        }  # fmt: skip
+
+    def next_seed(self) -> Tensor | None:
+        """Of the selection, without counting a call."""
+        if self.selection is None or self.seeds is None:
+            return None if self.selection is None else self.selection.seed
+        return self.seeds.calls + self.seeds.seed
 
 
 def seeded(options: LossOptions) -> LossOptions:

@@ -97,7 +97,7 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
             if kind == "mask" and value.dtype != torch.bool:
                 value, where = boolean(name, value)
                 wrong.append(where)
-        found[name] = value if name == "entropy" else value.detach()
+        found[name] = value if name == "entropy" else value.detach().resolve_neg()
     for term, coefficient in (("ref_logprob", options.ref_kl_coef), ("entropy", options.entropy_coef)):
         if found[term] is None and (isinstance(coefficient, Tensor) or coefficient != 0):
             name = "ref_kl_coef" if term == "ref_logprob" else "entropy_coef"

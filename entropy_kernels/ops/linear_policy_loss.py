@@ -19,6 +19,7 @@ loss; it is handed over as :class:`Coefficients`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from entropy_kernels import _agreement as agreement
 from entropy_kernels._arguments import process_group_of, refuse_transforms, traced, values_are_checked
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
@@ -35,7 +37,8 @@ from entropy_kernels.ops.linear_plan import HELD_OUT, kept_dtype
 from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, picked, spread
 from entropy_kernels.ops.linear_token_stats import NUMBERS, check_call
 from entropy_kernels.ops.products import multiply, multiply_add
-from entropy_kernels.ops.token_stats import check_values, in_common, int64s, refuse_options
+from entropy_kernels.ops.token_stats import check_values, int64s, refuse_options
+from entropy_kernels.ops.token_stats import in_common as common_options
 
 _NAME = "linear_policy_loss"
 _WANT = LOGPROB | ENTROPY
@@ -338,37 +341,59 @@ def gradients(
     return loss, metrics, (d_hidden, d_weight, d_bias, factor)
 
 
-def agreed(size: int, target: Tensor, temperature: Tensor, numbers: Numbers) -> int:
+def agreed(
+    size: int, target: Tensor, temperature: Tensor, numbers: Numbers, in_common: dict[str, Any],
+    tensors: dict[str, Tensor | None],
+) -> int:  # fmt: skip
     """The least ``size`` of all ranks: shards may be unequal, and the ranks merge the statistics of each part.
 
-    One read back; what else the ranks have in common goes along, so that all of them refuse it before the work.
+    One read back; what else the ranks have in common goes along, so that all of them refuse it before the work:
+    ``in_common`` as in :mod:`entropy_kernels._agreement`, and the ``tensors``, whose names are the same on all ranks.
     """
     if not numbers.group:
         return size
-    options = in_common(numbers.softcap, numbers.ignore_index, numbers.vocab_size)
+    device = target.device
     known = temperature.expand(target.shape)
     known = known.masked_fill(target == numbers.ignore_index, 0)
-    sums = [_position_sum(x) for x in (target, known.view(torch.int32 if known.element_size() == 4 else torch.int64))]
-    local = torch.cat([int64s([*options, target.numel()], target.device), torch.stack(sums)])
-    both = torch.cat([int64s([size], target.device), local, ~local])  # ~ turns the order around, as - would
-    dist.all_reduce(both, dist.ReduceOp.MIN, group=process_group_of(numbers.group))
-    least, *rest = both.tolist()
+    # None is another thing than a tensor of zeros
+    sums = {name: target.new_full((), -1, dtype=torch.int64) if x is None else _position_sum(x) for name, x in
+            {"target": target, "temperature": known, **tensors}.items()}  # fmt: skip
+    options = agreement.sent(in_common, device)
+    unknown = options.isnan()
+    head = int64s([*common_options(numbers.softcap, numbers.ignore_index, numbers.vocab_size), target.numel()], device)
+    local = torch.cat([head, torch.stack(list(sums.values()))])
+    options = options.view(torch.int64)
+    # ~ turns the order around, as - would; what is not known is beyond all numbers, and never the least
+    both = [torch.where(unknown, _LARGEST, x) for x in (options, ~options)]
+    packed = torch.cat([int64s([size], device), local, both[0], ~local, both[1]])
+    dist.all_reduce(packed, dist.ReduceOp.MIN, group=process_group_of(numbers.group))
+    least, *rest = packed.tolist()
     low, high = rest[: len(rest) // 2], [~x for x in rest[len(rest) // 2 :]]
     refuse_options([low[:3], high[:3]])
     if low[3] != high[3]:
         raise ValueError(
             f"target: expected the same number of tokens on all ranks of the vocab_group, got {low[3]} and {high[3]}"
         )
-    for i, name in enumerate(("target", "temperature"), 4):
+    first = len(local)
+    for column, (a, b) in enumerate(zip(low[first:], high[first:], strict=True)):
+        if a < b:
+            values = [struct.unpack("<d", struct.pack("<q", x))[0] for x in (a, b)]
+            agreement.refuse(in_common, column, values, "vocab_group")
+    for i, name in enumerate(sums, 4):
         if low[i] != high[i]:
             raise ValueError(f"{name}: expected the same on all ranks of the vocab_group, got others on some")
     return least
 
 
+_LARGEST = torch.iinfo(torch.int64).max
+
+
 def _position_sum(values: Tensor) -> Tensor:
     """0-d int64, which other values, or the same in another order, hardly have."""
+    if values.is_floating_point():  # -0 is 0
+        values = (values.double() + 0.0).view(torch.int64)
     odd = 2 * torch.arange(values.numel(), device=values.device) + 1
-    return (values.long() * (odd * 0x9E3779B97F4A7C1 + (odd << 33))).sum()
+    return (values.reshape(-1).long() * (odd * 0x9E3779B97F4A7C1 + (odd << 33))).sum()
 
 
 def _reading_back_costs(device: torch.device) -> bool:

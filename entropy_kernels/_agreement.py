@@ -1,0 +1,95 @@
+"""What the ranks of a group must have alike, as numbers of a fixed length that go along with a collective.
+
+The length depends on nothing that a rank may have differently, so that ranks that disagree hear of it instead of
+waiting for each other: neither on their options nor on whether a rank is compiled. Compiled code, whose numbers are
+tensors, sends that it knows nothing, which agrees with everything.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import numbers
+import re
+import struct
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+UNKNOWN = math.nan
+_NONE, _NAN = -math.inf, math.inf
+_ROOM = 64  # options; those beyond it count as one
+
+
+def room(device: torch.device) -> int:
+    """How many numbers :func:`digest` gives."""
+    return _ROOM if device.type == "cpu" else 2
+
+
+def digest(in_common: dict[str, Any], device: torch.device) -> list[float]:
+    """One number per option; on a GPU, where every number costs a launch, one of all words and one of all numbers."""
+    found = [_number(value) for value in in_common.values()]
+    if device.type == "cpu":
+        if len(found) > _ROOM:
+            found[_ROOM - 1 :] = [_checksum(found[_ROOM - 1 :])]
+        return found + [UNKNOWN] * (_ROOM - len(found))
+    words = [x for x, value in zip(found, in_common.values(), strict=True) if not _is_number(value)]
+    values = [x for x, value in zip(found, in_common.values(), strict=True) if _is_number(value)]
+    return [_checksum(words), _checksum(values)]
+
+
+def sent(in_common: dict[str, Any], device: torch.device) -> Tensor:
+    """fp64, on ``device`` without a copy that would wait for it."""
+    found = digest(in_common, device)
+    if device.type == "cpu":
+        return torch.tensor(found, dtype=torch.float64)
+    return torch.cat([torch.full((1,), x, dtype=torch.float64, device=device) for x in found])
+
+
+def refuse(in_common: dict[str, Any], column: int, values: list[float], group: str) -> None:
+    """Raise, the same on all ranks, for one number of :func:`digest` and what the ranks have there."""
+    name, own = [*in_common.items()][column] if column < _ROOM - 1 else ("options", "")
+    got = f", got {[_shown(x) for x in values]}" if _is_number(own) else ""
+    raise ValueError(f"{name}: expected the same on all ranks of the {group}{got}")
+
+
+def _shown(x: float) -> float | str | None:
+    return None if x == _NONE else "unknown" if math.isnan(x) else math.nan if x == _NAN else float(f"{x:.7g}")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return value is None or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+
+
+def _number(value: Any) -> float:
+    """Rounded to fp32, as 0.2 and a tensor of it are the same; of what is no number a checksum."""
+    if isinstance(value, Tensor):
+        if value.device.type != "cpu":
+            return UNKNOWN  # it is not read back
+        if value.dim() == 0 and not value.is_complex():
+            value = value.item()
+    if value is None:
+        return _NONE
+    if _is_number(value):
+        value = float(value)
+        return _NAN if math.isnan(value) else ctypes.c_float(value).value
+    return float(zlib.crc32(_text(value).encode()))
+
+
+def _text(value: Any) -> str:
+    """The same in every process: without addresses and the order of sets."""
+    if isinstance(value, (set, frozenset)):
+        return str(sorted(map(_text, value)))
+    if isinstance(value, dict):
+        return str(sorted((_text(key), _text(x)) for key, x in value.items()))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))
+
+
+def _checksum(values: list[float]) -> float:
+    if any(map(math.isnan, values)):
+        return UNKNOWN
+    return float(zlib.crc32(struct.pack(f"<{len(values)}d", *values)))
