@@ -279,8 +279,8 @@ def linear_loss(
     target: Tensor,
     bias: Tensor | None,
     coefficients: Coefficients | None,
-    alike: Callable[[], tuple[dict[str, Any], dict[str, Tensor | None]]] | None,
     *,
+    alike: Callable[[], tuple[dict[str, Any], dict[str, Tensor | None]]] = lambda: ({}, {}),
     grad_buffer: Tensor | None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -296,7 +296,7 @@ def linear_loss(
 
     None, before anything is computed, without ``coefficients`` and where a part must hold whole sequences and the
     longest does not fit the budget, on all ranks of a vocab_group alike: the statistics are then to be computed first,
-    and the loss of them. ``alike``: the options and tensors that these ranks compare; None without a vocab_group.
+    and the loss of them. ``alike``: the options and tensors that these ranks compare.
 
     ``weight`` is a tensor; at least one of hidden, weight and bias requires a gradient. Other arguments and errors as
     of :func:`linear_logprob_entropy`. In compiled code the ranks of a vocab_group do not ask each other how many tokens
@@ -325,7 +325,7 @@ def linear_loss(
         if cuts is not None:
             longest = max([0, *map(operator.sub, cuts, [0, *cuts])]) if isinstance(cuts, Sequence) else cuts
         size = planning.loss_rows(problem, coefficients.changes, longest)
-    if alike is not None and not torch.compiler.is_compiling():
+    if numbers.group and not torch.compiler.is_compiling():
         size = policy_op.agreed(size, *call.tensors[3:], numbers, *alike())
     if coefficients is None:
         return None

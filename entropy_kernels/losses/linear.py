@@ -130,8 +130,10 @@ def linear_policy_loss(
     if isinstance(weight, Tensor):
         coefficients = None if why else _Coefficients(chosen, batch, _changes(chosen, given, target.numel()))
         if coefficients is not None or (vocab_group is not None and not traced()):
-            alike = (lambda: _alike(chosen, batch, why)) if vocab_group is not None else None
-            made = linear_loss(hidden, weight, target, bias, coefficients, alike, grad_buffer=grad_buffer, **head)
+            made = linear_loss(
+                hidden, weight, target, bias, coefficients, alike=lambda: _alike(chosen, batch, why),
+                grad_buffer=grad_buffer, **head,
+            )  # fmt: skip
     if made is None:
         logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
         flat = batch.old_logprob.shape
