@@ -151,10 +151,10 @@ def hard_rows(dtype: torch.dtype, vocab: int) -> dict[str, Tensor]:
     normal_row = normal(vocab, dtype=torch.float32, device="cpu", scale=1)
     peaked = normal_row.clone()
     peaked[vocab // 3] = 16
-    equal = torch.zeros(vocab)  # whose roundings are all the same
-    equal[0] = 5.1
     rows = {"flat": 0.01 * normal_row, "normal": 3 * normal_row, "offset": normal_row + 1000, "peaked": peaked}
-    return {name: row.to(dtype) for name, row in {**rows, "equal but one": equal}.items()}
+    for gap in (5.1, 8.3, 11.25, 12.3, 14.0):  # roundings that are all the same
+        rows[f"equal but one, {gap} above"] = torch.zeros(vocab).index_fill_(0, torch.tensor([7]), gap)
+    return {name: row.to(dtype) for name, row in rows.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -166,15 +166,15 @@ def test_entropy_of_a_large_vocabulary_to_1e_6_nats(backend: str, dtype: torch.d
     for name, row in hard_rows(dtype, vocab).items():
         logp = torch.log_softmax(row.double(), -1)
         exact = -(logp.exp() * logp).sum()
-        if backend == "torch" and name == "equal but one":
-            continue  # torch's sums are off by 2e-7 of their size there
+        # torch multiplies e and d in fp32: one more rounding that is the same for all
+        most = 1.5e-6 if backend == "torch" and name.startswith("equal") else 1e-6
         for rows in (1, 200, 1000) if backend == "cpu" else (1, 2):
             entropy = ek.logprob_entropy(row.expand(rows, vocab), torch.zeros(rows, dtype=torch.long), backend=backend)[
                 1
             ]
             assert (entropy == entropy[0]).all(), name
             error = (entropy[0].double() - exact).abs().item()
-            assert error <= 1e-6, f"{name}, {rows} rows: entropy off by {error:.1e}"
+            assert error <= most, f"{name}, {rows} rows: entropy off by {error:.1e}"
 
 
 def test_halving_adds_up_rows_whatever_their_number() -> None:

@@ -3,13 +3,15 @@
 // their simd_*.h: no include guard, and no function here may exist outside that namespace.
 //
 // Forward: blocks of 8 KB. The first pass over a block takes its maximum and pulls it into the L1 cache, the second
-// adds up the exponentials. Only if the block holds a new maximum are the sums rescaled. Partial sums over a few lines
-// keep fp32 accurate to about 1e-7, also where a row has few different values, whose roundings do not cancel out.
+// adds up the exponentials. Only if the block holds a new maximum are the sums rescaled. Sums over a few lines that go to
+// compensated totals keep fp32 accurate to 1e-7, also where a row has few different values, whose roundings do not cancel
+// out.
 
 // How many lines make a block, and how many floats a block has at most.
 constexpr std::int64_t kBlockLines = 128;
 constexpr std::int64_t kBlockFloats = 32 * kBlockLines;
-// How many terms a lane adds up before their sum goes to its total.
+// How many terms a lane adds up, by fours, before their sum goes to its total: few roundings where one of them is much
+// larger than the rest.
 constexpr std::int64_t kGroup = 32;
 
 // A line is 64 bytes: sixteen fp32 in one vector, or 32 halves in two. Positions inside a line may be permuted (sums
@@ -116,6 +118,13 @@ struct Sums {
   EK_INLINE Sums() : s(F32x16::set1(0.0f)), w(s), s2(s), w2(s) {}
 };
 
+// Kahan's: `excess` is what the additions so far have put into the total beyond what they should have.
+EK_INLINE void add_compensated(F32x16 term, F32x16& total, F32x16& excess) {
+  const F32x16 corrected = term - excess, next = total + corrected;
+  excess = (next - total) - corrected;
+  total = next;
+}
+
 // `count` elements from p on, padded with -inf to a whole line.
 template <class Line>
 EK_INLINE void pad_line(const typename Line::Element* p, std::int64_t count, typename Line::Element* line) {
@@ -146,33 +155,50 @@ EK_INLINE bool has_nan(const typename Line::Element* p, std::int64_t lines) {
 
 template <class Line, bool kSecondMoments>
 EK_INLINE void add_exponentials(const typename Line::Element* p, std::int64_t lines, float m,
-                                const Exponential& exponential, std::int64_t prefetch_distance, Sums& total) {
+                                const Exponential& exponential, std::int64_t prefetch_distance, Sums& total,
+                                Sums& excess) {
   const F32x16 top = F32x16::set1(m);
-  constexpr std::int64_t kLines = kGroup / Line::kVectors;
+  constexpr std::int64_t kLines = kGroup / Line::kVectors, kFour = 4 / Line::kVectors;
   for (std::int64_t begin = 0; begin < lines; begin += kLines) {
     const std::int64_t end = begin + kLines < lines ? begin + kLines : lines;
     Sums sums;
-    for (std::int64_t i = begin; i < end; ++i) {
-      F32x16 z[Line::kVectors];
-      Line::load(p + i * Line::kElements, z);
-      __builtin_prefetch(p + i * Line::kElements + prefetch_distance);
-      for (int k = 0; k < Line::kVectors; ++k) {
-        const F32x16 d = exponential.clamp(z[k] - top);
-        const F32x16 e = exponential(d);
-        sums.s = sums.s + e;
-        sums.w = fma(d, e, sums.w);
-        if constexpr (kSecondMoments) {
-          const F32x16 square = e * e;
-          sums.s2 = sums.s2 + square;
-          sums.w2 = fma(d, square, sums.w2);
-        }
+    const auto add = [&]<int kCount>(const typename Line::Element* line, std::integral_constant<int, kCount>) {
+      F32x16 z[kCount], d[kCount], e[kCount];
+      for (int k = 0; k < kCount; k += Line::kVectors) {
+        Line::load(line + k / Line::kVectors * Line::kElements, z + k);
+        __builtin_prefetch(line + k / Line::kVectors * Line::kElements + prefetch_distance);
       }
-    }
-    total.s = total.s + sums.s;
-    total.w = total.w + sums.w;
+      for (int k = 0; k < kCount; ++k) {
+        d[k] = exponential.clamp(z[k] - top);
+        e[k] = exponential(d[k]);
+      }
+      const auto add_up = [&](const F32x16* f, F32x16& s, F32x16& w) {
+        F32x16 sum = f[0], moment = d[0] * f[0];
+        if constexpr (kCount >= 2) {
+          sum = sum + f[1];
+          moment = fma(d[1], f[1], moment);
+        }
+        if constexpr (kCount == 4) {
+          sum = sum + (f[2] + f[3]);
+          moment = moment + fma(d[3], f[3], d[2] * f[2]);
+        }
+        s = s + sum;
+        w = w + moment;
+      };
+      add_up(e, sums.s, sums.w);
+      if constexpr (kSecondMoments) {
+        for (int k = 0; k < kCount; ++k) e[k] = e[k] * e[k];
+        add_up(e, sums.s2, sums.w2);
+      }
+    };
+    std::int64_t i = begin;
+    for (; i + kFour <= end; i += kFour) add(p + i * Line::kElements, std::integral_constant<int, 4>());
+    for (; i < end; ++i) add(p + i * Line::kElements, std::integral_constant<int, Line::kVectors>());
+    add_compensated(sums.s, total.s, excess.s);
+    add_compensated(sums.w, total.w, excess.w);
     if constexpr (kSecondMoments) {
-      total.s2 = total.s2 + sums.s2;
-      total.w2 = total.w2 + sums.w2;
+      add_compensated(sums.s2, total.s2, excess.s2);
+      add_compensated(sums.w2, total.w2, excess.w2);
     }
   }
 }
@@ -191,7 +217,7 @@ struct Accumulator {
   Exponential exponential;
   double temperature;
   float m = -std::numeric_limits<float>::infinity();
-  Sums total;
+  Sums total, excess;
 
   explicit EK_INLINE Accumulator(double t) : exponential(t), temperature(t) {}
 
@@ -208,6 +234,7 @@ struct Accumulator {
         total.w2 = factor * (factor * fma(shift, total.s2, total.w2));
         total.s2 = factor * (factor * total.s2);
       }
+      excess = Sums();
     }
     m = top;
   }
@@ -227,8 +254,8 @@ struct Accumulator {
       }
       return;
     }
-    add_exponentials<Line, kSecondMoments>(p, lines, m, exponential, prefetch_distance, total);
-    if (tail != nullptr) add_exponentials<Line, kSecondMoments>(tail, 1, m, exponential, 0, total);
+    add_exponentials<Line, kSecondMoments>(p, lines, m, exponential, prefetch_distance, total, excess);
+    if (tail != nullptr) add_exponentials<Line, kSecondMoments>(tail, 1, m, exponential, 0, total, excess);
   }
 
   EK_INLINE SoftmaxState<double> state() const {

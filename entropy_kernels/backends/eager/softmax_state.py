@@ -28,12 +28,16 @@ def row_sums(terms: Tensor) -> Tensor:
     """Sums (rows,) of contiguous ``terms`` (rows, n); a row's have the same bits for any number of rows and threads.
 
     On the CPU torch adds up a contiguous row in an order that depends on n alone, unless there is no other row: then
-    threads share it. On a GPU the number of rows decides how many threads a row has, so there rows are halved.
+    threads share it. On a GPU the number of rows decides how many threads a row has, so there rows are halved. Sums of
+    64 terms are added in fp64: in fp32 a large term would round all that is added to it in one direction.
     """
     if not terms.is_cpu:
         return _halved(terms)
-    shared = terms.shape[0] == 1 and torch.get_num_threads() > 1
-    return terms.expand(2, -1).sum(-1)[:1] if shared else terms.sum(-1)
+    whole = terms.shape[1] // 64 * 64
+    sums = [terms[:, :whole].unflatten(1, (-1, 64)).sum(-1)] if whole else []
+    parts = torch.cat([*sums, terms[:, whole:].sum(-1, keepdim=True)], 1).double()
+    shared = parts.shape[0] == 1 and torch.get_num_threads() > 1
+    return (parts.expand(2, -1).sum(-1)[:1] if shared else parts.sum(-1)).to(terms.dtype)
 
 
 def _halved(terms: Tensor) -> Tensor:
