@@ -93,3 +93,25 @@ def _checksum(values: list[float]) -> float:
     if any(map(math.isnan, values)):
         return UNKNOWN
     return float(zlib.crc32(struct.pack(f"<{len(values)}d", *values)))
+
+
+# Of the bits of a positive fp64 number: 1e-6 of it. Ranks may have added up an advantage in another order.
+NOISE = 1 << 32
+
+
+def sums(values: Tensor | None, device: torch.device) -> Tensor:
+    """(2,) int64 on ``device``, which other values, or the same in another order, or None, hardly have.
+
+    Of floating-point values the bits of two positive sums, so that those of values that are nearly the same are near.
+    """
+    if values is None:
+        return torch.full((2,), -(1 << 62), device=device)
+    values = values.reshape(-1)
+    place = torch.arange(values.numel(), device=values.device)
+    if values.is_floating_point():
+        weights = 1 + (place * 0.6180339887498949).double().frac()
+        values = values.double().nan_to_num(3.0, 5.0, -7.0)
+        size = values.abs()
+        return torch.stack([(weights * size).sum(), (weights * (size + values / 2)).sum()]).view(torch.int64)
+    odd = 2 * place + 1
+    return (values.long() * (odd * 0x9E3779B97F4A7C1 + (odd << 33))).sum().expand(2)

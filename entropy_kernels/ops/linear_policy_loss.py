@@ -356,9 +356,7 @@ def agreed(
     known = temperature.expand(target.shape)
     known = known.masked_fill(target == numbers.ignore_index, 0)
     labels = {"target": target, "temperature": known.view(torch.int32 if known.element_size() == 4 else torch.int64)}
-    # None is another thing than a tensor of zeros
-    sums = {name: target.new_full((2,), _ABSENT, dtype=torch.int64) if x is None else _position_sums(x) for name, x in
-            {**labels, **tensors}.items()}  # fmt: skip
+    sums = {name: agreement.sums(x, device) for name, x in {**labels, **tensors}.items()}
     options = agreement.sent(in_common, device)
     unknown = options.isnan()
     head = int64s([*common_options(numbers.softcap, numbers.ignore_index, numbers.vocab_size), target.numel()], device)
@@ -382,34 +380,13 @@ def agreed(
             agreement.refuse(in_common, column, values, "vocab_group")
     for i, name in enumerate(sums):
         value = tensors.get(name)
-        most = _NOISE if value is not None and value.is_floating_point() else 0
-        if max(high[j] - low[j] for j in (4 + 2 * i, 5 + 2 * i)) > most:
+        noise = agreement.NOISE if value is not None and value.is_floating_point() else 0
+        if max(high[j] - low[j] for j in (4 + 2 * i, 5 + 2 * i)) > noise:
             raise ValueError(f"{name}: expected the same on all ranks of the vocab_group, got others on some")
     return least
 
 
 _LARGEST = torch.iinfo(torch.int64).max
-_ABSENT = -(1 << 62)
-
-
-# Of the bits of a positive fp64 number: 1e-6 of it. Ranks may have added up an advantage in another order.
-_NOISE = 1 << 32
-
-
-def _position_sums(values: Tensor) -> Tensor:
-    """(2,) int64, which other values, or the same in another order, hardly have.
-
-    Of floating-point values the bits of two positive sums, so that those of values that are nearly the same are near.
-    """
-    values = values.reshape(-1)
-    place = torch.arange(values.numel(), device=values.device)
-    if values.is_floating_point():
-        weights = 1 + (place * 0.6180339887498949).double().frac()
-        values = values.double().nan_to_num(3.0, 5.0, -7.0)
-        size = values.abs()
-        return torch.stack([(weights * size).sum(), (weights * (size + values / 2)).sum()]).view(torch.int64)
-    odd = 2 * place + 1
-    return (values.long() * (odd * 0x9E3779B97F4A7C1 + (odd << 33))).sum().expand(2)
 
 
 def _reading_back_costs(device: torch.device) -> bool:
