@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Rank of each room, the lowest first; a module imports from its own rank and from below.
 ROOMS = {
     "_arguments": 0,  # numbers and groups, for every room
+    "_agreement": 0,  # what ranks compare
     "_dtensor": 0,  # what a sharded weight is on this rank
     "_fsdp": 0,  # our functions as the forward of sharded modules
     "_console": 0,  # prints tables, knows nothing of what is in them
