@@ -262,18 +262,21 @@ def check_own_memory(name: str, value: torch.Tensor, why: str) -> None:
         reach += stride * (size - 1)
 
 
+def memory_range(value: torch.Tensor) -> tuple[int, int]:
+    """Bytes of its storage from the first element of ``value``, which has some, to behind the last."""
+    begin = int(value.storage_offset())
+    end = begin + 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return begin * value.itemsize, end * value.itemsize
+
+
 def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether both lie in one storage, and the first to the last element of one meet those of the other."""
     if torch.compiler.is_compiling():
         return False  # a compiler cannot ask where a tensor lies
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
         return False
-    ends = []
-    for x in (a, b):
-        first = x.storage_offset()
-        last = first + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        ends.append((first * x.element_size(), (last + 1) * x.element_size()))
-    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+    (a_begin, a_end), (b_begin, b_end) = memory_range(a), memory_range(b)
+    return a_begin < b_end and b_begin < a_end
 
 
 def group_name(group: Any) -> str:

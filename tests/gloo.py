@@ -79,3 +79,10 @@ def run_ranks(world: int, function: Callable, *arguments: Any) -> list[Any]:
                 process.kill()
     assert not failures, "\n".join(failures)
     return results
+
+
+def one_result(world: int, function: Callable, *arguments: Any) -> Any:
+    """What :func:`run_ranks` gives, which is to be the same on all ranks."""
+    first, *others = run_ranks(world, function, *arguments)
+    assert all(other == first for other in others)
+    return first

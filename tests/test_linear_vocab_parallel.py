@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import entropy_kernels as ek
 from calls import same_bits
-from gloo import run_ranks
+from gloo import one_result, run_ranks
 from linear_cases import Linear, judge, make, upstream
 from sample import INF, NAN
 
@@ -197,8 +197,7 @@ def wrong_calls(rank: int, world: int) -> dict[str, str]:
 
 
 def test_errors_are_the_same_on_every_rank() -> None:
-    first, second = run_ranks(2, wrong_calls)
-    assert first == second
+    first = one_result(2, wrong_calls)
     for message in first.values():
         assert message.startswith("target: expected") and "got" in message
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_tensor, has_own_operators
+from entropy_kernels._arguments import check_tensor, has_own_operators, memory_range
 
 # dtype of logits -> of their statistics, state, temperature and upstream gradients
 RESULT = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32}
@@ -57,9 +57,10 @@ def _check_tensor(name: str, value: Any) -> None:
     if isinstance(value, Tensor) and has_own_operators(type(value)):
         return  # a compiler's, which is what its shape says
     check_tensor(name, value)
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    needed, got = (value.storage_offset() + last + 1) * value.itemsize, value.untyped_storage().nbytes()
-    if got < needed and value.numel():
+    if not value.numel():
+        return
+    (_, needed), got = memory_range(value), value.untyped_storage().nbytes()
+    if got < needed:
         raise ValueError(
             f"{name}: expected a storage of at least {needed} bytes for its shape {tuple(value.shape)}, got one that "
             f"was cut to {got}"
