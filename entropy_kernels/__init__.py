@@ -3,7 +3,6 @@
 from entropy_kernels._version import __version__ as __version__
 from entropy_kernels.analysis import EntropyLaw, fit_entropy_law, predicted_entropy_change
 from entropy_kernels.backends.registry import backends
-from entropy_kernels.functional import LogprobEntropy, TokenStats, logprob_entropy, token_stats
 from entropy_kernels.linear import LinearPlan, linear_logprob_entropy, linear_plan, linear_token_stats
 from entropy_kernels.losses import (
     ClipCovLoss,
@@ -27,6 +26,7 @@ from entropy_kernels.selection import (
     token_covariance,
     top_tokens,
 )
+from entropy_kernels.statistics import LogprobEntropy, TokenStats, logprob_entropy, token_stats
 
 __all__ = [
     "ClipCovLoss",

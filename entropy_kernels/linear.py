@@ -14,15 +14,6 @@ from torch import Tensor
 from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import check_own_memory, check_tensor, integer, refuse_forward_mode, share_memory
 from entropy_kernels._dtensor import as_whole, local_head
-from entropy_kernels.functional import (
-    LogprobEntropy,
-    TokenStats,
-    softcap_number,
-    temperature_tensor,
-    validate_options,
-    validate_rows,
-    vocabulary,
-)
 from entropy_kernels.ops import linear_plan as planning
 from entropy_kernels.ops import linear_policy_loss as policy_op
 from entropy_kernels.ops import linear_token_stats as op
@@ -33,6 +24,15 @@ from entropy_kernels.ops.linear_policy_loss import Coefficients
 from entropy_kernels.ops.linear_policy_loss import Final as Final  # of linear_loss, for losses/linear.py
 from entropy_kernels.ops.linear_tiles import Numbers
 from entropy_kernels.ops.products import adds_to_fp32
+from entropy_kernels.statistics import (
+    LogprobEntropy,
+    TokenStats,
+    softcap_number,
+    temperature_tensor,
+    validate_options,
+    validate_rows,
+    vocabulary,
+)
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -1,4 +1,4 @@
-"""Data flows one way: functional → ops → registry → kernels; the layers above use only public functions (DESIGN)."""
+"""Data flows one way: statistics → ops → registry → kernels; the layers above use only public functions (DESIGN)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Rank of each room, the lowest first; a module imports from its own rank and from below.
 ROOMS = {
+    "_rows": 0,  # options and statistics of a row
     "_arguments": 0,  # numbers and groups, for every room
     "_agreement": 0,  # what ranks compare
     "_dtensor": 0,  # what a sharded weight is on this rank
@@ -28,7 +29,7 @@ ROOMS = {
     "_memory": 0,  # what a call needs at its peak
     "backends": 0,
     "ops": 1,
-    "functional": 2,
+    "statistics": 2,
     "linear": 2,
     "_selection_request": 2,  # arguments of a selection, for it and for the losses
     "selection": 2,

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from entropy_kernels import _agreement as agreement
 from entropy_kernels._arguments import process_group_of, refuse_transforms, traced, values_are_checked
+from entropy_kernels._rows import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.backends import registry
-from entropy_kernels.backends.eager.softmax_state import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.checks import check_backward, check_floats, check_tensors, register
 from entropy_kernels.ops.linear_plan import HELD_OUT, kept_dtype

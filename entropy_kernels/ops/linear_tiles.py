@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropy_kernels._arguments import process_group_of, traced
+from entropy_kernels._rows import state_rows
 from entropy_kernels.backends import registry, reused_memory
-from entropy_kernels.backends.eager.softmax_state import finalize, merge, state_rows
+from entropy_kernels.backends.eager.softmax_state import finalize, merge
 from entropy_kernels.ops.linear_plan import Problem, columns_here, padded, tiles
 from entropy_kernels.ops.products import multiply, multiply_add
 from entropy_kernels.ops.token_stats import merge_shards

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import recorded, refuse_forward_mode, refuse_functional_grad
-from entropy_kernels.backends.eager.softmax_state import COLLISION, ENTROPY, LOGPROB, VOCAB_COVARIANCE, state_rows
+from entropy_kernels._rows import COLLISION, ENTROPY, LOGPROB, VOCAB_COVARIANCE, state_rows
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.checks import check_backward, check_head, check_tensors, check_want, register
 from entropy_kernels.ops.linear_plan import columns_here, padded

@@ -1,6 +1,6 @@
 """``entropy_kernels::token_stats``: the statistics of softmax rows, from one read of the logits.
 
-Schema, fake and autograd of the operator. The functions in :mod:`entropy_kernels.functional` are its public face.
+Schema, fake and autograd of the operator. The functions in :mod:`entropy_kernels.statistics` are its public face.
 The last output is the softmax state (K, N) that the backward pass starts from; it is no statistic.
 """
 
@@ -24,21 +24,13 @@ from entropy_kernels._arguments import (
     share_memory,
     values_are_checked,
 )
+from entropy_kernels._rows import COLLISION, ENTROPY, LOGPROB, UNBOUNDED, VOCAB_COVARIANCE, state_rows
 from entropy_kernels.backends import registry
-from entropy_kernels.backends.eager.softmax_state import (
-    COLLISION,
-    ENTROPY,
-    LOGPROB,
-    VOCAB_COVARIANCE,
-    finalize,
-    merge,
-    state_rows,
-)
+from entropy_kernels.backends.eager.softmax_state import finalize, merge
 from entropy_kernels.ops.checks import check_backward, check_rows, check_want, register
 
 __all__ = ["COLLISION", "ENTROPY", "LOGPROB", "UNBOUNDED", "VOCAB_COVARIANCE", "token_stats"]
 
-UNBOUNDED = 1 << 40  # vocab_size of a vocabulary-parallel call that leaves it open: no padded columns
 _STATE = 4  # index of the state among the outputs
 
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")

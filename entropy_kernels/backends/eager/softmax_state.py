@@ -10,18 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE = 1, 2, 4, 8
-SECOND_ORDER = COLLISION | VOCAB_COVARIANCE  # outputs that need s2 and w2
-
+from entropy_kernels._rows import COLLISION, ENTROPY, LOGPROB, SECOND_ORDER, VOCAB_COVARIANCE
 
 # The first exp of a process that runs on several threads is now and then off by 1e-4 in the second thread's half
 # (seen with torch 2.13 and MKL on a Xeon, in a third of fresh processes, in torch alone). One on one thread cures it.
 torch.zeros(1).exp_()
-
-
-def state_rows(want: int) -> int:
-    """Rows of the state that the outputs in the bitmask ``want`` need."""
-    return 6 if want & SECOND_ORDER else 4
 
 
 def row_sums(terms: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_kernels.backends.eager.softmax_state import SECOND_ORDER, finalize, row_sums, state_rows
+from entropy_kernels._rows import SECOND_ORDER, state_rows
+from entropy_kernels.backends.eager.softmax_state import finalize, row_sums
 
 _CHUNK_ELEMENTS = 1 << 22  # 16 MB of fp32 per temporary
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from entropy_kernels.backends.eager.softmax_state import state_rows
+from entropy_kernels._rows import state_rows
 from entropy_kernels.backends.triton import tiling, tuning
 from entropy_kernels.backends.triton.softcap import cap
 from entropy_kernels.backends.triton.softmax_state import add_rows, bits_per_logit

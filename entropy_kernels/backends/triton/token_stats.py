@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from entropy_kernels.backends.eager.softmax_state import state_rows
+from entropy_kernels._rows import state_rows
 from entropy_kernels.backends.triton import tiling, tuning
 from entropy_kernels.backends.triton.tiling import BackwardTiling, ForwardTiling
 from entropy_kernels.backends.triton.token_stats_kernels import COMPILE, backward_kernel, forward_kernel, merge_kernel

@@ -1,0 +1,55 @@
+"""What every layer knows of a softmax row: the options of a call, and the table of the statistics that it yields."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+UNBOUNDED = 1 << 40  # vocab_size of a vocabulary-parallel call that leaves it open: no padded columns
+
+
+class RowOptions(NamedTuple):
+    """How the kernels read a row; the fields are those of csrc/common/row_options.h, in its order."""
+
+    softcap: float  # 0: none
+    ignore_index: int
+    vocab_start: int  # global id of the row's first column
+    vocab_size: int  # ids at or beyond it count as -inf
+
+
+class Statistic(NamedTuple):
+    """One value per row. Its formula stands in ``finalize``: csrc/common/softmax_state.h, triton/, eager/."""
+
+    name: str
+    second_order: bool  # needs s2 and w2 of the state
+    differentiable: bool
+    needs_target: bool
+
+
+# In the order of their bits in ``want``, and of their rows in the stats (S, N) that an op returns: of those wanted.
+STATISTICS = (
+    Statistic("logprob", False, True, True),
+    Statistic("entropy", False, True, False),
+    Statistic("collision", True, True, False),
+    Statistic("vocab_covariance", True, False, True),
+)
+NAMES = tuple(statistic.name for statistic in STATISTICS)
+
+
+def bits(*names: str) -> int:
+    """The bitmask ``want`` of some statistics."""
+    return sum({1 << NAMES.index(name) for name in names})
+
+
+def wanted(want: int) -> list[Statistic]:
+    """The statistics in a bitmask, in the order of their rows."""
+    return [statistic for i, statistic in enumerate(STATISTICS) if want >> i & 1]
+
+
+LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE = (bits(name) for name in NAMES[:4])
+SECOND_ORDER = bits(*(statistic.name for statistic in STATISTICS if statistic.second_order))
+DIFFERENTIABLE = bits(*(statistic.name for statistic in STATISTICS if statistic.differentiable))
+
+
+def state_rows(want: int) -> int:
+    """Rows of the state that the statistics in the bitmask ``want`` need."""
+    return 6 if want & SECOND_ORDER else 4
