@@ -27,6 +27,7 @@ ROOMS = {
     "_machine": 0,  # its name, for reports
     "_version": 0,
     "_memory": 0,  # what a call needs at its peak
+    "reference": 0,  # the definitions, which share nothing with what they are held against
     "backends": 0,
     "ops": 1,
     "statistics": 2,

@@ -1,0 +1,302 @@
+"""What the kernels compute, straight from the definitions: dense, in float64, differentiated by autograd.
+
+Nothing here shares code with a kernel, so that ``entropy-kernels doctor``, the benchmarks and your own tests can hold
+kernels against it. Read it as the definition that docs/math.md derives things from; it is slow, and N × V large.
+
+    values = reference.statistics(logits, target, temperature=0.7)          # {"logprob": (N,), "entropy": (N,), ...}
+    d_logits = reference.gradient(logits, target, {"logprob": upstream}, temperature=0.7)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Softmax rows, float64, with what their statistics are made of; x = softcap(z) / temperature."""
+
+    z: Tensor  # (..., V) logits after the softcap, before the temperature; -inf where a column does not exist
+    logp: Tensor  # (..., V) log softmax(x)
+    p: Tensor  # (..., V)
+    finite_logp: Tensor  # (..., V) logp, and 0 where p is 0, whose product with p is 0 whatever logp is
+    label: Tensor | None  # (..., 1) the target; 0 where it is ignored
+
+
+def _logprob(row: Rows) -> Tensor:
+    assert row.label is not None
+    return row.logp.gather(-1, row.label)[..., 0]
+
+
+def _entropy(row: Rows) -> Tensor:
+    return 0.0 - (row.p * row.finite_logp).sum(-1)  # 0 - 0 is 0, and -0 is not
+
+
+def _collision(row: Rows) -> Tensor:
+    return row.p.square().sum(-1)
+
+
+def _vocab_covariance(row: Rows) -> Tensor:
+    """Cov_{a~p}(log p(a), 1[a = y] - p(a)) = E[log p · step] - E[log p] · E[step]."""
+    assert row.label is not None
+    step = torch.zeros_like(row.p).scatter(-1, row.label, 1.0) - row.p
+    return (row.p * row.finite_logp * step).sum(-1) + _entropy(row) * (row.p * step).sum(-1)
+
+
+def _p_max(row: Rows) -> Tensor:
+    return row.p.amax(-1)
+
+
+def _mean_logit(row: Rows) -> Tensor:
+    return (row.p * torch.where(row.p > 0, row.z, 0.0)).sum(-1)
+
+
+#: Name -> value per row; the names are those of the table that the package's statistics stand in, and more.
+STATISTICS: dict[str, Callable[[Rows], Tensor]] = {
+    "logprob": _logprob,
+    "entropy": _entropy,
+    "collision": _collision,
+    "vocab_covariance": _vocab_covariance,
+    "p_max": _p_max,
+    "mean_logit": _mean_logit,
+}
+NEED_TARGET = ("logprob", "vocab_covariance")
+
+
+def statistics(
+    logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    names: Iterable[str] | None = None,
+) -> dict[str, Tensor]:
+    """Statistics of softmax(softcap · tanh(logits / softcap) / temperature), differentiable.
+
+    Args:
+        logits: (..., V) floating point, on any device that has float64.
+        target: (...) labels in [0, V) or ``ignore_index``, whose rows give 0 and have gradient 0, whatever stands in
+            them; None: only what needs no target.
+        temperature: number, or tensor that broadcasts to (...).
+        softcap: None for none.
+        vocab_size: columns at or beyond it count as -inf.
+        names: of :data:`STATISTICS`; None: all (without a target those that need none).
+
+    Returns:
+        By name: (...) float64 of ``logits``' device. vocab_covariance, p_max and mean_logit are differentiable here,
+        whether or not the package differentiates them.
+    """
+    divisor = temperature.double()[..., None] if isinstance(temperature, Tensor) else temperature
+    z = logits.double()
+    absent = torch.arange(z.shape[-1], device=z.device) >= (z.shape[-1] if vocab_size is None else vocab_size)
+    ignored = torch.zeros(z.shape[:-1], dtype=torch.bool, device=z.device) if target is None else target == ignore_index
+    z = z.masked_fill(ignored[..., None] | absent, 0.0)  # first, so that NaN in them reaches no gradient
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z.masked_fill(absent, -math.inf)
+    logp = torch.log_softmax(z / divisor, -1)
+    p = logp.exp()
+    label = None if target is None else target.long().masked_fill(ignored, 0)[..., None]
+    row = Rows(z, logp, p, torch.where(p == 0, 0.0, logp), label)
+    if names is None:
+        names = [name for name in STATISTICS if target is not None or name not in NEED_TARGET]
+    return {name: STATISTICS[name](row).masked_fill(ignored, 0.0) for name in names}
+
+
+def gradient(logits: Tensor, target: Tensor | None, upstream: Mapping[str, Tensor], **options: Any) -> Tensor:
+    """d/dlogits of Σ upstream · statistic, in float64.
+
+    Args:
+        upstream: by name of the statistic, (...): what flows into it.
+        options: as in :func:`statistics`.
+    """
+    logits = logits.detach().double().requires_grad_()
+    with torch.enable_grad():
+        values = statistics(logits, target, names=upstream, **options)
+    return torch.autograd.grad([*values.values()], logits, [upstream[name].double() for name in values])[0]
+
+
+# ---- the batch: which tokens are acted on ----------------------------------------------------------------------------
+
+
+def token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
+    """(lp - mean lp)·(A - mean A), means over the tokens of ``mask`` (bool); 0 elsewhere (arXiv 2505.22617, Eq. 10)."""
+    lp, a = logprob.double(), advantages.double().expand(logprob.shape)
+    if mask is None:
+        return (lp - lp.mean()) * (a - a.mean())
+    return torch.where(mask, (lp - lp[mask].mean()) * (a - a[mask].mean()), 0.0)
+
+
+def kl_cov_mask(
+    covariance: Tensor,
+    mask: Tensor | None = None,
+    *,
+    ratio: float | None = None,
+    k: int | None = None,
+    at_least_one: bool = True,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+) -> Tensor:
+    """The n tokens of largest covariance in fp32, ties to the lower index: :func:`entropy_kernels.kl_cov_mask`.
+
+    Masks are bool, of the covariance's shape; either ``ratio`` or ``k`` is given.
+    """
+    n = _count(covariance, mask, ratio, k, at_least_one)
+    return _first(n, covariance.float(), _candidates(covariance, mask, exclude), token_index)
+
+
+def clip_cov_mask(
+    covariance: Tensor,
+    mask: Tensor | None = None,
+    *,
+    seed: int,
+    ratio: float | None = None,
+    k: int | None = None,
+    low: float = 1.0,
+    high: float = 5.0,
+    band: str = "absolute",
+    closed: bool = False,
+    at_least_one: bool = True,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+) -> Tensor:
+    """n tokens drawn by their random keys from a covariance range: :func:`entropy_kernels.clip_cov_mask`."""
+    n = _count(covariance, mask, ratio, k, at_least_one)
+    inside = in_range(covariance, _candidates(covariance, mask, exclude), low=low, high=high, band=band, closed=closed)
+    index = _indices(covariance, token_index)
+    return _first(n, random_keys(index, seed), inside, index)
+
+
+def in_range(
+    covariance: Tensor,
+    candidates: Tensor,
+    *,
+    low: float = 1.0,
+    high: float = 5.0,
+    band: str = "absolute",
+    closed: bool = False,
+) -> Tensor:
+    """Which of the ``candidates`` (bool) lie in the range; "quantile": its bounds are order statistics of theirs."""
+    value = covariance.float()
+    least, most = value.new_tensor(low), value.new_tensor(high)
+    if band == "quantile":
+        order = value[candidates].sort().values
+        if not len(order):
+            return candidates
+        least, most = (order[math.floor(share * (len(order) - 1))] for share in (low, high))
+    inside = (value >= least) & (value <= most) if closed else (value > least) & (value < most)
+    return candidates & inside
+
+
+def random_keys(token_index: Tensor, seed: int) -> Tensor:
+    """First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (token index, 0, 0) and key ``seed``; int64."""
+    word = 0xFFFFFFFF
+    c0, c1, c2, c3 = token_index & word, (token_index >> 32) & word, 0 * token_index, 0 * token_index
+    for i in range(10):
+        k0, k1 = (seed + i * 0x9E3779B9) & word, ((seed >> 32) + i * 0xBB67AE85) & word
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2⁶⁴, with a sign that the masks take off again
+        c0, c1, c2, c3 = ((p1 >> 32) & word) ^ c1 ^ k0, p1 & word, ((p0 >> 32) & word) ^ c3 ^ k1, p0 & word
+    return c0
+
+
+def _indices(like: Tensor, token_index: Tensor | None) -> Tensor:
+    return torch.arange(like.numel(), device=like.device).view(like.shape) if token_index is None else token_index
+
+
+def _candidates(covariance: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
+    candidates = ~covariance.isnan()
+    candidates = candidates if mask is None else candidates & mask
+    return candidates if exclude is None else candidates & ~exclude
+
+
+def _count(like: Tensor, mask: Tensor | None, ratio: float | None, k: int | None, at_least_one: bool) -> int:
+    """n = max(1, ⌊ratio · N⌋), N the tokens that count; 0 if there are none."""
+    if (ratio is None) == (k is None):
+        raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
+    valid = like.numel() if mask is None else int(mask.sum())
+    if valid == 0:
+        return 0
+    if k is not None:
+        return k
+    assert ratio is not None
+    return max(int(at_least_one), math.floor(ratio * valid))
+
+
+def _first(n: int, score: Tensor, candidates: Tensor, token_index: Tensor | None) -> Tensor:
+    """The n candidates of largest score, ties to the lower index."""
+    by_index = _indices(score, token_index).reshape(-1).argsort()
+    order = by_index[score.reshape(-1)[by_index].argsort(descending=True, stable=True)]
+    order = order[candidates.reshape(-1)[order]][:n]
+    chosen = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    chosen[order] = True
+    return chosen.view(score.shape)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+
+
+def clipped(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+) -> Tensor:
+    """Bool: the tokens that PPO's clip stops, strictly."""
+    free, bounded = _ppo(logprob, old_logprob, advantages, clip_low, clip_high)
+    return bounded > free
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_low: float | None = 0.2,
+    clip_high: float | None = 0.2,
+    dual_clip: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    dropped: Tensor | None = None,
+    keep_value: bool = False,
+    penalized: Tensor | None = None,
+    kl_coef: float = 1.0,
+) -> Tensor:
+    """Mean over the tokens of ``mask`` (bool) of max(-A·r, -A·clamp(r)), r = exp(logprob - old_logprob), in float64.
+
+    Args:
+        logprob, entropy: (...), differentiable.
+        dual_clip: for A < 0 a token's loss is at most -A · dual_clip.
+        dropped: tokens (bool) that lose their gradient and, but with ``keep_value``, their value: Clip-Cov.
+        penalized: tokens (bool) with kl_coef·|logprob - old_logprob| on top: KL-Cov, which has no clip.
+    """
+    free, bounded = _ppo(logprob, old_logprob, advantages, clip_low, clip_high)
+    loss = torch.where(bounded > free, bounded, free)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages.double()), loss)
+    if dropped is not None:
+        loss = torch.where(dropped, loss.detach() if keep_value else 0.0, loss)
+    if penalized is not None:
+        loss = loss + kl_coef * penalized * (logprob.double() - old_logprob.double()).abs()
+    if entropy is not None:
+        loss = loss - entropy_coef * entropy.double()
+    if mask is None:
+        return loss.mean()
+    return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _ppo(
+    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
+) -> tuple[Tensor, Tensor]:
+    """-A·r and -A·clamp(r)."""
+    ratio, gain = (logprob.double() - old_logprob.double()).exp(), -advantages.double()
+    low = -math.inf if clip_low is None else 1 - clip_low
+    return gain * ratio, gain * ratio.clamp(low, math.inf if clip_high is None else 1 + clip_high)
