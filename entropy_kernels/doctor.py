@@ -8,7 +8,9 @@ import json
 import os
 import platform
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import entropy_kernels as ek
 from entropy_kernels._console import print_table
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels.backends import registry, verdict
-from entropy_kernels.self_check import Check, device_types, self_check
+from entropy_kernels.smoke_matrix import SMALL, Call, check
 
 _PACKAGES = (
     "torch", "numpy", "triton", "scipy", "statsmodels", "pandas", "matplotlib", "tensorboard", "transformers", "rich",
@@ -59,6 +61,56 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
         if check:
             _print_checks(checks)
     return 0 if all(c.ok for c in checks) else 1
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call of :data:`.smoke_matrix.SMALL`, and its largest error or what went wrong."""
+
+    op: str
+    backend: str
+    device: str
+    what: str
+    ok: bool
+    detail: str
+    seconds: float
+
+
+def self_check(safe: Callable[[str, str, str], bool] = lambda op, backend, device: True) -> list[Check]:
+    """Each available backend of each op, where that is ``safe`` on a device type, against float64 on small data."""
+    return [
+        _check(op, backend, device, call)
+        for op, states in ek.backends().items()
+        for backend, state in states.items()
+        if state == "available" and op in SMALL
+        for device in _devices_of(backend)
+        if safe(op, backend, device)
+        for call in SMALL[op]()
+    ]
+
+
+def _check(op: str, backend: str, device: str, call: Call) -> Check:
+    begin = time.perf_counter()
+    try:
+        wrong, share = check(call, device, backend)
+        detail = wrong or f"{share:.2g} of what is allowed"
+    except Exception as error:  # a backend that raises is a finding to print, and the others are still to be checked
+        wrong = detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return Check(op, backend, device, call.name, not wrong, detail, time.perf_counter() - begin)
+
+
+def device_types() -> list[str]:
+    """Device types that tensors can be on here."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _devices_of(backend: str) -> list[str]:
+    """Where a backend can be checked; Triton without a GPU is the interpreter, on CPU tensors."""
+    if backend == "torch":
+        return device_types()
+    if backend == "triton":
+        return ["cuda" if torch.cuda.is_available() else "cpu"]
+    return [backend]
 
 
 def _safe(op: str, backend: str, device: str) -> bool:

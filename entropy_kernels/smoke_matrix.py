@@ -1,8 +1,9 @@
-"""Calls that reach every kernel on a GPU, and every way that its blocks share work, at the smallest size that takes it.
+"""Small calls whose results are known: of every op for ``doctor``, of every kernel for ``verify`` and gpu_smoke.py.
 
-A *family* is what can fail by itself: each runs in a process of its own (:mod:`.verify`), because after an illegal
-address or a hang nothing else of that process can be believed. Every result is compared with plain torch operations
-on the CPU, so that a kernel that is only right by luck fails too.
+Every result is compared with float64 (:mod:`.reference`), on the CPU, so that a kernel that is only right by luck fails
+too. ``SMALL`` has a few calls per op, for any backend. ``FAMILIES`` reach every kernel on a GPU, and every way that its
+blocks share work, at the smallest size that takes it: a *family* is what can fail by itself, and each runs in a process
+of its own (:mod:`.verify`), because after an illegal address or a hang nothing else of that process can be believed.
 
 ``python -m entropy_kernels.smoke_matrix FAMILY [--device cuda:0]`` runs one. It prints a JSON line before each call,
 ``{"begin": NAME}``, and one behind it, ``{"call": NAME, "wrong": "", "seconds": S}``; exit code 1 if a result is wrong.
@@ -18,6 +19,7 @@ import ctypes
 import functools
 import itertools
 import json
+import math
 import signal
 import sys
 import time
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels import _rows, reference
 from entropy_kernels.backends import native, radix_select
 from entropy_kernels.backends.radix_select import Band, Count
 
@@ -36,14 +39,15 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 
 class Call(NamedTuple):
-    """``run(device, backend)`` on inputs of its own.
+    """``run(device, backend)`` on inputs of its own, and what comes of them in float64.
 
-    ``exact``: the results are equal bit for bit on every backend; ``sums``: in half precision they are sums of rounded
-    products, which may cancel.
+    ``exact``: the results are rounded once, and equal bit for bit on every backend; ``sums``: in half precision they
+    are sums of rounded products, which may cancel.
     """
 
     name: str
     run: Callable[[str, str], Results]
+    expected: Callable[[], Results]
     exact: bool = False
     sums: bool = False
 
@@ -63,6 +67,23 @@ class Family(NamedTuple):
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
+_DIFFERENTIABLE = [statistic.name for statistic in _rows.STATISTICS if statistic.differentiable]
+
+
+def _told(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _row_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that change the values."""
+    return {name: options[name] for name in ("temperature", "softcap") if name in options}
+
+
+def _total(outputs: Any, weights: Tensor | None, device: str) -> Tensor:
+    """Without weights (S, N) upstream gradients have stride 0, as .sum() hands them over."""
+    weighted = outputs if weights is None else [x * w for x, w in zip(outputs, weights.to(device), strict=True)]
+    return torch.stack([x.sum() for x, output in zip(weighted, outputs, strict=True) if output.requires_grad]).sum()
+
 
 def statistics(
     rows: int,
@@ -72,31 +93,49 @@ def statistics(
     gradient: bool = False,
     layout: str = "contiguous",
     function: str = "token_stats",
+    hard: bool = False,
     **options: Any,
 ) -> Call:
-    """Layouts: "misaligned" rows begin off the 16 bytes, "strided" columns lie apart."""
+    """Layouts: "misaligned" rows begin off the 16 bytes, "strided" columns lie apart.
+
+    ``hard``: an entry is masked, and each statistic of each token has a gradient of its own.
+    """
+    names = ek.TokenStats._fields if function == "token_stats" else ek.LogprobEntropy._fields
+    extra = 3 if layout == "misaligned" else 0
+
+    def inputs() -> tuple[Tensor, Tensor, Tensor | None]:
+        generator = torch.Generator().manual_seed(rows + vocab)
+        wide = (3 * torch.randn(rows, vocab + extra, generator=generator)).to(dtype)
+        target = torch.randint(vocab, (rows,), generator=generator)
+        target[rows // 2] = -100 if rows > 1 else target[0]
+        if hard:
+            wide[0, extra + (int(target[0]) + 1) % vocab] = -math.inf
+        return wide, target, torch.randn(len(names), rows, generator=generator) if hard else None
 
     def run(device: str, backend: str) -> Results:
-        generator = torch.Generator().manual_seed(rows + vocab)
-        extra = 3 if layout == "misaligned" else 0
-        wide = (3 * torch.randn(rows, vocab + extra, generator=generator)).to(device, dtype)
+        wide, target, weights = inputs()
+        wide = wide.to(device)
         if layout == "strided":
             wide = wide.t().contiguous().t()
         logits = wide[:, extra:].detach().requires_grad_(gradient)
-        target = torch.randint(vocab, (rows,), generator=generator).to(device)
-        target[rows // 2] = -100 if rows > 1 else target[0]
         given = logits * 1 if options.get("inplace_backward") else logits
-        outputs = getattr(ek, function)(given, target, backend=backend, **options)
+        outputs = getattr(ek, function)(given, target.to(device), backend=backend, **options)
         results = tuple(output.detach() for output in outputs)
-        if not gradient:
-            return results
-        # upstream gradients of stride 0, as .sum() hands them over
-        total = sum(output.sum() for output in outputs if output.requires_grad)
-        return (*results, *torch.autograd.grad(total, logits))
+        return (*results, *torch.autograd.grad(_total(outputs, weights, device), logits)) if gradient else results
 
-    what = " ".join(f"{name}={value}" for name, value in options.items())
+    def expected() -> Results:
+        wide, target, weights = inputs()
+        logits, row = wide[:, extra:], _row_options(options)
+        values = tuple(reference.statistics(logits, target, names=names, **row).values())
+        if not gradient:
+            return values
+        upstream = dict(zip(names, torch.ones(len(names), rows) if weights is None else weights, strict=True))
+        into = {name: grad for name, grad in upstream.items() if name in _DIFFERENTIABLE}
+        return (*values, reference.gradient(logits, target, into, **row))
+
     passes = "forward, backward" if gradient else "forward"
-    return Call(f"{function} {rows}×{vocab} {str(dtype)[6:]} {layout} {what}".strip() + f", {passes}", run)
+    name = f"{function} {rows}×{vocab} {str(dtype)[6:]} {layout} {_told(options)}".strip() + f", {passes}"
+    return Call(name, run, expected)
 
 
 def forward(rows: Sequence[int], vocabs: dict[torch.dtype, int], **options: Any) -> list[Call]:
@@ -123,35 +162,61 @@ def backward(vocabs: Sequence[int], **options: Any) -> list[Call]:
 
 
 def from_hidden(
-    rows: int, features: int, vocab: int, dtype: torch.dtype, *, gradient: bool, odd: bool = False, **options: Any
+    rows: int,
+    features: int,
+    vocab: int,
+    dtype: torch.dtype,
+    *,
+    gradient: bool,
+    odd: bool = False,
+    hard: bool = False,
+    **options: Any,
 ) -> Call:
-    """Rows of "odd" lie off the 16 bytes. With this budget bf16 makes its logits twice, in tiles; fp32 keeps them."""
+    """Rows of "odd" lie off the 16 bytes. With this budget bf16 makes its logits twice, in tiles; fp32 keeps them.
 
-    def run(device: str, backend: str) -> Results:
+    ``hard``: a label is ignored, and each statistic of each token has a gradient of its own.
+    """
+    names = ek.TokenStats._fields
+    # rounded to the dtype of the products, sums in another order would differ in more than their last digits
+    given = {"logits_dtype": torch.float32, "memory_budget": 600_000, **options}
+
+    def inputs() -> tuple[list[Tensor], Tensor, Tensor]:
         generator = torch.Generator().manual_seed(rows + vocab)
         hidden, weight = (torch.randn(n, features + odd, generator=generator) for n in (rows, vocab))
-        hidden, weight = (x.to(device, dtype)[:, int(odd) :].detach() for x in (hidden, weight / features**0.5))
-        target = torch.randint(vocab, (rows,), generator=generator).to(device)
-        for tensor in (hidden, weight):
-            tensor.requires_grad_(gradient)
-        # rounded to the dtype of the products, sums in another order would differ in more than their last digits
-        given = {"logits_dtype": torch.float32, "memory_budget": 600_000, "backend": backend, **options}
-        outputs = ek.linear_token_stats(hidden, weight, target, **given)
-        results = tuple(output.detach() for output in outputs)
-        if not gradient:
-            return results
-        return (*results, *torch.autograd.grad(outputs.logprob.sum() - outputs.entropy.sum(), (hidden, weight)))
+        operands = [x.to(dtype) for x in (hidden, weight / features**0.5)]
+        target = torch.randint(vocab, (rows,), generator=generator)
+        weights = torch.zeros(len(names), rows)
+        weights[names.index("logprob")], weights[names.index("entropy")] = 1.0, -1.0
+        if hard:
+            target[2], weights = -100, torch.randn(len(names), rows, generator=generator)
+        return operands, target, weights
 
-    what = " ".join(f"{name}={value}" for name, value in options.items()) + (", gradients" if gradient else "")
+    def run(device: str, backend: str) -> Results:
+        operands, target, weights = inputs()
+        leaves = hidden, weight = [x.to(device)[:, int(odd) :].detach().requires_grad_(gradient) for x in operands]
+        outputs = ek.linear_token_stats(hidden, weight, target.to(device), backend=backend, **given)
+        results = tuple(output.detach() for output in outputs)
+        return (*results, *torch.autograd.grad(_total(outputs, weights, device), leaves)) if gradient else results
+
+    def expected() -> Results:
+        operands, target, weights = inputs()
+        hidden, weight = (x[:, int(odd) :].double() for x in operands)
+        logits, row = hidden @ weight.t(), _row_options(options)
+        values = tuple(reference.statistics(logits, target, names=names, **row).values())
+        into = {name: grad for name, grad in zip(names, weights, strict=True) if name in _DIFFERENTIABLE}
+        d_logits = reference.gradient(logits, target, into, **row)
+        return (*values, d_logits @ weight, d_logits.t() @ hidden) if gradient else values
+
+    what = _told(options) + (", gradients" if gradient else "")
     name = f"from hidden {rows}×{features}×{vocab} {str(dtype)[6:]} {'odd ' if odd else ''}{what}".strip()
-    return Call(name, run, sums=True)
+    return Call(name, run, expected, sums=True)
 
 
 # ---- batches of tokens -----------------------------------------------------------------------------------------------
 
 
-def batch(tokens: int, device: str) -> dict[str, Tensor]:
-    """Covariances of which many tie, log-probs, advantages, masks, shuffled indices."""
+def batch(tokens: int, device: str = "cpu") -> dict[str, Tensor]:
+    """Covariances of which many tie, log-probs that are NaN where masked, advantages, masks, shuffled indices."""
     generator = torch.Generator().manual_seed(tokens)
     data = {
         "covariance": (8 * torch.randn(tokens, generator=generator)).round() / 4,
@@ -161,53 +226,86 @@ def batch(tokens: int, device: str) -> dict[str, Tensor]:
         "exclude": torch.rand(tokens, generator=generator) < 0.1,
         "token_index": torch.randperm(tokens, generator=generator) - 5,
     }
+    data["masked_logprob"] = torch.where(data["mask"], data["logprob"], math.nan)
     return {name: value.to(device) for name, value in data.items()}
 
 
 def covariance(tokens: int) -> Call:
-    def run(device: str, backend: str) -> Results:
+    def of(function: Callable[..., Tensor], device: str, **options: Any) -> Results:
         data = batch(tokens, device)
         return (
-            ek.token_covariance(data["logprob"], data["advantages"], data["mask"], backend=backend),
-            ek.token_covariance(data["logprob"].double(), data["advantages"], backend=backend),
+            function(data["masked_logprob"], data["advantages"], data["mask"], **options),
+            function(data["logprob"].double(), data["advantages"], **options),
         )
 
-    return Call(f"covariance of {tokens} tokens", run, exact=True)
+    return Call(
+        f"covariance of {tokens} tokens",
+        lambda device, backend: of(ek.token_covariance, device, backend=backend),
+        lambda: of(reference.token_covariance, "cpu"),
+        exact=True,
+    )
 
 
-def selection(tokens: int) -> Call:
-    """Masks by value and by key, an absolute and a quantile range, given indices."""
+def largest(tokens: int) -> Call:
+    """A mask by value."""
 
-    def run(device: str, backend: str) -> Results:
+    def of(function: Callable[..., Tensor], device: str, **options: Any) -> Results:
         data = batch(tokens, device)
-        masked = data["covariance"], data["mask"]
+        return (function(data["covariance"], data["mask"], ratio=0.1, **options),)
+
+    return Call(
+        f"selection of {tokens} tokens by value",
+        lambda device, backend: of(ek.kl_cov_mask, device, backend=backend),
+        lambda: of(reference.kl_cov_mask, "cpu"),
+        exact=True,
+    )
+
+
+def drawn(tokens: int) -> Call:
+    """Masks by key: an absolute and a quantile range, given indices, another seed."""
+
+    def of(function: Callable[..., Tensor], device: str, **options: Any) -> Results:
+        data = batch(tokens, device)
         among: dict[str, Any] = {"exclude": data["exclude"], "token_index": data["token_index"]}
         quantile: dict[str, Any] = {"band": "quantile", "low": 0.2, "high": 0.9, "closed": True}
         return (
-            ek.kl_cov_mask(*masked, ratio=0.1, backend=backend),
-            ek.clip_cov_mask(*masked, seed=7, ratio=0.05, backend=backend, **among),
-            ek.clip_cov_mask(data["covariance"], seed=7, k=tokens // 3 + 1, **quantile, backend=backend),
+            function(data["covariance"], data["mask"], seed=7, ratio=0.05, **among, **options),
+            function(data["covariance"], seed=8, k=tokens // 3 + 1, **quantile, **options),
         )
 
-    return Call(f"selection of {tokens} tokens", run, exact=True)
+    return Call(
+        f"selection of {tokens} tokens by key",
+        lambda device, backend: of(ek.clip_cov_mask, device, backend=backend),
+        lambda: of(reference.clip_cov_mask, "cpu"),
+        exact=True,
+    )
 
 
 def selection_steps(tokens: int) -> Call:
     """The kernels of single steps, for batches over ranks, here of one."""
+    count, band = Count(0.05, None, True), Band(0.2, 0.9, True, False)
 
     def run(device: str, backend: str) -> Results:
         data = batch(tokens, device)
         steps: Any = native._steps if backend == "cuda" else _eager_steps()
-        masks = (data["mask"], data["exclude"], data["token_index"])
-        seed, count = torch.tensor(3, device=device), Count(0.05, None, True)
-        band = Band(0.2, 0.9, True, False)
+        scored = (data["covariance"], data["mask"], data["exclude"], data["token_index"])
+        seed = torch.tensor(3, device=device)
         return (
-            radix_select.token_covariance(steps, data["logprob"], data["advantages"], data["mask"], ""),
-            radix_select.kl_cov_mask(steps, data["covariance"], *masks, count, ""),
-            radix_select.clip_cov_mask(steps, data["covariance"], *masks, seed, count, band, ""),
+            radix_select.token_covariance(steps, data["masked_logprob"], data["advantages"], data["mask"], ""),
+            radix_select.kl_cov_mask(steps, *scored, count, ""),
+            radix_select.clip_cov_mask(steps, *scored, seed, count, band, ""),
         )
 
-    return Call(f"single steps on {tokens} tokens", run, exact=True)
+    def expected() -> Results:
+        data = batch(tokens)
+        options: Any = {name: data[name] for name in ("covariance", "mask", "exclude", "token_index")} | {"ratio": 0.05}
+        return (
+            reference.token_covariance(data["masked_logprob"], data["advantages"], data["mask"]),
+            reference.kl_cov_mask(**options),
+            reference.clip_cov_mask(**options, seed=3, low=0.2, high=0.9, band="quantile"),
+        )
+
+    return Call(f"single steps on {tokens} tokens", run, expected, exact=True)
 
 
 def _eager_steps() -> Any:
@@ -217,6 +315,21 @@ def _eager_steps() -> Any:
 
 
 # ---- the matrix ------------------------------------------------------------------------------------------------------
+
+# Few rows: Triton's interpreter takes a second for them
+SMALL: dict[str, Callable[[], list[Call]]] = {
+    "token_stats": lambda: [
+        statistics(8, 257, dtype, gradient=True, hard=True, temperature=0.7) for dtype in (FP32, BF16)
+    ],
+    "linear_token_stats": lambda: [
+        from_hidden(8, 24, 257, FP32, gradient=False, hard=True, temperature=0.7),
+        from_hidden(8, 24, 257, FP32, gradient=True, hard=True, temperature=0.7, memory_budget=10_000),
+        from_hidden(8, 24, 257, BF16, gradient=False, hard=True, temperature=0.7),
+    ],
+    "token_covariance": lambda: [covariance(1000)],
+    "clip_cov_mask": lambda: [drawn(1000)],
+    "kl_cov_mask": lambda: [largest(1000)],
+}
 
 _STATISTICS = ("token_stats", "linear_token_stats")
 _SELECTION = ("clip_cov_mask", "kl_cov_mask")
@@ -240,8 +353,8 @@ def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
     yield "backward-in-place", _STATISTICS, _in_place
     yield "linear", ("linear_token_stats",), lambda: _linear(*_DTYPES)
     yield "covariance", ("token_covariance",), lambda: _each(covariance, *_TOKENS, _GRID)
-    yield "selection-clusters", _SELECTION, lambda: _each(selection, *_TOKENS)
-    yield "selection-grid", _SELECTION, lambda: _each(selection, _GRID)
+    yield "selection-clusters", _SELECTION, lambda: _each(_selection, *_TOKENS)
+    yield "selection-grid", _SELECTION, lambda: _each(_selection, _GRID)
     yield "selection-steps", (*_SELECTION, "token_covariance"), lambda: _each(selection_steps, 5000)
 
 
@@ -253,11 +366,16 @@ def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]
         yield f"linear-{name}", ("linear_token_stats",), functools.partial(_linear, dtype)
     tokens = (1, 700, 30_000)
     yield "covariance", ("token_covariance",), lambda: _each(covariance, *tokens)
-    yield "selection", _SELECTION, lambda: _each(selection, *tokens)
+    yield "selection", _SELECTION, lambda: _each(_selection, *tokens)
 
 
-def _each(call: Callable[[int], Call], *tokens: int) -> list[Call]:
-    return [call(n) for n in tokens]
+def _each(call: Callable[[int], Call | list[Call]], *tokens: int) -> list[Call]:
+    made = [call(n) for n in tokens]
+    return [c for calls in made for c in (calls if isinstance(calls, list) else [calls])]
+
+
+def _selection(tokens: int) -> list[Call]:
+    return [largest(tokens), drawn(tokens)]
 
 
 def _clusters() -> list[Call]:
@@ -325,25 +443,60 @@ FAMILIES = {
 }
 
 
-def difference(got: Sequence[Tensor], expected: Sequence[Tensor], exact: bool, sums: bool = False) -> str:
-    """What differs, or ""."""
-    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-        a = a.cpu()
-        if exact and not torch.equal(a, b):
-            return f"result {i}: {int((a != b).sum())} of {a.numel()} differ"
-        # Each element by its own size: gradients are rounded to their dtype, and most are 1/V of the largest. What
-        # sums in another order cancel to is a share of the largest.
-        relative = {BF16: 1.6e-2, FP16: 2e-3}.get(a.dtype, 2e-5)
-        wide, right = a.double(), b.double()
-        scale = right.abs().amax().item() if b.numel() else 0.0
-        floor = 2e-5 if a.dtype not in (BF16, FP16) else torch.finfo(a.dtype).eps if sums else 1e-6
-        floor *= max(scale, 1e-6)
-        off = (wide - right).abs()
-        wrong = ~(off <= relative * right.abs() + floor)  # NaN is wrong
-        if wrong.any():
-            worst = off[wrong].nan_to_num(torch.inf).amax().item()
-            return f"result {i}: {int(wrong.sum())} of {a.numel()} off, by up to {worst:.3g} at a scale of {scale:.3g}"
-    return ""
+def check(call: Call, device: str, backend: str) -> tuple[str, float]:
+    """What is wrong, or "", and the largest error as a share of what is allowed."""
+    got = [result.cpu() for result in call.run(device, backend)]
+    wrong, share = difference(got, call.expected(), call.exact, call.sums)
+    # of a mask the reference has the bits, too
+    in_bits = call.exact and any(result.is_floating_point() for result in got)
+    if in_bits and not wrong and (device, backend) != ("cpu", "torch"):
+        for i, (ours, bits) in enumerate(zip(got, call.run("cpu", "torch"), strict=True)):
+            if not torch.equal(ours, bits):
+                return f"result {i}: {int((ours != bits).sum())} of {ours.numel()} differ from plain torch's", math.inf
+    return wrong, share
+
+
+def difference(
+    got: Sequence[Tensor], expected: Sequence[Tensor], exact: bool = False, sums: bool = False
+) -> tuple[str, float]:
+    """The same of results (of the dtypes that are to be judged) and what they should be (bool or float64)."""
+    share = 0.0
+    for i, (ours, right) in enumerate(zip(got, expected, strict=True)):
+        if ours.dtype == torch.bool:
+            if not torch.equal(ours, right):
+                return f"result {i}: {int((ours != right).sum())} of {ours.numel()} differ", math.inf
+            continue
+        off = (ours.double() - right.double()).abs()
+        # NaN is wrong; an infinity is right where it has to be one
+        off = torch.where(ours.double() == right, 0.0, off).nan_to_num(math.inf)
+        if not off.numel():
+            continue
+        error = off / _allowed(right.double().abs(), ours.dtype, exact, sums)
+        share = max(share, float(error.amax()))
+        if share > 1:
+            scale, wrong = float(right.abs().amax()), error > 1
+            worst = float(off[wrong].amax())
+            text = f"{int(wrong.sum())} of {ours.numel()} off, by up to {worst:.3g} at a scale of {scale:.3g}"
+            return f"result {i}: {text}", share
+    return "", share
+
+
+# of an element's own size, by the dtype that it is rounded to: half a unit in its last place, and fp32 arithmetic
+_RELATIVE = {BF16: 2.0**-8 + 2e-5, FP16: 2.0**-11 + 2e-5}
+_RELATIVE_OF_SUMS = {BF16: 1.6e-2, FP16: 2e-3}
+
+
+def _allowed(size: Tensor, dtype: torch.dtype, exact: bool, sums: bool) -> Tensor:
+    """Each element by its own size: gradients are rounded to their dtype, and most are 1/V of the largest.
+
+    What sums in another order cancel to is a share of the largest.
+    """
+    scale = max(float(size.nan_to_num(0.0, 0.0, 0.0).amax()), 1e-6)
+    if exact:
+        return 2.0**-23 * size + 1e-12 * scale
+    plain = 1e-9 if dtype == FP64 else 2e-5
+    floor = plain if dtype not in _RELATIVE else torch.finfo(dtype).eps if sums else 1e-6
+    return (_RELATIVE_OF_SUMS if sums else _RELATIVE).get(dtype, plain) * size + floor * scale
 
 
 def run(family: Family, device: str) -> int:
@@ -352,7 +505,7 @@ def run(family: Family, device: str) -> int:
     for call in family.calls():
         print(json.dumps({"begin": call.name}), flush=True)
         start = time.perf_counter()
-        found = difference(call.run(device, family.backend), call.run("cpu", "torch"), call.exact, call.sums)
+        found, _ = check(call, device, family.backend)
         seconds = round(time.perf_counter() - start, 3)
         print(json.dumps({"call": call.name, "wrong": found, "seconds": seconds}), flush=True)
         wrong += bool(found)

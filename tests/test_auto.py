@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from entropy_kernels import doctor, self_check
+from entropy_kernels import doctor, smoke_matrix
 from entropy_kernels.backends import registry, verdict
 from entropy_kernels.backends.verdict import Pair, Verdict
 from stub_gpu import add_stub_gpu, forget, verify
@@ -240,12 +240,11 @@ def test_doctor_shows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
 def test_doctor_runs_no_kernel_that_might_hang(monkeypatch: pytest.MonkeyPatch) -> None:
     add_stub_gpu(monkeypatch)
     ran: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        self_check.ek, "backends", lambda: {"token_stats": dict.fromkeys(("cuda", "torch"), "available")}
-    )
-    monkeypatch.setitem(self_check._CHECKS, "token_stats", lambda *place: ran.append(place) or {"x": (0.0, 0.0)})
+    monkeypatch.setattr(doctor.ek, "backends", lambda: {"token_stats": dict.fromkeys(("cuda", "torch"), "available")})
+    call = smoke_matrix.Call("x", lambda *place: ran.append(place) or (), tuple)
+    monkeypatch.setitem(smoke_matrix.SMALL, "token_stats", lambda: [call])
     for pairs, expected in (((), []), ([("token_stats", "cuda", "sm_90")], [("cuda", "cuda")])):
         verify(monkeypatch, *pairs)
         ran.clear()
-        self_check.self_check(doctor._safe)
-        assert ran == [*expected, ("torch", "cpu"), ("torch", "cuda")]
+        doctor.self_check(doctor._safe)
+        assert ran == [*expected, ("cpu", "torch"), ("cuda", "torch")]

@@ -10,7 +10,7 @@ import matplotlib.figure
 import pytest
 import torch
 
-from entropy_kernels import cli, doctor, self_check
+from entropy_kernels import cli, doctor
 from entropy_kernels.analysis.entropy_law import fit_entropy_law
 from entropy_kernels.backends import registry
 
@@ -294,7 +294,7 @@ def test_doctor_json(capsys):
 def only_torch(monkeypatch):
     """The other backends look missing: one is enough to see what doctor makes of a wrong result."""
     states = {op: {"torch": "available", "triton": "left out"} for op in registry.OPS}
-    monkeypatch.setattr(self_check.ek, "backends", lambda: states)
+    monkeypatch.setattr(doctor.ek, "backends", lambda: states)
 
 
 @pytest.mark.parametrize(
@@ -307,8 +307,8 @@ def only_torch(monkeypatch):
     ],
 )
 def test_doctor_finds_a_wrong_backend(only_torch, monkeypatch, capsys, break_it):
-    right = self_check.ek.token_stats
-    monkeypatch.setattr(self_check.ek, "token_stats", lambda *a, **k: break_it(right(*a, **k)))
+    right = doctor.ek.token_stats
+    monkeypatch.setattr(doctor.ek, "token_stats", lambda *a, **k: break_it(right(*a, **k)))
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "FAIL" in out
@@ -326,16 +326,16 @@ def test_doctor_finds_a_wrong_backend(only_torch, monkeypatch, capsys, break_it)
     ],
 )
 def test_doctor_finds_a_wrong_selection(only_torch, monkeypatch, op, break_it):
-    right = getattr(self_check.ek, op)
-    assert all(c.ok for c in self_check.self_check())
-    monkeypatch.setattr(self_check.ek, op, lambda *a, **k: break_it(right(*a, **k)))
-    assert {c.op for c in self_check.self_check() if not c.ok} == {op}
+    right = getattr(doctor.ek, op)
+    assert all(c.ok for c in doctor.self_check())
+    monkeypatch.setattr(doctor.ek, op, lambda *a, **k: break_it(right(*a, **k)))
+    assert {c.op for c in doctor.self_check() if not c.ok} == {op}
 
 
 def test_doctor_reports_a_backend_that_raises(only_torch, monkeypatch, capsys):
     def broken(*arguments, **keywords):
         raise RuntimeError("no kernel\nimage")
 
-    monkeypatch.setattr(self_check.ek, "token_stats", broken)
+    monkeypatch.setattr(doctor.ek, "token_stats", broken)
     assert cli.main(["doctor"]) == 1
     assert "RuntimeError: no kernel image" in " ".join(capsys.readouterr().out.split())

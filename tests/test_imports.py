@@ -39,7 +39,6 @@ ROOMS = {
     "trainer": 4,
     "integrations": 4,
     "__init__": 5,
-    "self_check": 6,
     "smoke_matrix": 6,
     "verify": 6,
     "doctor": 6,
