@@ -28,7 +28,7 @@ from entropy_kernels.trainer.policy import (
     word_tokenizer,
 )
 from entropy_kernels.trainer.rollout import collect, evaluate, score
-from entropy_kernels.trainer.selection import Part, ppo_clipped, select
+from entropy_kernels.trainer.methods import Part, ppo_clipped, select
 from entropy_kernels.trainer.summary import agreement
 from entropy_kernels.trainer.tasks import Prompt, WalkTask
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401

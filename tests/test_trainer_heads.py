@@ -208,7 +208,7 @@ UPDATE = dataclasses.replace(SETTINGS, cov_ratio=0.2, cov_low=-9.0, cov_high=9.0
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("selection_logprob", ["old", "new"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", list(METHODS))
 def test_an_update_is_the_same_and_takes_three_products_where_it_can(
     method: str, selection_logprob: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,15 +10,20 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from entropy_kernels.trainer.files import read_json
+from entropy_kernels.trainer.methods import BASELINE, METHODS
 from entropy_kernels.trainer.pretrained import check_model
 
-METHODS = ("grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized")
 HEADS = ("linear", "logits", "torch")
+
+if TYPE_CHECKING:
+    MethodName = HeadName = str
+else:  # --help lists the choices
+    MethodName, HeadName = Literal[tuple(METHODS)], Literal[HEADS]
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
@@ -29,7 +34,7 @@ RESUMABLE_FIELDS = frozenset(
 #: What runs did before a field was there, where that is not the field's default.
 _BEFORE = {"head": "logits"}
 
-#: Fields that decide the start of RL; two runs that agree in them share one warm-started model.
+#: Fields that decide the start of RL; two runs that agree in them share one start.
 WARM_START_FIELDS = (
     "task",
     "model",
@@ -103,7 +108,7 @@ class TrainerConfig:
     float32 in both: most updates are smaller than the rounding of a weight in bfloat16."""
     gradient_checkpointing: bool = False
     """Compute the layers' activations once more in the backward pass, and keep none: less memory, the same results."""
-    head: Literal["linear", "logits", "torch"] = "linear"
+    head: HeadName = "linear"
     """linear: losses, log-probs and entropies from hidden states, by linear_policy_loss and linear_logprob_entropy in
     place of the model's head. logits: from the model's logits, which then exist for a whole micro-batch. torch: the
     same without this library's kernels, by torch's own operations, to compare with. All the same up to rounding."""
@@ -166,13 +171,13 @@ class TrainerConfig:
     """Largest gradient norm; 0 turns clipping off."""
 
     # --- loss and selection ------------------------------------------------------------------------------------------
-    method: Literal["grpo", "clip_cov", "kl_cov", "random_dropped", "random_penalized"] = "grpo"
-    """grpo: PPO surrogate alone. clip_cov, kl_cov: the paper's two. random_dropped, random_penalized: their controls,
-    which treat as many tokens, chosen at random."""
+    method: MethodName = BASELINE
+    """A row of methods.py: PPO's surrogate alone, the paper's two, or their controls, which treat as many tokens, chosen
+    at random."""
     clip_low: float = 0.2
     """PPO clip below 1. KL-Cov (and its control) has no PPO clip."""
     clip_high: float = 0.2
-    """PPO clip above 1; .28 gives clip-higher."""
+    """PPO clip above 1; 0.28 gives clip-higher."""
     loss_agg_mode: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"
     ] = "token-mean"
@@ -180,13 +185,13 @@ class TrainerConfig:
     entropy_coef: float = 0.0
     """Entropy bonus, with its true gradient."""
     cov_ratio: float | None = None
-    """Fraction of a minibatch to select. None: .03 for Clip-Cov, .07 for KL-Cov, at this scale (paper: 2e-4, 2e-3)."""
+    """Fraction of a minibatch to select. None: the method's at this scale, 0.03 or 0.07 (paper: 2e-4, 2e-3)."""
     cov_low: float = 1.0
-    """Lower end of Clip-Cov's band: a covariance, or a quantile in [0, 1] when cov_band is quantile."""
+    """Lower end of Clip-Cov's covariance range: a covariance, or a quantile in [0, 1] when cov_band is quantile."""
     cov_high: float = 5.0
-    """Upper end of Clip-Cov's band."""
+    """Upper end of the range."""
     cov_band: Literal["absolute", "quantile"] = "absolute"
-    """Unit of the band."""
+    """Unit of the range."""
     kl_coef: float = 2.0
     """KL-Cov's penalty coefficient beta (paper: 1)."""
     selection_logprob: Literal["new", "old"] = "new"
@@ -248,7 +253,7 @@ class TrainerConfig:
             check_model(self.model)
         for name, allowed in (
             ("head", HEADS),
-            ("method", METHODS),
+            ("method", tuple(METHODS)),
             ("advantage", ("grpo", "rloo")),
             ("cov_band", ("absolute", "quantile")),
             ("selection_logprob", ("new", "old")),
@@ -292,25 +297,16 @@ class TrainerConfig:
         _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
 
     @property
-    def loss(self) -> Literal["ppo", "clip_cov", "kl_cov"]:
-        """The loss of the method: a control has that of the method whose selection it replaces."""
-        if self.method in ("clip_cov", "random_dropped"):
-            return "clip_cov"
-        return "ppo" if self.method == "grpo" else "kl_cov"
-
-    @property
     def selects_late(self) -> bool:
         """Whether the selection needs the log-probs of the very forward that the loss is taken of."""
-        return self.loss != "ppo" and self.selection_logprob == "new" and self.micro_batches == 1
+        selects = METHODS[self.method].select is not None
+        return selects and self.selection_logprob == "new" and self.micro_batches == 1
 
     @property
     def selection_ratio(self) -> float:
-        """Fraction of tokens that the method selects; 0 for grpo."""
-        if self.loss == "ppo":
-            return 0.0
-        if self.cov_ratio is not None:
-            return self.cov_ratio
-        return 0.03 if self.loss == "clip_cov" else 0.07
+        """Fraction of tokens that the method selects; 0 for one that selects none."""
+        method = METHODS[self.method]
+        return method.ratio if method.select is None or self.cov_ratio is None else self.cov_ratio
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""

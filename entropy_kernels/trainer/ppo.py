@@ -38,11 +38,11 @@ from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.entropy_change import FirstOrder
 from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.heads import compare_heads, loss_of_stats
+from entropy_kernels.trainer.methods import METHODS, Part, select
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog
 from entropy_kernels.trainer.policy import Encoded, Policy, build_policy, load_policy
 from entropy_kernels.trainer.rollout import Rollout, collect, evaluate, mean_over, score
 from entropy_kernels.trainer.run_folder import note_unscored, prepare_directory, remove_run
-from entropy_kernels.trainer.selection import Part, select
 from entropy_kernels.trainer.tasks import Task, make_task
 from entropy_kernels.trainer.warm_start import warm_start
 
@@ -245,7 +245,7 @@ def update(
     # The masks of all micro-batches before the first loss, from the rollout's log-probs ("old") or those of one more
     # forward without gradient. Only where there is one micro-batch does the forward of the update itself give them.
     selections: list[Selection]
-    if config.method == "grpo":
+    if METHODS[config.method].select is None:
         selections = [None] * len(micro_rows)
     elif config.selects_late:
         selections = [lambda logprob: choose([logprob])[0]]
@@ -264,11 +264,11 @@ def update(
         parts.append((int(rollout.mask[r].sum()), result.metrics))
         if chosen is not None:
             selected += int(chosen.sum())
-            if config.loss == "clip_cov":
+            if METHODS[config.method].treats == "dropped":
                 dropped[r] |= chosen
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.grad_clip or float("inf"))
     optimizer.step()
-    drops = config.loss == "clip_cov"
+    drops = METHODS[config.method].treats == "dropped"
     counts = {"tokens_dropped": selected if drops else 0, "tokens_penalized": 0 if drops else selected}
     return {**merge_parts(parts), "loss": loss_total, "grad_norm": float(norm), **counts}
 
@@ -321,7 +321,7 @@ def loss_options(
 ) -> dict[str, Any]:
     """Arguments of a micro-batch's loss, but for its statistics and its mask."""
     options: dict[str, Any] = {
-        "method": config.loss,
+        "method": METHODS[config.method].loss,
         "old_logprob": rollout.old_logprob[rows],
         "advantages": rollout.advantages[rows],
         "entropy_coef": config.entropy_coef,
@@ -329,20 +329,14 @@ def loss_options(
         "batch_num_tokens": tokens,
         "global_batch_size": sequences,
     }
-    clips = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    if config.loss == "ppo":
-        return {**options, **clips}
-    options |= {"preset": "verl", "backend": backend}
-    if config.loss == "kl_cov":
-        return {**options, "kl_coef": config.kl_coef, "penalized": selected}
-    return {**options, **clips, "dropped": selected}
+    return options | METHODS[config.method].options(config, selected, backend)
 
 
 def compare_on_first_micro_batch(policy: Policy, rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
     """:func:`compare_heads` on the rollout's first rows, as many as a micro-batch has; nothing is selected."""
     rows = torch.arange(rollout.ids.shape[0] // (config.minibatches * config.micro_batches), device=rollout.ids.device)
     mask = rollout.mask[rows]
-    none = None if config.loss == "ppo" else torch.zeros_like(mask)
+    none = None if METHODS[config.method].select is None else torch.zeros_like(mask)
     selection = (lambda logprob: none) if config.selects_late else none
 
     def step(policy: Policy) -> None:

@@ -30,7 +30,7 @@ class Reproduce:
     """Directory of everything: runs, report.html, report.md, summary.json, toy.png, csv/."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run per method and seed."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
     """Methods to run; grpo, the baseline, must be among them."""
     steps: int = 240
     """RL steps per run."""
