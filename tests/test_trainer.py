@@ -16,19 +16,13 @@ pytest.importorskip("tyro")
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
-from entropy_kernels.trainer.entropy_change import FirstOrder, logits_as_parameters
-from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog, defined, read_rows
-from entropy_kernels.trainer.policy import (
-    Encoded,
-    Policy,
-    _finish,
-    build_policy,
-    enable_checkpointing,
-    load_policy,
-    word_tokenizer,
-)
-from entropy_kernels.trainer.rollout import collect, evaluate, score
 from entropy_kernels.trainer.methods import Part, ppo_clipped, select
+from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog, defined, read_rows
+from entropy_kernels.trainer.model import Encoded, Policy
+from entropy_kernels.trainer.ppo import collect
+from entropy_kernels.trainer.probes import FirstOrder, logits_as_parameters
+from entropy_kernels.trainer.rollout import evaluate, score
+from entropy_kernels.trainer.start import _finish, build_policy, enable_checkpointing, load_policy, word_tokenizer
 from entropy_kernels.trainer.summary import agreement
 from entropy_kernels.trainer.tasks import Prompt, WalkTask
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
@@ -173,7 +167,7 @@ def test_controls_draw_as_many_tokens_elsewhere() -> None:
     assert not torch.equal(control, other_seed)
     covariance = (part.logprob - part.logprob[part.mask].mean()) * (part.advantages - part.advantages[part.mask].mean())
     assert (covariance[chosen] > 1).all()
-    assert (covariance[control] < 1).any(), "the control kept to the band"
+    assert (covariance[control] < 1).any(), "the control kept to the range"
     assert not (chosen & ppo_clipped(part, TINY)).any()
 
 
@@ -410,7 +404,7 @@ def test_weights_and_updates_are_float32_whatever_was_saved(tmp_path: Path) -> N
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=5e-6, weight_decay=0.0)
     rollout = collect(loaded, EasyTask(), settings, step=0, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(len(rollout.ids))
-    ppo.update(loaded, optimizer, rollout, rows, settings, seed=0, dropped=torch.zeros_like(rollout.mask))
+    ppo.update(loaded, optimizer, rollout, rows, settings, seed=0)
     moved = [(value != before[name])[value.grad != 0] for name, value in loaded.model.named_parameters()]
     assert torch.cat(moved).float().mean() > 0.95
 

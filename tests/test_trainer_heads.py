@@ -14,11 +14,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
 import entropy_kernels as ek
-from entropy_kernels.trainer import checkpoint, heads, ppo
+from entropy_kernels.trainer import checkpoint, model, ppo, probes
 from entropy_kernels.trainer.config import HEADS, METHODS, TrainerConfig
-from entropy_kernels.trainer.policy import Encoded, Policy, word_tokenizer
+from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.progress import describe_memory
 from entropy_kernels.trainer.rollout import Rollout, score
+from entropy_kernels.trainer.start import word_tokenizer
 from hf_models import FAMILIES, make
 from trainer_setup import TINY, config, easy, rows_without_times  # noqa: F401
 
@@ -98,8 +99,8 @@ def test_both_heads_under_every_method(method: str) -> None:
 def test_a_head_without_its_bias_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of("phi, with bias")
     rollout = rollout_of(policy)
-    parts = heads.ek.hf.causal_lm_parts
-    monkeypatch.setattr(heads.ek.hf, "causal_lm_parts", lambda model: parts(model)._replace(bias=None))
+    parts = model.ek.hf.causal_lm_parts
+    monkeypatch.setattr(model.ek.hf, "causal_lm_parts", lambda model: parts(model)._replace(bias=None))
     with pytest.raises(AssertionError):
         step(policy, rollout, SETTINGS)  # the bias gets no gradient
 
@@ -155,13 +156,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     calls = {"linear_policy_loss": 0, "linear_logprob_entropy": 0}
 
     def count(name: str) -> None:
-        original = getattr(heads.ek, name)
+        original = getattr(model.ek, name)
 
         def call(*args: object, **options: object) -> object:
             calls[name] += torch.is_grad_enabled()
             return original(*args, **options)
 
-        monkeypatch.setattr(heads.ek, name, call)
+        monkeypatch.setattr(model.ek, name, call)
 
     for name in calls:
         count(name)
@@ -171,13 +172,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def updated(
     policy: Policy, rollout: Rollout, settings: TrainerConfig, head: str
 ) -> tuple[dict[str, float], Tensor, dict[str, Tensor]]:
-    """Metrics, dropped tokens and gradients of one update that leaves the weights where they are."""
-    dropped = torch.zeros_like(rollout.mask)
+    """Metrics, selected tokens and gradients of one update that leaves the weights where they are."""
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     rows = torch.arange(len(rollout.ids)).flip(0)
     settings = dataclasses.replace(settings, head=head)  # type: ignore[arg-type]
-    metrics = ppo.update(policy.with_head(head), optimizer, rollout, rows, settings, seed=5, dropped=dropped)
-    return metrics, dropped, {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+    made = ppo.update(policy.with_head(head), optimizer, rollout, rows, settings, seed=5)
+    selected = torch.zeros_like(rollout.mask)
+    for part, mask in zip(made.rows, made.selected, strict=True):
+        selected[part] = False if mask is None else mask
+    return (
+        probes.update_metrics(made, rollout, settings),
+        selected,
+        {name: p.grad.clone() for name, p in policy.model.named_parameters()},
+    )
 
 
 def in_float64(family: str, micro_batches: int) -> tuple[Policy, Rollout]:
@@ -189,11 +196,11 @@ def in_float64(family: str, micro_batches: int) -> tuple[Policy, Rollout]:
 
 
 def assert_same_update(policy: Policy, rollout: Rollout, settings: TrainerConfig) -> None:
-    metrics, dropped, gradients = updated(policy, rollout, settings, "linear")
+    metrics, selected, gradients = updated(policy, rollout, settings, "linear")
     for head in OTHERS:
-        other_metrics, other_dropped, other_gradients = updated(policy, rollout, settings, head)
+        other_metrics, other_selected, other_gradients = updated(policy, rollout, settings, head)
         assert metrics == pytest.approx(other_metrics, rel=1e-9, abs=1e-12)
-        assert torch.equal(dropped, other_dropped)
+        assert torch.equal(selected, other_selected)
         for name, gradient in gradients.items():
             scale = float(other_gradients[name].abs().max())
             assert scale > 0, name
@@ -243,14 +250,14 @@ def test_an_update_in_other_sums_and_families(family: str, mode: str) -> None:
 )
 def test_an_update_with_another_loss_would_show(change: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     policy, rollout = in_float64("llama", 3)
-    original = heads.ek.linear_policy_loss
+    original = model.ek.linear_policy_loss
 
     def other(*args: object, **options: object) -> object:
         if change.keys() == {"dropped"}:
             change["dropped"] = torch.zeros_like(options["mask"])  # type: ignore[call-overload]
         return original(*args, **{**options, **change})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(heads.ek, "linear_policy_loss", other)
+    monkeypatch.setattr(model.ek, "linear_policy_loss", other)
     with pytest.raises(AssertionError):
         assert_same_update(policy, rollout, dataclasses.replace(UPDATE, method="clip_cov", micro_batches=3))
 
@@ -258,19 +265,23 @@ def test_an_update_with_another_loss_would_show(change: dict[str, object], monke
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+def compared(policy: Policy, rollout: Rollout, settings: TrainerConfig) -> dict[str, float]:
+    return probes.compare_heads(policy, rollout, settings, ppo.backward)
+
+
 def test_within_a_budget_no_logits_exist(undisturbed: None) -> None:
     policy = policy_of(memory_budget=2 << 20)
     policy.model.resize_token_embeddings(20_000, mean_resizing=False)
     rollout = rollout_of(policy, rows=64)
     logits = 4 * rollout.ids.numel() * 20_000  # 25.6 MB
-    row = ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS)
+    row = compared(policy, rollout, SETTINGS)
     gradients = sum(4 * p.numel() for p in policy.model.parameters())
     assert row["memory/logits"] > logits + gradients
     assert row["memory/linear"] < gradients + (2 << 20) + 3_000_000  # 64 rows of activations
     assert row["head_gap"] < 1e-5
     assert all(p.grad is None for p in policy.model.parameters())
     roomy = Policy(policy.model, policy.tokenizer, end_id=2)  # 1 GiB: all tokens at once
-    row = ppo.compare_on_first_micro_batch(roomy, rollout, SETTINGS)
+    row = compared(roomy, rollout, SETTINGS)
     assert logits < row["memory/linear"] - gradients < 2 * logits
 
 
@@ -282,7 +293,7 @@ def test_what_is_measured_is_the_step_as_it_runs(
     rollout = rollout_of(policy)
     calls = counted(monkeypatch)
     settings = dataclasses.replace(SETTINGS, method="kl_cov", selection_logprob=selection_logprob)  # type: ignore
-    ppo.compare_on_first_micro_batch(policy, rollout, settings)
+    compared(policy, rollout, settings)
     assert calls == {"linear_policy_loss": 1 - late, "linear_logprob_entropy": late}
 
 
@@ -299,8 +310,8 @@ def test_logits_that_ek_hf_does_not_know_are_refused() -> None:
     policy.model.config.final_logit_softcapping = 0.5  # which its code does not look at
     rollout = rollout_of(policy)
     with pytest.raises(ValueError, match=r"head: expected, for linear.*nats off on average; take --head logits"):
-        ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS)
-    row = ppo.compare_on_first_micro_batch(policy.with_head("logits"), rollout, SETTINGS)
+        compared(policy, rollout, SETTINGS)
+    row = compared(policy.with_head("logits"), rollout, SETTINGS)
     assert row["head_gap"] > 0.1  # told, and not refused
 
 
@@ -309,7 +320,7 @@ def test_a_head_that_is_more_than_its_weight() -> None:
     policy = policy_of()
     policy.model.lm_head = torch.nn.Sequential(policy.model.lm_head)
     policy.model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
-    row = ppo.compare_on_first_micro_batch(policy, rollout_of(policy), SETTINGS)
+    row = compared(policy, rollout_of(policy), SETTINGS)
     assert row["head_gap"] < 1e-5
 
 
@@ -317,14 +328,14 @@ def test_a_model_without_a_linear_head(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(head="logits")
     rollout = rollout_of(policy)
     monkeypatch.setattr(policy.model, "get_output_embeddings", lambda: None)
-    assert ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS).keys() == {"memory/logits", "memory/torch"}
+    assert compared(policy, rollout, SETTINGS).keys() == {"memory/logits", "memory/torch"}
     with pytest.raises(TypeError, match="model: expected a transformers causal language model"):
-        ppo.compare_on_first_micro_batch(policy.with_head("linear"), rollout, SETTINGS)
+        compared(policy.with_head("linear"), rollout, SETTINGS)
 
 
 def test_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of()
-    measured = heads.peak_allocated
+    measured = probes.peak_allocated
     calls = []
 
     def full(call: object, device: torch.device) -> int:
@@ -333,8 +344,8 @@ def test_logits_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return measured(call, device)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(heads, "peak_allocated", full)
-    row = ppo.compare_on_first_micro_batch(policy, rollout_of(policy), SETTINGS)
+    monkeypatch.setattr(probes, "peak_allocated", full)
+    row = compared(policy, rollout_of(policy), SETTINGS)
     assert row["memory/logits"] == math.inf and row["memory/linear"] > 0
     assert describe_memory(row).find("MB, logits does not fit, torch") > 0  # type: ignore[union-attr]
 
@@ -373,7 +384,7 @@ def test_mixed_precision() -> None:
     with policy.full_precision():
         assert torch.equal(policy.outputs(rollout.prompts, rollout.ids, rollout.mask), exact)
     assert policy.mixed and policy.with_head("torch").mixed
-    row = ppo.compare_on_first_micro_batch(policy, rollout, SETTINGS)
+    row = compared(policy, rollout, SETTINGS)
     assert row["head_gap"] < 0.02
     ours = step(policy, rollout, dataclasses.replace(SETTINGS, method="clip_cov"))
     other = step(policy.with_head("torch"), rollout, dataclasses.replace(SETTINGS, method="clip_cov"))

@@ -15,9 +15,17 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
-from entropy_kernels.trainer import scoring, tasks
-from entropy_kernels.trainer.scoring import Unscored, is_plain
-from entropy_kernels.trainer.tasks import Prompt, WalkTask, extract_answer, make_task, task_options, verify_all
+from entropy_kernels.trainer import tasks
+from entropy_kernels.trainer.tasks import (
+    Prompt,
+    Unscored,
+    WalkTask,
+    extract_answer,
+    is_plain,
+    make_task,
+    task_options,
+    verify_all,
+)
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
@@ -148,8 +156,8 @@ def test_an_answer_that_takes_for_ever_is_wrong(evaluating: None) -> None:
 
 def test_a_scorer_that_goes_on_when_its_time_is_up_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 9.0])
-    monkeypatch.setattr(scoring, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
-    reward = scoring.judge(lambda: 1.0, seconds=5.0)
+    monkeypatch.setattr(tasks, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    reward = tasks.judge(lambda: 1.0, seconds=5.0)
     assert isinstance(reward, Unscored) and reward.reason == "took longer than 5 s"
 
 

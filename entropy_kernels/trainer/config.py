@@ -10,18 +10,19 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import BASELINE, METHODS
-from entropy_kernels.trainer.pretrained import check_model
+from entropy_kernels.trainer.start import check_model
 
 HEADS = ("linear", "logits", "torch")
 
 if TYPE_CHECKING:
-    MethodName = HeadName = str
+    MethodName: TypeAlias = str
+    HeadName: TypeAlias = str
 else:  # --help lists the choices
     MethodName, HeadName = Literal[tuple(METHODS)], Literal[HEADS]
 
@@ -115,15 +116,15 @@ class TrainerConfig:
     memory_budget: int | None = None
     """Bytes that the ops of head = linear may use for logits; none is their default, 1 GiB."""
 
-    # --- warm start: supervised learning before RL -------------------------------------------------------------------
+    # --- supervised start, before RL ----------------------------------------------------------------------------------
     warm_steps: int = 800
     """Supervised AdamW steps on the task's demonstrations before RL; 0 starts RL from the model as it is."""
     warm_batch: int = 256
     """Demonstrations per supervised step."""
     warm_lr: float = 3e-3
-    """Peak learning rate of the warm start (linear warm-up, cosine decay to 0)."""
+    """Peak learning rate of the supervised start (linear warm-up, cosine decay to 0)."""
     warm_weight_decay: float = 0.01
-    """AdamW weight decay of the warm start."""
+    """AdamW weight decay of the supervised start."""
     warm_warmup_steps: int = 50
     """Steps of linear warm-up."""
     warm_wrong_fraction: float = 0.3
@@ -131,7 +132,7 @@ class TrainerConfig:
     warm_seed: int = 0
     """Seed of model initialisation and demonstrations; kept apart from `seed` so that runs can share a start."""
     warm_start_from: Path | None = None
-    """Directory of a saved warm start (model and tokenizer) to begin from; made by an earlier run or by quickstart."""
+    """Directory of a saved start (model and tokenizer) to begin from; made by an earlier run or by quickstart."""
 
     # --- reward ------------------------------------------------------------------------------------------------------
     partial_credit: bool = False
@@ -172,8 +173,8 @@ class TrainerConfig:
 
     # --- loss and selection ------------------------------------------------------------------------------------------
     method: MethodName = BASELINE
-    """A row of methods.py: PPO's surrogate alone, the paper's two, or their controls, which treat as many tokens, chosen
-    at random."""
+    """A row of methods.py: PPO's surrogate alone, the paper's two, or their controls, which treat as many tokens,
+    chosen at random."""
     clip_low: float = 0.2
     """PPO clip below 1. KL-Cov (and its control) has no PPO clip."""
     clip_high: float = 0.2

@@ -13,13 +13,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from entropy_kernels.trainer.checkpoint import BROKEN
 from entropy_kernels.trainer.files import OwnFiles, write_text
 
 #: Fractions of the paper's table 1, and the columns that hold the mean covariance of each top fraction.
 COVARIANCE_COLUMNS = {fraction: f"cov_top_{fraction:g}" for fraction in (0.0002, 0.002, 0.02, 0.2, 0.5, 1.0)}
-
-#: Where lines of the log that are no rows are kept.
-BROKEN = "metrics.broken"
 
 DEFINITIONS = {
     "step": "finished RL steps when the row's policy was measured",
@@ -37,7 +35,7 @@ DEFINITIONS = {
     "cov_mean": "mean token covariance (log-prob minus its mean) x (advantage minus its mean) over the rollout",
     "cov_max": "largest token covariance of the rollout",
     "cov_top_": "mean covariance of the top fraction of the rollout's tokens (cov_top_FRACTION), at least one token",
-    "tokens_in_band": "tokens of the rollout with covariance in the band 1 < cov < 5 (or the configured absolute band)",
+    "tokens_in_band": "tokens of the rollout with covariance in the range 1 < cov < 5 (or the configured absolute one)",
     "tokens_dropped": "tokens whose gradient was removed, over all updates of the step",
     "tokens_penalized": "tokens that got the KL penalty, over all updates of the step",
     "loss": "loss of an update, mean over updates",
@@ -68,7 +66,7 @@ DEFINITIONS = {
     "time/verify": "of these, decoding and rewards",
     "time/score": "of these, old log-probs and entropies",
     "time/update": "seconds of the updates",
-    "time/measure": "seconds of the entropy-change measurements",
+    "time/measure": "seconds of what else is measured in the step, the entropy change above all",
     "time/val": "seconds of validation",
     "time/final": "seconds of the larger validation at the end",
     "time/ops": "seconds in entropy_kernels' ops, forward and backward, validation left out; under head = linear with "

@@ -1,17 +1,15 @@
-"""Rollouts and evaluation: prompts from the task, completions from the policy, rewards from the verifier."""
+"""Rollouts: completions from the policy and their statistics; the validation on held-out prompts."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
+from entropy_kernels.trainer.advantages import pass_at_k
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.policy import Completions, Encoded, Policy
-from entropy_kernels.trainer.scoring import Unscored
+from entropy_kernels.trainer.model import Completions, Encoded, Policy
 from entropy_kernels.trainer.tasks import Prompt, Task, verify_all
 
 #: Validation uses the same held-out prompts at every step, so that its curve shows the policy and not the prompts.
@@ -43,47 +41,6 @@ class Rollout:
 def mean_over(values: Tensor, mask: Tensor) -> float:
     """Mean over valid tokens, summed in float64."""
     return float(values.double()[mask].mean())
-
-
-@torch.no_grad()
-def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, generator: torch.Generator) -> Rollout:
-    """Sample a rollout of the current policy and score it.
-
-    The old log-probs come from a full forward in the same shapes as training, not from the sampling pass: the first
-    update then starts at ratio 1 exactly. How far the two passes differ is reported as `sampling_gap`.
-    """
-    # each part ends with a value that the host waits for, so that a GPU's time is its own
-    times = [time.perf_counter()]
-    prompts = task.prompts(config.prompts_per_step, seed=config.seed * 1_000_003 + step, split="train")
-    encoded, completions = sample_groups(policy, task, config, prompts, config.samples_per_prompt, generator)
-    float(completions.logprob.sum())
-    times.append(time.perf_counter())
-    texts = policy.decode(completions)
-    given = verify_all(task, prompts, texts)
-    rewards = torch.tensor(given, dtype=torch.float32)
-    times.append(time.perf_counter())
-    rewards = rewards.view(config.prompts_per_step, config.samples_per_prompt).to(policy.device)
-    per_row = group_advantages(rewards, estimator=config.advantage, normalize_std=config.normalize_std)
-    logprob, entropy, covariance = score(policy, config, encoded, completions.ids, completions.mask)
-    gap = float((logprob - completions.logprob).abs().max())
-    times.append(time.perf_counter())
-    return Rollout(
-        prompts=encoded,
-        ids=completions.ids,
-        mask=completions.mask,
-        rewards=rewards,
-        advantages=per_row.reshape(-1, 1).expand(completions.ids.shape).contiguous(),
-        old_logprob=logprob,
-        entropy=entropy,
-        vocab_covariance=covariance,
-        sampling_gap=gap,
-        seconds={name: times[i + 1] - times[i] for i, name in enumerate(("sample", "verify", "score"))},
-        unscored=[
-            {"prompt": prompts[i // config.samples_per_prompt].text, "completion": texts[i], "reason": reward.reason}
-            for i, reward in enumerate(given)
-            if isinstance(reward, Unscored)
-        ],
-    )
 
 
 def sample_groups(
@@ -123,6 +80,14 @@ def score(
         parts.append((stats.logprob, stats.entropy, stats.vocab_covariance))
     logprob, entropy, covariance = (torch.cat(values) for values in zip(*parts, strict=True))
     return logprob, entropy, covariance
+
+
+@torch.no_grad()
+def fresh_logprob(policy: Policy, rollout: Rollout, rows: Tensor, config: TrainerConfig) -> Tensor:
+    """Log-probs of the rollout's `rows` under the current weights, (b, L)."""
+    ids, mask = rollout.ids[rows], rollout.mask[rows]
+    outputs = policy.outputs(Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows]), ids, mask)
+    return policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).logprob
 
 
 @torch.no_grad()

@@ -1,32 +1,30 @@
-"""The policy: a causal language model of transformers with its tokenizer, and what the trainer asks of the two.
+"""The policy: a causal language model of transformers with its tokenizer, and the head that makes tokens' statistics.
 
-A :class:`Policy` encodes prompts (left-padded), samples completions with a key-value cache, and scores completions.
-Sampling and scoring use one distribution: softmax(logits / temperature), with no truncation.
+A :class:`Policy` (start.py makes one) encodes prompts, left-padded, samples completions with a key-value cache, and
+scores them. Sampling and scoring use one distribution: softmax(logits / temperature), with no truncation.
+A head takes the statistics of completion tokens from hidden states (``linear``), from the model's logits (``logits``),
+or from these without this library's kernels (``torch``). The gradient's graph is cut between its ``outputs``, what the
+model gives at the positions that predict completion tokens, and their statistics (``ppo.backward``).
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.losses import LOSSES
 from entropy_kernels.trainer.files import OwnFiles, scratch_of
-from entropy_kernels.trainer.heads import make_head
-from entropy_kernels.trainer.pretrained import load_model
-from entropy_kernels.trainer.tasks import Task
 
-PAD, BOS = "<pad>", "<bos>"
 #: Label of masked tokens: the ops return 0 for them and do not read what the model gives there.
 IGNORE = -100
 
@@ -316,141 +314,110 @@ class Policy:
         return bool(mask.all())
 
 
-def word_tokenizer(words: Sequence[str]) -> Any:
-    """A word-level tokenizer over `words` (split at white space), with pad and begin tokens.
-
-    It has no unknown token: a word outside the vocabulary is an error, not a silent <unk>.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    transformers = _transformers()
-    if len(set(words)) != len(words):
-        raise ValueError("words: expected distinct words, got repeated ones")
-    vocabulary = {word: i for i, word in enumerate([PAD, BOS, *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def build_policy(config: TrainerConfig, task: Task) -> Policy:
-    """The policy a configuration names, before any warm start.
-
-    ``tiny`` is initialised from `config.warm_seed`; every other name is loaded.
-    """
-    _transformers()
-    if config.model == "tiny":
-        model, tokenizer = _tiny(config, task)
-    elif config.model == "smollm2":
-        from entropy_kernels.trainer.smollm2 import load_smollm2
-
-        model, tokenizer = load_smollm2()
-    else:
-        model, tokenizer = load_model(config.model)
-    return _finish(model, tokenizer, config, task)
-
-
-def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
-    """A policy written by :meth:`Policy.save`."""
-    _transformers()
-    model, tokenizer = load_model(str(directory.absolute()), "warm_start_from")
-    return _finish(model, tokenizer, config, task)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is cuda where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected auto or a torch device, got {name!r}") from error
-
-
 def _target(ids: Tensor, mask: Tensor) -> Tensor:
     return ids.masked_fill(~mask, IGNORE)
 
 
-def _tiny(config: TrainerConfig, task: Task) -> tuple[Any, Any]:
-    transformers = _transformers()
-    words = task.words()
-    if words is None:
-        raise ValueError(
-            f"model: expected a pretrained model for the task {task.name}, got 'tiny', which needs a task with words"
-        )
-    tokenizer = word_tokenizer(words)
-    model_config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads,
-        max_position_embeddings=64,
-        initializer_range=1.0 / math.sqrt(config.hidden_size) / 2,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.warm_seed)
-        return transformers.LlamaForCausalLM(model_config), tokenizer
+class Head(Protocol):
+    """`target` (B, L) holds token ids, -100 where there is none."""
+
+    def outputs(self, length: int, **inputs: Any) -> Tensor:
+        """What the model gives at the positions that predict the last `length` tokens of its inputs: (B, L, ...)."""
+
+    def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
+        """Log-prob and entropy, differentiable; the backward pass may overwrite `outputs`."""
+
+    def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
+        """All four statistics."""
+
+    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
+        """The loss of `options`, see :func:`loss_of_stats`; the backward pass may overwrite `outputs`."""
 
 
-def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Policy:
-    if config.model == "tiny":
-        # ten positions: plain matrix products take 10 to 15 % less time than the fused attention
-        model.set_attn_implementation("eager")
-    if not config.chat_template:
-        tokenizer.chat_template = None
-    # weights in float32, whatever they are saved in: updates are smaller than the rounding of bfloat16
-    model.to(device=resolve_device(config.device), dtype=torch.float32)
-    # eval mode for good: dropout would make the scored distribution differ from the sampled one
-    model.eval()
-    _without_dropout(model)
-    if config.gradient_checkpointing:
-        enable_checkpointing(model)
-    if not task.fixed_length:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"model: expected a tokenizer with an end-of-sequence token for {task.name}, got none")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    return Policy(
-        model,
-        tokenizer,
-        end_id=None if task.fixed_length else tokenizer.eos_token_id,
-        head=config.head,
-        memory_budget=config.memory_budget,
-        mixed=config.dtype == "mixed",
-    )
+def loss_of_stats(stats: ek.LogprobEntropy, method: str, **options: Any) -> ek.PolicyLoss:
+    """The loss named as in :func:`entropy_kernels.linear_policy_loss`, of statistics that are there already."""
+    return LOSSES[method](stats.logprob, entropy=stats.entropy, **options)
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Gradient checkpointing of a model of transformers, under the name that its version has for it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+class LinearHead:
+    """Hidden states (B, L, H), and this library's ops in place of the model's head: logits exist within a budget."""
+
+    def __init__(self, model: Any, memory_budget: int | None) -> None:
+        self._model = model
+        self._memory_budget = memory_budget
+
+    def outputs(self, length: int, **inputs: Any) -> Tensor:
+        parts = ek.hf.causal_lm_parts(self._model)
+        hidden = parts.backbone(**inputs, use_cache=False)[0][:, -length - 1 : -1]
+        return hidden if parts.scale == 1 else hidden * parts.scale
+
+    def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
+        return self._call(ek.linear_logprob_entropy, outputs, target, temperature)
+
+    def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
+        return self._call(ek.linear_token_stats, outputs, target, temperature)
+
+    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
+        return self._call(ek.linear_policy_loss, outputs, target, temperature, **options)
+
+    def _call(
+        self, function: Callable[..., Any], outputs: Tensor, target: Tensor, temperature: float, **options: Any
+    ) -> Any:
+        parts = ek.hf.causal_lm_parts(self._model)
+        return function(
+            outputs, parts.weight, target, bias=parts.bias, vocab_size=parts.vocab_size, temperature=temperature,
+            softcap=parts.softcap, memory_budget=self._memory_budget, **options,
+        )  # fmt: skip
 
 
-def _without_dropout(model: Any) -> None:
-    """Dropout 0 in every module, for layers that are in training mode under gradient checkpointing."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
+class LogitsHead:
+    """The model's own logits (B, L, V), raw and in its dtype."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def outputs(self, length: int, **inputs: Any) -> Tensor:
+        # the last position predicts nothing: a view that skips it
+        return self._model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+
+    def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
+        return ek.logprob_entropy(outputs, target, temperature=temperature, inplace_backward=True)
+
+    def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
+        return ek.token_stats(outputs, target, temperature=temperature)
+
+    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
+        return loss_of_stats(self.logprob_entropy(outputs, target, temperature), **options)
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("the trainer needs transformers: pip install 'entropy_kernels[train]'") from error
-    # its bars for loading and saving would tear the trainer's own
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
+class TorchHead(LogitsHead):
+    """The model's logits, and torch's own operations on them: what a trainer without this library does."""
+
+    def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
+        return ek.LogprobEntropy(*self._first(self._logp(outputs, temperature), target))
+
+    def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
+        logp = self._logp(outputs, temperature)
+        logprob, entropy = self._first(logp, target)
+        p, ignored = logp.exp(), target < 0
+        collision = (p * p).sum(-1)
+        covariance = logprob.exp() * (logprob + entropy) - ((p * p * logp).sum(-1) + entropy * collision)
+        return ek.TokenStats(logprob, entropy, collision.masked_fill(ignored, 0), covariance.masked_fill(ignored, 0))
+
+    @staticmethod
+    def _logp(outputs: Tensor, temperature: float) -> Tensor:
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        return torch.log_softmax(wide / temperature, dim=-1)  # (B, L, V)
+
+    @staticmethod
+    def _first(logp: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        ignored = target < 0
+        logprob = logp.gather(-1, target.clamp_min(0)[..., None])[..., 0]
+        return logprob.masked_fill(ignored, 0), (-(logp.exp() * logp).sum(-1)).masked_fill(ignored, 0)
+
+
+def make_head(name: str, model: Any, memory_budget: int | None) -> Head:
+    """The head of a configuration's name."""
+    if name == "linear":
+        return LinearHead(model, memory_budget)
+    return LogitsHead(model) if name == "logits" else TorchHead(model)

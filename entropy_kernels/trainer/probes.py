@@ -1,0 +1,428 @@
+"""What a run measures: probes that hang on the loop of :mod:`entropy_kernels.trainer.ppo`.
+
+A :class:`Probe` sees a :class:`Step` as it comes about and adds to its row; metrics_log.py says what each name means.
+What a probe changes it puts back: without probes a run has the same weights, bit for bit (tested).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from entropy_kernels._memory import peak_allocated
+from entropy_kernels.trainer.checkpoint import note_unscored
+from entropy_kernels.trainer.config import HEADS, TrainerConfig
+from entropy_kernels.trainer.methods import METHODS
+from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS
+from entropy_kernels.trainer.model import Encoded, Policy
+from entropy_kernels.trainer.rollout import Rollout, evaluate, fresh_logprob, mean_over, row_slices, score
+from entropy_kernels.trainer.tasks import Task
+
+#: Fraction of an update at which the network's first order must hold: the rest is the step's curvature.
+SMALL = 0.1
+#: Largest mean difference between the two heads' log-probs that is rounding, nats. A model whose logits are made in a
+#: way that `ek.hf` does not know is off by far more.
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+
+# --- what a probe sees -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Update:
+    """One optimizer step: lists have an entry per micro-batch."""
+
+    rows: list[Tensor]  # of the rollout
+    losses: list[ek.PolicyLoss]  # without graph
+    selected: list[Tensor | None]  # (rows, L) bool: the tokens that the method treats
+    grad_norm: float  # before clipping
+    seconds: float
+
+
+@dataclass
+class Step:
+    """A step of the loop, as far as it has come; the last one has a rollout and no updates."""
+
+    number: int
+    last: bool
+    policy: Policy
+    task: Task
+    config: TrainerConfig
+    rollout: Rollout | None = None
+    updates: list[Update] = field(default_factory=list)
+    row: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sampled(self) -> Rollout:
+        """The rollout, where there must be one."""
+        assert self.rollout is not None
+        return self.rollout
+
+
+class Probe:
+    """Something measured in every step, which goes into `step.row`."""
+
+    def before_step(self, step: Step) -> None:
+        """Before the rollout is sampled."""
+
+    def after_rollout(self, step: Step) -> None:
+        """The policy is still the one that sampled; in the last step, too."""
+
+    def after_update(self, step: Step) -> None:
+        """After each optimizer step, which stands at the end of `step.updates`."""
+
+    def after_step(self, step: Step) -> None:
+        """After the last update."""
+
+
+#: :func:`entropy_kernels.trainer.ppo.backward`.
+Backward = Callable[..., Any]
+
+
+def default_probes(config: TrainerConfig, backward: Backward) -> list[Probe]:
+    """What a configuration asks to be measured, in the order in which it is."""
+    heads = [HeadMemory(backward)] if config.measure_memory else []
+    # the time and the memory of a step begin after the validation
+    return [Validation(), PeakMemory(), RolloutMetrics(), *heads, UpdateMetrics(), EntropyChange(), Times()]
+
+
+# --- the rollout, the updates, what they cost ------------------------------------------------------------------------
+
+
+class Validation(Probe):
+    """Held-out prompts, every `eval_every` steps and at the end, where a larger validation follows.
+
+    They are drawn with a generator of their own, which training never sees. The larger one has names of its own: its
+    prompts differ, so it is no point of the course over the steps.
+    """
+
+    def before_step(self, step: Step) -> None:
+        config = step.config
+        if step.last or (config.eval_every and step.number % config.eval_every == 0):
+            self._validate(step, "val", config.eval_prompts, config.eval_samples)
+        if step.last:
+            self._validate(step, "final", config.final_eval_prompts, config.final_eval_samples)
+
+    def _validate(self, step: Step, prefix: str, prompts: int, samples: int) -> None:
+        started = time.perf_counter()
+        generator = torch.Generator(step.policy.device).manual_seed(step.config.seed * 1_000_003 + step.number)
+        metrics = evaluate(step.policy, step.task, step.config, prompts=prompts, samples=samples, generator=generator)
+        if step.policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # more completions at once than a step has: other runs on the GPU may need it
+        step.row |= {f"{prefix}_{name}": value for name, value in metrics.items()}
+        step.row[f"time/{prefix}"] = time.perf_counter() - started
+
+
+class RolloutMetrics(Probe):
+    """What a rollout says about the policy that made it: entropy, reward, and the covariance of its tokens."""
+
+    def after_rollout(self, step: Step) -> None:
+        rollout, config = step.sampled, step.config
+        covariance = ek.token_covariance(rollout.old_logprob, rollout.advantages, rollout.mask)[rollout.mask].double()
+        ordered = covariance.sort(descending=True).values
+        n = len(ordered)
+        low, high = (config.cov_low, config.cov_high) if config.cov_band == "absolute" else (1.0, 5.0)
+        step.row |= {
+            "entropy": mean_over(rollout.entropy, rollout.mask),
+            "reward": float(rollout.rewards.mean()),
+            "unscored": len(rollout.unscored),
+            "groups_mixed": float((rollout.rewards != rollout.rewards[:, :1]).any(dim=1).float().mean()),
+            "tokens": n,
+            "sampling_gap": rollout.sampling_gap,
+            "cov_mean": float(covariance.mean()),
+            "cov_max": float(ordered[0]),
+            "tokens_in_band": int(((covariance > low) & (covariance < high)).sum()),
+        }
+        for fraction, name in COVARIANCE_COLUMNS.items():
+            step.row[name] = float(ordered[: max(1, int(fraction * n))].mean())
+        if not step.last:
+            note_unscored(config.out / "unscored.jsonl", step.number, rollout.unscored)
+
+
+class UpdateMetrics(Probe):
+    """Loss, gradient norm and the loss's own metrics, over all updates of the step."""
+
+    def after_step(self, step: Step) -> None:
+        updates = [update_metrics(update, step.sampled, step.config) for update in step.updates]
+        for name in updates[0]:
+            values = [metrics[name] for metrics in updates]
+            if name.endswith("_max"):
+                step.row[name] = max(values)
+            elif name in ("nonfinite_tokens", "tokens_dropped", "tokens_penalized"):
+                step.row[name] = sum(values)
+            else:
+                step.row[name] = sum(values) / len(values)
+
+
+#: Metrics of the losses that the log keeps.
+_LOSS_METRICS = ("pg_loss", "clipfrac", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens")
+
+
+def update_metrics(update: Update, rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
+    """Metrics of a minibatch from those of its micro-batches: maxima, sums, else means over tokens."""
+    counts = [int(rollout.mask[rows].sum()) for rows in update.rows]
+    merged: dict[str, float] = {}
+    for name in _LOSS_METRICS:
+        pairs = zip(counts, update.losses, strict=True)
+        values = [(tokens, float(loss.metrics[name])) for tokens, loss in pairs if name in loss.metrics]
+        if not values:
+            continue
+        if name.endswith("_max"):
+            merged[name] = max(value for _, value in values)
+        elif name in ("nonfinite_tokens", "pg_loss"):
+            merged[name] = sum(value for _, value in values)
+        else:
+            merged[name] = sum(tokens * value for tokens, value in values) / max(sum(counts), 1)
+    merged["loss"] = sum(float(loss.loss) for loss in update.losses)
+    merged["grad_norm"] = update.grad_norm
+    selected = sum(int(mask.sum()) for mask in update.selected if mask is not None)
+    for treatment in ("dropped", "penalized"):
+        merged[f"tokens_{treatment}"] = selected if METHODS[config.method].treats == treatment else 0
+    return merged
+
+
+class PeakMemory(Probe):
+    """Most bytes that torch held on the GPU in a step."""
+
+    def before_step(self, step: Step) -> None:
+        if step.policy.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(step.policy.device)
+
+    def after_step(self, step: Step) -> None:
+        # at step 0 it may be that of measuring the heads
+        if step.policy.device.type == "cuda" and not (step.config.measure_memory and step.number == 0):
+            step.row["memory/peak"] = float(torch.cuda.max_memory_allocated(step.policy.device))
+
+
+class Times(Probe):
+    """Seconds of a step's parts, without validation."""
+
+    def before_step(self, step: Step) -> None:
+        self._started, self._ops = time.perf_counter(), step.policy.clock.seconds
+
+    def after_step(self, step: Step) -> None:
+        whole = time.perf_counter() - self._started
+        rollout, update = sum(step.sampled.seconds.values()), sum(update.seconds for update in step.updates)
+        ops = step.policy.clock.seconds - self._ops
+        step.row |= {f"time/{name}": seconds for name, seconds in step.sampled.seconds.items()}
+        step.row |= {"time/rollout": rollout, "time/update": update, "time/measure": whole - rollout - update}
+        step.row |= {"time/step": whole, "time/ops": ops, "time/ops_share": ops / whole}
+        step.row["time/tokens_per_s"] = step.sampled.tokens / whole
+
+
+# --- measured against predicted entropy change -----------------------------------------------------------------------
+
+
+class EntropyChange(Probe):
+    """What the updates do to the entropy, and what theory says they do; see docs/trainer.md."""
+
+    _first_order: FirstOrder | None = None
+
+    def after_rollout(self, step: Step) -> None:
+        every = step.config.first_order_every
+        if every and step.number % every == 0 and not step.last:
+            # one small step changes less than products in half precision show
+            with step.policy.full_precision():
+                self._first_order = FirstOrder(step.policy, step.sampled, step.config)
+                self._before = entropy_now(step)
+
+    def after_update(self, step: Step) -> None:
+        if self._first_order is None or len(step.updates) > 1:
+            return
+        step.row["first_order_dh"] = self._first_order.change()
+        with step.policy.full_precision():
+            step.row["first_update_dh"] = entropy_now(step) - self._before
+            with self._first_order.fraction(SMALL):
+                step.row["small_update_dh"] = (entropy_now(step) - self._before) / SMALL
+
+    def after_step(self, step: Step) -> None:
+        step.row["predicted_dh"] = predicted_change(step)
+        if step.config.measure_entropy_change:
+            step.row["measured_dh"] = entropy_now(step) - mean_over(step.sampled.entropy, step.sampled.mask)
+        if self._first_order is not None:
+            step.row["first_order_step_dh"] = self._first_order.change()
+            self._first_order = None  # as large as the model three times
+
+
+def entropy_now(step: Step) -> float:
+    """Mean entropy of the current policy over the rollout's tokens, nats."""
+    rollout = step.sampled
+    _, entropy, _ = score(step.policy, step.config, rollout.prompts, rollout.ids, rollout.mask)
+    return mean_over(entropy, rollout.mask)
+
+
+def predicted_change(step: Step) -> float:
+    """Entropy change of a unit policy-gradient step, if every row of logits were free: the mean over tokens, nats.
+
+    Its size means nothing here (AdamW's step in the weights is no step in the logits); its sign and its course over the
+    steps can be compared with the measured change.
+    """
+    rollout = step.sampled
+    dropped = torch.zeros_like(rollout.mask)
+    if METHODS[step.config.method].treats == "dropped":
+        for update in step.updates:
+            for rows, mask in zip(update.rows, update.selected, strict=True):
+                if mask is not None:
+                    dropped[rows] |= mask
+    change = ek.predicted_entropy_change(
+        rollout.vocab_covariance,
+        rollout.advantages.masked_fill(dropped, 0.0),
+        step_size=1.0,
+        temperature=step.config.temperature,
+    )
+    return mean_over(change, rollout.mask)
+
+
+class FirstOrder:
+    """The network's own first-order entropy change: the gradient of H in the weights, times their change since then.
+
+    Made before the updates of a step; asked after the first of them and after all.
+    """
+
+    def __init__(self, policy: Policy, rollout: Rollout, config: TrainerConfig) -> None:
+        self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self._before = [p.detach().clone() for p in self._parameters]
+        self._gradient = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
+        tokens = rollout.tokens
+        for rows in row_slices(config, rollout.ids.shape[0]):
+            part = Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows])
+            ids, mask = rollout.ids[rows], rollout.mask[rows]
+            outputs = policy.outputs(part, ids, mask)
+            entropy = policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).entropy
+            grads = torch.autograd.grad(entropy.sum() / tokens, self._parameters)
+            for total, grad in zip(self._gradient, grads, strict=True):
+                total += grad
+
+    @contextmanager
+    def fraction(self, share: float) -> Iterator[None]:
+        """Within: the weights stand at `share` of the way they have gone since then; afterwards where they were."""
+        now = [p.detach().clone() for p in self._parameters]
+        with torch.no_grad():
+            for p, before in zip(self._parameters, self._before, strict=True):
+                p.copy_(torch.lerp(before, p, share))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self._parameters, now, strict=True):
+                    p.copy_(value)
+
+    @torch.no_grad()
+    def change(self) -> float:
+        """∇H·Δθ in nats, summed in float64."""
+        return sum(
+            float((gradient.double() * (now.double() - before.double())).sum())
+            for gradient, now, before in zip(self._gradient, self._parameters, self._before, strict=True)
+        )
+
+
+@torch.no_grad()
+def logits_as_parameters(
+    policy: Policy, rollout: Rollout, *, temperature: float, step_size: float = 1e-3, rows: int = 128
+) -> dict[str, list[float]]:
+    """Take the policy-gradient step in the logits themselves and compare the entropy change with its prediction.
+
+    The theory's own setting: the logits of the rollout's first `rows` completions become free parameters in float64;
+    each moves by (step_size * A / T)(e_y - p). The entropies before and after come from ``token_stats``, the prediction
+    -(step_size * A / T^2) C from its vocabulary covariance (Theorem 1 of arXiv 2505.22617 for the sampled step).
+
+    Returns
+    -------
+    dict
+        ``predicted`` and ``measured``: nats, one number per token with an advantage other than 0.
+    """
+    part = Encoded(rollout.prompts.ids[:rows], rollout.prompts.mask[:rows])
+    ids, mask = rollout.ids[:rows], rollout.mask[:rows]
+    used = mask & (rollout.advantages[:rows] != 0)
+    logits = policy.with_head("logits").outputs(part, ids, mask)[used].double().cpu()  # (N, V)
+    target, advantage = ids[used].cpu(), rollout.advantages[:rows][used].double().cpu()
+    before = ek.token_stats(logits, target, temperature=temperature)
+    step = -torch.softmax(logits / temperature, dim=-1)
+    step[torch.arange(len(target)), target] += 1.0
+    moved = logits + (step_size / temperature) * advantage[:, None] * step
+    measured = ek.token_stats(moved, target, temperature=temperature).entropy - before.entropy
+    predicted = ek.predicted_entropy_change(
+        before.vocab_covariance, advantage, step_size=step_size, temperature=temperature
+    )
+    return {"predicted": predicted.tolist(), "measured": measured.tolist()}
+
+
+# --- memory of the heads ---------------------------------------------------------------------------------------------
+
+
+class HeadMemory(Probe):
+    """Before the first update: one micro-batch with each head, its peak memory, and whether the heads agree."""
+
+    def __init__(self, backward: Backward) -> None:
+        self._backward = backward
+
+    def after_rollout(self, step: Step) -> None:
+        if step.number == 0 and not step.last:
+            step.row |= compare_heads(step.policy, step.sampled, step.config, self._backward)
+
+
+def compare_heads(policy: Policy, rollout: Rollout, config: TrainerConfig, backward: Backward) -> dict[str, float]:
+    """Peak memory of forward, loss and backward of the rollout's first rows, as many as a micro-batch has, by head;
+    and how far the linear head is from the logits. Nothing is selected, and no gradient is left.
+
+    Returns
+    -------
+    dict
+        ``memory/HEAD`` in bytes, infinite for one that does not fit on the GPU, and ``head_gap``. Of a model without a
+        linear head, under another, without the linear one.
+
+    Raises
+    ------
+    ValueError
+        The head in use is linear and its log-probs are not those of the model.
+    """
+    rows = torch.arange(rollout.ids.shape[0] // (config.minibatches * config.micro_batches), device=rollout.ids.device)
+    mask = rollout.mask[rows]
+    none = None if METHODS[config.method].select is None else torch.zeros_like(mask)
+    selection = (lambda logprob: none) if config.selects_late else none
+
+    def peak(head: str) -> float:
+        def run() -> None:
+            backward(under, rollout, rows, config, selection, tokens=int(mask.sum()), sequences=len(rows))
+
+        under = policy.with_head(head)
+        if policy.device.type == "cuda":
+            run()  # the first call allocates workspaces of cuBLAS that stay
+            policy.model.zero_grad(set_to_none=True)
+        bytes_held = peak_allocated(run, policy.device)
+        policy.model.zero_grad(set_to_none=True)
+        return float(bytes_held)
+
+    mine = policy.head_name
+    row = {f"memory/{mine}": peak(mine)}
+    linear = True
+    try:
+        ek.hf.causal_lm_parts(policy.model)
+    except TypeError:
+        linear = False
+    for head in HEADS:
+        if head == mine or (head == "linear" and not linear):
+            continue
+        try:
+            row[f"memory/{head}"] = peak(head)
+        except torch.OutOfMemoryError:
+            policy.model.zero_grad(set_to_none=True)
+            row[f"memory/{head}"] = math.inf
+    if not linear or math.isinf(max(row["memory/linear"], row["memory/logits"])):
+        return row
+    ours, others = (fresh_logprob(policy.with_head(head), rollout, rows, config)[mask] for head in ("linear", "logits"))
+    gap = float((ours - others).abs().mean())
+    if mine == "linear" and not gap <= ROUNDING[torch.bfloat16 if policy.mixed else policy.model.dtype]:
+        raise ValueError(
+            "head: expected, for linear, a model whose logits come from a linear head, with a scale and a softcap that "
+            f"ek.hf knows, got one whose log-probs are {gap:.2g} nats off on average; take --head logits"
+        )
+    return {**row, "head_gap": gap}

