@@ -20,14 +20,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
 import trainer_setup
-from entropy_kernels.trainer import checkpoint, drivers
+from entropy_kernels.trainer import checkpoint, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import LOCK, OwnFiles
 from entropy_kernels.trainer.metrics_log import MetricsLog, read_rows
-from entropy_kernels.trainer.policy import build_policy, load_policy
-from entropy_kernels.trainer.pretrained import check_model
 from entropy_kernels.trainer.progress import ProgressBoard
+from entropy_kernels.trainer.start import build_policy, check_model, load_policy
 from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times  # noqa: F401
 
 trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
@@ -315,11 +314,11 @@ def test_names_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_warm_start_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
     settings = dataclasses.replace(TINY, warm_steps=1, warm_batch=4)
     board = ProgressBoard(enabled=False)
-    path = drivers.shared_warm_start(settings, tmp_path, board) / "model.safetensors"
+    path = sweep.supervised_start(settings, tmp_path, board) / "model.safetensors"
     good = path.read_bytes()
     for damage in (lambda: os.truncate(path, 100), lambda: (tmp_path / "warm_start.json").write_text("{")):
         damage()
-        drivers.shared_warm_start(settings, tmp_path, board)
+        sweep.supervised_start(settings, tmp_path, board)
         assert path.read_bytes() == good
 
 

@@ -19,11 +19,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
 import trainer_setup
-from entropy_kernels.trainer import compare, drivers, ppo
+from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.files import OwnFiles, locked, write_text
 from entropy_kernels.trainer.metrics_log import read_rows
-from entropy_kernels.trainer.policy import build_policy
+from entropy_kernels.trainer.start import build_policy
 from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times  # noqa: F401
 
 trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
@@ -168,7 +168,7 @@ def test_out_with_a_tilde_is_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a driver in this process."""
+    """Runs of a sweep in this process."""
 
     class Done:
         def __init__(self, command: list[str], **_: Any) -> None:
@@ -177,18 +177,17 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
         def poll(self) -> int:
             return self.code
 
-    monkeypatch.setattr(drivers.subprocess, "Popen", Done)
-    monkeypatch.setattr(drivers, "_POLL", 0.0)
+    monkeypatch.setattr(sweep.subprocess, "Popen", Done)
+    monkeypatch.setattr(sweep, "_POLL", 0.0)
 
 
 def compare_in(out: Path, kind: str = "compare", reuse: bool = False, **changes: Any) -> Path:
-    base = dataclasses.replace(TINY, **{**SHORT, **changes})
-    return compare.run_methods(
-        base, out, methods=["grpo"], workers=1, kind=kind, reuse=reuse, command="c", title="t", progress=False
-    )
+    flags = sweep.Flags(out, methods=("grpo",), reuse=reuse, progress=False)
+    sweep.run_sweep(kind, flags, dataclasses.replace(TINY, **{**SHORT, **changes}))
+    return out / "report.html"
 
 
-def test_drivers_replace_what_they_wrote_and_nothing_else(tmp_path: Path, instant: None) -> None:
+def test_sweeps_replace_what_they_wrote_and_nothing_else(tmp_path: Path, instant: None) -> None:
     mine = ["thesis.txt", "grpo/thesis.txt", "csv/thesis.csv", "grpo/tensorboard.txt"]
     for name in mine:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -210,7 +209,7 @@ def test_drivers_replace_what_they_wrote_and_nothing_else(tmp_path: Path, instan
     "name", ["report.html", "summary.json", "csv/grpo.csv", "csv", "grpo/run.log", "grpo/request.json", "grpo",
              "grpo/metrics.jsonl", "grpo/model/thesis.txt", "warm_start/thesis.txt", "warm_start"],
 )  # fmt: skip
-def test_drivers_refuse_files_in_their_way_before_they_begin(tmp_path: Path, name: str, instant: None) -> None:
+def test_sweeps_refuse_files_in_their_way_before_they_begin(tmp_path: Path, name: str, instant: None) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("x")
     with pytest.raises(OSError, match=r"^out: expected "):
@@ -241,7 +240,7 @@ def test_an_experiment_from_before_there_were_records_goes_on(tmp_path: Path, in
         compare_in(tmp_path)
 
 
-def test_a_driver_does_not_replace_a_run_of_the_users(run: Path, instant: None) -> None:
+def test_a_sweep_does_not_replace_a_run_of_the_users(run: Path, instant: None) -> None:
     out = run.parent / "out"
     out.mkdir()
     run.rename(out / "grpo")
@@ -309,10 +308,10 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run: Path, hold: An
         with pytest.raises(BlockingIOError, match=message):
             again(run, **changes)
     with pytest.raises(BlockingIOError, match=message):
-        drivers._start(config(run))
+        sweep._start(config(run))
     with (
         pytest.raises(BlockingIOError, match=message),
-        drivers.experiment(run.parent / "out", "compare", {"grpo": config(run)}),
+        sweep.experiment(run.parent / "out", "compare", {"grpo": config(run)}),
     ):
         pass
     assert contents(run) == before

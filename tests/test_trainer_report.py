@@ -1,4 +1,4 @@
-"""The trainer's configuration, command line, drivers of several runs, and report."""
+"""The trainer's configuration, command line, sweeps, and report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pandas as pd
@@ -14,14 +15,14 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
-from entropy_kernels.trainer import drivers, ppo
+from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import write_json
+from entropy_kernels.trainer.methods import METHODS
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, read_rows
 from entropy_kernels.trainer.progress import ProgressBoard
-from entropy_kernels.trainer.report import write_report
-from entropy_kernels.trainer.report_text import markdown
+from entropy_kernels.trainer.report import label, markdown, write_report
 from entropy_kernels.trainer.summary import PHASES, criteria
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 
@@ -98,38 +99,41 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "temperature: expected a finite number > 0, got -1.0" in capsys.readouterr().err
 
 
-# --- drivers and report ----------------------------------------------------------------------------------------------
+# --- sweeps and report -----------------------------------------------------------------------------------------------
 
 
 def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     methods = ("grpo", "clip_cov", "random_dropped")
     board = ProgressBoard(enabled=False)
-    start = drivers.shared_warm_start(dataclasses.replace(TINY, warm_steps=2, warm_batch=8), tmp_path / "start", board)
+    start = sweep.supervised_start(dataclasses.replace(TINY, warm_steps=2, warm_batch=8), tmp_path / "start", board)
     stamp = os.stat(start / "model.safetensors").st_mtime_ns
-    again = drivers.shared_warm_start(dataclasses.replace(TINY, warm_steps=2, warm_batch=8), tmp_path / "start", board)
+    again = sweep.supervised_start(dataclasses.replace(TINY, warm_steps=2, warm_batch=8), tmp_path / "start", board)
     assert os.stat(again / "model.safetensors").st_mtime_ns == stamp, "an equal warm start was made anew"
     for method in methods:
         ppo.train(
             config(tmp_path / method, method=method, steps=6, eval_every=1, first_order_every=1, eval_samples=8,
                    final_eval_samples=8, warm_start_from=start)
         )  # fmt: skip
-    logs = drivers.load_runs({method: tmp_path / method for method in methods})
-    page = write_report(
+    logs = sweep.load_runs({method: tmp_path / method for method in methods})
+    write_report(
         tmp_path / "report",
         {method: [log] for method, log in logs.items()},
         base=TINY,
-        experiment=drivers.start_experiment(TINY, start),
+        experiment=sweep.start_experiment(TINY, start),
         command="python -m entropy_kernels.trainer quickstart --seed 0",
         seeds=[0],
         seconds=61.0,
         workers=2,
         title="A <report>",
-    ).read_text()
+        kept=logs,
+        picture="small.png",
+    )
+    page = (tmp_path / "report" / "report.html").read_text()
     assert "A &lt;report&gt;" in page
     assert "python -m entropy_kernels.trainer quickstart --seed 0" in page
     assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page), "the page refers to something outside itself"
     assert len(re.findall(r'src="data:image/png;base64,iVBOR', page)) == 5
-    for name in ("entropy", "performance", "law", "entropy_change", "covariance"):
+    for name in ("entropy", "performance", "law", "entropy_change", "covariance", "small"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "report" / "summary.json").read_text())
     assert record["logits_as_parameters"]["correlation"] > 0.999
@@ -146,8 +150,9 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
 def test_report_needs_the_baseline(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"runs: expected the baseline 'grpo' among them, got kl_cov"):
         write_report(
-            tmp_path, {"kl_cov": []}, base=TINY, experiment={}, command="", seeds=[0], seconds=0.0, workers=1, title=""
-        )
+            tmp_path, {"kl_cov": []}, base=TINY, experiment={}, command="", seeds=[0], seconds=0.0, workers=1, title="",
+            kept={},
+        )  # fmt: skip
 
 
 def test_runs_side_by_side_reports_a_failure(tmp_path: Path) -> None:
@@ -155,7 +160,7 @@ def test_runs_side_by_side_reports_a_failure(tmp_path: Path) -> None:
     with pytest.raises(
         RuntimeError, match=r"run broken: expected exit code 0, got 2; [\s\S]*warm_start_from: expected"
     ):
-        drivers.run_side_by_side({"broken": broken}, workers=1, board=ProgressBoard(enabled=False))
+        sweep.run_side_by_side({"broken": broken}, workers=1, board=ProgressBoard(enabled=False))
 
 
 def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
@@ -173,38 +178,38 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
             **dict.fromkeys(COVARIANCE_COLUMNS.values(), 0.0),
         }
     )
-    page = write_report(
+    write_report(
         tmp_path, {"grpo": [log]}, base=TINY, experiment={"predicted": [], "measured": []}, command="c", seeds=[0],
-        seconds=1.0, workers=1, title="t",
+        seconds=1.0, workers=1, title="t", kept={},
     )  # fmt: skip
-    assert "no token had an advantage" in page.read_text()
+    assert "no token had an advantage" in (tmp_path / "report.html").read_text()
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
 
 
 def test_complete_runs_are_kept_and_others_continued(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", steps=2)
-    assert drivers.unfinished({"run": settings}) == {"run": settings}
+    assert sweep.unfinished({"run": settings}) == {"run": settings}
     ppo.train(settings)
     longer = dataclasses.replace(settings, steps=3)
-    assert drivers.unfinished({"run": settings}) == {}
-    assert drivers.unfinished({"run": longer}) == {"run": longer}
+    assert sweep.unfinished({"run": settings}) == {}
+    assert sweep.unfinished({"run": longer}) == {"run": longer}
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    assert drivers.unfinished({"run": settings}) == {"run": dataclasses.replace(settings, resume=True)}
+    assert sweep.unfinished({"run": settings}) == {"run": dataclasses.replace(settings, resume=True)}
 
 
 def test_runs_from_a_start_that_was_made_anew_are_run_again(tmp_path: Path) -> None:
     def start() -> Path:
         made = dataclasses.replace(TINY, warm_steps=1, warm_batch=8)
-        return drivers.shared_warm_start(made, tmp_path / "start", ProgressBoard(enabled=False))
+        return sweep.supervised_start(made, tmp_path / "start", ProgressBoard(enabled=False))
 
     settings = config(tmp_path / "run", steps=1, warm_start_from=start())
     ppo.train(settings)
     start()
-    assert drivers.unfinished({"run": settings}) == {}
+    assert sweep.unfinished({"run": settings}) == {}
     (tmp_path / "start" / "warm_start.json").unlink()
     start()
-    assert drivers.unfinished({"run": settings}) == {"run": settings}
+    assert sweep.unfinished({"run": settings}) == {"run": settings}
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +234,8 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (out / "grpo" / "metrics.jsonl").stat().st_mtime_ns == before
     assert set(json.loads((out / "summary.json").read_text())["methods"]) == {"grpo", "clip_cov", "kl_cov_torch_ops"}
     capsys.readouterr()
+    assert main(["compare", "--out", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("error: config: expected a JSON file of what the runs have in common")
     assert main([*flags, "--methods", "kl_cov"]) == 2
     assert "methods, torch_ops: expected 'grpo' and others of" in capsys.readouterr().err
 
@@ -238,3 +245,46 @@ def test_claims_of_the_walk_are_not_made_of_other_tasks() -> None:
     experiment = {"predicted": [1.0, 2.0, 3.0], "measured": [1.0, 2.0, 3.0]}
     assert len(criteria(summary, experiment)) == 3
     assert [check["holds"] for check in criteria(summary, experiment, walk=False)] == [True, True]
+
+
+def test_sweeps_are_rows_of_a_table(tmp_path: Path) -> None:
+    """Names of folders, overrides of runs and the recorded call, as the commands promise them."""
+    reproduce = sweep.SWEEPS["reproduce"]
+    flags = dataclasses.replace(reproduce.flags, out=tmp_path, seeds=(0, 7), torch_ops="kl_cov")
+    rows = sweep.configurations(reproduce, flags, TINY)
+    assert list(rows) == [*METHODS, "kl_cov_torch_ops"]
+    assert [config.out.name for config in rows["clip_cov"]] == ["clip_cov-0", "clip_cov-7"]
+    for name, (first, second) in rows.items():
+        control = name in METHODS and METHODS[name].control_of is not None
+        assert (first.seed, second.seed) == (0, 7) and first.warm_start_from == tmp_path / "warm_start"
+        assert first.measure_entropy_change is not control and not second.measure_entropy_change
+        assert (first.first_order_every == 0) is control and second.first_order_every == 0
+        assert first.head == ("torch" if name.endswith("torch_ops") else "linear")
+    quick = sweep.SWEEPS["quickstart"]
+    flags = dataclasses.replace(quick.flags, out=tmp_path, control=False)
+    rows = sweep.configurations(quick, flags, TINY)
+    assert [config.out.name for row in rows.values() for config in row] == ["grpo", "clip_cov", "kl_cov"]
+    assert sweep.command_line("quickstart", flags, dataclasses.replace(TINY, seed=5)) == (
+        f"python -m entropy_kernels.trainer quickstart --out {tmp_path} --methods grpo clip_cov kl_cov random_dropped "
+        "--no-control --seed 5 --steps 3 --warm-steps 0 --eval-every 2 --workers 2"
+    )
+    compare = dataclasses.replace(sweep.SWEEPS["compare"].flags, out=tmp_path, torch_ops=None, reuse=True)
+    assert " --torch-ops None " in sweep.command_line("compare", compare, TINY)
+    assert sweep.command_line("compare", compare, TINY).endswith(" --reuse")
+    assert {run: label(run) for run in ("kl_cov_torch_ops", "random_dropped")} == {
+        "kl_cov_torch_ops": "KL-Cov, torch ops",
+        "random_dropped": "Random tokens dropped",
+    }
+    for changes in ({"methods": ("kl_cov",)}, {"workers": 0}, {"torch_ops": "nosuch"}):
+        with pytest.raises(ValueError, match=r"^(methods, torch_ops|workers): expected "):
+            sweep.configurations(quick, dataclasses.replace(flags, **changes), TINY)
+
+
+@pytest.mark.parametrize("command", list(sweep.SWEEPS))
+def test_the_recorded_call_is_the_call(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[sweep.Flags] = []
+    monkeypatch.setattr(sweep, "run_sweep", lambda name, flags: seen.append(flags) or 0)
+    asked = ["--out", str(tmp_path / "a b"), "--seed", "3", "--steps", "5", "--reuse", "--no-control"]
+    assert main([command, *asked, "--torch-ops", "None"]) == 0
+    assert main(shlex.split(sweep.command_line(command, seen[0], TrainerConfig()))[3:]) == 0
+    assert seen[1] == dataclasses.replace(seen[0], warm_steps=800, eval_every=seen[0].eval_every or 8)

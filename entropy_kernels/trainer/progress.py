@@ -24,30 +24,22 @@ class ProgressBoard:
         if not enabled:
             return
         try:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
+            from rich import console, progress
         except ImportError as error:
             raise ImportError(
                 "the progress bar needs rich: pip install 'entropy_kernels[train]', or --no-progress"
             ) from error
-        self._console = Console()
-        self._live = self._console.is_terminal
-        self._bars = Progress(
-            TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
+        screen = console.Console()
+        self._live = screen.is_terminal
+        self._bars = progress.Progress(
+            "{task.description:<18}",
+            progress.BarColumn(bar_width=28),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            "left",
+            progress.TimeRemainingColumn(),
+            "{task.fields[note]}",
+            console=screen,
             disable=not self._live,
         )
 
@@ -61,6 +53,13 @@ class ProgressBoard:
     ) -> None:
         if self._enabled:
             self._bars.stop()
+
+    def report(self, phase: str, done: int, total: int, row: Mapping[str, Any]) -> None:
+        """A step of a run, as :func:`entropy_kernels.trainer.ppo.train` reports it."""
+        self.update(phase, done, total, describe_row(row))
+        memory = describe_memory(row)
+        if memory is not None:
+            self.say(memory)
 
     def say(self, text: str) -> None:
         """A line above the bars."""
@@ -92,7 +91,7 @@ class ProgressBoard:
             self.say(f"{name}: {done}/{total}{left}  {note}")
 
 
-def describe_row(row: dict[str, Any]) -> str:
+def describe_row(row: Mapping[str, Any]) -> str:
     """The few numbers of a row that fit beside a bar."""
     shown = (("loss", "loss"), ("entropy", "H"), ("reward", "reward"), ("val_pass1", "pass@1"), ("val_pass8", "pass@8"))
     keep = shown[1:] if "entropy" in row else shown[:1]

@@ -1,79 +1,101 @@
-"""The report of a set of runs: one self-contained HTML page, with its figures as PNG files beside it."""
+"""The report of a set of runs: one self-contained HTML page, the same as Markdown, and their figures.
+
+Read :func:`write_report` first; then the tables and sentences, each a function of a summary (summary.py); the two
+templates stand at the end.
+"""
 
 from __future__ import annotations
 
 import base64
-import json
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels.analysis import plots
-from entropy_kernels.analysis.plot_style import method_style
-from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.analysis._require import require
+from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, write_bytes, write_json, write_text
+from entropy_kernels.trainer.methods import BASELINE, METHODS
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS
-from entropy_kernels.trainer.policy import resolve_device
 from entropy_kernels.trainer.ppo import versions
-from entropy_kernels.trainer.report_template import TEMPLATE
-from entropy_kernels.trainer.report_text import (
-    COSTS,
-    WALK,
-    beside,
-    change_lines,
-    cost_rows,
-    end_rows,
-    heading,
-    html_table,
-    law_lines,
-    limits,
-    markdown,
-    memory_line,
-)
+from entropy_kernels.trainer.progress import describe_memory
+from entropy_kernels.trainer.start import resolve_device
 from entropy_kernels.trainer.summary import agreement, criteria, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-Runs = Mapping[str, Sequence["DataFrame"]]
+Logs = Mapping[str, Sequence["DataFrame"]]
+Summary = Mapping[str, Mapping[str, Any]]
+Table = dict[str, Any]
 
+#: At the end of a run's name: the method under head = torch.
+TORCH_OPS = "_torch_ops"
 FIGURES = ("entropy", "performance", "law", "entropy_change", "covariance")
-#: What :func:`write_report` writes.
-REPORT_FILES = ("report.html", "summary.json", *(f"{name}.png" for name in FIGURES))
 
-#: Columns of the small per-run logs that are worth keeping under version control.
+#: Columns of the logs that are worth keeping under version control, as csv/.
 KEPT_COLUMNS = (
-    "step",
-    "entropy",
-    "reward",
-    "tokens",
-    "val_pass1",
-    "val_pass8",
-    "val_distinct",
-    "final_pass1",
-    "final_pass8",
-    "final_pass32",
-    "final_distinct",
-    "cov_mean",
-    "tokens_in_band",
-    "tokens_dropped",
-    "tokens_penalized",
-    "clipfrac",
-    "ppo_kl_abs",
-    "predicted_dh",
-    "measured_dh",
-    "first_order_dh",
-    "first_update_dh",
-    "small_update_dh",
-    "first_order_step_dh",
+    *("step", "entropy", "reward", "tokens", "val_pass1", "val_pass8", "val_distinct"),
+    *("final_pass1", "final_pass8", "final_pass32", "final_distinct", "cov_mean", "tokens_in_band"),
+    *("tokens_dropped", "tokens_penalized", "clipfrac", "ppo_kl_abs", "predicted_dh", "measured_dh"),
+    *("first_order_dh", "first_update_dh", "small_update_dh", "first_order_step_dh"),
 )
+
+#: Where the runs end: name in the summary, head, divisor, decimals.
+END_COLUMNS = (
+    ("entropy_start", "H start", 1, 3),
+    ("entropy_end", "H end", 1, 3),
+    ("entropy_fall", "fall", 1, 2),
+    ("final_pass1", "pass@1", 1, 3),
+    ("final_pass8", "pass@8", 1, 3),
+    ("final_pass32", "pass@32", 1, 3),
+    ("final_distinct", "distinct right", 1, 2),
+    ("law_r2", "law R²", 1, 3),
+    ("line_r2", "line R²", 1, 3),
+    ("law_rmse", "law RMSE", 1, 3),
+    ("tokens_per_s", "tokens/s", 1, 0),
+    ("ops_share", "share of ops", 1, 2),
+)
+#: What a step costs.
+COST_COLUMNS = (
+    ("tokens_per_s", "tokens/s", 1, 0),
+    ("seconds_per_step", "step, s", 1, 3),
+    ("seconds_sample", "sample", 1, 3),
+    ("seconds_verify", "verify", 1, 3),
+    ("seconds_score", "score", 1, 3),
+    ("seconds_update", "update", 1, 3),
+    ("seconds_measure", "measure", 1, 3),
+    ("seconds_ops", "statistics and losses", 1, 3),
+    ("memory_linear", "micro-batch, linear, GB", 1e9, 3),
+    ("memory_logits", "logits, GB", 1e9, 3),
+    ("memory_torch", "torch, GB", 1e9, 3),
+    ("memory_peak", "GPU peak, GB", 1e9, 2),
+)
+COSTS = (
+    "Seconds, medians over the steps. Measure: what the entropy change of a step is measured with. Statistics and "
+    "losses: in all parts of the step, forward and backward, from hidden states with the head's matrix products."
+)
+WALK = (
+    "A small Llama learns by PPO to walk from one number to another in four arithmetic moves. An exact verifier pays 1 "
+    "for a right walk and nothing else, and every prompt has many right walks."
+)
+
+
+def report_names(picture: str, names: Iterable[str]) -> list[str]:
+    """The files that :func:`write_report` writes, with the logs `names` kept."""
+    return [
+        *("report.html", "report.md", "summary.json", picture),
+        *(f"{name}.png" for name in FIGURES),
+        *(f"csv/{name}.csv" for name in names),
+    ]
 
 
 def write_report(
     out: Path,
-    runs: Runs,
+    runs: Logs,
     *,
     base: TrainerConfig,
     experiment: Mapping[str, Sequence[float]],
@@ -82,128 +104,396 @@ def write_report(
     seconds: float,
     workers: int,
     title: str,
-) -> Path:
-    """Write report.html, its PNGs and summary.json into `out`; returns the path of the page.
+    kept: Mapping[str, DataFrame],
+    picture: str = "curves.png",
+) -> dict[str, Any]:
+    """Write report.html, report.md, pictures, csv/ and summary.json into `out`; returns what the last one holds.
 
     Parameters
     ----------
-    out : Path
     runs : mapping
-        Method to logs, one DataFrame per seed. ``grpo`` must be among them.
+        Method (or method + TORCH_OPS) to logs, one DataFrame per seed. The baseline must be among them.
     base : TrainerConfig
         What the runs have in common.
     experiment : mapping
         ``predicted`` and ``measured`` of the experiment with logits as parameters.
     command : str
-        What made the runs.
-    seeds : sequence of int
-    seconds : float
-        Wall time of everything.
-    workers : int
-        Runs at the same time.
-    title : str
+        What made the runs; `seconds` of wall time, with `workers` runs at the same time.
+    kept : mapping
+        File name to log: their small columns become csv/.
+    picture : str
+        The curves, for report.md.
     """
-    if "grpo" not in runs:
-        raise ValueError(f"runs: expected the baseline 'grpo' among them, got {', '.join(runs)}")
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("the report needs jinja2: pip install 'entropy_kernels[train]'") from error
-    OwnFiles(out).claim(*REPORT_FILES)
+    if BASELINE not in runs:
+        raise ValueError(f"runs: expected the baseline {BASELINE!r} among them, got {', '.join(runs)}")
+    require("jinja2", "the report", extra="train")
+    OwnFiles(out).claim(*report_names(picture, kept))
     summary = over_seeds(runs)
-    walk = base.task == "walk"
-    checks = criteria(summary, experiment, walk=walk)
-    figures = draw(runs, experiment)
-    pictures = {}
-    for name, figure in figures.items():
-        data = plots.png(figure)
-        write_bytes(out / f"{name}.png", data)
-        pictures[name] = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
     fit = agreement(experiment["predicted"], experiment["measured"])
+    device = resolve_device(base.device)
+    cpu = f"{cpu_name()}, {usable_cores()} cores, {base.threads} thread{'s' if base.threads > 1 else ''} a run"
     record = {
         "command": command,
         "task": base.task,
         "model": base.model,
-        "hardware": hardware_line(base),
+        "hardware": gpu_name(device.index or 0) if device.type == "cuda" else cpu,
         "seeds": list(seeds),
         "seconds": round(seconds, 1),
         "workers": workers,
         "versions": versions(),
-        "criteria": checks,
+        "criteria": criteria(summary, experiment, walk=base.task == "walk"),
         "logits_as_parameters": fit,
         "limits": limits(summary, base),
         "methods": summary,
     }
     write_json(out / "summary.json", record)
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
-    text = page.render(
-        title=title,
-        record=record,
-        minutes=f"{seconds / 60:.1f}",
-        about=WALK if walk else f"{base.model} learns {base.task} by PPO. Its verifier gives the reward.",
-        walk=walk,
-        pictures=pictures,
-        end_table=html_table(*end_rows(summary)),
-        costs=COSTS + beside(workers),
-        cost_table=html_table(*cost_rows(summary)),
-        memory=memory_line(summary),
-        covariance_table=plots.html_table(
-            plots.covariance_table(runs, dict(COVARIANCE_COLUMNS)),
-            caption="Mean covariance of the top tokens at the first step",
-        ),
-        laws=law_lines(summary),
-        changes=change_lines(summary, fit),
-    )
-    write_text(out / "report.html", text)
-    return out / "report.html"
-
-
-def hardware_line(base: TrainerConfig) -> str:
-    """The GPU that runs of this configuration use, else the processor."""
-    device = resolve_device(base.device)
-    if device.type == "cuda":
-        return gpu_name(device.index or 0)
-    return f"{cpu_name()}, {usable_cores()} cores, {base.threads} thread{'s' if base.threads > 1 else ''} a run"
-
-
-def kept_files(picture: str, names: Iterable[str]) -> tuple[str, ...]:
-    """What :func:`write_kept` writes."""
-    return "report.md", picture, *(f"csv/{name}.csv" for name in names)
-
-
-def write_kept(out: Path, runs: Runs, *, names: Mapping[str, DataFrame], picture: str) -> None:
-    """What of a report is worth keeping under version control: report.md, one picture, the small columns as csv/.
-
-    `names`: file name to log. summary.json and the figures are there already.
-    """
-    OwnFiles(out).claim(*kept_files(picture, names))
-    record = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    labelled = {label(run): list(logs) for run, logs in runs.items()}
+    main = {label(run): list(logs) for run, logs in runs.items() if not is_beside(run)}
+    pictures = {}
+    for name, figure in draw(labelled, main, experiment).items():
+        data = plots.png(figure)
+        write_bytes(out / f"{name}.png", data)
+        pictures[name] = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    covariance = plots.covariance_table(labelled, dict(COVARIANCE_COLUMNS))
+    about = plots.html_table(covariance, caption="Mean covariance of the top tokens at the first step")
+    page = render(PAGE, record, autoescape=True, title=title, pictures=pictures, covariance_table=about)
+    write_text(out / "report.html", page)
     columns = {"entropy": "policy entropy (nats)", "val_pass1": "pass@1", "val_pass8": "pass@8"}
-    title = heading(record)
-    write_bytes(out / picture, plots.png(plots.performance_figure(dict(runs), columns=columns, title=title), dpi=110))
+    curves = plots.performance_figure(labelled, columns=columns, title=heading(record))
+    write_bytes(out / picture, plots.png(curves, dpi=110))
     write_text(out / "report.md", markdown(record, picture=picture))
-    for name, log in names.items():
+    for name, log in kept.items():
         small = log[[column for column in KEPT_COLUMNS if column in log]]
         write_text(out / "csv" / f"{name}.csv", small.to_csv(index=False, float_format="%.5g"))
+    return record
 
 
-def draw(runs: Runs, experiment: Mapping[str, Sequence[float]]) -> dict[str, Figure]:
-    """All figures of the report, by the name of their file."""
+def draw(runs: Logs, main: Logs, experiment: Mapping[str, Sequence[float]]) -> dict[str, Figure]:
+    """The figures of the page by the names of their files; runs by their labels, in `main` those of methods alone."""
     import pandas as pd
 
-    one = {name: list(logs) for name, logs in runs.items()}
     panels: dict[str, Any] = {"logits as parameters": (experiment["predicted"], experiment["measured"])}
-    base = pd.concat(one["grpo"])
+    base = pd.concat(runs[label(BASELINE)])
     if {"predicted_dh", "measured_dh"} <= set(base.columns):
         panels["baseline: logits-level prediction (unit step)"] = base
     if {"first_order_dh", "first_update_dh"} <= set(base.columns):
         pairs = base[["first_order_dh", "first_update_dh"]].dropna()
         panels["baseline: the network's first order"] = (pairs["first_order_dh"], pairs["first_update_dh"])
-    main = {name: logs for name, logs in one.items() if not method_style(name).control}
     return {
-        "entropy": plots.entropy_figure(one),
-        "performance": plots.performance_figure(one),
+        "entropy": plots.entropy_figure(runs),
+        "performance": plots.performance_figure(runs),
         "law": plots.law_figure(main),
         "entropy_change": plots.entropy_change_figure(panels),
         "covariance": plots.covariance_figure(plots.covariance_table(main, dict(COVARIANCE_COLUMNS))),
     }
+
+
+def markdown(record: Mapping[str, Any], *, picture: str) -> str:
+    """report.md, of what summary.json holds."""
+    return render(NOTE, record, autoescape=False, picture=picture)
+
+
+def render(template: str, record: Mapping[str, Any], *, autoescape: bool, **more: Any) -> str:
+    """A template with what both have: the record, its tables and sentences."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    summary = record["methods"]
+    workers = record["workers"]
+    return environment.from_string(template).render(
+        record=record,
+        walk=record["task"] == "walk",
+        about=WALK if record["task"] == "walk" else f"{record['model']} learns {record['task']} by PPO. Its verifier "
+        "gives the reward.",
+        heading=heading(record),
+        treats={how: ", ".join(m.label for m in METHODS.values() if m.treats == how and m.control_of is None)
+                for how in ("dropped", "penalized")},
+        ends=table(summary, END_COLUMNS, spread=True),
+        costs=table(summary, COST_COLUMNS),
+        about_costs=COSTS + (f" {workers} runs at the same time." if workers > 1 else ""),
+        again=" this time" if "--reuse" in record["command"].split() else "",
+        memory=memory_line(summary),
+        laws=law_lines(summary),
+        changes=change_lines(summary, record["logits_as_parameters"]),
+        **more,
+    )  # fmt: skip
+
+
+# --- tables and sentences --------------------------------------------------------------------------------------------
+
+
+def label(run: str) -> str:
+    """What a run is called: its method's label, and that it is by torch's own operations."""
+    method = run.removesuffix(TORCH_OPS)
+    return METHODS[method].label + (", torch ops" if method != run else "")
+
+
+def is_beside(run: str) -> bool:
+    """Whether it is there to compare a method with: a control, or the method by torch's own operations."""
+    return run.endswith(TORCH_OPS) or METHODS[run].control_of is not None
+
+
+def heading(record: Mapping[str, Any]) -> str:
+    """What was trained, in a few words."""
+    if record["task"] != "walk":
+        return f"{record['model']} on {record['task']}"
+    controls = any(not run.endswith(TORCH_OPS) and is_beside(run) for run in record["methods"])
+    return "Walk, with random-token controls" if controls else "Walk"
+
+
+def table(summary: Summary, columns: Sequence[tuple[str, str, float, int]], *, spread: bool = False) -> Table:
+    """``head`` and ``rows`` as text, a row per run, of the columns that any has; with the seeds' deviation if asked."""
+    columns = [column for column in columns if any(column[0] in values for values in summary.values())]
+
+    def cell(values: Mapping[str, Any], name: str, by: float, n: int) -> str:
+        if name not in values:
+            return "–"
+        sd = values[name]["sd"]
+        return f"{values[name]['mean'] / by:.{n}f}" + (f" ± {sd / by:.{n}f}" if spread and sd is not None else "")
+
+    rows = [[label(run), *(cell(v, name, by, n) for name, _, by, n in columns)] for run, v in summary.items()]
+    return {"head": ["", *(text for _, text, _, _ in columns)], "rows": rows}
+
+
+def law_lines(summary: Summary) -> list[str]:
+    """One sentence per run on the law beside the straight line, and on the law of the first third."""
+    return [
+        f"{label(run)}: R = -({v['law_a']['mean']:.4f}) e^H + {v['law_b']['mean']:.4f}, "
+        f"R² {v['law_r2']['mean']:.3f}, RMSE {v['law_rmse']['mean']:.4f}, ceiling {v['law_ceiling']['mean']:.3f}; "
+        f"straight line in H: R² {v['line_r2']['mean']:.3f}, RMSE {v['line_rmse']['mean']:.4f}. "
+        "Fitted on the first third of the validations, the law is off by "
+        f"{v['third_final_error']['mean']:+.3f} at the last one."
+        for run, v in summary.items()
+        if "law_a" in v
+    ]
+
+
+def memory_line(summary: Summary) -> str | None:
+    """The baseline's peak memory under each head; None if it was not measured."""
+    values = summary[BASELINE]
+    return describe_memory(
+        {f"memory/{head}": values[f"memory_{head}"]["mean"] for head in HEADS if f"memory_{head}" in values}
+    )
+
+
+def change_lines(summary: Summary, experiment: Mapping[str, float]) -> list[str]:
+    """What the three comparisons of the entropy change gave."""
+    lines = ["Logits as parameters: no token had an advantage."]
+    if experiment:
+        lines = [
+            f"Logits as parameters: correlation {experiment['correlation']:.6f}, slope {experiment['slope']:.5f}, "
+            f"{experiment['n']} tokens, step 1e-3."
+        ]
+    for run, values in summary.items():
+        v = {name: value["mean"] for name, value in values.items()}
+        if "logits_correlation" in v:
+            lines.append(
+                f"{label(run)}, logits-level prediction against the measured change of a rollout: correlation "
+                f"{v['logits_correlation']:.2f}, same sign {v['logits_same_sign']:.0%}."
+            )
+        if "network_correlation" in v:
+            lines.append(
+                f"{label(run)}, the network's own first order against the measured change of one update: correlation "
+                f"{v['network_correlation']:.4f}, slope {v['network_slope']:.3f}."
+            )
+        for name, over, n in (("small", "a tenth of that update", 5), ("step", "all updates of a rollout", 4)):
+            if f"network_{name}_correlation" in v:
+                correlation, slope = v[f"network_{name}_correlation"], v[f"network_{name}_slope"]
+                lines[-1] += f" Over {over}: {correlation:.{n}f}, slope {slope:.3f}."
+    return lines
+
+
+def limits(summary: Summary, base: TrainerConfig) -> list[str]:
+    """What does not show at this scale, with the figures of these very runs."""
+    lines = []
+    first, walk = summary[BASELINE], base.task == "walk"
+    treating = {name: method for name, method in METHODS.items() if method.treats and method.control_of is None}
+    for name, method in treating.items():
+        if name in summary and "final_pass1" in summary[name]:
+            mine, theirs = summary[name]["final_pass1"], first["final_pass1"]
+            noise = max(mine["sd"] or 0.0, theirs["sd"] or 0.0)
+            one = "seeds spread by 0.01 to 0.03, and this is one" if walk else "this is one seed"
+            seeds = f"the seeds spread by {noise:.3f}" if noise else one
+            shows = " The gain that shows here is in pass@k and diversity." if walk else ""
+            gap = mine["mean"] - theirs["mean"]
+            lines.append(f"pass@1: {method.label} ends {gap:+.3f} from the baseline; {seeds}.{shows}")
+    if "law_r2" in first:
+        lines.append(
+            f"The shape of the law: on the baseline e^H explains {first['law_r2']['mean']:.3f} of the variance and a "
+            f"straight line in H {first['line_r2']['mean']:.3f}. Over this range of entropies the data do not choose "
+            "between them."
+        )
+    if "logits_correlation" in first:
+        lines.append(
+            "The logits-level prediction through the network is a trend (baseline: correlation "
+            f"{first['logits_correlation']['mean']:.2f}): weights are shared between tokens, "
+            "and AdamW rescales every weight's step."
+        )
+    if "tokens" in first:
+        tokens = first["tokens"]["mean"] / base.minibatches
+        papers = [method.paper_ratio for method in treating.values()]
+        ratios = [dataclasses.replace(base, method=name).selection_ratio for name in treating]
+        larger = [
+            f"{ratio / paper:.0f} ({method.label})"
+            for ratio, paper, method in zip(ratios, papers, treating.values(), strict=True)
+        ]
+        lines.append(
+            f"The paper's fractions: {' and '.join(f'{paper:.0e}'.replace('e-0', 'e-') for paper in papers)} of a "
+            f"minibatch of {tokens:.0f} tokens are {' and '.join(f'{paper * tokens:.1f}' for paper in papers)} tokens. "
+            f"Those of these runs are {' and '.join(larger)} times larger."
+        )
+    return lines
+
+
+# --- the page and the note, for jinja2; they refer to nothing outside the folder --------------------------------------
+
+PAGE = """{% macro table(data) %}<div class="wide"><table class="data"><thead><tr>
+{%- for text in data.head %}<th scope="col">{{ text }}</th>{% endfor %}</tr></thead><tbody>
+{%- for row in data.rows %}<tr><th scope="row">{{ row[0] }}</th>
+{%- for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}</tbody></table></div>{% endmacro -%}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+  body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2.5rem auto;
+  padding: 0 1.2rem; } h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: .3rem; }
+  h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+  p, li { max-width: 48rem; }
+  img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
+  table.data { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+  table.data caption { text-align: left; color: #666; padding-bottom: .3rem; }
+  table.data th, table.data td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #e3e3e3;
+  white-space: nowrap; } table.data th[scope=row], table.data thead th:first-child { text-align: left; }
+  .wide { overflow-x: auto; }
+  .muted { color: #666; }
+  code, pre { font: .86rem/1.5 ui-monospace, monospace; background: #f5f5f5; }
+  pre { padding: .7rem .9rem; overflow-x: auto; }
+  .yes::before { content: "\\2713 holds"; color: #1a7f37; font-weight: 600; }
+  .no::before { content: "\\2717 does not hold"; color: #b3261e; font-weight: 600; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p class="muted">Seed{{ "s" if record.seeds|length > 1 }} {{ record.seeds|join(", ") }} ·
+{{ "%.1f"|format(record.seconds / 60) }} minutes · {{ record.hardware }} ·
+{% for name, value in record.versions.items() %}{{ name }} {{ value }}{{ " · " if not loop.last }}{% endfor %}</p>
+<pre>{{ record.command }}</pre>
+
+<p>{{ about }} All runs start from the same model; they differ in which tokens lose their gradient
+({{ treats.dropped }}), get a penalty ({{ treats.penalized }}), or neither (baseline). Dashed are controls, which treat
+as many tokens, chosen at random, and runs that take torch's own operations in place of this library's.</p>
+
+<h2>Where the runs end</h2>
+{{ table(ends) }}
+<p class="muted">H: policy entropy in nats per token, mean of the last rollouts. pass@k: chance that one of k samples
+is right, on held-out prompts, unbiased. Distinct right: different right answers among the samples of a prompt. Share of
+ops: time in this library's ops, by default with the head's matrix products, over the time of a step.</p>
+
+<h2>What a step costs</h2>
+{{ table(costs) }}
+<p class="muted">{{ about_costs }}{% if memory %} {{ memory }} Linear: from hidden states; logits:
+materialised; torch: materialised, and torch's own operations.
+Weights and optimizer state, the same under all, are not counted.{% endif %}</p>
+
+<h2>Entropy</h2>
+<img alt="Policy entropy over training steps" src="{{ pictures.entropy }}">
+<p>Without intervention the policy spends its entropy early. The tokens that spend it are few: those whose
+log-probability and advantage are both high. Taking their gradient, or holding them back, keeps the entropy; doing the
+same to random tokens does not.</p>
+
+<h2>pass@1 and pass@k</h2>
+<img alt="pass@1 and pass@8 over training steps" src="{{ pictures.performance }}">
+
+<h2>The law R = -a e<sup>H</sup> + b</h2>
+<img alt="Validation accuracy against entropy, with the fitted law and a straight line" src="{{ pictures.law }}">
+<ul>{% for line in laws %}<li>{{ line }}</li>{% endfor %}</ul>
+
+<h2>Entropy change: measured against predicted</h2>
+<img alt="Measured against predicted entropy change, three ways" src="{{ pictures.entropy_change }}">
+<ul>{% for line in changes %}<li>{{ line }}</li>{% endfor %}</ul>
+<p>Why the three differ. The theory takes each row of logits as its own parameter: there, for a small step, prediction
+and measurement agree to rounding and curvature (first panel). In a network a step for one token moves the logits of
+all others, and AdamW rescales the step of every weight, so a sum of per-token predictions keeps the direction and
+loses the size (second panel; its prediction is for a unit step, so only correlation and sign mean something). The
+gradient of the entropy in the weights, times the change of the weights in one update, contains all of this and is again
+exact to first order (third panel). Over all updates of a rollout curvature
+adds up, and the agreement is less close.</p>
+
+<h2>Covariance is heavy-tailed</h2>
+<div class="wide">{{ covariance_table|safe }}</div>
+<img alt="Mean covariance of the top fractions of tokens" src="{{ pictures.covariance }}">
+
+<h2>Checks</h2>
+<table class="data"><thead><tr><th scope="col">claim</th><th scope="col">measured</th><th
+scope="col"></th></tr></thead><tbody>
+{% for check in record.criteria %}<tr><th scope="row">{{ check.claim }}</th><td>{{ check.figure }}</td><td
+class="{{ "yes" if check.holds else "no" }}"></td></tr>{% endfor %}</tbody></table>
+{% if walk and record.seeds|length == 1 %}<p class="muted">The claims are stated for three seeds,
+<code>make reproduce-toy</code>: one seed has no spread to compare with and may miss a claim (where twice the baseline's
+entropy is claimed, single seeds were seen to end with 1.8 to 2.1 times).</p>{% endif %}
+
+<h2>What does not show at this scale</h2>
+<ul>{% for line in record.limits %}<li>{{ line }}</li>{% endfor %}</ul>
+</body>
+</html>
+"""
+
+NOTE = """{% macro table(data) %}
+| {{ data.head|join(" | ") }} |
+| {% for _ in data.head %}---{{ " | " if not loop.last }}{% endfor %} |
+{% for row in data.rows %}
+| {{ row|join(" | ") }} |
+{% endfor %}
+{% endmacro %}
+{% set many = record.seeds|length > 1 %}
+# {{ heading }}, {{ record.seeds|length }} seed{{ "s" if many }}
+
+`{{ record.command }}` took {{ "%.0f"|format(record.seconds / 60) }} minutes{{ again }} on {{ record.hardware }} (
+{%- for name, value in record.versions.items() %}{{ name }} {{ value }}{{ ", " if not loop.last }}{% endfor %}).
+
+![entropy, pass@1 and pass@8 over training steps]({{ picture }})
+
+## Claims
+
+| claim | measured | |
+| --- | --- | --- |
+{% for check in record.criteria %}
+| {{ check.claim }} | {{ check.figure }} | {{ "holds" if check.holds else "**does not hold**" }} |
+{% endfor %}
+
+## End values{{ ", mean ± standard deviation over seeds" if many }}
+
+{{ table(ends) }}
+## What a step costs
+
+{{ about_costs }}
+
+{{ table(costs) }}
+{% if memory %}
+{{ memory }}
+
+{% endif %}
+## The law
+
+{% for line in laws %}
+- {{ line }}
+{% endfor %}
+
+## Entropy change, measured against predicted
+
+{% for line in changes %}
+- {{ line }}
+{% endfor %}
+
+## What does not show at this scale
+
+{% for line in record.limits %}
+- {{ line }}
+{% endfor %}
+"""

@@ -1,4 +1,4 @@
-"""End values of runs, and the criteria by which a reproduction is judged."""
+"""End values of runs, and the claims by which a reproduction is judged: numbers, no sentences on them (report.py)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import HEADS
+from entropy_kernels.trainer.methods import BASELINE, METHODS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -17,39 +18,40 @@ if TYPE_CHECKING:
 END_ROLLOUTS = 8
 #: Parts of a step whose seconds a log has.
 PHASES = ("sample", "verify", "score", "update", "measure", "ops")
+#: Comparisons of the entropy change: name in the summary -> columns with the prediction and with the measurement.
+CHANGES = {
+    "logits": ("predicted_dh", "measured_dh"),
+    "network": ("first_order_dh", "first_update_dh"),
+    "network_small": ("first_order_dh", "small_update_dh"),
+    "network_step": ("first_order_step_dh", "measured_dh"),
+}
 
 
 def end_values(log: DataFrame) -> dict[str, float]:
     """End values of one run: entropy, validation, the law, the correlations of the entropy change, and cost."""
+
+    def measured(column: str) -> Any:
+        return log[column].dropna() if column in log else log.iloc[:0]
+
     validated = log[log["val_pass1"].notna()] if "val_pass1" in log else log.iloc[:0]
-    values = {
-        "entropy_start": float(log["entropy"].iloc[0]),
-        "entropy_end": float(log["entropy"].iloc[-END_ROLLOUTS:].mean()),
-    }
-    values["entropy_fall"] = 1.0 - values["entropy_end"] / values["entropy_start"]
+    start, end = float(log["entropy"].iloc[0]), float(log["entropy"].iloc[-END_ROLLOUTS:].mean())
+    values = {"entropy_start": start, "entropy_end": end, "entropy_fall": 1.0 - end / start}
     if len(validated):
-        for name in validated.columns:
-            if name.startswith(("val_", "final_")):
-                values[name] = float(validated[name].iloc[-1])
+        ends = [name for name in validated.columns if name.startswith(("val_", "final_"))]
+        values |= {name: float(validated[name].iloc[-1]) for name in ends}
     values |= law_values(validated)
-    for name, predicted, measured in (
-        ("logits", "predicted_dh", "measured_dh"),
-        ("network", "first_order_dh", "first_update_dh"),
-        ("network_small", "first_order_dh", "small_update_dh"),
-        ("network_step", "first_order_step_dh", "measured_dh"),
-    ):
-        values |= {f"{name}_{key}": value for key, value in agree(log, predicted, measured).items()}
+    for name, (predicted, change) in CHANGES.items():
+        if {predicted, change} <= set(log.columns):
+            pairs = log[[predicted, change]].dropna().to_numpy(float)
+            values |= {f"{name}_{key}": value for key, value in agreement(pairs[:, 0], pairs[:, 1]).items()}
     for head in HEADS:
-        if f"memory/{head}" in log and log[f"memory/{head}"].notna().any():
-            values[f"memory_{head}"] = float(log[f"memory/{head}"].dropna().iloc[0])
+        if len(peak := measured(f"memory/{head}")):
+            values[f"memory_{head}"] = float(peak.iloc[0])
     if "tokens" in log:
         values["tokens"] = float(log["tokens"].mean())
     # medians: first steps compile, measure and wait for files
-    for name in PHASES:
-        if f"time/{name}" in log and log[f"time/{name}"].notna().any():
-            values[f"seconds_{name}"] = float(log[f"time/{name}"].median())
-    if "memory/peak" in log and log["memory/peak"].notna().any():
-        values["memory_peak"] = float(log["memory/peak"].median())
+    columns = {f"seconds_{name}": f"time/{name}" for name in PHASES} | {"memory_peak": "memory/peak"}
+    values |= {name: float(found.median()) for name, column in columns.items() if len(found := measured(column))}
     if "time/step" in log:
         values["seconds_per_step"] = float(log["time/step"].median())
         values["ops_share"] = float((log["time/ops"] / log["time/step"]).median())
@@ -78,16 +80,8 @@ def law_values(validated: DataFrame) -> dict[str, float]:
     }
 
 
-def agree(log: DataFrame, predicted: str, measured: str) -> dict[str, float]:
-    """:func:`agreement` of two columns of a log, over the rows that have both; {} if there are none."""
-    if not {predicted, measured} <= set(log.columns):
-        return {}
-    pairs = log[[predicted, measured]].dropna().to_numpy(float)
-    return agreement(pairs[:, 0], pairs[:, 1])
-
-
 def agreement(predicted: Any, measured: Any) -> dict[str, float]:
-    """Correlation, slope of measured on predicted through the origin, share of equal signs, count."""
+    """Correlation, slope of measured on predicted through the origin, share of equal signs, count; {} if undefined."""
     x, y = np.asarray(predicted, float), np.asarray(measured, float)
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return {}
@@ -100,18 +94,17 @@ def agreement(predicted: Any, measured: Any) -> dict[str, float]:
 
 
 def over_seeds(runs: Mapping[str, Sequence[DataFrame]]) -> dict[str, dict[str, Any]]:
-    """Per method and end value: the seeds' values, their mean and (with two or more) their standard deviation."""
+    """Per run and end value: ``mean``, ``sd`` (None for one seed), ``seeds``, the values themselves."""
     result: dict[str, dict[str, Any]] = {}
-    for method, logs in runs.items():
+    for run, logs in runs.items():
         per_seed = [end_values(log) for log in logs]
         # the names of any seed: entropy changes need not be measured on all of them
         names = list(dict.fromkeys(name for values in per_seed for name in values))
-        result[method] = {name: spread([values[name] for values in per_seed if name in values]) for name in names}
+        result[run] = {name: _spread([values[name] for values in per_seed if name in values]) for name in names}
     return result
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation (None for one value) and the values themselves."""
+def _spread(values: list[float]) -> dict[str, Any]:
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "sd": sd, "seeds": values}
 
@@ -130,36 +123,35 @@ def criteria(
     def check(claim: str, holds: bool, figure: str) -> None:
         checks.append({"claim": claim, "holds": bool(holds), "figure": figure})
 
-    base = summary["grpo"]
-    fall = base["entropy_fall"]["mean"]
+    base = summary[BASELINE]
     if walk:
+        fall = base["entropy_fall"]["mean"]
         check("the baseline's entropy falls by at least 75 %", fall >= 0.75, f"{fall:.1%}")
-    for method, label, factor in (("clip_cov", "Clip-Cov", 2.0), ("kl_cov", "KL-Cov", 1.6)) if walk else ():
-        if method not in summary:
+    for name, method in METHODS.items() if walk else ():
+        if method.entropy_factor is None or name not in summary:
             continue
-        ratio = summary[method]["entropy_end"]["mean"] / base["entropy_end"]["mean"]
-        check(f"{label} ends with at least {factor:g} x the baseline's entropy", ratio >= factor, f"{ratio:.2f} x")
-        for other, name in (
-            ("grpo", "the baseline's"),
-            ("random_dropped", "random dropping's"),
-            ("random_penalized", "random penalty's"),
-        ):
-            if other not in summary or "final_pass8" not in summary[method]:
+        ratio, factor = summary[name]["entropy_end"]["mean"] / base["entropy_end"]["mean"], method.entropy_factor
+        check(
+            f"{method.label} ends with at least {factor:g} x the baseline's entropy", ratio >= factor, f"{ratio:.2f} x"
+        )
+        for other, beside in METHODS.items():
+            compared = other == BASELINE or beside.control_of is not None
+            if not compared or other not in summary or "final_pass8" not in summary[name]:
                 continue
-            mine, theirs = summary[method]["final_pass8"], summary[other]["final_pass8"]
+            mine, theirs = summary[name]["final_pass8"], summary[other]["final_pass8"]
             gap = mine["mean"] - theirs["mean"]
             noise = max(mine["sd"] or 0.0, theirs["sd"] or 0.0)
-            apart = min(mine["seeds"]) > max(theirs["seeds"])
+            of = "the baseline's" if other == BASELINE else f"that of {beside.label.lower()}"
             check(
-                f"{label}'s pass@8 is above {name} by more than the spread of the seeds",
-                gap > noise and apart,
+                f"{method.label}'s pass@8 is above {of} by more than the spread of the seeds",
+                gap > noise and min(mine["seeds"]) > max(theirs["seeds"]),
                 f"{mine['mean']:.3f} against {theirs['mean']:.3f}, gap {gap:+.3f}, spread {noise:.3f}",
             )
     fit = agreement(experiment["predicted"], experiment["measured"])
     # a start that is never right, or always, has no advantages to step along
     none = "no token had an advantage"
     check(
-        "logits as parameters: measured and predicted entropy change correlate at .999 or better",
+        "logits as parameters: measured and predicted entropy change correlate at 0.999 or better",
         bool(fit) and fit["correlation"] >= 0.999,
         f"{fit['correlation']:.6f}" if fit else none,
     )
@@ -169,13 +161,13 @@ def criteria(
         f"{fit['slope']:.5f}" if fit else none,
     )
     if "network_small_correlation" in base:
-        value = min(
+        lowest = min(
             v["network_small_correlation"]["mean"] for v in summary.values() if "network_small_correlation" in v
         )
         check(
-            "through the network: its first order correlates with the change over a tenth of an update at .999 or "
+            "through the network: its first order correlates with the change over a tenth of an update at 0.999 or "
             "better, every method",
-            value >= 0.999,
-            f"lowest {value:.4f}",
+            lowest >= 0.999,
+            f"lowest {lowest:.4f}",
         )
     return checks

@@ -1,0 +1,439 @@
+"""Several runs from one supervised start: quickstart, reproduce and compare are rows of one table.
+
+Read :data:`SWEEPS` first, what the commands are; then :func:`run_sweep`, what they do; then its parts in their order:
+:func:`configurations`, :func:`experiment` (the folder), :func:`supervised_start`, :func:`unfinished`,
+:func:`run_side_by_side`. A single run is ppo.py; what is said of many, summary.py and report.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entropy_kernels.trainer.checkpoint import (
+    DRIVER_FILES,
+    RUN_FILES,
+    STAMP,
+    model_files,
+    own_files,
+    remove_run,
+    report_files,
+)
+from entropy_kernels.trainer.config import TrainerConfig, as_saved
+from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
+from entropy_kernels.trainer.methods import BASELINE, METHODS
+from entropy_kernels.trainer.metrics_log import read_rows
+from entropy_kernels.trainer.progress import ProgressBoard, describe_row
+from entropy_kernels.trainer.report import TORCH_OPS, memory_line, report_names, write_report
+from entropy_kernels.trainer.start import build_policy, check_model, load_policy, warm_start
+from entropy_kernels.trainer.tasks import make_task
+
+#: Seconds between looks at the logs of running processes.
+_POLL = 0.5
+#: Of float64 logits in the experiment with logits as parameters, which holds a few such tensors.
+_EXPERIMENT_BYTES = 512 << 20
+
+_CONTROLS = tuple(name for name, method in METHODS.items() if method.control_of is not None)
+_MAIN = tuple(name for name in METHODS if name not in _CONTROLS)
+_LABELS = ", ".join(METHODS[name].label for name in _MAIN)
+
+
+class RunFailed(RuntimeError):
+    """A run of several ended with an error, which its log has told."""
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Flags:
+    """What can be asked of a sweep; the defaults of its own stand in SWEEPS."""
+
+    out: Path
+    """Directory of everything: runs, report.html, report.md, summary.json, pictures, csv/. Only what the same command
+    wrote there earlier is replaced."""
+    config: Path | None = None
+    """JSON file with fields of a run's configuration, what all runs have in common; those left out have their defaults.
+    The config.json of a run is one."""
+    methods: tuple[str, ...] = _MAIN
+    """Methods to run; the baseline must be among them."""
+    control: bool = True
+    """Run also those of the methods that are controls: as many tokens, chosen at random."""
+    torch_ops: str | None = None
+    """A method that is run once more under head = torch, or none."""
+    seed: int | None = None
+    """Seed of all runs, unless `seeds` names theirs; none takes the configuration's."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the runs: one run per method and seed."""
+    steps: int | None = None
+    """RL steps per run; none takes the configuration's."""
+    warm_steps: int | None = None
+    """Supervised steps before RL; none takes the configuration's."""
+    eval_every: int | None = None
+    """Steps between validations; none takes the configuration's."""
+    workers: int = 1
+    """Runs at the same time. With one at a time their times are their own."""
+    reuse: bool = False
+    """Keep runs that are complete in `out` under the same configuration, and continue those that have a checkpoint."""
+    progress: bool = True
+    """Show progress."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A command: methods × seeds from one supervised start, and a report on them."""
+
+    about: str
+    """For --help."""
+    title: str
+    """Of the report, with {model}, {task} and {seeds}, their number."""
+    picture: str
+    """The picture beside report.md."""
+    flags: Flags
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What every run has that differs from the common configuration."""
+    repeats: Mapping[str, Any] = field(default_factory=dict)
+    """And what the runs of further seeds and of controls have."""
+    numbered: bool = False
+    """Runs are named METHOD-SEED even if there is one seed."""
+    configured: bool = False
+    """Whether the common configuration is the user's, in a file."""
+    judged: bool = False
+    """Whether a claim that does not hold is an error."""
+
+
+#: The commands by their names.
+SWEEPS = {
+    "quickstart": Sweep(
+        about=f"A tiny model under {_LABELS} and a control, and report.html: three to six minutes on two cores.",
+        title="Entropy collapse and two cures, on a task that fits into a minute",
+        picture="curves.png",
+        flags=Flags(Path("runs/quickstart"), methods=(*_MAIN, _CONTROLS[0]), workers=2),
+    ),
+    "reproduce": Sweep(
+        about=f"{_LABELS} and the random-token controls over several seeds, and the claims checked (exit code 1 if one "
+        "does not hold): about 25 minutes on two cores.",
+        title="Entropy collapse and two cures over {seeds} seeds, with random-token controls",
+        picture="toy.png",
+        flags=Flags(Path("runs/reproduce-toy"), methods=tuple(METHODS), seeds=(0, 1, 2), eval_every=16, workers=2),
+        changes={"tensorboard": False},
+        # measuring entropy changes takes a fifth of a step: on the first seed's methods, not on all fifteen
+        repeats={"measure_entropy_change": False, "first_order_every": 0},
+        numbered=True,
+        judged=True,
+    ),
+    "compare": Sweep(
+        about="Train one model, any, under several methods from one start, and once more by torch's own operations; "
+        "writes a report with curves and with what a step costs.",
+        title="{model} on {task}: entropy collapse and two cures",
+        picture="curves.png",
+        flags=Flags(Path("runs/compare"), torch_ops=_MAIN[1]),
+        configured=True,
+    ),
+}
+
+
+def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int:
+    """Train and report, all below `flags.out`; returns the exit code: 1 if claims are judged and one does not hold.
+
+    Parameters
+    ----------
+    name : str
+        Of SWEEPS.
+    flags : Flags
+    base : TrainerConfig, optional
+        What the runs have in common, in place of the file `flags.config`; method, directory and start are replaced.
+
+    Raises
+    ------
+    ValueError
+        A method that does not exist, no baseline, or a setting that cannot work.
+    OSError
+        Files of the user's or another process are in the way; nothing was written then.
+    RunFailed
+        With the end of its log, if a run fails; the others are stopped.
+    """
+    sweep, started = SWEEPS[name], time.time()
+    if base is None:
+        if sweep.configured and flags.config is None:
+            raise ValueError("config: expected a JSON file of what the runs have in common (--config FILE), got none")
+        base = TrainerConfig() if flags.config is None else TrainerConfig.from_json(flags.config)
+    common = {key: getattr(flags, key) for key in ("seed", "steps", "warm_steps", "eval_every")}
+    base = dataclasses.replace(base, **{key: value for key, value in common.items() if value is not None})
+    seeds = flags.seeds or (base.seed,)
+    rows = configurations(sweep, flags, base)
+    base.validate()
+    runs = {
+        config.out.name: config for number in range(len(seeds)) for config in (row[number] for row in rows.values())
+    }
+    with (
+        experiment(flags.out, name, {} if flags.reuse else runs, *report_names(sweep.picture, runs)),
+        ProgressBoard(enabled=flags.progress) as board,
+    ):
+        start = supervised_start(base, flags.out / "warm_start", board)
+        run_side_by_side(unfinished(runs) if flags.reuse else runs, workers=flags.workers, board=board)
+        logs = load_runs({key: config.out for key, config in runs.items()})
+        record = write_report(
+            flags.out,
+            {row: [logs[config.out.name] for config in configs] for row, configs in rows.items()},
+            base=base,
+            experiment=start_experiment(base, start),
+            command=command_line(name, flags, base),
+            seeds=seeds,
+            seconds=time.time() - started,
+            workers=flags.workers,
+            title=sweep.title.format(model=base.model, task=base.task, seeds=len(seeds)),
+            kept=logs,
+            picture=sweep.picture,
+        )
+    if flags.progress:
+        memory = memory_line(record["methods"])
+        if memory:
+            print(memory)
+        for check in record["criteria"] if sweep.judged else ():
+            print(f"{'PASS' if check['holds'] else 'FAIL'}  {check['claim']}: {check['figure']}")
+        print(f"report: {flags.out / 'report.html'}")
+    return 1 if sweep.judged and not all(check["holds"] for check in record["criteria"]) else 0
+
+
+def configurations(sweep: Sweep, flags: Flags, base: TrainerConfig) -> dict[str, list[TrainerConfig]]:
+    """The configuration of every run: row of the report (method, or method with TORCH_OPS) -> one per seed."""
+    if BASELINE not in flags.methods or {*flags.methods, flags.torch_ops or BASELINE} - set(METHODS):
+        raise ValueError(
+            f"methods, torch_ops: expected {BASELINE!r} and others of {', '.join(METHODS)}, got "
+            f"{', '.join(flags.methods)} and {flags.torch_ops}"
+        )
+    if flags.workers < 1:
+        raise ValueError(f"workers: expected an integer >= 1, got {flags.workers}")
+    rows: dict[str, dict[str, Any]] = {
+        method: {"method": method} for method in flags.methods if flags.control or method not in _CONTROLS
+    }
+    if flags.torch_ops is not None:
+        rows[flags.torch_ops + TORCH_OPS] = {"method": flags.torch_ops, "head": "torch"}
+    seeds = flags.seeds or (base.seed,)
+    numbered = sweep.numbered or len(seeds) > 1
+
+    def configuration(row: str, seed: int) -> TrainerConfig:
+        repeats = sweep.repeats if seed != seeds[0] or rows[row]["method"] in _CONTROLS else {}
+        out = flags.out / (f"{row}-{seed}" if numbered else row)
+        changes = {**sweep.changes, **repeats, **rows[row]}
+        return dataclasses.replace(base, seed=seed, out=out, warm_start_from=flags.out / "warm_start", **changes)
+
+    return {row: [configuration(row, seed) for seed in seeds] for row in rows}
+
+
+def command_line(name: str, flags: Flags, base: TrainerConfig) -> str:
+    """The call that does the same again, with what `flags` leave to the configuration; booleans where not as usual."""
+    words = [name]
+    for key, usual in vars(SWEEPS[name].flags).items():
+        value = getattr(flags, key)
+        value = getattr(base, key, None) if value is None and key not in ("config", "torch_ops") else value
+        option = key.replace("_", "-")
+        if isinstance(value, bool):
+            words += [f"--{'' if value else 'no-'}{option}"] if value != usual and key != "progress" else []
+        elif isinstance(value, tuple):
+            words += [f"--{option}", *map(str, value)] if value else []
+        elif value is not None or usual is not None:
+            words += [f"--{option}", str(value)]
+    return "python -m entropy_kernels.trainer " + shlex.join(words)
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def experiment(out: Path, command: str, runs: Mapping[str, TrainerConfig], *reports: str) -> Iterator[None]:
+    """Within: `out` is this command's, with its `reports` and the directories of its `runs`.
+
+    Raises before anything is written, if another process is at work there or files of the user's are in the way. Also
+    FileExistsError: a directory holds another command's files, or a run that was started by itself.
+    """
+    with locked(out):
+        report_files(out, command, *reports)
+        for config in runs.values():
+            if config.out.exists():
+                with locked(config.out):
+                    _place(config)
+        yield
+
+
+def _place(config: TrainerConfig) -> OwnFiles:
+    """The files of a run that is to be started; FileExistsError for a run there that no sweep has started."""
+    files = own_files(config.out, *RUN_FILES)
+    if not config.resume and files.has("metrics.jsonl") and not files.has("request.json"):
+        raise FileExistsError(
+            f"out: expected in {config.out} no run, or one of an earlier call, got one that was started by itself; "
+            "move it away or choose another --out"
+        )
+    files.claim(*DRIVER_FILES)
+    return files
+
+
+# --- the start -------------------------------------------------------------------------------------------------------
+
+
+def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoard) -> Path:
+    """The model that all runs start from, saved in `directory`; one made earlier under the same settings is kept."""
+    key = {**config.warm_start_key(), "threads": config.threads, "torch": torch.__version__}
+    with locked(directory, "out"):
+        files = model_files(directory)
+        files.tidy()
+        if _is_kept(directory, key):
+            board.say(f"supervised start: kept from {directory}")
+            return directory
+        torch.set_num_threads(config.threads)
+        task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+        policy = build_policy(config, task)
+
+        def on_step(step: int, loss: float) -> None:
+            board.update("supervised start", step, config.warm_steps, f"loss {loss:.3f}")
+
+        if config.warm_steps:
+            warm_start(policy, task, config, on_step=on_step)
+        files.remove(STAMP)
+        policy.write(files)
+        # the stamp comes last: without it the directory is made anew
+        write_json(files.file(STAMP), key)
+    del policy
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the runs, which are other processes, cannot have it otherwise
+    return directory
+
+
+def _is_kept(directory: Path, key: dict[str, Any]) -> bool:
+    """Whether a directory holds the start of these settings, whole."""
+    try:
+        check_model(str(directory.absolute()))
+        return read_json(directory / STAMP) == key
+    except (OSError, ValueError):
+        return False
+
+
+def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[float]]:
+    """Measured and predicted entropy change with the logits of the start as parameters; see `logits_as_parameters`."""
+    from entropy_kernels.trainer.ppo import collect
+    from entropy_kernels.trainer.probes import logits_as_parameters
+
+    torch.set_num_threads(config.threads)
+    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+    policy = load_policy(directory, config, task)
+    task.partial_credit = config.partial_credit
+    sampler = torch.Generator(policy.device).manual_seed(config.seed)
+    rollout = collect(policy, task, config, step=0, generator=sampler)
+    row = 8 * rollout.ids.shape[1] * policy.model.config.vocab_size  # bytes of its logits
+    rows = max(1, min(128, _EXPERIMENT_BYTES // row))
+    return logits_as_parameters(policy, rollout, temperature=config.temperature, rows=rows)
+
+
+# --- the runs --------------------------------------------------------------------------------------------------------
+
+
+def run_side_by_side(runs: Mapping[str, TrainerConfig], *, workers: int, board: ProgressBoard) -> None:
+    """Train every configuration in a process of its own, at most `workers` at once, in the given order.
+
+    Raises RunFailed with the end of its log if a run fails; the others are stopped then.
+    """
+    for name, config in runs.items():
+        config.validate()
+        board.add(name, config.steps)
+    waiting = list(runs)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name = waiting.pop(0)
+                running[name] = _start(runs[name])
+            time.sleep(_POLL)
+            for name in list(running):
+                code = running[name].poll()
+                _show(name, runs[name], board)
+                if code is None:
+                    continue
+                del running[name]
+                if code != 0:
+                    tail = (runs[name].out / "run.log").read_text(encoding="utf-8", errors="replace")[-2000:]
+                    raise RunFailed(f"run {name}: expected exit code 0, got {code}; the end of its log:\n{tail}")
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def _start(config: TrainerConfig) -> subprocess.Popen[bytes]:
+    config = dataclasses.replace(config, overwrite=not config.resume, progress=False)
+    with locked(config.out):
+        files = _place(config)
+        if not config.resume:
+            # an earlier run would be read as this one's progress until it starts
+            remove_run(files)
+        write_json(files.file("request.json"), config.to_dict())
+        files.remove("run.log")
+    with open(config.out / "run.log", "xb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "entropy_kernels.trainer", "from-config", str(config.out / "request.json")],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # a growing key-value cache leaves behind blocks that fit nothing else, and runs share a GPU
+            env={
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+                **os.environ,
+                "OMP_NUM_THREADS": str(config.threads),
+            },
+        )
+
+
+def _show(name: str, config: TrainerConfig, board: ProgressBoard) -> None:
+    path = config.out / "metrics.jsonl"
+    rows = read_rows(path) if path.exists() else []
+    if rows:
+        validated = [row for row in rows if "val_pass1" in row]
+        note = describe_row({**(validated[-1] if validated else {}), **rows[-1]})
+        board.update(name, min(len(rows), config.steps), config.steps, note)
+
+
+def unfinished(runs: Mapping[str, TrainerConfig]) -> dict[str, TrainerConfig]:
+    """The runs that are not complete in their directories, to be continued where they left a checkpoint."""
+    todo = {}
+    for name, config in runs.items():
+        same = _same_configuration(config)
+        rows = read_rows(config.out / "metrics.jsonl") if same else []
+        if not rows or rows[-1]["step"] != config.steps:
+            todo[name] = dataclasses.replace(config, resume=same and (config.out / "checkpoint.pt").exists())
+    return todo
+
+
+def _same_configuration(config: TrainerConfig) -> bool:
+    """Whether the run in the directory of `config` was made under it."""
+    saved, metrics = config.out / "config.json", config.out / "metrics.jsonl"
+    if not (saved.exists() and metrics.exists()):
+        return False
+    start = None if config.warm_start_from is None else config.warm_start_from / STAMP
+    if start is not None and start.exists() and start.stat().st_mtime_ns > saved.stat().st_mtime_ns:
+        return False  # the run began at another one
+    try:
+        values = as_saved(read_json(saved))
+    except (ValueError, TypeError):
+        return False
+    ignored = {"overwrite", "progress", "resume"}
+    return all(values.get(k) == v for k, v in config.to_dict().items() if k not in ignored)
+
+
+def load_runs(directories: Mapping[str, Path]) -> dict[str, Any]:
+    """Logs as DataFrames, one row per step."""
+    import pandas as pd
+
+    return {name: pd.DataFrame(read_rows(path / "metrics.jsonl")) for name, path in directories.items()}
