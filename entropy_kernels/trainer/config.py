@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -37,25 +38,10 @@ _BEFORE = {"head": "logits"}
 
 #: Fields that decide the start of RL; two runs that agree in them share one start.
 WARM_START_FIELDS = (
-    "task",
-    "model",
-    "chat_template",
-    "hidden_size",
-    "intermediate_size",
-    "num_layers",
-    "num_heads",
-    "dtype",
-    "head",
-    "memory_budget",
-    "warm_steps",
-    "warm_batch",
-    "warm_lr",
-    "warm_weight_decay",
-    "warm_warmup_steps",
-    "warm_wrong_fraction",
-    "warm_seed",
-)
-
+    "task", "model", "chat_template", "hidden_size", "intermediate_size", "num_layers", "num_heads", "dtype", "head",
+    "memory_budget", "warm_steps", "warm_batch", "warm_lr", "warm_weight_decay", "warm_warmup_steps",
+    "warm_wrong_fraction", "warm_seed",
+)  # fmt: skip
 
 #: Annotation of a field -> what its value in a JSON file may be.
 _JSON_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
@@ -222,71 +208,26 @@ class TrainerConfig:
 
     def validate(self) -> None:
         """Raise ValueError, naming the field, what was expected and what came, if a value cannot work."""
-        positive = (
-            "threads warm_batch prompts_per_step samples_per_prompt minibatches epochs micro_batches eval_prompts "
-            "eval_samples final_eval_prompts final_eval_samples eval_batch hidden_size "
-            "intermediate_size num_layers num_heads"
+        for names, expected, holds in _RULES:
+            for name in names.split():
+                _expect(holds(getattr(self, name)), name, expected, getattr(self, name))
+        choices = {**_CHOICES, "method": tuple(METHODS)}
+        for name, allowed in choices.items():
+            _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
+        why = (
+            " (which keeps float32 weights and makes its products in bfloat16: weights in bfloat16 are rounded to 3 "
+            "digits, and an update of 5e-6 is lost for nearly all of them)"
         )
-        not_negative = "steps save_every warm_steps warm_warmup_steps eval_every first_order_every"
-        for name in positive.split():
-            _expect(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
-        for name in not_negative.split():
-            _expect(getattr(self, name) >= 0, name, "an integer >= 0", getattr(self, name))
-        for name in ("temperature", "lr", "warm_lr"):
-            value = getattr(self, name)
-            _expect(math.isfinite(value) and value > 0, name, "a finite number > 0", value)
-        for name in ("grad_clip", "weight_decay", "warm_weight_decay", "kl_coef", "clip_low", "clip_high"):
-            value = getattr(self, name)
-            _expect(math.isfinite(value) and value >= 0, name, "a finite number >= 0", value)
-        for name in ("adam_beta1", "adam_beta2"):
-            _expect(0 <= getattr(self, name) < 1, name, "a number in [0, 1)", getattr(self, name))
-        _expect(_usable(self.device), "device", "auto or a torch device that is there", self.device)
-        _expect(
-            self.dtype in ("float32", "mixed"),
-            "dtype",
-            "float32 or mixed (which keeps float32 weights and makes its products in bfloat16: weights in bfloat16 are "
-            "rounded to 3 digits, and an update of 5e-6 is lost for nearly all of them)"
-            if self.dtype == "bfloat16"
-            else "float32 or mixed",
-            self.dtype,
-        )
+        expected = "float32 or mixed" + (why if self.dtype == "bfloat16" else "")
+        _expect(self.dtype in ("float32", "mixed"), "dtype", expected, self.dtype)
         if self.model not in ("tiny", "smollm2"):
             check_model(self.model)
-        for name, allowed in (
-            ("head", HEADS),
-            ("method", tuple(METHODS)),
-            ("advantage", ("grpo", "rloo")),
-            ("cov_band", ("absolute", "quantile")),
-            ("selection_logprob", ("new", "old")),
-        ):
-            _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
-        if self.memory_budget is not None:
-            _expect(self.memory_budget > 0, "memory_budget", "a number of bytes > 0", self.memory_budget)
-        if self.cov_ratio is not None:
-            _expect(0 < self.cov_ratio <= 1, "cov_ratio", "a fraction in (0, 1]", self.cov_ratio)
-        _expect(
-            0 <= self.warm_wrong_fraction <= 1, "warm_wrong_fraction", "a number in [0, 1]", self.warm_wrong_fraction
-        )
-        _expect(self.cov_low < self.cov_high, "cov_low", f"less than cov_high = {self.cov_high}", self.cov_low)
-        if self.cov_band == "quantile":
-            _expect(
-                self.cov_low >= 0 and self.cov_high <= 1,
-                "cov_low, cov_high",
-                "quantiles in [0, 1] under cov_band = quantile",
-                (self.cov_low, self.cov_high),
-            )
-        _expect(
-            self.hidden_size % self.num_heads == 0,
-            "hidden_size",
-            f"a multiple of num_heads = {self.num_heads}",
-            self.hidden_size,
-        )
-        _expect(
-            self.samples_per_prompt >= 2,
-            "samples_per_prompt",
-            "at least 2, a group to compare within",
-            self.samples_per_prompt,
-        )
+        low, high = self.cov_low, self.cov_high
+        _expect(low < high, "cov_low", f"less than cov_high = {high}", low)
+        quantiles = self.cov_band != "quantile" or (low >= 0 and high <= 1)
+        _expect(quantiles, "cov_low, cov_high", "quantiles in [0, 1] under cov_band = quantile", (low, high))
+        heads = self.num_heads
+        _expect(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_heads = {heads}", self.hidden_size)
         sequences = self.prompts_per_step * self.samples_per_prompt
         parts = self.minibatches * self.micro_batches
         _expect(
@@ -375,6 +316,11 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
     _expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
 
 
+def _expect(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
 def _usable(device: str) -> bool:
     if device == "auto":
         return True
@@ -384,6 +330,36 @@ def _usable(device: str) -> bool:
         return False
 
 
-def _expect(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+#: Fields, what their values must be, and whether one is.
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    (
+        "threads warm_batch prompts_per_step samples_per_prompt minibatches epochs micro_batches eval_prompts "
+        "eval_samples final_eval_prompts final_eval_samples eval_batch hidden_size intermediate_size num_layers "
+        "num_heads",
+        "an integer >= 1",
+        lambda value: value >= 1,
+    ),
+    (
+        "steps save_every warm_steps warm_warmup_steps eval_every first_order_every",
+        "an integer >= 0",
+        lambda value: value >= 0,
+    ),
+    ("samples_per_prompt", "at least 2, a group to compare within", lambda value: value >= 2),
+    ("temperature lr warm_lr", "a finite number > 0", lambda value: math.isfinite(value) and value > 0),
+    (
+        "grad_clip weight_decay warm_weight_decay kl_coef clip_low clip_high",
+        "a finite number >= 0",
+        lambda value: math.isfinite(value) and value >= 0,
+    ),
+    ("adam_beta1 adam_beta2", "a number in [0, 1)", lambda value: 0 <= value < 1),
+    ("warm_wrong_fraction", "a number in [0, 1]", lambda value: 0 <= value <= 1),
+    ("cov_ratio", "a fraction in (0, 1]", lambda value: value is None or 0 < value <= 1),
+    ("memory_budget", "a number of bytes > 0", lambda value: value is None or value > 0),
+    ("device", "auto or a torch device that is there", _usable),
+)
+_CHOICES = {
+    "head": HEADS,
+    "advantage": ("grpo", "rloo"),
+    "cov_band": ("absolute", "quantile"),
+    "selection_logprob": ("new", "old"),
+}

@@ -36,6 +36,9 @@ class Encoded:
     ids: Tensor
     mask: Tensor
 
+    def __getitem__(self, rows: slice | Tensor) -> Encoded:
+        return Encoded(self.ids[rows], self.mask[rows])
+
 
 @dataclass
 class Completions:
@@ -211,7 +214,7 @@ class Policy:
             return self._head.outputs(
                 ids.shape[1],
                 input_ids=torch.cat([prompts.ids, ids], dim=1),
-                attention_mask=None if self._full(attention) else attention,
+                attention_mask=None if bool(attention.all()) else attention,
                 position_ids=(attention.cumsum(1) - 1).clamp_min(0),
             )
 
@@ -227,7 +230,7 @@ class Policy:
 
         rows = prompts.ids.shape[0]
         cache = DynamicCache(config=self.model.config)
-        attention, full = prompts.mask, self._full(prompts.mask)
+        attention, full = prompts.mask, bool(prompts.mask.all())
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         step_ids, alive = prompts.ids, torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
         ids, masks, logprobs, entropies = [], [], [], []
@@ -308,10 +311,6 @@ class Policy:
                 os.replace(scratch / name, files.folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-    @staticmethod
-    def _full(mask: Tensor) -> bool:
-        return bool(mask.all())
 
 
 def _target(ids: Tensor, mask: Tensor) -> Tensor:

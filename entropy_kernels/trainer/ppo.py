@@ -46,7 +46,7 @@ from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.methods import METHODS, Part, select
 from entropy_kernels.trainer.metrics_log import MetricsLog
-from entropy_kernels.trainer.model import Encoded, Policy, loss_of_stats
+from entropy_kernels.trainer.model import Policy, loss_of_stats
 from entropy_kernels.trainer.probes import Probe, Step, Update, default_probes
 from entropy_kernels.trainer.rollout import Rollout, fresh_logprob, sample_groups, score
 from entropy_kernels.trainer.start import build_policy, load_policy, warm_start
@@ -310,7 +310,7 @@ def backward(
     """
     method = METHODS[config.method]
     ids, mask = rollout.ids[rows], rollout.mask[rows]
-    outputs = policy.outputs(Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows]), ids, mask)
+    outputs = policy.outputs(rollout.prompts[rows], ids, mask)
     # The graph is cut at the model's outputs: our backward and the network's run one after the other, so that the time
     # spent in our ops is measured.
     leaf = outputs.detach().requires_grad_()

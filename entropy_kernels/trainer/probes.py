@@ -22,7 +22,7 @@ from entropy_kernels.trainer.checkpoint import note_unscored
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.methods import METHODS
 from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS
-from entropy_kernels.trainer.model import Encoded, Policy
+from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.rollout import Rollout, evaluate, fresh_logprob, mean_over, row_slices, score
 from entropy_kernels.trainer.tasks import Task
 
@@ -293,9 +293,8 @@ class FirstOrder:
         self._gradient = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
         tokens = rollout.tokens
         for rows in row_slices(config, rollout.ids.shape[0]):
-            part = Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows])
             ids, mask = rollout.ids[rows], rollout.mask[rows]
-            outputs = policy.outputs(part, ids, mask)
+            outputs = policy.outputs(rollout.prompts[rows], ids, mask)
             entropy = policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).entropy
             grads = torch.autograd.grad(entropy.sum() / tokens, self._parameters)
             for total, grad in zip(self._gradient, grads, strict=True):
@@ -339,10 +338,9 @@ def logits_as_parameters(
     dict
         ``predicted`` and ``measured``: nats, one number per token with an advantage other than 0.
     """
-    part = Encoded(rollout.prompts.ids[:rows], rollout.prompts.mask[:rows])
     ids, mask = rollout.ids[:rows], rollout.mask[:rows]
     used = mask & (rollout.advantages[:rows] != 0)
-    logits = policy.with_head("logits").outputs(part, ids, mask)[used].double().cpu()  # (N, V)
+    logits = policy.with_head("logits").outputs(rollout.prompts[:rows], ids, mask)[used].double().cpu()  # (N, V)
     target, advantage = ids[used].cpu(), rollout.advantages[:rows][used].double().cpu()
     before = ek.token_stats(logits, target, temperature=temperature)
     step = -torch.softmax(logits / temperature, dim=-1)

@@ -48,10 +48,7 @@ def sample_groups(
 ) -> tuple[Encoded, Completions]:
     """`samples` completions for each prompt; rows of one prompt are adjacent."""
     encoded = policy.encode([prompt.text for prompt in prompts])
-    encoded = Encoded(
-        encoded.ids.repeat_interleave(samples, dim=0).contiguous(),
-        encoded.mask.repeat_interleave(samples, dim=0).contiguous(),
-    )
+    encoded = encoded[torch.arange(len(prompts), device=policy.device).repeat_interleave(samples)]
     completions = policy.sample(
         encoded,
         max_new_tokens=config.max_new_tokens or task.max_new_tokens,
@@ -74,8 +71,7 @@ def score(
     """(log-prob, entropy, vocabulary covariance), each (B, L) float32, of completions under the current policy."""
     parts = []
     for rows in row_slices(config, ids.shape[0]):
-        part = Encoded(prompts.ids[rows], prompts.mask[rows])
-        outputs = policy.outputs(part, ids[rows], mask[rows])
+        outputs = policy.outputs(prompts[rows], ids[rows], mask[rows])
         stats = policy.token_stats(outputs, ids[rows], mask[rows], temperature=config.temperature)
         parts.append((stats.logprob, stats.entropy, stats.vocab_covariance))
     logprob, entropy, covariance = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -86,7 +82,7 @@ def score(
 def fresh_logprob(policy: Policy, rollout: Rollout, rows: Tensor, config: TrainerConfig) -> Tensor:
     """Log-probs of the rollout's `rows` under the current weights, (b, L)."""
     ids, mask = rollout.ids[rows], rollout.mask[rows]
-    outputs = policy.outputs(Encoded(rollout.prompts.ids[rows], rollout.prompts.mask[rows]), ids, mask)
+    outputs = policy.outputs(rollout.prompts[rows], ids, mask)
     return policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).logprob
 
 
