@@ -25,10 +25,10 @@ from entropy_kernels._arguments import (
     number,
     scalar_tensor,
 )
+from entropy_kernels.backends.radix_select import ALL_TOKENS, Band, Count
 from entropy_kernels.ops import selection as op
 
 _SAFE = 1e30  # bounds between whose negative and itself fp32 holds, if they are not next to each other
-_ALL_TOKENS = 1 << 53  # more than any batch holds
 _Number = float | Tensor | None
 _Tokens = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -69,18 +69,15 @@ class SeedCounter(torch.nn.Module):
         return f"seed={self.seed}"
 
 
-class Request(NamedTuple):
-    """A selection, checked: everything but the tokens, in the order of the op's arguments."""
+IN_COMMON = ("band", "closed", "at_least_one", "ratio", "k", "low", "high")  # what ranks must have alike
 
-    seed: Tensor | None  # None: the largest scores; else drawn from a band
-    numbers: Tensor | None  # ratio, k, low and high where one of them is a tensor
-    ratio: float | None
-    k: int | None
-    at_least_one: bool
-    low: float
-    high: float
-    quantile: bool
-    closed: bool
+
+class Request(NamedTuple):
+    """A selection, checked: everything but the tokens."""
+
+    seed: Tensor | None  # None: the largest scores; else drawn from the band
+    size: Count
+    band: Band | None
     group: str
     backend: str
 
@@ -88,19 +85,35 @@ class Request(NamedTuple):
         self, score: Tensor, mask: Tensor | None, exclude: Tensor | None, token_index: Tensor | None
     ) -> Tensor:
         """The selected tokens, bool; ``score`` floating point, the others bool or int64, all of its shape."""
-        if self.seed is None:
-            return op.kl_cov_mask(score, mask, exclude, token_index, *self[1:5], *self[9:])
-        return op.clip_cov_mask(score, mask, exclude, token_index, *self)
+        return op.select(score, mask, exclude, token_index, *self)
+
+    def in_common(self) -> dict[str, Any]:
+        """What ``IN_COMMON`` names; the seed apart, which is a tensor."""
+        size, band = self.size, self.band
+        bounds = (None, None) if band is None else (band.low, band.high)
+        found: Any = [size.ratio, size.k, *bounds]
+        if size.numbers is not None:
+            told: list[Any] = list(size.numbers.unbind())
+            if size.numbers.device.type == "cpu":
+                told = [None if x != x else x for x in size.numbers.tolist()]
+            found[: len(told)] = told
+        flags = (*((False, False) if band is None else (band.quantile, band.closed)), size.at_least_one)
+        return dict(zip(IN_COMMON, (*map(str, flags), *found), strict=True))
 
     def candidates(self, score: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
         """The tokens that are drawn from, bool; of a selection with a seed."""
-        if self.quantile:  # the bounds are order statistics: the selection finds them
-            if self.numbers is None:
-                return self._replace(ratio=None, k=_ALL_TOKENS)(score, mask, exclude, None)
-            everything = torch.stack([self.numbers.new_full((), x) for x in (math.nan, _ALL_TOKENS)])
-            return self._replace(numbers=torch.cat([everything, self.numbers[2:]]))(score, mask, exclude, None)
-        low, high = (self.low, self.high) if self.numbers is None else self.numbers[2:].float().unbind()
-        inside = (score >= low) & (score <= high) if self.closed else (score > low) & (score < high)
+        band = self.band
+        assert band is not None
+        numbers = band.numbers
+        if band.quantile:  # the bounds are order statistics: the selection finds them
+            if numbers is None:
+                return self._replace(size=self.size._replace(ratio=None, k=ALL_TOKENS))(score, mask, exclude, None)
+            everything = torch.stack([numbers.new_full((), x) for x in (math.nan, ALL_TOKENS)])
+            numbers = torch.cat([everything, numbers[2:]])
+            size, band = self.size._replace(numbers=numbers), band._replace(numbers=numbers)
+            return self._replace(size=size, band=band)(score, mask, exclude, None)
+        low, high = (band.low, band.high) if numbers is None else numbers[2:].float().unbind()
+        inside = (score >= low) & (score <= high) if band.closed else (score > low) & (score < high)
         inside = inside if mask is None else inside & mask
         return inside if exclude is None else inside & ~exclude
 
@@ -141,10 +154,9 @@ def request(
         seed = torch.full((), seed, dtype=torch.int64, device=device)
     elif seed is not None:
         seed = seed_tensor(seed, device)
-    return Request(
-        seed, numbers, ratio, k, bool(at_least_one), low, high,
-        band == "quantile", bool(closed), "" if group is None else group_name(group), backend,
-    )  # fmt: skip
+    size = Count(ratio, k, bool(at_least_one), numbers)
+    bounds = None if seed is None else Band(low, high, band == "quantile", bool(closed), numbers)
+    return Request(seed, size, bounds, "" if group is None else group_name(group), backend)
 
 
 def _in_float64(name: str, value: float | Tensor, device: torch.device) -> Tensor:

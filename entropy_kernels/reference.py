@@ -169,8 +169,9 @@ def clip_cov_mask(
     """n tokens drawn by their random keys from a covariance range: :func:`entropy_kernels.clip_cov_mask`."""
     n = _count(covariance, mask, ratio, k, at_least_one)
     inside = in_range(covariance, _candidates(covariance, mask, exclude), low=low, high=high, band=band, closed=closed)
-    index = _indices(covariance, token_index)
-    return _first(n, random_keys(index, seed), inside, index)
+    index = torch.arange(covariance.numel(), device=covariance.device).view(covariance.shape)
+    keys = random_keys(index if token_index is None else token_index, seed)
+    return _first(n, keys, inside, token_index)
 
 
 def in_range(
@@ -205,10 +206,6 @@ def random_keys(token_index: Tensor, seed: int) -> Tensor:
     return c0
 
 
-def _indices(like: Tensor, token_index: Tensor | None) -> Tensor:
-    return torch.arange(like.numel(), device=like.device).view(like.shape) if token_index is None else token_index
-
-
 def _candidates(covariance: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
     candidates = ~covariance.isnan()
     candidates = candidates if mask is None else candidates & mask
@@ -230,9 +227,10 @@ def _count(like: Tensor, mask: Tensor | None, ratio: float | None, k: int | None
 
 def _first(n: int, score: Tensor, candidates: Tensor, token_index: Tensor | None) -> Tensor:
     """The n candidates of largest score, ties to the lower index."""
-    by_index = _indices(score, token_index).reshape(-1).argsort()
-    order = by_index[score.reshape(-1)[by_index].argsort(descending=True, stable=True)]
-    order = order[candidates.reshape(-1)[order]][:n]
+    order = candidates.reshape(-1).nonzero()[:, 0]
+    if token_index is not None:
+        order = order[token_index.reshape(-1)[order].argsort()]
+    order = order[score.reshape(-1)[order].argsort(descending=True, stable=True)][:n]
     chosen = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     chosen[order] = True
     return chosen.view(score.shape)

@@ -20,7 +20,7 @@ from entropy_kernels._arguments import (
     number,
     scalar_tensor,
 )
-from entropy_kernels._selection_request import Request, SeedCounter, request
+from entropy_kernels._selection_request import IN_COMMON, Request, SeedCounter, request
 from entropy_kernels.losses import presets, surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, COUNTS, Aggregation
 from entropy_kernels.losses.kl import check_estimator
@@ -44,7 +44,6 @@ _NUMBERS: dict[str, tuple[float, bool, bool, bool]] = {
 _OPTIONAL = ("clip_low", "clip_high", "dual_clip")  # None: no clip
 _AGGREGATING = (*COUNTS, "loss_scale_factor")
 _GIVEN = {"clip_cov": "dropped", "kl_cov": "penalized"}  # the mask that goes instead of a selection
-_SELECTED = ("ratio", "k", "low", "high")
 _SELECTING = ("seed", "ratio", "k", "low", "high", "band")
 
 
@@ -86,20 +85,8 @@ class LossOptions:
         }  # fmt: skip
 
     def selecting(self) -> dict[str, Any]:
-        """The numbers of the selection; its seed apart, which is a tensor."""
-        chosen = self.selection
-        if chosen is None:
-            return dict.fromkeys(("band", "closed", "at_least_one", *_SELECTED))
-        found: Any = [chosen.ratio, chosen.k, chosen.low, chosen.high]
-        if chosen.numbers is not None:
-            told: list[Any] = list(chosen.numbers.unbind())
-            if chosen.numbers.device.type == "cpu":
-                told = [None if x != x else x for x in chosen.numbers.tolist()]
-            found[: len(told)] = told
-        return {
-            "band": str(chosen.quantile), "closed": str(chosen.closed), "at_least_one": str(chosen.at_least_one),
-            **dict(zip(_SELECTED, found, strict=True)),
-        }  # fmt: skip
+        """What the ranks must have alike of the selection; its seed apart, which is a tensor."""
+        return dict.fromkeys(IN_COMMON) if self.selection is None else self.selection.in_common()
 
     def next_seed(self) -> Tensor | None:
         """Of the selection, without counting a call."""
