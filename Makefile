@@ -59,7 +59,7 @@ bench: setup ## measure ours and peers on this machine; writes benchmarks/result
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 # Times of another machine, or of another number of threads, are nothing to compare with: each has a folder of its own.
-REGRESSION = store=.benchmarks/$$($(BIN)/python -m benchmarks.machine) && \
+REGRESSION = store=.benchmarks/$$($(BIN)/python -m benchmarks.results) && \
 	run="$(BIN)/python -m pytest benchmarks/test_regression.py --benchmark-storage=file://$$store"
 
 bench-save: setup ## time the regression set and save it as the base of bench-compare
@@ -70,7 +70,7 @@ bench-compare: setup ## time the regression set; fails if a minimum is 25 % abov
 	$$run --benchmark-compare --benchmark-compare-fail=min:25% $(PYTEST_ARGS)
 
 bench-readme: setup ## write the README's figures and plots from the result files
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.report --readme
 
 # Not ?=: an environment's ARCH or OUT means something else.
 ARCH = 9.0a

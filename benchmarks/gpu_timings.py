@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_timings --profile    # one large call of each CUDA kernel, untimed, for Nsight Compute
 
 Only what `entropy-kernels verify` found right here is timed, and only after the result of this very call was found
-right too. Calls and caches are warm; CUDA events time them behind a kernel that hides the host (benchmarks/cuda.py).
+right too. Calls and caches are warm; CUDA events time them behind a kernel that hides the host (benchmarks/gpu.py).
 ``of_copy`` says how near a call comes to a copy of the same logits, covariances or log-probs, ``of_product`` how near
 to its matrix products alone. Triton kernels run on their default tiles.
 """
@@ -32,18 +32,15 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks import calls, checks, cuda, linear
-from benchmarks.implementations import _LOSSES as LOSSES
-from benchmarks.implementations import _SELECTION as SELECTION
-from benchmarks.implementations import OURS, REGISTRY
-from benchmarks.registry import Implementation, Prepared, always, fits
-from benchmarks.shapes import BatchShape, Case, HiddenShape, Inputs, LogitsShape, TokensShape, make_inputs, size_of
-from benchmarks.timing import cuda_clock, summarise
-from benchmarks.traffic import least_traffic
+from benchmarks import checks, gpu
+from benchmarks.cases import BatchShape, Case, HiddenShape, Inputs, LogitsShape, TokensShape, make_inputs, size_of
+from benchmarks.ours import LOSS_OPTIONS as LOSSES
+from benchmarks.ours import OURS, REGISTRY, SELECTION, Implementation, Prepared, always, fits, loss
+from benchmarks.timing import cuda_clock, least_traffic, summarise
 from entropy_kernels._console import print_table
 from entropy_kernels.backends import native, registry, verdict
 
-FLOOR = "floor"  # the group of copies, reads and products, which the others are measured by
+ROOFLINE = "roofline"  # the group of copies, reads and products, which the others are measured by
 SAMPLES, WARM = 12, 2
 STOP = 1.0  # seconds before the end at which a run stops, whatever it is doing
 BF16, FP32, K = torch.bfloat16, torch.float32, 1024
@@ -113,7 +110,7 @@ class Run:
         if group not in self.groups:
             return None
         op, shape = implementation.op, [size for size in size_of(case.shape).values() if isinstance(size, int)]
-        variant = implementation.name if group == FLOOR else variant
+        variant = implementation.name if group == ROOFLINE else variant
         self.now = f"{op} {'×'.join(map(str, shape))} {case.dtype_name} {backend} {variant}".strip()
         line: dict[str, Any] = {"timing": self.now, "group": group, "op": op, "backend": backend, "variant": variant}
         line |= {"shape": shape, "dtype": case.dtype_name}
@@ -129,8 +126,8 @@ class Run:
                 prepared.reset()
             output = prepared.call()
             wrong = checks.check(implementation, case, inputs, output).failures
-            pairs = (cuda.tensors_in(output), cuda.tensors_in(same_as.output)) if same_as else ((), ())
-            if wrong or not all(map(cuda.same_bits, *pairs)):
+            pairs = (gpu.tensors_in(output), gpu.tensors_in(same_as.output)) if same_as else ((), ())
+            if wrong or not all(map(gpu.same_bits, *pairs)):
                 raise ValueError(f"wrong, so not timed: {'; '.join(wrong) or 'differs from its other variant'}")
             samples, more = self._samples(prepared, graph)
         except Exception as error:
@@ -155,14 +152,14 @@ class Run:
         """Seconds; how many calls stand between two events, what one takes the host, and whether that is hidden."""
         clock = cuda_clock(self.device, "hot")
         if graph:
-            replay = cuda.replay(lambda: prepared, self.device, clock, SAMPLES)
+            replay = gpu.replay(lambda: prepared, self.device, clock, SAMPLES)
             if not replay.equal:
                 raise ValueError("wrong, so not timed: a replay's result differs from that of an eager call")
             return replay.samples, {}
-        host = cuda.host_seconds_of(prepared, self.device, WARM)
-        count = cuda.calls_between_events(prepared, clock.time(prepared, 1, host), host)
+        host = gpu.host_seconds_of(prepared, self.device, WARM)
+        count = gpu.calls_between_events(prepared, clock.time(prepared, 1, host), host)
         samples = [clock.time(prepared, count, host) for _ in range(SAMPLES)]
-        return samples, {"calls": count, "host_us": round(1e6 * host, 1), "hidden": 1.5 * count * host < cuda.AHEAD}
+        return samples, {"calls": count, "host_us": round(1e6 * host, 1), "hidden": 1.5 * count * host < gpu.AHEAD}
 
     def failed(self, line: dict[str, Any], error: Exception) -> None:
         """Tell of it; DeviceLost if the device answers no more."""
@@ -208,7 +205,9 @@ def ours(op: str, make: Callable[..., Prepared], *arguments: Any) -> Implementat
 def copy_and_read(run: Run, tensor: Tensor) -> Timed | None:
     """Of a tensor (N, V); the copy."""
     case = Case(LogitsShape(*tensor.shape), tensor.dtype, run.device)
-    copy, _ = (run.time(FLOOR, case, {"logits": tensor}, REGISTRY["logits_floor", name]) for name in ("copy", "read"))
+    copy, _ = (
+        run.time(ROOFLINE, case, {"logits": tensor}, REGISTRY["logits_roofline", name]) for name in ("copy", "read")
+    )
     return copy
 
 
@@ -254,7 +253,7 @@ def selection(run: Run, tokens: int, backend: str) -> None:
     case = run.case(TokensShape, tokens)
     inputs = make_inputs(case)
     copy = copy_and_read(run, inputs["covariance"][None])
-    run.time(FLOOR, case, inputs, REGISTRY["tokens_floor", "topk"])
+    run.time(ROOFLINE, case, inputs, REGISTRY["tokens_roofline", "topk"])
     batch = [inputs[name] for name in SELECTION["token_covariance"][0]]
     of_batch = {**inputs, "covariance": ek.token_covariance(*batch, backend="torch")}
     first: dict[str, Timed | None] = {}
@@ -288,7 +287,7 @@ def losses(run: Run, sequences: int, how: str) -> None:
         named = {"ours": "torch"} if (op, "ours") in REGISTRY else {f"ours-{name}": name for name in ("cuda", "torch")}
         for name, backend in named.items():
             if how == "compiled":
-                time(ours(op, calls.loss, functools.partial(compiled, op, name)), backend, "compiled")
+                time(ours(op, loss, functools.partial(compiled, op, name)), backend, "compiled")
                 continue
             time(REGISTRY[op, name], backend, "eager")
             time(REGISTRY[op, name], backend, "graph", graph=True)
@@ -297,11 +296,11 @@ def losses(run: Run, sequences: int, how: str) -> None:
 def compiled(op: str, name: str, case: Case) -> Callable[..., Any]:
     options = {**LOSSES[op], **({} if name == "ours" else {"backend": OURS[name]})}
 
-    def loss(*batch: Tensor) -> Any:
+    def of_batch(*batch: Tensor) -> Any:
         return getattr(ek, op)(*batch, **options)
 
-    loss.__code__ = loss.__code__.replace()  # one of its own: other sizes are no recompilations of it
-    return torch.compile(loss, dynamic=False)
+    of_batch.__code__ = of_batch.__code__.replace()  # one of its own: other sizes are no recompilations of it
+    return torch.compile(of_batch, dynamic=False)
 
 
 # ---- products --------------------------------------------------------------------------------------------------------
@@ -312,9 +311,11 @@ def products(run: Run, rows: int, features: int, vocab: int) -> None:
     if not run.has_room(case, 5):  # logits, head and its gradients, the head in fp64 for the check
         return
     inputs = make_inputs(case)
-    one, three = (run.time(FLOOR, case, inputs, REGISTRY["linear_floor", n]) for n in ("product", "three products"))
+    one, three = (
+        run.time(ROOFLINE, case, inputs, REGISTRY["linear_roofline", n]) for n in ("product", "three products")
+    )
     for variant, budget in {"default budget": None, "3 GiB": 3 << 30, "1 GiB": 1 << 30}.items():
-        call = ours("linear_clip_cov_loss", linear.policy, functools.partial(linear_loss, budget))
+        call = ours("linear_clip_cov_loss", loss, functools.partial(linear_loss, budget))
         run.time("linear", case, inputs, call, "cuda", variant, beside=three)
     run.time("linear", case, inputs, REGISTRY["linear_logprob_entropy", "ours-cuda"], "cuda", beside=one)
 
@@ -384,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.profile:
         profile(device, given.scale)
         return 0
-    run = Run(device, (FLOOR, *only), given.scale)
+    run = Run(device, (ROOFLINE, *only), given.scale)
     watch = threading.Timer(given.seconds - STOP - (time.monotonic() - START), run.stop)
     watch.daemon = True
     watch.start()

@@ -11,24 +11,37 @@ from typing import Any
 
 import torch
 
-from benchmarks import cuda
-from benchmarks.checks import check
-from benchmarks.plans import SLOW_TO_PREPARE, Group
-from benchmarks.records import Record
-from benchmarks.registry import SHAPE_OF, Implementation, Prepared, available_bytes, of_op
-from benchmarks.shapes import (
+from benchmarks import (
+    gpu,
+    peers,  # noqa: F401  (registers what ours is measured against)
+)
+from benchmarks.cases import (
     HEADLINE,
     HEADLINE_HIDDEN,
+    SLOW_TO_PREPARE,
     Case,
+    Group,
     HiddenShape,
     LogitsShape,
     logits_bytes,
     make_inputs,
     size_of,
 )
-from benchmarks.timing import FEWEST, cpu_clock, cuda_clock, host_seconds, interleave, summarise
-from benchmarks.traffic import Bandwidth, least_traffic, peak_extra_memory
-from benchmarks.verdicts import FEWEST_SAMPLES, PRODUCTS
+from benchmarks.checks import check
+from benchmarks.ours import Implementation, Prepared, available_bytes, of_op
+from benchmarks.results import PRODUCTS, Record
+from benchmarks.timing import (
+    FEWEST,
+    FEWEST_SAMPLES,
+    Bandwidth,
+    cpu_clock,
+    cuda_clock,
+    host_seconds,
+    interleave,
+    least_traffic,
+    peak_extra_memory,
+    summarise,
+)
 
 HOST_LOOPS = 50  # calls per sample of the host time
 ROW_SECONDS = 0.1  # device time that the samples of one row may take, hot and cold each
@@ -154,11 +167,11 @@ class _Inputs:
     """Inputs of the cases of a group, made once; of one case at a time where memory is short."""
 
     def __init__(self, *, keep: bool) -> None:
-        self._made: dict[tuple[Any, Case], Any] = {}
+        self._made: dict[Case, Any] = {}
         self._keep = keep
 
     def of(self, entry: Entry) -> Any:
-        key = (SHAPE_OF[entry.implementation.op], entry.case)
+        key = entry.case
         if key not in self._made:
             if not self._keep:
                 self._made.clear()
@@ -167,7 +180,7 @@ class _Inputs:
 
     def too_large(self, implementation: Implementation, case: Case) -> str | None:
         """Reason if inputs that are not there yet do not fit."""
-        if (SHAPE_OF[implementation.op], case) in self._made:
+        if case in self._made:
             return None
         needed, free = logits_bytes(case), available_bytes(case.device)
         return f"logits of {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > 0.8 * free else None
@@ -317,13 +330,13 @@ def _on_gpu(entry: Entry, inputs: _Inputs, settings: Settings, device: torch.dev
         return
     hot = cuda_clock(device, "hot")
     hot.time(prepared)
-    record.host_seconds = cuda.host_seconds_of(prepared, device)
+    record.host_seconds = gpu.host_seconds_of(prepared, device)
     warm = hot.time(prepared, 1, record.host_seconds)
-    syncs = cuda.count_syncs(prepared, device, record.host_seconds)
+    syncs = gpu.count_syncs(prepared, device, record.host_seconds)
     record.syncs, record.syncs_method = syncs.count, syncs.method
-    record.calls_per_sample = cuda.calls_between_events(prepared, warm, record.host_seconds)
-    record.hidden = syncs.count == 0 and record.calls_per_sample * record.host_seconds < cuda.AHEAD / 1.5
-    # products take tens of milliseconds, and bars rest on their ratios
+    record.calls_per_sample = gpu.calls_between_events(prepared, warm, record.host_seconds)
+    record.hidden = syncs.count == 0 and record.calls_per_sample * record.host_seconds < gpu.AHEAD / 1.5
+    # products take tens of milliseconds, and targets rest on their ratios
     fewest = FEWEST_SAMPLES if isinstance(entry.case.shape, HiddenShape) else FEWEST
     repeats = max(fewest, min(settings.repeats, int(ROW_SECONDS / max(warm, 1e-6))))
     clocks = {"hot": hot} if settings.cache != "cold" else {}
@@ -357,9 +370,9 @@ def _products(entry: Entry, inputs: Any) -> dict[str, Prepared]:
         return {}
     wanted = {PRODUCTS[implementation.op]} | ({"four products"} if implementation.name == "ours-recompute" else set())
     return {
-        floor.name: floor.make(entry.case, inputs)
-        for floor in of_op("linear_floor")
-        if floor.name in wanted and floor.supports(entry.case) is None
+        products.name: products.make(entry.case, inputs)
+        for products in of_op("linear_roofline")
+        if products.name in wanted and products.supports(entry.case) is None
     }
 
 
@@ -369,22 +382,22 @@ def _telling(case: Case) -> bool:
 
 
 def _graph(
-    entry: Entry, prepared: Prepared, inputs: Any, device: torch.device, clock: cuda.CudaClock, repeats: int
+    entry: Entry, prepared: Prepared, inputs: Any, device: torch.device, clock: gpu.CudaClock, repeats: int
 ) -> dict[str, Any]:
     """Replay of a captured call, or the reason why there is none."""
     implementation = entry.implementation
-    if implementation.role != "ours" and (implementation.role == "limit" or not _telling(entry.case)):
+    if implementation.role != "ours" and (implementation.role == "roofline" or not _telling(entry.case)):
         return {}
     if entry.record.syncs:
         return {"reason": "it waits for the device"}
-    if (entry.record.host_seconds or 0.0) > cuda.LONG:
+    if (entry.record.host_seconds or 0.0) > gpu.LONG:
         return {"reason": "it takes the host too long"}
     remade = implementation.op == "logprob_entropy_bwd"
     if remade and implementation.name == "compile":
         return {"reason": "its forward pass would have to be compiled again"}
     make = (lambda: implementation.make(entry.case, inputs)) if remade else (lambda: prepared)
     try:
-        found = cuda.replay(make, device, clock, repeats)
+        found = gpu.replay(make, device, clock, repeats)
     except Exception as error:  # not every call can be captured; whether the device survived it is asked afterwards
         return {"reason": _in_a_line(error)}
     return {"equal": found.equal, "summary": summarise(found.samples).as_dict(), "samples": found.samples}

@@ -1,4 +1,8 @@
-"""``python -m benchmarks.run``: measure ours and the peers, judge the bars, write JSON, a Markdown table and plots."""
+"""``python -m benchmarks.run``: measure ours and the peers, judge the targets, write JSON, a Markdown table and plots.
+
+Read cases (what), ours and peers (by whom), checks (the gate), measure with timing and gpu (how), targets, results,
+report.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,29 @@ from typing import Any
 
 import torch
 
-from benchmarks import bars, machine, records, report
-from benchmarks.implementations import OPS, names
+from benchmarks import report, results, targets
+from benchmarks.cases import (
+    CPU_HIDDEN,
+    DISTRIBUTIONS,
+    DTYPES,
+    GRID,
+    GRID_QUICK,
+    OPS,
+    QUICK,
+    STATED,
+    Group,
+    HiddenShape,
+    LogitsShape,
+    Plan,
+    TokensShape,
+    groups,
+    parse_hidden,
+    parse_logits,
+)
 from benchmarks.measure import OUT_OF_TIME, DeviceLost, Settings, candidates, run_group, steps
-from benchmarks.plans import BARS, CPU_HIDDEN, GRID, GRID_QUICK, QUICK, Group, Plan, groups
-from benchmarks.records import Measured
-from benchmarks.shapes import DISTRIBUTIONS, DTYPES, HiddenShape, LogitsShape, TokensShape, parse_hidden, parse_logits
-from benchmarks.traffic import Bandwidth, measure_bandwidth
+from benchmarks.ours import names
+from benchmarks.results import Measured
+from benchmarks.timing import Bandwidth, measure_bandwidth
 
 WRITE_EVERY = 3.0  # seconds between writes of a document that grows to megabytes
 QUICK_SECONDS = 100.0  # "at most two minutes", with what was begun before and the plots
@@ -80,7 +100,9 @@ def _seconds(text: str) -> float:
 
 def parser() -> argparse.ArgumentParser:
     """Command line of the suite."""
-    result = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__, allow_abbrev=False)
+    result = argparse.ArgumentParser(
+        prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    )
     add = result.add_argument
     add("--quick", action="store_true", help="smaller shapes, at most two minutes")
     add(
@@ -105,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", type=_listed("dtype", list(DTYPES)), metavar="A,B", help="of the logits; by default fp32,bf16")
     add("--device", default="cpu", help="cpu or cuda[:n]; default %(default)s")
     add("--threads", type=_at_least(1), help="torch's threads; by default torch's own choice")
-    add("--repeats", type=_at_least(1), help=f"rounds; by default {BARS.repeats}, on a GPU at most {GRID.repeats}")
+    add("--repeats", type=_at_least(1), help=f"rounds; by default {STATED.repeats}, on a GPU at most {GRID.repeats}")
     add(
         "--cache",
         choices=("hot", "cold", "both"),
@@ -128,9 +150,9 @@ def plan_of(arguments: argparse.Namespace, device: torch.device) -> Plan:
     if arguments.grid or device.type != "cpu":
         plan = GRID_QUICK if arguments.quick else GRID
         if device.type == "cpu":
-            plan = replace(plan, repeats=BARS.repeats, hidden=() if arguments.quick else CPU_HIDDEN)
+            plan = replace(plan, repeats=STATED.repeats, hidden=() if arguments.quick else CPU_HIDDEN)
     else:
-        plan = QUICK if arguments.quick else BARS
+        plan = QUICK if arguments.quick else STATED
     if arguments.shape:
         plan = replace(plan, logits=tuple(arguments.shape), hidden=())
     if arguments.hidden:
@@ -149,8 +171,8 @@ def output_folder(arguments: argparse.Namespace, device: torch.device) -> Path:
     restricted = restricted or any(
         getattr(arguments, name) for name in ("ops", "impl", "shape", "hidden", "tokens", "dtype", "repeats", "threads")
     )
-    folder = machine.ROOT / "runs" / "bench" if restricted else machine.ROOT / "benchmarks" / "results"
-    return folder / (machine.slug(device) + ("-grid" if arguments.grid and device.type == "cpu" else ""))
+    folder = results.ROOT / "runs" / "bench" if restricted else results.ROOT / "benchmarks" / "results"
+    return folder / (results.slug(device) + ("-grid" if arguments.grid and device.type == "cpu" else ""))
 
 
 @dataclass
@@ -168,7 +190,7 @@ class Run:
     def document(self) -> Path:
         return self.folder / "bench.json"
 
-    def add(self, group: Group, found: list[records.Record]) -> None:
+    def add(self, group: Group, found: list[results.Record]) -> None:
         """Take the records of a group, one that another process began included, and write what there is by now."""
         if found:
             begun = next((part for part in self.measured if part.title == group.title), None)
@@ -179,15 +201,15 @@ class Run:
         if time.monotonic() - self.written > WRITE_EVERY:
             self.write()
 
-    def verdicts(self) -> list[bars.Verdict]:
+    def outcomes(self) -> list[targets.Outcome]:
         found = [record for part in self.measured for record in part.records]
         bandwidth = Bandwidth(**self.head["bandwidth"])
-        verdicts = bars.judge(found, self.plan, self.device.type, bandwidth)
-        return [verdict for verdict in verdicts if not verdict.absent]
+        outcomes = targets.judge(found, self.plan, self.device.type, bandwidth)
+        return [outcome for outcome in outcomes if not outcome.absent]
 
     def write(self) -> None:
         self.written = time.monotonic()
-        records.write(self.document, records.as_document(self.head, self.measured, self.verdicts()))
+        results.write(self.document, results.as_document(self.head, self.measured, self.outcomes()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,12 +238,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command = list(sys.argv[1:] if argv is None else argv)
     head = {
-        "command": shlex.join([*records.COMMAND.split(), *command]),
+        "command": shlex.join([*results.COMMAND.split(), *command]),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": 0.0,
-        "machine": machine.describe(device),
+        "machine": results.describe(device),
         "settings": {"repeats": settings.repeats, "cache": settings.cache, "memory": settings.memory},
-        "stated_sizes": bars.at_the_stated_sizes(plan, device.type),
+        "stated_sizes": targets.at_the_stated_sizes(plan, device.type),
         "complete": False,
         "why_incomplete": "it has not ended yet",
         "not_reached": [],
@@ -252,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _before(run: Run) -> tuple[dict[str, Any], list[Measured]]:
     """Head and groups of the document to go on with, whose head then stands for the new rows too."""
     try:
-        before, measured = records.read(run.document)
+        before, measured = results.read(run.document)
         was, now = before["machine"], run.head["machine"]
         changed = [name for name in ("machine", "threads", "versions", "commit") if was[name] != now[name]]
     except (ValueError, TypeError, KeyError) as error:

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.cases import OPS, BatchShape, Case, HiddenShape, LogitsShape, Shape, TokensShape, make_inputs
 from benchmarks.checks import check
-from benchmarks.implementations import OPS, Implementation, of_op
-from benchmarks.registry import SHAPE_OF
-from benchmarks.shapes import BatchShape, Case, HiddenShape, LogitsShape, Shape, TokensShape, make_inputs
+from benchmarks.ours import Implementation, of_op
 
 # Larger than the caches, small enough that the whole set takes well under a minute.
 _SHAPES: dict[str, dict[type, Shape]] = {
@@ -39,10 +38,10 @@ _DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 def _entries() -> list:
     entries = []
     for device, op in itertools.product(_DEVICES, OPS):
-        dtypes = (torch.float32, torch.bfloat16) if SHAPE_OF[op] is LogitsShape else (torch.float32,)
+        dtypes = (torch.float32, torch.bfloat16) if OPS[op] is LogitsShape else (torch.float32,)
         mine = [implementation for implementation in of_op(op) if implementation.role == "ours"]
         for implementation, dtype in itertools.product(mine, dtypes):
-            case = Case(_SHAPES[device][SHAPE_OF[op]], dtype, torch.device(device))
+            case = Case(_SHAPES[device][OPS[op]], dtype, torch.device(device))
             if implementation.supports(case) is None:  # what cannot run here has no time to compare
                 name = "-".join((op, implementation.name, case.dtype_name, *([] if device == "cpu" else [device])))
                 entries.append(pytest.param(implementation, case, id=name))

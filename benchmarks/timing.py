@@ -1,4 +1,4 @@
-"""Clocks, interleaved rounds, and percentiles.
+"""Clocks, interleaved rounds and percentiles; and bytes: what an op must move, what the machine can, what a call takes.
 
 Implementations are timed in rounds: every round calls each of them, in a new random order, so that a slow minute of a
 shared machine falls on all of them alike and a ratio survives it. Outputs are new in every call, as in training.
@@ -6,11 +6,14 @@ shared machine falls on all of them alike and a ratio survives it. Outputs are n
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import gc
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,13 +21,17 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.cuda import CudaClock
-from benchmarks.registry import Prepared
+from benchmarks.cases import Case, HiddenShape, LogitsShape, TokensShape
+from benchmarks.gpu import CudaClock
+from benchmarks.ours import Prepared
+from entropy_kernels._memory import peak_allocated
+from entropy_kernels.backends import reused_memory
 
 WARM_UP = 2  # calls before the first round, after the checked one
 LONG = 0.2  # seconds; an implementation slower than this is warm after one call
 BUDGET = 12.0  # seconds that one implementation may take of a group's rounds
 FEWEST = 3  # rounds that even a slower one takes part in
+FEWEST_SAMPLES = 7  # that a target should rest on
 SHORT = 20e-3  # an implementation faster than this is called several times per round
 CALLS_PER_ROUND = 8
 
@@ -186,3 +193,145 @@ def summarise(samples: Sequence[float]) -> Summary:
 
     median, p10, p90 = statistics.median(ordered), quantile(0.1), quantile(0.9)
     return Summary(len(ordered), ordered[0], median, p10, p90, (p90 - p10) / median if median else 0.0)
+
+
+# --- bytes: the least, the rate, the peak -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that must be read and written: every input once per pass that needs it, every output once."""
+
+    read: int
+    written: int
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+def least_traffic(op: str, name: str, case: Case) -> Traffic:
+    """The least of an op for a case; of the roofline ops, what they do."""
+    shape = case.shape
+    if isinstance(shape, LogitsShape):
+        logits, tokens = shape.rows * shape.vocab * case.dtype.itemsize, shape.rows
+        if op == "logits_roofline":
+            return Traffic(logits, logits if name == "copy" else 0)
+        if op == "logprob_entropy_bwd":  # reads the logits and the rows' states, writes the gradient
+            return Traffic(logits + 32 * tokens, logits)
+        if op == "logprob_entropy_fwdbwd":  # forward reads; backward reads again and writes the gradient
+            return Traffic(2 * logits + 32 * tokens, logits + 8 * tokens)
+        return Traffic(logits + 8 * tokens, (16 if op == "token_stats" else 8) * tokens)
+    if isinstance(shape, TokensShape):
+        read, written = {"token_covariance": (9, 4), "tokens_roofline": (4, 0)}.get(op, (4, 1))
+        return Traffic(read * shape.tokens, written * shape.tokens)
+    if isinstance(shape, HiddenShape):  # a product's operands and results; nobody needs the logits in memory
+        factors = (shape.rows + shape.vocab) * shape.features * case.dtype.itemsize
+        once = Traffic(factors + 8 * shape.rows, 8 * shape.rows)
+        forward = op == "linear_logprob_entropy" or name == "product"
+        return once if forward else Traffic(2 * once.read, once.written + factors)
+    tokens = shape.sequences * shape.length
+    return Traffic(13 * tokens, 4 * tokens)
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes per second measured in this run; a copy counts the bytes read and those written."""
+
+    read: float
+    copy: float
+    buffer_bytes: int
+
+
+def measure_bandwidth(device: torch.device, *, repeats: int = 9) -> Bandwidth:
+    """Read (integer sum; on a GPU or amax, if faster) and copy rate, medians, over eight times the last-level cache.
+
+    256 MiB at least. On a GPU 2 GiB: a quarter of a millisecond would still show how a kernel begins and ends.
+    """
+    buffer_bytes = max(2 << 30 if device.type == "cuda" else 256 << 20, 8 * cache_bytes(device))
+    source = torch.ones(buffer_bytes // 8, dtype=torch.int64, device=device)
+    destination = torch.zeros_like(source)
+    clock = clock_for(device, "hot")
+
+    def median(call: Callable[[], Any]) -> float:
+        prepared = Prepared(call)
+        clock.time(prepared)
+        return statistics.median(clock.time(prepared) for _ in range(repeats))
+
+    read, copy = median(source.sum), median(lambda: destination.copy_(source))
+    if device.type == "cuda":
+        read = min(read, median(source.view(torch.float32).amax))
+    return Bandwidth(buffer_bytes / read, 2 * buffer_bytes / copy, buffer_bytes)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """``bytes`` above what was held before the call, its outputs included; ``method`` says how it was seen."""
+
+    bytes: int
+    method: str
+
+
+def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 3) -> Peak:
+    """Peak memory that one (warm) call adds. The smallest of ``tries``: other threads can only add to it.
+
+    A peak above 64 MB is taken as it is: what disturbs it is far smaller, and such calls are slow.
+
+    On Linux the high-water mark of the resident set (VmHWM, reset through /proc/self/clear_refs), which also sees what
+    C++ code allocates on its own; the kernel counts it to about 0.1 MB. Elsewhere torch's own allocations, from its
+    profiler. On CUDA the allocator's peak.
+    """
+    if tries < 1:
+        raise ValueError(f"tries: expected >= 1, got {tries}")
+    if device.type == "cuda":  # the allocator counts exactly
+        tries = 1
+    measure = _peak_resident if device.type != "cuda" and _resets_high_water() else _peak_allocated
+    peaks = []
+    for _ in range(tries):
+        if prepared.reset is not None:
+            prepared.reset()
+        peaks.append(measure(prepared.call, device))
+        if peaks[-1].bytes > 64 << 20:
+            break
+    return Peak(max(0, min(peak.bytes for peak in peaks)), peaks[0].method)
+
+
+def _resets_high_water() -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        _reset_high_water()
+    except OSError:
+        return False
+    return True
+
+
+def _reset_high_water() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def _peak_resident(call: Callable[[], Any], device: torch.device) -> Peak:
+    with contextlib.suppress(OSError, AttributeError):
+        # glibc keeps freed memory resident: give it back, else a call that needs it again seems to need nothing
+        ctypes.CDLL(None).malloc_trim(0)
+    reused_memory.release()  # the same for the gradient that our backward pass keeps
+    _reset_high_water()
+    before = _status("VmRSS")
+    output = call()
+    peak = _status("VmHWM") - before
+    del output
+    return Peak(peak, "resident set high-water mark")
+
+
+def _peak_allocated(call: Callable[[], Any], device: torch.device) -> Peak:
+    method = "CUDA allocator peak" if device.type == "cuda" else "torch profiler, torch's allocations only"
+    return Peak(peak_allocated(call, device), method)

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import implementations
+from benchmarks import peers
+from benchmarks.cases import BatchShape, Case, LogitsShape, TokensShape, make_inputs
 from benchmarks.checks import Check, check
-from benchmarks.implementations import Implementation, Prepared
-from benchmarks.registry import EVERYTHING, GRADIENT, LOGPROB, MEAN_LOGPROB
-from benchmarks.shapes import BatchShape, Case, LogitsShape, TokensShape, make_inputs
+from benchmarks.ours import EVERYTHING, GRADIENT, LOGPROB, MEAN_LOGPROB, REGISTRY, Implementation, Prepared
 
 CPU = torch.device("cpu")
 
@@ -97,7 +96,7 @@ def test_a_coarse_gradient_of_a_converged_row_is_no_other_function() -> None:
     """torch's own cross-entropy in bf16, where 1 - p of the target is all rounding: it passes, with its error shown."""
     case = Case(LogitsShape(64, 128256), torch.bfloat16, CPU)
     inputs = make_inputs(case)
-    implementation = implementations.REGISTRY["logprob_entropy_fwdbwd", "torch-ce"]
+    implementation = REGISTRY["logprob_entropy_fwdbwd", "torch-ce"]
     result = check(implementation, case, inputs, implementation.make(case, inputs).call())
     assert result.passed and result.errors["logprob (nats)"] > 1e-3
 
@@ -117,14 +116,14 @@ def test_strict_for_ours_loose_for_peers_and_never_nan() -> None:
 def test_selection_check_counts_and_looks_at_the_band() -> None:
     case = Case(TokensShape(20000), torch.float32, CPU)
     inputs = make_inputs(case)
-    right = implementations.eager_clip_cov_mask(inputs["covariance"])
+    right = peers.eager_clip_cov_mask(inputs["covariance"])
     outside = (inputs["covariance"] < 0).nonzero()[0]
     more = right.clone()
     more[outside] = True
     swapped = more.clone()
     swapped[right.nonzero()[0]] = False
-    verdicts = [_check("clip_cov_mask", case, inputs, "ours", mask).passed for mask in (right, more, swapped)]
-    assert verdicts == [True, False, False]
+    passed = [_check("clip_cov_mask", case, inputs, "ours", mask).passed for mask in (right, more, swapped)]
+    assert passed == [True, False, False]
 
 
 def test_ties_of_kl_cov_are_determined_for_ours_only() -> None:

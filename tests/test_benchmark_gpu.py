@@ -1,4 +1,4 @@
-"""The GPU's half of the suite on a CPU: clocks, syncs, graphs, a lost device, with a stand-in for torch.cuda."""
+"""The GPU's half of the suite on a CPU: clocks, syncs, graphs, a lost device, with a fake torch.cuda."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cuda, measure, run
-from benchmarks.implementations import REGISTRY, Implementation, Prepared
+from benchmarks import gpu, measure, run
+from benchmarks.cases import (
+    GRID,
+    GRID_ROWS,
+    GRID_VOCAB,
+    HEADLINE,
+    OPS,
+    SLOW_TO_PREPARE,
+    Case,
+    Group,
+    HiddenShape,
+    LogitsShape,
+    groups,
+)
 from benchmarks.measure import DeviceLost, Settings, run_group
-from benchmarks.plans import GRID, GRID_ROWS, GRID_VOCAB, HEADLINE, SLOW_TO_PREPARE, Group, groups
-from benchmarks.registry import OPS
-from benchmarks.shapes import Case, HiddenShape, LogitsShape
-from benchmarks.traffic import Bandwidth
-from benchmarks.verdicts import FEWEST_SAMPLES, over_products
+from benchmarks.ours import REGISTRY, Implementation, Prepared
+from benchmarks.results import over_products
+from benchmarks.timing import FEWEST_SAMPLES, Bandwidth
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BANDWIDTH = Bandwidth(read=1e10, copy=1e10, buffer_bytes=1)
@@ -71,8 +81,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(measure, "cuda_clock", lambda device, cache: cuda.CudaClock(CPU, 64 if cache == "cold" else 0))
-    monkeypatch.setattr(cuda, "count_syncs", lambda *arguments: cuda.Syncs(0, "stand-in"))
+    monkeypatch.setattr(measure, "cuda_clock", lambda device, cache: gpu.CudaClock(CPU, 64 if cache == "cold" else 0))
+    monkeypatch.setattr(gpu, "count_syncs", lambda *arguments: gpu.Syncs(0, "a fake"))
     yield log
 
 
@@ -105,8 +115,8 @@ def _run(implementations: list[Implementation], settings: Settings) -> list[meas
 
 
 def test_a_row_has_everything(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    replayed = cuda.Replay(True, [1e-6, 2e-6])
-    monkeypatch.setattr(cuda, "replay", lambda make, device, clock, repeats: replayed)
+    replayed = gpu.Replay(True, [1e-6, 2e-6])
+    monkeypatch.setattr(gpu, "replay", lambda make, device, clock, repeats: replayed)
     (record,) = _run([_implementation("right", _right, "ours")], Settings(repeats=4, cache="both"))
     assert record.status == "ok", record.reason
     assert (record.cache, len(record.samples), len(record.cold_samples)) == ("hot", 4, 4)
@@ -119,17 +129,17 @@ def test_a_row_has_everything(device: list[str], monkeypatch: pytest.MonkeyPatch
 def test_products_are_timed_in_turns_with_what_they_are_compared_with(device: list[str]) -> None:
     case = Case(HiddenShape(8, 16, 97), torch.float32, CPU)
     op, names = "linear_logprob_entropy_fwdbwd", frozenset({"ours", "three products"})
-    group = Group("g", (("linear_floor", case), (op, case)), only=names)
+    group = Group("g", (("linear_roofline", case), (op, case)), only=names)
     found = run_group(group, Settings(repeats=4, cache="both", memory=False), GPU, BANDWIDTH, lambda _: None)
     ours = next(record for record in found if record.op == op)
-    assert ours.status == "ok" and len(ours.samples) == FEWEST_SAMPLES  # bars rest on it
+    assert ours.status == "ok" and len(ours.samples) == FEWEST_SAMPLES  # targets rest on it
     assert list(ours.products) == ["three products"] and ours.products["three products"]["count"] == len(ours.samples)
     assert all(not record.products for record in found if record is not ours)
     assert over_products(ours, []) == ours.summary["median"] / ours.products["three products"]["median"]
 
 
 def test_a_call_that_waits_is_not_captured(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "count_syncs", lambda *arguments: cuda.Syncs(2, "stand-in"))
+    monkeypatch.setattr(gpu, "count_syncs", lambda *arguments: gpu.Syncs(2, "a fake"))
     (record,) = _run([_implementation("waits", _right, "ours")], Settings(repeats=3, cache="both"))
     assert (record.syncs, record.hidden) == (2, False) and record.graph == {"reason": "it waits for the device"}
 
@@ -158,7 +168,7 @@ def test_no_row_is_begun_after_the_deadline(device: list[str]) -> None:
 
 
 def test_the_host_runs_ahead_of_every_sample(device: list[str]) -> None:
-    clock = cuda.CudaClock(CPU, 0)
+    clock = gpu.CudaClock(CPU, 0)
     device.clear()
     clock.time(Prepared(lambda: device.append("call"), lambda: device.append("reset")), 3)
     assert device == ["reset", "synchronize", "idle", "call", "call", "call"]
@@ -166,11 +176,11 @@ def test_the_host_runs_ahead_of_every_sample(device: list[str]) -> None:
 
 def test_short_calls_are_timed_together() -> None:
     call, restored = Prepared(lambda: None), Prepared(lambda: None, lambda: None)
-    assert cuda.calls_between_events(call, 10e-6, 20e-6) == cuda.SEVERAL
-    assert cuda.calls_between_events(call, 50e-6, 20e-6) == 4
-    assert cuda.calls_between_events(call, 1e-3, 20e-6) == 1
-    assert cuda.calls_between_events(call, 10e-6, 1e-3) == 3  # more could not be hidden
-    assert cuda.calls_between_events(restored, 10e-6, 20e-6) == 1
+    assert gpu.calls_between_events(call, 10e-6, 20e-6) == gpu.SEVERAL
+    assert gpu.calls_between_events(call, 50e-6, 20e-6) == 4
+    assert gpu.calls_between_events(call, 1e-3, 20e-6) == 1
+    assert gpu.calls_between_events(call, 10e-6, 1e-3) == 3  # more could not be hidden
+    assert gpu.calls_between_events(restored, 10e-6, 20e-6) == 1
 
 
 # --- syncs and graphs -------------------------------------------------------------------------------------------------
@@ -181,23 +191,23 @@ def _event(name: str, start: float, end: float) -> SimpleNamespace:
 
 
 def test_syncs_are_counted_within_the_call_only() -> None:
-    call = _event(cuda._CALL, 10, 20)
+    call = _event(gpu._CALL, 10, 20)
     launch, inside = _event("cudaLaunchKernel", 11, 12), _event("cudaStreamSynchronize", 12, 13)
     outside = _event("cudaDeviceSynchronize", 21, 22)
     copy = _event("cudaMemcpyAsync", 14, 15)
-    assert cuda.syncs_among([call, launch, inside, copy, outside]) == 1
-    assert cuda.syncs_among([call, launch, outside]) == 0
-    assert cuda.syncs_among([call, _event("aten::item", 11, 12)]) is None  # the profile saw no runtime
+    assert gpu.syncs_among([call, launch, inside, copy, outside]) == 1
+    assert gpu.syncs_among([call, launch, outside]) == 0
+    assert gpu.syncs_among([call, _event("aten::item", 11, 12)]) is None  # the profile saw no runtime
 
 
 def test_replay_compares_bits_and_sees_what_is_not_written(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     value, out = torch.tensor([1.0, torch.nan, -0.0]), torch.empty(3)
     prepared = Prepared(lambda: (out.copy_(value), {"mask": torch.ones(2, dtype=torch.bool)})[:1])
-    clock = cuda.CudaClock(CPU, 0)
+    clock = gpu.CudaClock(CPU, 0)
 
     def equal(action: Any) -> bool:
         monkeypatch.setattr(_Graph, "action", staticmethod(action))
-        found = cuda.replay(lambda: prepared, CPU, clock, 2)
+        found = gpu.replay(lambda: prepared, CPU, clock, 2)
         assert len(found.samples) == 2
         return found.equal
 
@@ -209,16 +219,16 @@ def test_replay_compares_bits_and_sees_what_is_not_written(device: list[str], mo
 
 def test_tensors_in_and_same_bits() -> None:
     a, b, c = (torch.zeros(2) for _ in range(3))
-    assert [id(x) for x in cuda.tensors_in((a, {"k": [b]}, 3, c))] == [id(a), id(b), id(c)]
-    assert not cuda.same_bits(a, a.double()) and not cuda.same_bits(a, torch.zeros(3))
-    assert cuda.same_bits(torch.zeros(2, 3, dtype=torch.bfloat16).t(), torch.zeros(3, 2, dtype=torch.bfloat16))
+    assert [id(x) for x in gpu.tensors_in((a, {"k": [b]}, 3, c))] == [id(a), id(b), id(c)]
+    assert not gpu.same_bits(a, a.double()) and not gpu.same_bits(a, torch.zeros(3))
+    assert gpu.same_bits(torch.zeros(2, 3, dtype=torch.bfloat16).t(), torch.zeros(3, 2, dtype=torch.bfloat16))
 
 
 # --- a device that is lost --------------------------------------------------------------------------------------------
 
 
 def test_a_lost_device_keeps_the_rows_and_names_the_one(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "replay", lambda make, device, clock, repeats: cuda.Replay(True, [1e-6]))
+    monkeypatch.setattr(gpu, "replay", lambda make, device, clock, repeats: gpu.Replay(True, [1e-6]))
 
     def broken(inputs: dict) -> None:
         monkeypatch.setattr(torch.cuda, "synchronize", dead)
@@ -249,12 +259,12 @@ def test_after_a_loss_a_new_process_goes_on(monkeypatch: pytest.MonkeyPatch) -> 
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_grid_is_whole_and_begins_with_what_the_bars_need() -> None:
+def test_the_grid_is_whole_and_begins_with_what_the_targets_need() -> None:
     found = groups(GRID, list(OPS), [torch.float32, torch.bfloat16], GPU)
     head = Case(HEADLINE, torch.bfloat16, GPU)
     assert [case for group in found[:3] for _, case in group.entries] == [head] * 5
-    assert {op for group in found[:3] for op, _ in group.entries} >= {"logprob_entropy_bwd", "logits_floor"}
-    assert {op for group in found[3:8] for op, _ in group.entries} >= {"clip_cov_loss", "tokens_floor"}
+    assert {op for group in found[:3] for op, _ in group.entries} >= {"logprob_entropy_bwd", "logits_roofline"}
+    assert {op for group in found[3:8] for op, _ in group.entries} >= {"clip_cov_loss", "tokens_roofline"}
     for op in ("logprob_entropy", "logprob_entropy_bwd", "logprob_entropy_fwdbwd"):
         for only in (None, SLOW_TO_PREPARE):
             cases = [

@@ -1,4 +1,4 @@
-"""The suite from hidden states: its gate has teeth, ours state what they take, plans, tables."""
+"""The suite from hidden states: its gate has teeth, ours state what they take, plans, report."""
 
 from __future__ import annotations
 
@@ -11,15 +11,28 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks import linear, measure, plots, readme, records, registry, tables
+from benchmarks import measure, ours, plots, report, results
+from benchmarks.cases import (
+    CPU_HIDDEN,
+    GRID,
+    GRID_QUICK,
+    HEADLINE_HIDDEN,
+    LINEAR,
+    LINEAR_LOSSES,
+    OPS,
+    STATED,
+    Case,
+    Group,
+    HiddenShape,
+    Inputs,
+    groups,
+    make_inputs,
+)
 from benchmarks.checks import Check, check
-from benchmarks.implementations import REGISTRY, Implementation
 from benchmarks.measure import Settings, run_group
-from benchmarks.plans import BARS, CPU_HIDDEN, GRID, GRID_QUICK, Group, groups
-from benchmarks.records import Measured, Record
-from benchmarks.registry import EVERYTHING, GRADIENT, LINEAR, LINEAR_LOSSES, LOGPROB, MEAN_LOGPROB, of_op
-from benchmarks.shapes import HEADLINE_HIDDEN, Case, HiddenShape, Inputs, make_inputs
-from benchmarks.traffic import Bandwidth
+from benchmarks.ours import EVERYTHING, GRADIENT, LOGPROB, MEAN_LOGPROB, REGISTRY, Implementation, of_op
+from benchmarks.results import Measured, Record
+from benchmarks.timing import Bandwidth
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = HiddenShape(96, 32, 1500)
@@ -200,11 +213,11 @@ def test_tiles_cut_tokens_and_vocabulary() -> None:
     hidden, weight = (torch.empty(n, 576, dtype=torch.bfloat16, requires_grad=True) for n in (1024, 49152))
     options: dict[str, Any]
     for options in ({}, {"logits_dtype": torch.float32}):
-        budget = linear.tiled(hidden, weight, **options)
+        budget = ours.tiled(hidden, weight, **options)
         plan = ek.linear_plan(hidden, weight, memory_budget=budget, **options)
-        assert plan.mode == "recompute" and min(plan.row_chunks, plan.vocab_chunks) >= linear.MANY
+        assert plan.mode == "recompute" and min(plan.row_chunks, plan.vocab_chunks) >= ours.MANY
         more = ek.linear_plan(hidden, weight, memory_budget=int(1.05 * budget), **options)
-        assert more.mode == "keep" or more.row_chunks < linear.MANY
+        assert more.mode == "keep" or more.row_chunks < ours.MANY
 
 
 def test_stated_memory_is_the_plans_and_the_results() -> None:
@@ -212,11 +225,11 @@ def test_stated_memory_is_the_plans_and_the_results() -> None:
     hidden, weight = inputs["hidden"].clone().requires_grad_(), inputs["weight"]
     gradients = 4 * (hidden.numel() + weight.numel())
     weight = weight.clone().requires_grad_()
-    kept = ek.linear_plan(hidden, weight, memory_budget=linear.ENOUGH).peak_bytes
+    kept = ek.linear_plan(hidden, weight, memory_budget=ours.ENOUGH).peak_bytes
     prepared = REGISTRY[BOTH, "ours"].make(case, inputs)
     assert prepared.stated_bytes == kept + gradients + 8 * SHAPE.rows
     with torch.no_grad():
-        once = ek.linear_plan(hidden, weight, memory_budget=linear.ENOUGH).peak_bytes
+        once = ek.linear_plan(hidden, weight, memory_budget=ours.ENOUGH).peak_bytes
     assert REGISTRY[FORWARD, "ours"].make(case, inputs).stated_bytes == once + 8 * SHAPE.rows
     assert REGISTRY[FORWARD, "eager"].make(case, inputs).stated_bytes is None
 
@@ -225,8 +238,8 @@ def test_stated_memory_is_the_plans_and_the_results() -> None:
 def test_a_loss_states_the_memory_of_its_plan(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than it takes; the rows and the table of a run have both."""
     shape = HiddenShape(512, 64, 8000)  # 16 MB of logits: small beside it what the process allocates by itself
-    monkeypatch.setitem(linear.TIGHT, "cpu", 4 << 20)
-    names = {"ours": linear.ENOUGH, "ours-parts": 4 << 20, "ours-composed": None}
+    monkeypatch.setitem(ours.TIGHT, "cpu", 4 << 20)
+    names = {"ours": ours.ENOUGH, "ours-parts": 4 << 20, "ours-composed": None}
     group = Group("From hidden states", ((op, Case(shape, torch.float32, CPU)),), only=frozenset(names), cold=False)
     settings = Settings(repeats=1, cache="hot", memory=True)
     found = run_group(group, settings, CPU, Bandwidth(1e10, 1e10, 1), lambda _: None)
@@ -241,37 +254,37 @@ def test_a_loss_states_the_memory_of_its_plan(op: str, monkeypatch: pytest.Monke
         assert record.stated_bytes == plan.peak_bytes + 4 * (hidden.numel() + weight.numel()) + 4
         assert record.peak_extra_bytes < record.stated_bytes + (1 << 20)
     assert found[1].stated_bytes < found[0].stated_bytes
-    assert "stated memory" in tables.group_table(found)
+    assert "stated memory" in report.group_table(found)
 
 
 @pytest.mark.parametrize("name", ("ours", "ours-parts"))
 @pytest.mark.parametrize("op", LINEAR_LOSSES)
 def test_the_fused_loss_is_right(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, inputs = _case()
-    monkeypatch.setitem(linear.TIGHT, "cpu", 1 << 20)
-    ours = REGISTRY[op, name]
-    assert ours.supports(case) is None
-    assert check(ours, case, inputs, ours.make(case, inputs).call()).passed
+    monkeypatch.setitem(ours.TIGHT, "cpu", 1 << 20)
+    mine = REGISTRY[op, name]
+    assert mine.supports(case) is None
+    assert check(mine, case, inputs, mine.make(case, inputs).call()).passed
 
 
 # --- plans and rounds -------------------------------------------------------------------------------------------------
 
 
-def test_a_gpu_has_the_floor_tables_shapes_in_bf16_the_bars_first() -> None:
+def test_a_gpu_has_the_roofline_tables_shapes_in_bf16_the_targets_first() -> None:
     table = {HiddenShape(8192, h, v) for h in (2048, 4096) for v in (32000, 128256, 151936, 256000)}
     assert set(GRID.hidden) == table and len(GRID.hidden) == len(table)
     assert GRID.hidden[0] == HEADLINE_HIDDEN and GRID_QUICK.hidden == (HEADLINE_HIDDEN,)
     dtypes = [torch.float32, torch.bfloat16]
-    found = [g for g in groups(GRID, list(registry.OPS), dtypes, GPU) if g.title.startswith("From hidden")]
+    found = [g for g in groups(GRID, list(OPS), dtypes, GPU) if g.title.startswith("From hidden")]
     assert {case.dtype for group in found for _, case in group.entries} == {torch.bfloat16}
     assert {case.shape for group in found for _, case in group.entries} == table
-    only = groups(GRID, list(registry.OPS), [torch.float32], GPU)
+    only = groups(GRID, list(OPS), [torch.float32], GPU)
     assert any(group.title.startswith("From hidden") for group in only)  # asked for alone it is measured
 
 
-def test_a_cpu_has_the_bars_shape_and_in_its_grid_more() -> None:
-    assert BARS.hidden == (HiddenShape(1024, 576, 49152),) == CPU_HIDDEN[:1] and len(CPU_HIDDEN) > 1
-    found = groups(BARS, list(registry.OPS), [torch.float32, torch.bfloat16], CPU)
+def test_a_cpu_has_the_targets_shape_and_in_its_grid_more() -> None:
+    assert STATED.hidden == (HiddenShape(1024, 576, 49152),) == CPU_HIDDEN[:1] and len(CPU_HIDDEN) > 1
+    found = groups(STATED, list(OPS), [torch.float32, torch.bfloat16], CPU)
     first, second = (group for group in found if group.title.startswith("From hidden"))
     assert {op for op, _ in first.entries} == {*LINEAR, *LINEAR_LOSSES}
     assert {op for op, _ in second.entries} == set(LINEAR) and not first.cold
@@ -279,15 +292,17 @@ def test_a_cpu_has_the_bars_shape_and_in_its_grid_more() -> None:
 
 def test_products_are_not_timed_again_with_cold_caches() -> None:
     case = Case(SHAPE, torch.float32, CPU)
-    group = Group("From hidden states", ((FORWARD, case), ("linear_floor", case)), only=frozenset({"ours", "product"}))
+    group = Group(
+        "From hidden states", ((FORWARD, case), ("linear_roofline", case)), only=frozenset({"ours", "product"})
+    )
     bandwidth, settings = Bandwidth(1e10, 1e10, 1), Settings(repeats=2, cache="both", memory=True)
     for cold in (True, False):
         found = run_group(replace(group, cold=cold), settings, CPU, bandwidth, lambda _: None)
         assert [bool(record.cold) for record in found] == [cold, cold]
     fewer = measure.steps(replace(group, cold=True), settings) - measure.steps(replace(group, cold=False), settings)
     assert fewer == len(found) * settings.cold_repeats
-    ours = next(record for record in found if record.implementation == "ours")
-    assert ours.stated_bytes is not None and ours.peak_extra_bytes is not None
+    mine = next(record for record in found if record.implementation == "ours")
+    assert mine.stated_bytes is not None and mine.peak_extra_bytes is not None
 
 
 # --- tables and figures -----------------------------------------------------------------------------------------------
@@ -302,10 +317,10 @@ def _row(op: str, name: str, role: str, median: float, **fields: Any) -> Record:
 
 
 def _rows(device: str = "cuda") -> list[Record]:
-    shape = str(HEADLINE_HIDDEN if device == "cuda" else BARS.hidden[0])
+    shape = str(HEADLINE_HIDDEN if device == "cuda" else STATED.hidden[0])
     rows = [
-        _row("linear_floor", "product", "limit", 10e-3),
-        _row("linear_floor", "three products", "limit", 30e-3),
+        _row("linear_roofline", "product", "roofline", 10e-3),
+        _row("linear_roofline", "three products", "roofline", 30e-3),
         _row(FORWARD, "ours", "ours", 10.5e-3, stated_bytes=3_000_000, errors={"entropy (nats)": 2e-3}),
         _row(FORWARD, "cut-ce", "peer", 12e-3, computes=LOGPROB),
         _row(FORWARD, "verl", "peer", 50e-3, errors={"entropy (nats)": 0.05}),
@@ -319,22 +334,22 @@ def _rows(device: str = "cuda") -> list[Record]:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_readmes_table_of_hidden_states(device: str, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    records.write(tmp_path / "m" / "bench.json", records.as_document({}, [Measured("G", False, _rows(device))]))
-    text = readme.filled("<!-- bench: m hidden -->\nold\n<!-- /bench -->\n", tmp_path)
+    results.write(tmp_path / "m" / "bench.json", results.as_document({}, [Measured("G", False, _rows(device))]))
+    text = report.filled("<!-- bench: m hidden -->\nold\n<!-- /bench -->\n", tmp_path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     assert [line[1] for line in lines[1:]] == ["**ours**", "cut-ce", "verl", "**ours**", "**ours**"]
     assert lines[1][:6] == ["log-prob + entropy, bf16", "**ours**", "10.5 ms", "1.05×", "2.00 MB", "2.0e-03"]
     assert lines[2][3:] == ["1.20×", "2.00 MB", "", LOGPROB] and lines[4][3] == "1.05×"
     assert lines[5][0].endswith("fp32") and lines[5][3] == ""  # without products of its dtype there is no ratio
-    assert readme.filled(text, tmp_path) == text and "old" not in text
+    assert report.filled(text, tmp_path) == text and "old" not in text
     with pytest.raises(ValueError, match="from hidden states"):
-        readme.hidden_table([replace(row, shape="8×8×8 hidden") for row in _rows(device)])
+        report.hidden_table([replace(row, shape="8×8×8 hidden") for row in _rows(device)])
 
 
 def test_a_groups_table_has_the_time_over_products_and_the_stated_memory() -> None:
-    text = tables.group_table(_rows())
+    text = report.group_table(_rows())
     assert "over products" in text and "3.00×" in text and "3.00 MB" in text
-    assert "over products" not in tables.group_table([row for row in _rows() if row.op != "linear_floor"])
+    assert "over products" not in report.group_table([row for row in _rows() if row.op != "linear_roofline"])
 
 
 def test_the_figure_has_a_row_per_op_with_times_and_memory() -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import entropy_kernels as ek
-from benchmarks import implementations, machine, measure, peers, plots, readme, records, registry, report, run, standins
-from benchmarks.implementations import REGISTRY
-from benchmarks.plans import GRID, GRID_QUICK, QUICK
-from benchmarks.records import Measured, Record
+from benchmarks import measure, ours, packages, plots, report, results, run
+from benchmarks.cases import GRID, GRID_QUICK, QUICK
+from benchmarks.ours import REGISTRY
+from benchmarks.results import Measured, Record
 from benchmarks.run import main
-from benchmarks.traffic import Bandwidth
+from benchmarks.timing import Bandwidth
 from waiting import Clock
 
 SMALL = ["--quick", "--shape", "6,97", "--tokens", "2000", "--repeats", "1", "--threads", "1", "--cache", "hot"]
@@ -101,7 +101,7 @@ def test_the_document_is_written_after_every_group(tmp_path: Path, monkeypatch: 
 
 
 def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--output", str(tmp_path), "--ops", "tokens_floor,kl_cov_mask"]
+    arguments = [*SMALL, "--output", str(tmp_path), "--ops", "tokens_roofline,kl_cov_mask"]
     main([*arguments, "--impl", "topk"])
     before = _rows(_document(tmp_path))
     main([*arguments, "--impl", "topk,eager-topk", "--resume"])
@@ -113,7 +113,7 @@ def test_resume_measures_only_what_is_missing(tmp_path: Path) -> None:
 
 def test_resume_mixes_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head of the document speaks for all of its rows."""
-    arguments = [*SMALL, "--output", str(tmp_path), "--ops", "tokens_floor", "--impl", "topk"]
+    arguments = [*SMALL, "--output", str(tmp_path), "--ops", "tokens_roofline", "--impl", "topk"]
     main(arguments)
     monkeypatch.setenv("ENTROPY_KERNELS_COMMIT", "another")
     document = (tmp_path / "bench.json").read_text()
@@ -173,14 +173,38 @@ def test_a_document_reads_back_what_was_written(tmp_path: Path) -> None:
         "token_stats", "ours-cuda", "ours", "8×9", "bf16", "cuda", "hot", size={"rows": 8, "vocab": 9},
         samples=[1e-3, 2.5, 3e-9], summary={"median": 1e-3}, cold={"median": 2e-3}, syncs=0, graph={"equal": True},
     )  # fmt: skip
-    records.write(tmp_path / "bench.json", records.as_document({"time": "now"}, [Measured("G", False, [record])]))
-    head, groups = records.read(tmp_path / "bench.json")
-    assert groups == [Measured("G", False, [record])] and head["time"] == "now" and head["format"] == records.FORMAT
+    results.write(tmp_path / "bench.json", results.as_document({"time": "now"}, [Measured("G", False, [record])]))
+    head, groups = results.read(tmp_path / "bench.json")
+    assert groups == [Measured("G", False, [record])] and head["time"] == "now" and head["format"] == results.FORMAT
     assert "[ 0.001, 2.5, 3e-09 ]" in (tmp_path / "bench.json").read_text()
     document = _document(tmp_path)
-    (tmp_path / "bench.json").write_text(json.dumps({**document, "format": records.FORMAT + 1}))
+    (tmp_path / "bench.json").write_text(json.dumps({**document, "format": results.FORMAT + 1}))
     with pytest.raises(ValueError, match="expected format"):
-        records.read(tmp_path / "bench.json")
+        results.read(tmp_path / "bench.json")
+
+
+def test_documents_of_earlier_formats_are_read(tmp_path: Path) -> None:
+    """What they called bars, floors and limits."""
+    record = {"op": "tokens_floor", "implementation": "topk", "role": "limit", "shape": "9", "dtype": "fp32"}
+    group = {"title": "G", "records": [{**record, "device": "cpu", "cache": "hot", "of_another_time": 1}]}
+    (tmp_path / "bench.json").write_text(json.dumps({"format": 2, "bars": [1], "groups": [group]}))
+    head, (part,) = results.read(tmp_path / "bench.json")
+    assert head["targets"] == [1] and not part.host
+    assert (part.records[0].op, part.records[0].role) == ("tokens_roofline", "roofline")
+
+
+def test_a_machine_has_its_newest_run_only() -> None:
+    """A folder is named after its machine, with what its run was restricted to behind it; no row stands twice."""
+    seen: dict[tuple, Path] = {}
+    for path in sorted(results.RESULTS.glob("*/bench.json")):
+        head, groups = results.read(path)
+        machine = head["machine"]["machine"]
+        assert path.parent.name.startswith(machine)
+        for record in (record for group in groups for record in group.records if record.summary):
+            key = (machine, *record.key)
+            assert key not in seen, f"{path}: {key} stands in {seen[key]} too"
+            seen[key] = path
+    assert len(seen) > 100
 
 
 def test_reports_are_made_from_the_document_alone(tmp_path: Path) -> None:
@@ -209,7 +233,7 @@ def test_files_in_the_way_of_results(tmp_path: Path) -> None:
     ):
         (tmp_path / "bench.json").write_text(users)
         assert report.in_the_way(tmp_path) == "bench.json"
-    records.write(tmp_path / "bench.json", records.as_document({"command": "python -m benchmarks.run --quick"}, []))
+    results.write(tmp_path / "bench.json", results.as_document({"command": "python -m benchmarks.run --quick"}, []))
     for name in ("bench.md", "error.png"):  # not ours for standing beside results
         assert report.in_the_way(tmp_path) == name
         (tmp_path / name).unlink()
@@ -218,8 +242,8 @@ def test_files_in_the_way_of_results(tmp_path: Path) -> None:
 
 def test_only_pictures_of_the_benchmark_are_replaced(tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    records.write(tmp_path / "bench.json", records.as_document({"command": "python -m benchmarks.run"}, []))
-    for path in sorted((machine.ROOT / "benchmarks" / "results").glob("*/bench.json")):
+    results.write(tmp_path / "bench.json", results.as_document({"command": "python -m benchmarks.run"}, []))
+    for path in sorted((results.ROOT / "benchmarks" / "results").glob("*/bench.json")):
         assert report.in_the_way(path.parent) is None, "results that are committed"
     plots.save(figure, tmp_path / "error.png")
     assert report.in_the_way(tmp_path) is None
@@ -234,7 +258,7 @@ def test_only_pictures_of_the_benchmark_are_replaced(tmp_path: Path) -> None:
 
 
 def test_the_readme_holds_what_the_results_give() -> None:
-    assert readme.main(["--check"]) == 0
+    assert report.main(["--readme", "--check"]) == 0
 
 
 def test_readme_tables_come_from_results(tmp_path: Path) -> None:
@@ -252,15 +276,15 @@ def test_readme_tables_come_from_results(tmp_path: Path) -> None:
         record(both, "liger-ce-mean", "peer", 2.25e-3),
     ]
     (tmp_path / "h200").mkdir()
-    document = records.as_document({}, [Measured("G", False, found)])
-    records.write(tmp_path / "h200" / "bench.json", document)
-    text = readme.filled("before\n<!-- bench: h200 -->\nold\n<!-- /bench -->\nafter\n", tmp_path)
+    document = results.as_document({}, [Measured("G", False, found)])
+    results.write(tmp_path / "h200" / "bench.json", document)
+    text = report.filled("before\n<!-- bench: h200 -->\nold\n<!-- /bench -->\nafter\n", tmp_path)
     assert text.startswith("before\n<!-- bench: h200 -->\n") and text.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in text and "**500 µs**" in text and "50.0 ms (100×), entropy off by 0.12 nats" in text
     assert "2.25 ms (1.5×)" in text and "**1.40 ms**" in text and "4000 MB" in text and "0.07 MB" in text
-    assert readme.filled(text, tmp_path) == text
+    assert report.filled(text, tmp_path) == text
     with pytest.raises(ValueError, match="names no result"):
-        readme.filled("<!-- bench: nowhere -->\n<!-- /bench -->", tmp_path)
+        report.filled("<!-- bench: nowhere -->\n<!-- /bench -->", tmp_path)
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
@@ -287,25 +311,25 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_module_is_loaded_without_its_package(package: Path) -> None:
     before = list(sys.meta_path)
     around = ("fake_scheduler", "fake_peer.settings")
-    module = standins.load("fake_peer.algos.core", bare=("fake_peer", "fake_peer.algos"), stand_ins=around)
+    module = packages.load("fake_peer.algos.core", bare=("fake_peer", "fake_peer.algos"), stubbed=around)
     assert module.loss(4, None) == 8 and sys.meta_path == before
 
 
 def test_a_peer_that_is_not_there_says_so(package: Path) -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_peer"):
-        standins.load("no_such_peer.core", bare=(), stand_ins=())
-    with pytest.raises(peers.Unavailable, match="fake_peer does not import: ModuleNotFoundError"):
-        peers.module_of("fake_peer")
-    with pytest.raises(peers.Unavailable, match="no_such_peer is not installed"):
-        peers.alone("no_such_peer.core", ("no_such_peer",), ())
+        packages.load("no_such_peer.core", bare=(), stubbed=())
+    with pytest.raises(packages.Unavailable, match="fake_peer does not import: ModuleNotFoundError"):
+        packages.module_of("fake_peer")
+    with pytest.raises(packages.Unavailable, match="no_such_peer is not installed"):
+        packages.alone("no_such_peer.core", ("no_such_peer",), ())
 
 
 @pytest.mark.parametrize("function", ["policy_loss", "clip_cov_loss"])
 def test_a_loss_has_a_row_per_backend_once_it_takes_one(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def names() -> set[str]:
-        monkeypatch.setattr(registry, "REGISTRY", {})
-        implementations._register_ours()
-        return {name for op, name in registry.REGISTRY if op == function}
+        monkeypatch.setattr(ours, "REGISTRY", {})
+        ours._add_ours()
+        return {name for op, name in ours.REGISTRY if op == function}
 
     def without(logprob, old_logprob, advantages, mask): ...
     def backed(logprob, old_logprob, advantages, mask, *, backend="auto"): ...
@@ -333,7 +357,7 @@ def test_clocks_of_a_second_run_do_not_go_backwards(tmp_path: Path, monkeypatch:
         return original(*given)
 
     monkeypatch.setattr(run, "_measure", takes_two_seconds)
-    arguments = [*SMALL, "--output", str(tmp_path), "--ops", "tokens_floor", "--impl", "topk"]
+    arguments = [*SMALL, "--output", str(tmp_path), "--ops", "tokens_roofline", "--impl", "topk"]
     for more, seconds in ((), 2.0), (("--resume",), 4.0):
         main([*arguments, *more])
         assert _document(tmp_path)["seconds"] == seconds

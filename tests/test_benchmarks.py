@@ -1,4 +1,4 @@
-"""The benchmark suite itself: it runs, its gate has teeth, its clocks and bars are right. No test judges a time."""
+"""The benchmark suite itself: it runs, its gate has teeth, its clocks and targets are right. No test judges a time."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bars, implementations, machine, timing, traffic
-from benchmarks.implementations import REGISTRY, Implementation, Prepared
+from benchmarks import ours, results, targets, timing
+from benchmarks.cases import OPS, QUICK, STATED, Case, Group, LogitsShape, TokensShape, groups, parse_logits
 from benchmarks.measure import Settings, run_group
-from benchmarks.plans import BARS, QUICK, Group, groups
-from benchmarks.records import Record
+from benchmarks.ours import REGISTRY, Implementation, Prepared
+from benchmarks.results import Record
 from benchmarks.run import main
-from benchmarks.shapes import Case, LogitsShape, TokensShape, parse_logits
 from waiting import Clock
 
 CPU = torch.device("cpu")
 # a machine's ceilings are not needed where no time is judged
-BANDWIDTH = traffic.Bandwidth(read=1e10, copy=1e10, buffer_bytes=1)
+BANDWIDTH = timing.Bandwidth(read=1e10, copy=1e10, buffer_bytes=1)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +37,7 @@ def _unlimited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_quick_run_writes_json_table_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # everything but torch.compile, which takes seconds per case
-    chosen = ",".join(name for name in implementations.names() if name != "compile")
+    chosen = ",".join(name for name in ours.names() if name != "compile")
     arguments = ["--quick", "--shape", "6,97", "--tokens", "5000", "--repeats", "2", "--threads", "1"]
     assert main([*arguments, "--cache", "both", "--impl", chosen, "--output", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "bench.json").read_text())
@@ -46,7 +45,7 @@ def test_quick_run_writes_json_table_and_plots(tmp_path: Path, capsys: pytest.Ca
     assert {record["status"] for record in records} <= {"ok", "skipped"}
     assert all(record["reason"] for record in records if record["status"] == "skipped")
     ran = {(record["op"], record["implementation"]) for record in records if record["status"] == "ok"}
-    assert {("logprob_entropy", "ours-torch"), ("logprob_entropy_fwdbwd", "eager"), ("tokens_floor", "topk")} <= ran
+    assert {("logprob_entropy", "ours-torch"), ("logprob_entropy_fwdbwd", "eager"), ("tokens_roofline", "topk")} <= ran
     for record in records:
         if record["status"] == "ok":
             assert len(record["samples"]) >= 2 and all(sample > 0 for sample in record["samples"])
@@ -58,7 +57,7 @@ def test_quick_run_writes_json_table_and_plots(tmp_path: Path, capsys: pytest.Ca
     assert described["cpu"]["logical"] and described["threads"] == 1 and described["versions"]["torch"]
     assert set(described) >= {"commit", "dirty", "variables", "platform"} and document["bandwidth"]["read"] > 0
     text = (tmp_path / "bench.md").read_text()
-    assert "## Bars" in text and "at other sizes" in text and text in capsys.readouterr().out
+    assert "## Targets" in text and "at other sizes" in text and text in capsys.readouterr().out
     for name in ("time_statistics", "time_selection", "error"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -92,10 +91,10 @@ def test_parse_logits() -> None:
 
 def test_groups_hold_what_is_compared() -> None:
     """Ratios are taken within a group only: both dtypes, both statistics and the floors have to share one."""
-    forward = groups(BARS, list(implementations.OPS), [torch.float32, torch.bfloat16], CPU)[0]
-    assert {op for op, _ in forward.entries} == {"logits_floor", "logprob_entropy", "token_stats"}
+    forward = groups(STATED, list(OPS), [torch.float32, torch.bfloat16], CPU)[0]
+    assert {op for op, _ in forward.entries} == {"logits_roofline", "logprob_entropy", "token_stats"}
     assert {case.dtype for _, case in forward.entries} == {torch.float32, torch.bfloat16}
-    assert bars.at_the_stated_sizes(BARS, "cpu") and not bars.at_the_stated_sizes(QUICK, "cpu")
+    assert targets.at_the_stated_sizes(STATED, "cpu") and not targets.at_the_stated_sizes(QUICK, "cpu")
 
 
 def test_saved_times_are_kept_apart_by_machine_and_threads(
@@ -104,9 +103,9 @@ def test_saved_times_are_kept_apart_by_machine_and_threads(
     """What make bench-save and bench-compare use as a folder: one word, another one for each."""
     names = set()
     for cpu, threads in (("EPYC", 1), ("EPYC", 2), ("Xeon", 2)):
-        monkeypatch.setattr(machine, "_cpuinfo", lambda cpu=cpu: {"model name": f"Some(R) {cpu} 16-Core"})
+        monkeypatch.setattr(results, "_cpuinfo", lambda cpu=cpu: {"model name": f"Some(R) {cpu} 16-Core"})
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        machine.main()
+        results.main()
         (name,) = capsys.readouterr().out.split()
         names.add(name)
     assert len(names) == 3 and all("/" not in name for name in names)
@@ -202,25 +201,25 @@ def test_summarise() -> None:
 def test_peak_memory_sees_temporaries(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call whose temporary of 64 MB is gone when it returns."""
     if method == "profiler":
-        monkeypatch.setattr(traffic, "_resets_high_water", lambda: False)
-    elif not traffic._resets_high_water():
+        monkeypatch.setattr(timing, "_resets_high_water", lambda: False)
+    elif not timing._resets_high_water():
         pytest.skip("no /proc/self/clear_refs here")
 
     def call() -> torch.Tensor:
         return torch.ones(64 << 18).sum()
 
     call()
-    assert traffic.peak_extra_memory(Prepared(call), CPU).bytes == pytest.approx(64 << 20, abs=2 << 20)
-    assert traffic.peak_extra_memory(Prepared(lambda: None), CPU).bytes < 1 << 20
+    assert timing.peak_extra_memory(Prepared(call), CPU).bytes == pytest.approx(64 << 20, abs=2 << 20)
+    assert timing.peak_extra_memory(Prepared(lambda: None), CPU).bytes < 1 << 20
 
 
 def test_least_traffic() -> None:
     logits = Case(LogitsShape(10, 1000), torch.bfloat16, CPU)
-    assert traffic.least_traffic("logprob_entropy", "eager", logits) == traffic.Traffic(20000 + 80, 80)
-    assert traffic.least_traffic("logprob_entropy_fwdbwd", "eager", logits).total == 3 * 20000 + 400
-    assert traffic.least_traffic("logits_floor", "copy", logits).total == 40000
+    assert timing.least_traffic("logprob_entropy", "eager", logits) == timing.Traffic(20000 + 80, 80)
+    assert timing.least_traffic("logprob_entropy_fwdbwd", "eager", logits).total == 3 * 20000 + 400
+    assert timing.least_traffic("logits_roofline", "copy", logits).total == 40000
     tokens = Case(TokensShape(100), torch.float32, CPU)
-    assert traffic.least_traffic("kl_cov_mask", "x", tokens) == traffic.Traffic(400, 100)
+    assert timing.least_traffic("kl_cov_mask", "x", tokens) == timing.Traffic(400, 100)
 
 
 def test_a_case_that_does_not_fit_is_skipped_with_its_size() -> None:
@@ -231,6 +230,6 @@ def test_a_case_that_does_not_fit_is_skipped_with_its_size() -> None:
 
 def test_a_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="already registered"):
-        implementations.register(REGISTRY["tokens_floor", "topk"])
+        ours.register(REGISTRY["tokens_roofline", "topk"])
     with pytest.raises(ValueError, match="op: expected one of"):
-        implementations.register(replace(REGISTRY["tokens_floor", "topk"], op="sort"))
+        ours.register(replace(REGISTRY["tokens_roofline", "topk"], op="sort"))

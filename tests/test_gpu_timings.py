@@ -69,16 +69,16 @@ def test_every_group_is_timed_and_nothing_unverified(tmp_path: Path) -> None:
     assert max(first.values()) < 60  # of several hundred at full size
     for line in timed:
         assert len(line["samples_us"]) == 12 and line["p10_us"] <= line["median_us"] <= line["p90_us"], line
-        expected = {"floor": {"torch"}, "losses": {"cuda", "torch"}}.get(line["group"], {"cuda"})
+        expected = {"roofline": {"torch"}, "losses": {"cuda", "torch"}}.get(line["group"], {"cuda"})
         assert line["backend"] in expected
         # samples are rounded to 0.01 µs
         assert line["gbps"] == pytest.approx(1e-3 * line["bytes"] / line["median_us"], rel=0.01, abs=0.01)
-        assert line["group"] == "floor" or {"of_copy", "of_product"} & line.keys(), line
+        assert line["group"] == "roofline" or {"of_copy", "of_product"} & line.keys(), line
     variants = {(line["op"], line["variant"]) for line in timed}
     assert variants >= {
-        ("logits_floor", "copy"),
-        ("logits_floor", "read"),
-        ("tokens_floor", "topk"),
+        ("logits_roofline", "copy"),
+        ("logits_roofline", "read"),
+        ("tokens_roofline", "topk"),
         ("token_stats", ""),
         ("logprob_entropy_bwd", "in place, behind forward, rows reversed"),
         ("clip_cov_mask", "with covariance cluster"),

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks import linear_peers, peers, standins
+from benchmarks import packages, peers
+from benchmarks.cases import LINEAR_LOSSES, Case, HiddenShape, Inputs, make_inputs
 from benchmarks.checks import check
-from benchmarks.implementations import REGISTRY
-from benchmarks.registry import GRADIENT, LINEAR_LOSSES
-from benchmarks.shapes import Case, HiddenShape, Inputs, make_inputs
+from benchmarks.ours import GRADIENT, REGISTRY
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = HiddenShape(96, 32, 1500)
@@ -125,7 +124,7 @@ def _quack(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mea
 
 
 # module, name, what stands in for it; where the package is installed, its signature is compared
-STAND_INS: tuple[tuple[str, str, Any], ...] = (
+STUBS: tuple[tuple[str, str, Any], ...] = (
     ("trl.trainer.utils", "_ChunkedLogProbFunction", _Chunked),
     ("verl.utils.experimental.torch_functional", "FusedLinearForPPO", _FusedLinearForPPO),
     ("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", _verl_linear_cross_entropy),
@@ -138,39 +137,41 @@ STAND_INS: tuple[tuple[str, str, Any], ...] = (
 
 
 @pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     modules: dict[str, Any] = {}
-    for module, name, stand_in in STAND_INS:
-        modules.setdefault(module, SimpleNamespace(__name__=module)).__dict__[name] = stand_in
-    monkeypatch.setattr(peers, "module_of", modules.__getitem__)
-    monkeypatch.setattr(peers, "alone", lambda name, bare, stand_ins: modules[name])
-    monkeypatch.setattr(linear_peers, "_verl_kernel", modules.__getitem__)
+    for module, name, stub in STUBS:
+        modules.setdefault(module, SimpleNamespace(__name__=module)).__dict__[name] = stub
+    monkeypatch.setattr(packages, "module_of", modules.__getitem__)
+    monkeypatch.setattr(packages, "alone", lambda name, bare, stubbed: modules[name])
+    monkeypatch.setattr(peers, "verl_kernel", modules.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.mark.parametrize("op", [FORWARD, BOTH])
-def test_every_peer_is_called_as_its_package_declares_it(op: str, packages: None) -> None:
+def test_every_peer_is_called_as_its_package_declares_it(op: str, installed: None) -> None:
     """Also those that run on a GPU only: functions of the same signature stand for them, and the gate judges."""
     case, inputs = _case()
-    wanted = {peer.name: peer.computes for peer in linear_peers.PEERS}
+    wanted = {name: computes for name, _, _, computes, _ in peers.OF_HIDDEN}
     if op == BOTH:
         wanted["liger-grpo"] = GRADIENT
     for name, computes in wanted.items():
         implementation = REGISTRY[op, name]
+        if name.startswith("torch-linear") and implementation.supports(case) is not None:
+            continue  # a torch before 2.13
         result = check(implementation, case, inputs, implementation.make(case, inputs).call())
         assert result.passed, (name, result.failures)
         assert implementation.computes == computes and result.errors
         assert all(error < 1e-3 for error in result.errors.values()), (name, result.errors)  # not only loosely right
 
 
-def test_liger_grpo_is_a_peer_of_the_ppo_loss(packages: None) -> None:
+def test_liger_grpo_is_a_peer_of_the_ppo_loss(installed: None) -> None:
     case, inputs = _case()
     implementation = REGISTRY["linear_policy_loss", "liger-grpo"]
     result = check(implementation, case, inputs, implementation.make(case, inputs).call())
     assert result.passed and all(error < 1e-3 for error in result.errors.values()), result.errors
 
 
-def test_verls_loss_of_verls_log_prob(packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verls_loss_of_verls_log_prob(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def loss_of(mode: str, **settings: Any) -> Callable[..., Any]:
         assert mode == "vanilla" or set(settings) == {"clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"}
 
@@ -203,22 +204,36 @@ def _parameters(function: Any) -> list[list[str]]:
     return [[name for name in inspect.signature(f).parameters if name not in ("self", "ctx")] for f in called]
 
 
-@pytest.mark.parametrize(("module", "name", "stand_in"), STAND_INS, ids=[name for _, name, _ in STAND_INS])
-def test_the_stand_ins_have_the_signatures_of_the_packages(module: str, name: str, stand_in: Any) -> None:
+@pytest.mark.parametrize(("module", "name", "stub"), STUBS, ids=[name for _, name, _ in STUBS])
+def test_the_stubs_have_the_signatures_of_the_packages(module: str, name: str, stub: Any) -> None:
     try:
         if module.startswith("verl.utils.kernel"):
-            found = linear_peers._verl_kernel(module)
+            found = peers.verl_kernel(module)
         else:
             found = (
-                peers.alone(module, linear_peers._VERL, ()) if module.startswith("verl") else peers.module_of(module)
+                packages.alone(module, peers.VERL_FUSED, ())
+                if module.startswith("verl")
+                else packages.module_of(module)
             )
-    except peers.Unavailable as error:
+    except packages.Unavailable as error:
         pytest.skip(str(error))
-    ours, real = _parameters(stand_in), _parameters(getattr(found, name))
+    ours, real = _parameters(stub), _parameters(getattr(found, name))
     assert [theirs[: len(mine)] for mine, theirs in zip(ours, real, strict=True)] == ours
 
 
-def test_limits_of_peers_are_reasons(packages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_own_linear_cross_entropy_is_a_peer_where_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("torch-linear-ce", "torch-linear-ce-chunked", "torch-linear-ce-chunked-mean")
+    rows = [REGISTRY[op, name] for op in (FORWARD, BOTH) for name in names]
+    has = hasattr(torch.nn.functional, "linear_cross_entropy")
+    for row in rows:
+        assert (row.supports(_case()[0]) is None) == has and "no entropy" in row.computes
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    assert {row.supports(_case()[0]) for row in rows} == {
+        "torch.nn.functional has no linear_cross_entropy in the installed version"
+    }
+
+
+def test_limits_of_peers_are_reasons(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(HiddenShape(8, 576, 64), torch.float32, CPU)
     assert "multiples of 128, not 576" in (REGISTRY[FORWARD, "verl-triton"].supports(case) or "")
     case = Case(HiddenShape(8, 512, 64), torch.float32, CPU)
@@ -233,7 +248,7 @@ def test_limits_of_peers_are_reasons(packages: None, monkeypatch: pytest.MonkeyP
         __name__="x", LigerFusedLinearScaledCrossEntropyFunction=_Scaled, _resolve_implementation=no_kernels
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(peers, "module_of", lambda name: scaled)
+    monkeypatch.setattr(packages, "module_of", lambda name: scaled)
     assert "No module named 'cutlass'" in (REGISTRY[FORWARD, "liger-scaled"].supports(case) or "")
 
 
@@ -260,8 +275,8 @@ def test_what_a_function_imports_when_it_is_called_stays(package: Path) -> None:
         "fake_late.ops.kernels": {}, "fake_late.ops": {},
         "fake_late.trainer.utils": {"gather": lambda x: x + 1},
     }  # fmt: skip
-    module = standins.load(
-        "fake_late.ops.linear", bare=("fake_late", "fake_late.ops"), stand_ins=("fake_late.trainer",), keep=keep
+    module = packages.load(
+        "fake_late.ops.linear", bare=("fake_late", "fake_late.ops"), stubbed=("fake_late.trainer",), keep=keep
     )
     assert module.late(3) == 8
     assert {name for name in sys.modules if name.startswith("fake_late")} == set(keep)

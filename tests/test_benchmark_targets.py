@@ -1,4 +1,4 @@
-"""Bars and tables: what passes, what fails, what was not measured; on records that no machine has made."""
+"""Targets and tables: what passes, what fails, what was not measured; on records that no machine has made."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bars, bars_gpu, tables
-from benchmarks.implementations import ours_for
-from benchmarks.plans import BARS, CPU_HIDDEN, GRID, GRID_QUICK, HEADLINE
-from benchmarks.records import Measured, Record
-from benchmarks.traffic import Bandwidth
+from benchmarks import report, targets
+from benchmarks.cases import CPU_HIDDEN, GRID, GRID_QUICK, HEADLINE, STATED
+from benchmarks.ours import ours_for
+from benchmarks.results import Measured, Record
+from benchmarks.timing import Bandwidth
 
 # a machine's ceilings are not needed where no time is judged
 BANDWIDTH = Bandwidth(read=1e10, copy=1e10, buffer_bytes=1)
@@ -24,46 +24,46 @@ def _record(op: str, name: str, shape: str, dtype: str, median: float, **fields:
     return replace(record, **fields)
 
 
-def test_bars_are_judged_by_medians() -> None:
+def test_targets_are_judged_by_medians() -> None:
     ours, shape = ours_for("cpu"), "512×151936"
     records = [
         _record("logprob_entropy", ours, shape, "fp32", 1.0, peak_extra_bytes=200_000),
         _record("logprob_entropy", ours, shape, "bf16", 1.2),
         _record("logprob_entropy", "eager", shape, "fp32", 8.5),
-        _record("logits_floor", "amax", shape, "fp32", 0.4),
-        _record("tokens_floor", "topk", "4194304 normal", "fp32", 30.0),
+        _record("logits_roofline", "amax", shape, "fp32", 0.4),
+        _record("tokens_roofline", "topk", "4194304 normal", "fp32", 30.0),
         _record("clip_cov_mask", ours, "4194304 normal", "fp32", 2.0),
         _record("kl_cov_mask", ours, "64 normal", "fp32", 45e-6, cache="host"),
     ]
-    verdicts = {(verdict.text, verdict.shape): verdict for verdict in bars.judge(records, BARS, "cpu", BANDWIDTH)}
+    outcomes = {(outcome.text, outcome.shape): outcome for outcome in targets.judge(records, STATED, "cpu", BANDWIDTH)}
 
     def passed(text: str, shape: str = shape) -> bool | None:
-        return verdicts[text, shape].passed
+        return outcomes[text, shape].passed
 
-    assert verdicts["forward, faster than torch eager", shape].value == pytest.approx(8.5)
+    assert outcomes["forward, faster than torch eager", shape].value == pytest.approx(8.5)
     assert passed("forward, faster than torch eager") is True
     assert passed("forward, time over logits.amax(-1)") is False  # 2.5 > 2
     assert passed("forward, bf16 over fp32") is False
     assert passed("forward, extra memory") is True
     assert passed("forward, faster than torch.compile") is None
-    assert verdicts["forward, faster than torch.compile", shape].absent
-    assert not verdicts["forward, faster than torch eager", shape].absent
+    assert outcomes["forward, faster than torch.compile", shape].absent
+    assert not outcomes["forward, faster than torch eager", shape].absent
     assert passed("clip_cov_mask, faster than torch.topk(cov, 800)", "4194304 normal") is True
     assert passed("kl_cov_mask, host time of a call", "64 normal") is True
-    table = tables.bars_table(list(verdicts.values()))
+    table = report.targets_table(list(outcomes.values()))
     assert "FAIL" in table and "not measured: compile of logprob_entropy was not part of this run" in table
 
 
 HIDDEN_OPS = ("linear_logprob_entropy", "linear_logprob_entropy_fwdbwd")
 
 
-def _hidden(**changes: Any) -> dict[str, bars.Verdict]:
-    """Verdicts by text on a CPU's run from hidden states; ``changes``: fields by op_implementation, for bf16."""
-    shape, records = str(BARS.hidden[0]), []
+def _hidden(**changes: Any) -> dict[str, targets.Outcome]:
+    """Outcomes by text on a CPU's run from hidden states; ``changes``: fields by op_implementation, for bf16."""
+    shape, records = str(STATED.hidden[0]), []
     for dtype in ("fp32", "bf16"):
         rows = [
-            _record("linear_floor", "product", shape, dtype, 0.3),
-            _record("linear_floor", "three products", shape, dtype, 1.0),
+            _record("linear_roofline", "product", shape, dtype, 0.3),
+            _record("linear_roofline", "three products", shape, dtype, 1.0),
         ]
         for op, time in zip(HIDDEN_OPS, (0.33, 1.1), strict=True):
             for name in ("ours", "ours-recompute", "ours-tiles"):
@@ -77,17 +77,17 @@ def _hidden(**changes: Any) -> dict[str, bars.Verdict]:
             replace(row, **changes.get(f"{row.op}_{row.implementation}".replace("-", "_"), {}))
             if dtype == "bf16" else row for row in rows
         ]  # fmt: skip
-    judged = bars.judge(records, BARS, "cpu", BANDWIDTH)
-    return {verdict.text: verdict for verdict in judged if "from hidden states" in verdict.text}
+    judged = targets.judge(records, STATED, "cpu", BANDWIDTH)
+    return {outcome.text: outcome for outcome in judged if "from hidden states" in outcome.text}
 
 
-def test_bars_from_hidden_states_hold_on_a_run_that_reaches_them() -> None:
-    verdicts = _hidden()
-    assert len(verdicts) == 16 and [text for text, verdict in verdicts.items() if not verdict.passed] == []
-    forward = verdicts["from hidden states, bf16, forward, time over its products alone"]
-    both = verdicts["from hidden states, fp32, forward + backward, time over its products alone"]
+def test_targets_from_hidden_states_hold_on_a_run_that_reaches_them() -> None:
+    outcomes = _hidden()
+    assert len(outcomes) == 16 and [text for text, outcome in outcomes.items() if not outcome.passed] == []
+    forward = outcomes["from hidden states, bf16, forward, time over its products alone"]
+    both = outcomes["from hidden states, fp32, forward + backward, time over its products alone"]
     assert (forward.value, both.value) == (pytest.approx(1.1), pytest.approx(1.1))
-    rival = verdicts["from hidden states, bf16, forward, faster than every peer"]
+    rival = outcomes["from hidden states, bf16, forward, faster than every peer"]
     assert rival.value == pytest.approx(2) and "cut-ce-compile, no entropy" in rival.note  # the fastest of all
 
 
@@ -97,25 +97,25 @@ _SLOW_PEER = {"summary": {"count": 7, "min": 1.0, "median": 1.0}}
 @pytest.mark.parametrize(
     ("text", "row", "change"),
     [
-        ("forward, time over", "linear_floor_product", {"summary": {"count": 7, "min": 0.25, "median": 0.25}}),
-        ("backward, time over", "linear_floor_three products", {"summary": {"count": 7, "min": 0.8, "median": 0.8}}),
+        ("forward, time over", "linear_roofline_product", {"summary": {"count": 7, "min": 0.25, "median": 0.25}}),
+        ("backward, time over", "linear_roofline_three products", {"summary": {"count": 7, "min": 0.8, "median": 0.8}}),
         ("every peer", "linear_logprob_entropy_fwdbwd_cut_ce_compile", _SLOW_PEER),
         ("forward, ours, memory", "linear_logprob_entropy_ours", {"peak_extra_bytes": 101}),
         ("ours-recompute, memory", "linear_logprob_entropy_fwdbwd_ours_recompute", {"peak_extra_bytes": 101}),
         ("d_weight", "linear_logprob_entropy_fwdbwd_ours_tiles", {"errors": {"d_weight (relative)": 1.6e-2}}),
     ],
 )
-def test_each_bar_from_hidden_states_can_fail(text: str, row: str, change: dict[str, Any]) -> None:
-    failed = [text for text, verdict in _hidden(**{row: change}).items() if verdict.passed is False]
+def test_each_target_from_hidden_states_can_fail(text: str, row: str, change: dict[str, Any]) -> None:
+    failed = [text for text, outcome in _hidden(**{row: change}).items() if outcome.passed is False]
     assert len(failed) == 1 and text in failed[0] and "bf16" in failed[0]
 
 
-def test_bars_from_hidden_states_are_stated_at_one_shape() -> None:
-    assert bars.at_the_stated_sizes(BARS, "cpu")
-    assert bars.at_the_stated_sizes(replace(BARS, hidden=CPU_HIDDEN), "cpu")
-    assert not bars.at_the_stated_sizes(replace(BARS, hidden=CPU_HIDDEN[1:]), "cpu")
-    judged = bars.judge([], replace(BARS, hidden=CPU_HIDDEN), "cpu", BANDWIDTH)
-    assert {v.shape for v in judged if "hidden" in v.text} == {str(BARS.hidden[0])} and all(v.absent for v in judged)
+def test_targets_from_hidden_states_are_stated_at_one_shape() -> None:
+    assert targets.at_the_stated_sizes(STATED, "cpu")
+    assert targets.at_the_stated_sizes(replace(STATED, hidden=CPU_HIDDEN), "cpu")
+    assert not targets.at_the_stated_sizes(replace(STATED, hidden=CPU_HIDDEN[1:]), "cpu")
+    judged = targets.judge([], replace(STATED, hidden=CPU_HIDDEN), "cpu", BANDWIDTH)
+    assert {v.shape for v in judged if "hidden" in v.text} == {str(STATED.hidden[0])} and all(v.absent for v in judged)
 
 
 # --- a GPU's ----------------------------------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def _good() -> list[Record]:
         _gpu(both, "compile", SHAPE, "bf16", 4e-3, "peer"),
         _gpu(both, "verl", SHAPE, "bf16", 30e-3, "peer"),
         _gpu(both, "verl-fused-ce", SHAPE, "bf16", 8e-3, "peer"),
-        _gpu("tokens_floor", "topk", bars_gpu.TOKENS, "fp32", 200e-6, "limit", graph={}),
+        _gpu("tokens_roofline", "topk", targets.TOKENS, "fp32", 200e-6, "roofline", graph={}),
     ]
     hidden = {
-        ("linear_floor", "product"): 10e-3, ("linear_floor", "three products"): 30e-3,
-        ("linear_floor", "four products"): 40e-3, (HIDDEN_OPS[0], "ours"): 10.9e-3, (HIDDEN_OPS[1], "ours"): 32e-3,
+        ("linear_roofline", "product"): 10e-3, ("linear_roofline", "three products"): 30e-3,
+        ("linear_roofline", "four products"): 40e-3, (HIDDEN_OPS[0], "ours"): 10.9e-3, (HIDDEN_OPS[1], "ours"): 32e-3,
         (HIDDEN_OPS[1], "ours-recompute"): 43e-3, (HIDDEN_OPS[1], "ours-tiles"): 50e-3,
         (HIDDEN_OPS[1], "one-product"): 60e-3, (HIDDEN_OPS[1], "liger-scaled"): 50e-3,
         (HIDDEN_OPS[1], "liger-linear-ce-mean"): 35e-3, (HIDDEN_OPS[1], "verl-triton"): 90e-3,
@@ -175,18 +175,18 @@ def _good() -> list[Record]:
     }  # fmt: skip
     gradients = 2 * 4096 * (8192 + 128256)
     for (linear_op, name), time in hidden.items():
-        role = "ours" if name.startswith("ours") else "limit" if linear_op == "linear_floor" else "peer"
+        role = "ours" if name.startswith("ours") else "roofline" if linear_op == "linear_roofline" else "peer"
         errors = {"d_weight (relative)": 1.4e-2 if name == "ours-tiles" else 1e-2}
         fields = {"errors": errors, "peak_extra_bytes": gradients + 10**9}
-        records.append(_gpu(linear_op, name, bars_gpu.HIDDEN, "bf16", time, role, **fields))
+        records.append(_gpu(linear_op, name, targets.HIDDEN, "bf16", time, role, **fields))
     for name in ("clip_cov", "kl_cov"):
         records += [
-            _gpu(f"{name}_loss", "ours-cuda", bars_gpu.BATCH, "fp32", 25e-6),
-            _gpu(f"{name}_loss", "verl", bars_gpu.BATCH, "fp32", 900e-6, "peer"),
-            _gpu(f"{name}_mask", "ours-cuda", bars_gpu.TOKENS, "fp32", 15e-6),
-            _gpu(f"{name}_mask", "ours-cuda", bars_gpu.FEW_TOKENS, "fp32", 6e-6),
+            _gpu(f"{name}_loss", "ours-cuda", targets.BATCH, "fp32", 25e-6),
+            _gpu(f"{name}_loss", "verl", targets.BATCH, "fp32", 900e-6, "peer"),
+            _gpu(f"{name}_mask", "ours-cuda", targets.TOKENS, "fp32", 15e-6),
+            _gpu(f"{name}_mask", "ours-cuda", targets.FEW_TOKENS, "fp32", 6e-6),
         ]
-    records.append(_gpu("token_covariance", "ours-cuda", bars_gpu.FEW_TOKENS, "fp32", 3e-6))
+    records.append(_gpu("token_covariance", "ours-cuda", targets.FEW_TOKENS, "fp32", 3e-6))
     return records
 
 
@@ -196,27 +196,27 @@ def _changed(op: str, name: str, shape: str, **fields: Any) -> list[Record]:
     ]  # fmt: skip
 
 
-def test_gpu_bars_hold_on_a_run_that_reaches_them() -> None:
-    verdicts = bars.judge(_good(), GRID, "cuda", RATES)
-    assert [verdict.text for verdict in verdicts if not verdict.passed] == []
-    assert len(verdicts) == 30
-    both = next(verdict for verdict in verdicts if "two reads and one write" in verdict.text)
+def test_gpu_targets_hold_on_a_run_that_reaches_them() -> None:
+    outcomes = targets.judge(_good(), GRID, "cuda", RATES)
+    assert [outcome.text for outcome in outcomes if not outcome.passed] == []
+    assert len(outcomes) == 30
+    both = next(outcome for outcome in outcomes if "two reads and one write" in outcome.text)
     floor = 3 * HEADLINE.rows * HEADLINE.vocab * 2 / RATES.copy
     # not the one that writes over the logits
     assert both.value == pytest.approx(1.6e-3 / floor) and both.note == "ours-cuda"
-    liger = next(verdict for verdict in verdicts if "Liger's cross" in verdict.text)
+    liger = next(outcome for outcome in outcomes if "Liger's cross" in outcome.text)
     # the faster of the two, where it is closest
     assert liger.value == pytest.approx(1.7 / 1.6) and "the least of 2: bf16" in liger.note
     assert liger.shape == SHAPE and "liger-ce-mean" in liger.note
-    trl = next(verdict for verdict in verdicts if "forward, faster than TRL" in verdict.text)
+    trl = next(outcome for outcome in outcomes if "forward, faster than TRL" in outcome.text)
     assert trl.value == pytest.approx(1.1) and trl.shape == FEW
-    scaled = next(verdict for verdict in verdicts if "Liger's scaled" in verdict.text)
+    scaled = next(outcome for outcome in outcomes if "Liger's scaled" in outcome.text)
     assert (
         scaled.value == pytest.approx(50 / 32) and "liger-scaled" in scaled.note
     )  # not the faster one without entropy
-    verl = next(verdict for verdict in verdicts if verdict.text.endswith("verl's path") and "backward" in verdict.text)
+    verl = next(outcome for outcome in outcomes if outcome.text.endswith("verl's path") and "backward" in outcome.text)
     assert verl.value == pytest.approx(5.0)
-    assert "FAIL" not in tables.bars_table(verdicts)
+    assert "FAIL" not in report.targets_table(outcomes)
 
 
 def test_targets_follow_the_rates_of_their_run() -> None:
@@ -227,13 +227,13 @@ def test_targets_follow_the_rates_of_their_run() -> None:
         replace(r, summary=_cold(1.5 * r.summary["median"]), cold=_cold(1.5 * r.cold["median"]) if r.cold else {})
         if r.op in passes and r.shape == SHAPE else r for r in _good()
     ]  # fmt: skip
-    verdicts = bars.judge(stretched, GRID, "cuda", slower)
-    assert [verdict.text for verdict in verdicts if not verdict.passed] == []
-    failed = {v.text for v in bars.judge(stretched, GRID, "cuda", RATES) if not v.passed}
+    outcomes = targets.judge(stretched, GRID, "cuda", slower)
+    assert [outcome.text for outcome in outcomes if not outcome.passed] == []
+    failed = {v.text for v in targets.judge(stretched, GRID, "cuda", RATES) if not v.passed}
     assert len(failed) == 4  # three passes, and forward + backward
 
 
-BATCH, FEW_TOKENS, TOKENS, HIDDEN = bars_gpu.BATCH, bars_gpu.FEW_TOKENS, bars_gpu.TOKENS, bars_gpu.HIDDEN
+BATCH, FEW_TOKENS, TOKENS, HIDDEN = targets.BATCH, targets.FEW_TOKENS, targets.TOKENS, targets.HIDDEN
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ BATCH, FEW_TOKENS, TOKENS, HIDDEN = bars_gpu.BATCH, bars_gpu.FEW_TOKENS, bars_gp
         ("token_covariance and kl", "kl_cov_mask", "ours-cuda", FEW_TOKENS, {"summary": _cold(8e-6)}),
         ("token_covariance and clip", "token_covariance", "ours-cuda", FEW_TOKENS, {"summary": _cold(5e-6)}),
         ("kl_cov_loss, faster", "kl_cov_loss", "verl", BATCH, {"summary": _cold(4e-4)}),
-        ("kl_cov_mask, faster", "tokens_floor", "topk", TOKENS, {"summary": _cold(1e-4)}),
+        ("kl_cov_mask, faster", "tokens_roofline", "topk", TOKENS, {"summary": _cold(1e-4)}),
         ("make the host wait", "kl_cov_mask", "ours-cuda", TOKENS, {"syncs": 1}),
         ("does not replay", BOTH, "ours-cuda", SHAPE, {"graph": {"equal": False}}),
         ("does not replay", BOTH, "ours-cuda", SHAPE, {"graph": {"reason": "no capture"}}),
@@ -278,29 +278,29 @@ BATCH, FEW_TOKENS, TOKENS, HIDDEN = bars_gpu.BATCH, bars_gpu.FEW_TOKENS, bars_gp
         ("d_weight", HIDDEN_OPS[1], "ours-tiles", HIDDEN, {"errors": {"d_weight (relative)": 1.6e-2}}),
     ],
 )
-def test_each_gpu_bar_can_fail(text: str, op: str, name: str, shape: str, change: dict[str, Any]) -> None:
-    verdicts = bars.judge(_changed(op, name, shape, **change), GRID, "cuda", RATES)
-    failed = [verdict.text for verdict in verdicts if verdict.passed is False]
+def test_each_gpu_target_can_fail(text: str, op: str, name: str, shape: str, change: dict[str, Any]) -> None:
+    outcomes = targets.judge(_changed(op, name, shape, **change), GRID, "cuda", RATES)
+    failed = [outcome.text for outcome in outcomes if outcome.passed is False]
     assert 1 <= len(failed) <= 2 and any(text in words for words in failed), failed
 
 
 def test_products_timed_in_turns_with_a_row_count_more_than_those_of_another_minute() -> None:
     in_turn = {"three products": _cold(31.5e-3)}
-    verdicts = bars.judge(_changed(HIDDEN_OPS[1], "ours", HIDDEN, products=in_turn), GRID, "cuda", RATES)
-    verdict = next(v for v in verdicts if "time over three products" in v.text and "backward" in v.text)
-    assert verdict.value == pytest.approx(32 / 31.5) and verdict.note == "timed in turns"
+    outcomes = targets.judge(_changed(HIDDEN_OPS[1], "ours", HIDDEN, products=in_turn), GRID, "cuda", RATES)
+    outcome = next(v for v in outcomes if "time over three products" in v.text and "backward" in v.text)
+    assert outcome.value == pytest.approx(32 / 31.5) and outcome.note == "timed in turns"
 
 
-def test_gpu_bars_without_their_rows_are_absent_or_say_why() -> None:
-    assert all(verdict.absent for verdict in bars.judge([], GRID, "cuda", RATES))
+def test_gpu_targets_without_their_rows_are_absent_or_say_why() -> None:
+    assert all(outcome.absent for outcome in targets.judge([], GRID, "cuda", RATES))
     failed = _changed("logprob_entropy_fwdbwd", "compile", SHAPE, status="failed", reason="Unsupported", summary={})
-    verdict = next(v for v in bars.judge(failed, GRID, "cuda", RATES) if "torch.compile" in v.text)
-    assert verdict.passed is None and not verdict.absent and "Unsupported" in verdict.note
+    outcome = next(v for v in targets.judge(failed, GRID, "cuda", RATES) if "torch.compile" in v.text)
+    assert outcome.passed is None and not outcome.absent and "Unsupported" in outcome.note
 
 
-def test_gpu_bars_are_stated_at_the_grids_sizes() -> None:
-    assert bars.at_the_stated_sizes(GRID, "cuda") and bars.at_the_stated_sizes(GRID_QUICK, "cuda")
-    assert not bars.at_the_stated_sizes(BARS, "cuda")
+def test_gpu_targets_are_stated_at_the_grids_sizes() -> None:
+    assert targets.at_the_stated_sizes(GRID, "cuda") and targets.at_the_stated_sizes(GRID_QUICK, "cuda")
+    assert not targets.at_the_stated_sizes(STATED, "cuda")
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -311,10 +311,10 @@ def test_a_gpu_table_says_how_a_time_was_taken() -> None:
     several.summary = _cold(5e-6)
     verl = next(record for record in _good() if (record.op, record.implementation) == (ONE, "verl"))
     waiting = replace(verl, hidden=False, computes="log-prob only, no entropy", summary=_cold(9e-3))
-    text = tables.group_table([several, waiting])
+    text = report.group_table([several, waiting])
     for words in ("20 calls", "1 call, host included", "no: it waits", "30.0 µs", "log-prob only, no entropy", "cold"):
         assert words in text
-    assert "cold" not in tables.group_table([replace(several, cold={})])
+    assert "cold" not in report.group_table([replace(several, cold={})])
 
 
 def test_what_was_cut_off_is_said_first() -> None:
@@ -326,10 +326,10 @@ def test_what_was_cut_off_is_said_first() -> None:
         "command": "python", "time": "now", "bandwidth": {"read": 1e12, "copy": 1e12}, "stated_sizes": True,
         "complete": False, "why_incomplete": "its time was up", "not_reached": [f"group {i}" for i in range(9)],
     }  # fmt: skip
-    text = tables.markdown(head, [], [Measured("Group", False, [])])
+    text = report.markdown(head, [], [Measured("Group", False, [])])
     assert "**Cut off**: its time was up. Left out: group 0" in text and "and 3 more" in text and "driver 580.1" in text
 
 
 def test_units() -> None:
-    assert [tables.seconds(value) for value in (1.25, 0.0412, 18.34e-6)] == ["1.25 s", "41.2 ms", "18.3 µs"]
-    assert [tables.size(value) for value in (20_000, 311_164_928)] == ["0.02 MB", "311 MB"]
+    assert [report.seconds(value) for value in (1.25, 0.0412, 18.34e-6)] == ["1.25 s", "41.2 ms", "18.3 µs"]
+    assert [report.size(value) for value in (20_000, 311_164_928)] == ["0.02 MB", "311 MB"]
