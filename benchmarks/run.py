@@ -33,8 +33,6 @@ from benchmarks.cases import (
     QUICK,
     STATED,
     Group,
-    HiddenShape,
-    LogitsShape,
     Plan,
     TokensShape,
     groups,
@@ -65,83 +63,64 @@ def _listed(kind: str, known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _logits_shape(text: str) -> LogitsShape:
-    try:
-        return parse_logits(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--shape: ")) from None
+def _shape(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+
+    return parsed
 
 
-def _hidden_shape(text: str) -> HiddenShape:
-    try:
-        return parse_hidden(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--hidden: ")) from None
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
-        return int(text)
+def _positive(kind: type) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            expected = "an integer >= 1" if kind is int else "a number > 0"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
 
     return parse
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
-    return value
-
-
 def parser() -> argparse.ArgumentParser:
     """Command line of the suite."""
+    # fmt: off
     result = argparse.ArgumentParser(
         prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     add = result.add_argument
     add("--quick", action="store_true", help="smaller shapes, at most two minutes")
-    add(
-        "--grid",
-        action="store_true",
-        help="N × V grid of both dtypes, the most telling sizes first; on a GPU that is the default",
-    )
-    add(
-        "--seconds",
-        type=_seconds,
-        metavar="S",
-        help="begin nothing new after S seconds, and write what there is; by default no limit, 100 with --quick",
-    )
+    add("--grid", action="store_true",
+        help="N × V grid of both dtypes, the most telling sizes first; on a GPU that is the default")
+    add("--seconds", type=_positive(float), metavar="S",
+        help="begin nothing new after S seconds, and write what there is; by default no limit, 100 with --quick")
     add("--ops", type=_listed("op", list(OPS)), metavar="A,B", help=f"ops to run, by default all: {', '.join(OPS)}")
-    add(
-        "--impl", type=_listed("implementation", names()), metavar="A,B",
-        help=f"implementations to run, by default all: {', '.join(names())}",
-    )  # fmt: skip
-    add("--hidden", type=_hidden_shape, action="append", metavar="N,H,V", help="tokens, features, vocabulary")
-    add("--shape", type=_logits_shape, action="append", metavar="N,V", help="rows and vocabulary; may be repeated")
-    add("--tokens", type=_at_least(1), action="append", metavar="N", help="tokens of the selection; may be repeated")
+    add("--impl", type=_listed("implementation", names()), metavar="A,B",
+        help=f"implementations to run, by default all: {', '.join(names())}")
+    add("--hidden", type=_shape(parse_hidden), action="append", metavar="N,H,V", help="tokens, features, vocabulary")
+    add("--shape", type=_shape(parse_logits), action="append", metavar="N,V",
+        help="rows and vocabulary; may be repeated")
+    add("--tokens", type=_positive(int), action="append", metavar="N", help="tokens of the selection; may be repeated")
     add("--dtype", type=_listed("dtype", list(DTYPES)), metavar="A,B", help="of the logits; by default fp32,bf16")
     add("--device", default="cpu", help="cpu or cuda[:n]; default %(default)s")
-    add("--threads", type=_at_least(1), help="torch's threads; by default torch's own choice")
-    add("--repeats", type=_at_least(1), help=f"rounds; by default {STATED.repeats}, on a GPU at most {GRID.repeats}")
-    add(
-        "--cache",
-        choices=("hot", "cold", "both"),
+    add("--threads", type=_positive(int), help="torch's threads; by default torch's own choice")
+    add("--repeats", type=_positive(int),
+        help=f"rounds; by default {STATED.repeats}, on a GPU at most {GRID.repeats}")
+    add("--cache", choices=("hot", "cold", "both"),
         help="hot: caches as the previous call left them; cold: flushed before each call; by default both, with "
-        "--quick on a CPU hot",
-    )
+        "--quick on a CPU hot")
     add("--no-memory", action="store_true", help="do not measure the peak extra memory")
     add("--resume", action="store_true", help="keep the rows that the output folder has, and measure the others")
     add("--list", action="store_true", help="list ops and implementations with what cannot run here, and stop")
-    add(
-        "--output", type=Path,
-        help="folder for the results; by default benchmarks/results/<machine> for a run with no restriction, else "
-        "runs/bench/<machine>, so that a partial run does not replace a whole one",
-    )  # fmt: skip
+    add("--output", type=Path,
+        help="folder for the results; by default benchmarks/results/<machine>, in place of the run before it, for a "
+        "run with no restriction, else runs/bench/<machine>, so that a partial run does not replace a whole one")
+    # fmt: on
     return result
 
 
@@ -328,10 +307,6 @@ def _device(text: str) -> torch.device:
     return device
 
 
-class _Stopped(Exception):
-    """Asked to end: SIGTERM or Ctrl-C."""
-
-
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM ends a run like Ctrl-C: what there is, is written."""
@@ -345,8 +320,6 @@ def _stoppable() -> Iterator[None]:
         before = None
     try:
         yield
-    except KeyboardInterrupt:
-        raise _Stopped from None
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
@@ -365,74 +338,56 @@ def _measure(run: Run, work: Sequence[Group], settings: Settings, started: float
         head.update(complete=not why, why_incomplete=why, not_reached=[group.title for group in not_reached])
         head["seconds"] = round(time.monotonic() - started, 1)
 
-    with _progress(total) as progress:
-        bandwidth = measure_bandwidth(run.device)
-        head["bandwidth"] = asdict(bandwidth)
-        done = 1
-        for i, group in enumerate(work):
-            try:
-                with _stoppable():
-                    if settings.out_of_time:
-                        ended("its time was up", work[i:])
-                        break
-                    found = run_group(group, settings, run.device, bandwidth, progress.tick)
-            except DeviceLost as error:
-                ended(f"the device was lost at {error}", work[i + 1 :])
-                run.add(group, error.records)
-                run.write()
-                return str(error)
-            except _Stopped:
-                ended("it was stopped", work[i:])
-                break
-            ended("it has not ended yet", work[i + 1 :])
-            run.add(group, found)
-            done += steps(group, settings)
-            progress.at(done)
-        else:
-            cut = any(record.reason == OUT_OF_TIME for part in run.measured for record in part.records)
-            ended("its time was up" if cut else "", [])
-        run.write()
+    progress = _Progress(total)
+    bandwidth = measure_bandwidth(run.device)
+    head["bandwidth"] = asdict(bandwidth)
+    done = 1
+    for i, group in enumerate(work):
+        try:
+            with _stoppable():
+                if settings.out_of_time:
+                    ended("its time was up", work[i:])
+                    break
+                found = run_group(group, settings, run.device, bandwidth, progress.tick)
+        except DeviceLost as error:
+            ended(f"the device was lost at {error}", work[i + 1 :])
+            run.add(group, error.records)
+            progress.clear()
+            run.write()
+            return str(error)
+        except KeyboardInterrupt:
+            ended("it was stopped", work[i:])
+            break
+        ended("it has not ended yet", work[i + 1 :])
+        run.add(group, found)
+        done += steps(group, settings)
+        progress.at(done)
+    else:
+        cut = any(record.reason == OUT_OF_TIME for part in run.measured for record in part.records)
+        ended("its time was up" if cut else "", [])
+    progress.clear()
+    run.write()
     return None
 
 
-class _Silent:
-    """Progress without rich: a line per group would be noise in a log, and a bar needs it."""
+class _Progress:
+    """A line on a terminal, written anew twice a second at most: too little to disturb the timing."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._shown = total, 0, -math.inf
 
     def tick(self, what: str) -> None:
-        return None
+        self.at(self._done + 1, what)
 
-    def at(self, done: int) -> None:
-        return None
+    def at(self, done: int, what: str = "") -> None:
+        self._done = done
+        if sys.stderr.isatty() and time.monotonic() > self._shown + 0.5:
+            self._shown = time.monotonic()
+            print(f"\r\033[K{done / self._total:4.0%} {what}", end="", file=sys.stderr, flush=True)
 
-
-class _Bar(_Silent):
-    def __init__(self, progress: Any, total: int) -> None:
-        self._progress, self._task = progress, progress.add_task("bandwidth", total=total)
-
-    def tick(self, what: str) -> None:
-        self._progress.update(self._task, advance=1, description=what)
-
-    def at(self, done: int) -> None:
-        self._progress.update(self._task, completed=done)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[_Silent]:
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    except ModuleNotFoundError:
-        yield _Silent()
-        return
-    columns = (
-        TextColumn("{task.percentage:>3.0f}%"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    # drawn twice a second: too little to disturb the timing, enough to look alive
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True) as progress:
-        yield _Bar(progress, total)
+    def clear(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def _list(work: Sequence[Group], settings: Settings) -> None:
