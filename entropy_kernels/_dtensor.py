@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from entropy_kernels._arguments import is_dtensor
+from entropy_kernels._rows import RowArguments
 
 CURE = (
     "call this in the forward of the module that fully_shard was applied to, or in a method of it that is named to "
@@ -16,18 +17,16 @@ CURE = (
 )
 
 
-def local_head(
-    weight: Any, bias: Any, vocab_group: Any, vocab_start: int | None, vocab_size: int | None
-) -> tuple[Any, Any, int | None, int | None]:
-    """(weight, bias, vocab_start, vocab_size) without DTensors; anything else as it came.
+def local_head(weight: Any, bias: Any, given: RowArguments) -> tuple[Any, Any, RowArguments]:
+    """The same without DTensors; anything else as it came.
 
     Without a ``vocab_group`` the whole weight is gathered once (:func:`whole`). With one, ``Shard(0)`` weights are this
     rank's shard.
     """
     if not is_dtensor(weight):
-        return weight, bias, vocab_start, vocab_size
-    if vocab_group is None:
-        return whole(weight), whole(bias), vocab_start, vocab_size
+        return weight, bias, given
+    if given.vocab_group is None:
+        return whole(weight), whole(bias), given
     sharded: Any = weight
     placements = sharded.placements
     if len(placements) != 1 or not placements[0].is_shard(0):
@@ -38,10 +37,13 @@ def local_head(
     total = sharded.shape[0]
     start, _ = _chunk(total, sharded.device_mesh.size(), sharded.device_mesh.get_local_rank())
     local_bias = bias.to_local() if hasattr(bias, "to_local") else bias
-    return (
-        sharded.to_local(), local_bias, start if vocab_start is None else vocab_start,
-        total if vocab_size is None else vocab_size,
-    )  # fmt: skip
+    return sharded.to_local(), local_bias, _with_shard(given, start, total)
+
+
+def _with_shard(given: RowArguments, start: int, total: int) -> RowArguments:
+    """A DTensor's shard, where nothing else was given."""
+    start = start if given.vocab_start is None else given.vocab_start
+    return given._replace(vocab_start=start, vocab_size=total if given.vocab_size is None else given.vocab_size)
 
 
 def whole(value: Any) -> Any:
@@ -80,9 +82,7 @@ def as_whole(value: Any) -> Any:
     return value.to_local().detach().new_empty(()).expand(value.shape).requires_grad_(value.requires_grad)
 
 
-def local_logits(
-    logits: Any, target: Any, temperature: Any, vocab_group: Any, vocab_start: int | None, vocab_size: int | None
-) -> tuple[Tensor, Any, Any, Any, int | None, int | None]:
+def local_logits(logits: Any, target: Any, given: RowArguments) -> tuple[Tensor, Any, RowArguments]:
     """The same arguments without DTensors: ``logits`` (..., V), sharded over V or not at all, as this rank's part.
 
     Its gradient is a DTensor again, of the same placements.
@@ -97,9 +97,10 @@ def local_logits(
             f"and replicated over the others, got {placements}; .redistribute(...) it, or pass .to_local() with what "
             "belongs to it"
         )
-    local, target, temperature = logits.to_local(), _replica("target", target), _replica("temperature", temperature)
+    local, target = logits.to_local(), _replica("target", target)
+    given = given._replace(temperature=_replica("temperature", given.temperature))
     if not sharded:
-        return local, target, temperature, vocab_group, vocab_start, vocab_size
+        return local, target, given
     group, width = mesh.get_group(sharded[0]), local.shape[-1]
     start, stop = _chunk(total, mesh.size(sharded[0]), mesh.get_local_rank(sharded[0]))
     if width != stop - start:
@@ -107,13 +108,13 @@ def local_logits(
             f"logits: expected a DTensor whose shards are torch.chunk's, so columns {start} to {stop} of {total} here, "
             f"got {width} columns; pass .to_local() with vocab_group and vocab_start"
         )
-    if vocab_group is not None and getattr(vocab_group, "group_name", "") != group.group_name:
+    if given.vocab_group is not None and getattr(given.vocab_group, "group_name", "") != group.group_name:
         raise ValueError("vocab_group: expected None or the group of the mesh beside a DTensor, got another one")
-    if vocab_start not in (None, start):
-        raise ValueError(f"vocab_start: expected None or {start}, that of the DTensor's shard, got {vocab_start}")
-    if vocab_size is not None and vocab_size > total:
-        raise ValueError(f"vocab_size: expected <= {total}, the width of logits, got {vocab_size}")
-    return local, target, temperature, group, start, total if vocab_size is None else vocab_size
+    if given.vocab_start not in (None, start):
+        raise ValueError(f"vocab_start: expected None or {start}, that of the DTensor's shard, got {given.vocab_start}")
+    if given.vocab_size is not None and given.vocab_size > total:
+        raise ValueError(f"vocab_size: expected <= {total}, the width of logits, got {given.vocab_size}")
+    return local, target, _with_shard(given._replace(vocab_group=group), start, total)
 
 
 def _chunk(total: int, parts: int, part: int) -> tuple[int, int]:

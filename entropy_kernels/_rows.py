@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 UNBOUNDED = 1 << 40  # vocab_size of a vocabulary-parallel call that leaves it open: no padded columns
+
+
+class RowArguments(NamedTuple):
+    """The arguments that all public functions of rows share, as their caller gave them."""
+
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    ignore_index: int = -100
+    vocab_group: Any = None
+    vocab_start: int | None = None
+    vocab_size: int | None = None
+    backend: str = "auto"
 
 
 class RowOptions(NamedTuple):
@@ -14,6 +28,19 @@ class RowOptions(NamedTuple):
     ignore_index: int
     vocab_start: int  # global id of the row's first column
     vocab_size: int  # ids at or beyond it count as -inf
+
+    def columns(self, width: int) -> int:
+        """How many of a shard's ``width`` columns are no padding."""
+        return max(0, min(width, self.vocab_size - self.vocab_start))
+
+    def of_part(self, start: int) -> RowOptions:
+        """Those of a part of the row, from its column ``start`` on."""
+        return self._replace(vocab_start=self.vocab_start + start)
+
+    def ignored_invalid(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Which labels are ignored, and which of the others are none."""
+        ignored = target == self.ignore_index
+        return ignored, ((target < 0) | (target >= self.vocab_size)) & ~ignored
 
 
 class Statistic(NamedTuple):

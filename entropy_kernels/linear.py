@@ -14,10 +14,10 @@ from torch import Tensor
 from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import check_own_memory, check_tensor, integer, refuse_forward_mode, share_memory
 from entropy_kernels._dtensor import as_whole, local_head
+from entropy_kernels._rows import ENTROPY, LOGPROB, UNBOUNDED, RowArguments, RowOptions, bits
 from entropy_kernels.ops import linear_plan as planning
 from entropy_kernels.ops import linear_policy_loss as policy_op
 from entropy_kernels.ops import linear_token_stats as op
-from entropy_kernels.ops import token_stats
 from entropy_kernels.ops.linear_head import Head, head_token_stats
 from entropy_kernels.ops.linear_plan import LinearPlan, Problem
 from entropy_kernels.ops.linear_policy_loss import Coefficients
@@ -27,11 +27,11 @@ from entropy_kernels.ops.products import adds_to_fp32
 from entropy_kernels.statistics import (
     LogprobEntropy,
     TokenStats,
-    softcap_number,
+    row_options,
+    taken_apart,
     temperature_tensor,
     validate_options,
     validate_rows,
-    vocabulary,
 )
 
 _LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -87,11 +87,9 @@ def linear_logprob_entropy(
         IndexError: a label out of range (CPU; on a GPU the token's outputs are NaN).
         RuntimeError: double backward. NotImplementedError: forward-mode differentiation, torch.func's derivatives.
     """
-    outputs = _linear_token_stats(
-        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
-        logits_dtype, memory_budget, backend, token_stats.LOGPROB | token_stats.ENTROPY,
-    )  # fmt: skip
-    return LogprobEntropy(*outputs[:2])
+    row = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
+    given = LinearArguments(row, logits_dtype, memory_budget)
+    return LogprobEntropy(*stats_of(hidden, weight, target, bias, given, LOGPROB | ENTROPY))
 
 
 def linear_token_stats(
@@ -115,12 +113,9 @@ def linear_token_stats(
     Arguments, memory, gradients and errors as in :func:`linear_logprob_entropy`, results as in
     :func:`entropy_kernels.token_stats`.
     """
-    outputs = _linear_token_stats(
-        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
-        logits_dtype, memory_budget, backend,
-        token_stats.LOGPROB | token_stats.ENTROPY | token_stats.COLLISION | token_stats.VOCAB_COVARIANCE,
-    )  # fmt: skip
-    return TokenStats(*outputs[:4])
+    row = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
+    given = LinearArguments(row, logits_dtype, memory_budget)
+    return TokenStats(*stats_of(hidden, weight, target, bias, given, bits(*TokenStats._fields)))
 
 
 def linear_plan(
@@ -153,12 +148,11 @@ def linear_plan(
     check_tensor("hidden", hidden)
     target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
     validate_rows("hidden", hidden, target)
-    validate_options(False, vocab_group, "auto")
+    row = RowArguments(vocab_group=vocab_group, vocab_start=vocab_start, vocab_size=vocab_size)
+    validate_options(False, row)
     if vocab_group is None:
         weight, bias = as_whole(weight), as_whole(bias)
-    product = _validate_head(hidden, weight, bias)
-    shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
-    problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
+    _, problem = _row_and_problem(hidden, weight, bias, LinearArguments(row, logits_dtype, memory_budget))
     if sequence_length is not None and (not policy_loss or integer("sequence_length", sequence_length) < 1):
         raise ValueError(f"sequence_length: expected None or, for a policy loss, an int >= 1, got {sequence_length}")
     if policy_loss and problem.backward:
@@ -174,44 +168,33 @@ def changes_of(ratio: float | None, k: int | None, tokens: int) -> int:
     return min(tokens, selected + planning.HELD_OUT)
 
 
-def _linear_token_stats(
-    hidden: Tensor,
-    weight: Any,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_group: Any,
-    vocab_start: int | None,
-    vocab_size: int | None,
-    logits_dtype: torch.dtype | None,
-    memory_budget: int | None,
-    backend: str,
-    want: int,
-) -> Sequence[Tensor]:
+class LinearArguments(NamedTuple):
+    """The keyword arguments that all functions of hidden states share, as their caller gave them."""
+
+    row: RowArguments
+    logits_dtype: torch.dtype | None
+    memory_budget: int | None
+
+
+def stats_of(
+    hidden: Tensor, weight: Any, target: Tensor, bias: Tensor | None, given: LinearArguments, want: int
+) -> list[Tensor]:
+    """The statistics that ``want`` names, each of ``target``'s shape."""
     if callable(weight) and not isinstance(weight, Tensor):
         validate_rows("hidden", hidden, target)
-        validate_options(False, vocab_group, backend)
-        ignore_index = integer("ignore_index", ignore_index)
-        _refuse_beside_a_head(bias=bias, vocab_group=vocab_group, vocab_start=vocab_start)
+        validate_options(False, given.row)
+        _refuse_beside_a_head(bias=bias, vocab_group=given.row.vocab_group, vocab_start=given.row.vocab_start)
         units = fsdp.sharded(weight.modules()) if isinstance(weight, torch.nn.Module) else []
 
         def through(hidden: Tensor) -> list[Tensor]:
             with fsdp.gathered_once(units):
-                return _through_head(
-                    hidden, weight, target, temperature, softcap, ignore_index, vocab_size, logits_dtype,
-                    memory_budget, backend, want,
-                )  # fmt: skip
+                return _through_head(hidden, weight, target, given, want)
 
         return fsdp.as_forward(units, through, hidden, called=weight)
-    call = _checked(
-        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
-        logits_dtype, memory_budget, backend,
-    )  # fmt: skip
+    call = _checked(hidden, weight, target, bias, given)
     keep = planning.keeps_logits(call.problem)
-    outputs = op.linear_token_stats(*call.tensors, *call.numbers, want, keep, *call.needs)
-    return _shaped(outputs, target, want)
+    stats, _, _ = op.linear_token_stats(*call.tensors, *call.numbers.flat, want, keep, *call.needs)
+    return taken_apart(stats, target.shape, want)
 
 
 class _Checked(NamedTuple):
@@ -228,48 +211,20 @@ class _Checked(NamedTuple):
         return self.problem.need_hidden, self.problem.need_weight, self.problem.need_bias
 
 
-def _checked(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_group: Any,
-    vocab_start: int | None,
-    vocab_size: int | None,
-    logits_dtype: torch.dtype | None,
-    memory_budget: int | None,
-    backend: str,
-) -> _Checked:
+def _checked(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, given: LinearArguments) -> _Checked:
     validate_rows("hidden", hidden, target)
-    validate_options(False, vocab_group, backend)
-    ignore_index = integer("ignore_index", ignore_index)
-    weight, bias, vocab_start, vocab_size = local_head(weight, bias, vocab_group, vocab_start, vocab_size)
-    product = _validate_head(hidden, weight, bias)
-    shard = vocabulary("weight", weight.shape[0], vocab_group, vocab_start, vocab_size)
-    problem = _problem(hidden, weight, bias, shard, product, logits_dtype, memory_budget)
-    start, size, group = shard
-    accumulator = planning.accumulator(product)
+    validate_options(False, given.row)
+    weight, bias, local = local_head(weight, bias, given.row)
+    given = given._replace(row=local)
+    (options, group), problem = _row_and_problem(hidden, weight, bias, given)
     tensors = (
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
         target.reshape(-1).contiguous(),
-        temperature_tensor(temperature, target, accumulator),
+        temperature_tensor(local.temperature, target, planning.accumulator(problem.product)),
     )
-    numbers = Numbers(
-        softcap_number(softcap, accumulator),
-        ignore_index,
-        start,
-        size,
-        product,
-        problem.logits,
-        problem.budget,
-        group,
-        backend,
-    )
+    numbers = Numbers(options, problem.product, problem.logits, problem.budget, group, local.backend)
     return _Checked(tensors, numbers, problem)
 
 
@@ -278,19 +233,11 @@ def linear_loss(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    given: LinearArguments,
     coefficients: Coefficients | None,
     *,
     alike: Callable[[], tuple[dict[str, Any], dict[str, Tensor | None]]] = lambda: ({}, {}),
     grad_buffer: Tensor | None,
-    temperature: float | Tensor = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-    vocab_group: Any = None,
-    vocab_start: int | None = None,
-    vocab_size: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    memory_budget: int | None = None,
-    backend: str = "auto",
 ) -> tuple[Tensor, Tensor] | None:
     """A loss whose gradients are made in the forward pass, and its metrics: ops/linear_policy_loss.py.
 
@@ -303,21 +250,19 @@ def linear_loss(
     a part has. There ``memory_budget`` must be the same on all of them (None: 1 GiB), and parts are cut as if each
     shard were as wide as the widest can be: of ``vocab_size`` entries, where ``vocab_start`` says that they may differ.
     """
-    call = _checked(
-        hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
-        logits_dtype, memory_budget, backend,
-    )  # fmt: skip
+    call = _checked(hidden, weight, target, bias, given)
     for tensor in call.tensors[:3]:
         if tensor is not None:
             refuse_forward_mode("linear_policy_loss", tensor)
     head, problem, numbers = call.tensors[1], call.problem, call.numbers
     if grad_buffer is not None and coefficients is not None:
-        _check_buffer(grad_buffer, weight, head, problem, vocab_group)
+        _check_buffer(grad_buffer, weight, head, problem, numbers.group)
     if numbers.group and torch.compiler.is_compiling():
-        columns = numbers.vocab_size if vocab_start is not None or head is not weight else head.shape[0]
-        if columns == token_stats.UNBOUNDED:
+        unequal = given.row.vocab_start is not None or head is not weight
+        columns = numbers.row.vocab_size if unequal else head.shape[0]
+        if columns == UNBOUNDED:
             raise ValueError("vocab_size: expected an int beside vocab_start in compiled code, got None")
-        budget = planning.DEFAULT_BUDGET if memory_budget is None else problem.budget
+        budget = planning.DEFAULT_BUDGET if given.memory_budget is None else problem.budget
         problem = dataclasses.replace(problem, columns=columns, budget=budget)
     size, longest = 0, None
     if coefficients is not None:
@@ -339,9 +284,9 @@ def linear_loss(
     return policy_op.linear_policy_loss(*call.tensors, numbers, call.needs, coefficients, size, grad_buffer)
 
 
-def _check_buffer(grad_buffer: Any, weight: Tensor, head: Tensor, problem: Problem, vocab_group: Any) -> None:
+def _check_buffer(grad_buffer: Any, weight: Tensor, head: Tensor, problem: Problem, group: str) -> None:
     check_tensor("grad_buffer", grad_buffer, " or None")
-    if head is not weight and vocab_group is None:
+    if head is not weight and not group:
         raise ValueError(
             "grad_buffer: expected None beside a DTensor weight without a vocab_group, whose gradient is reduced over "
             "the mesh, got a tensor; pass weight.full_tensor().detach().requires_grad_(), reduce the buffer"
@@ -370,31 +315,21 @@ def _refuse_beside_a_head(**arguments: Any) -> None:
             )
 
 
-def _through_head(
-    hidden: Tensor,
-    function: Any,
-    target: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    vocab_size: int | None,
-    logits_dtype: torch.dtype | None,
-    memory_budget: int | None,
-    backend: str,
-    want: int,
-) -> list[Tensor]:
+def _through_head(hidden: Tensor, function: Any, target: Tensor, given: LinearArguments, want: int) -> list[Tensor]:
     module = isinstance(function, torch.nn.Module)
     width = getattr(function, "out_features", None) if module else None
-    if width is None and vocab_size is None:
+    vocab: Any = given.row.vocab_size if width is None else width
+    if vocab is None:
         raise ValueError(
             "vocab_size: expected the number of logits that the head gives, as it has no out_features, got None"
         )
-    _, size, _ = vocabulary("weight", vocab_size if width is None else width, None, None, vocab_size)  # type: ignore[arg-type]
+    dtype = planning.accumulator(hidden.dtype)
+    options, group = row_options("weight", vocab, dtype, given.row)
     if module:
         function, parameters = fsdp.with_whole_parameters(function)
     else:
-        given = getattr(function, "parameters", ())
-        parameters = {p: p for p in (given() if callable(given) else given)}
+        found = getattr(function, "parameters", ())
+        parameters = {p: p for p in (found() if callable(found) else found)}
     if not torch.is_grad_enabled():
         parameters = {}
     if not torch.compiler.is_compiling() and any(map(torch.nn.parameter.is_lazy, parameters)):
@@ -411,25 +346,18 @@ def _through_head(
     head = Head(
         function,
         not module,
-        size if width is None else width,
+        vocab if width is not None else options.vocab_size,
         [*trained],
         [*trained.values()],
-        None if logits_dtype is None else _logits_dtype(logits_dtype, hidden.dtype),
+        None if given.logits_dtype is None else _logits_dtype(given.logits_dtype, hidden.dtype),
     )
-    dtype = planning.accumulator(hidden.dtype)
-    budget = _budget(memory_budget, hidden.device)
-    numbers = Numbers(
-        softcap_number(softcap, dtype), ignore_index, 0, size, hidden.dtype, hidden.dtype, budget, "", backend
-    )
-    outputs = head_token_stats(
+    budget = _budget(given.memory_budget, hidden.device)
+    numbers = Numbers(options, hidden.dtype, hidden.dtype, budget, group, given.row.backend)
+    stats = head_token_stats(
         head, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous(),
-        temperature_tensor(temperature, target, dtype), numbers, want,
+        temperature_tensor(given.row.temperature, target, dtype), numbers, want,
     )  # fmt: skip
-    return _shaped(outputs, target, want)
-
-
-def _shaped(outputs: Sequence[Tensor], target: Tensor, want: int) -> list[Tensor]:
-    return [output.view(target.shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
+    return taken_apart(stats, target.shape, want)
 
 
 def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:
@@ -488,29 +416,26 @@ def _budget(memory_budget: Any, device: torch.device) -> int:
     return memory_budget
 
 
-def _problem(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shard: tuple[int, int, str],
-    product: torch.dtype,
-    logits_dtype: Any,
-    memory_budget: Any,
-) -> Problem:
-    start, size, group = shard
+def _row_and_problem(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, given: LinearArguments
+) -> tuple[tuple[RowOptions, str], Problem]:
+    """What statistics.row_options gives, and what the plan depends on, of a head that is local."""
+    product = _validate_head(hidden, weight, bias)
+    options, group = row_options("weight", weight.shape[0], planning.accumulator(product), given.row)
     grad = torch.is_grad_enabled()
-    return Problem(
+    problem = Problem(
         rows=math.prod(hidden.shape[:-1]),
         features=hidden.shape[-1],
-        columns=planning.columns_here(weight.shape[0], start, size),
+        columns=options.columns(weight.shape[0]),
         hidden=hidden.dtype,
         weight=weight.dtype,
         product=product,
-        logits=_logits_dtype(logits_dtype, product),
+        logits=_logits_dtype(given.logits_dtype, product),
         device_type=hidden.device.type,
         need_hidden=grad and hidden.requires_grad,
         need_weight=grad and weight.requires_grad,
         need_bias=grad and bias is not None and bias.requires_grad,
         sharded=bool(group),
-        budget=_budget(memory_budget, hidden.device),
+        budget=_budget(given.memory_budget, hidden.device),
     )
+    return (options, group), problem

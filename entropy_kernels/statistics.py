@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from entropy_kernels._arguments import check_own_memory, check_tensor, divisor_range, integer, is_dtensor, number
 from entropy_kernels._dtensor import local_logits
-from entropy_kernels.ops import token_stats as op
+from entropy_kernels._rows import ENTROPY, LOGPROB, UNBOUNDED, RowArguments, RowOptions, bits, wanted
+from entropy_kernels.ops.token_stats import token_stats as token_stats_op
 
 
 class LogprobEntropy(NamedTuple):
@@ -79,11 +79,8 @@ def logprob_entropy(
             ENTROPY_KERNELS_DEBUG=1 makes it an error there too, at the price of a sync).
         RuntimeError: double backward. NotImplementedError: forward-mode differentiation, torch.func's derivatives.
     """
-    outputs = _token_stats(
-        logits, target, temperature, softcap, ignore_index, inplace_backward, vocab_group, vocab_start, vocab_size,
-        backend, op.LOGPROB | op.ENTROPY,
-    )  # fmt: skip
-    return LogprobEntropy(*outputs[:2])
+    given = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
+    return LogprobEntropy(*_token_stats(logits, target, given, inplace_backward, LOGPROB | ENTROPY))
 
 
 def token_stats(
@@ -108,55 +105,39 @@ def token_stats(
         the policy-gradient step on this token is -(η g / T²)·C
         (Theorem 1 of arXiv 2505.22617 for the sampled step; :func:`entropy_kernels.predicted_entropy_change`).
     """
-    outputs = _token_stats(
-        logits, target, temperature, softcap, ignore_index, inplace_backward, vocab_group, vocab_start, vocab_size,
-        backend, op.LOGPROB | op.ENTROPY | op.COLLISION | op.VOCAB_COVARIANCE,
-    )  # fmt: skip
-    return TokenStats(*outputs[:4])
+    given = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
+    return TokenStats(*_token_stats(logits, target, given, inplace_backward, bits(*TokenStats._fields)))
 
 
 def _token_stats(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float | Tensor,
-    softcap: float | None,
-    ignore_index: int,
-    inplace_backward: bool,
-    vocab_group: Any,
-    vocab_start: int | None,
-    vocab_size: int | None,
-    backend: str,
-    want: int,
-) -> Sequence[Tensor]:
+    logits: Tensor, target: Tensor, given: RowArguments, inplace_backward: bool, want: int
+) -> list[Tensor]:
     if type(logits) is not Tensor and is_dtensor(logits):
-        logits, target, temperature, vocab_group, vocab_start, vocab_size = local_logits(
-            logits, target, temperature, vocab_group, vocab_start, vocab_size
-        )
+        logits, target, given = local_logits(logits, target, given)
     validate_rows("logits", logits, target)
-    validate_options(inplace_backward, vocab_group, backend)
-    ignore_index = integer("ignore_index", ignore_index)
-    shape, vocab = target.shape, logits.shape[-1]
+    validate_options(inplace_backward, given)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    start, size, group = vocabulary("logits", vocab, vocab_group, vocab_start, vocab_size)
+    options, group = row_options("logits", logits.shape[-1], dtype, given)
     if inplace_backward:
         check_own_memory("inplace_backward", logits, "the gradient is written over them")
         inplace_backward = not torch.compiler.is_compiling()
-    outputs = op.token_stats(
-        _as_3d(logits),
-        target.reshape(-1).contiguous(),
-        temperature_tensor(temperature, target, dtype),
-        softcap_number(softcap, dtype),
-        ignore_index,
-        start,
-        size,
-        want,
-        inplace_backward,
-        group,
-        backend,
-    )
-    if len(shape) == 1:
-        return outputs
-    return [output.view(shape) if want & (1 << i) else output for i, output in enumerate(outputs[:4])]
+    temperature = temperature_tensor(given.temperature, target, dtype)
+    stats, _ = token_stats_op(
+        _as_3d(logits), target.reshape(-1).contiguous(), temperature, *options, want, inplace_backward, group,
+        given.backend,
+    )  # fmt: skip
+    return taken_apart(stats, target.shape, want)
+
+
+def taken_apart(stats: Tensor, shape: torch.Size, want: int) -> list[Tensor]:
+    """The rows of ``stats`` (S, N), each of ``shape`` and in memory of its own, so that users may write to any of them.
+
+    One that nobody differentiates has a gradient of zeros.
+    """
+    rows: Any = torch.unbind_copy(stats if len(shape) == 1 else stats.view(stats.shape[0], *shape))  # type: ignore[func-returns-value]
+    if stats.requires_grad:
+        rows = [row if x.differentiable else row.detach() for row, x in zip(rows, wanted(want), strict=True)]
+    return rows
 
 
 def validate_rows(name: str, rows: Any, target: Any) -> None:
@@ -176,13 +157,21 @@ def validate_rows(name: str, rows: Any, target: Any) -> None:
         raise ValueError(f"target: expected on the device of {name}, {rows.device}, got {target.device}")
 
 
-def validate_options(inplace_backward: Any, vocab_group: Any, backend: Any) -> None:
+def validate_options(inplace_backward: Any, given: RowArguments) -> None:
+    group, backend = given.vocab_group, given.backend
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"inplace_backward: expected a bool, got {type(inplace_backward).__name__}")
-    if vocab_group is not None and getattr(vocab_group, "group_name", None) is None:
-        raise TypeError(f"vocab_group: expected a torch.distributed.ProcessGroup, got {type(vocab_group).__name__}")
+    if group is not None and getattr(group, "group_name", None) is None:
+        raise TypeError(f"vocab_group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+    integer("ignore_index", given.ignore_index)
+
+
+def row_options(name: str, width: int, dtype: torch.dtype, given: RowArguments) -> tuple[RowOptions, str]:
+    """What the kernels get, computing in ``dtype``, and the name of the group; ``width``: of the argument ``name``."""
+    start, size, group = _vocabulary(name, width, given)
+    return RowOptions(_softcap(given.softcap, dtype), integer("ignore_index", given.ignore_index), start, size), group
 
 
 def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,7 +206,7 @@ def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch
     return expanded.to(dtype).reshape(-1).contiguous()
 
 
-def softcap_number(softcap: float | None, dtype: torch.dtype) -> float:
+def _softcap(softcap: float | None, dtype: torch.dtype) -> float:
     """For kernels that compute in ``dtype``; 0 for None."""
     if softcap is None:
         return 0.0
@@ -232,29 +221,24 @@ def softcap_number(softcap: float | None, dtype: torch.dtype) -> float:
     return float(softcap)
 
 
-def vocabulary(
-    name: str, vocab: int, vocab_group: Any, vocab_start: int | None, vocab_size: int | None
-) -> tuple[int, int, str]:
-    """(first global id of this shard, number of ids that exist, name of the group or "").
-
-    ``name``: the argument whose width ``vocab`` is.
-    """
-    vocab_start = None if vocab_start is None else integer("vocab_start", vocab_start)
-    vocab_size = None if vocab_size is None else integer("vocab_size", vocab_size)
-    if vocab_size is not None and not 1 <= vocab_size <= op.UNBOUNDED:
-        raise ValueError(f"vocab_size: expected >= 1 and <= {op.UNBOUNDED}, got {vocab_size}")
-    if vocab_group is None:
-        if vocab_start:
-            raise ValueError(f"vocab_start: expected None without a vocab_group, got {vocab_start}")
-        if vocab_size is not None and vocab_size > vocab:
-            raise ValueError(f"vocab_size: expected <= {vocab}, the width of {name}, got {vocab_size}")
-        return 0, vocab if vocab_size is None else vocab_size, ""
-    if vocab_start is not None:
-        if not 0 <= vocab_start <= op.UNBOUNDED:
-            raise ValueError(f"vocab_start: expected >= 0 and <= {op.UNBOUNDED}, got {vocab_start}")
-        return vocab_start, op.UNBOUNDED if vocab_size is None else vocab_size, vocab_group.group_name
-    size = vocab * vocab_group.size() if vocab_size is None else vocab_size
-    return vocab * vocab_group.rank(), size, vocab_group.group_name
+def _vocabulary(name: str, width: int, given: RowArguments) -> tuple[int, int, str]:
+    """(first global id of this shard, number of ids that exist, name of the group or "")."""
+    group = given.vocab_group
+    start = None if given.vocab_start is None else integer("vocab_start", given.vocab_start)
+    size = None if given.vocab_size is None else integer("vocab_size", given.vocab_size)
+    if size is not None and not 1 <= size <= UNBOUNDED:
+        raise ValueError(f"vocab_size: expected >= 1 and <= {UNBOUNDED}, got {size}")
+    if group is None:
+        if start:
+            raise ValueError(f"vocab_start: expected None without a vocab_group, got {start}")
+        if size is not None and size > width:
+            raise ValueError(f"vocab_size: expected <= {width}, the width of {name}, got {size}")
+        return 0, width if size is None else size, ""
+    if start is not None:
+        if not 0 <= start <= UNBOUNDED:
+            raise ValueError(f"vocab_start: expected >= 0 and <= {UNBOUNDED}, got {start}")
+        return start, UNBOUNDED if size is None else size, group.group_name
+    return width * group.rank(), width * group.size() if size is None else size, group.group_name
 
 
 def _as_3d(logits: Tensor) -> Tensor:

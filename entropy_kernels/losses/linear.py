@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import entropy_kernels as ek
 from entropy_kernels._arguments import check_place, check_tensor, integer, keywords, refuse_mapped, traced
-from entropy_kernels.linear import Final, changes_of, linear_loss
+from entropy_kernels._rows import ENTROPY, LOGPROB, RowArguments
+from entropy_kernels.linear import Final, LinearArguments, changes_of, linear_loss, stats_of
 from entropy_kernels.losses import functional, metrics, tokens
 from entropy_kernels.losses.aggregation import COUNTS, Sequences
 from entropy_kernels.losses.evaluate import evaluate, surrogate_terms, token_terms
@@ -96,11 +96,8 @@ def linear_policy_loss(
     given = _keywords(method, options)
     tensors = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "temperature": temperature}
     refuse_mapped({**tensors, "old_logprob": old_logprob, "advantages": advantages, "mask": mask, **options})
-    head: dict[str, Any] = {
-        "temperature": temperature, "softcap": softcap, "ignore_index": ignore_index, "vocab_group": vocab_group,
-        "vocab_start": vocab_start, "vocab_size": vocab_size, "logits_dtype": logits_dtype,
-        "memory_budget": memory_budget, "backend": backend,
-    }  # fmt: skip
+    row = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
+    head = LinearArguments(row, logits_dtype, memory_budget)
     ignore_index = integer("ignore_index", ignore_index)
     for name, value in (("hidden", hidden), ("target", target), ("old_logprob", old_logprob)):
         check_tensor(name, value)
@@ -131,11 +128,11 @@ def linear_policy_loss(
         coefficients = None if why else _Coefficients(chosen, batch, _changes(chosen, given, target.numel()))
         if coefficients is not None or (vocab_group is not None and not traced()):
             made = linear_loss(
-                hidden, weight, target, bias, coefficients, alike=lambda: _alike(chosen, batch, why),
-                grad_buffer=grad_buffer, **head,
+                hidden, weight, target, bias, head, coefficients, alike=lambda: _alike(chosen, batch, why),
+                grad_buffer=grad_buffer,
             )  # fmt: skip
     if made is None:
-        logprob, entropy = ek.linear_logprob_entropy(hidden, weight, target, bias, **head)
+        logprob, entropy = stats_of(hidden, weight, target, bias, head, LOGPROB | ENTROPY)
         flat = batch.old_logprob.shape
         return functional.apply(logprob.view(flat), entropy.view(flat), batch, target.shape, seeded(chosen))
     loss, values = made

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import check_tensor, has_own_operators, memory_range
+from entropy_kernels._rows import DIFFERENTIABLE, STATISTICS, RowOptions, state_rows, wanted
 
 # dtype of logits -> of their statistics, state, temperature and upstream gradients
 RESULT = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32}
@@ -96,9 +97,7 @@ def check_labels(
     dtype: torch.dtype,  # of the temperature
     target: Tensor,  # (N,)
     temperature: Tensor,  # (1,) or (N,)
-    softcap: float,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
 ) -> None:
     """What a row of logits comes with, for ``rows`` rows."""
     labels = target.dtype if target.dtype == torch.int32 else torch.int64
@@ -108,25 +107,18 @@ def check_labels(
     for name, tensor in (("target", target), ("temperature", temperature)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap: expected a finite number > 0, or 0 for none, got {softcap}")
-    if vocab_start < 0:
-        raise ValueError(f"vocab_start: expected >= 0, got {vocab_start}")
-    if vocab_size < 0:
-        raise ValueError(f"vocab_size: expected >= 0, got {vocab_size}")
+    if not 0 <= options.softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number > 0, or 0 for none, got {options.softcap}")
+    for name in ("vocab_start", "vocab_size"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name}: expected >= 0, got {getattr(options, name)}")
 
 
-def check_rows(
-    logits: Tensor,  # (B, L, V)
-    target: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    vocab_start: int,
-    vocab_size: int,
-) -> None:
+def check_rows(logits: Tensor, target: Tensor, temperature: Tensor, options: RowOptions) -> None:
+    """``logits`` (B, L, V) and what its rows come with."""
     check_floats("logits", logits, 3, "(B, L, V)")
     rows = logits.shape[0] * logits.shape[1]
-    check_labels(rows, logits.device, RESULT[logits.dtype], target, temperature, softcap, vocab_start, vocab_size)
+    check_labels(rows, logits.device, RESULT[logits.dtype], target, temperature, options)
 
 
 def check_head(
@@ -137,9 +129,7 @@ def check_head(
     temperature: Tensor,
     product_dtype: torch.dtype,
     logits_dtype: torch.dtype,
-    softcap: float,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
 ) -> None:
     """The arguments of an op that makes its logits; V is this rank's."""
     check_floats("hidden", hidden, 2, "(N, H)")
@@ -159,30 +149,27 @@ def check_head(
             f"logits_dtype: expected float64 where product_dtype is, and only there, got {logits_dtype} beside "
             f"{product_dtype}"
         )
-    check_labels(rows, device, dtype, target, temperature, softcap, vocab_start, vocab_size)
+    check_labels(rows, device, dtype, target, temperature, options)
 
 
 def check_want(want: int) -> None:
-    if not 0 <= want < 16:
-        raise ValueError(f"want: expected a bitmask in [0, 16), got {want}")
+    if not 0 <= want < 1 << len(STATISTICS):
+        raise ValueError(f"want: expected a bitmask in [0, {1 << len(STATISTICS)}), got {want}")
 
 
-def check_backward(
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None],  # of log-prob, entropy, collision; (N,)
-    target: Tensor,
-    temperature: Tensor,
-    state: Tensor,  # (K, N)
-    names: tuple[str, str, str] = ("grad_logprob", "grad_entropy", "grad_collision"),
-) -> None:
-    """What a backward pass gets beside the arguments of its forward pass, which have been checked."""
-    logprob, entropy, collision = grads
-    if logprob is None and entropy is None and collision is None:
-        raise ValueError(f"{', '.join(names)}: expected one of them, got None for all")
-    dtype, rows = temperature.dtype, target.shape[0]
-    fields = 4 if collision is None else 6
+def check_state(state: Tensor, target: Tensor, temperature: Tensor, want: int) -> None:
+    """``state`` (K, N) is one that a backward pass can start from, of statistics that are differentiable."""
+    rows, fields = target.shape[0], state_rows(want & DIFFERENTIABLE)
     if state.dim() != 2 or state.shape[0] < fields:
         raise ValueError(f"state: expected shape ({fields} or more, {rows}), got {tuple(state.shape)}")
-    check_tensors(
-        target.device, (names[0], logprob, dtype, (rows,)), (names[1], entropy, dtype, (rows,)),
-        (names[2], collision, dtype, (rows,)), ("state", state, dtype, (state.shape[0], rows)),
-    )  # fmt: skip
+    check_tensors(target.device, ("state", state, temperature.dtype, (state.shape[0], rows)))
+
+
+def check_backward(grad_stats: Tensor, target: Tensor, temperature: Tensor, state: Tensor, want: int) -> None:
+    """What a backward pass gets beside the arguments of its forward pass, which have been checked."""
+    check_want(want)
+    if not want & DIFFERENTIABLE:
+        raise ValueError(f"want: expected a statistic that has a derivative among those wanted, got {want}")
+    shape = (len(wanted(want)), target.shape[0])
+    check_tensors(target.device, ("grad_stats", grad_stats, temperature.dtype, shape))
+    check_state(state, target, temperature, want)

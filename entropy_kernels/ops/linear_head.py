@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import check_tensor, recorded, refuse_mapped, refuse_transforms
+from entropy_kernels._rows import DIFFERENTIABLE
 from entropy_kernels.backends import registry
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import head_tile
-from entropy_kernels.ops.linear_tiles import Numbers, at, kept_rows, parts, picked, spread
+from entropy_kernels.ops.linear_tiles import Numbers, at, kept_rows, no_gradient, parts, picked, spread
 from entropy_kernels.ops.products import accumulator
 from entropy_kernels.ops.token_stats import check_values
 
@@ -143,9 +144,9 @@ class _HeadTokenStats(torch.autograd.Function):
     def forward(
         ctx: Any, head: Head, numbers: Numbers, want: int, hidden: Tensor, target: Tensor, temperature: Tensor,
         *parameters: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         total = target.numel()
-        rows = kept_rows(target == numbers.ignore_index)
+        rows = kept_rows(target == numbers.row.ignore_index)
         h, labels = picked(rows, hidden, target)
         t = at(temperature, rows)
         ctx.cut = head_tile(h.shape[0], head.vocab, head.sliced, accumulator(h.dtype), h.device.type, numbers.budget)
@@ -165,29 +166,26 @@ class _HeadTokenStats(torch.autograd.Function):
             return linear_tiles.state_of_logits(head(h[r], c), labels[r], at(t, r), numbers, c.start, want)
 
         state = linear_tiles.merged(state_of, row_parts if h.shape[0] else [], column_parts, t, want)
-        outputs, state = linear_tiles.finished(state, labels, t, numbers, want, head.vocab)
-        outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
+        stats, state = linear_tiles.finished(state, labels, t, numbers, want, head.vocab)
+        stats = spread(rows, stats, total, 1)
         ctx.save_for_backward(hidden, *recorded(target, temperature), state, *parameters)
-        ctx.head, ctx.numbers, ctx.rows, ctx.states = head, numbers, rows, states
-        ctx.set_materialize_grads(False)
-        nothing = [output for i, output in enumerate(outputs) if i == 3 or not want & (1 << i) or False in tracked]
-        ctx.mark_non_differentiable(*nothing)
-        return tuple(outputs)
+        ctx.head, ctx.numbers, ctx.want, ctx.rows, ctx.states = head, numbers, want, rows, states
+        if not want & DIFFERENTIABLE or False in tracked:
+            ctx.mark_non_differentiable(stats)
+        return stats
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
         hidden, target, temperature, state = ctx.saved_tensors[:4]
         head, numbers, need_hidden = ctx.head, ctx.numbers, ctx.needs_input_grad[3]
         parameters = head.parameters
-        if all(grad is None for grad in grads[:3]):
-            return (None,) * (6 + len(parameters))
         total = target.numel()
-        h, labels, *upstream = picked(ctx.rows, hidden, target, *grads[:3])
+        h, labels, upstream = picked(ctx.rows, hidden, target, grad_stats.t())
+        grad_stats = upstream.t()
         t = at(temperature, ctx.rows)
-        silent = labels == numbers.ignore_index
-        silent = silent | torch.stack([g == 0 for g in upstream if g is not None]).all(0)
+        silent = (labels == numbers.row.ignore_index) | no_gradient(grad_stats, ctx.want)
         h = torch.where(silent[:, None], 0, h)  # a row without a gradient may hold NaN, and 0 · NaN is NaN
         row_parts, column_parts = parts(h.shape[0], ctx.cut[0]), parts(head.vocab, ctx.cut[1])
         d_hidden = torch.zeros_like(h, dtype=accumulator(h.dtype))
@@ -201,8 +199,8 @@ class _HeadTokenStats(torch.autograd.Function):
                 wanted = [leaf, *parameters] if need_hidden else parameters
                 run = registry.kernel("token_stats", "token_stats_backward", numbers.backend, z)
                 dz = run(
-                    *(None if g is None else g[r] for g in upstream), z.detach()[None], labels[r], at(t, r),
-                    state[:, r].contiguous(), numbers.softcap, numbers.ignore_index, c.start, numbers.vocab_size, False,
+                    grad_stats[:, r], z.detach()[None], labels[r], at(t, r), state[:, r].contiguous(),
+                    numbers.row.of_part(c.start), ctx.want, False,
                 )[0]  # fmt: skip
                 found = _gradients(z, wanted, dz) if z.requires_grad else []
                 if need_hidden and found:
@@ -223,11 +221,11 @@ class _HeadTokenStats(torch.autograd.Function):
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler, and triton with it, right here
 def head_token_stats(
     head: Head, hidden: Tensor, target: Tensor, temperature: Tensor, numbers: Numbers, want: int
-) -> tuple[Tensor, ...]:
-    """As ``linear_token_stats``, through ``head``; hidden (N, H), target (N,), temperature (1,) or (N,)."""
+) -> Tensor:
+    """As ``linear_token_stats``'s, through ``head``; hidden (N, H), target (N,), temperature (1,) or (N,)."""
     refuse_mapped({"hidden": hidden, "target": target, "temperature": temperature})
     refuse_transforms(_NAME, hidden, *head.parameters)
-    check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
+    check_values(target, temperature, numbers.row)
     # A Function is told what requires grad, whatever the grad mode; and the head may save its argument
     (hidden,) = recorded(hidden) if torch.is_grad_enabled() else (hidden.detach(),)
     if torch.is_grad_enabled() and not hidden.requires_grad and not head.parameters and target.numel():

@@ -115,11 +115,6 @@ def _may_ask() -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def columns_here(vocab: int, vocab_start: int, vocab_size: int) -> int:
-    """How many of a shard's ``vocab`` entries are no padding."""
-    return max(0, min(vocab, vocab_size - vocab_start))
-
-
 def padded(columns: int) -> int:
     """Row stride of a tile: products and statistics want aligned rows."""
     return -(-columns // 64) * 64

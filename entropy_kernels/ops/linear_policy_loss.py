@@ -32,7 +32,7 @@ from entropy_kernels._arguments import process_group_of, refuse_transforms, trac
 from entropy_kernels._rows import ENTROPY, LOGPROB, state_rows
 from entropy_kernels.backends import registry
 from entropy_kernels.ops import linear_tiles
-from entropy_kernels.ops.checks import check_backward, check_floats, check_tensors, register
+from entropy_kernels.ops.checks import check_floats, check_state, check_tensors, register
 from entropy_kernels.ops.linear_plan import HELD_OUT, kept_dtype
 from entropy_kernels.ops.linear_tiles import Needs, Numbers, at, kept_rows, picked, spread
 from entropy_kernels.ops.linear_token_stats import NUMBERS, check_call
@@ -84,7 +84,7 @@ class Coefficients(Protocol):
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")
 _TILE = "Tensor(a!) logits, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor temperature"
 _library.define(
-    f"linear_tile_stats({_TILE}, {NUMBERS}, SymInt end) -> (Tensor logprob, Tensor entropy, Tensor state)",
+    f"linear_tile_stats({_TILE}, {NUMBERS}, SymInt end) -> (Tensor stats, Tensor state)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -109,9 +109,10 @@ def _check_grads(*arguments: Any) -> None:
     """All arguments of ``linear_tile_grads``."""
     hidden, weight, _bias, target, temperature = arguments[1:6]
     *numbers, state, c, e, again, change, begin, d_hidden, d_weight, d_bias, _, _ = arguments[6:]
-    _check_tile(Numbers(*numbers), *arguments[:6])
-    check_backward((c, e, None), target, temperature, state, ("c", "e", ""))
+    _check_tile(Numbers.of(numbers), *arguments[:6])
     more, dtype, device = again.shape[0] if again.dim() == 1 else 0, temperature.dtype, hidden.device
+    check_tensors(device, ("c", c, dtype, target.shape), ("e", e, dtype, target.shape))
+    check_state(state, target, temperature, _WANT)
     check_tensors(device, ("again", again, torch.int64, (more,)), ("change", change, dtype, (more,)))
     width = hidden.shape[1:]
     for name, x, shape in (("d_hidden", d_hidden, width), ("d_weight", d_weight, width), ("d_bias", d_bias, ())):
@@ -136,28 +137,26 @@ def _stats(
     target: Tensor,  # (n,)
     temperature: Tensor,  # (1,) or (n,)
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob and entropy (n,) and the state (K, n). ``end``: first global id beyond this rank's shard."""
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy (2, n) and the state (K, n). ``end``: first global id beyond this rank's shard."""
     *numbers, end = rest
-    call = Numbers(*numbers)
+    call = Numbers.of(numbers)
     _check_tile(call, logits, hidden, weight, bias, target, temperature)
     if not call.group:
-        check_values(target, temperature, call.ignore_index, call.vocab_size)
+        check_values(target, temperature, call.row)
     columns = weight.shape[0]
     if logits.is_cpu:  # as linear_tiles.workspace has it; a compiler's buffer has not
         logits[:, columns:] = 0
     z = logits[: hidden.shape[0], :columns]
     multiply(z, hidden, weight.t(), bias)
     found = linear_tiles.state_of_logits(z, target, temperature, call, 0, _WANT)
-    (logprob, entropy, *_), state = linear_tiles.finished(found, target, temperature, call, _WANT, end)
-    return logprob, entropy, state
+    return linear_tiles.finished(found, target, temperature, call, _WANT, end)
 
 
-def _fake_stats(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check_tile(Numbers(*inputs[6:-1]), *inputs[:6])
+def _fake_stats(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _check_tile(Numbers.of(inputs[6:-1]), *inputs[:6])
     rows, temperature = inputs[1].shape[0], inputs[5]
-    logprob, entropy = temperature.new_empty(rows), temperature.new_empty(rows)
-    return logprob, entropy, temperature.new_empty((state_rows(_WANT), rows))
+    return temperature.new_empty((2, rows)), temperature.new_empty((state_rows(_WANT), rows))
 
 
 def _grads(
@@ -183,7 +182,7 @@ def _grads(
             raise IndexError(
                 f"again: expected rows of d_hidden, 0 to {d_hidden.shape[0] - 1}, got {lowest} to {highest}"
             )
-    call = Numbers(*numbers)
+    call = Numbers.of(numbers)
     columns, n, more = weight.shape[0], hidden.shape[0], again.numel()
     own = n - more
     z = logits[:n, :columns]
@@ -191,14 +190,14 @@ def _grads(
         multiply(z[own:], hidden[own:], weight.t(), bias)
         made = z[own:].clone()
     silent = c == 0 if e is None else (c == 0) & (e == 0)
-    silent |= target == call.ignore_index
+    silent |= target == call.row.ignore_index
 
     def differentiate(of: slice, c: Tensor, e: Tensor | None) -> Tensor:
         run = registry.kernel("token_stats", "token_stats_backward", call.backend, z)
+        grad_stats, want = (c[None], LOGPROB) if e is None else (torch.stack([c, e]), _WANT)
         return run(
-            c, e, None, z[None, of], target[of], at(temperature, of), state[:, of].contiguous(), call.softcap,
-            call.ignore_index, call.vocab_start, call.vocab_size, True,
-        )[0].to(hidden.dtype)  # fmt: skip
+            grad_stats, z[None, of], target[of], at(temperature, of), state[:, of].contiguous(), call.row, want, True
+        )[0].to(hidden.dtype)
 
     dz = differentiate(slice(0, n), c, e)
     work = None
@@ -252,7 +251,7 @@ def gradients(
     total, cuts, changes = target.shape[0], coefficients.cuts, coefficients.changes
     summed = size < total  # in fp32, as there may be several parts
     unread = _reading_back_costs(hidden.device)
-    rows = None if unread or cuts is not None else kept_rows(target == numbers.ignore_index)
+    rows = None if unread or cuts is not None else kept_rows(target == numbers.row.ignore_index)
     h, labels = picked(rows, hidden, target)
     t = at(temperature, rows)
     p = linear_tiles.problem(h, weight, numbers, needs)
@@ -275,7 +274,8 @@ def gradients(
     h, w = h.to(operand), weight[: p.columns].to(operand)
     b = None if bias is None else bias[: p.columns]
     buffer = linear_tiles.workspace(size, p.columns, numbers.logits, h.device)
-    logprob, entropy = temperature.new_empty(p.rows), temperature.new_empty(p.rows)
+    stats = temperature.new_empty((2, p.rows))
+    logprob, entropy = stats
     state = temperature.new_empty((state_rows(_WANT), p.rows))
     applied, applied_e = torch.zeros_like(logprob), torch.zeros_like(logprob)  # c and e, so far
     held = torch.zeros((), dtype=torch.int64, device=h.device)
@@ -283,8 +283,8 @@ def gradients(
     most_held = HELD_OUT if changes is not None and unread else p.rows
 
     def see(r: slice) -> None:
-        logprob[r], entropy[r], state[:, r] = _ops.linear_tile_stats(
-            buffer, h[r], w, b, labels[r], at(t, r), *numbers, numbers.vocab_start + weight.shape[0]
+        stats[:, r], state[:, r] = _ops.linear_tile_stats(
+            buffer, h[r], w, b, labels[r], at(t, r), *numbers.flat, numbers.row.vocab_start + weight.shape[0]
         )
 
     def add(r: slice, c: Tensor, e: Tensor | None, again: Tensor, change: Tensor) -> None:
@@ -297,7 +297,7 @@ def gradients(
         if scale is not None:
             c, e, change = c * scale, None if e is None else e * scale, change * scale
         _ops.linear_tile_grads(
-            buffer, h[index], w, b, labels[index], at(t, index), *numbers, state[:, index], c, e, again, change,
+            buffer, h[index], w, b, labels[index], at(t, index), *numbers.flat, state[:, index], c, e, again, change,
             r.start, d_hidden, d_weight, d_bias, adds, summed,
         )  # fmt: skip
         adds = True
@@ -354,12 +354,12 @@ def agreed(
         return size
     device = target.device
     known = temperature.expand(target.shape)
-    known = known.masked_fill(target == numbers.ignore_index, 0)
+    known = known.masked_fill(target == numbers.row.ignore_index, 0)
     labels = {"target": target, "temperature": known.view(torch.int32 if known.element_size() == 4 else torch.int64)}
     sums = {name: agreement.sums(x, device) for name, x in {**labels, **tensors}.items()}
     options = agreement.sent(in_common, device)
     unknown = options.isnan()
-    head = int64s([*common_options(numbers.softcap, numbers.ignore_index, numbers.vocab_size), target.numel()], device)
+    head = int64s([*common_options(numbers.row), target.numel()], device)
     local = torch.cat([head, *sums.values()])
     options = options.view(torch.int64)
     # ~ turns the order around, as - would; what is not known is beyond all numbers, and never the least
@@ -474,7 +474,7 @@ def linear_policy_loss(
     if not traced():
         refuse_transforms(_NAME, *(x for x in (hidden, weight, bias) if x is not None))
         # of all tokens, before anything is added to a buffer
-        check_values(target, temperature, numbers.ignore_index, numbers.vocab_size)
+        check_values(target, temperature, numbers.row)
     with torch.no_grad(), linear_tiles.without_autocast(hidden):
         loss, metrics, made = gradients(
             hidden, weight, bias, target, temperature, numbers, needs, coefficients, size, grad_buffer

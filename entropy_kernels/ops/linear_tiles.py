@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropy_kernels._arguments import process_group_of, traced
-from entropy_kernels._rows import state_rows
+from entropy_kernels._rows import RowOptions, state_rows, wanted
 from entropy_kernels.backends import registry, reused_memory
 from entropy_kernels.backends.eager.softmax_state import finalize, merge
-from entropy_kernels.ops.linear_plan import Problem, columns_here, padded, tiles
+from entropy_kernels.ops.linear_plan import Problem, padded, tiles
 from entropy_kernels.ops.products import multiply, multiply_add
 from entropy_kernels.ops.token_stats import merge_shards
 
@@ -26,27 +26,33 @@ from entropy_kernels.ops.token_stats import merge_shards
 class Numbers(NamedTuple):
     """What of a call is neither a tensor nor decided by one."""
 
-    softcap: float
-    ignore_index: int
-    vocab_start: int
-    vocab_size: int
+    row: RowOptions
     product: torch.dtype  # of the operands
     logits: torch.dtype  # that the products are rounded to
     budget: int  # bytes
     group: str
     backend: str
 
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> Numbers:
+        """From the arguments of an operator."""
+        width = len(RowOptions._fields)
+        return cls(RowOptions(*flat[:width]), *flat[width:])
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]  # of log-prob, entropy, collision; each (N,)
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """As an operator has them."""
+        return (*self.row, *self[1:])
+
+
 Needs = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
 
 
 def problem(hidden: Tensor, weight: Tensor, numbers: Numbers, needs: Needs) -> Problem:
     """What the plan depends on, for ``hidden`` (N, H) and ``weight`` (V, H)."""
-    columns = columns_here(weight.shape[0], numbers.vocab_start, numbers.vocab_size)
     return Problem(
-        hidden.shape[0], hidden.shape[1], columns, hidden.dtype, weight.dtype, numbers.product, numbers.logits,
-        hidden.device.type, *needs, bool(numbers.group), numbers.budget,
+        hidden.shape[0], hidden.shape[1], numbers.row.columns(weight.shape[0]), hidden.dtype, weight.dtype,
+        numbers.product, numbers.logits, hidden.device.type, *needs, bool(numbers.group), numbers.budget,
     )  # fmt: skip
 
 
@@ -106,11 +112,17 @@ def at(temperature: Tensor, rows: slice | Tensor | None) -> Tensor:
     return temperature if temperature.numel() == 1 or rows is None else temperature[rows]
 
 
-def spread(rows: Tensor | None, value: Tensor, total: int) -> Tensor:
-    """The opposite of :func:`picked`: 0 in the rows that were dropped."""
+def spread(rows: Tensor | None, value: Tensor, total: int, dim: int = 0) -> Tensor:
+    """The opposite of :func:`picked`, along ``dim``: 0 in the rows that were dropped."""
     if rows is None:
         return value
-    return value.new_zeros((total, *value.shape[1:])).index_copy_(0, rows, value)
+    shape = (*value.shape[:dim], total, *value.shape[dim + 1 :])
+    return value.new_zeros(shape).index_copy_(dim, rows, value)
+
+
+def no_gradient(grad_stats: Tensor, want: int) -> Tensor:
+    """The tokens of which no statistic has a gradient other than 0; ``grad_stats`` (S, N)."""
+    return torch.stack([g == 0 for g, x in zip(grad_stats, wanted(want), strict=True) if x.differentiable]).all(0)
 
 
 def merged(
@@ -137,27 +149,20 @@ def finished(
     numbers: Numbers,
     want: int,
     end: int,
-) -> tuple[list[Tensor], Tensor]:
-    """The four statistics, each (N,) or empty, and the state, of the columns of all ranks.
+) -> tuple[Tensor, Tensor]:
+    """The statistics (S, N) and the state, of the columns of all ranks.
 
     ``end``: first global id beyond this rank's shard.
     """
     if numbers.group:
-        *outputs, state = merge_shards(
-            state, (numbers.vocab_start, end), target, temperature, numbers.softcap, numbers.ignore_index,
-            numbers.vocab_size, want, numbers.group,
-        )  # fmt: skip
-        return outputs, state
-    ignored = target == numbers.ignore_index
-    invalid = ((target < 0) | (target >= numbers.vocab_size)) & ~ignored
-    return finalize(state, temperature, want, ignored, invalid), state
+        return merge_shards(state, target, temperature, numbers.row, end, want, numbers.group)
+    return finalize(state, temperature, want, *numbers.row.ignored_invalid(target)), state
 
 
 def state_of_logits(z: Tensor, target: Tensor, temperature: Tensor, numbers: Numbers, start: int, want: int) -> Tensor:
     """The state (K, n) of a tile z (n, v) that begins at column ``start`` of the shard."""
     run = registry.kernel("token_stats", "token_stats_forward", numbers.backend, z)
-    settings = (numbers.softcap, numbers.ignore_index, numbers.vocab_start + start, numbers.vocab_size, want)
-    return run(z[None], target, temperature, *settings)[4]
+    return run(z[None], target, temperature, numbers.row.of_part(start), want)[1]
 
 
 def forward(
@@ -170,11 +175,11 @@ def forward(
     want: int,
     kept: Tensor | None,  # (N, V) or wider: takes the logits of the rows that are not ignored
     needs: Needs,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The statistics and the state, as :func:`finished` gives them."""
-    total, end = target.numel(), numbers.vocab_start + weight.shape[0]
+    total, end = target.numel(), numbers.row.vocab_start + weight.shape[0]
     everything = target, temperature
-    rows = kept_rows(target == numbers.ignore_index)
+    rows = kept_rows(target == numbers.row.ignore_index)
     hidden, target = picked(rows, hidden, target)
     temperature = at(temperature, rows)
     p = problem(hidden, weight, numbers, needs)
@@ -191,8 +196,7 @@ def forward(
         h, w, b = hidden[r].to(p.operand), weight[c].to(p.operand), None if bias is None else bias[c]
         labels, t = target[r], at(temperature, r)
         if fused is not None:
-            settings = (numbers.softcap, numbers.ignore_index, numbers.vocab_start + c.start, numbers.vocab_size, want)
-            return fused(h, w, b, labels, t, *settings, numbers.logits, scratch)[4]
+            return fused(h, w, b, labels, t, numbers.row.of_part(c.start), want, numbers.logits, scratch)[1]
         assert buffer is not None
         z = _tile(buffer, r, c, kept is not None)
         multiply(z, h, w.t(), b)
@@ -200,10 +204,9 @@ def forward(
 
     state = merged(state_of, parts(p.rows, row_size), parts(p.columns, column_size), temperature, want)
     if numbers.group:  # which compares the labels of all rows
-        return finished(spread(rows, state.t(), total).t(), *everything, numbers, want, end)
-    outputs, state = finished(state, target, temperature, numbers, want, end)
-    outputs = [spread(rows, value, total) if want & (1 << i) else value for i, value in enumerate(outputs)]
-    return outputs, spread(rows, state.t(), total).t().contiguous()
+        return finished(spread(rows, state, total, 1), *everything, numbers, want, end)
+    stats, state = finished(state, target, temperature, numbers, want, end)
+    return spread(rows, stats, total, 1), spread(rows, state, total, 1)
 
 
 def _fused(p: Problem, numbers: Numbers, device: torch.device) -> Callable | None:
@@ -224,7 +227,7 @@ def _tile(buffer: Tensor, r: slice, c: slice, whole: bool) -> Tensor:
 
 
 def backward(
-    grads: Grads,
+    grad_stats: Tensor,  # (S, N)
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -234,21 +237,22 @@ def backward(
     kept: Tensor | None,  # (N, V) or wider, as the forward pass filled it
     overwrite: bool,  # write the logits' gradient over them
     numbers: Numbers,
+    want: int,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for each one that is not needed."""
     need_hidden, need_weight, need_bias = needs
     total = target.numel()
-    silent = target == numbers.ignore_index
+    silent = target == numbers.row.ignore_index
     everywhere = kept is not None or numbers.group  # the rows must be those of the forward pass, or of other ranks
     rows = kept_rows(silent) if everywhere else None
     # No gradient comes in: none goes out, whatever the row holds, so NaN in padding does not leak
-    silent = silent | torch.stack([g == 0 for g in grads if g is not None]).all(0)
+    silent = silent | no_gradient(grad_stats, want)
     if not everywhere:
         rows = kept_rows(silent)
-    hidden, target, silent, states, *upstream = picked(rows, hidden, target, silent, state.t(), *grads)
+    hidden, target, silent, states, upstream = picked(rows, hidden, target, silent, state.t(), grad_stats.t())
     temperature = at(temperature, rows)
-    state = states.t()
+    state, grad_stats = states.t(), upstream.t()
     p = problem(hidden, weight, numbers, needs)
     row_size, column_size = tiles(p, kept is not None and overwrite)
     row_parts, column_parts = parts(p.rows, row_size), parts(p.columns, column_size)
@@ -279,10 +283,9 @@ def backward(
             if kept is None:
                 multiply(z, h[r], w.t(), None if bias is None else bias[c])
             run = registry.kernel("token_stats", "token_stats_backward", numbers.backend, z)
-            gl, ge, gc = (None if g is None else g[r] for g in upstream)
             dz = run(
-                gl, ge, gc, z[None], target[r], at(temperature, r), state[:, r].contiguous(), numbers.softcap,
-                numbers.ignore_index, numbers.vocab_start + c.start, numbers.vocab_size, kept is None or overwrite,
+                grad_stats[:, r], z[None], target[r], at(temperature, r), state[:, r].contiguous(),
+                numbers.row.of_part(c.start), want, kept is None or overwrite,
             )[0].to(p.operand)  # fmt: skip
             if need_hidden:
                 (multiply if j == 0 else multiply_add)(sum_hidden[r], dz, w)

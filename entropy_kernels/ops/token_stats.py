@@ -1,7 +1,8 @@
 """``entropy_kernels::token_stats``: the statistics of softmax rows, from one read of the logits.
 
 Schema, fake and autograd of the operator. The functions in :mod:`entropy_kernels.statistics` are its public face.
-The last output is the softmax state (K, N) that the backward pass starts from; it is no statistic.
+It returns the statistics (S, N) that the bitmask ``want`` names, rows in the order of ``_rows.STATISTICS``, and the
+softmax state (K, N) that the backward pass starts from.
 """
 
 from __future__ import annotations
@@ -24,26 +25,20 @@ from entropy_kernels._arguments import (
     share_memory,
     values_are_checked,
 )
-from entropy_kernels._rows import COLLISION, ENTROPY, LOGPROB, UNBOUNDED, VOCAB_COVARIANCE, state_rows
+from entropy_kernels._rows import DIFFERENTIABLE, UNBOUNDED, RowOptions, state_rows, wanted
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import finalize, merge
 from entropy_kernels.ops.checks import check_backward, check_rows, check_want, register
 
-__all__ = ["COLLISION", "ENTROPY", "LOGPROB", "UNBOUNDED", "VOCAB_COVARIANCE", "token_stats"]
-
-_STATE = 4  # index of the state among the outputs
-
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")
+ROW = "float softcap, int ignore_index, SymInt vocab_start, SymInt vocab_size"  # of RowOptions
 _library.define(
-    "token_stats(Tensor logits, Tensor target, Tensor temperature, float softcap, int ignore_index, "
-    "SymInt vocab_start, SymInt vocab_size, int want, bool inplace_backward, str group, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"token_stats(Tensor logits, Tensor target, Tensor temperature, {ROW}, int want, bool inplace_backward, str group, "
+    "str backend) -> (Tensor stats, Tensor state)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _BACKWARD_ARGUMENTS = (
-    "Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_collision, {logits}, Tensor target, "
-    "Tensor temperature, Tensor state, float softcap, int ignore_index, SymInt vocab_start, SymInt vocab_size, "
-    "str backend"
+    f"Tensor grad_stats, {{logits}}, Tensor target, Tensor temperature, Tensor state, {ROW}, int want, str backend"
 )
 _library.define(
     f"token_stats_backward({_BACKWARD_ARGUMENTS.format(logits='Tensor logits')}) -> Tensor",
@@ -55,8 +50,9 @@ _library.define(
 )
 
 
-def check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_size: int) -> None:
+def check_values(target: Tensor, temperature: Tensor, options: RowOptions) -> None:
     """Errors that need the values, where they are looked at."""
+    ignore_index, vocab_size = options.ignore_index, options.vocab_size
     if target.numel() == 0 or not values_are_checked(target):
         return
     lowest, highest = target.aminmax()
@@ -79,44 +75,30 @@ def check_values(target: Tensor, temperature: Tensor, ignore_index: int, vocab_s
 
 
 def _forward(
-    logits: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
-    want: int,
-    inplace_backward: bool,
-    group: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
+    logits: Tensor,  # (B, L, V)
+    target: Tensor,  # (N,), N = B * L
+    temperature: Tensor,  # (1,) or (N,)
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    *row, want, _inplace_backward, group, backend = rest
+    options = RowOptions(*row)
+    check_rows(logits, target, temperature, options)
     check_want(want)
     if not group:
-        check_values(target, temperature, ignore_index, vocab_size)
+        check_values(target, temperature, options)
     kernel = registry.kernel("token_stats", "token_stats_forward", backend, logits)
-    outputs = kernel(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
+    stats, state = kernel(logits, target, temperature, options, want)
     if not group:
-        return outputs
-    shard = vocab_start, vocab_start + logits.shape[2]
-    return merge_shards(outputs[_STATE], shard, target, temperature, softcap, ignore_index, vocab_size, want, group)
+        return stats, state
+    return merge_shards(state, target, temperature, options, options.vocab_start + logits.shape[2], want, group)
 
 
 def merge_shards(
-    state: Tensor,
-    shard: tuple[int, int],
-    target: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_size: int,
-    want: int,
-    group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    state: Tensor, target: Tensor, temperature: Tensor, options: RowOptions, end: int, want: int, group: str
+) -> tuple[Tensor, Tensor]:
     """One all-gather of the packed state, then merge and finalize: the same on every rank of the group.
 
-    ``shard``: this rank's first global id, and the first one beyond. It travels along, with all that the ranks have in
+    ``end``: the first global id beyond this rank's shard. Both ends travel along, with all that the ranks have in
     common: where they do not, or where shards overlap or leave ids out, every rank raises the same error, or all
     outputs that depend on it are NaN where values are not looked at. (K, N) has to be the same, or the ranks wait for
     each other; ENTROPY_KERNELS_DEBUG=1 asks first.
@@ -125,44 +107,45 @@ def merge_shards(
     if debugging():
         _check_sizes(state, process_group)
     bits = torch.int32 if state.dtype == torch.float32 else torch.int64
-    local = int64s([*shard, *in_common(softcap, ignore_index, vocab_size)], state.device)
+    local = int64s([options.vocab_start, end, *in_common(options)], state.device)
     tokens = target.to(bits), temperature.expand(rows).view(bits)
     packed = torch.cat([state.view(bits).reshape(-1), *tokens, local.view(bits)])
     gathered = packed.new_empty((process_group.size(), packed.numel()))
     all_gather(gathered.view(-1), packed, group=process_group)
     states, tokens, common = gathered.split([kinds * rows, 2 * rows, gathered.shape[1] - (kinds + 2) * rows], 1)
     tokens, common = tokens.unflatten(1, (2, rows)), common.contiguous().view(torch.int64)
-    ignored = target == ignore_index
+    ignored = target == options.ignore_index
     differs = (tokens != tokens[:1]).any(0)  # (2, N): labels, temperatures
     differs[1] &= ~ignored
-    options = (common[:, 2:] != common[:1, 2:]).any(0)
-    starts, ends = common[:, :2].clamp(max=vocab_size).sort(0).values.unbind(1)
+    mixed = (common[:, 2:] != common[:1, 2:]).any(0)  # options
+    starts, ends = common[:, :2].clamp(max=options.vocab_size).sort(0).values.unbind(1)
     apart = (starts[0] != 0) | (starts[1:] != ends[:-1]).any()  # each begins where another one ends
     if values_are_checked(target):
-        if options.any():
+        if mixed.any():
             refuse_options(common[:, 2:].tolist())
         _check_tokens(differs, tokens)
         overlap = bool((starts[1:] < ends[:-1]).any())
         if not overlap:  # else it says little what the last id is
-            check_values(target, temperature, ignore_index, int(ends[-1]))
+            check_values(target, temperature, options._replace(vocab_size=int(ends[-1])))
         if overlap or apart:
             shards = ", ".join(f"[{start}, {end})" for start, end, *_ in common.tolist())
             raise ValueError(
                 "vocab_start: expected shards that begin at 0 and follow each other without overlap or gap, got the "
                 f"ids {shards} on the ranks of the vocab_group"
             )
-    invalid = differs.any(0) | options.any() | apart
+    invalid = differs.any(0) | mixed.any() | apart
     ignored = ignored & ~invalid
     invalid = invalid | (((target < 0) | (target >= ends[-1])) & ~ignored)
     merged = merge(states.view(state.dtype).unflatten(1, (kinds, rows)), temperature)
-    logprob, entropy, collision, covariance = finalize(merged, temperature, want, ignored, invalid)
-    return logprob, entropy, collision, covariance, merged
+    return finalize(merged, temperature, want, ignored, invalid), merged
 
 
-def _check_backward(*arguments: Any) -> None:
-    logits, target, temperature, state, softcap, _, vocab_start, vocab_size = arguments[3:11]
-    check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
-    check_backward(arguments[:3], target, temperature, state)
+def _check_backward(
+    grad_stats: Tensor, logits: Tensor, target: Tensor, temperature: Tensor, state: Tensor, *rest: Any
+) -> None:
+    *row, want, _backend = rest
+    check_rows(logits, target, temperature, RowOptions(*row))
+    check_backward(grad_stats, target, temperature, state, want)
 
 
 def int64s(values: list[int], device: torch.device) -> Tensor:
@@ -183,9 +166,9 @@ def _check_sizes(state: Tensor, process_group: Any) -> None:
         )
 
 
-def in_common(softcap: float, ignore_index: int, vocab_size: int) -> list[int]:
+def in_common(options: RowOptions) -> list[int]:
     """What the ranks of a group have in common, as int64."""
-    return [*struct.unpack("<q", struct.pack("<d", softcap)), ignore_index, vocab_size]
+    return [*struct.unpack("<q", struct.pack("<d", options.softcap)), options.ignore_index, options.vocab_size]
 
 
 def refuse_options(of_ranks: list[list[int]]) -> None:
@@ -213,10 +196,10 @@ def _check_tokens(differs: Tensor, tokens: Tensor) -> None:
 
 
 def _run_backward(*arguments: Any, inplace: bool) -> Tensor:
-    *tensors_and_numbers, backend = arguments
     _check_backward(*arguments)
-    kernel = registry.kernel("token_stats", "token_stats_backward", backend, arguments[3])
-    return kernel(*tensors_and_numbers, inplace)
+    *tensors, softcap, ignore_index, vocab_start, vocab_size, want, backend = arguments
+    kernel = registry.kernel("token_stats", "token_stats_backward", backend, tensors[1])
+    return kernel(*tensors, RowOptions(softcap, ignore_index, vocab_start, vocab_size), want, inplace)
 
 
 def _backward(*arguments: Any) -> Tensor:
@@ -224,29 +207,28 @@ def _backward(*arguments: Any) -> Tensor:
 
 
 def _backward_(*arguments: Any) -> None:
-    logits = arguments[3]
+    logits = arguments[1]
     check_own_memory("logits", logits, "the gradient is written over them")
-    names = ("grad_logprob", "grad_entropy", "grad_collision", "logits", "target", "temperature", "state")
-    for name, x in zip(names, arguments[:7], strict=True):
-        if x is not None and x is not logits and share_memory(x, logits):
+    names = ("grad_stats", "logits", "target", "temperature", "state")
+    for name, x in zip(names, arguments[:5], strict=True):
+        if x is not logits and share_memory(x, logits):
             raise ValueError(f"{name}: expected memory apart from the logits', which are written over, got some of it")
     _run_backward(*arguments, inplace=True)
-    torch.autograd.graph.increment_version(arguments[3])
+    torch.autograd.graph.increment_version(logits)
 
 
-def _fake(logits: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    softcap, _, vocab_start, vocab_size, want = rest[:5]
-    check_rows(logits, target, temperature, softcap, vocab_start, vocab_size)
+def _fake(logits: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *row, want, _inplace_backward, _group, _backend = rest
+    check_rows(logits, target, temperature, RowOptions(*row))
     check_want(want)
-    rows = target.shape[0]
-    sizes = [rows if want & bit else 0 for bit in (LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE)]
-    outputs = [logits.new_empty(size, dtype=temperature.dtype) for size in sizes]
-    return (*outputs, logits.new_empty((state_rows(want), rows), dtype=temperature.dtype))
+    rows, dtype = target.shape[0], temperature.dtype
+    sizes = len(wanted(want)), state_rows(want)
+    return logits.new_empty((sizes[0], rows), dtype=dtype), logits.new_empty((sizes[1], rows), dtype=dtype)
 
 
 def _fake_backward(*arguments: Any) -> Tensor:
     _check_backward(*arguments)
-    return torch.empty_like(arguments[3], memory_format=torch.contiguous_format)
+    return torch.empty_like(arguments[1], memory_format=torch.contiguous_format)
 
 
 register(_library, "token_stats", _forward, _fake)
@@ -258,27 +240,26 @@ class _TokenStats(torch.autograd.Function):
     """Autograd of the op. Registered by hand: torch.library.register_autograd costs 70 µs more per call."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        logits, target, temperature, *numbers, want, ctx.inplace, _group, backend = inputs
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        logits, target, temperature, *row, want, ctx.inplace, _group, backend = inputs
         with torch._C._AutoDispatchBelowAutograd():
-            output = token_stats(*inputs)
-        ctx.save_for_backward(*recorded(logits, target, temperature, output[_STATE]))
-        ctx.numbers = (*numbers, backend)
+            stats, state = token_stats(*inputs)
+        ctx.save_for_backward(*recorded(logits, target, temperature, state))
+        ctx.numbers = (*row, want, backend)
         ctx.overwritten = False
-        ctx.set_materialize_grads(False)  # an output that was not used costs nothing
-        unwanted = [output[i] for i in range(3) if not want & (1 << i)]
-        ctx.mark_non_differentiable(*unwanted, output[3], output[_STATE])
-        return output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*([state] if want & DIFFERENTIABLE else [stats, state]))
+        return stats, state
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.overwritten:
             raise RuntimeError(
                 "inplace_backward: the first backward pass wrote the gradient over the logits, so there can be no "
                 "second; call with inplace_backward=False to use retain_graph=True"
             )
         none = (None,) * 10
-        if all(grad is None for grad in grads[:3]):
+        if grad is None:
             return (None, *none)
         try:
             logits, target, temperature, state = ctx.saved_tensors
@@ -293,12 +274,9 @@ class _TokenStats(torch.autograd.Function):
             ctx.overwritten = True
             logits = logits.detach()
             # What is read while the gradient is written must lie elsewhere
-            others = (*grads[:3], target, temperature)
-            *grads3, target, temperature = (
-                x.clone() if x is not None and share_memory(x, logits) else x for x in others
-            )
-            grads = tuple(grads3)
-        arguments = (*grads[:3], logits, target, temperature, state, *ctx.numbers)
+            others = grad, target, temperature
+            grad, target, temperature = (x.clone() if share_memory(x, logits) else x for x in others)
+        arguments = (grad, logits, target, temperature, state, *ctx.numbers)
         if ctx.inplace:
             torch.ops.entropy_kernels.token_stats_backward_.default(*arguments)
             return (logits, *none)
@@ -318,7 +296,7 @@ class _TokenStatsBackward(torch.autograd.Function):
         raise RuntimeError("logprob_entropy / token_stats: double backward (create_graph=True) is not supported")
 
 
-def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
+def _forward_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and inputs[0] is not None and inputs[0].requires_grad:
         refuse_functional_grad("logprob_entropy / token_stats", inputs[0])
         return _TokenStats.apply(*inputs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropy_kernels._rows import COLLISION, ENTROPY, LOGPROB, SECOND_ORDER, VOCAB_COVARIANCE
+from entropy_kernels._rows import SECOND_ORDER, wanted
 
 # The first exp of a process that runs on several threads is now and then off by 1e-4 in the second thread's half
 # (seen with torch 2.13 and MKL on a Xeon, in a third of fresh processes, in torch alone). One on one thread cures it.
@@ -61,8 +61,8 @@ def merge(states: Tensor, temperature: Tensor) -> Tensor:
     return torch.stack([top, s, w, states[:, 3].amax(0), *second])
 
 
-def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, invalid: Tensor) -> list[Tensor]:
-    """The four statistics (N,) of a state; an empty tensor for each one that ``want`` leaves out.
+def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, invalid: Tensor) -> Tensor:
+    """The statistics (S, N) of a state that ``want`` names.
 
     ``ignored`` rows give 0, ``invalid`` rows (label out of range) NaN; both are bool (N,). Made in fp64: log s and H
     are about 12 at large vocabularies, where each rounding to fp32 costs 5e-7.
@@ -70,21 +70,15 @@ def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, inv
     dtype, state = state.dtype, state.double()
     m, s, w, x_y = state[:4]
     log_s = torch.log(s)
-    logprob = (x_y - m) / temperature - log_s
-    entropy = log_s + w / s
-    outputs = [logprob, entropy]
+    values = {"logprob": (x_y - m) / temperature - log_s, "entropy": log_s + w / s}
     if want & SECOND_ORDER:
         s2, w2 = state[4:]
-        collision = s2 / (s * s)
+        values["collision"] = s2 / (s * s)
         q = -(w2 + log_s * s2) / (s * s)  # sum of p² log p
-        p_y = torch.exp(logprob)
-        own = torch.where(p_y == 0, 0, p_y * (logprob + entropy))
-        outputs += [collision, own - (q + entropy * collision)]
+        p_y = torch.exp(values["logprob"])
+        own = torch.where(p_y == 0, 0, p_y * (values["logprob"] + values["entropy"]))
+        values["vocab_covariance"] = own - (q + values["entropy"] * values["collision"])
     bad = invalid | ~(temperature > 0)
-    empty = state.new_empty(0, dtype=dtype)
-    results = []
-    for bit, value in zip((LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE), (*outputs, empty, empty), strict=False):
-        keep = want & bit
-        value = torch.where(ignored, 0, torch.where(bad, torch.nan, value)).to(dtype) if keep else empty.clone()
-        results.append(value)
-    return results
+    found = [values[statistic.name] for statistic in wanted(want)]
+    stats = torch.stack(found) if found else state.new_empty((0, state.shape[1]))
+    return torch.where(ignored, 0, torch.where(bad, torch.nan, stats)).to(dtype)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_kernels._rows import SECOND_ORDER, state_rows
+from entropy_kernels._rows import SECOND_ORDER, RowOptions, state_rows, wanted
 from entropy_kernels.backends.eager.softmax_state import finalize, row_sums
 
 _CHUNK_ELEMENTS = 1 << 22  # 16 MB of fp32 per temporary
@@ -52,23 +52,20 @@ def token_stats_forward(
     logits: Tensor,  # (B, L, V)
     target: Tensor,  # (N,), N = B * L
     temperature: Tensor,  # (1,) or (N,)
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
     want: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    """The statistics (S, N) that ``want`` names, in the order of the table, and the state (K, N)."""
     rows, vocab = target.numel(), logits.shape[2]
     dtype = temperature.dtype
-    columns = max(0, min(vocab, vocab_size - vocab_start))
-    state = logits.new_empty((state_rows(want), rows), dtype=dtype)  # (K, N)
-    ignored = target == ignore_index
-    local = target.long() - vocab_start
-    here = (local >= 0) & (local < columns) & ~ignored
+    columns = options.columns(vocab)
+    state = logits.new_empty((state_rows(want), rows), dtype=dtype)
+    ignored, invalid = options.ignored_invalid(target)
+    local, here = _own_columns(target, columns, options)
     for part in _chunks(rows, vocab):
         if state.device.type == "cpu" and ignored[part].all():
             continue  # not read; on a GPU to ask would be a sync
-        z, _ = _capped(_rows(logits, part, dtype, columns), softcap)
+        z, _ = _capped(_rows(logits, part, dtype, columns), options.softcap)
         minus_inf = torch.full((z.shape[0], 1), -torch.inf, dtype=dtype, device=z.device)
         m = z.amax(-1, keepdim=True) if columns else minus_inf
         # All -inf: keep the differences at -inf, so that every sum is 0 (the identity state)
@@ -90,54 +87,61 @@ def token_stats_forward(
     neutral = state.new_zeros((state.shape[0], 1))  # filled there: a list would be copied from the host, a sync
     neutral[1::3] = 1  # s and s2
     state = torch.where(ignored, neutral, state)
-    invalid = ((target < 0) | (target >= vocab_size)) & ~ignored
-    logprob, entropy, collision, covariance = finalize(state, temperature, want, ignored, invalid)
-    return logprob, entropy, collision, covariance, state
+    return finalize(state, temperature, want, ignored, invalid), state
+
+
+def _own_columns(target: Tensor, columns: int, options: RowOptions) -> tuple[Tensor, Tensor]:
+    """Each label's column of these ``columns``, and whether it has one: it is not ignored, and of this shard."""
+    local = target.long() - options.vocab_start
+    return local, (local >= 0) & (local < columns) & (target != options.ignore_index)
 
 
 def token_stats_backward(
-    grad_logprob: Tensor | None,  # (N,)
-    grad_entropy: Tensor | None,  # (N,)
-    grad_collision: Tensor | None,  # (N,)
+    grad_stats: Tensor,  # (S, N), rows as in stats, any strides; those that are not differentiable are not read
     logits: Tensor,  # (B, L, V)
     target: Tensor,  # (N,)
     temperature: Tensor,  # (1,) or (N,)
     state: Tensor,  # (K, N)
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
+    want: int,
     inplace: bool,
 ) -> Tensor:
+    """The gradient of the logits, in their place or as a contiguous tensor.
+
+    A statistic whose gradient is 0 in a row has no part in that row, whatever the row holds: the caller writes 0 for
+    what nobody differentiates, and its factor, such as the entropy of a row of overflowing moments, may be NaN or inf.
+    A row with gradients of 0 alone, or an ignored one, gets 0.
+    """
     length, vocab = logits.shape[1:]
     dtype = temperature.dtype
-    columns = max(0, min(vocab, vocab_size - vocab_start))
+    columns = options.columns(vocab)
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     m, s, w = state[:3]
     log_s = torch.log(s)
-    entropy = log_s + w / s
-    collision = state[4] / (s * s) if grad_collision is not None else None
-    ignored = target == ignore_index
-    local = target.long() - vocab_start
-    here = (local >= 0) & (local < columns) & ~ignored
-    # No gradient comes in: none goes out, whatever the row holds, so NaN in padding does not leak
-    upstream = [g for g in (grad_logprob, grad_entropy, grad_collision) if g is not None]
-    silent = ignored | torch.stack([g == 0 for g in upstream]).all(0)
+    grads = {x.name: g for x, g in zip(wanted(want), grad_stats, strict=True) if x.differentiable}
+    if "entropy" in grads:
+        entropy = torch.where(grads["entropy"] == 0, 0, log_s + w / s)
+    if "collision" in grads:
+        collision = torch.where(grads["collision"] == 0, 0, state[4] / (s * s))
+    local, here = _own_columns(target, columns, options)
+    silent = target == options.ignore_index
+    silent = silent | torch.stack([g == 0 for g in grads.values()]).all(0)
+
     for part in _chunks(target.numel(), vocab):
-        z, tanh = _capped(_rows(logits, part, dtype, columns), softcap)
+        z, tanh = _capped(_rows(logits, part, dtype, columns), options.softcap)
         t = _per_row(temperature, part)
         logp = (z - m[part, None]) / t - log_s[part, None]
         p = torch.exp(logp)
         slope = torch.zeros_like(p)  # d loss / d log p, without the target's own term
-        if grad_logprob is not None:
-            slope -= grad_logprob[part, None]
-        if grad_entropy is not None:
-            slope -= grad_entropy[part, None] * (logp + entropy[part, None])
-        if grad_collision is not None and collision is not None:
-            slope += 2 * grad_collision[part, None] * (p - collision[part, None])
+        if "logprob" in grads:
+            slope -= grads["logprob"][part, None]
+        if "entropy" in grads:
+            slope -= grads["entropy"][part, None] * (logp + entropy[part, None])
+        if "collision" in grads:
+            slope += 2 * grads["collision"][part, None] * (p - collision[part, None])
         grad = torch.where(p == 0, 0, slope * p)
-        if grad_logprob is not None and columns:
-            own = torch.where(here[part], grad_logprob[part], 0).to(dtype)
+        if "logprob" in grads and columns:
+            own = torch.where(here[part], grads["logprob"][part], 0).to(dtype)
             grad.scatter_add_(-1, local[part].clamp(0, columns - 1).unsqueeze(-1), own.unsqueeze(-1))
         grad /= t
         if tanh is not None:
