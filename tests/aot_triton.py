@@ -90,7 +90,7 @@ def forward(
     cut = cuts[candidate]
     constants = {"WANT": want, "SOFTCAP": softcap, "PARTS": parts, "STEPS": cut.steps, "WARPS": cut.warps}
     constants |= {"LANES": cut.lanes, "WIDTH": cut.width, "STAGES": cut.stages, "stride_v": 1}
-    divisible = {"logits_ptr", "logprob_ptr", "entropy_ptr", "collision_ptr", "covariance_ptr", "state_ptr"}
+    divisible = {"logits_ptr", "stats_ptr", "state_ptr"}
     if aligned:
         divisible |= {"stride_b", "stride_l", "columns"}
     source = _source(token_stats_kernels.forward_kernel, dtype, constants, divisible)
@@ -104,7 +104,7 @@ def merge(target: GPUTarget, dtype: str, *, want: int = 15) -> Any:
 
 
 def backward(
-    target: GPUTarget, dtype: str, *, grads: str = "lec", softcap: bool = False, aligned: bool = True,
+    target: GPUTarget, dtype: str, *, want: int = 7, softcap: bool = False, aligned: bool = True,
     columns: int = 151_936, candidate: int = 0,
 ) -> Any:  # fmt: skip
     """None if the target has not that many candidates."""
@@ -113,8 +113,7 @@ def backward(
     if candidate >= len(cuts):
         return None
     cut = cuts[candidate]
-    constants = {"LOGPROB": "l" in grads, "ENTROPY": "e" in grads, "COLLISION": "c" in grads, "SOFTCAP": softcap}
-    constants |= {"TILE": cut.tile, "STAGES": cut.stages, "stride_v": 1, "out_v": 1}
+    constants = {"WANT": want, "SOFTCAP": softcap, "TILE": cut.tile, "STAGES": cut.stages, "stride_v": 1, "out_v": 1}
     divisible = {"logits_ptr", "dlogits_ptr"}
     if aligned:
         divisible |= {"stride_b", "stride_l", "out_b", "out_l", "width", "columns"}
@@ -192,8 +191,8 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "forward-fp32-short": (forward, {"dtype": "fp32", "columns": 110}),
     "merge-fp32": (merge, {"dtype": "fp32"}),
     "backward-bf16": (backward, {"dtype": "bf16"}),
-    "backward-fp16-logprob-entropy": (backward, {"dtype": "fp16", "grads": "le"}),
-    "backward-fp32-logprob": (backward, {"dtype": "fp32", "grads": "l"}),
+    "backward-fp16-logprob-entropy": (backward, {"dtype": "fp16", "want": 3}),
+    "backward-fp32-logprob": (backward, {"dtype": "fp32", "want": 1}),
     "backward-fp32-softcap": (backward, {"dtype": "fp32", "softcap": True}),
     "backward-fp64": (backward, {"dtype": "fp64"}),
     "backward-bf16-unaligned": (backward, {"dtype": "bf16", "aligned": False}),

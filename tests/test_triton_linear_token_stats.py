@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import entropy_kernels as ek
 from conftest import on_gpu
+from entropy_kernels._rows import RowOptions, bits
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager import token_stats as eager
 from entropy_kernels.backends.eager.softmax_state import merge
@@ -32,13 +33,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # the interpreter is numpy, which warns of NaN
 if DEVICE == "cuda":
     pytestmark.append(on_gpu("triton", "linear_token_stats"))
-ALL = 15
+ALL = bits("logprob", "entropy", "collision", "vocab_covariance")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HARDWARE = {
     "sm_90": tiling.Hardware(2, 32, True),
     "sm_80": tiling.Hardware(2, 32, True, descriptors=False, shared=163 << 10),
     "gfx942": tiling.Hardware(2, 64, False, descriptors=False, shared=64 << 10),
 }
+
+
+def plain(vocab: int) -> RowOptions:
+    return RowOptions(0.0, -100, 0, vocab)
 
 
 def inputs(rows: int, features: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -133,14 +138,12 @@ def test_every_tiling(
         pytest.skip("cut for another GPU")
     monkeypatch.setattr(tiling, "hardware", lambda device: on)
     case = inputs(rows, 80, 1100, dtype)
-    expected = exact(*case, softcap, -100, 0, 1090, ALL)
+    options = RowOptions(softcap, -100, 0, 1090)
+    expected = exact(*case, options, ALL)
     for described in (True, False) if on.descriptors and dtype.itemsize == 2 else (False,):
         for cut in tiling.linear_candidates(dtype.itemsize, rows, described, softcap != 0, on):
             cut = LinearTiling(cut.rows, cut.columns, cut.features, cut.warps, cut.stages, group=2)
-            got = kernels._forward(
-                cut, *case, softcap, -100, 0, 1090, 1090, ALL, torch.float32, 1 << 20, described
-            )  # fmt: skip
-            close(got, expected)
+            close(kernels._forward(cut, *case, options, ALL, torch.float32, 1 << 20, described), expected)
 
 
 def test_parts() -> None:
@@ -173,7 +176,7 @@ def test_two_programs_share_a_multiprocessor_where_their_sums_fit_the_registers(
 def test_memory_for_parts(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "hardware", lambda device: tiling.Hardware(8, 32, True, descriptors=False))
     case = inputs(70, 24, 700)
-    close(forward(*case, 0.0, -100, 0, 700, ALL, scratch=scratch), exact(*case, 0.0, -100, 0, 700, ALL))
+    close(forward(*case, plain(700), ALL, scratch=scratch), exact(*case, plain(700), ALL))
 
 
 @pytest.mark.parametrize("bias", (True, False))
@@ -181,9 +184,9 @@ def test_memory_for_parts(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_wanted(want: int, bias: bool) -> None:
     case = list(inputs(5, 24, 90))
     case[2] = case[2] if bias else None
-    got = forward(*case, 0.0, -100, 0, 90, want)
-    assert got[4].shape == (6 if want >= 4 else 4, 5)
-    close(got, exact(*case, 0.0, -100, 0, 90, want))
+    got = forward(*case, plain(90), want)
+    assert got[1].shape == (6 if want >= 4 else 4, 5)
+    close(got, exact(*case, plain(90), want))
 
 
 def test_shards_merge() -> None:
@@ -193,8 +196,8 @@ def test_shards_merge() -> None:
     states = []
     for a, b in ((0, 7), (7, 7), (7, 250), (250, 285), (285, 300)):
         part = (hidden, weight[a:b], bias[a:b], target % 280, temperature)
-        states.append(forward(*part, 0.0, -100, a, 280, ALL)[4])
-    whole = exact(hidden, weight[:280], bias[:280], target % 280, temperature, 0.0, -100, 0, 280, ALL)[4]
+        states.append(forward(*part, plain(280).of_part(a), ALL)[1])
+    whole = exact(hidden, weight[:280], bias[:280], target % 280, temperature, plain(280), ALL)[1]
     close((merge(torch.stack(states), temperature),), (whole,))
 
 
@@ -204,9 +207,9 @@ def test_logits_are_rounded_once(dtype: torch.dtype) -> None:
     case = inputs(20, 64, 300, torch.float32)
     hidden, weight, bias, target, temperature = case
     logits = (hidden.double() @ weight.double().t() + bias.double()).to(dtype)
-    expected = eager.token_stats_forward(logits.double()[None], target, temperature.double(), 0.0, -100, 0, 300, ALL)
-    got = forward(*case, 0.0, -100, 0, 300, ALL, logits=dtype)
-    away = exact(*case, 0.0, -100, 0, 300, ALL)
+    expected, _ = eager.token_stats_forward(logits.double()[None], target, temperature.double(), plain(300), ALL)
+    got, _ = forward(*case, plain(300), ALL, logits=dtype)
+    away, _ = exact(*case, plain(300), ALL)
     for i in range(4):
         error, rounding = ((got[i].double() - x[i]).abs() for x in (expected, away))
         assert error.median() < 2e-5
@@ -229,9 +232,9 @@ def special(value: float, where: str) -> tuple[Tensor, ...]:
 def test_non_finite_numbers(value: float, where: str) -> None:
     """NaN and +inf poison the rows that meet them, and no other; -inf in the bias masks an entry."""
     case = special(value, where)
-    got = forward(*case, 0.0, -100, 0, 300, ALL)
-    close(got[:4], exact(*case, 0.0, -100, 0, 300, ALL)[:4])
-    bad = got[1].isnan()
+    stats, _ = forward(*case, plain(300), ALL)
+    close((stats,), (exact(*case, plain(300), ALL)[0],))
+    bad = stats[1].isnan()
     if where == "state":
         assert bad[2] and bad.sum() == 1
     elif where == "bias":
@@ -243,20 +246,20 @@ def test_rows_by_label_and_temperature() -> None:
     case[3] = torch.tensor([-100, 0, 299, 300, -1, 5], device=DEVICE)
     case[0][0] = math.nan
     case[4][5] = 0.0
-    got = forward(*case, 0.0, -100, 0, 300, ALL)
-    close(got[:4], exact(*case, 0.0, -100, 0, 300, ALL)[:4])
-    assert [x[0].item() for x in got[:4]] == [0] * 4 and got[0][3:].isnan().all()
+    stats, _ = forward(*case, plain(300), ALL)
+    close((stats,), (exact(*case, plain(300), ALL)[0],))
+    assert stats[:, 0].tolist() == [0] * 4 and stats[0, 3:].isnan().all()
     case[3] = torch.full((6,), -100, device=DEVICE, dtype=torch.int32)
-    assert not torch.stack(forward(*case, 0.0, -100, 0, 300, ALL)[:4]).any(), "nothing but ignored rows"
+    assert not forward(*case, plain(300), ALL)[0].any(), "nothing but ignored rows"
 
 
 def test_a_masked_vocabulary() -> None:
     """All of it but one entry, and all of it."""
     hidden, weight, bias, target, temperature = inputs(6, 24, 300)
     bias[:] = -math.inf
-    assert forward(hidden, weight, bias, target, temperature, 0.0, -100, 0, 300, 3)[1].isnan().all()
+    assert forward(hidden, weight, bias, target, temperature, plain(300), 3)[0][1].isnan().all()
     bias[target[0]] = 1.0
-    logprob, entropy, *_ = forward(hidden, weight, bias, target, temperature, 0.0, -100, 0, 300, 3)
+    logprob, entropy = forward(hidden, weight, bias, target, temperature, plain(300), 3)[0]
     assert logprob[0] == 0 and (entropy == 0).all() and not entropy.signbit().any()
     assert (logprob[target != target[0]] == -math.inf).all()
 
@@ -266,7 +269,7 @@ def test_collapsed_entropy(gap: float) -> None:
     hidden, weight = torch.ones(3, 16, device=DEVICE), torch.zeros(2048, 16, device=DEVICE)
     weight[7] = gap / 16
     case = (hidden, weight, None, torch.full((3,), 7, device=DEVICE), torch.ones(1, device=DEVICE))
-    got, expected = (f(*case, 0.0, -100, 0, 2048, 3)[1].double() for f in (forward, exact))
+    got, expected = (f(*case, plain(2048), 3)[0][1].double() for f in (forward, exact))
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-6)
 
 
@@ -274,16 +277,16 @@ def test_collapsed_entropy(gap: float) -> None:
 def test_layouts(dtype: torch.dtype) -> None:
     """Rows that no descriptor can describe, transposed weights, strides; empty sides."""
     hidden, weight, bias, target, temperature = inputs(20, 64, 304, dtype)
-    expected = exact(hidden, weight, bias, target, temperature, 0.0, -100, 0, 304, ALL)
+    expected = exact(hidden, weight, bias, target, temperature, plain(304), ALL)
     wide = torch.stack([hidden, hidden + 1], -1)[..., 0]
     odd = torch.cat([weight[:, :1], weight], 1)[:, 1:]
     flat = weight.t().contiguous().t()
     strided = torch.stack([bias, bias], -1)[:, 0]
     for h, w in ((hidden, weight), (wide, weight), (hidden, odd), (hidden, flat)):
-        close(forward(h, w, strided, target, temperature, 0.0, -100, 0, 304, ALL), expected)
-    one = forward(hidden, weight[:1], bias[:1], target * 0, temperature, 0.0, -100, 0, 1, ALL)
-    assert not torch.stack([one[0], one[1], one[3]]).any() and (one[2] == 1).all()
-    assert forward(hidden[:0], weight, bias, target[:0], temperature[:0], 0.0, -100, 0, 304, ALL)[0].shape == (0,)
+        close(forward(h, w, strided, target, temperature, plain(304), ALL), expected)
+    one, _ = forward(hidden, weight[:1], bias[:1], target * 0, temperature, plain(1), ALL)
+    assert not one[[0, 1, 3]].any() and (one[2] == 1).all()
+    assert forward(hidden[:0], weight, bias, target[:0], temperature[:0], plain(304), ALL)[0].shape == (4, 0)
 
 
 def test_scratch_of_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +310,7 @@ def test_scratch_of_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
     for features in (64, 65):
         case = inputs(150, features, 300, torch.bfloat16)
         before = [x.clone() for x in case]
-        close(forward(*case, 0.0, -100, 0, 300, 3), exact(*case, 0.0, -100, 0, 300, 3))
+        close(forward(*case, plain(300), 3), exact(*case, plain(300), 3))
         assert all(torch.equal(a, b) for a, b in zip(before, case, strict=True))
         assert len(ran) >= 2 and all(size <= 30_000 for size in ran[:-1])
         ran.clear()

@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from conftest import on_gpu
+from entropy_kernels._rows import UNBOUNDED, RowOptions, bits, wanted
 from entropy_kernels.backends import switches
 from entropy_kernels.backends.eager import softmax_state as torch_state
 from entropy_kernels.backends.eager import token_stats as eager
@@ -26,9 +27,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 if DEVICE == "cuda":
     pytestmark.append(on_gpu("triton", "token_stats"))
-ALL = 15
-NONE = 1 << 40  # a vocab_size beyond every column
-BITS = {"logprob": 1, "entropy": 2, "collision": 4, "vocab_covariance": 8}
+ALL = bits("logprob", "entropy", "collision", "vocab_covariance")
+PLAIN = RowOptions(0.0, -100, 0, UNBOUNDED)
 
 
 def inputs(
@@ -71,19 +71,18 @@ def test_split_rows_equal_whole_rows(parts: int, vocab: int, monkeypatch: pytest
     monkeypatch.setattr(tiling, "split_count", lambda *_: parts)
     logits, target, temperature = inputs(2, vocab)
     target[0] = vocab - 1
-    arguments = (logits, target, temperature, 0.0, -100, 0, NONE, ALL)
+    arguments = (logits, target, temperature, PLAIN, ALL)
     for actual, expected in zip(kernels.token_stats_forward(*arguments), exact(*arguments), strict=True):
         close(actual, expected, rtol=5e-6)
 
 
-@pytest.mark.parametrize("want", (1, 3, 4))
+@pytest.mark.parametrize("want", (1, 3, 4, 8, 11, 14))
 def test_split_rows_give_what_is_wanted(want: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "split_count", lambda *_: 2)
-    arguments = (*inputs(1, 300), 0.0, -100, 0, NONE, want)
-    outputs = kernels.token_stats_forward(*arguments)
-    assert outputs[4].shape == (6 if want == 4 else 4, 1)
-    for (name, bit), actual, expected in zip(BITS.items(), outputs, exact(*arguments), strict=False):
-        assert actual.shape == ((1,) if want & bit else (0,)), name
+    arguments = (*inputs(1, 300), PLAIN, want)
+    stats, state = kernels.token_stats_forward(*arguments)
+    assert state.shape == (6 if want >= 4 else 4, 1) and stats.shape == (len(wanted(want)), 1)
+    for actual, expected in zip((stats, state), exact(*arguments), strict=True):
         close(actual, expected)
 
 
@@ -97,11 +96,10 @@ def test_split_rows_with_special_values(value: float, where: str, monkeypatch: p
     logits, target, temperature = inputs(1, 1024)
     logits[..., {"first": slice(0, 512), "last": slice(512, 1024), "all": slice(None)}[where]] = value
     target[:] = 5
-    arguments = (logits, target, temperature, 0.0, -100, 0, NONE, ALL)
-    outputs = kernels.token_stats_forward(*arguments)
-    for actual, expected in zip(outputs[:4], exact(*arguments), strict=False):
-        close(actual, expected)
-    assert outputs[1].isnan().item() == (value != -math.inf or where == "all")
+    arguments = (logits, target, temperature, PLAIN, ALL)
+    stats, _ = kernels.token_stats_forward(*arguments)
+    close(stats, exact(*arguments)[0])
+    assert stats[1].isnan().item() == (value != -math.inf or where == "all")
 
 
 def test_split_count() -> None:
@@ -133,7 +131,7 @@ def test_a_row_is_cut_without_regard_to_the_others_if_asked_to(monkeypatch: pyte
 
         def call(rows: slice) -> tuple[Tensor, ...]:
             given = (logits[:, rows], target[rows], temperature[rows])
-            return kernels.token_stats_forward(*given, 0.0, -100, 0, NONE, ALL)
+            return kernels.token_stats_forward(*given, PLAIN, ALL)
 
         whole = call(slice(None))
         pairs = [(a, b[..., i : i + 1]) for i in range(2) for a, b in zip(call(slice(i, i + 1)), whole, strict=True)]
@@ -152,13 +150,13 @@ def test_states_of_shards_merge_in_torch(softcap: float) -> None:
     shards = []
     for start, stop in ((0, 100), (100, 101), (101, 230)):
         shard = logits[..., start:stop]
-        shards.append(kernels.token_stats_forward(shard, target, temperature, softcap, -100, start, 230, ALL)[4])
+        options = RowOptions(softcap, -100, start, 230)
+        shards.append(kernels.token_stats_forward(shard, target, temperature, options, ALL)[1])
     merged = torch_state.merge(torch.stack(shards), temperature)
     none = torch.zeros(4, dtype=torch.bool, device=DEVICE)
-    whole = exact(logits, target, temperature, softcap, -100, 0, 230, ALL)
-    close(merged, whole[4], rtol=5e-6)
-    for actual, expected in zip(torch_state.finalize(merged, temperature, ALL, none, none), whole, strict=False):
-        close(actual, expected)
+    stats, state = exact(logits, target, temperature, RowOptions(softcap, -100, 0, 230), ALL)
+    close(merged, state, rtol=5e-6)
+    close(torch_state.finalize(merged, temperature, ALL, none, none), stats)
 
 
 def test_state_of_a_poisoned_shard_is_not_skipped() -> None:
@@ -167,8 +165,9 @@ def test_state_of_a_poisoned_shard_is_not_skipped() -> None:
     logits[..., 3] = math.nan
     one = torch.ones(1, device=DEVICE)
     target = torch.zeros(1, dtype=torch.long, device=DEVICE)
-    poisoned = kernels.token_stats_forward(logits, target, one, 0.0, -100, 0, 16, ALL)[4]
-    sound = kernels.token_stats_forward(torch.zeros_like(logits), target, one, 0.0, -100, 8, 16, ALL)[4]
+    options = RowOptions(0.0, -100, 0, 16)
+    _, poisoned = kernels.token_stats_forward(logits, target, one, options, ALL)
+    _, sound = kernels.token_stats_forward(torch.zeros_like(logits), target, one, options.of_part(8), ALL)
     assert torch_state.merge(torch.stack([poisoned, sound]), one)[1].isnan().all()
 
 
@@ -176,17 +175,17 @@ def test_state_of_an_ignored_row_is_neutral() -> None:
     logits, target, temperature = inputs(2, 10)
     logits[0, 0] = math.nan
     target[0] = -7
-    outputs = kernels.token_stats_forward(logits, target, temperature, 0.0, -7, 0, NONE, ALL)
-    assert outputs[4][:, 0].tolist() == [0, 1, 0, 0, 1, 0]
-    assert [x[0].item() for x in outputs[:4]] == [0, 0, 0, 0]
+    stats, state = kernels.token_stats_forward(logits, target, temperature, PLAIN._replace(ignore_index=-7), ALL)
+    assert state[:, 0].tolist() == [0, 1, 0, 0, 1, 0]
+    assert stats[:, 0].tolist() == [0, 0, 0, 0]
 
 
 def test_labels_and_temperatures_out_of_range_give_nan() -> None:
     logits, target, temperature = inputs(5, 10)
     target[:2] = torch.tensor([-1, 10])
     temperature[2:] = torch.tensor([0.0, -1.0, math.nan])
-    outputs = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, 10, ALL)
-    assert torch.stack(outputs[:4]).isnan().all()
+    stats, _ = kernels.token_stats_forward(logits, target, temperature, RowOptions(0.0, -100, 0, 10), ALL)
+    assert stats.shape == (4, 5) and stats.isnan().all()
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------
@@ -212,16 +211,16 @@ def test_layouts(name: str) -> None:
     dtype = torch.bfloat16
     logits = layouts(6, 150, dtype)[name]
     _, target, temperature = inputs(6, 150)
-    arguments = (logits, target, temperature, 0.0, -100, 0, NONE, ALL)
+    arguments = (logits, target, temperature, PLAIN, ALL)
     outputs, expected = kernels.token_stats_forward(*arguments), exact(*arguments)
     for a, b in zip(outputs, expected, strict=True):
         close(a, b)
-    grads = torch.randn(3, 6, device=DEVICE)
-    rest = (target, temperature, outputs[4], 0.0, -100, 0, NONE, False)
-    gradient = kernels.token_stats_backward(*grads, logits, *rest)
+    grads = torch.randn(4, 6, device=DEVICE)
+    rest = (target, temperature, outputs[1], PLAIN, ALL, False)
+    gradient = kernels.token_stats_backward(grads, logits, *rest)
     assert gradient.is_contiguous() and gradient.dtype == dtype
     dense = eager.token_stats_backward(
-        *grads.double(), logits.double(), target, temperature.double(), expected[4], *rest[3:]
+        grads.double(), logits.double(), target, temperature.double(), expected[1], *rest[3:]
     )
     close(gradient, dense, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
@@ -231,11 +230,11 @@ def test_in_place_over_a_view_leaves_its_surroundings() -> None:
     before = buffer.clone()
     logits = buffer[:, 1:3, 5:155]
     _, target, temperature = inputs(4, 150)
-    state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, NONE, 3)[4]
-    rest = (target, temperature, state, 0.0, -100, 0, NONE)
-    grad = torch.randn(4, device=DEVICE)
-    apart = kernels.token_stats_backward(grad, None, None, logits, *rest, False)
-    over = kernels.token_stats_backward(grad, None, None, logits, *rest, True)
+    _, state = kernels.token_stats_forward(logits, target, temperature, PLAIN, 1)
+    rest = (target, temperature, state, PLAIN, 1)
+    grads = torch.randn(1, 4, device=DEVICE)
+    apart = kernels.token_stats_backward(grads, logits, *rest, False)
+    over = kernels.token_stats_backward(grads, logits, *rest, True)
     assert over.data_ptr() == logits.data_ptr()
     assert torch.equal(over, apart)
     before[:, 1:3, 5:155] = apart
@@ -254,37 +253,36 @@ def test_rows_of_ignores_strides_that_mean_nothing() -> None:
 # ---- the gradient --------------------------------------------------------------------------------------------------
 
 
+DIFFERENTIABLE = ("logprob", "entropy", "collision")
+# (S, 4) -> upstream gradients (S, 2)
+UPSTREAM = {
+    "one for all rows": lambda x: x[:, :1].expand(-1, 2),
+    "one for all": lambda x: x[:1, :1].expand(x.shape[0], 2),
+    "every second": lambda x: x[:, ::2],
+    "rows first": lambda x: x[:, :2].t().contiguous().t(),
+}
+
+
 @pytest.mark.parametrize("given", ("100", "010", "001", "110", "111"))
 @pytest.mark.parametrize("softcap", (0.0, 4.0))
-def test_gradients_by_what_is_given(given: str, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles per program, several programs per row, padded columns at the end, stride 0 and 2 upstream."""
+@pytest.mark.parametrize("layout", UPSTREAM)
+def test_gradients_by_what_is_given(given: str, softcap: float, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles per program, several programs per row, padded columns at the end, strides upstream."""
     narrow(monkeypatch)
     cut = tiling.BackwardTiling(tile=512, warps=1, tiles=2)
     monkeypatch.setattr(tiling, "backward_candidates", lambda *_: (cut,))
     logits, target, temperature = inputs(2, 2600)
     start, size = 1000, 3500
     target[:] = torch.tensor([1000 + 511, 3499])
-    want = ALL if given[2] == "1" else 3
-    arguments = (logits, target, temperature, softcap, -100, start, size)
-    state = kernels.token_stats_forward(*arguments, want)[4]
-    upstream = [torch.tensor([0.7], device=DEVICE).expand(2), torch.randn(4, device=DEVICE)[::2], torch.randn(2)]
-    upstream = [g.to(DEVICE) if flag == "1" else None for g, flag in zip(upstream, given, strict=True)]
-    assert state.shape[0] == (6 if want == ALL else 4)
-    actual = kernels.token_stats_backward(
-        *upstream, logits, target, temperature, state, softcap, -100, start, size, False
-    )
-    double = [g if g is None else g.double() for g in upstream]
+    want = bits(*(name for name, flag in zip(DIFFERENTIABLE, given, strict=True) if flag == "1"))
+    options = RowOptions(softcap, -100, start, size)
+    _, state = kernels.token_stats_forward(logits, target, temperature, options, want)
+    assert state.shape[0] == (6 if given[2] == "1" else 4)
+    grads = UPSTREAM[layout](torch.randn(len(wanted(want)), 4)).to(DEVICE)
+    actual = kernels.token_stats_backward(grads, logits, target, temperature, state, options, want, False)
+    double = (logits.double(), target, temperature.double())
     expected = eager.token_stats_backward(
-        *double,
-        logits.double(),
-        target,
-        temperature.double(),
-        exact(*arguments, ALL)[4],
-        softcap,
-        -100,
-        start,
-        size,
-        False,
+        grads.double(), *double, exact(*double, options, want)[1], options, want, False
     )
     close(actual, expected, atol=1e-8, rtol=2e-5)
     assert (actual[..., size - start :] == 0).all()
@@ -296,28 +294,43 @@ def test_rows_on_which_nothing_depends_are_not_read() -> None:
     logits[0, 0] = math.nan
     logits[0, 1] = math.nan
     target[1] = -100
-    state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, NONE, ALL)[4]
-    grads = [torch.tensor([0.0, 1.0, 1.0], device=DEVICE), torch.tensor([0.0, math.nan, 1.0], device=DEVICE)]
-    gradient = kernels.token_stats_backward(
-        *grads, None, logits, target, temperature, state, 0.0, -100, 0, NONE, False
-    )  # fmt: skip
+    _, state = kernels.token_stats_forward(logits, target, temperature, PLAIN, ALL)
+    nan = math.nan
+    grads = torch.tensor([[0.0, 1.0, 1.0], [0.0, nan, 1.0], [0.0, 0.0, 0.0], [nan, nan, nan]], device=DEVICE)
+    rest = (logits, target, temperature, state, PLAIN, ALL, False)
+    gradient = kernels.token_stats_backward(grads, *rest)
     assert (gradient[0, :2] == 0).all()
     assert (gradient[0, 2] != 0).all() and gradient.isfinite().all()
-    grads[0][0] = 1.0
-    gradient = kernels.token_stats_backward(
-        *grads, None, logits, target, temperature, state, 0.0, -100, 0, NONE, False
-    )  # fmt: skip
+    grads[0, 0] = 1.0
+    gradient = kernels.token_stats_backward(grads, *rest)
     assert gradient[0, 0].isnan().all(), "NaN in a row that counts is not hidden"
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_a_gradient_of_zero_switches_its_term_off(row: int) -> None:
+    """As if the statistic had not been asked for: 0 · inf and 0 · NaN of its factor would be NaN."""
+    logits, target, temperature = inputs(3, 40)
+    _, state = kernels.token_stats_forward(logits, target, temperature, PLAIN, ALL)
+    grads = torch.zeros(4, 3, device=DEVICE)
+    grads[row] = torch.randn(3, device=DEVICE)
+    if row != 1:
+        state[2] = math.inf
+    if row != 2:
+        state[4] = math.nan
+    rest = (logits, target, temperature)
+    together = kernels.token_stats_backward(grads, *rest, state, PLAIN, ALL, False)
+    alone = kernels.token_stats_backward(grads[row : row + 1], *rest, state, PLAIN, 1 << row, False)
+    assert together.isfinite().all() and together.any() and torch.equal(together, alone)
 
 
 def test_bf16_gradients_round_to_nearest() -> None:
     """Triton's interpreter truncates where the hardware rounds to nearest even; the kernel makes up for it."""
     logits, target, temperature = inputs(1, 500, torch.bfloat16)
-    state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, NONE, ALL)[4]
-    rest = (target, temperature, state, 0.0, -100, 0, NONE, False)
-    one = torch.ones(1, device=DEVICE)
-    rounded = kernels.token_stats_backward(one, one, one, logits, *rest)
-    full = kernels.token_stats_backward(one, one, one, logits.float(), *rest)
+    _, state = kernels.token_stats_forward(logits, target, temperature, PLAIN, ALL)
+    rest = (target, temperature, state, PLAIN, ALL, False)
+    ones = torch.ones(4, 1, device=DEVICE)
+    rounded = kernels.token_stats_backward(ones, logits, *rest)
+    full = kernels.token_stats_backward(ones, logits.float(), *rest)
     assert torch.equal(rounded, full.bfloat16())
 
 
@@ -327,13 +340,10 @@ def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
     rows = shape[0] * shape[1]
     target = torch.zeros(rows, dtype=torch.long, device=DEVICE)
     one = torch.ones(1, device=DEVICE)
-    outputs = kernels.token_stats_forward(logits, target, one, 0.0, -100, 0, NONE, ALL)
-    assert [x.shape for x in outputs] == [(rows,)] * 4 + [(6, rows)]
-    assert torch.stack(outputs[:4]).isnan().all()
-    grad = torch.ones(rows, device=DEVICE)
-    gradient = kernels.token_stats_backward(
-        grad, grad, grad, logits, target, one, outputs[4], 0.0, -100, 0, NONE, False
-    )  # fmt: skip
+    stats, state = kernels.token_stats_forward(logits, target, one, PLAIN, ALL)
+    assert stats.shape == (4, rows) and state.shape == (6, rows) and stats.isnan().all()
+    grads = torch.ones(4, rows, device=DEVICE)
+    gradient = kernels.token_stats_backward(grads, logits, target, one, state, PLAIN, ALL, False)
     assert gradient.shape == shape
 
 
@@ -342,8 +352,8 @@ def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("offset", (0.0, 1000.0))
 def test_entropy_of_a_large_vocabulary(offset: float) -> None:
-    arguments = (inputs(1, 151_936)[0] + offset, *inputs(1, 151_936)[1:], 0.0, -100, 0, NONE, ALL)
-    actual, expected = kernels.token_stats_forward(*arguments), exact(*arguments)
+    arguments = (inputs(1, 151_936)[0] + offset, *inputs(1, 151_936)[1:], PLAIN, ALL)
+    (actual, _), (expected, _) = kernels.token_stats_forward(*arguments), exact(*arguments)
     close(actual[1], expected[1], atol=2e-6, rtol=0)
     close(actual[2], expected[2], atol=0, rtol=5e-6)
 
@@ -354,8 +364,8 @@ def test_collapsed_entropy_over_many_lanes(gap: float) -> None:
     logits = torch.zeros(1, 1, 2048, device=DEVICE)
     logits[..., 7] = gap
     one = torch.ones(1, device=DEVICE)
-    arguments = (logits, torch.tensor([7], device=DEVICE), one, 0.0, -100, 0, NONE, ALL)
-    close(kernels.token_stats_forward(*arguments)[1], exact(*arguments)[1], atol=2.5e-7, rtol=2e-7)
+    arguments = (logits, torch.tensor([7], device=DEVICE), one, PLAIN, ALL)
+    close(kernels.token_stats_forward(*arguments)[0][1], exact(*arguments)[0][1], atol=2.5e-7, rtol=2e-7)
 
 
 def test_softcap_tanh_is_accurate_near_zero() -> None:
@@ -363,7 +373,6 @@ def test_softcap_tanh_is_accurate_near_zero() -> None:
     z = torch.cat([torch.linspace(-1, 1, 400), torch.logspace(-6, 0, 112)]) * 30
     positions = torch.arange(0, 512, 37)
     logits = z.to(DEVICE).expand(1, len(positions), -1)
-    state = kernels.token_stats_forward(
-        logits, positions.to(DEVICE), torch.ones(1, device=DEVICE), 30.0, -100, 0, NONE, ALL
-    )[4]
+    arguments = (logits, positions.to(DEVICE), torch.ones(1, device=DEVICE), PLAIN._replace(softcap=30.0), ALL)
+    _, state = kernels.token_stats_forward(*arguments)
     close(state[3].cpu(), 30 * torch.tanh(z[positions].double() / 30), atol=0, rtol=3e-7)

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
 from compare import Bound
+from entropy_kernels._rows import NAMES, RowOptions
 from entropy_kernels.backends.triton import tiling, token_stats, tuning
 from entropy_kernels.backends.triton.tuning import ShapeClass
 
@@ -294,18 +295,16 @@ def test_all_candidates_are_right(case: tuple[str, bool, tiling.Hardware, int], 
     target = torch.randint(0, columns, (rows,))
     temperature = torch.rand(rows) + 0.5
     bound = Bound(logits[0], target, temperature=temperature)
-    settings = (0.0, -100, 0, columns)
+    options = RowOptions(0.0, -100, 0, columns)
     if direction == "forward":
-        got = token_stats._forward(cut, logits, target, temperature, *settings, 15)
-        bound.check_values(logprob=got[0], entropy=got[1], collision=got[2], vocab_covariance=got[3])
+        stats, _ = token_stats._forward(cut, logits, target, temperature, options, 15)
+        bound.check_values(**dict(zip(NAMES, stats, strict=False)))
     else:
-        state = token_stats.token_stats_forward(logits, target, temperature, *settings, 15)[4]
-        grads = {name: torch.randn(rows) for name in ("logprob", "entropy", "collision")}
+        _, state = token_stats.token_stats_forward(logits, target, temperature, options, 7)
+        grads = torch.randn(3, rows)
         out = torch.empty_like(logits)
-        token_stats._backward(
-            cut, tuple(grads.values()), logits, out, target, temperature, state, 0.0, -100, 0, columns
-        )
-        bound.check_gradient(out[0], **grads)
+        token_stats._backward(cut, grads, logits, out, target, temperature, state, options, 7)
+        bound.check_gradient(out[0], **dict(zip(NAMES, grads, strict=False)))
 
 
 @pytest.mark.parametrize("aligned", [True, False])
@@ -343,7 +342,7 @@ def test_the_choice_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_stats, "backward_kernel", Recorded(token_stats.backward_kernel, backward))
     logits, target = torch.randn(1, 4, 2512), torch.tensor([0, 1, 2, 2511])
     before = logits.clone()
-    arguments = (logits, target, torch.ones(1), 0.0, -100, 0, 2512)
+    arguments, options = (logits, target, torch.ones(1)), RowOptions(0.0, -100, 0, 2512)
     cuts = {
         "forward": tiling.forward_candidates(4, 2512, 4, True, SMALL),
         "backward": tiling.backward_candidates(4, 2512, True, SMALL),
@@ -359,9 +358,9 @@ def test_the_choice_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
             return 1.0 if any(cut == of[liked] for of in cuts.values()) else 2.0
 
         monkeypatch.setattr(tuning, "timer", timer)
-        state = token_stats.token_stats_forward(*arguments, 15)[4]
+        _, state = token_stats.token_stats_forward(*arguments, options, 7)
         ones = torch.ones(4)
-        gradient = token_stats.token_stats_backward(ones, ones, ones, *arguments[:3], state, *arguments[3:], True)
+        gradient = token_stats.token_stats_backward(ones.expand(3, 4), *arguments, state, options, 7, True)
         assert gradient is logits
         for direction, made in calls.items():
             assert len(made) == len(cuts[direction]) + 1, "each candidate once, then the call"

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from entropy_kernels._rows import state_rows
+from entropy_kernels._rows import SECOND_ORDER, RowOptions, state_rows
 from entropy_kernels.backends.triton import tiling, tuning
 from entropy_kernels.backends.triton.softcap import cap
 from entropy_kernels.backends.triton.softmax_state import add_rows, bits_per_logit
@@ -158,38 +158,35 @@ def linear_token_stats_forward(
     bias: Tensor | None,
     target: Tensor,
     temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
     want: int,
     logits_dtype: torch.dtype,
     scratch_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Statistics and softmax state of each token, without its logits.
 
     Args:
         hidden: (N, H) bf16, fp16 or fp32, any strides.
         weight: (V, H) of the same dtype, any strides.
         bias: (V,) of any floating dtype, or None.
-        target, temperature, softcap, ignore_index, vocab_start, vocab_size, want: as in token_stats_forward, for
-            logits (N, V).
+        target, temperature, options, want: as in token_stats_forward, for logits (N, V).
         logits_dtype: bf16, fp16 or fp32; the logits, bias included, are rounded to it once.
         scratch_bytes: for the states of parts of the vocabulary: about how much to use, at least one state per token.
 
     Returns:
         As token_stats_forward.
     """
-    rows, columns = hidden.shape[0], max(0, min(weight.shape[0], vocab_size - vocab_start))
+    rows, columns = hidden.shape[0], options.columns(weight.shape[0])
     if rows == 0:
         return forward_outputs(rows, temperature, want)
     on = tiling.hardware(hidden.device)
     described = on.descriptors and columns > 0 and _describable(hidden) and _describable(weight)
     # "linear-12": H of (2¹¹, 2¹²], which decides how much of the time the epilogue is
     direction = f"linear-{max(0, hidden.shape[1] - 1).bit_length()}"
-    shape = ShapeClass.of(direction, hidden.dtype, described, want >= 4, softcap != 0, columns, rows)
-    candidates = tiling.linear_candidates(hidden.element_size(), shape.rows, described, softcap != 0, on)
-    settings = (softcap, ignore_index, vocab_start, columns, vocab_size, want, logits_dtype, scratch_bytes, described)
+    shape = ShapeClass.of(
+        direction, hidden.dtype, described, bool(want & SECOND_ORDER), options.softcap != 0, columns, rows
+    )
+    candidates = tiling.linear_candidates(hidden.element_size(), shape.rows, described, options.softcap != 0, on)
 
     def scratch(budget: int) -> Callable[[LinearTiling], object]:
         length = hidden.shape[1] * hidden.element_size()
@@ -197,11 +194,13 @@ def linear_token_stats_forward(
         v = max(1, min(columns, budget // max(1, length) - n))
         h, head = (x.new_zeros(count, x.shape[1]) for x, count in ((hidden, n), (weight, v)))
         none, one = target.new_zeros(n), temperature.new_ones(1)
-        return lambda cut: _forward(cut, h, head, None, none, one, softcap, -100, 0, v, v, *settings[5:])
+        plain = RowOptions(options.softcap, -100, 0, v)
+        return lambda cut: _forward(cut, h, head, None, none, one, plain, want, logits_dtype, scratch_bytes, described)
 
     with torch.cuda.device_of(hidden):
         cut = tuning.choose(shape, hidden.device, candidates, scratch)
-        return _forward(cut, hidden, weight, bias, target, temperature, *settings)
+        matrices = hidden, weight, bias
+        return _forward(cut, *matrices, target, temperature, options, want, logits_dtype, scratch_bytes, described)
 
 
 def _describable(matrix: Tensor) -> bool:
@@ -222,20 +221,15 @@ def _forward(
     bias: Tensor | None,
     target: Tensor,
     temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    columns: int,
-    vocab_size: int,
+    options: RowOptions,
     want: int,
     logits_dtype: torch.dtype,
     scratch_bytes: int,
     described: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """linear_token_stats_forward for at least one row, cut as ``cut`` says, on the current device."""
-    rows, features = hidden.shape
-    results = forward_outputs(rows, temperature, want)
-    *outputs, state = results
+    (rows, features), columns = hidden.shape, options.columns(weight.shape[0])
+    stats, state = forward_outputs(rows, temperature, want)
     most = scratch_bytes // (state_rows(want) * rows * state.element_size())
     parts, tiles_per_part = cut.parts(rows, columns, most, tiling.hardware(hidden.device).multiprocessors)
     split = state.new_empty((state_rows(want), rows, parts))
@@ -248,13 +242,13 @@ def _forward(
         )
     linear_forward_kernel[(-(-rows // cut.rows) * parts,)](
         *matrices, state if bias is None else bias, target, temperature, split, rows, columns, features,
-        *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), temperature_stride, softcap,
-        ignore_index, vocab_start, parts, tiles_per_part, cut.group, SECOND=want >= 4, SOFTCAP=softcap != 0,
-        BIAS=bias is not None, DESCRIPTORS=described, LOGITS=DTYPES[logits_dtype], ROWS=cut.rows, COLUMNS=cut.columns,
+        *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), temperature_stride,
+        options.softcap, options.ignore_index, options.vocab_start, parts, tiles_per_part, cut.group,
+        SECOND=bool(want & SECOND_ORDER), SOFTCAP=options.softcap != 0, BIAS=bias is not None, DESCRIPTORS=described, LOGITS=DTYPES[logits_dtype], ROWS=cut.rows, COLUMNS=cut.columns,
         FEATURES=cut.features, STAGES=cut.stages, num_warps=cut.warps, **COMPILE,
     )  # fmt: skip
     merge_kernel[(rows,)](
-        split, target, temperature, *outputs, state, rows, parts, temperature_stride, ignore_index, vocab_size,
-        WANT=want, BLOCK=tiling.MAX_SPLITS, num_warps=1, **COMPILE,
+        split, target, temperature, stats, state, rows, parts, temperature_stride, options.ignore_index,
+        options.vocab_size, WANT=want, BLOCK=tiling.MAX_SPLITS, num_warps=1, **COMPILE,
     )  # fmt: skip
-    return results
+    return stats, state

@@ -11,6 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from entropy_kernels import _rows
+
+STATISTICS_COUNT = tl.constexpr(len(_rows.STATISTICS))
+SECOND_ORDER_BITS = tl.constexpr(_rows.SECOND_ORDER)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # exp2 of this is 0 in fp32 and in fp64, yet 0 times it is 0: what an entry at -inf is raised to
@@ -124,24 +128,56 @@ def merge_lanes(m, s, w, s2, w2, scale, SECOND_ORDER: tl.constexpr):
     """One scalar state from m (WARPS, 1) and sums (WARPS, LANES)."""
     top = tl.max(m)
     s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, scale, SECOND_ORDER)
-    if SECOND_ORDER:
-        s2 = tl.sum(s2)
-        w2 = tl.sum(w2)
-    return top, total(s), tl.sum(w), s2, w2
+    return top, total(s), tl.sum(w), tl.sum(s2), tl.sum(w2)
 
 
 @triton.jit
-def finalize(m, s, w, s2, w2, x_y, temperature, SECOND_ORDER: tl.constexpr):
-    """(logprob, entropy, collision, vocabulary covariance) in nats; the last two are 0 without SECOND_ORDER."""
+def finalize(m, s, w, s2, w2, x_y, temperature):
+    """The statistics of a row in nats, in the order of _rows.STATISTICS; those of second order need s2 and w2.
+
+    All of them: the compiler drops what nobody stores.
+    """
     log_s = tl.log(s)
     logprob = divide(x_y - m, temperature) - log_s
     entropy = log_s + divide(w * LN2, s)
-    collision = s * 0
-    covariance = s * 0
-    if SECOND_ORDER:
-        collision = divide(divide(s2, s), s)
-        q = -divide(divide(w2 * LN2 + log_s * s2, s), s)  # Σ p² log p
-        p_y = tl.exp(logprob)
-        own = tl.where(p_y == 0, 0.0, p_y * (logprob + entropy))
-        covariance = own - (q + entropy * collision)
+    collision = divide(divide(s2, s), s)
+    q = -divide(divide(w2 * LN2 + log_s * s2, s), s)  # Σ p² log p
+    p_y = tl.exp(logprob)
+    own = tl.where(p_y == 0, 0.0, p_y * (logprob + entropy))
+    covariance = own - (q + entropy * collision)
     return logprob, entropy, collision, covariance
+
+
+@triton.jit
+def store_row(
+    row,
+    rows,
+    m, s, w, s2, w2, x_y,
+    target,
+    temperature,
+    ignore_index,
+    vocab_size,
+    stats_ptr,  # (S, N): those in WANT
+    state_ptr,  # (K, N)
+    WANT: tl.constexpr,
+):  # fmt: skip
+    """Statistics and state of one finished row, in nats."""
+    ignored = target == ignore_index
+    invalid = (target < 0) | (target >= vocab_size)
+    nan = float("nan")
+    rows = rows.to(tl.int64)
+    stats = finalize(m, s, w, s2, w2, x_y, temperature)
+    stats_ptr += row
+    for bit in tl.static_range(STATISTICS_COUNT):
+        if (WANT >> bit) & 1:
+            tl.store(stats_ptr, tl.where(ignored, 0.0, tl.where(invalid, nan, stats[bit])))
+            stats_ptr += rows
+    state_ptr += row
+    # NaN marks m too: the maximum itself skips NaN, and whoever merges shards may skip a shard at -inf
+    tl.store(state_ptr, tl.where(ignored, 0.0, tl.where(s != s, nan, m)))
+    tl.store(state_ptr + rows, tl.where(ignored, 1.0, s))
+    tl.store(state_ptr + 2 * rows, tl.where(ignored, 0.0, w * LN2))
+    tl.store(state_ptr + 3 * rows, tl.where(ignored, 0.0, x_y))
+    if SECOND_ORDER_BITS & WANT:
+        tl.store(state_ptr + 4 * rows, tl.where(ignored, 1.0, s2))
+        tl.store(state_ptr + 5 * rows, tl.where(ignored, 0.0, w2 * LN2))

@@ -6,12 +6,12 @@ nothing about the code are excluded from Triton's automatic specialisation too, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from entropy_kernels._rows import state_rows
+from entropy_kernels._rows import COLLISION, SECOND_ORDER, RowOptions, state_rows
 from entropy_kernels.backends.triton import tiling, tuning
 from entropy_kernels.backends.triton.tiling import BackwardTiling, ForwardTiling
 from entropy_kernels.backends.triton.token_stats_kernels import COMPILE, backward_kernel, forward_kernel, merge_kernel
@@ -51,48 +51,44 @@ def token_stats_forward(
     logits: Tensor,
     target: Tensor,
     temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
     want: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Statistics and softmax state of each row, from one read of the logits.
 
     Args:
         logits: (B, L, V) bf16, fp16, fp32 or fp64, any strides.
         target: (N,) int32 or int64 global ids, contiguous, N = B·L.
         temperature: (1,) or (N,), contiguous, fp32 (fp64 for fp64 logits).
-        softcap: 0.0 for none.
-        ignore_index: rows with this target give 0 and are not read.
-        vocab_start: global id of column 0.
-        vocab_size: columns whose global id is at or beyond it count as -inf.
-        want: bitmask of outputs, 1 log-prob, 2 entropy, 4 collision, 8 vocabulary covariance.
+        options: rows with the target ``ignore_index`` give 0 and are not read.
+        want: bitmask of _rows.STATISTICS.
 
     Returns:
-        (logprob, entropy, collision, vocab_covariance, state): (N,) each, or (0,) where not wanted; state (K, N).
+        (stats, state): (S, N), the statistics in ``want`` in the order of their bits, and (K, N).
     """
-    rows, columns = logits.shape[0] * logits.shape[1], max(0, min(logits.shape[2], vocab_size - vocab_start))
+    rows, columns = logits.shape[0] * logits.shape[1], options.columns(logits.shape[2])
     if rows == 0:
         return forward_outputs(rows, temperature, want)
     device, aligned = logits.device, _aligned(logits, _rows_of(logits))
-    shape = ShapeClass.of("forward", logits.dtype, aligned, want >= 4, softcap != 0, columns, rows)
+    shape = ShapeClass.of(
+        "forward", logits.dtype, aligned, bool(want & SECOND_ORDER), options.softcap != 0, columns, rows
+    )
     candidates = tiling.forward_candidates(logits.element_size(), columns, shape.rows, aligned, tiling.hardware(device))
 
     def scratch(budget: int) -> Callable[[ForwardTiling], object]:
         block = _scratch_logits(logits, columns, min(rows, tuning.MAX_ROWS), aligned, budget)
         labels = torch.zeros(block.shape[0] * block.shape[1], dtype=torch.int64, device=device)
         one = torch.ones(1, dtype=temperature.dtype, device=device)
-        return lambda cut: _forward(cut, block, labels, one, softcap, -100, 0, columns, want)
+        return lambda cut: _forward(cut, block, labels, one, RowOptions(options.softcap, -100, 0, columns), want)
 
     with torch.cuda.device_of(logits):
         cut = tuning.choose(shape, device, candidates, scratch)
-        return _forward(cut, logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
+        return _forward(cut, logits, target, temperature, options, want)
 
 
-def forward_outputs(rows: int, temperature: Tensor, want: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logprob, entropy, collision, covariance = (temperature.new_empty(rows if want & (1 << i) else 0) for i in range(4))
-    return logprob, entropy, collision, covariance, temperature.new_empty((state_rows(want), rows))
+def forward_outputs(rows: int, temperature: Tensor, want: int) -> tuple[Tensor, Tensor]:
+    """Stats and state of a forward pass, not yet written."""
+    return temperature.new_empty((want.bit_count(), rows)), temperature.new_empty((state_rows(want), rows))
 
 
 def _forward(
@@ -100,55 +96,48 @@ def _forward(
     logits: Tensor,
     target: Tensor,
     temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
     want: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """token_stats_forward for at least one row, cut as ``cut`` says, on the current device."""
     batch, length, vocab = logits.shape
-    rows, columns = batch * length, max(0, min(vocab, vocab_size - vocab_start))
-    results = forward_outputs(rows, temperature, want)
-    *outputs, state = results
+    rows, columns = batch * length, options.columns(vocab)
+    stats, state = forward_outputs(rows, temperature, want)
     multiprocessors = tiling.hardware(logits.device).multiprocessors
     parts, tiles_per_part = cut.parts(rows, columns, logits.element_size(), multiprocessors)
     temperature_stride = 0 if temperature.numel() == 1 else 1
     split = temperature.new_empty((6, rows, parts)) if parts > 1 else state
     forward_kernel[(rows, parts)](
-        logits, target, temperature, *outputs, split, rows, *_rows_of(logits), columns, temperature_stride,
-        softcap, ignore_index, vocab_start, vocab_size, tiles_per_part,
-        WANT=want, SOFTCAP=softcap != 0, PARTS=parts > 1, STEPS=cut.steps, WARPS=cut.warps, LANES=cut.lanes,
+        logits, target, temperature, stats, split, rows, *_rows_of(logits), columns, temperature_stride,
+        *options, tiles_per_part,
+        WANT=want, SOFTCAP=options.softcap != 0, PARTS=parts > 1, STEPS=cut.steps, WARPS=cut.warps, LANES=cut.lanes,
         WIDTH=cut.width, STAGES=cut.stages, num_warps=cut.warps, **COMPILE,
     )  # fmt: skip
     if parts > 1:
         merge_kernel[(rows,)](
-            split, target, temperature, *outputs, state, rows, parts, temperature_stride, ignore_index, vocab_size,
-            WANT=want, BLOCK=tiling.MAX_SPLITS, num_warps=1, **COMPILE,
+            split, target, temperature, stats, state, rows, parts, temperature_stride, options.ignore_index,
+            options.vocab_size, WANT=want, BLOCK=tiling.MAX_SPLITS, num_warps=1, **COMPILE,
         )  # fmt: skip
-    return results
+    return stats, state
 
 
 def token_stats_backward(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_collision: Tensor | None,
+    grad_stats: Tensor,
     logits: Tensor,
     target: Tensor,
     temperature: Tensor,
     state: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
+    want: int,
     inplace: bool,
 ) -> Tensor:
     """Gradient with respect to the logits, from one read and one write.
 
     Args:
-        grad_logprob, grad_entropy, grad_collision: (N,) with any stride, or None.
-        logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size: as in the forward.
-        state: (K, N), merged over all shards; K = 4 suffices without grad_collision.
+        grad_stats: (S, N) with any strides, the rows as in the forward's stats; not read are those of statistics that
+            are not differentiable.
+        logits, target, temperature, options, want: as in the forward.
+        state: (K, N), merged over all shards; K = 4 suffices if ``want`` has no collision.
         inplace: write over the logits.
 
     Returns:
@@ -159,57 +148,48 @@ def token_stats_backward(
     if dlogits.numel() == 0:
         return dlogits
     rows, width = logits.shape[0] * logits.shape[1], logits.shape[2]
-    columns = max(0, min(width, vocab_size - vocab_start))
-    grads = (grad_logprob, grad_entropy, grad_collision)
     device, aligned = logits.device, all(_aligned(x, _rows_of(x)) for x in (logits, dlogits))
-    shape = ShapeClass.of("backward", logits.dtype, aligned, grad_collision is not None, softcap != 0, width, rows)
+    shape = ShapeClass.of("backward", logits.dtype, aligned, bool(want & COLLISION), options.softcap != 0, width, rows)
     candidates = tiling.backward_candidates(logits.element_size(), width, aligned, tiling.hardware(device))
 
     def scratch(budget: int) -> Callable[[BackwardTiling], object]:
         block = _scratch_logits(logits, width, min(rows, tuning.MAX_ROWS), aligned, budget)
         n = block.shape[0] * block.shape[1]
         labels = torch.zeros(n, dtype=torch.int64, device=device)
-        ones = temperature.new_ones((6, n))
-        upstream = [None if grad is None else ones[0] for grad in grads]
+        ones = temperature.new_ones((max(6, want.bit_count()), n))
+        plain = RowOptions(options.softcap, -100, 0, options.columns(width))
         # in place: as many bytes are read and written as out of place
-        return lambda cut: _backward(cut, upstream, block, block, labels, ones[0, :1], ones, softcap, -100, 0, columns)
+        return lambda cut: _backward(cut, ones, block, block, labels, ones[0, :1], ones, plain, want)
 
     with torch.cuda.device_of(logits):
         cut = tuning.choose(shape, device, candidates, scratch)
-        _backward(cut, grads, logits, dlogits, target, temperature, state, softcap, ignore_index, vocab_start, columns)
+        _backward(cut, grad_stats, logits, dlogits, target, temperature, state, options, want)
     return dlogits
 
 
 def _backward(
     cut: BackwardTiling,
-    grads: Sequence[Tensor | None],
+    grad_stats: Tensor,
     logits: Tensor,
     dlogits: Tensor,
     target: Tensor,
     temperature: Tensor,
     state: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    columns: int,
+    options: RowOptions,
+    want: int,
 ) -> None:
-    """Write the gradient to ``dlogits``, which may be ``logits``, cut as ``cut`` says, on the current device.
-
-    ``grads``: of log-prob, entropy and collision.
-    """
+    """Write the gradient to ``dlogits``, which may be ``logits``, cut as ``cut`` says, on the current device."""
     batch, length, width = logits.shape
     rows = batch * length
     parts = -(-width // (cut.tile * cut.tiles))
-    pointers = [state if grad is None else grad for grad in grads]
-    strides = [0 if grad is None else grad.stride(0) for grad in grads]
     layout: tuple[int, ...] = _rows_of(logits)
     out_layout: tuple[int, ...] = _rows_of(dlogits)
     if layout[0] != out_layout[0]:  # one is evenly spaced and the other is not: address both by (B, L)
         layout = (length, *logits.stride())
         out_layout = (length, *dlogits.stride())
     backward_kernel[(rows * parts,)](
-        *pointers, logits, dlogits, target, temperature, state, rows, *layout, *out_layout[1:], width, columns,
-        *strides, 0 if temperature.numel() == 1 else 1, softcap, ignore_index, vocab_start, parts, cut.tiles,
-        LOGPROB=grads[0] is not None, ENTROPY=grads[1] is not None, COLLISION=grads[2] is not None,
-        SOFTCAP=softcap != 0, TILE=cut.tile, STAGES=cut.stages, num_warps=cut.warps, **COMPILE,
+        grad_stats, logits, dlogits, target, temperature, state, rows, *layout, *out_layout[1:], width,
+        options.columns(width), *grad_stats.stride(), 0 if temperature.numel() == 1 else 1, options.softcap,
+        options.ignore_index, options.vocab_start, parts, cut.tiles,
+        WANT=want, SOFTCAP=options.softcap != 0, TILE=cut.tile, STAGES=cut.stages, num_warps=cut.warps, **COMPILE,
     )  # fmt: skip

@@ -16,18 +16,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from entropy_kernels import _rows
 from entropy_kernels.backends.triton.softcap import cap
 from entropy_kernels.backends.triton.softmax_state import (
     LN2,
+    SECOND_ORDER_BITS,
     add_tile,
     bits_per_logit,
     divide,
-    finalize,
     log2_probability,
     merge_lanes,
     raise_top,
+    store_row,
     total,
 )
+
+LOGPROB, ENTROPY, COLLISION = (tl.constexpr(bit) for bit in (_rows.LOGPROB, _rows.ENTROPY, _rows.COLLISION))
 
 # Each loop says for itself how far it loads ahead (num_stages is for those that do not); sums of products are fused.
 COMPILE = {"num_stages": 1, "enable_fp_fusion": True}
@@ -47,48 +51,6 @@ def _all_or_none(like, tile, end):
     return tl.full(like.shape, tile, tl.int32) < end
 
 
-@triton.jit
-def _write_row(
-    row,
-    rows,
-    m, s, w, s2, w2, x_y,
-    target,
-    temperature,
-    ignore_index,
-    vocab_size,
-    logprob_ptr,  # (N,), or empty if WANT lacks it; so are the next three
-    entropy_ptr,
-    collision_ptr,
-    covariance_ptr,
-    state_ptr,  # (K, N)
-    WANT: tl.constexpr,
-    SECOND: tl.constexpr,
-):  # fmt: skip
-    """Results and state of one finished row, in nats."""
-    ignored = target == ignore_index
-    logprob, entropy, collision, covariance = finalize(m, s, w, s2, w2, x_y, temperature, SECOND)
-    invalid = (target < 0) | (target >= vocab_size)
-    nan = float("nan")
-    if WANT & 1:
-        tl.store(logprob_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, logprob)))
-    if WANT & 2:
-        tl.store(entropy_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, entropy)))
-    if WANT & 4:
-        tl.store(collision_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, collision)))
-    if WANT & 8:
-        tl.store(covariance_ptr + row, tl.where(ignored, 0.0, tl.where(invalid, nan, covariance)))
-    state_ptr += row
-    rows = rows.to(tl.int64)
-    # NaN marks m too: the maximum itself skips NaN, and whoever merges shards may skip a shard at -inf
-    tl.store(state_ptr, tl.where(ignored, 0.0, tl.where(s != s, nan, m)))
-    tl.store(state_ptr + rows, tl.where(ignored, 1.0, s))
-    tl.store(state_ptr + 2 * rows, tl.where(ignored, 0.0, w * LN2))
-    tl.store(state_ptr + 3 * rows, tl.where(ignored, 0.0, x_y))
-    if SECOND:
-        tl.store(state_ptr + 4 * rows, tl.where(ignored, 1.0, s2))
-        tl.store(state_ptr + 5 * rows, tl.where(ignored, 0.0, w2 * LN2))
-
-
 _ROW_ARGUMENTS = ["rows", "length", "temperature_stride", "ignore_index", "vocab_start", "vocab_size"]
 _ROW_POINTERS = ["target_ptr", "temperature_ptr"]
 
@@ -101,10 +63,7 @@ def forward_kernel(
     logits_ptr,  # row n = b·length + l starts at b·stride_b + l·stride_l, column j lies j·stride_v further
     target_ptr,  # (N,), global ids
     temperature_ptr,  # (1,) with temperature_stride 0, or (N,)
-    logprob_ptr,
-    entropy_ptr,
-    collision_ptr,
-    covariance_ptr,
+    stats_ptr,  # (S, N): those in WANT
     state_ptr,  # (K, N); with PARTS the buffer (6, N, parts) of unmerged states
     rows,  # N
     length,
@@ -129,7 +88,7 @@ def forward_kernel(
 ):
     """Grid (N, parts): the state of one row or of one part of it, and its results if it is the whole."""
     TILE: tl.constexpr = STEPS * WARPS * LANES * WIDTH
-    SECOND: tl.constexpr = WANT >= 4
+    SECOND: tl.constexpr = (SECOND_ORDER_BITS & WANT) != 0
     ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0)
     part = tl.program_id(1)
@@ -197,9 +156,9 @@ def forward_kernel(
             tl.store(state_ptr + 4 * plane, sum_s2)
             tl.store(state_ptr + 5 * plane, sum_w2)
     else:
-        _write_row(
+        store_row(
             row, rows, top, sum_s, sum_w, sum_s2, sum_w2, x_y, target, temperature, ignore_index, vocab_size,
-            logprob_ptr, entropy_ptr, collision_ptr, covariance_ptr, state_ptr, WANT, SECOND,
+            stats_ptr, state_ptr, WANT,
         )  # fmt: skip
 
 
@@ -211,10 +170,7 @@ def merge_kernel(
     parts_ptr,  # (6, N, parts): m, s, w, x_y, s2, w2, the w in bits
     target_ptr,  # (N,)
     temperature_ptr,  # (1,) or (N,)
-    logprob_ptr,
-    entropy_ptr,
-    collision_ptr,
-    covariance_ptr,
+    stats_ptr,  # (S, N): those in WANT
     state_ptr,  # (K, N)
     rows,
     parts,
@@ -225,7 +181,7 @@ def merge_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (N,): merge the parts of one row and write its results."""
-    SECOND: tl.constexpr = WANT >= 4
+    SECOND: tl.constexpr = (SECOND_ORDER_BITS & WANT) != 0
     row = tl.program_id(0)
     target = tl.load(target_ptr + row).to(tl.int64)
     temperature = tl.load(temperature_ptr + row.to(tl.int64) * temperature_stride)
@@ -244,9 +200,9 @@ def merge_kernel(
         w2 = tl.load(pointers + 5 * plane, mask=exists, other=0.0)
     top = tl.max(m)
     s, w, s2, w2 = raise_top(m, s, w, s2, w2, top, bits_per_logit(temperature), SECOND)
-    _write_row(
+    store_row(
         row, rows, top, total(s), tl.sum(w), tl.sum(s2), tl.sum(w2), x_y, target, temperature, ignore_index,
-        vocab_size, logprob_ptr, entropy_ptr, collision_ptr, covariance_ptr, state_ptr, WANT, SECOND,
+        vocab_size, stats_ptr, state_ptr, WANT,
     )  # fmt: skip
 
 
@@ -264,19 +220,19 @@ def rounded(x, OUT: tl.constexpr):
 
 
 @triton.jit
-def _gradient(z, local, m, scale, log2_s, constant, slope, curve, own, softcap,
-              SOFTCAP: tl.constexpr, COLLISION: tl.constexpr):  # fmt: skip
-    """dL/dz of a tile z (TILE,): p·(constant + slope·log2 p + curve·p), plus ``own`` at position ``local``."""
+def _gradient(z, local, m, scale, log2_s, constant, per_log2_p, per_p, at_target, softcap,
+              SOFTCAP: tl.constexpr, SECOND: tl.constexpr):  # fmt: skip
+    """dL/dz of a tile z (TILE,): p·(constant + per_log2_p·log2 p + per_p·p), and ``at_target`` at ``local``."""
     z, q = cap(z, softcap, SOFTCAP)
     log2_p = log2_probability(z, m, scale, log2_s)
     p = tl.exp2(log2_p)
-    factor = constant + slope * log2_p
-    if COLLISION:
-        factor += curve * p
+    factor = constant + per_log2_p * log2_p
+    if SECOND:
+        factor += per_p * p
     gradient = p * factor
     size: tl.constexpr = z.shape[0]
     if (local >= 0) & (local < size):  # one tile of the row holds the target; in fp32, before the rounding
-        gradient += tl.where(tl.arange(0, size) == local, own, 0.0)
+        gradient += tl.where(tl.arange(0, size) == local, at_target, 0.0)
     if SOFTCAP:
         gradient *= 4 * q / ((1 + q) * (1 + q))  # 1 - tanh²
     return gradient
@@ -284,16 +240,12 @@ def _gradient(z, local, m, scale, log2_s, constant, slope, curve, own, softcap,
 
 @triton.jit(
     do_not_specialize=[
-        *_ROW_ARGUMENTS, "logprob_stride", "entropy_stride", "collision_stride", "parts", "tiles_per_part", "softcap",
+        *_ROW_ARGUMENTS, "grad_stride", "grad_row_stride", "parts", "tiles_per_part", "softcap",
     ],
-    do_not_specialize_on_alignment=[
-        *_ROW_POINTERS, "grad_logprob_ptr", "grad_entropy_ptr", "grad_collision_ptr", "state_ptr",
-    ],
+    do_not_specialize_on_alignment=[*_ROW_POINTERS, "grad_stats_ptr", "state_ptr"],
 )  # fmt: skip
 def backward_kernel(
-    grad_logprob_ptr,  # (N,) with a stride that may be 0; not read unless its flag is set, as for the next two
-    grad_entropy_ptr,
-    grad_collision_ptr,
+    grad_stats_ptr,  # (S, N) with strides that may be 0: those in WANT; read are log-prob, entropy and collision
     logits_ptr,  # addressed as in the forward
     dlogits_ptr,  # may be logits_ptr: a program reads each tile before it writes it
     target_ptr,  # (N,)
@@ -309,18 +261,15 @@ def backward_kernel(
     out_v,
     width,  # V
     columns,  # those that exist; the rest gets 0
-    logprob_stride,
-    entropy_stride,
-    collision_stride,
+    grad_stride,  # from statistic to statistic
+    grad_row_stride,
     temperature_stride,
     softcap: tl.float64,
     ignore_index: tl.int64,
     vocab_start: tl.int64,
     parts,
     tiles_per_part,
-    LOGPROB: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    COLLISION: tl.constexpr,
+    WANT: tl.constexpr,
     SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -328,6 +277,7 @@ def backward_kernel(
     """Grid (N·parts,), the parts of a row side by side: the gradient of a stretch of one row."""
     ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     OUT: tl.constexpr = dlogits_ptr.dtype.element_ty
+    SECOND: tl.constexpr = (COLLISION & WANT) != 0
     row = tl.program_id(0) // parts
     part = tl.program_id(0) % parts
     target = tl.load(target_ptr + row).to(tl.int64)
@@ -339,32 +289,35 @@ def backward_kernel(
     softcap = tl.cast(softcap, ACC)
     log_s = tl.log(s)
 
-    # docs/math.md §2, with log p = ln 2 · log2 p, sorted by powers of p
-    wide = row.to(tl.int64)
-    own = s * 0
-    constant = own
-    slope = own
-    curve = own
+    # docs/math.md §2, with log p = ln 2 · log2 p, sorted by powers of p. A gradient of 0 switches its term off.
+    grad_ptr = grad_stats_ptr + row.to(tl.int64) * grad_row_stride
+    at_target = s * 0
+    constant = at_target
+    per_log2_p = at_target
+    per_p = at_target
     silent = target == ignore_index
     quiet = True  # every upstream gradient is 0
-    if LOGPROB:
-        own = tl.load(grad_logprob_ptr + wide * logprob_stride).to(ACC)
-        constant -= own
-        quiet = quiet & (own == 0)
-    if ENTROPY:
-        g = tl.load(grad_entropy_ptr + wide * entropy_stride).to(ACC)
-        constant -= g * (log_s + divide(w, s))
-        slope -= g * LN2
+    if LOGPROB & WANT:
+        at_target = tl.load(grad_ptr).to(ACC)
+        constant -= at_target
+        quiet = quiet & (at_target == 0)
+        grad_ptr += grad_stride
+    if ENTROPY & WANT:
+        g = tl.load(grad_ptr).to(ACC)
+        constant -= tl.where(g == 0, 0.0, g * (log_s + divide(w, s)))
+        per_log2_p -= g * LN2
         quiet = quiet & (g == 0)
-    if COLLISION:
-        g = tl.load(grad_collision_ptr + wide * collision_stride).to(ACC)
-        constant -= 2 * g * divide(divide(tl.load(state_ptr + 4 * plane + row), s), s)
-        curve += 2 * g
+        grad_ptr += grad_stride
+    if COLLISION & WANT:
+        g = tl.load(grad_ptr).to(ACC)
+        collision = divide(divide(tl.load(state_ptr + 4 * plane + row), s), s)
+        constant -= tl.where(g == 0, 0.0, 2 * g * collision)
+        per_p += 2 * g
         quiet = quiet & (g == 0)
-    own = divide(own, temperature)
+    at_target = divide(at_target, temperature)
     constant = divide(constant, temperature)
-    slope = divide(slope, temperature)
-    curve = divide(curve, temperature)
+    per_log2_p = divide(per_log2_p, temperature)
+    per_p = divide(per_p, temperature)
     scale = bits_per_logit(temperature)
     log2_s = tl.log2(s)
 
@@ -389,8 +342,8 @@ def backward_kernel(
             current = tl.load(tile_ptr + offset)
             tile_ptr += jump
             gradient = _gradient(
-                current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
-                SOFTCAP, COLLISION,
+                current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, per_log2_p, per_p, at_target,
+                softcap, SOFTCAP, SECOND,
             )  # fmt: skip
             tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT))
     else:
@@ -400,8 +353,8 @@ def backward_kernel(
             tile_ptr += jump
             following = tl.load(tile_ptr + offset, mask=_all_or_none(column, tile + 1, whole_end))
             gradient = _gradient(
-                current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
-                SOFTCAP, COLLISION,
+                current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, per_log2_p, per_p, at_target,
+                softcap, SOFTCAP, SECOND,
             )  # fmt: skip
             tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT))
 
@@ -411,8 +364,8 @@ def backward_kernel(
         exists = place < limit
         rest = tl.load(row_ptr + tile * jump + offset, mask=exists, other=0.0)
         gradient = _gradient(
-            rest.to(ACC), local - tile * TILE, m, scale, log2_s, constant, slope, curve, own, softcap,
-            SOFTCAP, COLLISION,
+            rest.to(ACC), local - tile * TILE, m, scale, log2_s, constant, per_log2_p, per_p, at_target,
+            softcap, SOFTCAP, SECOND,
         )  # fmt: skip
         gradient = tl.where(exists, gradient, 0.0)
         tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT), mask=place < width)
