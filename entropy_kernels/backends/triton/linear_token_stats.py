@@ -244,8 +244,9 @@ def _forward(
         *matrices, state if bias is None else bias, target, temperature, split, rows, columns, features,
         *hidden.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), temperature_stride,
         options.softcap, options.ignore_index, options.vocab_start, parts, tiles_per_part, cut.group,
-        SECOND=bool(want & SECOND_ORDER), SOFTCAP=options.softcap != 0, BIAS=bias is not None, DESCRIPTORS=described, LOGITS=DTYPES[logits_dtype], ROWS=cut.rows, COLUMNS=cut.columns,
-        FEATURES=cut.features, STAGES=cut.stages, num_warps=cut.warps, **COMPILE,
+        SECOND=bool(want & SECOND_ORDER), SOFTCAP=options.softcap != 0, BIAS=bias is not None, DESCRIPTORS=described,
+        LOGITS=DTYPES[logits_dtype], ROWS=cut.rows, COLUMNS=cut.columns, FEATURES=cut.features, STAGES=cut.stages,
+        num_warps=cut.warps, **COMPILE,
     )  # fmt: skip
     merge_kernel[(rows,)](
         split, target, temperature, stats, state, rows, parts, temperature_stride, options.ignore_index,
