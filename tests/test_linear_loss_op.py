@@ -219,7 +219,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     ops, numbers = torch.ops.entropy_kernels, (0.0, -100, 0, V, dtype, dtype, 1 << 30, "", "auto")
     tile = (torch.zeros(12, 256, dtype=dtype), hidden, weight, bias, target, torch.ones(1), *numbers)
     torch.library.opcheck(ops.linear_tile_stats.default, (*tile, V))
-    state = ops.linear_tile_stats.default(*tile, V)[2]
+    _, state = ops.linear_tile_stats.default(*tile, V)
     tokens = (state, advantages, old, torch.tensor([1, 0]), torch.tensor([0.5, 0.0]), 2)
     for d_hidden, d_weight, d_bias in ((9, V, V), (9, None, None), (None, V, None)):
         sums = [None if n is None else torch.zeros(n, *more) for n, *more in ((d_hidden, H), (d_weight, H), (d_bias,))]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 import sanitize
+from entropy_kernels._rows import LOGPROB, STATISTICS, bits
 from entropy_kernels.backends import native
 
 N, V, H = 6, 40, 5
@@ -26,8 +27,8 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
     """A call of every operator, by argument, in order."""
     logits, target, one = torch.randn(2, 3, V), torch.arange(N), torch.ones(1)
     rows = {"logits": logits, "target": target, "temperature": one}
-    names = ("grad_logprob", "grad_entropy", "grad_collision")
-    grads = {name: torch.randn(N) for name in names}
+    grads = {"grad_stats": torch.randn(3, N)}
+    differentiable = {"want": bits("logprob", "entropy", "collision")}
     state = {"state": torch.rand(6, N) + 1}
     head = {"hidden": torch.randn(N, H), "weight": torch.randn(V, H), "bias": torch.randn(V), "target": target}
     head["temperature"] = one
@@ -39,7 +40,8 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
     covariance = {"logprob": torch.randn(N), "advantages": torch.randn(N), "mask": tokens["mask"]}
     kept = torch.randn(N, 64)
     tile = {"logits": torch.zeros(N, 64), **head, **linear}
-    backward = {**grads, **rows, **state, **NUMBERS, "backend": backend}
+    backward = {**grads, **rows, **state, **NUMBERS, **differentiable, "backend": backend}
+    linear_backward = {**grads, **head, **state, "logits": kept, **linear, **differentiable, **NEEDS}
     return {
         "token_stats": {**rows, **NUMBERS, "want": 15, "inplace_backward": False, **last},
         "token_stats_backward": backward,
@@ -48,8 +50,8 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
         "clip_cov_mask": {**tokens, "seed": torch.tensor(3), **COUNT, **band, **last},
         "kl_cov_mask": {**tokens, **COUNT, **last},
         "linear_token_stats": {**head, **linear, "want": 3, "keep": True, **NEEDS},
-        "linear_token_stats_backward": {**grads, **head, **state, "logits": kept, **linear, **NEEDS},
-        "linear_token_stats_backward_": {**grads, **head, **state, "logits": kept, **linear, **NEEDS},
+        "linear_token_stats_backward": linear_backward,
+        "linear_token_stats_backward_": linear_backward,
         "linear_tile_stats": {**tile, "end": V},
         "linear_tile_grads": {
             **tile, **state, "c": torch.randn(N), "e": torch.randn(N), "again": torch.tensor([1, 0]),
@@ -166,7 +168,7 @@ def test_freed_memory_in_public_functions() -> None:
 
 
 WRONG: list[tuple[str, str, Any, str]] = [
-    ("token_stats", "want", 16, "want: .* got 16"),
+    ("token_stats", "want", 1 << len(STATISTICS), "want: .* got "),
     ("token_stats", "want", -1, "want: .* got -1"),
     ("token_stats", "softcap", math.nan, "softcap: .* got nan"),
     ("token_stats", "softcap", math.inf, "softcap: .* got inf"),
@@ -177,6 +179,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("token_stats", "temperature", torch.ones(2 * N)[::2], "temperature: expected a contiguous"),
     ("token_stats", "temperature", torch.zeros(1), "temperature: expected numbers > 0"),
     ("token_stats_backward", "state", torch.ones(4, N), r"state: expected shape \(6 or more, 6\), got \(4, 6\)"),
+    ("token_stats_backward", "want", 1 << len(STATISTICS), "want: .* got "),
+    ("token_stats_backward", "grad_stats", torch.ones(2, N), r"grad_stats: expected shape \(3, 6\), got \(2, 6\)"),
     ("linear_token_stats", "memory_budget", -1, "memory_budget: .* got -1"),
     ("linear_token_stats", "logits_dtype", torch.float64, "logits_dtype: expected float64 where .* torch.float32"),
     ("linear_token_stats", "product_dtype", torch.float64, "logits_dtype: expected float64 where .* torch.float64"),
@@ -214,10 +218,11 @@ def test_backends_and_groups_that_are_not_there(name: str) -> None:
 
 
 def test_a_backward_pass_needs_a_gradient() -> None:
-    nothing = dict.fromkeys(("grad_logprob", "grad_entropy", "grad_collision"))
     for name in ("token_stats_backward", "token_stats_backward_", "linear_token_stats_backward"):
-        with pytest.raises(ValueError, match=r"grad_logprob, grad_entropy, grad_collision: expected one of them"):
-            call(name, calls("torch")[name] | nothing)
+        for want in (0, bits("vocab_covariance")):
+            nothing = {"grad_stats": torch.ones(want.bit_count(), N), "want": want}
+            with pytest.raises(ValueError, match="want: expected a statistic that has a derivative"):
+                call(name, calls("torch")[name] | nothing)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -225,8 +230,8 @@ def test_what_is_written_over_is_nobody_elses(backend: str) -> None:
     arguments = calls(backend)["token_stats_backward_"]
     with pytest.raises(ValueError, match=r"logits: .* do not share memory"):
         call("token_stats_backward_", arguments | {"logits": torch.randn(V).expand(2, 3, V)})
-    shared = {"grad_entropy": arguments["logits"].flatten()[7 : 7 + N]}
-    with pytest.raises(ValueError, match="grad_entropy: expected memory apart from the logits'"):
+    shared = {"grad_stats": arguments["logits"].flatten()[7 : 7 + 3 * N].view(3, N)}
+    with pytest.raises(ValueError, match="grad_stats: expected memory apart from the logits'"):
         call("token_stats_backward_", arguments | shared)
 
 
@@ -260,10 +265,10 @@ def test_every_kernel_names_what_is_wrong(name: str) -> None:
 @needs_native
 def test_memory_that_is_written_is_nobody_elses() -> None:
     op = torch.ops.entropy_kernels_native.token_stats_backward
-    buffer, state, grad = torch.randn(400), torch.rand(4, 6), torch.ones(6)
+    buffer, state, grad = torch.randn(400), torch.rand(4, 6), torch.ones(1, 6)
 
     def run(logits: Tensor, dlogits: Tensor, state: Tensor = state) -> None:
-        op(grad, None, None, logits, torch.arange(6), torch.ones(1), state, 0.0, -100, 0, 20, dlogits)
+        op(grad, logits, torch.arange(6), torch.ones(1), state, 0.0, -100, 0, 20, LOGPROB, dlogits)
 
     logits = buffer[:120].view(2, 3, 20)
     run(logits, logits)
@@ -279,23 +284,11 @@ def test_memory_that_is_written_is_nobody_elses() -> None:
     for dlogits, given, message in wrong:
         with pytest.raises(RuntimeError, match=f"dlogits: expected .*{message}"):
             run(logits, dlogits, given)
-    with pytest.raises(RuntimeError, match=r"dlogits: .* some of grad_logprob's"):
-        op(buffer[5:11], None, None, logits, torch.arange(6), torch.ones(1), state, 0.0, -100, 0, 20, logits)
+    with pytest.raises(RuntimeError, match=r"dlogits: .* some of grad_stats's"):
+        op(buffer[None, 5:11], logits, torch.arange(6), torch.ones(1), state, 0.0, -100, 0, 20, LOGPROB, logits)
     interleaved = torch.empty(80).as_strided((2, 3, 1), (3, 2, 1))
-    op(
-        grad,
-        None,
-        None,
-        torch.randn(2, 3, 1),
-        torch.zeros(6).long(),
-        torch.ones(1),
-        state,
-        0.0,
-        -100,
-        0,
-        1,
-        interleaved,
-    )
+    narrow, label = torch.randn(2, 3, 1), torch.zeros(6).long()
+    op(grad, narrow, label, torch.ones(1), state, 0.0, -100, 0, 1, LOGPROB, interleaved)
     freed = torch.randn(2, 3, 20)
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"logits: expected a storage of at least 480 bytes .*, got 0"):
@@ -321,10 +314,10 @@ def test_digits_and_counts_out_of_range() -> None:
 def test_far_labels_and_infinite_sums_overflow_nothing() -> None:
     """Found by reading for UBSan: label - vocab_start, and sums of what is not finite."""
     target = torch.tensor([-(2**63), 2**63 - 1, 3])
-    out = torch.ops.entropy_kernels_native.token_stats_forward(
-        torch.randn(1, 3, 9), target, torch.ones(1), 0.0, -100, 7, 2**63 - 1, 1
+    (logprob,), _ = torch.ops.entropy_kernels_native.token_stats_forward(
+        torch.randn(1, 3, 9), target, torch.ones(1), 0.0, -100, 7, 2**63 - 1, LOGPROB
     )
-    assert out[0][:2].isnan().all() and out[0][2] == -math.inf
+    assert logprob[:2].isnan().all() and logprob[2] == -math.inf
     infinite = torch.full((40,), math.inf)
     assert ek.token_covariance(infinite, torch.ones(40)).isnan().all()
 

@@ -175,14 +175,15 @@ def test_labels_are_checked_on_every_backend(label: int, dtype: torch.dtype, pla
 
 def test_kernels_give_nan_where_the_cpu_checks_raise(place: Place) -> None:
     """What a GPU returns in place of an error, from the kernels themselves, forward and backward, beside good rows."""
+    from entropy_kernels._rows import RowOptions
     from entropy_kernels.backends import registry
 
     logits = torch.randn(1, 6, V, device=place.device)
     forward: Callable = registry.kernel("token_stats", "token_stats_forward", place.backend, logits)
     target = torch.tensor([0, V, -1, 2, 3, -100], device=place.device)
     temperature = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=place.device)
-    *outputs, _ = forward(logits, target, temperature, 0.0, -100, 0, V, 15)
-    for output in outputs:
+    stats, _ = forward(logits, target, temperature, RowOptions(0.0, -100, 0, V), 15)
+    for output in stats:
         assert output.isnan().tolist() == [False, True, True, True, True, False]
         assert output[5] == 0
 
