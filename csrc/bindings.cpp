@@ -4,7 +4,10 @@
 
 #include <array>
 #include <cstdint>
+#include <iterator>
+#include <map>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "common/philox.h"
@@ -48,17 +51,30 @@ State merge(const State& a, const State& b, double temperature) {
   return {r.m, r.s, r.w, r.x_y, r.s2, r.w2};
 }
 
-template <typename T>
-std::array<double, 4> finalize(const State& state, double temperature) {
-  const auto r = entropy_kernels::finalize(unpack<T>(state), T(temperature));
-  return {r.logprob, r.entropy, r.collision, r.vocab_covariance};
+// name, second_order, differentiable
+std::vector<std::tuple<std::string, bool, bool>> statistics() {
+  std::vector<std::tuple<std::string, bool, bool>> table;
+  for (const auto& row : entropy_kernels::kStatisticTraits) {
+    table.emplace_back(row.name, row.second_order, row.differentiable);
+  }
+  return table;
 }
 
 template <typename T>
-std::array<double, 3> gradient_coefficients(const State& state, double temperature, double grad_logprob,
-                                            double grad_entropy, double grad_collision) {
-  const auto r = entropy_kernels::gradient_coefficients(unpack<T>(state), T(temperature), T(grad_logprob),
-                                                        T(grad_entropy), T(grad_collision));
+std::vector<double> finalize(const State& state, double temperature) {
+  const auto stats = entropy_kernels::finalize(unpack<T>(state), T(temperature));
+  return {std::begin(stats.values), std::end(stats.values)};
+}
+
+template <typename T>
+std::array<double, 3> gradient_coefficients(const State& state, double temperature,
+                                            const std::map<std::string, double>& grads) {
+  entropy_kernels::TokenStats<T> upstream = {};
+  for (int i = 0; i < entropy_kernels::kStatistics; ++i) {
+    const auto grad = grads.find(entropy_kernels::kStatisticTraits[i].name);
+    if (grad != grads.end()) upstream[i] = T(grad->second);
+  }
+  const auto r = entropy_kernels::gradient_coefficients(unpack<T>(state), T(temperature), upstream);
   return {r.constant, r.linear, r.quadratic};
 }
 
@@ -77,15 +93,16 @@ PYBIND11_MODULE(_C, m) {
         "Instruction sets of the CPU kernels: 'detected' (the best this CPU has), 'available' (all it has), and "
         "'selected': detected, unless ENTROPY_KERNELS_CPU_CAPABILITY names another. Raises RuntimeError if that names "
         "one which is not available.");
+  m.def("statistics", &statistics, "Per statistic, in the order of the bits: name, second_order, differentiable.");
   // The primitives of csrc/common/softmax_state.h in double and in float, for tests; states are (m, s, w, x_y, s2, w2).
   m.def("merge", &merge<double>, py::arg("a"), py::arg("b"), py::arg("temperature"));
   m.def("merge_float", &merge<float>, py::arg("a"), py::arg("b"), py::arg("temperature"));
   m.def("finalize", &finalize<double>, py::arg("state"), py::arg("temperature"));
   m.def("finalize_float", &finalize<float>, py::arg("state"), py::arg("temperature"));
   m.def("gradient_coefficients", &gradient_coefficients<double>, py::arg("state"), py::arg("temperature"),
-        py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_collision"));
+        py::arg("grads"));
   m.def("gradient_coefficients_float", &gradient_coefficients<float>, py::arg("state"), py::arg("temperature"),
-        py::arg("grad_logprob"), py::arg("grad_entropy"), py::arg("grad_collision"));
+        py::arg("grads"));
   m.def("philox4x32_10", &philox4x32_10, "Four output words of Philox4x32-10 for four counter and two key words.",
         py::arg("counter"), py::arg("key"));
 }

@@ -6,13 +6,13 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(entropy_kernels_native, m) {
+  // stats (S, N): those of `want`, in the order of its bits (common/softmax_state.h), as grad_stats, of any strides.
   m.def(
       "token_stats_forward(Tensor logits, Tensor target, Tensor temperature, float softcap, int ignore_index, "
-      "int vocab_start, int vocab_size, int want) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "int vocab_start, int vocab_size, int want) -> (Tensor stats, Tensor state)");
   m.def(
-      "token_stats_backward(Tensor? grad_logprob, Tensor? grad_entropy, Tensor? grad_collision, Tensor logits, "
-      "Tensor target, Tensor temperature, Tensor state, float softcap, int ignore_index, int vocab_start, "
-      "int vocab_size, Tensor(a!) dlogits) -> ()");
+      "token_stats_backward(Tensor grad_stats, Tensor logits, Tensor target, Tensor temperature, Tensor state, "
+      "float softcap, int ignore_index, int vocab_start, int vocab_size, int want, Tensor(a!) dlogits) -> ()");
   m.def("token_covariance(Tensor logprob, Tensor advantages, Tensor? mask) -> Tensor");
   // `numbers`: float64 [ratio, k, low, high], or [ratio, k]; where it is given it is read in the place of those.
   m.def(

@@ -3,16 +3,20 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <bit>
 #include <cstdint>
 #include <limits>
-#include <optional>
 
 #include "arguments.h"
 #include "common/element.h"
+#include "common/row_options.h"
+#include "common/row_tensors.h"
 
 namespace entropy_kernels {
 
-enum Want : std::int64_t { kLogprob = 1, kEntropy = 2, kCollision = 4, kVocabCovariance = 8 };
+// Rows of a tensor of the statistics in `want`, and of the state that those in `bits` need.
+inline std::int64_t statistics_in(std::int64_t want) { return std::popcount(static_cast<std::uint64_t>(want)); }
+inline std::int64_t state_rows(std::int64_t bits) { return bits & kSecondOrder ? kSecondOrderFields : kFirstOrderFields; }
 
 // Of logits whose dtype has been checked.
 inline Element element_of(const torch::stable::Tensor& logits) {
@@ -55,8 +59,7 @@ inline void check_logits(const torch::stable::Tensor& logits) {
 }
 
 inline void check_arguments(const torch::stable::Tensor& logits, const torch::stable::Tensor& target,
-                            const torch::stable::Tensor& temperature, double softcap, std::int64_t vocab_start,
-                            std::int64_t vocab_size) {
+                            const torch::stable::Tensor& temperature, const RowOptions& options, std::int64_t want) {
   using torch::headeronly::ScalarType;
   check_logits(logits);
   const std::int64_t rows = logits.size(0) * logits.size(1);
@@ -70,43 +73,29 @@ inline void check_arguments(const torch::stable::Tensor& logits, const torch::st
                   shape_of(temperature));
   const bool wide = result_of(logits) == ScalarType::Double;
   const double most = wide ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
-  STD_TORCH_CHECK(softcap >= 0 && softcap <= most, "softcap: expected a number > 0 and at most ", most,
-                  ", or 0 for none, got ", softcap);
-  STD_TORCH_CHECK(vocab_start >= 0, "vocab_start: expected >= 0, got ", vocab_start);
-  STD_TORCH_CHECK(vocab_size >= 0, "vocab_size: expected >= 0, got ", vocab_size);
-}
-
-inline void check_want(std::int64_t want) {
-  STD_TORCH_CHECK(want >= 0 && want < 16, "want: expected a bitmask in [0, 16), got ", want);
-}
-
-inline void check_upstream(const char* name, const std::optional<torch::stable::Tensor>& grad,
-                           const torch::stable::Tensor& logits) {
-  if (!grad.has_value()) return;
-  check_result(name, *grad, logits);
-  check_shape(name, *grad, {logits.size(0) * logits.size(1)});
+  STD_TORCH_CHECK(options.softcap >= 0 && options.softcap <= most, "softcap: expected a number > 0 and at most ", most,
+                  ", or 0 for none, got ", options.softcap);
+  STD_TORCH_CHECK(options.vocab_start >= 0, "vocab_start: expected >= 0, got ", options.vocab_start);
+  STD_TORCH_CHECK(options.vocab_size >= 0, "vocab_size: expected >= 0, got ", options.vocab_size);
+  STD_TORCH_CHECK(want >= 0 && want < 1 << kStatistics, "want: expected a bitmask in [0, ", 1 << kStatistics,
+                  "), got ", want);
 }
 
 // The output of the backward pass shares no memory with what is read meanwhile, but it may be the logits.
-inline void check_apart(const char* name, const std::optional<torch::stable::Tensor>& input,
-                        const torch::stable::Tensor& dlogits) {
-  STD_TORCH_CHECK(!input.has_value() || !overlap(*input, dlogits),
+inline void check_apart(const char* name, const torch::stable::Tensor& input, const torch::stable::Tensor& dlogits) {
+  STD_TORCH_CHECK(!overlap(input, dlogits),
                   "dlogits: expected memory of its own, or the logits themselves, got some of ", name, "'s");
 }
 
-// The backward pass's own: the state, which needs its second moments if a gradient comes from them, upstream gradients,
+// The backward pass's own: upstream gradients, the state, which needs its second moments if one of them comes from there,
 // and the output.
-inline void check_backward(const std::optional<torch::stable::Tensor>& grad_logprob,
-                           const std::optional<torch::stable::Tensor>& grad_entropy,
-                           const std::optional<torch::stable::Tensor>& grad_collision,
-                           const torch::stable::Tensor& logits, const torch::stable::Tensor& target,
-                           const torch::stable::Tensor& temperature, const torch::stable::Tensor& state,
+inline void check_backward(const torch::stable::Tensor& grad_stats, const torch::stable::Tensor& logits,
+                           const torch::stable::Tensor& target, const torch::stable::Tensor& temperature,
+                           const torch::stable::Tensor& state, std::int64_t want,
                            const torch::stable::Tensor& dlogits) {
-  check_upstream("grad_logprob", grad_logprob, logits);
-  check_upstream("grad_entropy", grad_entropy, logits);
-  check_upstream("grad_collision", grad_collision, logits);
-  const bool second_moments = grad_collision.has_value();
-  const std::int64_t rows = logits.size(0) * logits.size(1), fields = second_moments ? 6 : 4;
+  const std::int64_t rows = logits.size(0) * logits.size(1), fields = state_rows(want & kDifferentiable);
+  check_result("grad_stats", grad_stats, logits);
+  check_shape("grad_stats", grad_stats, {statistics_in(want), rows});
   check_result("state", state, logits);
   STD_TORCH_CHECK(state.dim() == 2 && state.size(0) >= fields && state.size(1) == rows, "state: expected at least ",
                   fields, " rows of ", rows, " elements, got shape ", shape_of(state));
@@ -121,12 +110,31 @@ inline void check_backward(const std::optional<torch::stable::Tensor>& grad_logp
     in_place = logits.size(i) <= 1 || logits.stride(i) == dlogits.stride(i);
   }
   if (!in_place) check_apart("logits", logits, dlogits);
-  check_apart("grad_logprob", grad_logprob, dlogits);
-  check_apart("grad_entropy", grad_entropy, dlogits);
-  check_apart("grad_collision", grad_collision, dlogits);
+  check_apart("grad_stats", grad_stats, dlogits);
   check_apart("target", target, dlogits);
   check_apart("temperature", temperature, dlogits);
   check_apart("state", state, dlogits);
+}
+
+// ---- checked tensors as the threads see them
+
+inline Labels labels_of(const torch::stable::Tensor& target) {
+  return {target.const_data_ptr(), target.scalar_type() == torch::headeronly::ScalarType::Long};
+}
+
+template <typename T>
+RowOutputs<T> outputs_of(const torch::stable::Tensor& stats, const torch::stable::Tensor& state, std::int64_t want) {
+  return {static_cast<T*>(stats.mutable_data_ptr()), static_cast<T*>(state.mutable_data_ptr()), state.size(1), want};
+}
+
+template <typename T>
+StateInput<T> state_of(const torch::stable::Tensor& state) {
+  return {static_cast<const T*>(state.const_data_ptr()), state.stride(0), state.stride(1)};
+}
+
+template <typename T>
+Upstream<T> upstream_of(const torch::stable::Tensor& grad_stats, std::int64_t want) {
+  return {static_cast<const T*>(grad_stats.const_data_ptr()), grad_stats.stride(0), grad_stats.stride(1), want};
 }
 
 }  // namespace entropy_kernels

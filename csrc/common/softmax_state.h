@@ -23,11 +23,57 @@ struct SoftmaxState {
   static EK_HOST_DEVICE SoftmaxState identity() {
     return {-kInfinity<T>, 0, 0, -kInfinity<T>, 0, 0};
   }
+  // What is written for a row that is ignored.
+  static EK_HOST_DEVICE SoftmaxState ignored() { return {0, 1, 0, 0, 1, 0}; }
 };
 
+// One value per row each, in the order of their bits in `want`: STATISTICS of entropy_kernels/_rows.py. A new one is a
+// name here, a line of the table and one of `finalize`.
+enum Statistic { kLogprob, kEntropy, kCollision, kVocabCovariance, kStatistics };
+
+struct StatisticTraits {
+  const char* name;
+  bool second_order;  // needs s2 and w2
+  bool differentiable;
+};
+
+inline constexpr StatisticTraits kStatisticTraits[kStatistics] = {
+    {"logprob", false, true},
+    {"entropy", false, true},
+    {"collision", true, true},
+    {"vocab_covariance", true, false},
+};
+
+// As bits of `want`: device code may use a constant's value, not an element of the table.
+constexpr int bits_with(bool StatisticTraits::*flag) {
+  int bits = 0;
+  for (int i = 0; i < kStatistics; ++i) bits |= kStatisticTraits[i].*flag ? 1 << i : 0;
+  return bits;
+}
+inline constexpr int kSecondOrder = bits_with(&StatisticTraits::second_order);
+inline constexpr int kDifferentiable = bits_with(&StatisticTraits::differentiable);
+
+// Rows of a state tensor: m, s, w, x_y, and for statistics of second order s2, w2.
+inline constexpr int kFirstOrderFields = 4, kSecondOrderFields = 6;
+
+// The statistics of a row, or their gradients.
 template <typename T>
 struct TokenStats {
-  T logprob, entropy, collision, vocab_covariance;
+  T values[kStatistics];
+
+  EK_HOST_DEVICE T& operator[](int i) { return values[i]; }
+  EK_HOST_DEVICE T operator[](int i) const { return values[i]; }
+
+  static EK_HOST_DEVICE TokenStats all(T value) {
+    TokenStats stats;
+    for (T& one : stats.values) one = value;
+    return stats;
+  }
+  EK_HOST_DEVICE bool all_zero() const {
+    bool zero = true;
+    for (const T one : values) zero = zero && one == 0;
+    return zero;
+  }
 };
 
 template <typename T>
@@ -72,7 +118,7 @@ EK_HOST_DEVICE SoftmaxState<T> merge(SoftmaxState<T> a, SoftmaxState<T> b, T tem
   return {m, a.s + b.s, a.w + b.w, max_or_nan(a.x_y, b.x_y), a.s2 + b.s2, a.w2 + b.w2};
 }
 
-// The four statistics. Entropy is L + w/s: both terms are >= 0, so nothing cancels as the distribution collapses.
+// Entropy is L + w/s: both terms are >= 0, so nothing cancels as the distribution collapses.
 template <typename T>
 EK_HOST_DEVICE TokenStats<T> finalize(const SoftmaxState<T>& state, T temperature) {
   const T log_s = std::log(state.s);
@@ -83,7 +129,12 @@ EK_HOST_DEVICE TokenStats<T> finalize(const SoftmaxState<T>& state, T temperatur
   const T q = -(state.w2 + log_s * state.s2) / square;  // Σ p² log p
   const T p_y = std::exp(logprob);
   const T own = p_y == 0 ? T(0) : p_y * (logprob + entropy);  // 0 * -inf is a target that cannot occur
-  return {logprob, entropy, collision, own - (q + entropy * collision)};
+  TokenStats<T> stats;
+  stats[kLogprob] = logprob;
+  stats[kEntropy] = entropy;
+  stats[kCollision] = collision;
+  stats[kVocabCovariance] = own - (q + entropy * collision);
+  return stats;
 }
 
 // The gradient with respect to the logits after softcap, without the target's own term g_logprob / T:
@@ -96,16 +147,16 @@ struct GradientCoefficients {
 
 template <typename T>
 EK_HOST_DEVICE GradientCoefficients<T> gradient_coefficients(const SoftmaxState<T>& state, T temperature,
-                                                             T grad_logprob, T grad_entropy, T grad_collision) {
+                                                             const TokenStats<T>& grads) {
   const T inv_s = T(1) / state.s;
   const T scale = inv_s / temperature;  // p_j / T = scale * e_j
-  T constant = grad_logprob + grad_entropy * state.w * inv_s;
+  T constant = grads[kLogprob] + grads[kEntropy] * state.w * inv_s;
   T quadratic = 0;
-  if (grad_collision != 0) {  // without it the state may have no s2
-    constant += 2 * grad_collision * (state.s2 * inv_s * inv_s);
-    quadratic = 2 * grad_collision * inv_s * scale;
+  if (grads[kCollision] != 0) {  // without it the state may have no s2
+    constant += 2 * grads[kCollision] * (state.s2 * inv_s * inv_s);
+    quadratic = 2 * grads[kCollision] * inv_s * scale;
   }
-  return {-constant * scale, -grad_entropy * scale, quadratic};
+  return {-constant * scale, -grads[kEntropy] * scale, quadratic};
 }
 
 }  // namespace entropy_kernels

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from entropy_kernels._rows import RowOptions
 from entropy_kernels.backends import radix_select, reused_memory, switches
 from entropy_kernels.backends.radix_select import Band, Count
 
@@ -53,30 +54,19 @@ _ops = torch.ops.entropy_kernels_native
 
 
 def token_stats_forward(
-    logits: Tensor,
-    target: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
-    want: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _ops.token_stats_forward(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want)
+    logits: Tensor, target: Tensor, temperature: Tensor, options: RowOptions, want: int
+) -> tuple[Tensor, Tensor]:
+    return _ops.token_stats_forward(logits, target, temperature, *options, want)
 
 
 def token_stats_backward(
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_collision: Tensor | None,
+    grad_stats: Tensor,
     logits: Tensor,
     target: Tensor,
     temperature: Tensor,
     state: Tensor,
-    softcap: float,
-    ignore_index: int,
-    vocab_start: int,
-    vocab_size: int,
+    options: RowOptions,
+    want: int,
     inplace: bool,
 ) -> Tensor:
     if inplace:
@@ -85,10 +75,7 @@ def token_stats_backward(
         dlogits = reused_memory.empty(logits.shape, logits.dtype)
     else:
         dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _ops.token_stats_backward(
-        grad_logprob, grad_entropy, grad_collision, logits, target, temperature, state,
-        softcap, ignore_index, vocab_start, vocab_size, dlogits,
-    )  # fmt: skip
+    _ops.token_stats_backward(grad_stats, logits, target, temperature, state, *options, want, dlogits)
     return dlogits
 
 
