@@ -199,7 +199,7 @@ void forward(const ForwardArguments<typename E::Accumulator>& arguments, int thr
 }
 
 struct Call {  // mirrored by cuda_emulator.py
-  std::int32_t element, bulk, second_moments, threads, parts, vectors, reversed;
+  std::int32_t element, bulk, threads, parts, vectors, reversed;
   std::int32_t blocks;  // of a backward pass that run, the first ones
   std::uint64_t seed;
   void* logits;
@@ -208,13 +208,13 @@ struct Call {  // mirrored by cuda_emulator.py
   const void* target;
   std::int32_t wide_target, temperature_stride;
   const void* temperature;
-  double softcap;
-  std::int64_t ignore_index, vocab_start, vocab_size;
-  void* outputs[4];
+  RowOptions options;
+  std::int64_t want;
+  void* stats;
+  const void* grad_stats;
+  std::int64_t statistic_stride, grad_row_stride;
   void* state;
   std::int64_t field_stride, row_stride;
-  const void* grads[3];
-  std::int64_t grad_strides[3];
   void* dlogits;
   std::int64_t out_batch_stride, out_length_stride, out_column_stride;
 };
@@ -222,8 +222,8 @@ struct Call {  // mirrored by cuda_emulator.py
 template <typename T>
 Problem<T> problem_of(const Call& c) {
   return {{c.logits, c.batch_stride, c.length_stride, c.column_stride},
-          c.rows, c.length, c.vocab, c.columns, c.target, c.wide_target != 0, static_cast<const T*>(c.temperature),
-          c.temperature_stride, static_cast<T>(c.softcap), c.ignore_index, c.vocab_start, c.vocab_size};
+          c.rows, c.length, c.vocab, c.columns, {c.target, c.wide_target != 0}, static_cast<const T*>(c.temperature),
+          c.temperature_stride, c.options};
 }
 
 template <class E>
@@ -231,30 +231,33 @@ void forward_call(const Call& c) {
   using T = typename E::Accumulator;
   std::vector<SoftmaxState<T>> part_states(static_cast<std::size_t>(c.rows) * c.parts);
   std::vector<unsigned> counters(c.rows, 0);
-  const auto output = [&](int i) { return static_cast<T*>(c.outputs[i]); };
-  const ForwardArguments<T> arguments = {problem_of<T>(c), output(0),          output(1),      output(2), output(3),
-                                         static_cast<T*>(c.state), c.parts, c.vectors != 0, part_states.data(), counters.data()};
+  const RowOutputs<T> outputs = {static_cast<T*>(c.stats), static_cast<T*>(c.state), c.rows, c.want};
+  const ForwardArguments<T> arguments = {problem_of<T>(c), outputs,           c.parts, c.vectors != 0,
+                                         part_states.data(), counters.data()};
   const auto run = [&]<bool kSecondMoments, bool kSoftcap>() {
     c.bulk ? forward<E, kSecondMoments, kSoftcap, true>(arguments, c.threads, c.seed)
            : forward<E, kSecondMoments, kSoftcap, false>(arguments, c.threads, c.seed);
   };
-  if (c.second_moments) {
-    c.softcap > 0 ? run.template operator()<true, true>() : run.template operator()<true, false>();
+  if (outputs.second_order()) {
+    c.options.softcap > 0 ? run.template operator()<true, true>() : run.template operator()<true, false>();
   } else {
-    c.softcap > 0 ? run.template operator()<false, true>() : run.template operator()<false, false>();
+    c.options.softcap > 0 ? run.template operator()<false, true>() : run.template operator()<false, false>();
   }
 }
 
 template <class E>
 void backward_call(const Call& c) {
   using T = typename E::Accumulator;
-  const auto upstream = [&](int i) -> Upstream<T> { return {static_cast<const T*>(c.grads[i]), c.grad_strides[i]}; };
   const BackwardArguments<T> arguments = {
-      problem_of<T>(c), upstream(0), upstream(1), upstream(2), static_cast<const T*>(c.state), c.field_stride,
-      c.row_stride, {c.dlogits, c.out_batch_stride, c.out_length_stride, c.out_column_stride}, c.parts, c.vectors != 0,
+      problem_of<T>(c),
+      {static_cast<const T*>(c.grad_stats), c.statistic_stride, c.grad_row_stride, c.want},
+      {static_cast<const T*>(c.state), c.field_stride, c.row_stride},
+      {c.dlogits, c.out_batch_stride, c.out_length_stride, c.out_column_stride},
+      c.parts,
+      c.vectors != 0,
       c.reversed != 0};
   launch(c.blocks, 1, c.threads, 0, c.seed, [&](HostThread& thread, unsigned char*) {
-    c.softcap > 0 ? backward_block<E, true>(thread, arguments) : backward_block<E, false>(thread, arguments);
+    c.options.softcap > 0 ? backward_block<E, true>(thread, arguments) : backward_block<E, false>(thread, arguments);
   });
 }
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from entropy_kernels._rows import RowOptions, state_rows
+
 HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
 WARP, VECTORS, MAX_WARPS = 32, 4, 8
@@ -22,20 +24,25 @@ _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float6
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
+class _Options(ctypes.Structure):
+    """``RowOptions`` of csrc/common/row_options.h, and of entropy_kernels/_rows.py."""
+
+    _fields_ = (("softcap", ctypes.c_double), *((name, _L) for name in RowOptions._fields[1:]))
+
+
 class _Call(ctypes.Structure):
     """``Call`` of cuda_emulator.cpp."""
 
     _fields_ = (
-        *((name, _I) for name in ("element", "bulk", "second_moments", "threads", "parts", "vectors", "reversed")),
+        *((name, _I) for name in ("element", "bulk", "threads", "parts", "vectors", "reversed")),
         ("blocks", _I),
         ("seed", ctypes.c_uint64), ("logits", _P),
         *((name, _L) for name in ("batch_stride", "length_stride", "column_stride")),
         *((name, _I) for name in ("rows", "length", "vocab", "columns")),
         ("target", _P), ("wide_target", _I), ("temperature_stride", _I), ("temperature", _P),
-        ("softcap", ctypes.c_double),
-        *((name, _L) for name in ("ignore_index", "vocab_start", "vocab_size")),
-        ("outputs", _P * 4), ("state", _P), ("field_stride", _L), ("row_stride", _L),
-        ("grads", _P * 3), ("grad_strides", _L * 3),
+        ("options", _Options), ("want", _L), ("stats", _P),
+        ("grad_stats", _P), ("statistic_stride", _L), ("grad_row_stride", _L),
+        ("state", _P), ("field_stride", _L), ("row_stride", _L),
         ("dlogits", _P), *((name, _L) for name in ("out_batch_stride", "out_length_stride", "out_column_stride")),
     )  # fmt: skip
 
@@ -86,15 +93,14 @@ class Emulated:
     vectors: bool = True
     blocks: int | None = None
 
-    def _common(self, logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size) -> _Call:
+    def _common(self, logits, target, temperature, options: RowOptions, want: int) -> _Call:
         call = _Call(element=_ELEMENTS[logits.dtype], bulk=self.bulk, parts=self.parts, seed=self.seed)
         call.logits, call.target, call.temperature = logits.data_ptr(), target.data_ptr(), temperature.data_ptr()
         call.batch_stride, call.length_stride, call.column_stride = _strides(logits)
         call.rows, call.length, call.vocab = target.numel(), logits.shape[1], logits.shape[2]
-        call.columns = max(0, min(logits.shape[2], vocab_size - vocab_start))
+        call.columns = options.columns(logits.shape[2])
         call.wide_target, call.temperature_stride = target.dtype == torch.int64, int(temperature.numel() != 1)
-        call.softcap, call.ignore_index = softcap, ignore_index
-        call.vocab_start, call.vocab_size = vocab_start, vocab_size
+        call.options, call.want = _Options(*options), want
         per_warp = WARP * VECTORS * 16 // logits.element_size()
         warps = MAX_WARPS if self.bulk else max(1, min(self.most_warps, -(-call.columns // per_warp)))
         call.threads = WARP * warps
@@ -106,36 +112,30 @@ class Emulated:
         if error is not None:
             raise RuntimeError(error.decode())
 
-    def token_stats_forward(
-        self, logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size, want
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def token_stats_forward(self, logits, target, temperature, options: RowOptions, want) -> tuple[Tensor, Tensor]:
         rows, dtype = target.numel(), temperature.dtype
-        outputs = [torch.full((rows if want >> i & 1 else 0,), torch.nan, dtype=dtype) for i in range(4)]
-        state = torch.full((6 if want & 12 else 4, rows), torch.nan, dtype=dtype)
+        stats, state = (
+            torch.full((count, rows), torch.nan, dtype=dtype) for count in (want.bit_count(), state_rows(want))
+        )
         if rows:
-            call = self._common(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size)
-            call.second_moments, call.state = want & 12 != 0, state.data_ptr()
+            call = self._common(logits, target, temperature, options, want)
+            call.stats, call.state = stats.data_ptr(), state.data_ptr()
             call.vectors = self.vectors and call.column_stride == 1
             if logits.element_size() == 8 or not call.vectors:
                 call.bulk = 0
-            for i in range(4):
-                call.outputs[i] = outputs[i].data_ptr() if want >> i & 1 else None
             self._run(self.library.emulate_forward, call)
-        return (*outputs, state)
+        return stats, state
 
     def token_stats_backward(
-        self, grad_logprob, grad_entropy, grad_collision, logits, target, temperature, state,
-        softcap, ignore_index, vocab_start, vocab_size, inplace,
-    ) -> Tensor:  # fmt: skip
+        self, grad_stats, logits, target, temperature, state, options: RowOptions, want, inplace
+    ) -> Tensor:
         dlogits = logits if inplace else torch.full(logits.shape, torch.nan, dtype=logits.dtype)
         if logits.numel():
-            call = self._common(logits, target, temperature, softcap, ignore_index, vocab_start, vocab_size)
+            call = self._common(logits, target, temperature, options, want)
             call.vectors, call.reversed = _equally_aligned(logits, dlogits), self.reversed
             call.blocks = call.rows * call.parts if self.blocks is None else self.blocks
+            call.grad_stats, (call.statistic_stride, call.grad_row_stride) = grad_stats.data_ptr(), grad_stats.stride()
             call.state, (call.field_stride, call.row_stride) = state.data_ptr(), state.stride()
-            for i, grad in enumerate((grad_logprob, grad_entropy, grad_collision)):
-                call.grads[i] = None if grad is None else grad.data_ptr()
-                call.grad_strides[i] = 0 if grad is None else grad.stride(0)
             call.dlogits = dlogits.data_ptr()
             call.out_batch_stride, call.out_length_stride, call.out_column_stride = _strides(dlogits)
             self._run(self.library.emulate_backward, call)

@@ -14,9 +14,9 @@ import torch
 import entropy_kernels as ek
 from calls import bound, check, same_bits, upstream
 from conftest import Place, on_gpu
+from entropy_kernels._rows import NAMES, RowOptions, bits
 from entropy_kernels.backends import native, registry
 from entropy_kernels.backends.eager import softmax_state
-from reference import NAMES
 from sample import plain
 from stub_gpu import add_stub_gpu
 
@@ -149,9 +149,9 @@ class TestOnHardware:
         cuts, states = (0, 100, 101, vocab), []
         for start, stop in itertools.pairwise(cuts):
             shard = (sample.logits[None, :, start:stop], sample.target, temperature)
-            states.append(native.token_stats_forward(*shard, 0.0, -100, start, vocab, 15)[4])
+            states.append(native.token_stats_forward(*shard, RowOptions(0.0, -100, start, vocab), bits(*NAMES))[1])
         none = torch.zeros(4, dtype=torch.bool, device="cuda")
         merged = softmax_state.merge(torch.stack(states), temperature)
-        values = dict(zip(NAMES, softmax_state.finalize(merged, temperature, 15, none, none), strict=True))
+        values = dict(zip(NAMES, softmax_state.finalize(merged, temperature, bits(*NAMES), none, none), strict=True))
         sample.kwargs["temperature"] = temperature
         bound(sample).check_values(**values)

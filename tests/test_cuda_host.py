@@ -14,6 +14,7 @@ import torch
 import cuda_emulator
 import entropy_kernels as ek
 from conftest import on_gpu
+from entropy_kernels._rows import RowOptions, bits
 from entropy_kernels.backends import native
 from sample import plain
 
@@ -159,13 +160,12 @@ class TestOnHardware:
     def test_backward_reversed(self, vocab: int, rows: int) -> None:
         sample = plain(torch.bfloat16, "cuda", rows=rows, vocab=vocab)
         logits, temperature = sample.logits[None], torch.ones(1, device="cuda")
-        state = native.token_stats_forward(logits, sample.target, temperature, 0.0, -100, 0, vocab, 3)[4]
-        grad = torch.randn(rows, device="cuda")
+        options, want = RowOptions(0.0, -100, 0, vocab), bits("logprob", "entropy")
+        _, state = native.token_stats_forward(logits, sample.target, temperature, options, want)
+        grads = torch.randn(rows, device="cuda").expand(2, rows)
 
         def gradient(inplace: bool) -> torch.Tensor:
-            return native.token_stats_backward(
-                grad, grad, None, logits, sample.target, temperature, state, 0.0, -100, 0, vocab, inplace
-            )
+            return native.token_stats_backward(grads, logits, sample.target, temperature, state, options, want, inplace)
 
         expected = gradient(False)
         assert native.set_cuda_switch("backward_reversed", 1) == 0

@@ -22,9 +22,9 @@ from calls import bound, check, run, same_bits, upstream
 from cases import CASES
 from conftest import Place
 from cuda_emulator import Emulated
+from entropy_kernels._rows import NAMES, SECOND_ORDER, STATISTICS, RowOptions, bits
 from entropy_kernels.backends import native, registry
 from entropy_kernels.backends.eager import token_stats as eager
-from reference import NAMES
 from sample import Case, labels, normal, plain
 
 for reason in (native.load_error, cuda_emulator.missing()):
@@ -38,7 +38,7 @@ WAYS = {
     "bulk": {"bulk": True},
     "cluster": {"bulk": True, "parts": 2},
 }
-ALL = 15
+ALL = bits(*NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,13 @@ def place(kernels: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]
     registry.kernel_of.cache_clear()
     yield Place("cpu", "cpu")
     registry.kernel_of.cache_clear()
+
+
+def all_grads(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gradients (S, N) of every statistic; those of what has no gradient are NaN, since nobody may read them."""
+    grads = torch.randn(len(STATISTICS), rows, dtype=dtype)
+    grads[[not statistic.differentiable for statistic in STATISTICS]] = math.nan
+    return grads
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -98,20 +105,20 @@ class TestExp2:
     def test_a_wrong_one_fails(self, ulps: int, place: Place, kernels: Emulated, library: ctypes.CDLL) -> None:
         """In the values, and in the gradient of a state that is right."""
         sample, temperature = plain(torch.float32, "cpu", vocab=1031), torch.ones(1)
-        arguments = (sample.logits[None], sample.target, temperature, 0.0, -100, 0, 1031)
-        values = kernels.token_stats_forward(*arguments, ALL)
+        arguments, options = (sample.logits[None], sample.target, temperature), RowOptions(0.0, -100, 0, 1031)
+        _, state = kernels.token_stats_forward(*arguments, options, ALL)
         grads = upstream(sample, "logprob", "entropy")
         references = bound(sample)
 
         def gradient() -> Tensor:
-            given = (grads["logprob"], grads["entropy"], None)
-            return kernels.token_stats_backward(*given, *arguments[:3], values[4], *arguments[3:], False)
+            given = torch.stack([grads["logprob"], grads["entropy"]])
+            return kernels.token_stats_backward(given, *arguments, state, options, bits(*grads), False)
 
         references.check_gradient(gradient(), **grads)
         library.emulate_exp2_ulps(ulps)
         with pytest.raises(AssertionError, match=r"gradient: .* beyond the bound"):
             references.check_gradient(gradient(), **grads)
-        wrong = dict(zip(NAMES, kernels.token_stats_forward(*arguments, ALL)[:4], strict=True))
+        wrong = dict(zip(NAMES, kernels.token_stats_forward(*arguments, options, ALL)[0], strict=True))
         for name, value in wrong.items():
             with pytest.raises(AssertionError, match=f"{name}: .* beyond the bound"):
                 references.check_values(**{name: value})
@@ -141,18 +148,17 @@ def test_any_alignment_and_nothing_beside_the_row(width: int, offset: int, kerne
         view = buffer[..., offset : offset + width]
         view.copy_(normal(2, 3, width, dtype=dtype, device="cpu"))
         target, temperature = labels(6, vocab=width, device="cpu"), torch.rand(6) + 0.5
-        arguments = (target, temperature, 0.0, -100, 0, width)
-        exact = eager.token_stats_forward(view.double(), target, temperature.double(), *arguments[2:], ALL)
-        ours = kernels.token_stats_forward(view, *arguments, ALL)
+        options = RowOptions(0.0, -100, 0, width)
+        exact = eager.token_stats_forward(view.double(), target, temperature.double(), options, ALL)
+        ours = kernels.token_stats_forward(view, target, temperature, options, ALL)
         for a, b in zip(ours, exact, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-        grads = [torch.randn(6) for _ in range(3)]
-        packed = kernels.token_stats_backward(*grads, view, *arguments[:2], ours[4], *arguments[2:], False)
-        expected = eager.token_stats_backward(
-            *[g.double() for g in grads], view.double(), target, temperature.double(), exact[4], *arguments[2:], False
-        )
+        grads = all_grads(6)
+        packed = kernels.token_stats_backward(grads, view, target, temperature, ours[1], options, ALL, False)
+        wide = (view.double(), target, temperature.double(), exact[1])
+        expected = eager.token_stats_backward(grads.double(), *wide, options, ALL, False)
         torch.testing.assert_close(packed.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-5)
-        assert kernels.token_stats_backward(*grads, view, *arguments[:2], ours[4], *arguments[2:], True) is view
+        assert kernels.token_stats_backward(grads, view, target, temperature, ours[1], options, ALL, True) is view
         assert torch.equal(view, packed)
         assert (buffer[..., :offset] == 77).all() and (buffer[..., offset + width :] == 77).all()
 
@@ -170,7 +176,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(library: ctypes.CDLL) -> Non
     for way in WAYS.values():
         results = [
             Emulated(library, seed=seed, **way).token_stats_forward(
-                logits, sample.target, temperature, 0.0, -100, 0, 40_003, ALL
+                logits, sample.target, temperature, RowOptions(0.0, -100, 0, 40_003), ALL
             )
             for seed in range(4)
         ]
@@ -187,13 +193,12 @@ def test_bits_do_not_depend_on_the_number_of_rows(
     kernels = Emulated(library, bulk=bulk, vectors=vocab % 8 == 0)
     logits = normal(1, 9, vocab, dtype=dtype, device="cpu")
     target, temperature = labels(9, vocab=vocab, device="cpu"), torch.rand(9) + 0.5
-    grads = [torch.randn(9) for _ in range(3)]
+    grads = all_grads(9)
 
-    def call(part: slice) -> tuple[list[Tensor], Tensor]:
-        rows, rest = (logits[:, part], target[part], temperature[part]), (0.0, -100, 0, vocab)
-        *stats, state = kernels.token_stats_forward(*rows, *rest, ALL)
-        given = [g[part] for g in grads]
-        return [*stats, state], kernels.token_stats_backward(*given, *rows, state, *rest, False)
+    def call(part: slice) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        rows, options = (logits[:, part], target[part], temperature[part]), RowOptions(0.0, -100, 0, vocab)
+        stats, state = kernels.token_stats_forward(*rows, options, ALL)
+        return (stats, state), kernels.token_stats_backward(grads[:, part], *rows, state, options, ALL, False)
 
     whole, gradient = call(slice(None))
     for part in (*(slice(i, i + 1) for i in range(9)), slice(2, 7)):
@@ -205,7 +210,7 @@ def test_bits_do_not_depend_on_the_number_of_rows(
 def test_more_parts_than_warps(library: ctypes.CDLL) -> None:
     """As many parts as one warp can merge; some of them get nothing of a short row."""
     sample = plain(torch.float32, "cpu", rows=2, vocab=301)
-    arguments = (sample.logits[None], sample.target, torch.ones(1), 0.0, -100, 0, 301, ALL)
+    arguments = (sample.logits[None], sample.target, torch.ones(1), RowOptions(0.0, -100, 0, 301), ALL)
     whole, split = (Emulated(library, parts=parts).token_stats_forward(*arguments) for parts in (1, 32))
     for a, b in zip(whole, split, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
@@ -215,11 +220,12 @@ def test_ignored_and_silent_rows_are_not_read(kernels: Emulated) -> None:
     logits = normal(1, 4, 2000, dtype=torch.float32, device="cpu")
     logits[0, 1], logits[0, 2] = math.nan, math.nan
     target, temperature = torch.tensor([5, -100, 7, 9]), torch.ones(1)
-    *outputs, state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, 2000, ALL)
+    options = RowOptions(0.0, -100, 0, 2000)
+    outputs, state = kernels.token_stats_forward(logits, target, temperature, options, ALL)
     assert all(output[1] == 0 and output[2].isnan() and output[3].isfinite() for output in outputs)
     assert state[:, 1].tolist() == [0, 1, 0, 0, 1, 0]
-    grads = [torch.tensor([1.0, 1.0, 0.0, 1.0])] * 3
-    gradient = kernels.token_stats_backward(*grads, logits, target, temperature, state, 0.0, -100, 0, 2000, False)
+    grads = torch.tensor([1.0, 1.0, 0.0, 1.0]).expand(len(STATISTICS), 4)
+    gradient = kernels.token_stats_backward(grads, logits, target, temperature, state, options, ALL, False)
     assert (gradient[0, 1:3] == 0).all() and gradient.isfinite().all() and (gradient[0, [0, 3]] != 0).any(-1).all()
 
 
@@ -244,27 +250,28 @@ def test_gradient_in_reversed_order_has_the_same_bits(kernels: Emulated, layout:
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     target, temperature = labels(6, vocab=vocab, device="cpu"), torch.rand(6, dtype=accumulator) + 0.5
     target[1] = -100
-    arguments = (logits, target, temperature)
-    state = kernels.token_stats_forward(*arguments, 0.0, -100, 0, vocab, ALL)[4]
-    grads = [torch.randn(6, dtype=accumulator) for _ in range(3)]
-    grads[0][4] = grads[1][4] = grads[2][4] = 0
+    arguments, options = (logits, target, temperature), RowOptions(0.0, -100, 0, vocab)
+    _, state = kernels.token_stats_forward(*arguments, options, ALL)
+    grads = all_grads(6, accumulator)
+    grads[:, 4] = 0
     backwards = dataclasses.replace(kernels, reversed=True)
     expected, packed = (
-        k.token_stats_backward(*grads, *arguments, state, 0.0, -100, 0, vocab, False) for k in (kernels, backwards)
+        k.token_stats_backward(grads, *arguments, state, options, ALL, False) for k in (kernels, backwards)
     )
     assert torch.equal(packed, expected) and (expected[0, 1] == 0).all() and (expected[1, 1] == 0).all()
-    assert backwards.token_stats_backward(*grads, *arguments, state, 0.0, -100, 0, vocab, True) is logits
+    assert backwards.token_stats_backward(grads, *arguments, state, options, ALL, True) is logits
     assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("kernels", ["parts"], indirect=True)
 def test_reversed_order_begins_with_the_last_row(kernels: Emulated) -> None:
     logits, target, temperature = torch.randn(1, 4, 9001), torch.tensor([1, 2, 3, 4]), torch.ones(1)
-    state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, 9001, ALL)[4]
+    options = RowOptions(0.0, -100, 0, 9001)
+    _, state = kernels.token_stats_forward(logits, target, temperature, options, ALL)
     for order, row in ((False, 0), (True, 3)):
         first = dataclasses.replace(kernels, reversed=order, blocks=kernels.parts)
         gradient = first.token_stats_backward(
-            torch.ones(4), None, None, logits, target, temperature, state, 0.0, -100, 0, 9001, False
+            torch.ones(1, 4), logits, target, temperature, state, options, bits("logprob"), False
         )
         assert [not x.isnan().any() for x in gradient[0]] == [i == row for i in range(4)]
 
@@ -278,13 +285,12 @@ def test_gradient_of_rows_beyond_2_31_elements(order: str, library: ctypes.CDLL)
     logits = buffer.as_strided((1, 3, vocab), (0, stride, 1))
     logits.copy_(normal(1, 3, vocab, dtype=torch.bfloat16, device="cpu"))
     target, temperature, grad = labels(3, vocab=vocab, device="cpu"), torch.ones(1), torch.tensor([1.0, 2.0, 3.0])
-    kernels = Emulated(library, reversed=order == "reversed")
+    kernels, options = Emulated(library, reversed=order == "reversed"), RowOptions(0.0, -100, 0, vocab)
+    want = bits("logprob", "entropy")
 
     def gradient(of: Tensor, inplace: bool) -> Tensor:
-        state = kernels.token_stats_forward(of, target, temperature, 0.0, -100, 0, vocab, 3)[4]
-        return kernels.token_stats_backward(
-            grad, grad, None, of, target, temperature, state, 0.0, -100, 0, vocab, inplace
-        )
+        _, state = kernels.token_stats_forward(of, target, temperature, options, want)
+        return kernels.token_stats_backward(grad.expand(2, 3), of, target, temperature, state, options, want, inplace)
 
     expected = gradient(logits.contiguous(), False)
     assert torch.equal(gradient(logits, True), expected)
@@ -294,12 +300,11 @@ def test_what_is_invalid_is_nan(kernels: Emulated) -> None:
     """Without a sync nobody can raise: labels out of range and temperatures that are not > 0 show in the results."""
     logits, target = normal(1, 6, 50, dtype=torch.float32, device="cpu"), torch.tensor([50, -1, 3, 3, 3, 3])
     temperature = torch.tensor([1.0, 1.0, 0.0, -1.0, math.nan, 1.0])
-    *outputs, state = kernels.token_stats_forward(logits, target, temperature, 0.0, -100, 0, 50, ALL)
+    options = RowOptions(0.0, -100, 0, 50)
+    outputs, state = kernels.token_stats_forward(logits, target, temperature, options, ALL)
     assert all(output[:5].isnan().all() and output[5].isfinite() for output in outputs)
-    grad = torch.ones(6)
-    gradient = kernels.token_stats_backward(
-        grad, grad, grad, logits, target, temperature, state, 0.0, -100, 0, 50, False
-    )
+    grads = torch.ones(len(STATISTICS), 6)
+    gradient = kernels.token_stats_backward(grads, logits, target, temperature, state, options, ALL, False)
     assert gradient[0, 2:5].isnan().all() and gradient[0, 5].isfinite().all()
 
 
@@ -312,12 +317,12 @@ def test_nan_and_inf_are_found(value: float, others: float, where: int, kernels:
         logits = torch.full((1, 2, 9001), others, dtype=dtype)
         logits[0, :, 5] = 1.0
         logits[0, 0, where] = value
-        arguments = (torch.tensor([5, 5]), torch.ones(1), 0.0, -100, 0, 9001)
-        *outputs, state = kernels.token_stats_forward(logits, *arguments, ALL)
+        arguments, options = (logits, torch.tensor([5, 5]), torch.ones(1)), RowOptions(0.0, -100, 0, 9001)
+        outputs, state = kernels.token_stats_forward(*arguments, options, ALL)
         assert all(output[0].isnan() and output[1].isfinite() for output in outputs)
         assert not state[0, 0].isfinite() and state[:, 1].isfinite().all()
-        grads = [torch.ones(2)] * 3
-        gradient = kernels.token_stats_backward(*grads, logits, *arguments[:2], state, *arguments[2:], False)
+        grads = torch.ones(len(STATISTICS), 2)
+        gradient = kernels.token_stats_backward(grads, *arguments, state, options, ALL, False)
         assert gradient[0, 0].isnan().all() and gradient[0, 1].isfinite().all()
 
 
@@ -329,43 +334,66 @@ def test_shards_merge_to_the_whole(kernels: Emulated) -> None:
     target, temperature = torch.tensor([3, 4000, 8989, -100]), torch.rand(4) + 0.5
 
     def forward(part: Tensor, start: int) -> tuple[Tensor, ...]:
-        return kernels.token_stats_forward(part, target, temperature, 0.0, -100, start, vocab, ALL)
+        return kernels.token_stats_forward(part, target, temperature, RowOptions(0.0, -100, start, vocab), ALL)
 
     whole = forward(logits, 0)
     edges = (0, 9, 4000, 4000, 8995, 9001)
     spans = list(itertools.pairwise(edges))
-    states = torch.stack([forward(logits[..., a:b], a)[4] for a, b in spans])
+    states = torch.stack([forward(logits[..., a:b], a)[1] for a, b in spans])
     assert (states[-1, 0, :3] == -math.inf).all() and (states[-1, 1, :3] == 0).all()  # all of it is padding
     merged = softmax_state.merge(states, temperature)
-    torch.testing.assert_close(merged[:, :3], whole[4][:, :3], rtol=1e-5, atol=1e-5)
-    grads = [torch.randn(4) for _ in range(3)]
-    arguments = (target, temperature, whole[4], 0.0, -100)
-    parts = [kernels.token_stats_backward(*grads, logits[..., a:b], *arguments, a, vocab, False) for a, b in spans]
-    gradient = kernels.token_stats_backward(*grads, logits, *arguments, 0, vocab, False)
+    torch.testing.assert_close(merged[:, :3], whole[1][:, :3], rtol=1e-5, atol=1e-5)
+    grads = all_grads(4)
+
+    def backward(part: Tensor, start: int) -> Tensor:
+        options = RowOptions(0.0, -100, start, vocab)
+        return kernels.token_stats_backward(grads, part, target, temperature, whole[1], options, ALL, False)
+
+    parts = [backward(logits[..., a:b], a) for a, b in spans]
+    gradient = backward(logits, 0)
     torch.testing.assert_close(torch.cat(parts, -1), gradient, rtol=1e-6, atol=0)
     assert (gradient[..., vocab:] == 0).all()
 
 
 def test_unwanted_outputs_are_not_written(kernels: Emulated) -> None:
     sample = plain(torch.float32, "cpu")
-    arguments = (sample.logits[None], sample.target, torch.ones(1), 0.0, -100, 0, 97)
-    full = kernels.token_stats_forward(*arguments, ALL)
-    for want in range(16):
-        *outputs, state = kernels.token_stats_forward(*arguments, want)
-        assert state.shape == (6 if want & 12 else 4, 5) and not state.isnan().any()
-        for bit, (output, whole) in enumerate(zip(outputs, full, strict=False)):
-            assert same_bits(output, whole) if want >> bit & 1 else output.shape == (0,)
+    arguments = (sample.logits[None], sample.target, torch.ones(1), RowOptions(0.0, -100, 0, 97))
+    full, _ = kernels.token_stats_forward(*arguments, ALL)
+    for want in range(ALL + 1):
+        outputs, state = kernels.token_stats_forward(*arguments, want)
+        assert state.shape == (6 if want & SECOND_ORDER else 4, 5) and not state.isnan().any()
+        assert same_bits(outputs, full[[i for i in range(len(STATISTICS)) if want >> i & 1]])
 
 
 def test_missing_and_expanded_upstream(place: Place, kernels: Emulated) -> None:
     sample = plain(torch.float32, "cpu", vocab=500)
     for names in (("logprob",), ("entropy",), ("collision",), ("logprob", "entropy")):
         check(sample, place, *names)
-    state = kernels.token_stats_forward(sample.logits[None], sample.target, torch.ones(1), 0.0, -100, 0, 500, 3)[4]
-    arguments = (sample.logits[None], sample.target.int(), torch.ones(1), state, 0.0, -100, 0, 500, False)
+    options = RowOptions(0.0, -100, 0, 500)
+    _, state = kernels.token_stats_forward(sample.logits[None], sample.target, torch.ones(1), options, 3)
+    arguments = (sample.logits[None], sample.target.int(), torch.ones(1), state, options)
     one = torch.tensor(0.3)
-    plain_gradient = kernels.token_stats_backward(one.expand(5).clone(), None, None, *arguments)
-    assert torch.equal(kernels.token_stats_backward(one.expand(5), None, None, *arguments), plain_gradient)
+    plain_gradient = kernels.token_stats_backward(one.expand(1, 5).clone(), *arguments, bits("logprob"), False)
+    assert torch.equal(
+        kernels.token_stats_backward(one.expand(1, 5), *arguments, bits("logprob"), False), plain_gradient
+    )
+    both, transposed = one.expand(2, 5), torch.full((5, 2), 0.3).t()
+    a, b = (kernels.token_stats_backward(grads, *arguments, 3, False) for grads in (both, transposed))
+    assert torch.equal(a, b)
+
+
+def test_a_gradient_of_zero_is_none(kernels: Emulated) -> None:
+    """Whatever its statistic holds: the sums of second order are NaN here."""
+    arguments, options = (
+        (normal(1, 4, 500, dtype=torch.float32, device="cpu"), torch.arange(4), torch.ones(1)),
+        RowOptions(0.0, -100, 0, 500),
+    )
+    _, state = kernels.token_stats_forward(*arguments, options, ALL)
+    state[4:] = math.nan
+    grads = all_grads(4)
+    grads[NAMES.index("collision")] = 0
+    expected = kernels.token_stats_backward(grads[:2], *arguments, state, options, bits("logprob", "entropy"), False)
+    assert torch.equal(kernels.token_stats_backward(grads, *arguments, state, options, ALL, False), expected)
 
 
 def test_every_row_is_written_once_per_call(place: Place) -> None:

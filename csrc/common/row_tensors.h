@@ -26,6 +26,8 @@ struct RowOutputs {
   std::int64_t rows;
   std::int64_t want;
 
+  EK_HOST_DEVICE bool second_order() const { return (want & kSecondOrder) != 0; }
+
   template <typename From>
   EK_HOST_DEVICE void write(std::int64_t row, const SoftmaxState<From>& of, const TokenStats<From>& values,
                             bool second_order) const {

@@ -162,7 +162,7 @@ void finish(const Problem& problem, const RowOutputs<T>& outputs, std::int64_t r
 
 template <typename T>
 void forward(const Problem& problem, const RowOutputs<T>& outputs) {
-  const bool second_order = (outputs.want & kSecondOrder) != 0;
+  const bool second_order = outputs.second_order();
   const auto accumulate = [&](std::int64_t row, std::int64_t part) {
     return problem.kernels.accumulate(problem.part_of_row(row, problem.edge(part), problem.edge(part + 1)),
                                       problem.temperature_of(row), problem.options.softcap, second_order);

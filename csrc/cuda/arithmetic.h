@@ -124,11 +124,9 @@ struct LogitGradient {
   T own;                                   // the target's own term
   Softcap<T> softcap;
 
-  EK_HOST_DEVICE LogitGradient(const SoftmaxState<T>& state, T temperature, T softcap_, T grad_logprob, T grad_entropy,
-                               T grad_collision)
-      : m(state.m), bits(bits_per_logit(temperature)), own(grad_logprob / temperature), softcap(softcap_) {
-    const GradientCoefficients<T> c =
-        gradient_coefficients(state, temperature, grad_logprob, grad_entropy, grad_collision);
+  EK_HOST_DEVICE LogitGradient(const SoftmaxState<T>& state, T temperature, T softcap_, const TokenStats<T>& grads)
+      : m(state.m), bits(bits_per_logit(temperature)), own(grads[kLogprob] / temperature), softcap(softcap_) {
+    const GradientCoefficients<T> c = gradient_coefficients(state, temperature, grads);
     // the forward pass said NaN of such a row, however finite its sums are
     constant = temperature > 0 ? c.constant : kNaN<T>;
     linear = c.linear * kLn2<T>;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../common/row_options.h"
+#include "../common/row_tensors.h"
 #include "arithmetic.h"
 
 namespace entropy_kernels::cuda {
@@ -33,55 +35,38 @@ struct Problem {
   Rows logits;
   int rows, length;
   int vocab;
-  int columns;  // those with a global id below vocab_size; the rest count as -inf and are not read
-  const void* target;
-  bool wide_target;
+  int columns;  // those that are read
+  Labels labels;
   const T* temperature;
   int temperature_stride;  // 0: one for all rows
-  T softcap;               // 0: none
-  std::int64_t ignore_index, vocab_start, vocab_size;
+  RowOptions options;
 
-  EK_HOST_DEVICE std::int64_t label(int row) const {
-    return wide_target ? static_cast<const std::int64_t*>(target)[row] : static_cast<const std::int32_t*>(target)[row];
+  EK_HOST_DEVICE T softcap() const { return static_cast<T>(options.softcap); }
+  EK_HOST_DEVICE T temperature_of(int row) const {
+    return temperature[static_cast<std::int64_t>(row) * temperature_stride];
   }
   // The label's column here, or -1 if it lies elsewhere.
   EK_HOST_DEVICE int label_column(std::int64_t label) const {
-    // compared first: far labels must not overflow the difference
-    const bool here = label != ignore_index && label >= vocab_start && label - vocab_start < columns;
-    return here ? static_cast<int>(label - vocab_start) : -1;
-  }
-  EK_HOST_DEVICE T temperature_of(int row) const {
-    return temperature[static_cast<std::int64_t>(row) * temperature_stride];
+    return static_cast<int>(options.label_column(label, columns));
   }
 };
 
 template <typename T>
 struct ForwardArguments {
   Problem<T> problem;
-  T *logprob, *entropy, *collision, *vocab_covariance;  // (N,), null where not wanted
-  T* state;                                             // (K, N)
+  RowOutputs<T> outputs;
   int parts;
   bool vectors;                  // reads_vectors (row_plan.h)
   SoftmaxState<T>* part_states;  // (N, parts); null where parts are merged through shared memory
   unsigned* counters;            // (N,), 0
 };
 
-// An upstream gradient (N,) of any stride, or nothing, which reads as 0.
-template <typename T>
-struct Upstream {
-  const T* data;
-  std::int64_t stride;
-
-  EK_HOST_DEVICE T at(int row) const { return data == nullptr ? T(0) : data[row * stride]; }
-};
-
 template <typename T>
 struct BackwardArguments {
   Problem<T> problem;
-  Upstream<T> grad_logprob, grad_entropy, grad_collision;
-  const T* state;
-  std::int64_t field_stride, row_stride;  // of the state
-  Rows dlogits;                           // may be the logits
+  Upstream<T> upstream;
+  StateInput<T> state;
+  Rows dlogits;   // may be the logits
   int parts;
   bool vectors;   // every row of logits and dlogits is contiguous, both equally misaligned
   bool reversed;  // the first blocks have the last row

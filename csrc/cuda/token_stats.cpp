@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -39,58 +38,38 @@ Rows rows_of(const Tensor& tensor, void* data) {
 }
 
 template <typename T>
-Problem<T> problem_of(const Tensor& logits, void* data, const Tensor& target, const Tensor& temperature,
-                      double softcap, std::int64_t ignore_index, std::int64_t vocab_start, std::int64_t vocab_size) {
+Problem<T> problem_of(const Tensor& logits, const Tensor& target, const Tensor& temperature,
+                      const RowOptions& options) {
   const std::int64_t rows = logits.size(0) * logits.size(1), vocab = logits.size(2);
   STD_TORCH_CHECK(rows <= kMaxBlocks && vocab <= kMaxColumns, "logits: expected at most ", kMaxBlocks, " rows of ",
                   kMaxColumns, " columns, got shape ", shape_of(logits));
-  return {rows_of(logits, data),
+  return {rows_of(logits, const_cast<void*>(logits.const_data_ptr())),
           static_cast<int>(rows),
           static_cast<int>(logits.size(1)),
           static_cast<int>(vocab),
-          static_cast<int>(std::clamp<std::int64_t>(vocab_size - vocab_start, 0, vocab)),
-          target.const_data_ptr(),
-          target.scalar_type() == ScalarType::Long,
-          static_cast<const T*>(temperature.const_data_ptr()),
+          static_cast<int>(options.columns(vocab)),
+          labels_of(target),
+          data<T>(temperature),
           temperature.numel() == 1 ? 0 : 1,
-          static_cast<T>(softcap),
-          ignore_index,
-          vocab_start,
-          vocab_size};
+          options};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
-    Tensor logits, Tensor target, Tensor temperature, double softcap, std::int64_t ignore_index,
-    std::int64_t vocab_start, std::int64_t vocab_size, std::int64_t want) {
-  check_arguments(logits, target, temperature, softcap, vocab_start, vocab_size);
-  check_want(want);
+std::tuple<Tensor, Tensor> token_stats_forward(Tensor logits, Tensor target, Tensor temperature, double softcap,
+                                               std::int64_t ignore_index, std::int64_t vocab_start,
+                                               std::int64_t vocab_size, std::int64_t want) {
+  const RowOptions options = {softcap, ignore_index, vocab_start, vocab_size};
+  check_arguments(logits, target, temperature, options, want);
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   const ScalarType dtype = result_of(logits);
   const std::int64_t rows = target.numel();
-  const bool second_moments = (want & (kCollision | kVocabCovariance)) != 0;
-  const auto output = [&](Want bit) { return empty_beside(logits, {want & bit ? rows : 0}, dtype); };
-  Tensor logprob = output(kLogprob), entropy = output(kEntropy);
-  Tensor collision = output(kCollision), covariance = output(kVocabCovariance);
-  Tensor state = empty_beside(logits, {second_moments ? 6 : 4, rows}, dtype);
+  Tensor stats = empty_beside(logits, {statistics_in(want), rows}, dtype);
+  Tensor state = empty_beside(logits, {state_rows(want), rows}, dtype);
   const auto run = [&]<typename T>(T) {
-    const auto pointer = [&](const Tensor& tensor, Want bit) {
-      return want & bit ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
-    };
-    const Problem<T> problem = problem_of<T>(logits, const_cast<void*>(logits.const_data_ptr()), target, temperature,
-                                             softcap, ignore_index, vocab_start, vocab_size);
+    const Problem<T> problem = problem_of<T>(logits, target, temperature, options);
     // with the strides of single rows and batches, so that a row alone is read as among others
     const bool vectors = reads_vectors(reinterpret_cast<std::intptr_t>(problem.logits.data), logits.stride(0),
                                        logits.stride(1), problem.logits.column_stride, logits.element_size());
-    const ForwardArguments<T> arguments = {problem,
-                                           pointer(logprob, kLogprob),
-                                           pointer(entropy, kEntropy),
-                                           pointer(collision, kCollision),
-                                           pointer(covariance, kVocabCovariance),
-                                           static_cast<T*>(state.mutable_data_ptr()),
-                                           1,
-                                           vectors,
-                                           nullptr,
-                                           nullptr};
+    const ForwardArguments<T> arguments = {problem, outputs_of<T>(stats, state, want), 1, vectors, nullptr, nullptr};
     const Element element = element_of(logits);
     const ForwardPlan plan = plan_forward(element, problem, vectors, logits.get_device());
     // Freed when this returns; the allocator gives it to nothing that runs before the kernel on this stream.
@@ -98,39 +77,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_stats_forward(
     if (plan.scratch_bytes > 0) {
       scratch = empty_beside(logits, {static_cast<std::int64_t>(plan.scratch_bytes)}, ScalarType::Byte);
     }
-    launch_forward(element, plan, arguments, second_moments, scratch ? scratch->mutable_data_ptr() : nullptr,
-                   current_stream(logits));
+    launch_forward(element, plan, arguments, scratch ? scratch->mutable_data_ptr() : nullptr, current_stream(logits));
   };
   if (rows > 0) dtype == ScalarType::Double ? run(double{}) : run(float{});
-  return {logprob, entropy, collision, covariance, state};
+  return {stats, state};
 }
 
-void token_stats_backward(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_entropy,
-                          std::optional<Tensor> grad_collision, Tensor logits, Tensor target, Tensor temperature,
-                          Tensor state, double softcap, std::int64_t ignore_index, std::int64_t vocab_start,
-                          std::int64_t vocab_size, Tensor dlogits) {
-  check_arguments(logits, target, temperature, softcap, vocab_start, vocab_size);
-  check_backward(grad_logprob, grad_entropy, grad_collision, logits, target, temperature, state, dlogits);
+void token_stats_backward(Tensor grad_stats, Tensor logits, Tensor target, Tensor temperature, Tensor state,
+                          double softcap, std::int64_t ignore_index, std::int64_t vocab_start, std::int64_t vocab_size,
+                          std::int64_t want, Tensor dlogits) {
+  const RowOptions options = {softcap, ignore_index, vocab_start, vocab_size};
+  check_arguments(logits, target, temperature, options, want);
+  check_backward(grad_stats, logits, target, temperature, state, want, dlogits);
   if (logits.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   const auto run = [&]<typename T>(T) {
-    const auto upstream = [](const std::optional<Tensor>& grad) -> Upstream<T> {
-      if (!grad.has_value()) return {nullptr, 0};
-      return {static_cast<const T*>(grad->const_data_ptr()), grad->stride(0)};
-    };
-    const BackwardArguments<T> arguments = {
-        problem_of<T>(logits, const_cast<void*>(logits.const_data_ptr()), target, temperature, softcap, ignore_index,
-                      vocab_start, vocab_size),
-        upstream(grad_logprob),
-        upstream(grad_entropy),
-        upstream(grad_collision),
-        static_cast<const T*>(state.const_data_ptr()),
-        state.stride(0),
-        state.stride(1),
-        rows_of(dlogits, dlogits.mutable_data_ptr()),
-        1,
-        false,
-        false};
+    const BackwardArguments<T> arguments = {problem_of<T>(logits, target, temperature, options),
+                                            upstream_of<T>(grad_stats, want),
+                                            state_of<T>(state),
+                                            rows_of(dlogits, dlogits.mutable_data_ptr()),
+                                            1,
+                                            false,
+                                            false};
     launch_backward(element_of(logits), arguments, current_stream(logits));
   };
   result_of(logits) == ScalarType::Double ? run(double{}) : run(float{});

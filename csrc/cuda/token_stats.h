@@ -25,8 +25,8 @@ ForwardPlan plan_forward(Element element, const Problem<T>& problem, bool vector
 
 // Enqueues the forward pass; what the plan says about `arguments` is set here.
 template <typename T>
-void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T> arguments, bool second_moments,
-                    void* scratch, cudaStream_t stream);
+void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T> arguments, void* scratch,
+                    cudaStream_t stream);
 
 // Enqueues the backward pass; parts, vectors and reversed of `arguments` are set here.
 template <typename T>

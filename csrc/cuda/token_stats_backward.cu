@@ -56,7 +56,7 @@ void launch_backward(Element element, BackwardArguments<T> arguments, cudaStream
   const std::int64_t enough = (2 * multiprocessors + problem.rows - 1) / problem.rows;
   const std::int64_t large = (bytes + kBlockBytes - 1) / kBlockBytes, small = (bytes + kTileBytes - 1) / kTileBytes;
   arguments.parts = static_cast<int>(std::max(large, std::min(enough, small)));
-  const void* function = for_element<T>(element, [&]<class E>(E) { return kernel<E>(problem.softcap > 0); });
+  const void* function = for_element<T>(element, [&]<class E>(E) { return kernel<E>(problem.options.softcap > 0); });
   cudaLaunchConfig_t config = {};
   config.gridDim = grid(problem.rows, arguments.parts);
   config.blockDim = dim3(static_cast<unsigned>(threads_for(problem.vocab, element)));

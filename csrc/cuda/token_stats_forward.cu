@@ -105,8 +105,8 @@ ForwardPlan plan_forward(Element element, const Problem<T>& problem, bool vector
 }
 
 template <typename T>
-void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T> arguments, bool second_moments,
-                    void* scratch, cudaStream_t stream) {
+void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T> arguments, void* scratch,
+                    cudaStream_t stream) {
   arguments.parts = plan.parts;
   if (plan.scratch_bytes > 0) {
     arguments.part_states = static_cast<SoftmaxState<T>*>(scratch);
@@ -114,7 +114,7 @@ void launch_forward(Element element, const ForwardPlan& plan, ForwardArguments<T
     check(cudaMemsetAsync(arguments.counters, 0, plan.scratch_bytes - plan.counter_offset, stream), "cudaMemsetAsync");
   }
   const void* function = for_element<T>(element, [&]<class E>(E) {
-    return kernel<E>(plan.bulk, second_moments, arguments.problem.softcap > 0);
+    return kernel<E>(plan.bulk, arguments.outputs.second_order(), arguments.problem.options.softcap > 0);
   });
   cudaLaunchConfig_t config = {};
   config.gridDim = grid(arguments.problem.rows, plan.parts);
@@ -152,7 +152,7 @@ std::vector<Kernel> forward_kernels() {
 
 template ForwardPlan plan_forward(Element, const Problem<float>&, bool, int);
 template ForwardPlan plan_forward(Element, const Problem<double>&, bool, int);
-template void launch_forward(Element, const ForwardPlan&, ForwardArguments<float>, bool, void*, cudaStream_t);
-template void launch_forward(Element, const ForwardPlan&, ForwardArguments<double>, bool, void*, cudaStream_t);
+template void launch_forward(Element, const ForwardPlan&, ForwardArguments<float>, void*, cudaStream_t);
+template void launch_forward(Element, const ForwardPlan&, ForwardArguments<double>, void*, cudaStream_t);
 
 }  // namespace entropy_kernels::cuda

@@ -199,22 +199,6 @@ struct BulkSource {
   }
 };
 
-// Writes a row: `stats` where the target and the temperature are what they should be.
-template <typename T>
-EK_HOST_DEVICE void write_row(const ForwardArguments<T>& arguments, int row, const SoftmaxState<T>& state,
-                              const TokenStats<T>& stats, bool second_moments) {
-  const T fields[] = {state.m, state.s, state.w, state.x_y, state.s2, state.w2};
-  const std::int64_t rows = arguments.problem.rows;
-#pragma unroll
-  for (int k = 0; k < 6; ++k) {
-    if (k < 4 || second_moments) arguments.state[k * rows + row] = fields[k];
-  }
-  if (arguments.logprob != nullptr) arguments.logprob[row] = stats.logprob;
-  if (arguments.entropy != nullptr) arguments.entropy[row] = stats.entropy;
-  if (arguments.collision != nullptr) arguments.collision[row] = stats.collision;
-  if (arguments.vocab_covariance != nullptr) arguments.vocab_covariance[row] = stats.vocab_covariance;
-}
-
 // One block's part of one row. Whole = all `parts` of a row, whichever way they find each other.
 template <class E, bool kSecondMoments, bool kSoftcap, bool kBulk, class Thread>
 EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typename E::Accumulator>& arguments,
@@ -225,13 +209,15 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
   const Problem<T>& problem = arguments.problem;
   const int parts = arguments.parts;
   const int row = thread.block() / parts, part = thread.block() % parts;
-  const std::int64_t label = problem.label(row);
+  const std::int64_t label = problem.labels[row];
   if constexpr (kBulk) {  // while the label is on its way
     BulkSource<E, Thread>::prepare(thread, *stages);
     thread.barrier();
   }
-  if (label == problem.ignore_index) {  // not read
-    if (thread.index() == 0 && part == 0) write_row<T>(arguments, row, {0, 1, 0, 0, 1, 0}, {0, 0, 0, 0}, kSecondMoments);
+  if (label == problem.options.ignore_index) {  // not read
+    if (thread.index() == 0 && part == 0) {
+      arguments.outputs.write(row, SoftmaxState<T>::ignored(), TokenStats<T>::all(0), kSecondMoments);
+    }
     return;
   }
   const Storage* logits = problem.logits.template at<const Storage>(row, problem.length);
@@ -251,9 +237,10 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
   Storage own = 0;  // the target's logit, looked at when the row is done
   if (owns) own = logits[column * stride];
 
+  const T softcap = kSoftcap ? problem.softcap() : T(0);
   Lane<T, kSecondMoments> lane(temperature);
   add_singles<E, kSecondMoments, kSoftcap>(lane, logits, stride, cut, part * thread.count() + thread.index(),
-                                           parts * thread.count(), problem.softcap);
+                                           parts * thread.count(), softcap);
   const int step = kVectors * thread.count();
   for (int tile = share.begin; tile < share.end; tile += step) {
     Words words[kVectors];
@@ -261,7 +248,7 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
     bool valid[kVectors];
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) valid[k] = tile + k * thread.count() + thread.index() < share.end;
-    add_tile<E, kSecondMoments, kSoftcap>(lane, words, valid, problem.softcap);
+    add_tile<E, kSecondMoments, kSoftcap>(lane, words, valid, softcap);
   }
 
   SoftmaxState<T> state = merge_block<T, kSecondMoments>(thread, shared, lane.state(), temperature);
@@ -300,13 +287,13 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
   state.x_y = -kInfinity<T>;
   if (owns) {
     state.x_y = E::widen(own);
-    if constexpr (kSoftcap) state.x_y = Softcap<T>(problem.softcap)(state.x_y);
+    if constexpr (kSoftcap) state.x_y = Softcap<T>(softcap)(state.x_y);
   }
   // The maximum skips NaN, and whoever merges shards may skip one at -inf; +inf stays visible.
   if (is_nan(state.s) && state.m != kInfinity<T>) state.m = state.s;
-  const bool valid = label >= 0 && label < problem.vocab_size && temperature > 0;
-  const TokenStats<T> nothing = {kNaN<T>, kNaN<T>, kNaN<T>, kNaN<T>};
-  write_row(arguments, row, state, valid ? finalize(state, temperature) : nothing, kSecondMoments);
+  const bool valid = problem.options.is_valid(label) && temperature > 0;
+  const TokenStats<T> stats = valid ? finalize(state, temperature) : TokenStats<T>::all(kNaN<T>);
+  arguments.outputs.write(row, state, stats, kSecondMoments);
 }
 
 // One block's part of one row's gradient.
@@ -330,12 +317,10 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
     dlogits[j * out_stride] = E::round(T(0));
   }
 
-  const std::int64_t label = problem.label(row);
-  const T grad_logprob = arguments.grad_logprob.at(row);
-  const T grad_entropy = arguments.grad_entropy.at(row);
-  const T grad_collision = arguments.grad_collision.at(row);
+  const std::int64_t label = problem.labels[row];
+  const TokenStats<T> grads = arguments.upstream.template at<T>(row);
   // No gradient comes in: none goes out, and the row is not read, whatever it holds.
-  if (label == problem.ignore_index || (grad_logprob == 0 && grad_entropy == 0 && grad_collision == 0)) {
+  if (label == problem.options.ignore_index || grads.all_zero()) {
     for (int vector = share.begin + thread.index(); vector < share.end; vector += thread.count()) {
       thread.write(out + vector, Words{});
     }
@@ -357,11 +342,8 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
   Words next[kVectors];
   load(share.begin, next);  // before anything is waited for
 
-  const auto field = [&](int k) { return arguments.state[k * arguments.field_stride + row * arguments.row_stride]; };
-  const bool collision = arguments.grad_collision.data != nullptr;
-  const SoftmaxState<T> state = {field(0), field(1), field(2), field(3), collision ? field(4) : 0, 0};
-  const LogitGradient<T> gradient(state, problem.temperature_of(row), problem.softcap, grad_logprob, grad_entropy,
-                                  grad_collision);
+  const SoftmaxState<T> state = arguments.state.template at<T>(row, arguments.upstream.second_order());
+  const LogitGradient<T> gradient(state, problem.temperature_of(row), problem.softcap(), grads);
   const int column = problem.label_column(label);
 
   for (int tile = share.begin; tile < share.end; tile += step) {
