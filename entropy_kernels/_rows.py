@@ -67,9 +67,14 @@ def bits(*names: str) -> int:
     return sum({1 << NAMES.index(name) for name in names})
 
 
-def wanted(want: int) -> list[Statistic]:
+_WANTED = [
+    tuple(statistic for i, statistic in enumerate(STATISTICS) if want >> i & 1) for want in range(1 << len(STATISTICS))
+]
+
+
+def wanted(want: int) -> tuple[Statistic, ...]:
     """The statistics in a bitmask, in the order of their rows."""
-    return [statistic for i, statistic in enumerate(STATISTICS) if want >> i & 1]
+    return _WANTED[want]
 
 
 LOGPROB, ENTROPY, COLLISION, VOCAB_COVARIANCE = (bits(name) for name in NAMES[:4])

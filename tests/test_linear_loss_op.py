@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import entropy_kernels as ek
-from entropy_kernels.linear import linear_loss
+from entropy_kernels._rows import RowArguments
+from entropy_kernels.linear import LinearArguments, linear_loss
 from entropy_kernels.ops import linear_policy_loss as op
 from entropy_kernels.ops.linear_tiles import parts_of_sequences
 from gloo import run_ranks
@@ -93,8 +94,8 @@ def expected(batch: Batch, **kind: Any) -> Batch:
 
 def step(batch: Batch, budget: int, buffer: Tensor | None, kind: dict[str, Any], head: dict[str, Any]) -> Any:
     hidden, weight, bias, target, *tokens = batch
-    options = {"grad_buffer": buffer, "memory_budget": budget, **head}
-    made = linear_loss(1.0 * hidden, weight, target, 1.0 * bias, Loss(*tokens, **kind), **options)
+    given = LinearArguments(RowArguments(**head), None, budget)
+    made = linear_loss(1.0 * hidden, weight, target, 1.0 * bias, given, Loss(*tokens, **kind), grad_buffer=buffer)
     return None if made is None else (made[0] * 1.0, made[1])
 
 

@@ -109,9 +109,10 @@ def check_labels(
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
     if not 0 <= options.softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number > 0, or 0 for none, got {options.softcap}")
-    for name in ("vocab_start", "vocab_size"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name}: expected >= 0, got {getattr(options, name)}")
+    if options.vocab_start < 0:
+        raise ValueError(f"vocab_start: expected >= 0, got {options.vocab_start}")
+    if options.vocab_size < 0:
+        raise ValueError(f"vocab_size: expected >= 0, got {options.vocab_size}")
 
 
 def check_rows(logits: Tensor, target: Tensor, temperature: Tensor, options: RowOptions) -> None:
