@@ -299,10 +299,10 @@ def test_memory_that_is_written_is_nobody_elses() -> None:
 def test_digits_and_counts_out_of_range() -> None:
     ops = torch.ops.entropy_kernels_native
     keys, state, offset = torch.arange(9), torch.zeros(1, 3, dtype=torch.int64), torch.tensor(0)
-    for shift, bits, message in ((0, 12, "bits: .* got 12"), (0, 0, "bits: .* got 0"), (30, 11, "shift: .* got 30"),
+    for shift, width, message in ((0, 12, "bits: .* got 12"), (0, 0, "bits: .* got 0"), (30, 11, "shift: .* got 30"),
                                  (-1, 4, "shift: .* got -1"), (2**62, 4, "shift")):  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
-            ops.selection_key_histogram(keys, state, shift, bits)
+            ops.selection_key_histogram(keys, state, shift, width)
     with pytest.raises(RuntimeError, match=r"known: expected 0 to 11 bits above the digit, got 12"):
         ops.selection_index_histogram(keys, None, offset, state, state, 42, 11, 12)
     for ratio, k, message in ((0.1, -2, "k: .* got -2"), (math.nan, -1, "ratio: .* got nan"), (1.5, -1, "ratio")):
