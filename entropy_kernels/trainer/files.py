@@ -30,7 +30,7 @@ def scratch_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], None], *, keep_old: Path | None = None) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, keep_old: Path | None = None) -> None:
     """Call `write` on a temporary file beside `path`, flush it to disk, and move it into place.
 
     If `write` raises, or the process dies at any point, `path` still holds what it held before. What it held before
@@ -71,11 +71,7 @@ def _sync_folder(folder: Path) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Bytes, atomically."""
-
-    def write(file: BinaryIO) -> None:
-        file.write(data)
-
-    write_atomic(path, write)
+    write_atomic(path, lambda file: file.write(data))
 
 
 def write_text(path: Path, text: str) -> None:

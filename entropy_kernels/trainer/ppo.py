@@ -33,6 +33,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,80 +99,37 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
 
 
 def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Probe]) -> Path:
-    path = config.out / "checkpoint.pt"
-    saved = checkpoint.load_checkpoint(path) if config.resume else None
-    if saved is not None:
-        check_resumable(saved["config"], config, finished=saved["step"])
-    files = checkpoint.prepare_directory(config)
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-
-    # --- where it starts: a policy, its optimizer, generators; all three from a checkpoint if the run goes on -------
-    if config.warm_start_from is not None:
-        policy = load_policy(config.warm_start_from, config, task)
-    else:
-        policy = build_policy(config, task)
-        if config.warm_steps > 0 and saved is None:
-            warm_start(
-                policy,
-                task,
-                config,
-                on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
-            )
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(),
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
-    sampler = torch.Generator(policy.device).manual_seed(config.seed)
-    shuffler = torch.Generator().manual_seed(config.seed)
-    state: dict[str, Any] = {
-        "model": policy.model,
-        "optimizer": optimizer,
-        "generators": {"sampler": sampler, "shuffler": shuffler},
-    }
-    first = 0
-    if saved is not None:
-        first = checkpoint.restore(saved, path, **state)
-    elif config.overwrite:
-        checkpoint.remove_run(files)
-    # before anything is changed: another run's log is refused
-    last_row = None if saved is None else saved.get("row")
-    log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last_row)
-    # how the run was started is not part of what it is: from-config starts another one
-    again = {**config.to_dict(), "resume": False, "overwrite": False}
-    write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
-
-    # --- the loop: its last round is the last policy's rollout, without updates --------------------------------------
-    for number in range(first, config.steps + 1):
+    """The loop. Its last round is the last policy's rollout, without updates."""
+    run = open_run(config, task, tell)
+    policy = run.policy
+    for number in range(run.first, config.steps + 1):
         step = Step(number, number == config.steps, policy, task, config, row={"step": number})
-        if step.last or (number > first and config.save_every and number % config.save_every == 0):
+        if step.last or (number > run.first and config.save_every and number % config.save_every == 0):
             # before the rollout draws from the sampler, so that a run can be extended bit-identically
-            checkpoint.save_checkpoint(path, step=number, config=config.to_dict(), row=log.last, **state)
+            run.save(number, config)
         if step.last:
             policy.save(config.out / "model")
         for probe in probes:
             probe.before_step(step)
 
         # 1. sample, score, advantages
-        step.rollout = collect(policy, task, config, step=number, generator=sampler)
+        step.rollout = collect(policy, task, config, step=number, generator=run.sampler)
         for probe in probes:
             probe.after_rollout(step)
 
         # 2. several updates per rollout: from the second on, log-probs differ from the old ones
         if not step.last:
-            for rows in minibatches(config, policy.device, shuffler):
+            for rows in minibatches(config, policy.device, run.shuffler):
                 seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
-                step.updates.append(update(policy, optimizer, step.rollout, rows, config, seed=seed))
+                step.updates.append(update(policy, run.optimizer, step.rollout, rows, config, seed=seed))
                 for probe in probes:
                     probe.after_update(step)
             for probe in probes:
                 probe.after_step(step)
 
-        log.write(step.row)
+        run.log.write(step.row)
         tell("train", min(number + 1, config.steps), config.steps, step.row)
-    log.close()
+    run.log.close()
     return config.out
 
 
@@ -340,6 +298,72 @@ def backward(
         result.loss.backward()
     outputs.backward(leaf.grad)
     return result, selected
+
+
+@dataclass
+class Run:
+    """What a run carries from step to step; all but the log stands in its checkpoints."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    sampler: torch.Generator
+    shuffler: torch.Generator
+    log: MetricsLog
+    first: int  # step
+
+    def save(self, step: int, config: TrainerConfig) -> None:
+        """Write the checkpoint after `step` steps."""
+        checkpoint.save_checkpoint(
+            config.out / "checkpoint.pt",
+            step=step,
+            config=config.to_dict(),
+            model=self.policy.model,
+            optimizer=self.optimizer,
+            generators={"sampler": self.sampler, "shuffler": self.shuffler},
+            row=self.log.last,
+        )
+
+
+def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
+    """The policy where RL starts, optimizer and generators, all from a checkpoint if the run goes on; and the log."""
+    path = config.out / "checkpoint.pt"
+    saved = checkpoint.load_checkpoint(path) if config.resume else None
+    if saved is not None:
+        check_resumable(saved["config"], config, finished=saved["step"])
+    files = checkpoint.prepare_directory(config)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    if config.warm_start_from is not None:
+        policy = load_policy(config.warm_start_from, config, task)
+    else:
+        policy = build_policy(config, task)
+        if config.warm_steps > 0 and saved is None:
+
+            def told(done: int, loss: float) -> None:
+                tell("supervised start", done, config.warm_steps, {"loss": loss})
+
+            warm_start(policy, task, config, on_step=told)
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(),
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    sampler = torch.Generator(policy.device).manual_seed(config.seed)
+    shuffler = torch.Generator().manual_seed(config.seed)
+    first = 0
+    if saved is not None:
+        generators = {"sampler": sampler, "shuffler": shuffler}
+        first = checkpoint.restore(saved, path, model=policy.model, optimizer=optimizer, generators=generators)
+    elif config.overwrite:
+        checkpoint.remove_run(files)
+    # before anything is changed: another run's log is refused
+    last = None if saved is None else saved.get("row")
+    log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
+    # how the run was started is not part of what it is: from-config starts another one
+    again = {**config.to_dict(), "resume": False, "overwrite": False}
+    write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
+    return Run(policy, optimizer, sampler, shuffler, log, first)
 
 
 def versions() -> dict[str, str]:

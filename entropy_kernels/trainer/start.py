@@ -117,16 +117,16 @@ _CHUNK = 25
 
 def warm_start(
     policy: Policy, task: Task, config: TrainerConfig, *, on_step: Callable[[int, float], None] | None = None
-) -> float:
-    """Train `policy` in place by maximum likelihood (SFT); returns the loss of the last step, in nats per token.
+) -> None:
+    """Train `policy` in place by maximum likelihood (SFT).
 
-    AdamW, linear warm-up, cosine decay to 0, gradient norm 1. `on_step(step, loss)` is called every ten steps.
+    AdamW, linear warm-up, cosine decay to 0, gradient norm 1. `on_step(step, loss)` is called every ten steps,
+    with the loss in nats per token.
     """
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=config.warm_lr, betas=(0.9, 0.99), weight_decay=config.warm_weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
-    last = math.nan
     for step in range(config.warm_steps):
         if step % _CHUNK == 0:
             pairs = task.demonstrations(
@@ -148,9 +148,6 @@ def warm_start(
         schedule.step()
         if on_step is not None and (step % 10 == 9 or step == config.warm_steps - 1):
             on_step(step + 1, float(loss.detach()))
-        if step == config.warm_steps - 1:
-            last = float(loss.detach())
-    return last
 
 
 def _rate(step: int, config: TrainerConfig) -> float:
