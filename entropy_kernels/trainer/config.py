@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
+from entropy_kernels.trainer import model
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import BASELINE, METHODS
 from entropy_kernels.trainer.start import check_model
 
-HEADS = ("linear", "logits", "torch")
+HEADS = tuple(model.HEADS)
 
 if TYPE_CHECKING:
     MethodName: TypeAlias = str

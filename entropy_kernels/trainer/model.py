@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,9 +108,9 @@ class Policy:
         self.head_name = head
         self.mixed = mixed
         self._memory_budget = memory_budget
-        self._head = make_head(head, model, memory_budget)
+        self._head = HEADS[head](model, memory_budget)
         # sampling has the logits of one position, whatever the head
-        self._sampled = make_head("torch" if head == "torch" else "logits", model, memory_budget)
+        self._sampled = HEADS["torch" if head == "torch" else "logits"](model, memory_budget)
         self.clock = OpClock(self.device)
         self.tokenizer.padding_side = "left"
 
@@ -317,33 +317,38 @@ def _target(ids: Tensor, mask: Tensor) -> Tensor:
     return ids.masked_fill(~mask, IGNORE)
 
 
-class Head(Protocol):
-    """`target` (B, L) holds token ids, -100 where there is none."""
-
-    def outputs(self, length: int, **inputs: Any) -> Tensor:
-        """What the model gives at the positions that predict the last `length` tokens of its inputs: (B, L, ...)."""
-
-    def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
-        """Log-prob and entropy, differentiable; the backward pass may overwrite `outputs`."""
-
-    def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
-        """All four statistics."""
-
-    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
-        """The loss of `options`, see :func:`loss_of_stats`; the backward pass may overwrite `outputs`."""
-
-
 def loss_of_stats(stats: ek.LogprobEntropy, method: str, **options: Any) -> ek.PolicyLoss:
     """The loss named as in :func:`entropy_kernels.linear_policy_loss`, of statistics that are there already."""
     return LOSSES[method](stats.logprob, entropy=stats.entropy, **options)
 
 
-class LinearHead:
-    """Hidden states (B, L, H), and this library's ops in place of the model's head: logits exist within a budget."""
+class LogitsHead:
+    """The model's own logits (B, L, V), raw and in its dtype. `target` (B, L): token ids, -100 where there is none."""
 
     def __init__(self, model: Any, memory_budget: int | None) -> None:
         self._model = model
         self._memory_budget = memory_budget
+
+    def outputs(self, length: int, **inputs: Any) -> Tensor:
+        """What the model gives at the positions that predict the last `length` tokens of its inputs: (B, L, ...)."""
+        # the last position predicts nothing: a view that skips it
+        return self._model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+
+    def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
+        """Log-prob and entropy, differentiable; the backward pass may overwrite `outputs`."""
+        return ek.logprob_entropy(outputs, target, temperature=temperature, inplace_backward=True)
+
+    def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
+        """All four statistics."""
+        return ek.token_stats(outputs, target, temperature=temperature)
+
+    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
+        """The loss of `options`, see :func:`loss_of_stats`; the backward pass may overwrite `outputs`."""
+        return loss_of_stats(self.logprob_entropy(outputs, target, temperature), **options)
+
+
+class LinearHead(LogitsHead):
+    """Hidden states (B, L, H), and this library's ops in place of the model's head: logits exist within a budget."""
 
     def outputs(self, length: int, **inputs: Any) -> Tensor:
         parts = ek.hf.causal_lm_parts(self._model)
@@ -351,42 +356,18 @@ class LinearHead:
         return hidden if parts.scale == 1 else hidden * parts.scale
 
     def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
-        return self._call(ek.linear_logprob_entropy, outputs, target, temperature)
+        return ek.linear_logprob_entropy(outputs, target=target, temperature=temperature, **self._head())
 
     def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
-        return self._call(ek.linear_token_stats, outputs, target, temperature)
+        return ek.linear_token_stats(outputs, target=target, temperature=temperature, **self._head())
 
     def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
-        return self._call(ek.linear_policy_loss, outputs, target, temperature, **options)
+        return ek.linear_policy_loss(outputs, target=target, temperature=temperature, **self._head(), **options)
 
-    def _call(
-        self, function: Callable[..., Any], outputs: Tensor, target: Tensor, temperature: float, **options: Any
-    ) -> Any:
+    def _head(self) -> dict[str, Any]:
         parts = ek.hf.causal_lm_parts(self._model)
-        return function(
-            outputs, parts.weight, target, bias=parts.bias, vocab_size=parts.vocab_size, temperature=temperature,
-            softcap=parts.softcap, memory_budget=self._memory_budget, **options,
-        )  # fmt: skip
-
-
-class LogitsHead:
-    """The model's own logits (B, L, V), raw and in its dtype."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def outputs(self, length: int, **inputs: Any) -> Tensor:
-        # the last position predicts nothing: a view that skips it
-        return self._model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-
-    def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
-        return ek.logprob_entropy(outputs, target, temperature=temperature, inplace_backward=True)
-
-    def token_stats(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.TokenStats:
-        return ek.token_stats(outputs, target, temperature=temperature)
-
-    def policy_loss(self, outputs: Tensor, target: Tensor, temperature: float, **options: Any) -> ek.PolicyLoss:
-        return loss_of_stats(self.logprob_entropy(outputs, target, temperature), **options)
+        names = ("weight", "bias", "vocab_size", "softcap")
+        return {"memory_budget": self._memory_budget, **{name: getattr(parts, name) for name in names}}
 
 
 class TorchHead(LogitsHead):
@@ -415,8 +396,5 @@ class TorchHead(LogitsHead):
         return logprob.masked_fill(ignored, 0), (-(logp.exp() * logp).sum(-1)).masked_fill(ignored, 0)
 
 
-def make_head(name: str, model: Any, memory_budget: int | None) -> Head:
-    """The head of a configuration's name."""
-    if name == "linear":
-        return LinearHead(model, memory_budget)
-    return LogitsHead(model) if name == "logits" else TorchHead(model)
+#: By the configuration's names.
+HEADS = {"linear": LinearHead, "logits": LogitsHead, "torch": TorchHead}

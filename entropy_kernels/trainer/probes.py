@@ -153,40 +153,39 @@ class UpdateMetrics(Probe):
     def after_step(self, step: Step) -> None:
         updates = [update_metrics(update, step.sampled, step.config) for update in step.updates]
         for name in updates[0]:
-            values = [metrics[name] for metrics in updates]
-            if name.endswith("_max"):
-                step.row[name] = max(values)
-            elif name in ("nonfinite_tokens", "tokens_dropped", "tokens_penalized"):
-                step.row[name] = sum(values)
-            else:
-                step.row[name] = sum(values) / len(values)
+            step.row[name] = combined(name, [metrics[name] for metrics in updates])
 
 
 #: Metrics of the losses that the log keeps.
-_LOSS_METRICS = ("pg_loss", "clipfrac", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens")
+_LOSS_METRICS = ("clipfrac", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens")
 
 
 def update_metrics(update: Update, rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
-    """Metrics of a minibatch from those of its micro-batches: maxima, sums, else means over tokens."""
-    counts = [int(rollout.mask[rows].sum()) for rows in update.rows]
+    """Metrics of a minibatch from those of its micro-batches, whose means are weighted by tokens."""
+    tokens = [int(rollout.mask[rows].sum()) for rows in update.rows]
     merged: dict[str, float] = {}
     for name in _LOSS_METRICS:
-        pairs = zip(counts, update.losses, strict=True)
-        values = [(tokens, float(loss.metrics[name])) for tokens, loss in pairs if name in loss.metrics]
-        if not values:
-            continue
-        if name.endswith("_max"):
-            merged[name] = max(value for _, value in values)
-        elif name in ("nonfinite_tokens", "pg_loss"):
-            merged[name] = sum(value for _, value in values)
-        else:
-            merged[name] = sum(tokens * value for tokens, value in values) / max(sum(counts), 1)
+        if name in update.losses[0].metrics:
+            merged[name] = combined(name, [float(loss.metrics[name]) for loss in update.losses], tokens)
+    # normalised by the whole minibatch: its parts add up
+    merged["pg_loss"] = sum(float(loss.metrics["pg_loss"]) for loss in update.losses)
     merged["loss"] = sum(float(loss.loss) for loss in update.losses)
     merged["grad_norm"] = update.grad_norm
     selected = sum(int(mask.sum()) for mask in update.selected if mask is not None)
     for treatment in ("dropped", "penalized"):
         merged[f"tokens_{treatment}"] = selected if METHODS[config.method].treats == treatment else 0
     return merged
+
+
+def combined(name: str, values: list[float], weights: list[int] | None = None) -> float:
+    """What several updates, or parts of one, have of a metric together: a maximum, a count, or a mean."""
+    if name.endswith("_max"):
+        return max(values)
+    if name.startswith("tokens_") or name == "nonfinite_tokens":
+        return sum(values)
+    if weights is None:
+        return sum(values) / len(values)
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / max(sum(weights), 1)
 
 
 class PeakMemory(Probe):
