@@ -149,7 +149,7 @@ def test_the_headers_numbers_are_the_defaults() -> None:
     text = " ".join((ppo.__doc__ or "").split())
     for phrase in (
         f"{parameters / 1e3:.0f} k parameters, {walk.max_new_tokens}-token answers and {rollout} tokens per rollout",
-        f"paper's fractions ({clip_cov.paper_ratio}, {kl_cov.paper_ratio}) would select less than one token or two per",
+        f"fractions ({clip_cov.paper_ratio}, {kl_cov.paper_ratio}) would select less than one and less than two tokens",
         f"defaults are {clip_cov.ratio} (Clip-Cov) and {kl_cov.ratio} (KL-Cov, beta {defaults.kl_coef:g} instead of 1)",
         f"random walks ({defaults.warm_steps} steps, {defaults.warm_wrong_fraction:.0%} with".replace("%", " %"),
         f"open covariance range ({defaults.cov_low:g} to {defaults.cov_high:g})",

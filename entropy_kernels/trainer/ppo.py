@@ -10,8 +10,8 @@ Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' c
 (a test compares the numbers):
 
 1. Scale. 113 k parameters, 7-token answers and 3584 tokens per rollout instead of billions, thousands and millions.
-   The paper's fractions (0.0002, 0.002) would select less than one token or two per update; the defaults are 0.03
-   (Clip-Cov) and 0.07 (KL-Cov, beta 2 instead of 1).
+   The paper's fractions (0.0002, 0.002) would select less than one and less than two tokens per update; the defaults
+   are 0.03 (Clip-Cov) and 0.07 (KL-Cov, beta 2 instead of 1).
 2. The start is supervised learning on random walks (800 steps, 30 % with a wrong goal), not a pretrained model.
 3. Selection sees the whole minibatch, whatever the number of micro-batches; the authors' code selects within each
    micro-batch. The draw of Clip-Cov is keyed by a seed and the token's position in the rollout, not by a global
