@@ -159,7 +159,8 @@ def write_report(
     page = render(PAGE, record, autoescape=True, title=title, pictures=pictures, covariance_table=about)
     write_text(out / "report.html", page)
     columns = {"entropy": "policy entropy (nats)", "val_pass1": "pass@1", "val_pass8": "pass@8"}
-    curves = plots.performance_figure(labelled, columns=columns, title=heading(record))
+    task = base.task.partition("?")[0]  # its options would run into the next panel's title
+    curves = plots.performance_figure(labelled, columns=columns, title=task)
     write_bytes(out / picture, plots.png(curves, dpi=110))
     write_text(out / "report.md", markdown(record, picture=picture))
     for name, log in kept.items():
@@ -333,17 +334,12 @@ def limits(summary: Summary, base: TrainerConfig) -> list[str]:
         )
     if "tokens" in first:
         tokens = first["tokens"]["mean"] / base.minibatches
-        papers = [method.paper_ratio for method in treating.values()]
-        ratios = [dataclasses.replace(base, method=name).selection_ratio for name in treating]
-        larger = [
-            f"{ratio / paper:.0f} ({method.label})"
-            for ratio, paper, method in zip(ratios, papers, treating.values(), strict=True)
-        ]
-        lines.append(
-            f"The paper's fractions: {' and '.join(f'{paper:.0e}'.replace('e-0', 'e-') for paper in papers)} of a "
-            f"minibatch of {tokens:.0f} tokens are {' and '.join(f'{paper * tokens:.1f}' for paper in papers)} tokens. "
-            f"Those of these runs are {' and '.join(larger)} times larger."
-        )
+        for name, method in treating.items():
+            times = dataclasses.replace(base, method=name).selection_ratio / method.paper_ratio
+            lines.append(
+                f"{method.label}: the paper's fraction, {method.paper_ratio:g} of a minibatch of {tokens:.0f} tokens, "
+                f"is {method.paper_ratio * tokens:.1f} tokens. That of these runs is {times:.0f} times larger."
+            )
     return lines
 
 

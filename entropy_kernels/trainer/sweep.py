@@ -15,22 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from entropy_kernels.trainer.checkpoint import (
-    DRIVER_FILES,
-    RUN_FILES,
-    STAMP,
-    model_files,
-    own_files,
-    remove_run,
-    report_files,
-)
+from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
 from entropy_kernels.trainer.methods import BASELINE, METHODS
@@ -95,23 +87,15 @@ class Flags:
 class Sweep:
     """A command: methods × seeds from one supervised start, and a report on them."""
 
-    about: str
-    """For --help."""
-    title: str
-    """Of the report, with {model}, {task} and {seeds}, their number."""
-    picture: str
-    """The picture beside report.md."""
+    about: str  # for --help
+    title: str  # of the report, with {model}, {task} and {seeds}, their number
     flags: Flags
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """What every run has that differs from the common configuration."""
-    repeats: Mapping[str, Any] = field(default_factory=dict)
-    """And what the runs of further seeds and of controls have."""
-    numbered: bool = False
-    """Runs are named METHOD-SEED even if there is one seed."""
-    configured: bool = False
-    """Whether the common configuration is the user's, in a file."""
-    judged: bool = False
-    """Whether a claim that does not hold is an error."""
+    picture: str = "curves.png"  # beside report.md
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of every run, to the common configuration
+    repeats: Mapping[str, Any] = field(default_factory=dict)  # and of the runs of further seeds and of controls
+    numbered: bool = False  # runs are named METHOD-SEED even if there is one seed
+    configured: bool = False  # the common configuration is the user's, in a file
+    judged: bool = False  # a claim that does not hold is an error
 
 
 #: The commands by their names.
@@ -119,15 +103,14 @@ SWEEPS = {
     "quickstart": Sweep(
         about=f"A tiny model under {_LABELS} and a control, and report.html: three to six minutes on two cores.",
         title="Entropy collapse and two cures, on a task that fits into a minute",
-        picture="curves.png",
         flags=Flags(Path("runs/quickstart"), methods=(*_MAIN, _CONTROLS[0]), workers=2),
     ),
     "reproduce": Sweep(
         about=f"{_LABELS} and the random-token controls over several seeds, and the claims checked (exit code 1 if one "
         "does not hold): about 25 minutes on two cores.",
         title="Entropy collapse and two cures over {seeds} seeds, with random-token controls",
-        picture="toy.png",
         flags=Flags(Path("runs/reproduce-toy"), methods=tuple(METHODS), seeds=(0, 1, 2), eval_every=16, workers=2),
+        picture="toy.png",
         changes={"tensorboard": False},
         # measuring entropy changes takes a fifth of a step: on the first seed's methods, not on all fifteen
         repeats={"measure_entropy_change": False, "first_order_every": 0},
@@ -138,7 +121,6 @@ SWEEPS = {
         about="Train one model, any, under several methods from one start, and once more by torch's own operations; "
         "writes a report with curves and with what a step costs.",
         title="{model} on {task}: entropy collapse and two cures",
-        picture="curves.png",
         flags=Flags(Path("runs/compare"), torch_ops=_MAIN[1]),
         configured=True,
     ),
@@ -175,9 +157,7 @@ def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int
     seeds = flags.seeds or (base.seed,)
     rows = configurations(sweep, flags, base)
     base.validate()
-    runs = {
-        config.out.name: config for number in range(len(seeds)) for config in (row[number] for row in rows.values())
-    }
+    runs = {config.out.name: config for configs in zip(*rows.values(), strict=True) for config in configs}
     with (
         experiment(flags.out, name, {} if flags.reuse else runs, *report_names(sweep.picture, runs)),
         ProgressBoard(enabled=flags.progress) as board,
@@ -261,7 +241,7 @@ def experiment(out: Path, command: str, runs: Mapping[str, TrainerConfig], *repo
     FileExistsError: a directory holds another command's files, or a run that was started by itself.
     """
     with locked(out):
-        report_files(out, command, *reports)
+        checkpoint.report_files(out, command, *reports)
         for config in runs.values():
             if config.out.exists():
                 with locked(config.out):
@@ -271,13 +251,13 @@ def experiment(out: Path, command: str, runs: Mapping[str, TrainerConfig], *repo
 
 def _place(config: TrainerConfig) -> OwnFiles:
     """The files of a run that is to be started; FileExistsError for a run there that no sweep has started."""
-    files = own_files(config.out, *RUN_FILES)
+    files = checkpoint.own_files(config.out, *checkpoint.RUN_FILES)
     if not config.resume and files.has("metrics.jsonl") and not files.has("request.json"):
         raise FileExistsError(
             f"out: expected in {config.out} no run, or one of an earlier call, got one that was started by itself; "
             "move it away or choose another --out"
         )
-    files.claim(*DRIVER_FILES)
+    files.claim(*checkpoint.DRIVER_FILES)
     return files
 
 
@@ -288,11 +268,13 @@ def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoar
     """The model that all runs start from, saved in `directory`; one made earlier under the same settings is kept."""
     key = {**config.warm_start_key(), "threads": config.threads, "torch": torch.__version__}
     with locked(directory, "out"):
-        files = model_files(directory)
+        files = checkpoint.model_files(directory)
         files.tidy()
-        if _is_kept(directory, key):
-            board.say(f"supervised start: kept from {directory}")
-            return directory
+        with suppress(OSError, ValueError):  # what is not whole is made anew
+            check_model(str(directory.absolute()))
+            if read_json(directory / checkpoint.STAMP) == key:
+                board.say(f"supervised start: kept from {directory}")
+                return directory
         torch.set_num_threads(config.threads)
         task = make_task(config.task, max_new_tokens=config.max_new_tokens)
         policy = build_policy(config, task)
@@ -302,24 +284,15 @@ def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoar
 
         if config.warm_steps:
             warm_start(policy, task, config, on_step=on_step)
-        files.remove(STAMP)
+        files.remove(checkpoint.STAMP)
         policy.write(files)
         # the stamp comes last: without it the directory is made anew
-        write_json(files.file(STAMP), key)
+        write_json(files.file(checkpoint.STAMP), key)
     del policy
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the runs, which are other processes, cannot have it otherwise
     return directory
-
-
-def _is_kept(directory: Path, key: dict[str, Any]) -> bool:
-    """Whether a directory holds the start of these settings, whole."""
-    try:
-        check_model(str(directory.absolute()))
-        return read_json(directory / STAMP) == key
-    except (OSError, ValueError):
-        return False
 
 
 def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[float]]:
@@ -379,7 +352,7 @@ def _start(config: TrainerConfig) -> subprocess.Popen[bytes]:
         files = _place(config)
         if not config.resume:
             # an earlier run would be read as this one's progress until it starts
-            remove_run(files)
+            checkpoint.remove_run(files)
         write_json(files.file("request.json"), config.to_dict())
         files.remove("run.log")
     with open(config.out / "run.log", "xb") as log:
@@ -421,7 +394,7 @@ def _same_configuration(config: TrainerConfig) -> bool:
     saved, metrics = config.out / "config.json", config.out / "metrics.jsonl"
     if not (saved.exists() and metrics.exists()):
         return False
-    start = None if config.warm_start_from is None else config.warm_start_from / STAMP
+    start = None if config.warm_start_from is None else config.warm_start_from / checkpoint.STAMP
     if start is not None and start.exists() and start.stat().st_mtime_ns > saved.stat().st_mtime_ns:
         return False  # the run began at another one
     try:
