@@ -1,14 +1,16 @@
-"""``entropy-kernels doctor | verify | train | bench | fit``."""
+"""``entropy-kernels doctor | verify | tune | train | bench | fit``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _EPILOG = "entropy-kernels COMMAND --help explains the options of a command."
 
@@ -78,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     verify.set_defaults(run=_verify)
 
+    _add_tune(commands)
+
     for name, text in (
         ("train", "train a small language model with PPO, Clip-Cov, KL-Cov (python -m entropy_kernels.trainer)"),
         ("bench", "measure ours and others' implementations (a source checkout only)"),
@@ -86,6 +90,35 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_fit(commands)
     return parser
+
+
+def _add_tune(commands: argparse._SubParsersAction) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="time the tilings of the Triton kernels on this machine's GPU, and keep the fastest",
+        description="Time the few ways in which each Triton kernel can cut its work, for the shapes given, on each "
+        "model of GPU here, on tensors of its own: logits and gradient of --rows by --vocab have to fit the free "
+        "memory. The fastest is kept in the user's cache folder, where calls with ENTROPY_KERNELS_TRITON_TUNE=1 find "
+        "it; all processes of a run have to read the same file, as two tilings differ by rounding. "
+        "Exit code 1 if something could not be measured, 2 without a GPU.",
+        epilog="Sizes stand for a class: up to the next power of two, 8192 and more rows all the same.",
+    )
+    sizes: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
+    tune.add_argument("--vocab", **sizes, default=[151_936], help="sizes of the vocabulary (default: %(default)s)")
+    tune.add_argument("--rows", **sizes, default=[8192], help="tokens per call (default: %(default)s)")
+    tune.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("bfloat16", "float16", "float32"),
+        default=["bfloat16"],
+        help="of the logits or hidden states (default: bfloat16)",
+    )
+    tune.add_argument(
+        "--hidden", **sizes, default=[], help="widths of hidden states: the kernel from hidden states, too"
+    )
+    tune.add_argument("--second-order", action="store_true", help="collision and vocabulary covariance, too")
+    tune.add_argument("--softcap", action="store_true", help="logits with a softcap")
+    tune.set_defaults(run=_tune)
 
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
@@ -171,6 +204,22 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.at_once < 1:
         raise ValueError(f"argument --at-once: expected 1 or more, got {arguments.at_once}")
     return verify.main(at_once=arguments.at_once, as_json=arguments.json)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from entropy_kernels import tune
+
+    kinds = itertools.product(
+        [getattr(torch, name) for name in arguments.dtype],
+        arguments.vocab,
+        arguments.rows,
+        (0, *arguments.hidden),
+        sorted({False, arguments.second_order}),
+        [arguments.softcap],
+    )
+    return tune.main([tune.Case(*kind) for kind in kinds])
 
 
 def _dispatch(command: str, argv: list[str]) -> int:

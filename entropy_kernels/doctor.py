@@ -19,7 +19,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels._console import print_table
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
-from entropy_kernels.backends import registry, verdict
+from entropy_kernels.backends import registry, switches, verdict
 from entropy_kernels.smoke_matrix import SMALL, Call, check
 
 _PACKAGES = (
@@ -50,14 +50,13 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
         for found in verdicts():
             print(f"verified on {found['device']}: {found['text']}\n")
         if tilings := triton_tilings():
+            switch = "are in use" if switches.TRITON_TUNE else "serve with ENTROPY_KERNELS_TRITON_TUNE=1"
             rows = [
-                (", ".join(f"{k}={v}" for k, v in row.items() if k not in ("tiling", "origin", "milliseconds")),
-                 ", ".join(f"{k}={v}" for k, v in row["tiling"].items()), row["origin"])
+                (row["device"], row["class"], ", ".join(f"{k}={v}" for k, v in row["tiling"].items()))
                 for row in tilings
             ]  # fmt: skip
-            print_table(
-                "Tilings that Triton's kernels run with", rows, ("class of shapes", "tiling", "how it was found")
-            )
+            title = f"Tilings that `entropy-kernels tune` has kept; they {switch}"
+            print_table(title, rows, ("device", "class of shapes", "tiling"))
         if check:
             _print_checks(checks)
     return 0 if all(c.ok for c in checks) else 1
@@ -119,10 +118,15 @@ def _safe(op: str, backend: str, device: str) -> bool:
 
 
 def triton_tilings() -> list[dict[str, Any]]:
-    """What this process's calls on a GPU have chosen (the self-check makes some); nothing without one."""
-    if not torch.cuda.is_available() or registry.unavailable("token_stats", "triton") is not None:
+    """What `entropy-kernels tune` has kept for each model of GPU here."""
+    if not registry.gpus() or registry.unavailable("token_stats", "triton") is not None:
         return []
-    return importlib.import_module("entropy_kernels.backends.triton.tuning").report()
+    kept = importlib.import_module("entropy_kernels.backends.triton.tuning").kept
+    return [
+        {"device": str(device), "class": name, "tiling": tiling}
+        for device in registry.gpus()
+        for name, tiling in kept(device).items()
+    ]
 
 
 def _backend_rows() -> list[tuple[str, str, str]]:

@@ -363,10 +363,12 @@ def test_from_hidden_states(backend: str, budget: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("place", gpu_places(*STATISTICS, needs=registry.OPS)[1:2])
-def test_triton_measures_its_tilings_once(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """On scratch tensors: the call's own logits and gradient are what they are without tuning."""
-    import triton
-
+def test_triton_takes_the_tilings_that_were_measured(
+    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """By the command, on tensors of its own; whoever reads the same file gets the same bits."""
+    from entropy_kernels import cli
+    from entropy_kernels.backends import switches
     from entropy_kernels.backends.triton import tuning
 
     logits = normal(256, 32_000, dtype=torch.bfloat16, device=place.device)
@@ -378,17 +380,18 @@ def test_triton_measures_its_tilings_once(place: Place, monkeypatch: pytest.Monk
         return [logprob, entropy, *torch.autograd.grad((logprob + entropy).sum(), x)]
 
     plain = run()
-    monkeypatch.setenv(tuning.SWITCH, "1")
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-    tuning.forget()
-    try:
-        tuned = run()
-        assert [row["origin"] for row in tuning.report()] == ["measured", "measured"]
-        tuning.forget()
-        again = run()
-        assert all("measured" not in row["origin"] for row in tuning.report())
-    finally:
-        tuning.forget()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(switches, "TRITON_TUNE", True)
+    assert cli.main(["tune", "--vocab", "32000", "--rows", "256"]) == 0
+    results = []
+    for _ in range(2):
+        for cached in (tuning.kept, tuning._kept_one):
+            cached.cache_clear()
+        results.append(run())
+        assert {name.partition("-")[0] for name in tuning.kept(logits.device)} == {"forward", "backward"}
+    for cached in (tuning.kept, tuning._kept_one):
+        cached.cache_clear()
+    tuned, again = results
     assert all(same_bits(a, b) for a, b in zip(tuned, again, strict=True))
     for a, b in zip(plain, tuned, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-5)

@@ -115,34 +115,39 @@ def _kernels() -> str:
     return digest.hexdigest()[:16]
 
 
-def folder() -> Path:
-    """Of the verdicts: ``entropy_kernels/verified`` in ``$XDG_CACHE_HOME``, by default ``~/.cache``.
+def folder(kind: str = "verified") -> Path:
+    """Of the verdicts, or of what else is kept: ``entropy_kernels/KIND`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``.
 
     Raises:
         OSError: there is no home folder.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return (cache if cache.is_absolute() else Path.home() / ".cache") / "entropy_kernels" / "verified"
+        return (cache if cache.is_absolute() else Path.home() / ".cache") / "entropy_kernels" / kind
     except RuntimeError as error:  # as for a user without an entry in /etc/passwd
         raise OSError(f"expected a folder for what is kept, got none: {error} Set XDG_CACHE_HOME.") from error
 
 
-def file(machine: Machine) -> Path:
-    """Of a machine's verdict."""
+def file(machine: Machine, kind: str = "verified") -> Path:
+    """Of a machine's verdict, or of what else is kept of it."""
     name = re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-")
     digest = hashlib.sha256(json.dumps(asdict(machine), sort_keys=True).encode()).hexdigest()[:12]
-    return folder() / f"{name}-{digest}.json"
+    return folder(kind) / f"{name}-{digest}.json"
 
 
 def write(verdict: Verdict) -> Path:
     """Keep a verdict for later processes; OSError where the folder cannot be written."""
     path = file(verdict.machine)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")  # whole or not at all, whoever else writes or reads
-    scratch.write_text(json.dumps({"format": FORMAT, **asdict(verdict)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    keep(path, {"format": FORMAT, **asdict(verdict)})
     return path
+
+
+def keep(path: Path, document: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all, whoever else writes or reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def read(machine: Machine) -> Verdict | None:

@@ -8,7 +8,6 @@ stand side by side in groups of tokens, so that they find its weights, and their
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from entropy_kernels._rows import SECOND_ORDER, RowOptions, state_rows
-from entropy_kernels.backends.triton import tiling, tuning
+from entropy_kernels.backends.triton import tiling
 from entropy_kernels.backends.triton.softcap import cap
 from entropy_kernels.backends.triton.softmax_state import add_rows, bits_per_logit
 from entropy_kernels.backends.triton.tiling import LinearTiling
 from entropy_kernels.backends.triton.token_stats import forward_outputs
 from entropy_kernels.backends.triton.token_stats_kernels import COMPILE, INTERPRETED, merge_kernel, rounded
-from entropy_kernels.backends.triton.tuning import ShapeClass
+from entropy_kernels.backends.triton.tuning import ShapeClass, tuned
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -176,31 +175,30 @@ def linear_token_stats_forward(
     Returns:
         As token_stats_forward.
     """
+    if target.numel() == 0:
+        return forward_outputs(0, temperature, want)
+    with torch.cuda.device_of(hidden):
+        cut = tuned(hidden.device, *choices(hidden, weight, options, want))
+        return forward(cut, hidden, weight, bias, target, temperature, options, want, logits_dtype, scratch_bytes)
+
+
+def choices(
+    hidden: Tensor, weight: Tensor, options: RowOptions, want: int
+) -> tuple[ShapeClass, tuple[LinearTiling, ...]]:
+    """The class of shapes of a call, and its tilings."""
     rows, columns = hidden.shape[0], options.columns(weight.shape[0])
-    if rows == 0:
-        return forward_outputs(rows, temperature, want)
-    on = tiling.hardware(hidden.device)
-    described = on.descriptors and columns > 0 and _describable(hidden) and _describable(weight)
+    described = _described(hidden, weight, columns)
     # "linear-12": H of (2¹¹, 2¹²], which decides how much of the time the epilogue is
     direction = f"linear-{max(0, hidden.shape[1] - 1).bit_length()}"
-    shape = ShapeClass.of(
-        direction, hidden.dtype, described, bool(want & SECOND_ORDER), options.softcap != 0, columns, rows
-    )
-    candidates = tiling.linear_candidates(hidden.element_size(), shape.rows, described, options.softcap != 0, on)
+    shape = ShapeClass.of(direction, hidden.dtype, described, want & SECOND_ORDER, options, columns, rows)
+    on = tiling.hardware(hidden.device)
+    return shape, tiling.linear_candidates(hidden.element_size(), shape.rows, described, options.softcap != 0, on)
 
-    def scratch(budget: int) -> Callable[[LinearTiling], object]:
-        length = hidden.shape[1] * hidden.element_size()
-        n = max(1, min(rows, tuning.MAX_ROWS, budget // 2 // max(1, length)))
-        v = max(1, min(columns, budget // max(1, length) - n))
-        h, head = (x.new_zeros(count, x.shape[1]) for x, count in ((hidden, n), (weight, v)))
-        none, one = target.new_zeros(n), temperature.new_ones(1)
-        plain = RowOptions(options.softcap, -100, 0, v)
-        return lambda cut: _forward(cut, h, head, None, none, one, plain, want, logits_dtype, scratch_bytes, described)
 
-    with torch.cuda.device_of(hidden):
-        cut = tuning.choose(shape, hidden.device, candidates, scratch)
-        matrices = hidden, weight, bias
-        return _forward(cut, *matrices, target, temperature, options, want, logits_dtype, scratch_bytes, described)
+def _described(hidden: Tensor, weight: Tensor, columns: int) -> bool:
+    """Whether the hardware copies blocks of both by itself."""
+    on = tiling.hardware(hidden.device)
+    return on.descriptors and columns > 0 and _describable(hidden) and _describable(weight)
 
 
 def _describable(matrix: Tensor) -> bool:
@@ -214,7 +212,7 @@ def _describable(matrix: Tensor) -> bool:
     return size == 2 and aligned and apart and min(matrix.shape) > 0
 
 
-def _forward(
+def forward(
     cut: LinearTiling,
     hidden: Tensor,
     weight: Tensor,
@@ -225,7 +223,6 @@ def _forward(
     want: int,
     logits_dtype: torch.dtype,
     scratch_bytes: int,
-    described: bool,
 ) -> tuple[Tensor, Tensor]:
     """linear_token_stats_forward for at least one row, cut as ``cut`` says, on the current device."""
     (rows, features), columns = hidden.shape, options.columns(weight.shape[0])
@@ -234,6 +231,7 @@ def _forward(
     parts, tiles_per_part = cut.parts(rows, columns, most, tiling.hardware(hidden.device).multiprocessors)
     split = state.new_empty((state_rows(want), rows, parts))
     temperature_stride = 0 if temperature.numel() == 1 else 1
+    described = _described(hidden, weight, columns)
     matrices: tuple[Any, Any] = hidden, weight
     if described:
         matrices = (

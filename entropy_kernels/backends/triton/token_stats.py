@@ -6,16 +6,14 @@ nothing about the code are excluded from Triton's automatic specialisation too, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from entropy_kernels._rows import COLLISION, SECOND_ORDER, RowOptions, state_rows
-from entropy_kernels.backends.triton import tiling, tuning
+from entropy_kernels.backends.triton import tiling
 from entropy_kernels.backends.triton.tiling import BackwardTiling, ForwardTiling
 from entropy_kernels.backends.triton.token_stats_kernels import COMPILE, backward_kernel, forward_kernel, merge_kernel
-from entropy_kernels.backends.triton.tuning import ShapeClass
+from entropy_kernels.backends.triton.tuning import ShapeClass, tuned
 
 
 def _rows_of(tensor: Tensor) -> tuple[int, int, int, int]:
@@ -38,15 +36,6 @@ def _aligned(tensor: Tensor, layout: tuple[int, int, int, int]) -> bool:
     return tensor.data_ptr() % 16 == 0 and layout[1] % 16 == 0 and layout[2] % 16 == 0 and layout[3] == 1
 
 
-def _scratch_logits(like: Tensor, columns: int, rows: int, aligned: bool, budget: int) -> Tensor:
-    """(B, L, columns) zeros for timing: at least ``rows`` rows in ``budget`` bytes, the same L rows B times over."""
-    odd = 0 if aligned else 1
-    pitch = -(-columns // 16) * 16 + odd
-    length = max(1, min(rows, budget // (pitch * like.element_size())))
-    memory = torch.zeros(length * pitch + odd, dtype=like.dtype, device=like.device)
-    return memory.as_strided((-(-rows // length), length, columns), (0, pitch, 1), odd)
-
-
 def token_stats_forward(
     logits: Tensor,
     target: Tensor,
@@ -66,24 +55,20 @@ def token_stats_forward(
     Returns:
         (stats, state): (S, N), the statistics in ``want`` in the order of their bits, and (K, N).
     """
-    rows, columns = logits.shape[0] * logits.shape[1], options.columns(logits.shape[2])
-    if rows == 0:
-        return forward_outputs(rows, temperature, want)
-    device, aligned = logits.device, _aligned(logits, _rows_of(logits))
-    shape = ShapeClass.of(
-        "forward", logits.dtype, aligned, bool(want & SECOND_ORDER), options.softcap != 0, columns, rows
-    )
-    candidates = tiling.forward_candidates(logits.element_size(), columns, shape.rows, aligned, tiling.hardware(device))
-
-    def scratch(budget: int) -> Callable[[ForwardTiling], object]:
-        block = _scratch_logits(logits, columns, min(rows, tuning.MAX_ROWS), aligned, budget)
-        labels = torch.zeros(block.shape[0] * block.shape[1], dtype=torch.int64, device=device)
-        one = torch.ones(1, dtype=temperature.dtype, device=device)
-        return lambda cut: _forward(cut, block, labels, one, RowOptions(options.softcap, -100, 0, columns), want)
-
+    if target.numel() == 0:
+        return forward_outputs(0, temperature, want)
     with torch.cuda.device_of(logits):
-        cut = tuning.choose(shape, device, candidates, scratch)
-        return _forward(cut, logits, target, temperature, options, want)
+        cut = tuned(logits.device, *forward_choices(logits, options, want))
+        return forward(cut, logits, target, temperature, options, want)
+
+
+def forward_choices(logits: Tensor, options: RowOptions, want: int) -> tuple[ShapeClass, tuple[ForwardTiling, ...]]:
+    """The class of shapes of a forward pass, and its tilings."""
+    rows, columns = logits.shape[0] * logits.shape[1], options.columns(logits.shape[2])
+    aligned = _aligned(logits, _rows_of(logits))
+    shape = ShapeClass.of("forward", logits.dtype, aligned, want & SECOND_ORDER, options, columns, rows)
+    on = tiling.hardware(logits.device)
+    return shape, tiling.forward_candidates(logits.element_size(), columns, shape.rows, aligned, on)
 
 
 def forward_outputs(rows: int, temperature: Tensor, want: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +76,7 @@ def forward_outputs(rows: int, temperature: Tensor, want: int) -> tuple[Tensor, 
     return temperature.new_empty((want.bit_count(), rows)), temperature.new_empty((state_rows(want), rows))
 
 
-def _forward(
+def forward(
     cut: ForwardTiling,
     logits: Tensor,
     target: Tensor,
@@ -147,27 +132,24 @@ def token_stats_backward(
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     if dlogits.numel() == 0:
         return dlogits
-    rows, width = logits.shape[0] * logits.shape[1], logits.shape[2]
-    device, aligned = logits.device, all(_aligned(x, _rows_of(x)) for x in (logits, dlogits))
-    shape = ShapeClass.of("backward", logits.dtype, aligned, bool(want & COLLISION), options.softcap != 0, width, rows)
-    candidates = tiling.backward_candidates(logits.element_size(), width, aligned, tiling.hardware(device))
-
-    def scratch(budget: int) -> Callable[[BackwardTiling], object]:
-        block = _scratch_logits(logits, width, min(rows, tuning.MAX_ROWS), aligned, budget)
-        n = block.shape[0] * block.shape[1]
-        labels = torch.zeros(n, dtype=torch.int64, device=device)
-        ones = temperature.new_ones((max(6, want.bit_count()), n))
-        plain = RowOptions(options.softcap, -100, 0, options.columns(width))
-        # in place: as many bytes are read and written as out of place
-        return lambda cut: _backward(cut, ones, block, block, labels, ones[0, :1], ones, plain, want)
-
     with torch.cuda.device_of(logits):
-        cut = tuning.choose(shape, device, candidates, scratch)
-        _backward(cut, grad_stats, logits, dlogits, target, temperature, state, options, want)
+        cut = tuned(logits.device, *backward_choices(logits, dlogits, options, want))
+        backward(cut, grad_stats, logits, dlogits, target, temperature, state, options, want)
     return dlogits
 
 
-def _backward(
+def backward_choices(
+    logits: Tensor, dlogits: Tensor, options: RowOptions, want: int
+) -> tuple[ShapeClass, tuple[BackwardTiling, ...]]:
+    """The class of shapes of a backward pass, and its tilings."""
+    rows, width = logits.shape[0] * logits.shape[1], logits.shape[2]
+    aligned = all(_aligned(x, _rows_of(x)) for x in (logits, dlogits))
+    shape = ShapeClass.of("backward", logits.dtype, aligned, want & COLLISION, options, width, rows)
+    on = tiling.hardware(logits.device)
+    return shape, tiling.backward_candidates(logits.element_size(), width, aligned, on)
+
+
+def backward(
     cut: BackwardTiling,
     grad_stats: Tensor,
     logits: Tensor,
