@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from entropy_kernels._rows import SECOND_ORDER, RowOptions, state_rows
 from entropy_kernels.backends.triton import tiling
 from entropy_kernels.backends.triton.softcap import cap
-from entropy_kernels.backends.triton.softmax_state import add_rows, bits_per_logit
+from entropy_kernels.backends.triton.softmax_state import add_rows, bits_per_logit, store_state
 from entropy_kernels.backends.triton.tiling import LinearTiling
 from entropy_kernels.backends.triton.token_stats import forward_outputs
 from entropy_kernels.backends.triton.token_stats_kernels import COMPILE, INTERPRETED, merge_kernel, rounded
@@ -141,14 +141,7 @@ def linear_forward_kernel(
             m, s, w, s2, w2 = add_rows(x, m, s, w, s2, w2, scale, SECOND)
 
     plane = rows.to(tl.int64) * parts
-    parts_ptr += row.to(tl.int64) * parts + part
-    tl.store(parts_ptr, m, mask=exists)
-    tl.store(parts_ptr + plane, s, mask=exists)
-    tl.store(parts_ptr + 2 * plane, w, mask=exists)
-    tl.store(parts_ptr + 3 * plane, x_y, mask=exists)
-    if SECOND:
-        tl.store(parts_ptr + 4 * plane, s2, mask=exists)
-        tl.store(parts_ptr + 5 * plane, w2, mask=exists)
+    store_state(parts_ptr + row.to(tl.int64) * parts + part, plane, m, s, w, x_y, s2, w2, exists, SECOND)
 
 
 def linear_token_stats_forward(

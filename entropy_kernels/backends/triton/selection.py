@@ -99,6 +99,17 @@ def _fixed_point(value, scale):
     return shifted.to(tl.int64, bitcast=True) - 0x4338000000000000
 
 
+@triton.jit
+def _load_pair(logprob_ptr, advantages_ptr, mask_ptr, tokens, BLOCK: tl.constexpr):
+    """(positions of this block, which of them are tokens, which of those count, log-prob, advantages), 0 off mask."""
+    position = block_positions(BLOCK)
+    inside = position < tokens
+    valid = valid_tokens(mask_ptr, position, inside)
+    logprob = tl.load(logprob_ptr + position, mask=valid, other=0.0)
+    advantages = tl.load(advantages_ptr + position, mask=valid, other=0.0)
+    return position, inside, valid, logprob, advantages
+
+
 @triton.jit(do_not_specialize=_RUNTIME)
 def covariance_extremes_kernel(
     logprob_ptr,  # (N,)
@@ -108,11 +119,7 @@ def covariance_extremes_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = block_positions(BLOCK)
-    inside = position < tokens
-    valid = valid_tokens(mask_ptr, position, inside)
-    logprob = tl.load(logprob_ptr + position, mask=valid, other=0.0)
-    advantages = tl.load(advantages_ptr + position, mask=valid, other=0.0)
+    _, _, valid, logprob, advantages = _load_pair(logprob_ptr, advantages_ptr, mask_ptr, tokens, BLOCK)
     out = partial_ptr + tl.program_id(0).to(tl.int64) * 3
     tl.store(out, tl.max(_magnitude(logprob), 0))
     tl.store(out + 1, tl.max(_magnitude(advantages), 0))
@@ -129,10 +136,7 @@ def covariance_sums_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = block_positions(BLOCK)
-    valid = valid_tokens(mask_ptr, position, position < tokens)
-    logprob = tl.load(logprob_ptr + position, mask=valid, other=0.0)
-    advantages = tl.load(advantages_ptr + position, mask=valid, other=0.0)
+    _, _, _, logprob, advantages = _load_pair(logprob_ptr, advantages_ptr, mask_ptr, tokens, BLOCK)
     out = partial_ptr + tl.program_id(0).to(tl.int64) * 2
     tl.store(out, tl.sum(_fixed_point(logprob, tl.load(scales_ptr)), 0))
     tl.store(out + 1, tl.sum(_fixed_point(advantages, tl.load(scales_ptr + 1)), 0))
@@ -148,12 +152,8 @@ def covariance_apply_kernel(
     tokens,
     BLOCK: tl.constexpr,
 ):
-    position = block_positions(BLOCK)
-    inside = position < tokens
-    valid = valid_tokens(mask_ptr, position, inside)
-    logprob = tl.load(logprob_ptr + position, mask=valid, other=0.0).to(tl.float64)
-    advantages = tl.load(advantages_ptr + position, mask=valid, other=0.0).to(tl.float64)
-    product = (logprob - tl.load(means_ptr)) * (advantages - tl.load(means_ptr + 1))
+    position, inside, valid, logprob, advantages = _load_pair(logprob_ptr, advantages_ptr, mask_ptr, tokens, BLOCK)
+    product = (logprob.to(tl.float64) - tl.load(means_ptr)) * (advantages.to(tl.float64) - tl.load(means_ptr + 1))
     tl.store(covariance_ptr + position, tl.where(valid, product.to(tl.float32), 0.0), mask=inside)
 
 
@@ -296,66 +296,61 @@ def mask_kernel(
 _HISTOGRAM = {"BINS": RADIX_BINS, "BLOCK": HISTOGRAM_BLOCK, "num_warps": HISTOGRAM_WARPS}
 
 
-def launch(kernel: Any, tokens: int, block: int, rows: int, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel over blocks of tokens."""
+def launch(
+    kernel: Any, *tensors: Tensor | None, numbers: tuple[int, ...] = (), rows: int = 1, **constants: Any
+) -> None:
+    """Run a kernel over blocks of tokens, of which the first tensor has one element each.
+
+    The kernel takes the tensors, a bool one as int8, which Triton loads; the number of tokens; and ``numbers``.
+    """
+    tokens = cast(Tensor, tensors[0]).numel()
+    constants = constants or {"BLOCK": BLOCK}
     if tokens > 0:
-        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device
-            kernel[(triton.cdiv(tokens, block), rows)](*arguments, **constants, **COMPILE)
-
-
-def as_bytes(mask: Tensor | None) -> Tensor | None:
-    """A bool tensor as int8, which Triton loads."""
-    return None if mask is None else mask.view(torch.int8)
+        pointers = [x.view(torch.int8) if x is not None and x.dtype == torch.bool else x for x in tensors]
+        with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
+            grid = (triton.cdiv(tokens, constants["BLOCK"]), rows)
+            kernel[grid](*pointers, tokens, *numbers, **constants, **COMPILE)
 
 
 def covariance_extremes(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> Tensor:
-    tokens = logprob.numel()
     # one row of zeros at least: the maximum over no block
-    partial = torch.zeros((max(1, triton.cdiv(tokens, BLOCK)), 3), dtype=torch.float64, device=logprob.device)
-    arguments = (logprob, advantages, as_bytes(mask), partial, tokens)
-    launch(covariance_extremes_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    blocks = max(1, triton.cdiv(logprob.numel(), BLOCK))
+    partial = torch.zeros((blocks, 3), dtype=torch.float64, device=logprob.device)
+    launch(covariance_extremes_kernel, logprob, advantages, mask, partial)
     return torch.cat([partial[:, :2].amax(0), partial[:, 2].sum(0, keepdim=True)])
 
 
 def covariance_sums(logprob: Tensor, advantages: Tensor, mask: Tensor | None, scales: Tensor) -> Tensor:
-    tokens = logprob.numel()
-    partial = torch.zeros((triton.cdiv(tokens, BLOCK), 2), dtype=torch.int64, device=logprob.device)
-    arguments = (logprob, advantages, as_bytes(mask), scales, partial, tokens)
-    launch(covariance_sums_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    partial = torch.zeros((triton.cdiv(logprob.numel(), BLOCK), 2), dtype=torch.int64, device=logprob.device)
+    launch(covariance_sums_kernel, logprob, advantages, mask, scales, partial)
     return partial.sum(0)
 
 
 def covariance_apply(logprob: Tensor, advantages: Tensor, mask: Tensor | None, means: Tensor) -> Tensor:
-    tokens = logprob.numel()
-    covariance = torch.empty(tokens, dtype=torch.float32, device=logprob.device)
-    arguments = (logprob, advantages, as_bytes(mask), means, covariance, tokens)
-    launch(covariance_apply_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    covariance = torch.empty_like(logprob, dtype=torch.float32)
+    launch(covariance_apply_kernel, logprob, advantages, mask, means, covariance)
     return covariance
 
 
 def selection_value_keys(covariance: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
-    tokens = covariance.numel()
-    keys = torch.empty(tokens, dtype=torch.int64, device=covariance.device)
-    arguments = (covariance, as_bytes(mask), as_bytes(exclude), keys, tokens)
-    launch(value_keys_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    keys = torch.empty_like(covariance, dtype=torch.int64)
+    launch(value_keys_kernel, covariance, mask, exclude, keys)
     return keys
 
 
 def selection_random_keys(
     value_keys: Tensor, band: Tensor, token_index: Tensor | None, offset: Tensor, seed: Tensor
 ) -> Tensor:
-    tokens = value_keys.numel()
     keys = torch.empty_like(value_keys)
-    arguments = (value_keys, band, token_index, offset, seed, keys, tokens)
-    launch(random_keys_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    launch(random_keys_kernel, value_keys, band, token_index, offset, seed, keys)
     return keys
 
 
 def selection_key_histogram(keys: Tensor, state: Tensor, shift: int, bits: int) -> Tensor:
-    tokens, rows = keys.numel(), state.shape[0]
+    rows = state.shape[0]
     histogram = torch.zeros((rows, RADIX_BINS), dtype=torch.int64, device=keys.device)
-    arguments = (keys, state, histogram, tokens, shift, bits, (1 << bits) - 1)
-    launch(key_histogram_kernel, tokens, HISTOGRAM_BLOCK, rows, *arguments, **_HISTOGRAM)
+    numbers = (shift, bits, (1 << bits) - 1)
+    launch(key_histogram_kernel, keys, state, histogram, numbers=numbers, rows=rows, **_HISTOGRAM)
     return histogram
 
 
@@ -369,27 +364,25 @@ def selection_index_histogram(
     bits: int,
     known: int,
 ) -> Tensor:
-    tokens = keys.numel()
     histogram = torch.zeros((1, RADIX_BINS), dtype=torch.int64, device=keys.device)
-    masks = ((1 << bits) - 1, (1 << known) - 1)
-    arguments = (keys, token_index, offset, key_state, state, histogram, tokens, shift, bits, *masks)
-    launch(index_histogram_kernel, tokens, HISTOGRAM_BLOCK, 1, *arguments, **_HISTOGRAM)
+    numbers = (shift, bits, (1 << bits) - 1, (1 << known) - 1)
+    tensors = (keys, token_index, offset, key_state, state, histogram)
+    launch(index_histogram_kernel, *tensors, numbers=numbers, **_HISTOGRAM)
     return histogram
 
 
 def find_digit(histogram: Tensor, state: Tensor, bits: int) -> Tensor:
     following = torch.empty_like(state)
-    launch(find_digit_kernel, state.shape[0], 1, 1, histogram, state, following, bits, BINS=RADIX_BINS)
+    with torch.cuda.device_of(histogram):
+        find_digit_kernel[(state.shape[0],)](histogram, state, following, bits, BINS=RADIX_BINS, **COMPILE)
     return following
 
 
 def selection_mask(
     keys: Tensor, token_index: Tensor | None, offset: Tensor, threshold: Tensor, last_index: Tensor
 ) -> Tensor:
-    tokens = keys.numel()
-    selected = torch.empty(tokens, dtype=torch.bool, device=keys.device)
-    arguments = (keys, token_index, offset, threshold, last_index, selected.view(torch.int8), tokens)
-    launch(mask_kernel, tokens, BLOCK, 1, *arguments, BLOCK=BLOCK)
+    selected = torch.empty_like(keys, dtype=torch.bool)
+    launch(mask_kernel, keys, token_index, offset, threshold, last_index, selected)
     return selected
 
 

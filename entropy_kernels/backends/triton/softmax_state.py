@@ -149,6 +149,18 @@ def finalize(m, s, w, s2, w2, x_y, temperature):
 
 
 @triton.jit
+def store_state(state_ptr, plane, m, s, w, x_y, s2, w2, mask, SECOND_ORDER: tl.constexpr):
+    """A state's values, ``plane`` apart."""
+    tl.store(state_ptr, m, mask=mask)
+    tl.store(state_ptr + plane, s, mask=mask)
+    tl.store(state_ptr + 2 * plane, w, mask=mask)
+    tl.store(state_ptr + 3 * plane, x_y, mask=mask)
+    if SECOND_ORDER:
+        tl.store(state_ptr + 4 * plane, s2, mask=mask)
+        tl.store(state_ptr + 5 * plane, w2, mask=mask)
+
+
+@triton.jit
 def store_row(
     row,
     rows,
@@ -172,12 +184,11 @@ def store_row(
         if (WANT >> bit) & 1:
             tl.store(stats_ptr, tl.where(ignored, 0.0, tl.where(invalid, nan, stats[bit])))
             stats_ptr += rows
-    state_ptr += row
     # NaN marks m too: the maximum itself skips NaN, and whoever merges shards may skip a shard at -inf
-    tl.store(state_ptr, tl.where(ignored, 0.0, tl.where(s != s, nan, m)))
-    tl.store(state_ptr + rows, tl.where(ignored, 1.0, s))
-    tl.store(state_ptr + 2 * rows, tl.where(ignored, 0.0, w * LN2))
-    tl.store(state_ptr + 3 * rows, tl.where(ignored, 0.0, x_y))
-    if SECOND_ORDER_BITS & WANT:
-        tl.store(state_ptr + 4 * rows, tl.where(ignored, 1.0, s2))
-        tl.store(state_ptr + 5 * rows, tl.where(ignored, 0.0, w2 * LN2))
+    m = tl.where(ignored, 0.0, tl.where(s != s, nan, m))
+    s = tl.where(ignored, 1.0, s)
+    w = tl.where(ignored, 0.0, w * LN2)
+    x_y = tl.where(ignored, 0.0, x_y)
+    s2 = tl.where(ignored, 1.0, s2)
+    w2 = tl.where(ignored, 0.0, w2 * LN2)
+    store_state(state_ptr + row, rows, m, s, w, x_y, s2, w2, None, (SECOND_ORDER_BITS & WANT) != 0)

@@ -28,6 +28,7 @@ from entropy_kernels.backends.triton.softmax_state import (
     merge_lanes,
     raise_top,
     store_row,
+    store_state,
     total,
 )
 
@@ -148,13 +149,7 @@ def forward_kernel(
         parts = tl.num_programs(1)
         plane = rows.to(tl.int64) * parts
         state_ptr += row.to(tl.int64) * parts + part
-        tl.store(state_ptr, top)
-        tl.store(state_ptr + plane, sum_s)
-        tl.store(state_ptr + 2 * plane, sum_w)
-        tl.store(state_ptr + 3 * plane, x_y)
-        if SECOND:
-            tl.store(state_ptr + 4 * plane, sum_s2)
-            tl.store(state_ptr + 5 * plane, sum_w2)
+        store_state(state_ptr, plane, top, sum_s, sum_w, x_y, sum_s2, sum_w2, None, SECOND)
     else:
         store_row(
             row, rows, top, sum_s, sum_w, sum_s2, sum_w2, x_y, target, temperature, ignore_index, vocab_size,
@@ -220,9 +215,9 @@ def rounded(x, OUT: tl.constexpr):
 
 
 @triton.jit
-def _gradient(z, local, m, scale, log2_s, constant, per_log2_p, per_p, at_target, softcap,
-              SOFTCAP: tl.constexpr, SECOND: tl.constexpr):  # fmt: skip
+def _gradient(z, local, row, softcap, SOFTCAP: tl.constexpr, SECOND: tl.constexpr):
     """dL/dz of a tile z (TILE,): p·(constant + per_log2_p·log2 p + per_p·p), and ``at_target`` at ``local``."""
+    m, scale, log2_s, constant, per_log2_p, per_p, at_target = row
     z, q = cap(z, softcap, SOFTCAP)
     log2_p = log2_probability(z, m, scale, log2_s)
     p = tl.exp2(log2_p)
@@ -318,8 +313,7 @@ def backward_kernel(
     constant = divide(constant, temperature)
     per_log2_p = divide(per_log2_p, temperature)
     per_p = divide(per_p, temperature)
-    scale = bits_per_logit(temperature)
-    log2_s = tl.log2(s)
+    constants = (m, bits_per_logit(temperature), tl.log2(s), constant, per_log2_p, per_p, at_target)
 
     # A row that is ignored, or on which nothing depends, is not read: its gradient is 0 whatever it holds.
     limit = tl.where(silent | quiet, 0, columns)
@@ -341,10 +335,7 @@ def backward_kernel(
         for tile in tl.range(first, whole_end, num_stages=STAGES):
             current = tl.load(tile_ptr + offset)
             tile_ptr += jump
-            gradient = _gradient(
-                current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, per_log2_p, per_p, at_target,
-                softcap, SOFTCAP, SECOND,
-            )  # fmt: skip
+            gradient = _gradient(current.to(ACC), local - tile * TILE, constants, softcap, SOFTCAP, SECOND)
             tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT))
     else:
         following = tl.load(tile_ptr + offset, mask=_all_or_none(column, first, whole_end))
@@ -352,10 +343,7 @@ def backward_kernel(
             current = following
             tile_ptr += jump
             following = tl.load(tile_ptr + offset, mask=_all_or_none(column, tile + 1, whole_end))
-            gradient = _gradient(
-                current.to(ACC), local - tile * TILE, m, scale, log2_s, constant, per_log2_p, per_p, at_target,
-                softcap, SOFTCAP, SECOND,
-            )  # fmt: skip
+            gradient = _gradient(current.to(ACC), local - tile * TILE, constants, softcap, SOFTCAP, SECOND)
             tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT))
 
     # What is left: the tile in which the existing columns end, padded columns, rows without a gradient.
@@ -363,9 +351,6 @@ def backward_kernel(
         place = column + tile * TILE
         exists = place < limit
         rest = tl.load(row_ptr + tile * jump + offset, mask=exists, other=0.0)
-        gradient = _gradient(
-            rest.to(ACC), local - tile * TILE, m, scale, log2_s, constant, per_log2_p, per_p, at_target,
-            softcap, SOFTCAP, SECOND,
-        )  # fmt: skip
+        gradient = _gradient(rest.to(ACC), local - tile * TILE, constants, softcap, SOFTCAP, SECOND)
         gradient = tl.where(exists, gradient, 0.0)
         tl.store(out_ptr + tile * out_jump + out_offset, rounded(gradient, OUT), mask=place < width)
