@@ -72,7 +72,8 @@ def measure(case: Case, device: torch.device) -> list[tuple[ShapeClass, Sequence
 def _time(run: Callable[[], object]) -> float | None:
     try:
         return timer(run)
-    except Exception:  # does not compile, or needs more than this GPU has: whatever Triton and its compilers raise
+    except Exception as error:  # does not compile, or needs more than this GPU has: whatever Triton's compilers raise
+        print(f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr, flush=True)
         return None
 
 
