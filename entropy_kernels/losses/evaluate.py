@@ -1,6 +1,6 @@
 """A loss from the log-probs: values and derivatives per token, their aggregate, and the metrics.
 
-Read in this order: ``surrogate_terms`` (the closed form of each token), ``token_terms`` (selection's effect, weight,
+Read in this order: ``surrogate_losses`` (the closed form of each token), ``token_losses`` (selection's effect, weight,
 entropy bonus, reference KL), ``evaluate`` (selection, aggregate, metrics), ``Loss`` (autograd). Nothing here is
 differentiated by autograd: derivatives come with the values, so the losses from hidden states use the same functions
 between their matrix products (losses/linear.py).
@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import recorded
-from entropy_kernels.losses import metrics
 from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
 from entropy_kernels.losses.kl import kl_and_grad
-from entropy_kernels.losses.masking import bits, keep, largest, product, unless
 from entropy_kernels.losses.options import LossOptions, used
+from entropy_kernels.losses.surrogates import keep, mask_bits, masked_max, product, unless
 from entropy_kernels.losses.tokens import Tokens
 from entropy_kernels.selection import covariance_of
 
@@ -27,11 +26,11 @@ from entropy_kernels.selection import covariance_of
 class Pullback(NamedTuple):
     """How the tokens' losses x_t depend on the log-probs: what a backward pass keeps."""
 
-    grad: Tensor  # d x_t / d own log-prob, the ratio of the sequence held
+    grad: Tensor  # d x_t / d own log-prob, the ratio of the sequence kept fixed
     pooled: Tensor | None  # d x_t / d the log-ratio of its sequence
     part: Tensor | None  # d the sum of the sequence / d own log-prob; None: 1 at valid tokens
     divisor: Tensor | None  # per sequence, of its sum
-    mask: Tensor | None  # as masking.bits makes it; None: all tokens count
+    mask: Tensor | None  # as mask_bits makes it; None: all tokens count
     lengths: Tensor | None  # of Sequences
     ids: Tensor | None
 
@@ -48,7 +47,7 @@ class Pullback(NamedTuple):
         return gradient + (keep(self.mask, pulled.contiguous())[0] if self.part is None else pulled * self.part)
 
 
-class Surrogates(NamedTuple):
+class SurrogateLosses(NamedTuple):
     """Per token; 0, False or None in padding."""
 
     value: Tensor
@@ -64,7 +63,7 @@ class Surrogates(NamedTuple):
     mask: Tensor | None
 
 
-class Terms(NamedTuple):
+class TokenLosses(NamedTuple):
     """Per token, 0 in padding."""
 
     loss: Tensor
@@ -73,10 +72,10 @@ class Terms(NamedTuple):
     nonfinite: Tensor  # NaN where something is not finite, used or not; else 0
     entropy: Tensor | None
     ref_kl: Tensor | None
-    ref_term: Tensor | None  # what ref_kl_coef multiplies: ref_kl, or ref_kl times the ratio
+    ref_penalty: Tensor | None  # what ref_kl_coef multiplies: ref_kl, or ref_kl times the ratio
 
 
-def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Surrogates:
+def surrogate_losses(logprob: Tensor, tokens: Tokens, options: LossOptions) -> SurrogateLosses:
     """The surrogate of each token; ``logprob`` fp32 or fp64, without gradient."""
     dtype, surrogate = logprob.dtype, options.surrogate
     old, advantages, valid = tokens.old_logprob.to(dtype), tokens.advantages.to(dtype), tokens.mask
@@ -86,7 +85,7 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
         if tokens.covariance_advantages is not None:
             finite = finite & torch.isfinite(tokens.covariance_advantages.to(dtype))
         valid = finite if valid is None else valid & finite
-    mask = None if valid is None else bits(valid, dtype)
+    mask = None if valid is None else mask_bits(valid, dtype)
     log_ratio, advantages, logprob = keep(mask, log_ratio, advantages, logprob)
     level, part, divisor = log_ratio, None, None
     clipped: list[Tensor | None] = []
@@ -98,7 +97,7 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
         total = log_ratio
         if surrogate.contribution is not None:
             result = surrogate.contribution(log_ratio, advantages, options.clips)
-            _check(result, log_ratio, "contribution")
+            _check_returned(result, log_ratio, "contribution")
             total, part, *clipped = result
             total, part = keep(mask, total, part)
         level = tokens.sequences.sum(total)
@@ -108,7 +107,7 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
         (level,) = keep(mask, tokens.sequences.spread(level.to(dtype)).expand_as(log_ratio).contiguous())
         bad = bad + (level - level)
     result = surrogate.fn(level, logprob, advantages, options.clips)
-    _check(result, level, "fn")
+    _check_returned(result, level, "fn")
     value, grad, *stopped = result
     stops = stopped[0] if clipped == [] or clipped[0] is None else clipped[0]
     lower = stopped[1] if len(stopped) > 1 else clipped[1] if len(clipped) > 1 else None
@@ -119,10 +118,10 @@ def surrogate_terms(logprob: Tensor, tokens: Tokens, options: LossOptions) -> Su
     if torch.compiler.is_compiling():  # which writes and adds floats several times as fast as bool
         stops, lower = None if stops is None else stops.to(dtype), None if lower is None else lower.to(dtype)
     value, grad = keep(mask, value, grad)
-    return Surrogates(value, grad, stops, lower, log_ratio, level, part, divisor, bad, valid, mask)
+    return SurrogateLosses(value, grad, stops, lower, log_ratio, level, part, divisor, bad, valid, mask)
 
 
-def _check(result: Any, like: Tensor, name: str) -> None:
+def _check_returned(result: Any, like: Tensor, name: str) -> None:
     """What the function ``name`` of a surrogate returned is of the tokens' dtype and shape."""
     right = isinstance(result, (tuple, list)) and len(result) in (3, 4)
     for i, x in enumerate(result if right else ()):
@@ -139,14 +138,14 @@ def _check(result: Any, like: Tensor, name: str) -> None:
         )
 
 
-def token_terms(
+def token_losses(
     logprob: Tensor,
     entropy: Tensor | None,
-    found: Surrogates,
+    found: SurrogateLosses,
     tokens: Tokens,
     options: LossOptions,
     chosen: Tensor | None,
-) -> Terms:
+) -> TokenLosses:
     """The loss of each token, where ``chosen`` (bool, True at valid tokens only; None: none) are under the effect."""
     value, grad, mask = found.value, found.grad, found.mask
     dtype = value.dtype
@@ -170,12 +169,12 @@ def token_terms(
     value, own = value + found.bad, own + found.bad
     policy = loss = value
     unused: list[Tensor] = []  # what is not finite is counted also where it does not enter the loss
-    ref_kl = ref_term = None
+    ref_kl = ref_penalty = None
     if tokens.ref_logprob is not None:
         (distance,) = keep(mask, logprob - tokens.ref_logprob.to(dtype))
         wrong = distance - distance  # k3 clamps, and would show an infinite ratio as a small divergence
         estimate, kl_grad = kl_and_grad(distance, options.kl_estimator)
-        ref_kl = ref_term = estimate + wrong
+        ref_kl = ref_penalty = estimate + wrong
         if not used(options.ref_kl_coef):
             unused.append(wrong)
         else:
@@ -183,7 +182,7 @@ def token_terms(
                 product_of_ratios = options.surrogate.reduce == "sum"  # which is none to weigh a token's KL by
                 ratio = (found.log_ratio if product_of_ratios else found.level).exp()
                 estimate, kl_grad = product(estimate, ratio), product(kl_grad, ratio)
-                ref_term = estimate + wrong
+                ref_penalty = estimate + wrong
                 if pools and not product_of_ratios:
                     assert pooled is not None
                     pooled = pooled + options.ref_kl_coef * estimate
@@ -202,22 +201,94 @@ def token_terms(
     for x in unused:
         nonfinite = nonfinite + (x - x)
     pullback = Pullback(own, pooled, found.part, found.divisor, mask, tokens.sequences.lengths, tokens.sequences.ids)
-    return Terms(loss, policy, pullback, nonfinite, entropy, ref_kl, ref_term)
+    return TokenLosses(loss, policy, pullback, nonfinite, entropy, ref_kl, ref_penalty)
+
+
+# ---- metrics: each is defined here and nowhere else ------------------------------------------------------------------
+#
+# All are 0-d device tensors without gradient in the dtype of the loss; nothing is read back by the host. Means and
+# shares are over the valid tokens of the call, or of all ranks with a batch_group; without a valid token a metric is 0.
+# A metric that has no meaning in a call (no entropy given, nothing selected) is absent.
+
+
+class LossMetric(NamedTuple):
+    """A metric's definition for the reader, and when it is there."""
+
+    definition: str
+    given: str = "always"
+
+
+METRICS: dict[str, LossMetric] = {
+    "pg_loss": LossMetric(
+        "the surrogate, token weights and KL-Cov's penalty included, without entropy bonus and reference KL, "
+        'aggregated like the loss ("none": token-mean); with a batch_group that of the whole batch',
+    ),
+    "clipfrac": LossMetric(
+        "share of tokens that the surrogate clips; ppo: l2 > l1, l1 = -A·r, "
+        "l2 = -A·clamp(r, 1 - clip_low, 1 + clip_high)",
+    ),
+    "clipfrac_lower": LossMetric(
+        "share of tokens that the dual clip stops, A < 0 and max(l1, l2) > -A·dual_clip, or the surrogate's other clip",
+    ),
+    "ppo_kl": LossMetric("mean of old_logprob - logprob, nats"),
+    "ppo_kl_abs": LossMetric("mean of abs(logprob - old_logprob), nats"),
+    "ratio_mean": LossMetric("mean of r = exp(logprob - old_logprob)"),
+    "ratio_max": LossMetric("largest r"),
+    "cov_mean": LossMetric("mean of token_covariance(logprob, advantages)"),
+    "cov_max": LossMetric("largest token_covariance"),
+    "band_frac": LossMetric(
+        "share of tokens that are candidates of Clip-Cov: covariance in the band, not excluded by the preset",
+        "clip_cov_loss that selects",
+    ),
+    "selected_frac": LossMetric(
+        "share of tokens that are dropped (Clip-Cov) or penalised (KL-Cov)",
+        "clip_cov_loss, kl_cov_loss",
+    ),
+    "entropy": LossMetric("mean of the entropy given, nats", "entropy given"),
+    "ref_kl": LossMetric("mean of the KL estimate to the reference, nats", "ref_logprob given"),
+    "nonfinite_tokens": LossMetric(
+        "number of tokens at which an input or a term of the loss is NaN or infinite (an infinite ratio that a clip "
+        'stops is none), or which nonfinite="drop" dropped',
+    ),
+}
+
+
+def metric_names(options: LossOptions, entropy: bool, ref_logprob: bool) -> list[str]:
+    """The metrics of a loss, in their order."""
+    there = {
+        "selected_frac": options.effect != "none",
+        "band_frac": options.selection is not None and options.selection.seed is not None,
+        "entropy": entropy, "ref_kl": ref_logprob,
+    }  # fmt: skip
+    found = []
+    for name in METRICS:
+        if there.get(name, True):
+            found.append(name)
+    return found
+
+
+def metric_table() -> str:
+    """The metrics as a Markdown table, for docs/losses.md and anyone who logs them."""
+    rows = [f"| `{name}` | {metric.definition} | {metric.given} |" for name, metric in METRICS.items()]
+    return "\n".join(["| metric | definition | present |", "|---|---|---|", *rows])
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
 
 
 class Evaluated(NamedTuple):
     """A loss and what its backward pass needs."""
 
     loss: Tensor  # 0-d, or of the tokens' shape where nothing is aggregated
-    metrics: list[Tensor]  # 0-d, by the names of metrics.names
+    metrics: list[Tensor]  # 0-d, by the names of metric_names
     weight: Tensor  # what a token's loss is multiplied by; broadcasts to the tokens
-    terms: Terms
+    by_token: TokenLosses
 
 
 def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: LossOptions) -> Evaluated:
     """The loss of a batch; ``logprob`` (fp32 or fp64) and ``entropy`` of the tokens' shape, without gradient."""
     aggregation, sequences, dtype = options.aggregation, tokens.sequences, logprob.dtype
-    found = surrogate_terms(logprob, tokens, options)
+    found = surrogate_losses(logprob, tokens, options)
     valid, chosen, candidates, compiling = found.valid, tokens.chosen, None, torch.compiler.is_compiling()
     scored = tokens.advantages if tokens.covariance_advantages is None else tokens.covariance_advantages
     covariance = covariance_of(logprob, scored, valid, aggregation.group_name, options.backend)
@@ -233,7 +304,7 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
             candidates = options.selection.candidates(score, valid, exclude)
     elif chosen is not None and valid is not None:
         chosen = chosen & valid
-    terms = token_terms(logprob, entropy, found, tokens, options, chosen)
+    by_token = token_losses(logprob, entropy, found, tokens, options, chosen)
 
     everything = torch.ones_like(logprob, dtype=torch.bool) if valid is None else valid
     counts, own = aggregation.counted(everything, sequences)
@@ -244,7 +315,7 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
     }  # fmt: skip
     means = {
         "ppo_kl": found.log_ratio, "ppo_kl_abs": found.log_ratio.abs(), "ratio_mean": ratio,
-        "cov_mean": covariance, "entropy": terms.entropy, "ref_kl": terms.ref_kl,
+        "cov_mean": covariance, "entropy": by_token.entropy, "ref_kl": by_token.ref_kl,
     }  # fmt: skip
     sums = {"clipfrac": ratio.new_zeros(()), "clipfrac_lower": ratio.new_zeros(())}
     for name, condition in shares.items():
@@ -255,19 +326,19 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
             sums[name] = value.sum(dtype=torch.float64 if name == "cov_mean" else None)
     sums["ppo_kl"] = 0 - sums["ppo_kl"]
     if compiling:
-        nonfinite = torch.where(terms.nonfinite == 0, 0.0, 1.0).sum()
+        nonfinite = torch.where(by_token.nonfinite == 0, 0.0, 1.0).sum()
     else:
-        nonfinite = terms.nonfinite.nan_to_num_(1.0).sum()
+        nonfinite = by_token.nonfinite.nan_to_num_(1.0).sum()
     if options.drop_nonfinite:
         nonfinite = (
             nonfinite + (logprob.numel() if tokens.mask is None else tokens.mask.count_nonzero()) - counts.tokens
         )
-    mask = found.mask if dtype == torch.float32 or valid is None else bits(valid, torch.float32)
-    maxima = {"ratio_max": ratio.amax() if ratio.numel() else ratio.sum(), "cov_max": largest(covariance, mask)}
+    mask = found.mask if dtype == torch.float32 or valid is None else mask_bits(valid, torch.float32)
+    maxima = {"ratio_max": ratio.amax() if ratio.numel() else ratio.sum(), "cov_max": masked_max(covariance, mask)}
 
-    loss = policy = pg_loss = aggregation.weighted_sum(terms.loss, own, sequences)
-    if terms.policy is not terms.loss:
-        policy = pg_loss = aggregation.weighted_sum(terms.policy, own, sequences)
+    loss = policy = pg_loss = aggregation.weighted_sum(by_token.loss, own, sequences)
+    if by_token.policy is not by_token.loss:
+        policy = pg_loss = aggregation.weighted_sum(by_token.policy, own, sequences)
     if aggregation.group is not None:
         given = {**sums, **counts.there(), "nonfinite": nonfinite, "policy": policy}
         in_common = options.in_common(entropy is not None, tokens.ref_logprob is not None)
@@ -287,14 +358,14 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         made = dict(zip(sums, (torch.stack(list(sums.values())) / count).to(dtype).unbind(), strict=True))
         made.update(zip(other, torch.stack(list(other.values())).to(dtype).unbind(), strict=True))
     named = []
-    for name in metrics.METRICS:
+    for name in METRICS:
         if name in made:
             named.append(made[name].to(dtype))
     if aggregation.mode == "none":
-        return Evaluated(terms.loss, named, torch.ones_like(scale, dtype=dtype), terms)
+        return Evaluated(by_token.loss, named, torch.ones_like(scale, dtype=dtype), by_token)
     share = own * scale
     weight = (share if share.dim() == 0 else sequences.spread(share)).to(dtype)
-    return Evaluated((loss * scale).to(dtype), named, weight, terms)
+    return Evaluated((loss * scale).to(dtype), named, weight, by_token)
 
 
 class Loss(torch.autograd.Function):
@@ -310,10 +381,10 @@ class Loss(torch.autograd.Function):
         found = evaluate(wide, None if entropy is None else entropy.resolve_neg(), tokens, options)
         ctx.dtypes = logprob.dtype, None if entropy is None else entropy.dtype
         ctx.entropy_coef = options.entropy_coef if entropy is not None and used(options.entropy_coef) else None
-        terms = found.terms
-        kept = (terms.entropy, terms.ref_term) if any(ctx.needs_input_grad[2:4]) else (None, None)
+        by_token = found.by_token
+        kept = (by_token.entropy, by_token.ref_penalty) if any(ctx.needs_input_grad[2:4]) else (None, None)
         coefficient = ctx.entropy_coef if isinstance(ctx.entropy_coef, Tensor) else None
-        ctx.save_for_backward(*recorded(logprob, found.weight, coefficient, *kept, *terms.pullback))
+        ctx.save_for_backward(*recorded(logprob, found.weight, coefficient, *kept, *by_token.pullback))
         ctx.per_token = options.aggregation.mode == "none"
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found.metrics)
@@ -323,7 +394,7 @@ class Loss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if upstream is None:
             return (None,) * 6
-        logprob, weight, coefficient, entropy, ref_term, *kept = ctx.saved_tensors
+        logprob, weight, coefficient, entropy, ref_penalty, *kept = ctx.saved_tensors
         pullback, weight = Pullback(*kept), weight * upstream
         if ctx.per_token:  # what comes in at padding is as little to count as what stands there
             (weight,) = keep(pullback.mask, weight.contiguous())
@@ -337,7 +408,7 @@ class Loss(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grads[2] = -(weight * entropy).sum()
         if ctx.needs_input_grad[3]:
-            grads[3] = (weight * ref_term).sum()
+            grads[3] = (weight * ref_penalty).sum()
         if torch.is_grad_enabled():
             grads = [None if x is None else _OnlyOnce.apply(x, logprob) for x in grads]
         return tuple(grads)

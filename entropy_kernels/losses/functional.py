@@ -1,18 +1,21 @@
-"""The public losses: a keyword list each, one record made of it (options.py), one evaluation (evaluate.py)."""
+"""The public losses, as functions and modules: keywords, one record made of them (options.py), one evaluation
+(evaluate.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-from entropy_kernels._arguments import recorded, refuse_mapped, refuse_transforms
-from entropy_kernels.losses import metrics, options, tokens
-from entropy_kernels.losses.evaluate import Loss
-from entropy_kernels.losses.presets import Clip
+from entropy_kernels._arguments import keywords, recorded, refuse_mapped, refuse_transforms
+from entropy_kernels._selection_request import SeedCounter
+from entropy_kernels.losses import options, surrogates, tokens
+from entropy_kernels.losses.evaluate import Loss, metric_names
+from entropy_kernels.losses.options import Clip
 from entropy_kernels.losses.surrogates import Surrogate
 
 
@@ -256,8 +259,8 @@ def _loss(method: str, given: dict[str, Any]) -> PolicyLoss:
     if not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None:
         refuse_mapped(given)
     chosen = options.make(method, given, getattr(given["logprob"], "device", None))
-    checked = tokens.check(given, chosen)
-    return apply(*checked, chosen if chosen.seeds is None else options.seeded(chosen))
+    found = tokens.checked(given, chosen)
+    return apply(*found, chosen if chosen.seeds is None else options.seeded(chosen))
 
 
 def apply(
@@ -269,7 +272,7 @@ def apply(
     ):
         refuse_transforms("policy_loss", logprob, logprob if entropy is None else entropy)
     loss, *values = Loss.apply(logprob, entropy, chosen.entropy_coef, chosen.ref_kl_coef, batch, chosen)
-    names = metrics.names(chosen, entropy is not None, batch.ref_logprob is not None)
+    names = metric_names(chosen, entropy is not None, batch.ref_logprob is not None)
     if chosen.aggregation.mode == "none":
         loss = loss.view(shape)
     return PolicyLoss(loss, dict(zip(names, values, strict=True)))
@@ -304,7 +307,7 @@ def aggregate(
     given = dict(locals())
     refuse_mapped({"cu_seqlens": cu_seqlens})
     aggregation = options.aggregation(given, getattr(term, "device", None))
-    values, valid, sequences = tokens.check_term(term, mask, cu_seqlens, aggregation)
+    values, valid, sequences = tokens.check_summand(term, mask, cu_seqlens, aggregation)
     if valid is not None:
         (valid,) = recorded(valid)
         values = torch.where(valid, values, 0)
@@ -318,3 +321,89 @@ def aggregate(
     return (total * aggregation.dp_size / aggregation.denominator(counts, sequences.width or values.shape[-1])).to(
         values.dtype
     )
+
+
+# ---- as modules: what stays the same is given once, what changes is given in each call -------------------------------
+
+
+class _LossModule(nn.Module):
+    """Holds keyword arguments of a loss function. A module has no parameters."""
+
+    _function: Callable[..., PolicyLoss]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        known = [*keywords(self._function), *surrogates.find(options.get("surrogate", "ppo")).defaults]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}: expected keyword arguments of {self._function.__name__} "
+                f"({', '.join(known)}), got {', '.join(unknown)}"
+            )
+        self.options = options
+
+    def forward(
+        self, logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor | None, **options: Any
+    ) -> PolicyLoss:
+        """The loss; ``options`` of this call go before those of the module."""
+        return self._function(logprob, old_logprob, advantages, mask, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        """The options that were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class PolicyLossModule(_LossModule):
+    """:func:`entropy_kernels.policy_loss` with fixed options.
+
+        criterion = PolicyLossModule(clip_high=0.28, entropy_coef=0.01)
+        criterion(logprob, old_logprob, advantages, mask, entropy=entropy).loss.backward()
+
+    Args:
+        options: keyword arguments of the function; those that change (``entropy``, ``ref_logprob``,
+            ``batch_num_tokens``, ...) are given in the call, with the same names.
+
+    Raises:
+        TypeError: an option that the function does not have.
+    """
+
+    _function = staticmethod(policy_loss)
+
+
+class ClipCovLoss(_LossModule):
+    """:func:`entropy_kernels.clip_cov_loss` with fixed options, and with seeds that need no step number.
+
+        criterion = ClipCovLoss(preset="verl", ratio=2e-4)
+        criterion(logprob, old_logprob, advantages, mask).loss.backward()
+
+    Args:
+        seed: of the first call; each later one draws with the next (:class:`SeedCounter`), the count being part of
+            ``state_dict()``. A call that is given ``seed`` or ``dropped`` uses that and is not counted.
+        options, raises: as :class:`PolicyLossModule`.
+    """
+
+    _function = staticmethod(clip_cov_loss)
+
+    def __init__(self, *, seed: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.seeds = SeedCounter(seed)
+
+    def forward(
+        self, logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor | None, **options: Any
+    ) -> PolicyLoss:
+        """The loss; ``options`` of this call go before those of the module."""
+        if all({**self.options, **options}.get(name) is None for name in ("seed", "dropped")):
+            options["seed"] = self.seeds
+        return super().forward(logprob, old_logprob, advantages, mask, **options)
+
+
+class KlCovLoss(_LossModule):
+    """:func:`entropy_kernels.kl_cov_loss` with fixed options.
+
+        criterion = KlCovLoss(preset="paper", kl_coef=1.0)
+        criterion(logprob, old_logprob, advantages, mask).loss.backward()
+
+    Args, raises: as :class:`PolicyLossModule`.
+    """
+
+    _function = staticmethod(kl_cov_loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropy_kernels.losses.masking import unless
+from entropy_kernels.losses.surrogates import unless
 
 # name -> (other names in use, formula of D = lp - lp_other); the docs print this table
 KL_ESTIMATORS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -11,13 +11,12 @@ from torch import Tensor
 from entropy_kernels._arguments import check_place, check_tensor, integer, keywords, refuse_mapped, traced
 from entropy_kernels._rows import ENTROPY, LOGPROB, RowArguments
 from entropy_kernels.linear import Final, LinearArguments, changes_of, linear_loss, stats_of
-from entropy_kernels.losses import functional, metrics, tokens
+from entropy_kernels.losses import functional, tokens
 from entropy_kernels.losses.aggregation import COUNTS, Sequences
-from entropy_kernels.losses.evaluate import evaluate, surrogate_terms, token_terms
+from entropy_kernels.losses.evaluate import evaluate, metric_names, surrogate_losses, token_losses
 from entropy_kernels.losses.functional import PolicyLoss
-from entropy_kernels.losses.masking import keep
-from entropy_kernels.losses.options import LossOptions, make, seeded, used
-from entropy_kernels.losses.presets import CLIP_COV, KL_COV
+from entropy_kernels.losses.options import CLIP_COV, KL_COV, LossOptions, make, seeded, used
+from entropy_kernels.losses.surrogates import keep
 from entropy_kernels.losses.tokens import Tokens
 
 LOSSES: dict[str, Callable[..., PolicyLoss]] = {  # by `method`
@@ -112,7 +111,7 @@ def linear_policy_loss(
     for name in ("entropy_coef", "ref_kl_coef"):
         if isinstance(given[name], Tensor) and given[name].requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a constant, got a tensor that requires grad")
-    checked = tokens.check(given, chosen)
+    checked = tokens.checked(given, chosen)
     batch = checked.tokens
     if batch.mask is None:
         batch = batch._replace(mask=(target != ignore_index).view(batch.old_logprob.shape))
@@ -136,7 +135,7 @@ def linear_policy_loss(
         flat = batch.old_logprob.shape
         return functional.apply(logprob.view(flat), entropy.view(flat), batch, target.shape, seeded(chosen))
     loss, values = made
-    names = metrics.names(chosen, True, batch.ref_logprob is not None)
+    names = metric_names(chosen, True, batch.ref_logprob is not None)
     return PolicyLoss(loss, dict(zip(names, values.unbind(), strict=True)))
 
 
@@ -249,10 +248,10 @@ class _Coefficients:
         part = self._batch.part(rows, sequences, shape)
         weights = self._weights.reshape(-1)[rows].view(shape)
         logprob, entropy = logprob.view(shape), entropy.view(shape)
-        found = surrogate_terms(logprob, part, self._options)
+        found = surrogate_losses(logprob, part, self._options)
         chosen = part.chosen if part.chosen is None or found.valid is None else part.chosen & found.valid
-        terms = token_terms(logprob, entropy, found, part, self._options, chosen)
-        c, e = self._derivatives(terms, weights)
+        by_token = token_losses(logprob, entropy, found, part, self._options, chosen)
+        c, e = self._derivatives(by_token, weights)
         return c, e, ~(c.abs() <= (self._huge * weights).reshape(-1))
 
     def final(self, logprob: Tensor, entropy: Tensor) -> Final:
@@ -260,21 +259,21 @@ class _Coefficients:
         shape = self._batch.old_logprob.shape
         # A counter of seeds is asked here, where nothing is left that could be refused
         found = evaluate(logprob.view(shape), entropy.view(shape), self._batch, seeded(self._options))
-        c, e = self._derivatives(found.terms, self._weights)
+        c, e = self._derivatives(found.by_token, self._weights)
         factor = None
         aggregation = self._options.aggregation
         if self._options.drop_nonfinite and aggregation.mode != "token-sum" and aggregation.given_count is None:
             factor = found.weight / self._share
         return Final(found.loss, torch.stack(found.metrics), c, e, factor)
 
-    def _derivatives(self, terms: Any, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _derivatives(self, by_token: Any, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of Σ weights · loss by log-prob and entropy, flat; None for the latter's where it has no coefficient."""
-        weights = weights.to(terms.loss.dtype)
-        c = terms.pullback(weights).reshape(-1)
+        weights = weights.to(by_token.loss.dtype)
+        c = by_token.pullback(weights).reshape(-1)
         if not used(self._options.entropy_coef):
             return c, None
         e = (-self._options.entropy_coef * weights).to(c.dtype)
-        return c, keep(terms.pullback.mask, e)[0].reshape(-1)
+        return c, keep(by_token.pullback.mask, e)[0].reshape(-1)
 
     def _layout(self, rows: Any, count: int) -> tuple[tuple[int, ...], Sequences]:
         """Shape and sequences of the tokens ``rows``."""

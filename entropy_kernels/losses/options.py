@@ -1,4 +1,9 @@
-"""The record of a loss: everything but tensors of tokens, made once from the keywords of a call and checked once."""
+"""The record of a loss: everything but tensors of tokens, made once from the keywords of a call and checked once.
+
+The presets come first: what "Clip-Cov" and "KL-Cov" mean in the paper's equations and in verl's functions, which
+differ. `paper` is arXiv 2505.22617, Eq. 12 (Clip-Cov) and Eq. 13 (KL-Cov); `verl` is what the functions of that trainer
+compute. docs/losses.md sets them side by side.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +26,76 @@ from entropy_kernels._arguments import (
     scalar_tensor,
 )
 from entropy_kernels._selection_request import IN_COMMON, Request, SeedCounter, request
-from entropy_kernels.losses import presets, surrogates
+from entropy_kernels.losses import surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, COUNTS, Aggregation
 from entropy_kernels.losses.kl import check_estimator
 from entropy_kernels.losses.surrogates import Surrogate, SurrogateOptions
 
 Number = float | Tensor  # a tensor is 0-d and never read back
 Effect = Literal["none", "dropped", "detached", "penalized"]  # on a token that is selected
+
+# clip_low and clip_high: "preset" stands for the preset's value, because None already means "no PPO clip".
+Clip = float | Tensor | None | Literal["preset"]
+
+
+@dataclass(frozen=True)
+class ClipCovPreset:
+    """What Clip-Cov selects and what happens to a selected token."""
+
+    clip_low: float | None  # PPO clip of the ratio, 1 - clip_low .. 1 + clip_high; None: no clip
+    clip_high: float | None
+    ratio: float  # share of the valid tokens that is selected
+    low: float  # band of the covariance
+    high: float
+    band: Literal["absolute", "quantile"]
+    closed: bool  # whether the bounds belong to the band
+    at_least_one: bool  # select one token even where ratio · N < 1
+    exclude_clipped: bool  # tokens that the PPO clip holds are no candidates
+    dropped_value: Literal["zero", "keep"]  # a dropped token's share of the loss value; its gradient is always removed
+
+
+@dataclass(frozen=True)
+class KlCovPreset:
+    """What KL-Cov selects and how a selected token is penalised."""
+
+    clip_low: float | None
+    clip_high: float | None
+    ratio: float
+    at_least_one: bool
+    penalty: str  # estimator of kl_estimate
+
+
+CLIP_COV: dict[str, ClipCovPreset] = {
+    "verl": ClipCovPreset(
+        clip_low=0.2,
+        clip_high=0.2,
+        ratio=2e-4,
+        low=1.0,
+        high=5.0,
+        band="absolute",
+        closed=False,
+        at_least_one=True,
+        exclude_clipped=True,
+        dropped_value="zero",
+    ),
+    "paper": ClipCovPreset(
+        clip_low=None,
+        clip_high=None,
+        ratio=2e-4,
+        low=1.0,
+        high=5.0,
+        band="absolute",
+        closed=True,
+        at_least_one=False,
+        exclude_clipped=False,
+        dropped_value="keep",
+    ),
+}
+
+KL_COV: dict[str, KlCovPreset] = {
+    "verl": KlCovPreset(clip_low=None, clip_high=None, ratio=2e-4, at_least_one=True, penalty="abs"),
+    "paper": KlCovPreset(clip_low=None, clip_high=None, ratio=2e-3, at_least_one=False, penalty="abs"),
+}
 
 # name -> (bound, whether the number may equal it, whether None is allowed, whether a gradient may go to a tensor)
 _NUMBERS: dict[str, tuple[float, bool, bool, bool]] = {
@@ -106,7 +174,7 @@ def seeded(options: LossOptions) -> LossOptions:
 
 
 def used(coefficient: Number) -> bool:
-    """Whether the term enters the loss; a tensor is not read back, so it always does."""
+    """Whether what it multiplies enters the loss; a tensor is not read back, so it always does."""
     return isinstance(coefficient, Tensor) or coefficient != 0
 
 
@@ -121,7 +189,7 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
     surrogate = surrogates.find(given["surrogate"])
     preset: Any = None
     if method != "ppo":
-        known: Any = presets.CLIP_COV if method == "clip_cov" else presets.KL_COV
+        known: Any = CLIP_COV if method == "clip_cov" else KL_COV
         if given["preset"] not in known:
             raise ValueError(f"preset: expected one of {', '.join(map(repr, known))}, got {given['preset']!r}")
         preset = known[given["preset"]]
@@ -151,7 +219,7 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
             if isinstance(default, bool) or not isinstance(default, (int, float, Tensor, type(None))):
                 continue  # an option of a surrogate that is no number
             if value is not None or default is not None:
-                numbers[name] = _number(name, value, device, name in surrogate.divisors)
+                numbers[name] = _checked_number(name, value, device, name in surrogate.divisors)
     if given["nonfinite"] not in ("propagate", "drop"):
         raise ValueError(f"nonfinite: expected 'propagate' or 'drop', got {given['nonfinite']!r}")
     estimator = given["kl_estimator"]
@@ -209,12 +277,12 @@ def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
     tokens, sequences, scale = given["batch_num_tokens"], given["global_batch_size"], given["loss_scale_factor"]
     if not (tokens is sequences is scale is None):
         tokens, sequences, scale = (
-            None if given[name] is None else _number(name, given[name], device) for name in _AGGREGATING
+            None if given[name] is None else _checked_number(name, given[name], device) for name in _AGGREGATING
         )
     return Aggregation(mode, by_sequence, dp_size, sequences if by_sequence else tokens, scale, group, name)
 
 
-def _number(name: str, value: Any, device: Any, divides: bool = False) -> Any:
+def _checked_number(name: str, value: Any, device: Any, divides: bool = False) -> Any:
     """``value`` checked by its row of _NUMBERS (one that has none may be any finite number).
 
     ``divides``: it also has to be one that fp32 tensors can be divided by.

@@ -23,7 +23,7 @@ _KINDS = {
 _EXPECTED = {
     "like": "floating-point", "per token": "floating-point", "mask": "bool, int or float 0/1", "index": "int64",
 }  # fmt: skip
-_ROWS = Sequences()
+_UNPACKED = Sequences()
 
 
 class Tokens(NamedTuple):
@@ -54,7 +54,7 @@ class Checked(NamedTuple):
     shape: torch.Size
 
 
-def check(given: dict[str, Any], options: LossOptions) -> Checked:
+def checked(given: dict[str, Any], options: LossOptions) -> Checked:
     """The tensors among the keywords ``given`` of a loss.
 
     Raises:
@@ -98,10 +98,9 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
                 value, where = boolean(name, value)
                 wrong.append(where)
         found[name] = value if name == "entropy" else value.detach().resolve_neg()
-    for term, coefficient in (("ref_logprob", options.ref_kl_coef), ("entropy", options.entropy_coef)):
-        if found[term] is None and (isinstance(coefficient, Tensor) or coefficient != 0):
-            name = "ref_kl_coef" if term == "ref_logprob" else "entropy_coef"
-            raise ValueError(f"{term}: expected a tensor with {name}={given[name]}, got None")
+    for name, multiplied in (("ref_kl_coef", "ref_logprob"), ("entropy_coef", "entropy")):
+        if found[multiplied] is None and used(getattr(options, name)):
+            raise ValueError(f"{multiplied}: expected a tensor with {name}={given[name]}, got None")
     entropy = found["entropy"]
     if entropy is not None and not entropy.requires_grad and logprob.requires_grad:
         _warn_about_lost_gradient(options)
@@ -110,7 +109,7 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
     chosen = None if not options.given else found[options.given]
     tokens = Tokens(
         found["old_logprob"], found["advantages"], found["mask"], found["covariance_advantages"],
-        found["token_weight"], found["ref_logprob"], chosen, found["token_index"], sequences or _ROWS,
+        found["token_weight"], found["ref_logprob"], chosen, found["token_index"], sequences or _UNPACKED,
     )  # fmt: skip
     if sequences is None:
         return Checked(logprob, entropy, tokens, shape)
@@ -118,10 +117,10 @@ def check(given: dict[str, Any], options: LossOptions) -> Checked:
     return Checked(logprob.reshape(-1), entropy, tokens.part(slice(None), sequences, (-1,)), shape)
 
 
-def check_term(
+def check_summand(
     term: Any, mask: Any, cu_seqlens: Any, aggregation: Aggregation
 ) -> tuple[Tensor, Tensor | None, Sequences]:
-    """Of :func:`entropy_kernels.aggregate`: the term in fp32 or fp64, the mask as bool; raises as :func:`check`."""
+    """Of :func:`entropy_kernels.aggregate`: the summand in fp32 or fp64, the mask as bool; errors: :func:`checked`."""
     check_tensor("term", term)
     if not term.is_floating_point() or term.dim() == 0:
         raise TypeError(f"term: expected a floating-point tensor of at least one dimension, got {term.dtype}")
@@ -133,7 +132,7 @@ def check_term(
     sequences = _sequences("term", term, cu_seqlens, aggregation, "")
     term = term.to(torch.float64 if term.dtype == torch.float64 else torch.float32)
     if sequences is None:
-        return term, mask, _ROWS
+        return term, mask, _UNPACKED
     return term.reshape(-1), None if mask is None else mask.reshape(-1), sequences
 
 
