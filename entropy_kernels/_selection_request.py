@@ -134,10 +134,11 @@ def request(
     closed: bool = False,
 ) -> Request:
     """The record of a selection; arguments, errors: :func:`random_tokens`. ``default``: the ratio without both."""
-    ratio, k = (ratio, k) if k is None and type(ratio) is float and 0 < ratio <= 1 else _count(ratio, k, default)
+    if k is not None or type(ratio) is not float or not 0 < ratio <= 1:
+        ratio, k = _checked_count(ratio, k, default)
     plain = type(low) is float and type(high) is float and band == "absolute"
     if not plain or not -_SAFE < low < high < _SAFE or high - low < 1e-6 * (abs(low) + abs(high)):
-        low, high = _bounds(low, high, band)
+        low, high = _checked_bounds(low, high, band)
     given = (ratio, k) if seed is None else (ratio, k, low, high)
     numbers = None
     # A compiler takes plain numbers for constants
@@ -207,7 +208,7 @@ def _known(name: str, value: Any, unknown: float) -> Any:
     return value.to(torch.int64 if isinstance(unknown, int) else torch.float64).item()
 
 
-def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]:
+def _checked_count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]:
     """Ratio and k, of which one is None, in Python's types or as they are if tensors."""
     if k is not None:
         if ratio is not None:
@@ -229,7 +230,7 @@ def _count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, _Number]
     return ratio if isinstance(ratio, Tensor) else float(share), None
 
 
-def _bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
+def _checked_bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
     """The same of the bounds of a band."""
     if band not in ("absolute", "quantile"):
         raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")

@@ -20,7 +20,7 @@ import entropy_kernels as ek
 from entropy_kernels._console import print_table
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels.backends import registry, switches, verdict
-from entropy_kernels.smoke_matrix import SMALL, Call, check
+from entropy_kernels.smoke_matrix import DOCTOR, Call, judge
 
 _PACKAGES = (
     "torch", "numpy", "triton", "scipy", "statsmodels", "pandas", "matplotlib", "tensorboard", "transformers", "rich",
@@ -64,7 +64,7 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Check:
-    """One call of :data:`.smoke_matrix.SMALL`, and its largest error or what went wrong."""
+    """One call of :data:`.smoke_matrix.DOCTOR`, and its largest error or what went wrong."""
 
     op: str
     backend: str
@@ -78,20 +78,20 @@ class Check:
 def self_check(safe: Callable[[str, str, str], bool] = lambda op, backend, device: True) -> list[Check]:
     """Each available backend of each op, where that is ``safe`` on a device type, against float64 on small data."""
     return [
-        _check(op, backend, device, call)
+        _checked(op, backend, device, call)
         for op, states in ek.backends().items()
         for backend, state in states.items()
-        if state == "available" and op in SMALL
+        if state == "available" and op in DOCTOR
         for device in _devices_of(backend)
         if safe(op, backend, device)
-        for call in SMALL[op]()
+        for call in DOCTOR[op]()
     ]
 
 
-def _check(op: str, backend: str, device: str, call: Call) -> Check:
+def _checked(op: str, backend: str, device: str, call: Call) -> Check:
     begin = time.perf_counter()
     try:
-        wrong, share = check(call, device, backend)
+        wrong, share = judge(call, device, backend)
         detail = wrong or f"{share:.2g} of what is allowed"
     except Exception as error:  # a backend that raises is a finding to print, and the others are still to be checked
         wrong = detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -176,7 +176,7 @@ def hardware() -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class Choice:
+class AutoChoice:
     """What "auto" serves on a device; ``skipped``: backend that would come first -> why it does not.
 
     ``backend`` is "none" where nothing can run.
@@ -188,13 +188,13 @@ class Choice:
     skipped: dict[str, str]
 
 
-def auto_choices() -> list[Choice]:
+def auto_choices() -> list[AutoChoice]:
     """One for every op and kind of device that is here."""
     devices = [torch.device(name) for name in device_types() if name != "cuda"] + registry.gpus()
     return [_choice(op, device) for op in registry.OPS for device in devices]
 
 
-def _choice(op: str, device: torch.device) -> Choice:
+def _choice(op: str, device: torch.device) -> AutoChoice:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it would warn of is in the table
         chosen = registry.resolve(op, "auto", device)
@@ -203,7 +203,7 @@ def _choice(op: str, device: torch.device) -> Choice:
     reason = registry.unavailable(op, chosen, device)
     if reason is not None:
         chosen, skipped = "none", {**skipped, chosen: reason}
-    return Choice(op, str(device), chosen, skipped)
+    return AutoChoice(op, str(device), chosen, skipped)
 
 
 def _auto_rows() -> list[tuple[str, str, str, str]]:

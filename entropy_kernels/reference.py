@@ -56,7 +56,7 @@ def _mean_logit(row: Rows) -> Tensor:
 
 
 #: Name -> value per row; the names are those of the table that the package's statistics stand in, and more.
-STATISTICS: dict[str, Callable[[Rows], Tensor]] = {
+DEFINITIONS: dict[str, Callable[[Rows], Tensor]] = {
     "logprob": _logprob,
     "entropy": _entropy,
     "collision": _collision,
@@ -86,7 +86,7 @@ def statistics(
         temperature: number, or tensor that broadcasts to (...).
         softcap: None for none.
         vocab_size: columns at or beyond it count as -inf.
-        names: of :data:`STATISTICS`; None: all (without a target those that need none).
+        names: of :data:`DEFINITIONS`; None: all (without a target those that need none).
 
     Returns:
         By name: (...) float64 of ``logits``' device. vocab_covariance, p_max and mean_logit are differentiable here,
@@ -105,8 +105,8 @@ def statistics(
     label = None if target is None else target.long().masked_fill(ignored, 0)[..., None]
     row = Rows(z, logp, p, torch.where(p == 0, 0.0, logp), label)
     if names is None:
-        names = [name for name in STATISTICS if target is not None or name not in NEED_TARGET]
-    return {name: STATISTICS[name](row).masked_fill(ignored, 0.0) for name in names}
+        names = [name for name in DEFINITIONS if target is not None or name not in NEED_TARGET]
+    return {name: DEFINITIONS[name](row).masked_fill(ignored, 0.0) for name in names}
 
 
 def gradient(logits: Tensor, target: Tensor | None, upstream: Mapping[str, Tensor], **options: Any) -> Tensor:
@@ -147,8 +147,8 @@ def kl_cov_mask(
 
     Masks are bool, of the covariance's shape; either ``ratio`` or ``k`` is given.
     """
-    n = _count(covariance, mask, ratio, k, at_least_one)
-    return _first(n, covariance.float(), _candidates(covariance, mask, exclude), token_index)
+    n = _wanted(covariance, mask, ratio, k, at_least_one)
+    return _top(n, covariance.float(), _candidates(covariance, mask, exclude), token_index)
 
 
 def clip_cov_mask(
@@ -167,11 +167,11 @@ def clip_cov_mask(
     token_index: Tensor | None = None,
 ) -> Tensor:
     """n tokens drawn by their random keys from a covariance range: :func:`entropy_kernels.clip_cov_mask`."""
-    n = _count(covariance, mask, ratio, k, at_least_one)
+    n = _wanted(covariance, mask, ratio, k, at_least_one)
     inside = in_range(covariance, _candidates(covariance, mask, exclude), low=low, high=high, band=band, closed=closed)
     index = torch.arange(covariance.numel(), device=covariance.device).view(covariance.shape)
     keys = random_keys(index if token_index is None else token_index, seed)
-    return _first(n, keys, inside, token_index)
+    return _top(n, keys, inside, token_index)
 
 
 def in_range(
@@ -212,7 +212,7 @@ def _candidates(covariance: Tensor, mask: Tensor | None, exclude: Tensor | None)
     return candidates if exclude is None else candidates & ~exclude
 
 
-def _count(like: Tensor, mask: Tensor | None, ratio: float | None, k: int | None, at_least_one: bool) -> int:
+def _wanted(like: Tensor, mask: Tensor | None, ratio: float | None, k: int | None, at_least_one: bool) -> int:
     """n = max(1, ⌊ratio · N⌋), N the tokens that count; 0 if there are none."""
     if (ratio is None) == (k is None):
         raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
@@ -225,7 +225,7 @@ def _count(like: Tensor, mask: Tensor | None, ratio: float | None, k: int | None
     return max(int(at_least_one), math.floor(ratio * valid))
 
 
-def _first(n: int, score: Tensor, candidates: Tensor, token_index: Tensor | None) -> Tensor:
+def _top(n: int, score: Tensor, candidates: Tensor, token_index: Tensor | None) -> Tensor:
     """The n candidates of largest score, ties to the lower index."""
     order = candidates.reshape(-1).nonzero()[:, 0]
     if token_index is not None:
@@ -248,7 +248,7 @@ def clipped(
     clip_high: float | None = 0.2,
 ) -> Tensor:
     """Bool: the tokens that PPO's clip stops, strictly."""
-    free, bounded = _ppo(logprob, old_logprob, advantages, clip_low, clip_high)
+    free, bounded = _ppo_losses(logprob, old_logprob, advantages, clip_low, clip_high)
     return bounded > free
 
 
@@ -276,7 +276,7 @@ def policy_loss(
         dropped: tokens (bool) that lose their gradient and, but with ``keep_value``, their value: Clip-Cov.
         penalized: tokens (bool) with kl_coef·|logprob - old_logprob| on top: KL-Cov, which has no clip.
     """
-    free, bounded = _ppo(logprob, old_logprob, advantages, clip_low, clip_high)
+    free, bounded = _ppo_losses(logprob, old_logprob, advantages, clip_low, clip_high)
     loss = torch.where(bounded > free, bounded, free)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages.double()), loss)
@@ -291,7 +291,7 @@ def policy_loss(
     return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def _ppo(
+def _ppo_losses(
     logprob: Tensor, old_logprob: Tensor, advantages: Tensor, clip_low: float | None, clip_high: float | None
 ) -> tuple[Tensor, Tensor]:
     """-A·r and -A·clamp(r)."""

@@ -1,9 +1,10 @@
 """Small calls whose results are known: of every op for ``doctor``, of every kernel for ``verify`` and gpu_smoke.py.
 
 Every result is compared with float64 (:mod:`.reference`), on the CPU, so that a kernel that is only right by luck fails
-too. ``SMALL`` has a few calls per op, for any backend. ``FAMILIES`` reach every kernel on a GPU, and every way that its
-blocks share work, at the smallest size that takes it: a *family* is what can fail by itself, and each runs in a process
-of its own (:mod:`.verify`), because after an illegal address or a hang nothing else of that process can be believed.
+too. ``DOCTOR`` has a few calls per op, for any backend. ``FAMILIES`` reach every kernel on a GPU, and every way that
+its blocks share work, at the smallest size that takes it: a *family* is what can fail by itself, and each runs in a
+process of its own (:mod:`.verify`), because after an illegal address or a hang nothing else of that process can be
+believed.
 
 ``python -m entropy_kernels.smoke_matrix FAMILY [--device cuda:0]`` runs one. It prints a JSON line before each call,
 ``{"begin": NAME}``, and one behind it, ``{"call": NAME, "wrong": "", "seconds": S}``; exit code 1 if a result is wrong.
@@ -70,7 +71,7 @@ class Family(NamedTuple):
 _DIFFERENTIABLE = [statistic.name for statistic in _rows.STATISTICS if statistic.differentiable]
 
 
-def _told(options: dict[str, Any]) -> str:
+def _in_words(options: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
@@ -85,7 +86,7 @@ def _total(outputs: Any, weights: Tensor | None, device: str) -> Tensor:
     return torch.stack([x.sum() for x, output in zip(weighted, outputs, strict=True) if output.requires_grad]).sum()
 
 
-def statistics(
+def on_logits(
     rows: int,
     vocab: int,
     dtype: torch.dtype,
@@ -134,14 +135,14 @@ def statistics(
         return (*values, reference.gradient(logits, target, into, **row))
 
     passes = "forward, backward" if gradient else "forward"
-    name = f"{function} {rows}×{vocab} {str(dtype)[6:]} {layout} {_told(options)}".strip() + f", {passes}"
+    name = f"{function} {rows}×{vocab} {str(dtype)[6:]} {layout} {_in_words(options)}".strip() + f", {passes}"
     return Call(name, run, expected)
 
 
-def forward(rows: Sequence[int], vocabs: dict[torch.dtype, int], **options: Any) -> list[Call]:
+def forward_calls(rows: Sequence[int], vocabs: dict[torch.dtype, int], **options: Any) -> list[Call]:
     """Every instance of a kernel: dtypes, with and without second-order statistics and a softcap."""
     return [
-        statistics(n, vocab, dtype, function=function, softcap=softcap, temperature=0.7, **options)
+        on_logits(n, vocab, dtype, function=function, softcap=softcap, temperature=0.7, **options)
         for n in rows
         for dtype, vocab in vocabs.items()
         for function, softcap in itertools.product(("token_stats", "logprob_entropy"), (None, 20.0))
@@ -152,10 +153,10 @@ def same(vocab: int, *dtypes: torch.dtype) -> dict[torch.dtype, int]:
     return dict.fromkeys(dtypes or (BF16, FP16, FP32), vocab)
 
 
-def backward(vocabs: Sequence[int], **options: Any) -> list[Call]:
+def backward_calls(vocabs: Sequence[int], **options: Any) -> list[Call]:
     """Few rows, whose blocks share them, and many; each statistic has a gradient."""
     return [
-        statistics(n, vocab, dtype, gradient=True, softcap=softcap, **options)
+        on_logits(n, vocab, dtype, gradient=True, softcap=softcap, **options)
         for n, vocab in itertools.product((2, 300), vocabs)
         for dtype, softcap in itertools.product((BF16, FP16, FP32), (None, 20.0))
     ]
@@ -207,7 +208,7 @@ def from_hidden(
         d_logits = reference.gradient(logits, target, into, **row)
         return (*values, d_logits @ weight, d_logits.t() @ hidden) if gradient else values
 
-    what = _told(options) + (", gradients" if gradient else "")
+    what = _in_words(options) + (", gradients" if gradient else "")
     name = f"from hidden {rows}×{features}×{vocab} {str(dtype)[6:]} {'odd ' if odd else ''}{what}".strip()
     return Call(name, run, expected, sums=True)
 
@@ -246,7 +247,7 @@ def covariance(tokens: int) -> Call:
     )
 
 
-def largest(tokens: int) -> Call:
+def by_value(tokens: int) -> Call:
     """A mask by value."""
 
     def of(function: Callable[..., Tensor], device: str, **options: Any) -> Results:
@@ -261,7 +262,7 @@ def largest(tokens: int) -> Call:
     )
 
 
-def drawn(tokens: int) -> Call:
+def by_key(tokens: int) -> Call:
     """Masks by key: an absolute and a quantile range, given indices, another seed."""
 
     def of(function: Callable[..., Tensor], device: str, **options: Any) -> Results:
@@ -317,9 +318,9 @@ def _eager_steps() -> Any:
 # ---- the matrix ------------------------------------------------------------------------------------------------------
 
 # Few rows: Triton's interpreter takes a second for them
-SMALL: dict[str, Callable[[], list[Call]]] = {
+DOCTOR: dict[str, Callable[[], list[Call]]] = {
     "token_stats": lambda: [
-        statistics(8, 257, dtype, gradient=True, hard=True, temperature=0.7) for dtype in (FP32, BF16)
+        on_logits(8, 257, dtype, gradient=True, hard=True, temperature=0.7) for dtype in (FP32, BF16)
     ],
     "linear_token_stats": lambda: [
         from_hidden(8, 24, 257, FP32, gradient=False, hard=True, temperature=0.7),
@@ -327,8 +328,8 @@ SMALL: dict[str, Callable[[], list[Call]]] = {
         from_hidden(8, 24, 257, BF16, gradient=False, hard=True, temperature=0.7),
     ],
     "token_covariance": lambda: [covariance(1000)],
-    "clip_cov_mask": lambda: [drawn(1000)],
-    "kl_cov_mask": lambda: [largest(1000)],
+    "clip_cov_mask": lambda: [by_key(1000)],
+    "kl_cov_mask": lambda: [by_value(1000)],
 }
 
 _STATISTICS = ("token_stats", "linear_token_stats")
@@ -340,16 +341,16 @@ _DTYPES = (BF16, FP16, FP32)
 
 
 def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
-    yield "forward-plain", _STATISTICS, lambda: forward((1, 300), same(97))
-    yield "forward-bulk", _STATISTICS, lambda: forward((300,), same(9001))
+    yield "forward-plain", _STATISTICS, lambda: forward_calls((1, 300), same(97))
+    yield "forward-bulk", _STATISTICS, lambda: forward_calls((300,), same(9001))
     yield "forward-clusters", _STATISTICS, _clusters
     # states that meet in memory: strided columns take no bulk copies
-    yield "forward-parts", _STATISTICS, lambda: forward((2,), same(40_000), layout="strided")
-    yield "forward-misaligned", _STATISTICS, lambda: forward((2, 300), same(9001), layout="misaligned")
+    yield "forward-parts", _STATISTICS, lambda: forward_calls((2,), same(40_000), layout="strided")
+    yield "forward-misaligned", _STATISTICS, lambda: forward_calls((2, 300), same(9001), layout="misaligned")
     yield "fp64", _STATISTICS, _doubles
-    yield "backward-aligned", _STATISTICS, lambda: backward((96, 9000))
+    yield "backward-aligned", _STATISTICS, lambda: backward_calls((96, 9000))
     yield "backward-misaligned", _STATISTICS, _misaligned
-    yield "backward-strided", _STATISTICS, lambda: backward((203,), layout="strided")
+    yield "backward-strided", _STATISTICS, lambda: backward_calls((203,), layout="strided")
     yield "backward-in-place", _STATISTICS, _in_place
     yield "linear", ("linear_token_stats",), lambda: _linear(*_DTYPES)
     yield "covariance", ("token_covariance",), lambda: _each(covariance, *_TOKENS, _GRID)
@@ -375,17 +376,17 @@ def _each(call: Callable[[int], Call | list[Call]], *tokens: int) -> list[Call]:
 
 
 def _selection(tokens: int) -> list[Call]:
-    return [largest(tokens), drawn(tokens)]
+    return [by_value(tokens), by_key(tokens)]
 
 
 def _clusters() -> list[Call]:
     by_size = ({dtype: size // dtype.itemsize for dtype in _DTYPES} for size in _ROW_BYTES)
-    return [call for vocabs in by_size for call in forward((1, 3), vocabs)]
+    return [call for vocabs in by_size for call in forward_calls((1, 3), vocabs)]
 
 
 def _doubles() -> list[Call]:
     return [
-        statistics(rows, vocab, FP64, gradient=True, softcap=softcap, function=function)
+        on_logits(rows, vocab, FP64, gradient=True, softcap=softcap, function=function)
         for (rows, vocab), softcap in itertools.product(((3, 500), (2, 20_001)), (None, 20.0))
         for function in ("token_stats", "logprob_entropy")
     ]
@@ -393,31 +394,31 @@ def _doubles() -> list[Call]:
 
 def _misaligned() -> list[Call]:
     """Logits and gradient off the 16 bytes by as much, and by different amounts."""
-    return [*backward((203, 9001)), *backward((203, 9001), layout="misaligned")]
+    return [*backward_calls((203, 9001)), *backward_calls((203, 9001), layout="misaligned")]
 
 
 def _in_place() -> list[Call]:
     return [
-        *backward((9000, 203), inplace_backward=True),
-        *backward((203,), inplace_backward=True, layout="misaligned"),
-        *backward((203,), inplace_backward=True, layout="strided"),
+        *backward_calls((9000, 203), inplace_backward=True),
+        *backward_calls((203,), inplace_backward=True, layout="misaligned"),
+        *backward_calls((203,), inplace_backward=True, layout="strided"),
     ]
 
 
 def _triton_forward(dtype: torch.dtype) -> list[Call]:
     return [
-        *forward((3,), same(97, dtype)),
-        *forward((2,), same(9001, dtype)),
-        statistics(300, 9000, dtype),
-        statistics(1, 40_000, dtype),
-        statistics(2, 9001, dtype, layout="misaligned"),
-        statistics(2, 203, dtype, layout="strided"),
+        *forward_calls((3,), same(97, dtype)),
+        *forward_calls((2,), same(9001, dtype)),
+        on_logits(300, 9000, dtype),
+        on_logits(1, 40_000, dtype),
+        on_logits(2, 9001, dtype, layout="misaligned"),
+        on_logits(2, 203, dtype, layout="strided"),
     ]
 
 
 def _triton_backward(dtype: torch.dtype) -> list[Call]:
     return [
-        statistics(rows, vocab, dtype, gradient=True, layout=layout, softcap=softcap, inplace_backward=inplace)
+        on_logits(rows, vocab, dtype, gradient=True, layout=layout, softcap=softcap, inplace_backward=inplace)
         for rows, vocab, layout, softcap, inplace in (
             (3, 9000, "contiguous", None, False),
             (2, 203, "contiguous", 20.0, False),
@@ -443,7 +444,7 @@ FAMILIES = {
 }
 
 
-def check(call: Call, device: str, backend: str) -> tuple[str, float]:
+def judge(call: Call, device: str, backend: str) -> tuple[str, float]:
     """What is wrong, or "", and the largest error as a share of what is allowed."""
     got = [result.cpu() for result in call.run(device, backend)]
     wrong, share = difference(got, call.expected(), call.exact, call.sums)
@@ -505,7 +506,7 @@ def run(family: Family, device: str) -> int:
     for call in family.calls():
         print(json.dumps({"begin": call.name}), flush=True)
         start = time.perf_counter()
-        found, _ = check(call, device, family.backend)
+        found, _ = judge(call, device, family.backend)
         seconds = round(time.perf_counter() - start, 3)
         print(json.dumps({"call": call.name, "wrong": found, "seconds": seconds}), flush=True)
         wrong += bool(found)

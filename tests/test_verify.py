@@ -72,7 +72,7 @@ def test_a_wrong_result_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 def test_each_element_of_a_gradient_counts(dtype: torch.dtype) -> None:
     """Most are 1/V of the target's: a share of the largest would let them all be 0."""
-    call = smoke_matrix.statistics(300, 9001, dtype, gradient=True)
+    call = smoke_matrix.on_logits(300, 9001, dtype, gradient=True)
     right, exact = call.run("cpu", "torch"), call.expected()
     assert smoke_matrix.difference(right, exact)[0] == ""
     gradient = right[-1]

@@ -64,7 +64,7 @@ class LogError(ValueError):
 
 
 @dataclass(frozen=True)
-class Metric:
+class Quantity:
     """Columns that stand for one quantity; several are averaged row by row (rows in which all are there)."""
 
     columns: tuple[str, ...]
@@ -80,29 +80,29 @@ class Metric:
         return log[list(self.columns)].mean(axis=1, skipna=False)
 
 
-def find_entropy(columns: Sequence[str], asked: str | None = None) -> Metric:
+def find_entropy(columns: Sequence[str], asked: str | None = None) -> Quantity:
     """The entropy column: ``asked`` (a name, or a pattern with * of columns to average), else the first known name."""
     if asked is not None:
-        return Metric(_asked(columns, asked, "--entropy"))
+        return Quantity(_asked(columns, asked, "--entropy"))
     found = _first(columns, ENTROPY, "--entropy")
     if found is None:
         raise LogError(f"no known entropy metric in the log; name one with --entropy: {_listing(columns, 'entropy')}")
-    return Metric(found)
+    return Quantity(found)
 
 
-def find_performance(columns: Sequence[str], asked: str | None = None) -> Metric:
+def find_performance(columns: Sequence[str], asked: str | None = None) -> Quantity:
     """The performance column: ``asked``, else a known validation metric, else a training reward (marked as such)."""
     if asked is not None:
-        return Metric(_asked(columns, asked, "--performance"))
+        return Quantity(_asked(columns, asked, "--performance"))
     found = _first(columns, VALIDATION, "--performance")
     if found is not None:
-        return Metric(found)
+        return Quantity(found)
     found = _first(columns, TRAINING, "--performance")
     if found is None:
         raise LogError(
             f"no known performance metric in the log; name one with --performance: {_listing(columns, 'reward')}"
         )
-    return Metric(found, training=True)
+    return Quantity(found, training=True)
 
 
 def _first(columns: Sequence[str], patterns: Sequence[str], option: str) -> tuple[str, ...] | None:

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 from entropy_kernels._console import print_table
 from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, fit_entropy_law
 from entropy_kernels.analysis.logs import pairs, read_log
-from entropy_kernels.analysis.metric_names import LogError, Metric, find_entropy, find_performance
+from entropy_kernels.analysis.metric_names import LogError, Quantity, find_entropy, find_performance
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,8 +30,8 @@ class LogFit:
     """The law of one log."""
 
     path: Path
-    entropy: Metric
-    performance: Metric
+    entropy: Quantity
+    performance: Quantity
     points: DataFrame
     """``step``, ``entropy``, ``performance``: a row per evaluation."""
     law: EntropyLaw
@@ -255,5 +255,5 @@ def _doubts(law: EntropyLaw, points: DataFrame) -> list[str]:
     return doubts
 
 
-def _short(metric: Metric) -> str:
+def _short(metric: Quantity) -> str:
     return metric.name if len(metric.columns) == 1 else f"mean of {len(metric.columns)} metrics"

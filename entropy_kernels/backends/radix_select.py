@@ -309,7 +309,7 @@ def clip_cov_mask(
     ranks = Group(group, Options(seed, count, band))
     offset = _offset(ranks, covariance, token_index)
     values = steps.selection_value_keys(covariance, mask, exclude)
-    bounds = _quantiles(steps, ranks, values, band) if band.quantile else _bounds(band, covariance.device)
+    bounds = _quantiles(steps, ranks, values, band) if band.quantile else _bound_keys(band, covariance.device)
     if band.numbers is not None:
         bounds = torch.stack([torch.where(band.numbers[2] < band.numbers[3], bounds[0], NO_KEY), bounds[1]])
     if not band.closed:
@@ -345,7 +345,7 @@ def _valid(covariance: Tensor, mask: Tensor | None) -> Tensor:
     return mask.sum()
 
 
-def _bounds(band: Band, device: torch.device) -> Tensor:
+def _bound_keys(band: Band, device: torch.device) -> Tensor:
     if band.numbers is not None:
         return ordered_keys(band.numbers[2:].float())
     # two fills: torch.tensor(list) would copy from the host, and wait for it

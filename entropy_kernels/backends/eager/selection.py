@@ -23,7 +23,7 @@ clip_cov_mask = functools.partial(radix_select.clip_cov_mask, _STEPS)
 kl_cov_mask = functools.partial(radix_select.kl_cov_mask, _STEPS)
 
 
-def _valid(value: Tensor, mask: Tensor | None) -> Tensor:
+def _where_valid(value: Tensor, mask: Tensor | None) -> Tensor:
     return value if mask is None else torch.where(mask, value, 0.0)
 
 
@@ -32,20 +32,21 @@ def covariance_extremes(logprob: Tensor, advantages: Tensor, mask: Tensor | None
     if logprob.numel() == 0:
         return torch.zeros(3, dtype=torch.float64, device=logprob.device)
     largest = [
-        _valid(value, mask).abs().nan_to_num(nan=math.inf, posinf=math.inf).amax() for value in (logprob, advantages)
+        _where_valid(value, mask).abs().nan_to_num(nan=math.inf, posinf=math.inf).amax()
+        for value in (logprob, advantages)
     ]
     return torch.stack([largest[0].double(), largest[1].double(), count.double()])
 
 
 def covariance_sums(logprob: Tensor, advantages: Tensor, mask: Tensor | None, scales: Tensor) -> Tensor:
-    values = (_valid(logprob, mask), _valid(advantages, mask))
+    values = (_where_valid(logprob, mask), _where_valid(advantages, mask))
     # torch.round goes to even
     return torch.stack([(value.double() * scales[i]).round().long().sum() for i, value in enumerate(values)])
 
 
 def covariance_apply(logprob: Tensor, advantages: Tensor, mask: Tensor | None, means: Tensor) -> Tensor:
     product = (logprob.double() - means[0]) * (advantages.double() - means[1])
-    return _valid(product.float(), mask)
+    return _where_valid(product.float(), mask)
 
 
 def selection_value_keys(covariance: Tensor, mask: Tensor | None, exclude: Tensor | None) -> Tensor:
