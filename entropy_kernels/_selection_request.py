@@ -75,7 +75,7 @@ IN_COMMON = ("band", "closed", "at_least_one", "ratio", "k", "low", "high")  # w
 class Request(NamedTuple):
     """A selection, checked: everything but the tokens."""
 
-    seed: Tensor | None  # None: the largest scores; else drawn from the band
+    seed: Tensor | None  # None: the largest scores; else drawn from the range
     size: Count
     band: Band | None
     group: str
@@ -231,7 +231,7 @@ def _checked_count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, 
 
 
 def _checked_bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
-    """The same of the bounds of a band."""
+    """The same of the bounds of a range."""
     if band not in ("absolute", "quantile"):
         raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")
     least, most = (0.0, 1.0) if band == "quantile" else (-math.inf, math.inf)

@@ -90,7 +90,7 @@ def random_tokens(
     batch_group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """n tokens drawn uniformly among those whose score lies in a band: Clip-Cov's choice, of any score.
+    """n tokens drawn uniformly among those whose score lies in a range: Clip-Cov's choice, of any score.
 
     n = max(1, floor(float64(ratio) · N)), N the number of tokens of ``mask`` over all ranks; fewer if there are fewer
     candidates, 0 if N = 0. The draw is the n largest random keys among the candidates, the key of a token being the
@@ -100,8 +100,8 @@ def random_tokens(
     A schedule gives ratio, k, low and high as 0-d tensors of a float or int dtype, on the score's device or the CPU:
     their values are never read by the host, a CUDA graph reads those on its device anew at each replay, and under
     torch.compile a new value, of a tensor or a number, compiles nothing again. ENTROPY_KERNELS_DEBUG=1 checks them in
-    eager mode, at the price of a sync. Unchecked, a ratio and the shares of a band are held to [0, 1] and k to >= 0,
-    rounded down (NaN is 0), and a band whose low is not below its high is empty.
+    eager mode, at the price of a sync. Unchecked, a ratio and the shares of a range are clamped to [0, 1], k to >= 0
+    and rounded down (NaN is 0), and a range whose low is not below its high is empty.
 
     Args:
         score: any floating-point dtype and strides, compared in fp32; as from :func:`token_covariance`.
@@ -110,10 +110,10 @@ def random_tokens(
         seed: an int of at most 64 bits, or a 0-d int64 tensor, which a CUDA graph reads anew at each replay.
         ratio: share of N to select, in (0, 1]; a fraction: 2e-4 is 0.02 %.
         k: number of tokens to select instead of a ratio, >= 0.
-        low, high: bounds of the band, low < high, rounded to fp32.
+        low, high: bounds of the range, low < high, rounded to fp32.
         band: "absolute": bounds are scores. "quantile": they are shares in [0, 1], and stand for the scores number
             floor(share · (M - 1)) in ascending order of the M candidates of the whole group.
-        closed: whether the bounds belong to the band.
+        closed: whether the bounds belong to the range.
         at_least_one: False: n = floor(ratio · N), which may be 0; k is taken as it is either way.
         exclude: like mask; True = counts in N but is no candidate.
         token_index: int64, ``score``'s shape, distinct over the batch where ``mask`` is True. Default: flat
@@ -154,9 +154,9 @@ def clip_cov_mask(
     batch_group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Tokens that Clip-Cov drops: n drawn uniformly among those whose covariance lies in a band; Eq. 11.
+    """Tokens that Clip-Cov drops: n drawn uniformly among those whose covariance lies in a range; Eq. 11.
 
-    :func:`random_tokens` under the paper's name, with its defaults: a ratio of 2e-4 and the band (1, 5).
+    :func:`random_tokens` under the paper's name, with its defaults: a ratio of 2e-4 and the range (1, 5).
 
     Args:
         covariance: from :func:`token_covariance`.

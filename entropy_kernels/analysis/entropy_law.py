@@ -22,7 +22,7 @@ MIN_POINTS = 3
 # response, a perplexity), and e^H would swamp or overflow the fit long before float64 does.
 MAX_ENTROPY = 100.0
 MAX_PERFORMANCE = 1e100
-# Chains that evaluate lse - Σp·z in bf16 log entropies that are off by up to .15 nats, so a collapsed policy can be
+# Chains that evaluate lse - Σp·z in bf16 log entropies that are off by up to 0.15 nats, so a collapsed policy can be
 # logged a little below zero. Anything lower is a negated loss term, not an entropy.
 MIN_ENTROPY = -0.2
 

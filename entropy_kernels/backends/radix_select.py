@@ -4,7 +4,7 @@ A backend gives the steps (:class:`Steps`); the order of steps, and the reductio
 Tokens are flat: (N,). Keys are int64, 0 .. 2³² - 1, or -1 for a token that is no candidate; the selection is the n
 largest keys, ties to the lower token index. The n-th largest key is found digit by digit: a histogram of the next 11
 bits of the keys that share the digits found so far, added over the ranks, tells the next digit. Order statistics
-of the quantile band and the tie-break on the 64-bit token index use the same rounds.
+of the quantile range and the tie-break on the 64-bit token index use the same rounds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Count(NamedTuple):
     """How many tokens to select: ``k``, or a share of those that count.
 
     ``numbers``: float64 [ratio, k, ...], k NaN if it is not given; where it is there, it is read in the place of ratio
-    and k. It has not been checked: a share is held to [0, 1] and k to >= 0, NaN being 0.
+    and k. It has not been checked: a share is clamped to [0, 1] and k to >= 0, NaN being 0.
     """
 
     ratio: float | None
@@ -78,7 +78,7 @@ class Band(NamedTuple):
     """Range of covariance of Clip-Cov's candidates; ``quantile``: low and high are shares in [0, 1].
 
     ``numbers``: float64 [ratio, k, low, high], of which the last two are read in the place of low and high. They have
-    not been checked: shares are held to [0, 1], and there is no candidate unless low < high.
+    not been checked: shares are clamped to [0, 1], and there is no candidate unless low < high.
     """
 
     low: float
@@ -91,7 +91,7 @@ class Band(NamedTuple):
 class Options(NamedTuple):
     """What the ranks of a selection have in common."""
 
-    seed: Tensor | None  # None: the largest keys, and no band
+    seed: Tensor | None  # None: the largest keys, and no range
     size: Count
     band: Band | None
 

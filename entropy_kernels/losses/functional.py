@@ -166,7 +166,7 @@ def clip_cov_loss(
     dropped: Tensor | None = None,
     **surrogate_options: Any,
 ) -> PolicyLoss:
-    """Clip-Cov: of the tokens whose covariance lies in a band, a few drawn at random lose their gradient.
+    """Clip-Cov: of the tokens whose covariance lies in a range, a few drawn at random lose their gradient.
 
     Eq. 12 of arXiv 2505.22617 on top of :func:`policy_loss`, which has the arguments not listed here, returns and
     errors. Without ``dropped`` the selection is made in this call, among the tokens of this call (of all ranks with
@@ -174,16 +174,16 @@ def clip_cov_loss(
     whole batch use :class:`entropy_kernels.SelectionBatch` and hand each micro-batch its mask.
 
     Args:
-        preset: "verl": PPO clip at 0.2, strict band, tokens that the PPO clip holds are no candidates (but count in
+        preset: "verl": PPO clip at 0.2, strict range, tokens that the PPO clip stops are no candidates (but count in
             means and N), at least one token, a dropped token is 0 in value and gradient while the denominator counts
-            it. "paper": no PPO clip, closed band, ⌊ratio·N⌋ without a minimum, all valid tokens are candidates, a
-            dropped token keeps its value. Both: ratio 2e-4, band [1, 5]. :data:`entropy_kernels.losses.CLIP_COV`.
+            it. "paper": no PPO clip, closed range, ⌊ratio·N⌋ without a minimum, all valid tokens are candidates, a
+            dropped token keeps its value. Both: ratio 2e-4, range [1, 5]. :data:`entropy_kernels.losses.CLIP_COV`.
         clip_low, clip_high: as in :func:`policy_loss`, or "preset" (the default) for the preset's; None: no clip.
         seed: int or 0-d int64 tensor, another one for every update, or an :class:`entropy_kernels.SeedCounter`, which
             counts the calls; required unless ``dropped`` is given.
         ratio: share of the valid tokens to drop, a fraction (2e-4 is 0.02 %); None: the preset's.
         k: number of tokens to drop instead.
-        low, high: bounds of the band; None: the preset's.
+        low, high: bounds of the covariance range; None: the preset's.
         band: "absolute": bounds are covariances; "quantile": shares in [0, 1] of the candidates' covariances, and
             ``low`` and ``high`` must be given. None: the preset's.
         token_index: int64, ``logprob``'s shape: makes the draw independent of padding and order; unused with

@@ -45,12 +45,12 @@ class ClipCovPreset:
     clip_low: float | None  # PPO clip of the ratio, 1 - clip_low .. 1 + clip_high; None: no clip
     clip_high: float | None
     ratio: float  # share of the valid tokens that is selected
-    low: float  # band of the covariance
+    low: float  # range of the covariance
     high: float
     band: Literal["absolute", "quantile"]
-    closed: bool  # whether the bounds belong to the band
+    closed: bool  # whether the bounds belong to the range
     at_least_one: bool  # select one token even where ratio · N < 1
-    exclude_clipped: bool  # tokens that the PPO clip holds are no candidates
+    exclude_clipped: bool  # tokens that the PPO clip stops are no candidates
     dropped_value: Literal["zero", "keep"]  # a dropped token's share of the loss value; its gradient is always removed
 
 

@@ -4,10 +4,10 @@ No gradient flows through a selection: there is no autograd formula, and the pub
 :mod:`entropy_kernels.selection` detach. A process group travels as its name ("" for none), so that a compiled graph
 can hold the op.
 
-``numbers`` are ratio, k, low and high in memory, float64: (4,), or (2,) where there is no band; NaN for the one of
+``numbers`` are ratio, k, low and high in memory, float64: (4,), or (2,) where there is no range; NaN for the one of
 ratio and k that is not given. Kernels read them in the place of the plain numbers, so that a schedule neither waits
-for the device nor compiles again. Out of range, shares are held to [0, 1] and k to >= 0 (NaN is 0), and a band whose
-low is not below its high is empty.
+for the device nor compiles again. Shares are clamped to [0, 1] and k to >= 0 (NaN is 0), and a range whose low is not
+below its high is empty.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _flat_selection(
     ratio: float | None,
     k: int | None,
 ) -> list[Any]:
-    """The first four; ``seed`` is None where there is none, and no band."""
+    """The first four; ``seed`` is None where there is none, and no range."""
     if not covariance.is_floating_point():
         raise TypeError(f"covariance: expected a floating-point dtype, got {covariance.dtype}")
     shape = covariance.shape
@@ -161,7 +161,7 @@ def select(
     group: str,
     backend: str,
 ) -> Tensor:
-    """The ops' boundary, which takes no records: the largest scores, or, with a seed, a draw from the band."""
+    """The ops' boundary, which takes no records: the largest scores, or, with a seed, a draw from the range."""
     amount = (size.numbers, size.ratio, size.k, size.at_least_one)
     if band is None:
         return kl_cov_mask(score, mask, exclude, token_index, *amount, group, backend)
