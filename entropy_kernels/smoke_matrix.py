@@ -490,9 +490,12 @@ _RELATIVE_OF_SUMS = {BF16: 1.6e-2, FP16: 2e-3}
 def _allowed(size: Tensor, dtype: torch.dtype, exact: bool, sums: bool) -> Tensor:
     """Each element by its own size: gradients are rounded to their dtype, and most are 1/V of the largest.
 
-    What sums in another order cancel to is a share of the largest.
+    What sums in another order cancel to is a share of the largest: of a row of a gradient, of the whole of a product,
+    of 1 among values that are larger.
     """
-    scale = max(float(size.nan_to_num(0.0, 0.0, 0.0).amax()), 1e-6)
+    known = size.nan_to_num(0.0, 0.0, 0.0)
+    scale = known.amax(-1, keepdim=True) if size.dim() > 1 and not sums else known.amax()
+    scale = scale.clamp(1e-6, math.inf if size.dim() > 1 else 1.0)
     if exact:
         return 2.0**-23 * size + 1e-12 * scale
     plain = 1e-9 if dtype == FP64 else 2e-5
