@@ -279,13 +279,13 @@ def share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a_begin < b_end and b_begin < a_end
 
 
-def group_name(group: Any) -> str:
-    """The name of a ``batch_group``, "" for None."""
+def group_name(group: Any, argument: str = "batch_group") -> str:
+    """The name of a process group, "" for None."""
     if group is None:
         return ""
     name = getattr(group, "group_name", None)
     if name is None:
-        raise TypeError(f"batch_group: expected a torch.distributed process group or None, got {type(group).__name__}")
+        raise TypeError(f"{argument}: expected a torch.distributed process group or None, got {type(group).__name__}")
     return name
 
 

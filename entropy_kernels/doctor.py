@@ -20,7 +20,7 @@ import entropy_kernels as ek
 from entropy_kernels._console import print_table
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels.backends import registry, switches, verdict
-from entropy_kernels.smoke_matrix import DOCTOR, Call, judge
+from entropy_kernels.smoke_matrix import DOCTOR, Call, compare
 
 _PACKAGES = (
     "torch", "numpy", "triton", "scipy", "statsmodels", "pandas", "matplotlib", "tensorboard", "transformers", "rich",
@@ -78,7 +78,7 @@ class Check:
 def self_check(safe: Callable[[str, str, str], bool] = lambda op, backend, device: True) -> list[Check]:
     """Each available backend of each op, where that is ``safe`` on a device type, against float64 on small data."""
     return [
-        _checked(op, backend, device, call)
+        _check_of(op, backend, device, call)
         for op, states in ek.backends().items()
         for backend, state in states.items()
         if state == "available" and op in DOCTOR
@@ -88,10 +88,10 @@ def self_check(safe: Callable[[str, str, str], bool] = lambda op, backend, devic
     ]
 
 
-def _checked(op: str, backend: str, device: str, call: Call) -> Check:
+def _check_of(op: str, backend: str, device: str, call: Call) -> Check:
     begin = time.perf_counter()
     try:
-        wrong, share = judge(call, device, backend)
+        wrong, share = compare(call, device, backend)
         detail = wrong or f"{share:.2g} of what is allowed"
     except Exception as error:  # a backend that raises is a finding to print, and the others are still to be checked
         wrong = detail = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -56,7 +56,7 @@ def _mean_logit(row: Rows) -> Tensor:
 
 
 #: Name -> value per row; the names are those of the table that the package's statistics stand in, and more.
-DEFINITIONS: dict[str, Callable[[Rows], Tensor]] = {
+FORMULAS: dict[str, Callable[[Rows], Tensor]] = {
     "logprob": _logprob,
     "entropy": _entropy,
     "collision": _collision,
@@ -86,7 +86,7 @@ def statistics(
         temperature: number, or tensor that broadcasts to (...).
         softcap: None for none.
         vocab_size: columns at or beyond it count as -inf.
-        names: of :data:`DEFINITIONS`; None: all (without a target those that need none).
+        names: of :data:`FORMULAS`; None: all (without a target those that need none).
 
     Returns:
         By name: (...) float64 of ``logits``' device. vocab_covariance, p_max and mean_logit are differentiable here,
@@ -105,8 +105,8 @@ def statistics(
     label = None if target is None else target.long().masked_fill(ignored, 0)[..., None]
     row = Rows(z, logp, p, torch.where(p == 0, 0.0, logp), label)
     if names is None:
-        names = [name for name in DEFINITIONS if target is not None or name not in NEED_TARGET]
-    return {name: DEFINITIONS[name](row).masked_fill(ignored, 0.0) for name in names}
+        names = [name for name in FORMULAS if target is not None or name not in NEED_TARGET]
+    return {name: FORMULAS[name](row).masked_fill(ignored, 0.0) for name in names}
 
 
 def gradient(logits: Tensor, target: Tensor | None, upstream: Mapping[str, Tensor], **options: Any) -> Tensor:

@@ -444,7 +444,7 @@ FAMILIES = {
 }
 
 
-def judge(call: Call, device: str, backend: str) -> tuple[str, float]:
+def compare(call: Call, device: str, backend: str) -> tuple[str, float]:
     """What is wrong, or "", and the largest error as a share of what is allowed."""
     got = [result.cpu() for result in call.run(device, backend)]
     wrong, share = difference(got, call.expected(), call.exact, call.sums)
@@ -509,7 +509,7 @@ def run(family: Family, device: str) -> int:
     for call in family.calls():
         print(json.dumps({"begin": call.name}), flush=True)
         start = time.perf_counter()
-        found, _ = judge(call, device, family.backend)
+        found, _ = compare(call, device, family.backend)
         seconds = round(time.perf_counter() - start, 3)
         print(json.dumps({"call": call.name, "wrong": found, "seconds": seconds}), flush=True)
         wrong += bool(found)

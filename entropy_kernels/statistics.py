@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_own_memory, check_tensor, divisor_range, integer, is_dtensor, number
+from entropy_kernels._arguments import (
+    check_own_memory,
+    check_tensor,
+    divisor_range,
+    group_name,
+    integer,
+    is_dtensor,
+    number,
+)
 from entropy_kernels._dtensor import local_logits
 from entropy_kernels._rows import ENTROPY, LOGPROB, UNBOUNDED, RowArguments, RowOptions, bits, wanted
 from entropy_kernels.ops.token_stats import token_stats as token_stats_op
@@ -158,13 +166,11 @@ def validate_rows(name: str, rows: Any, target: Any) -> None:
 
 
 def validate_options(inplace_backward: Any, given: RowArguments) -> None:
-    group, backend = given.vocab_group, given.backend
     if not isinstance(inplace_backward, bool):
         raise TypeError(f"inplace_backward: expected a bool, got {type(inplace_backward).__name__}")
-    if group is not None and getattr(group, "group_name", None) is None:
-        raise TypeError(f"vocab_group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+    group_name(given.vocab_group, "vocab_group")
+    if not isinstance(given.backend, str):
+        raise TypeError(f"backend: expected a str, got {type(given.backend).__name__}")
     integer("ignore_index", given.ignore_index)
 
 

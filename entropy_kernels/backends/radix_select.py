@@ -88,7 +88,7 @@ class Band(NamedTuple):
     numbers: Tensor | None = None
 
 
-class Options(NamedTuple):
+class InCommon(NamedTuple):
     """What the ranks of a selection have in common."""
 
     seed: Tensor | None  # None: the largest keys, and no range
@@ -197,7 +197,7 @@ class Group:
     agree: Tensor | None = None
     numbers: Tensor | None = None
 
-    def __init__(self, name: str, options: Options | None = None) -> None:
+    def __init__(self, name: str, options: InCommon | None = None) -> None:
         self.group = process_group_of(name) if name else None
         self._options = options if name else None
 
@@ -228,8 +228,8 @@ class Group:
         packed = torch.cat([value.reshape(-1), slots.view(-1)])
         dist.all_reduce(packed, group=self.group)
         slots = packed[value.numel() :].view_as(slots)
-        self.numbers = Options.numbers(slots[0])
-        floats = Options.numbers(slots).float()
+        self.numbers = InCommon.numbers(slots[0])
+        floats = InCommon.numbers(slots).float()
         alike = (floats == floats[0]) | (floats.isnan() & floats[0].isnan())
         self.agree = (slots[:, :-4] == slots[0, :-4]).all() & alike.all()
         if values_are_checked(value) and not self.agree:
@@ -306,7 +306,7 @@ def clip_cov_mask(
     group: str,
 ) -> Tensor:
     """(N,) bool."""
-    ranks = Group(group, Options(seed, count, band))
+    ranks = Group(group, InCommon(seed, count, band))
     offset = _offset(ranks, covariance, token_index)
     values = steps.selection_value_keys(covariance, mask, exclude)
     bounds = _quantiles(steps, ranks, values, band) if band.quantile else _bound_keys(band, covariance.device)
@@ -327,7 +327,7 @@ def kl_cov_mask(
     count: Count,
     group: str,
 ) -> Tensor:
-    ranks = Group(group, Options(None, count, None))
+    ranks = Group(group, InCommon(None, count, None))
     offset = _offset(ranks, covariance, token_index)
     keys = steps.selection_value_keys(covariance, mask, exclude)
     return _largest(steps, ranks, keys, token_index, offset, _valid(covariance, mask), count)
