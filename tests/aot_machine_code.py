@@ -31,22 +31,24 @@ class Loop:
 class Usage:
     """What a compiled kernel takes; ``spilled`` are bytes of the stack, ``wide`` counts 16-byte global loads.
 
-    ``products``, ``blocks``: instructions for tensor cores, and for copies of whole blocks.
+    ``products``, ``blocks``: instructions for tensor cores, and for copies of whole blocks. None, as ``wide`` and
+    ``loop``, where the machine code was not read.
     """
 
     name: str
     registers: int
     spilled: int
     shared: int  # bytes
-    wide: int
     resident: int  # programs that a multiprocessor holds at a time
-    loop: Loop | None
-    products: int
-    blocks: int
+    wide: int | None = None
+    loop: Loop | None = None
+    products: int | None = None
+    blocks: int | None = None
 
 
-def usage(name: str, target: str, kernel: Any) -> Usage:
-    return _amd(name, target, kernel) if target.startswith("gfx") else _nvidia(name, target, kernel)
+def usage(name: str, target: str, kernel: Any, code: bool) -> Usage:
+    """``code``: read the machine code, too. NVIDIA's disassembler takes as long as many a kernel's compiler."""
+    return _amd(name, target, kernel) if target.startswith("gfx") else _nvidia(name, target, kernel, code)
 
 
 def _resident(target: str, kernel: Any, registers: int) -> int:
@@ -57,7 +59,7 @@ def _resident(target: str, kernel: Any, registers: int) -> int:
     return min(by_registers, _SHARED[target] // (kernel.metadata.shared + 1024), 64 // warps)
 
 
-def _nvidia(name: str, target: str, kernel: Any) -> Usage:
+def _nvidia(name: str, target: str, kernel: Any, read_code: bool) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
@@ -66,16 +68,17 @@ def _nvidia(name: str, target: str, kernel: Any) -> Usage:
             path = str(_TOOLS / command[0])
             return subprocess.run([path, *command[1:], str(binary)], capture_output=True, text=True, check=True).stdout
 
-        report, code = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
+        report, code = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c") if read_code else None
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+    resident, spilled = _resident(target, kernel, used["REG"]), used["STACK"] + used["LOCAL"]
+    if code is None:
+        return Usage(name, used["REG"], spilled, kernel.metadata.shared, resident)
     wide = len(re.findall(r"\bLDG\.E[.\w]*128", code)) + len(re.findall(r"\bLDGSTS[.\w]*128", code))
     loop = _loop(
         code, r"^(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)", r"LDG\.E[.\w]*128", r"LDGSTS[.\w]*128", "MUFU.EX2"
     )
-    resident = _resident(target, kernel, used["REG"])
     products, blocks = len(re.findall(r"\b(?:H|HG|UTCH)MMA\b", code)), code.count("UTMALDG")
-    spilled = used["STACK"] + used["LOCAL"]
-    return Usage(name, used["REG"], spilled, kernel.metadata.shared, wide, resident, loop, products, blocks)
+    return Usage(name, used["REG"], spilled, kernel.metadata.shared, resident, wide, loop, products, blocks)
 
 
 def _amd(name: str, target: str, kernel: Any) -> Usage:
@@ -91,7 +94,7 @@ def _amd(name: str, target: str, kernel: Any) -> Usage:
     resident = _resident(target, kernel, field("vgpr_count"))
     shared = field("group_segment_fixed_size")
     wide, products = len(re.findall(load, code)), code.count("v_mfma")
-    return Usage(name, field("vgpr_count"), spilled, shared, wide, resident, loop, products, 0)
+    return Usage(name, field("vgpr_count"), spilled, shared, resident, wide, loop, products, 0)
 
 
 def _loop(code: str, label: str, branch: str, load: str, copy: str, exponential: str) -> Loop | None:

@@ -281,7 +281,8 @@ def main(target_name: str, *names: str) -> None:
         build, arguments = VARIANTS[name]
         kernel = build(target, **arguments)
         if kernel is not None:
-            print(json.dumps(asdict(usage(name, target_name, kernel))), flush=True)
+            code = build in (forward, backward, linear)  # of the others only the resources are asked for
+            print(json.dumps(asdict(usage(name, target_name, kernel, code))), flush=True)
 
 
 if __name__ == "__main__":

@@ -91,11 +91,11 @@ def gradient_floor(d: Dense, e: Errors, dtype: torch.dtype, upstream: dict[str, 
     if "collision" in g:
         size += g["collision"] * 2 * d.p * (d.p + d.collision[:, None])
         error += g["collision"] * 2 * d.p * ((2 * d.p + d.collision[:, None]) * e.p + e.collision[:, None])
-    error = (error + ULPS * e.eps * size) * d.slope
+    error = (error + ULPS * e.eps * size) * d.cap_grad
     # 1 - tanh² cancels: its own error is absolute. A p below the smallest normal number may be flushed to 0.
     flushed = torch.finfo(torch.float32 if dtype != torch.float64 else dtype).tiny
     weight = sum(g.values(), torch.zeros_like(entropy)) * (1 + logp + entropy)
-    error = error + (d.slope != 1) * 2 * ULPS * e.eps * size + flushed * weight * 4
+    error = error + (d.cap_grad != 1) * 2 * ULPS * e.eps * size + flushed * weight * 4
     exact = reference.gradient(d, **upstream)
     out = torch.finfo(dtype)
     # rounding to nearest is half an ulp; the bound is a little more, as the error before it moves the point

@@ -48,7 +48,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 @dataclass
 class Emulated:
-    """The kernels with a given team of blocks, its threads resumed in the order that ``order`` seeds."""
+    """The kernels as a cluster or grid of ``blocks``, their threads resumed in the order that ``order`` seeds."""
 
     library: ctypes.CDLL
     cluster: bool

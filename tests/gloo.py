@@ -18,9 +18,18 @@ import torch.distributed as dist
 # The fork server has imported torch once and has no threads, so a rank starts in milliseconds and forks safely. Without
 # the last one each rank would import the compiler by itself, in 3 s: use_deterministic_algorithms does.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "entropy_kernels", "torch._inductor.config"])
+_preloaded = ["torch", "torch.distributed", "entropy_kernels", "torch._inductor.config"]
 
-TIMEOUT = 120  # seconds that a collective, and a whole run, may take on a busy machine
+
+def preload(*modules: str) -> None:
+    """What else ranks need: said at the top of a test module, the fork server imports it, once for all of them."""
+    _preloaded.extend(modules)
+    _context.set_forkserver_preload(_preloaded)
+
+
+preload()
+
+TIMEOUT = 300  # seconds that a collective, and a whole run, may take on a busy machine
 
 
 def _rank(rank: int, world: int, store: str, pipe: Connection, function: Callable, arguments: tuple) -> None:

@@ -73,7 +73,7 @@ class Case:
 
 
 def make(method: str, head: dict[str, Any] | None = None, **options: Any) -> Case:
-    """fp64; padding at the end of rows, an empty row; log-ratios of .2, so that the PPO clip holds some tokens."""
+    """fp64; padding at the end of rows, an empty row; log-ratios of 0.2, so that PPO clips some tokens."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, L, H, generator=g, dtype=torch.float64)
     weight, bias = 0.8 * torch.randn(V, H, generator=g).double(), torch.randn(V, generator=g).double()

@@ -20,7 +20,7 @@ class Dense:
     """Everything about N rows of V columns, in one dtype."""
 
     capped: Tensor  # (N, V) logits after the softcap
-    slope: Tensor  # (N, V) d capped / d logits
+    cap_grad: Tensor  # (N, V) d capped / d logits
     temperature: Tensor  # (N, 1)
     nothing: Tensor  # (N, V) bool: ignored row or padded column, no gradient whatever else is there
     one_hot: Tensor  # (N, V) 1 at the target
@@ -51,12 +51,12 @@ def dense(
         temperature = torch.full((target.numel(), 1), temperature, dtype=dtype, device=logits.device)
     target = target.reshape(-1).long()
     z = logits.reshape(target.numel(), vocab).to(dtype)
-    slope = torch.ones_like(z)
+    cap_grad = torch.ones_like(z)
     if softcap is not None:
         tanh = torch.tanh(z / softcap)
-        z, slope = softcap * tanh, 1 - tanh * tanh
+        z, cap_grad = softcap * tanh, 1 - tanh * tanh
     beyond = torch.arange(vocab, device=z.device) >= (vocab if vocab_size is None else vocab_size)
-    z, slope = z.masked_fill(beyond, -torch.inf), slope.masked_fill(beyond, 0)
+    z, cap_grad = z.masked_fill(beyond, -torch.inf), cap_grad.masked_fill(beyond, 0)
     ignored = target == ignore_index
     # An ignored row must not matter, whatever it holds.
     z = z.masked_fill(ignored[:, None], 0)
@@ -73,7 +73,7 @@ def dense(
     one_hot = torch.zeros_like(p).scatter_(-1, label, 1)
     covariance = (plogp * (one_hot - p)).sum(-1) + entropy * (p * (one_hot - p)).sum(-1)
     values = [value.masked_fill(ignored, 0) for value in (logprob, entropy, collision, covariance)]
-    return Dense(z, slope, temperature, ignored[:, None] | beyond, one_hot, x, logp, p, *values)
+    return Dense(z, cap_grad, temperature, ignored[:, None] | beyond, one_hot, x, logp, p, *values)
 
 
 def gradient(
@@ -92,7 +92,7 @@ def gradient(
         total = total - column(entropy) * torch.where(zero, 0, d.p * (d.logp + d.entropy[:, None]))
     if collision is not None:
         total = total + column(collision) * 2 * d.p * (d.p - d.collision[:, None])
-    return (total * d.slope / d.temperature).masked_fill(d.nothing, 0)
+    return (total * d.cap_grad / d.temperature).masked_fill(d.nothing, 0)
 
 
 def differentiable(d_logits: Tensor, target: Tensor, temperature: Tensor, softcap: float | None) -> tuple[Tensor, ...]:

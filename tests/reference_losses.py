@@ -2,7 +2,7 @@
 
 With D = lp - old, r = e^D (never clamped) and the advantage A, a surrogate gives each token a value. Its gradient is
 local, d value_t / d lp_t, or goes through a mean over the sequence, as of GSPO's ratio s_b = exp(mean D):
-d value_t / d lp_u is then ``slope_t · share_u`` for every u of t's sequence.
+d value_t / d lp_u is then ``grad_t · share_u`` for every u of t's sequence.
 
 Follows verl's functions step by step where the preset is `verl` (masked means over N, strict comparisons, n at least 1,
 a permutation of the candidates in row-major order), and Eq. 12 and 13 of the paper where it is `paper`.
@@ -51,11 +51,11 @@ class Terms:
     """(B, L) each. ``share`` is None where the gradient is local."""
 
     value: Array
-    slope: Array
+    grad: Array
     clipped: Array | bool = False
     lower: Array | bool = False
     share: Array | None = None
-    size: Array | None = None  # absolute values of what the slope is made of, where it is a sum
+    size: Array | None = None  # absolute values of what the grad is made of, where it is a sum
     ratio: Array | None = None  # that may multiply a reference KL; the token's where it is None
     spread: Array | None = None  # what a rounding of D is multiplied by in the value; |D| where it is None
 
@@ -72,24 +72,24 @@ def clip(
     dual_clip: float | None = None,
     delta: float | None = None,
 ) -> Terms:
-    """max(-A r, -A clamp(r)), held by a dual clip or by TRL's delta; the slope is with respect to log r."""
+    """max(-A r, -A clamp(r)), bounded by a dual clip or by TRL's delta; the grad is with respect to log r."""
     first, second = -t.adv * ratio, -t.adv * np.clip(ratio, *bounds(clip_low, clip_high))
-    slope, lower = first.copy(), np.zeros_like(t.mask)
+    grad, lower = first.copy(), np.zeros_like(t.mask)
     if delta is not None:
         assert delta > bounds(clip_low, clip_high)[1], "below it, delta takes the clip's place: nothing a trainer uses"
         beyond = ratio > delta
         first = np.where(beyond, -t.adv * delta, first)
-        slope[beyond] = 0
+        grad[beyond] = 0
         lower = beyond & (t.adv < 0)
     clipped = second > first
     value = np.where(clipped, second, first)
-    slope[clipped] = 0
+    grad[clipped] = 0
     if dual_clip is not None:
         held = (t.adv < 0) & (value > -t.adv * dual_clip)
         value = np.where(held, -t.adv * dual_clip, value)
-        slope[held] = 0
+        grad[held] = 0
         lower = lower | held
-    return Terms(value, slope, clipped, lower)
+    return Terms(value, grad, clipped, lower)
 
 
 def ppo(t: Tokens, **clips: float | None) -> Terms:
@@ -144,19 +144,19 @@ def kl(delta: Array, estimator: str) -> tuple[Array, Array]:
     """Value and derivative with respect to delta."""
     name = estimator.removesuffix("+")
     if name in ("k1", "kl"):
-        value, slope = delta, np.ones_like(delta)
+        value, grad = delta, np.ones_like(delta)
     elif name == "abs":
-        value, slope = np.abs(delta), np.sign(delta)
+        value, grad = np.abs(delta), np.sign(delta)
     elif name in ("k2", "mse"):
-        value, slope = delta**2 / 2, delta
+        value, grad = delta**2 / 2, delta
     elif name in ("k3", "low_var_kl"):
         inner = np.clip(-delta, -20, 20)
         raw = np.exp(inner) - inner - 1
         value = np.clip(raw, -10, 10)
-        slope = np.where((np.abs(delta) <= 20) & (raw <= 10), 1 - np.exp(inner), 0.0)
+        grad = np.where((np.abs(delta) <= 20) & (raw <= 10), 1 - np.exp(inner), 0.0)
     else:
         raise NotImplementedError(estimator)
-    return value, delta if estimator.endswith("+") else slope
+    return value, delta if estimator.endswith("+") else grad
 
 
 def _k3(estimator: str) -> float:
@@ -224,14 +224,14 @@ def loss(
     t = Tokens(lp, old, advantages, mask)
     with np.errstate(all="ignore"):  # e^D may overflow, and a log-prob above 0 is none
         terms = surrogate(t, **options)
-    value, slope = np.where(mask, terms.value, 0), np.where(mask, terms.slope, 0)
-    size = np.abs(slope) if terms.size is None else np.where(mask, terms.size, 0)
+    value, grad = np.where(mask, terms.value, 0), np.where(mask, terms.grad, 0)
+    size = np.abs(grad) if terms.size is None else np.where(mask, terms.size, 0)
     absolute = np.abs(value)
-    own, own_size = np.zeros_like(slope), np.zeros_like(slope)  # of the token's log-prob, whatever slope is of
+    own, own_size = np.zeros_like(grad), np.zeros_like(grad)  # of the token's log-prob, whatever grad is of
     selected = np.zeros_like(mask)
     if dropped is not None:
         selected = dropped & mask
-        slope, size = np.where(selected, 0, slope), np.where(selected, 0, size)
+        grad, size = np.where(selected, 0, grad), np.where(selected, 0, size)
         if not keep_value:
             value, absolute = np.where(selected, 0, value), np.where(selected, 0, absolute)
     if penalized is not None:
@@ -244,7 +244,7 @@ def loss(
     w = weights(mask, mode, dp_size, batch_num_tokens, global_batch_size, loss_scale_factor)
     weighted = w * (1.0 if token_weight is None else np.where(mask, token_weight, 0.0))
     outer = 1.0 if upstream is None else np.where(mask, upstream, 0.0)
-    gradient = _through(terms.share, weighted * outer * slope) + weighted * outer * own
+    gradient = _through(terms.share, weighted * outer * grad) + weighted * outer * own
     size = _through(terms.share, np.abs(weighted * outer) * size) + np.abs(weighted * outer) * own_size
     total, absolute = weighted * value, np.abs(weighted) * absolute
     n = max(int(mask.sum()), 1)
@@ -275,17 +275,17 @@ def loss(
         absolute = absolute + np.abs(entropy_coef * w * h)
         gradient_entropy = -entropy_coef * w * outer
     if ref is not None:
-        estimate, slope = kl(np.where(mask, lp - ref, 0.0), kl_estimator)
+        estimate, grad = kl(np.where(mask, lp - ref, 0.0), kl_estimator)
         metrics["ref_kl"] = mean(estimate)
         factor = np.ones_like(t.d)
         if ref_kl_importance:
             factor = t.ratio if terms.ratio is None else terms.ratio
         each = ref_kl_coef * w * factor
         total = total + each * estimate
-        gradient = gradient + each * outer * slope
-        # k3 and its slope are differences of numbers near 1
+        gradient = gradient + each * outer * grad
+        # k3 and its grad are differences of numbers near 1
         absolute = absolute + np.abs(each) * (np.abs(estimate) + _k3(kl_estimator))
-        size = size + np.abs(each * outer) * (np.abs(slope) + 1)
+        size = size + np.abs(each * outer) * (np.abs(grad) + 1)
         if ref_kl_importance:
             gradient = gradient + _through(terms.share, each * outer * estimate)
             size = size + _through(terms.share, np.abs(each * outer) * (np.abs(estimate) + 1))
@@ -295,6 +295,6 @@ def loss(
     return Reference(value, gradient, gradient_entropy, metrics, float(absolute.sum()), size + 1e-30, spread)
 
 
-def _through(share: Array | None, slopes: Array) -> Array:
-    """From Σ_t slope_t · d(what the slope is of) to d / d lp."""
-    return slopes if share is None else slopes.sum(-1, keepdims=True) * share
+def _through(share: Array | None, grads: Array) -> Array:
+    """From Σ_t grad_t · d(what the grad is of) to d / d lp."""
+    return grads if share is None else grads.sum(-1, keepdims=True) * share

@@ -39,8 +39,8 @@ def sapo(t: Tokens, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Terms:
     x = tau * (t.ratio - 1)
     small = np.exp(-np.abs(x))  # sigmoid without overflow on either side
     gate = np.where(x > 0, 1, small) / (1 + small)
-    slope = -4 * t.adv * small / (1 + small) ** 2 * t.ratio  # e^-|x| r -> 0 as r grows
-    return Terms(-t.adv * gate * 4 / tau, slope, size=np.abs(slope) * (1 + np.abs(x)))
+    grad = -4 * t.adv * small / (1 + small) ** 2 * t.ratio  # e^-|x| r -> 0 as r grows
+    return Terms(-t.adv * gate * 4 / tau, grad, size=np.abs(grad) * (1 + np.abs(x)))
 
 
 def _truncated(t: Tokens, valid: Array, cap: float) -> Terms:
@@ -99,8 +99,8 @@ def ce_gppo(
     low, high = bounds(clip_low, clip_high)
     bound = np.where(t.adv < 0, beta_low * low, beta_high * high)
     stopped = ((t.adv < 0) & (t.ratio < low)) | ((t.adv > 0) & (t.ratio > high))
-    value, slope = (np.where(stopped, -t.adv * bound, x) for x in (terms.value, terms.slope))
-    return Terms(value, slope, terms.clipped)
+    value, grad = (np.where(stopped, -t.adv * bound, x) for x in (terms.value, terms.grad))
+    return Terms(value, grad, terms.clipped)
 
 
 SURROGATES = {

@@ -59,11 +59,11 @@ def test_equals_the_hand_written_regression():
 def test_golden_numbers_from_an_exact_fit():
     # numbers that a person can check: e^H = 1, 2, 3, 4 and R = 0.5 - 0.1·e^H, one point moved by +0.04 and -0.04
     law = ek.fit_entropy_law([0.0, math.log(2), math.log(3), math.log(4)], [0.44, 0.26, 0.16, 0.14])
-    # slope = Σ(x-2.5)(r) / 5 = (-1.5·.44 - .5·.26 + .5·.16 + 1.5·.14)/5 = -.1; mean r = .25
+    # slope = Σ(x-2.5)(r) / 5 = (-1.5·0.44 - 0.5·0.26 + 0.5·0.16 + 1.5·0.14)/5 = -0.1; mean r = 0.25
     assert law.a == pytest.approx(0.1)
     assert law.b == pytest.approx(0.5)
     assert law.ceiling == pytest.approx(0.4)
-    # residuals .04, -.04, -.04, .04: sse .0064
+    # residuals 0.04, -0.04, -0.04, 0.04: sse 0.0064
     assert law.rmse == pytest.approx(0.04)
     assert law.residual_sd == pytest.approx(math.sqrt(0.0032))
     assert law.a_se == pytest.approx(math.sqrt(0.0032 / 5))

@@ -140,9 +140,9 @@ def test_target_corrected_after_rounding_fails(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_without_the_softcaps_slope_fails(dtype: torch.dtype) -> None:
+def test_gradient_without_the_softcaps_own_fails(dtype: torch.dtype) -> None:
     _, bound, grads = make(dtype, 97, softcap=30.0)
-    wrong = (reference.gradient(bound.exact, **grads) / bound.exact.slope).to(dtype)
+    wrong = (reference.gradient(bound.exact, **grads) / bound.exact.cap_grad).to(dtype)
     with pytest.raises(AssertionError, match="gradient"):
         bound.check_gradient(wrong, **grads)
 
@@ -156,7 +156,7 @@ def test_entropy_accumulated_in_bf16_fails(vocab: int) -> None:
 
 
 def test_entropy_from_unshifted_logits_fails() -> None:
-    """lse - Σ p z in fp32 cancels: off by .05 nats at an offset of 1000 (SPEC §2)."""
+    """lse - Σ p z in fp32 cancels: off by 0.05 nats at an offset of 1000 (SPEC §2)."""
     sample = plain(torch.float32, "cpu", rows=3, vocab=151_936)
     sample.logits += 1000
     z = sample.logits

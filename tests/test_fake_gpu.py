@@ -115,7 +115,7 @@ def run(program: str, folder: Path, **variables: str) -> subprocess.CompletedPro
     (folder / "program.py").write_text(program)
     environment = {**os.environ, "PYTHONPATH": str(FOLDER), **variables}
     return subprocess.run(
-        [sys.executable, "program.py"], capture_output=True, text=True, cwd=folder, env=environment, timeout=120
+        [sys.executable, "program.py"], capture_output=True, text=True, cwd=folder, env=environment, timeout=500
     )
 
 

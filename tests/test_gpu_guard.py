@@ -26,12 +26,12 @@ import torch
 def test_good(number):
     assert torch.ones(2, device="cuda").sum() == 2
 
-@pytest.mark.timeout(3)  # alone, so that no other test's end depends on how busy the machine is
+@pytest.mark.timeout(1)  # alone, so that no other test's end depends on how busy the machine is
 @pytest.mark.gpu(backend="torch")
 def test_hangs():
     torch.cuda.synchronize()
 
-@pytest.mark.timeout(3)
+@pytest.mark.timeout(1)
 @pytest.mark.gpu(backend="triton", ops=("token_stats",))
 def test_hangs_and_keeps_the_gil():
     while True:
@@ -75,7 +75,7 @@ def run(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], 
         "log",
         *options,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=500)
     return done, [json.loads(line) for line in (folder / "log").read_text().splitlines()]
 
 
@@ -115,7 +115,7 @@ def test_hung_and_lost_tests_end_alone(tmp_path: Path) -> None:
             == (begun[name]["backend"], begun[name]["ops"])
         )
     for name in ("test_hangs", "test_hangs_and_keeps_the_gil"):
-        assert re.search(f"crashed while running .*{name}'", ended[name]["error"]) and ended[name]["seconds"] > 1.5
+        assert re.search(f"crashed while running .*{name}'", ended[name]["error"]) and ended[name]["seconds"] > 0.5
         assert re.search(f"FAILED test_inner.py::{name}\\b", output)
     lost = of(log, "device_lost")
     assert list(lost) == ["test_loses_the_device"] and "illegal memory access" in lost["test_loses_the_device"]["error"]

@@ -214,42 +214,42 @@ def test_what_is_verified(tmp_path: Path, events: list[Any], state: str, race: s
 PROGRAM = """
 import sys
 import gpu_smoke
+import waiting
 from entropy_kernels import verify
-verify.CALL_LIMIT = 10.0
-kept = ("cuda/forward-parts", "cuda/backward-strided", "cuda/selection-grid", "cuda/covariance")
+gpu_smoke.time = verify.time = waiting.Clock()  # nothing runs out of time
+kept = ("cuda/forward-parts", "cuda/backward-strided")
 verify.FAMILIES = {name: verify.FAMILIES[name] for name in kept}
 gpu_smoke.has_gpu_tests = lambda path: path.name == "test_hardware.py"
 sys.exit(gpu_smoke.main(sys.argv[1:]))
 """
 HANGS = "test_no_path_waits_for_the_device[cuda-losses]"
-FAMILY_FAULTS = {"cuda/backward-strided": "wrong", "cuda/selection-grid": "hang", "cuda/covariance": "lost"}
+FAMILY_FAULTS = {"cuda/backward-strided": "wrong"}  # what hangs and what loses the device: test_verify.py
 
 
 def rehearse(tmp_path: Path, faults: dict[str, str], *arguments: str) -> tuple[int, str]:
     fake = ROOT / "tests" / "fake_gpu"
     environment = {
         **os.environ, "FAKE_GPU_FAULTS": json.dumps(faults), "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": f"{fake}:{ROOT / 'tools'}", "PATH": f"{fake / 'bin'}:{os.environ['PATH']}", "COMMIT": "abc",
+        "PYTHONPATH": f"{fake}:{ROOT / 'tools'}:{ROOT / 'tests'}", "COMMIT": "abc",
+        "PATH": f"{fake / 'bin'}:{os.environ['PATH']}",
     }  # fmt: skip
     command = [sys.executable, "-c", PROGRAM, *arguments, "--no-build", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
 @needs_fake_gpu
 def test_rehearsal_of_smoke(tmp_path: Path) -> None:
-    """A planted wrong result, hang and lost device: each named, and the course goes on to its end."""
+    """A planted wrong result is named, and the course goes on to its end."""
     timings = ("--timings", "--scale 4096 --only selection")
     code, output = rehearse(tmp_path, FAMILY_FAULTS, "smoke", "--seconds", "400", *timings)
     assert code == 1, output
     found = records(tmp_path / "out")
     assert found[0]["commit"] == "abc"
     families = {r["family"]: r for r in found if r["record"] == "family"}
-    assert {name: families[name]["state"] for name in families} == {
-        "cuda/forward-parts": "passed", "cuda/backward-strided": "wrong",
-        "cuda/selection-grid": "hung", "cuda/covariance": "raised",
-    }  # fmt: skip
-    assert "illegal memory access" in families["cuda/covariance"]["detail"]
+    states = {name: family["state"] for name, family in families.items()}
+    assert states == {"cuda/forward-parts": "passed", "cuda/backward-strided": "wrong"}
+    assert " off, by up to " in families["cuda/backward-strided"]["detail"]
     assert [r["family"] for r in found if r["record"] == "memcheck"] == ["cuda/forward-parts"]
     steps = {r["name"]: r for r in found if r["record"] == "step"}
     assert {name: step["state"] for name, step in steps.items()} == {
@@ -264,7 +264,7 @@ def test_rehearsal_of_smoke(tmp_path: Path) -> None:
 def test_rehearsal_of_verify(tmp_path: Path) -> None:
     name = "test_selection_is_that_of_the_cpu[{}]"
     faults = {name.format("1-cuda"): "lost", name.format("5000-cuda"): "wrong", HANGS: "hang"}
-    pytest_arguments = "-k 'cuda and (is_that_of_the_cpu or waits) and not 524 and not 1000003' --timeout 8"
+    pytest_arguments = "-k 'cuda and (is_that_of_the_cpu or waits) and not 524 and not 1000003' --timeout 300"
     code, output = rehearse(tmp_path, faults, "verify", "--seconds", "400", "--pytest", pytest_arguments)
     assert code == 1, output
     found = records(tmp_path / "out", "verify")

@@ -25,6 +25,7 @@ from entropy_kernels.backends import native, registry, verdict
 pairs = [verdict.Pair(op, "cuda", 1, {}) for op in registry.OPS]
 verdict.write(verdict.Verdict(verdict.machine(torch.device("cuda", 0)), "2026-01-01", pairs))
 gpu_timings.ROWS, gpu_timings.VOCABS = (8192, 1), (128256, 151937, 3 * 10**9)
+gpu_timings.SAMPLES = 3
 torch.cuda.mem_get_info = lambda *_: (2 * 10**8, 10**9)
 switches = {"cluster_tokens": 512 * 1024, "backward_reversed": 0}
 seen = {name: set() for name in switches}
@@ -49,7 +50,7 @@ def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedPr
     environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
     command = (sys.executable, *command)
     return subprocess.run(
-        command, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=500
     )
 
 
@@ -59,7 +60,7 @@ def lines(done: subprocess.CompletedProcess[str], code: int = 0) -> list[dict[st
 
 
 def test_every_group_is_timed_and_nothing_unverified(tmp_path: Path) -> None:
-    done = run(tmp_path, "-c", PROGRAM, "--seconds", "300", "--scale", "1000")
+    done = run(tmp_path, "-c", PROGRAM, "--seconds", "9999", "--scale", "1000")
     machine, *found = lines(done)
     assert machine["machine"]["gpu"] == "Fake H100"
     assert not [line for line in found if "error" in line]
@@ -68,7 +69,7 @@ def test_every_group_is_timed_and_nothing_unverified(tmp_path: Path) -> None:
     first = {group: groups.index(group) for group in ("forward", "backward", "selection", "losses", "linear")}
     assert max(first.values()) < 60  # of several hundred at full size
     for line in timed:
-        assert len(line["samples_us"]) == 12 and line["p10_us"] <= line["median_us"] <= line["p90_us"], line
+        assert len(line["samples_us"]) == 3 and line["p10_us"] <= line["median_us"] <= line["p90_us"], line
         expected = {"roofline": {"torch"}, "losses": {"cuda", "torch"}}.get(line["group"], {"cuda"})
         assert line["backend"] in expected
         # samples are rounded to 0.01 µs

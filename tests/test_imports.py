@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_optional_libraries_are_imported_where_they_are_used(path: Path) -> None
     wrong = [name for name in imports(path, top_level_only=True) if name.split(".")[0] in OPTIONAL]
     own = room(module_name(path))
     if own in ("trainer", "integrations", "analysis"):
-        wrong = [name for name in wrong if module_name(path) in _reached_at_import()]
+        wrong = [name for name in wrong if module_name(path) in _import_alone()]
     assert not wrong, f"{module_name(path)} imports {wrong} at module level"
 
 
@@ -147,42 +148,33 @@ def python(code: str, **env: str) -> str:
     return result.stdout
 
 
-_loaded: list[str] = []
+@functools.cache
+def _import_alone() -> list[str]:
+    """What a process prints that imports entropy_kernels: "begin", the processes it starts, the modules it loads.
 
-
-def _reached_at_import() -> list[str]:
-    """Modules that are loaded after ``import entropy_kernels``, beyond those that torch brings."""
-    if not _loaded:
-        _loaded.extend(
-            python(
-                """
-                import sys
-                import torch
-                before = set(sys.modules)
-                import entropy_kernels
-                print("\\n".join(sorted(set(sys.modules) - before)))
-                """
-            ).split()
-        )
-    return _loaded
+    Of modules those beyond what torch brings. A warning is an error.
+    """
+    code = """
+    import sys
+    import torch
+    before, started = set(sys.modules), []
+    ways = {"subprocess.Popen", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}
+    sys.addaudithook(lambda event, arguments: started.append(event) if event in ways else None)
+    print("begin")
+    import entropy_kernels
+    print(started)
+    print("\\n".join(sorted(set(sys.modules) - before)))
+    """
+    return python(code, PYTHONWARNINGS="error").splitlines()
 
 
 def test_import_loads_no_optional_library() -> None:
-    loaded = {name.split(".")[0] for name in _reached_at_import()}
-    assert not loaded & set(OPTIONAL), sorted(loaded & set(OPTIONAL))
+    loaded = {name.split(".")[0] for name in _import_alone()[2:]}
+    assert "entropy_kernels" in loaded and not loaded & set(OPTIONAL), sorted(loaded & set(OPTIONAL))
 
 
-def test_import_is_cheap_and_silent() -> None:
-    """Nothing compiles, prints or warns at import."""
-    code = """
-    import torch, time
-    start = time.process_time()
-    import entropy_kernels
-    print("seconds", time.process_time() - start)
-    """
-    out = python(code, PYTHONWARNINGS="error")
-    assert out.startswith("seconds") and len(out.splitlines()) == 1
-    assert float(out.split()[1]) < 2.0
+def test_nothing_compiles_prints_or_warns_at_import() -> None:
+    assert _import_alone()[:2] == ["begin", "[]"]
 
 
 def test_public_names_exist() -> None:
@@ -242,4 +234,4 @@ def test_without_the_native_libraries_everything_runs_on_torch() -> None:
         loss.backward()
         assert loss.isfinite()
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=500)

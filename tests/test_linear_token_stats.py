@@ -118,7 +118,7 @@ def test_logits_dtype(dtype: torch.dtype, logits_dtype: torch.dtype) -> None:
 
 
 def test_fp32_logits_of_bf16_states_keep_the_entropy() -> None:
-    """The products of bf16 numbers are exact in fp32: the entropy is, too, where bf16 logits are off by .01."""
+    """The products of bf16 numbers are exact in fp32: the entropy is, too, where bf16 logits are off by 0.01."""
     case = make(20, dtype=torch.bfloat16, vocab=1500, logits_dtype=torch.float32)
     exact = dense(case, torch.float64)
     for _, budget in budgets(case):

@@ -163,10 +163,10 @@ def test_kl_estimators(estimator: str, suffix: str) -> None:
     delta = torch.tensor(points, dtype=torch.float64, requires_grad=True)
     value = kl_estimate(delta, estimator + suffix)
     value.sum().backward()
-    exact, slope = ref.kl(delta.detach().numpy(), estimator + suffix)
+    exact, grad = ref.kl(delta.detach().numpy(), estimator + suffix)
     np.testing.assert_allclose(value.detach().numpy(), exact, rtol=1e-12, atol=1e-15)
     assert delta.grad is not None
-    np.testing.assert_allclose(delta.grad.numpy(), slope, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(delta.grad.numpy(), grad, rtol=1e-12, atol=1e-15)
 
 
 def test_kl_gradient_is_unbiased_with_the_suffix() -> None:

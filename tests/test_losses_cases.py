@@ -76,7 +76,7 @@ def test_one_valid_token(name: str) -> None:
     if name == "clip_cov_verl":
         assert float(out.metrics["selected_frac"]) == 1 and float(out.loss.detach()) == 0
     if name == "clip_cov_paper":
-        assert float(out.metrics["selected_frac"]) == 0  # floor(.2 · 1) = 0
+        assert float(out.metrics["selected_frac"]) == 0  # floor(0.2 · 1) = 0
 
 
 @every_loss
@@ -248,7 +248,7 @@ def test_log_ratio_of_100_with_a_clip(name: str) -> None:
     assert out.loss.isfinite() and gradient.isfinite().all()
     assert gradient[0, 0] == 0 and gradient[0, 2] == 0 and gradient[0, 3] == 0
     expected = (-1.2 - math.exp(-100) + 0.8 - math.exp(0.1) + math.exp(0.2) - 0.8 * 0.5) / 8
-    # -0.3 < log .8 under A > 0 is not clipped: l1 = -.5 e^-.3 is the larger
+    # -0.3 < log 0.8 under A > 0 is not clipped: l1 = -0.5 e^-0.3 is the larger
     expected += (0.8 * 0.5 - 0.5 * math.exp(-0.3)) / 8
     assert float(out.loss.detach()) == pytest.approx(expected, rel=1e-5)
     assert float(out.metrics["nonfinite_tokens"]) == 0

@@ -309,7 +309,7 @@ def test_presets_are_those_of_the_paper_and_of_verl() -> None:
 
 def test_a_clip_can_be_set_and_removed_in_either_preset() -> None:
     old, adv = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
-    lp = torch.tensor([[1.0, -1.0]])  # both beyond a clip of .2
+    lp = torch.tensor([[1.0, -1.0]])  # both beyond a clip of 0.2
     nothing = torch.zeros(1, 2)
     for preset in ("verl", "paper"):
         for function, mask in ((ek.clip_cov_loss, "dropped"), (ek.kl_cov_loss, "penalized")):

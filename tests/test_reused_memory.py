@@ -16,9 +16,14 @@ pytestmark = pytest.mark.skipif(not reused_memory._SUPPORTED, reason="madvise wi
 LARGE = torch.Size((3, reused_memory.LARGE_BYTES // 8))  # 1.5 times the threshold in fp32
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept():
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage():
+    """Of earlier tests, whose blocks would come back while these run. Once: after hours of torch it takes a second."""
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(no_garbage):
     reused_memory._kept.clear()
     yield
     reused_memory._kept.clear()

@@ -15,7 +15,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 HERE = Path(__file__).parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# On one target every variant; on the others one kernel of each kind (compiling all of them takes a minute).
+# On one target every variant; on the others one kernel of each kind, and the linear tilings, which are cut for what the
+# target has of shared and tensor memory: all would take a minute, and the tuner, which is opt-in, drops what fails.
 OVER_ROWS = ("forward-bf16", "forward-fp32-softcap", "merge-fp32", "backward-bf16", "backward-fp32-softcap")
 OVER_TOKENS = (
     "extremes-mask", "sums-mask", "apply-mask", "value-keys", "random-keys", "key-histogram", "index-histogram",
@@ -26,7 +27,7 @@ LINEAR = (
     "linear-fp32",
 )  # fmt: skip
 SOME = OVER_ROWS + OVER_TOKENS + LINEAR
-CANDIDATES = ("forward-bf16", "forward-fp32-softcap", "backward-bf16", "backward-fp32-softcap", "linear-bf16")
+CANDIDATES = ("forward-bf16", "forward-fp32-softcap", "backward-bf16", "backward-fp32-softcap")
 KILOBYTE = 1024
 
 
@@ -42,8 +43,7 @@ def aot(*arguments: str) -> list[dict]:
 
 @functools.cache
 def compiled(target: str) -> dict[str, dict]:
-    candidates = [f"{name}-candidate-{i}" for name in CANDIDATES for i in range(1, 6)]
-    names = () if target == "sm_90" else (*SOME, *candidates)
+    names = () if target == "sm_90" else (*SOME, *(f"linear-bf16-candidate-{i}" for i in range(1, 6)))
     return {usage["name"]: usage for usage in aot(target, *names)}
 
 
@@ -51,7 +51,7 @@ def compiled(target: str) -> dict[str, dict]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target: str) -> None:
     kernels = compiled(target)
-    assert set(kernels) >= {*SOME, *(f"{name}-candidate-1" for name in CANDIDATES[:4])}
+    assert set(kernels) >= {*SOME, *(f"{name}-candidate-1" for name in CANDIDATES if target == "sm_90")}
     print("\n".join(str(usage) for usage in kernels.values()))
     assert {name: usage["spilled"] for name, usage in kernels.items() if usage["spilled"]} == {}
 

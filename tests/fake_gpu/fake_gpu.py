@@ -212,6 +212,7 @@ class Device(TorchDispatchMode):
         """Before anything that a device has to answer: faults that are planted."""
         fault = _fault()
         if fault == "hang":
+            print("fake GPU: hangs", file=sys.stderr, flush=True)
             ctypes.CDLL(None).fake_gpu_hang()
         self.lost = self.lost or fault == "lost"
         if self.lost:

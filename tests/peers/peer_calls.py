@@ -1,7 +1,7 @@
 """verl's and TRL's own losses as functions of log-probs, beside ours: value, gradient by autograd, metrics.
 
 Their code runs as it is installed. verl's losses are plain functions. TRL's is a method of its trainer: it is called
-with a stand-in for the trainer that holds the settings it reads and gives out the log-probs in place of a model.
+with a stub of the trainer that holds the settings it reads and gives out the log-probs in place of a model.
 """
 
 from __future__ import annotations

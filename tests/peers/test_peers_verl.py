@@ -176,7 +176,7 @@ def test_kl_cov(judge: str, far: bool, record: list[Any]) -> None:
         mine = judge_selected(judge, case, penalized=penalized, kl_coef=coef, clip_low=None, clip_high=None)
         if mine is None:
             continue
-        # at D = 0 the slope of |D| is 0 on both sides
+        # at D = 0 the grad of |D| is 0 on both sides
         compare(mine, peer, Pair("kl_cov", ""), case)
         if case.n:
             exact = peer.metrics["actor/ppo_kl"] * (case.n + 1e-8) / case.n
