@@ -1,13 +1,34 @@
-"""A stub of a GPU that is not there, and what was verified on it."""
+"""GPUs that are not there: a stub of one in this process with what was verified on it; programs on the fake GPU."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from entropy_kernels.backends import native, registry, verdict
+
+HERE = Path(__file__).resolve().parent
+
+
+def run_on_fake_gpu(
+    *arguments: str | Path, cwd: Path = HERE.parent, paths: tuple[Path, ...] = (), faults: dict[str, str] | None = None,
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Python with ``arguments`` on the fake GPU; ``paths``: where else modules are; ``faults``: planted (fake_gpu.py).
+
+    No limit of its own: a busy machine is slow, and pytest has one.
+    """
+    search = os.pathsep.join(map(str, (HERE / "fake_gpu", *paths)))
+    environment = {**os.environ, "PYTHONPATH": search, "FAKE_GPU_FAULTS": json.dumps(faults or {}), **variables}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
 def forget() -> None:

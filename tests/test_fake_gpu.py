@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from conftest import needs_fake_gpu
+from stub_gpu import run_on_fake_gpu
 
 FOLDER = Path(__file__).resolve().parent / "fake_gpu"
 STRICT = """
@@ -110,13 +111,10 @@ print("returned", flush=True)
 """
 
 
-def run(program: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(program: str, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """In ``folder``, where Python finds only what is installed."""
     (folder / "program.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": str(FOLDER), **variables}
-    return subprocess.run(
-        [sys.executable, "program.py"], capture_output=True, text=True, cwd=folder, env=environment, timeout=500
-    )
+    return run_on_fake_gpu("program.py", cwd=folder, **options)
 
 
 @needs_fake_gpu
@@ -128,9 +126,9 @@ def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
 @needs_fake_gpu
 def test_planted_faults(tmp_path: Path) -> None:
     faults = {f"test_{fault} ": fault for fault in ("wrong", "lost", "hang")}
-    done = run(FAULTY, tmp_path, FAKE_GPU_FAULTS=json.dumps(faults))
+    done = run(FAULTY, tmp_path, faults=faults)
     assert (done.returncode, done.stdout) == (7, "hangs\n"), done.stderr
-    done = run("import torch; torch.ones(2, device='cuda')", tmp_path, FAKE_GPU_FAULTS='{"program.py": "lost"}')
+    done = run("import torch; torch.ones(2, device='cuda')", tmp_path, faults={"program.py": "lost"})
     assert "illegal memory access" in done.stderr
 
 

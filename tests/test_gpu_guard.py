@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import needs_fake_gpu
+from stub_gpu import HERE, run_on_fake_gpu
 
 pytestmark = needs_fake_gpu
-HERE = Path(__file__).resolve().parent
 TESTS = """
 import ctypes
 import pytest
@@ -61,21 +59,8 @@ def run(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], 
     """pytest in another process, and its log."""
     (folder / "test_inner.py").write_text(TESTS)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    paths = os.pathsep.join(map(str, (HERE / "fake_gpu", HERE)))
-    environment = {**os.environ, "PYTHONPATH": paths, "FAKE_GPU_FAULTS": json.dumps(FAULTS)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "gpu_guard",
-        "-p",
-        "no:cacheprovider",
-        "--gpu-log",
-        "log",
-        *options,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=500)
+    command = ("-m", "pytest", "-p", "gpu_guard", "-p", "no:cacheprovider", "--gpu-log", "log", *options)
+    done = run_on_fake_gpu(*command, cwd=folder, paths=(HERE,), faults=FAULTS)
     return done, [json.loads(line) for line in (folder / "log").read_text().splitlines()]
 
 

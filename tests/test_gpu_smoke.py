@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from conftest import needs_fake_gpu
 from entropy_kernels.smoke_matrix import Family
 from entropy_kernels.verify import Outcome
 from gpu_smoke import Course, Gpu, Step
+from stub_gpu import HERE, run_on_fake_gpu
 from waiting import Clock, has_begun, lives, was_ended
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,14 +227,10 @@ FAMILY_FAULTS = {"cuda/backward-strided": "wrong"}  # what hangs and what loses 
 
 
 def rehearse(tmp_path: Path, faults: dict[str, str], *arguments: str) -> tuple[int, str]:
-    fake = ROOT / "tests" / "fake_gpu"
-    environment = {
-        **os.environ, "FAKE_GPU_FAULTS": json.dumps(faults), "XDG_CACHE_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": f"{fake}:{ROOT / 'tools'}:{ROOT / 'tests'}", "COMMIT": "abc",
-        "PATH": f"{fake / 'bin'}:{os.environ['PATH']}",
-    }  # fmt: skip
-    command = [sys.executable, "-c", PROGRAM, *arguments, "--no-build", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "COMMIT": "abc"}
+    variables["PATH"] = f"{HERE / 'fake_gpu' / 'bin'}:{os.environ['PATH']}"
+    command = ("-c", PROGRAM, *arguments, "--no-build", "--out", tmp_path / "out")
+    done = run_on_fake_gpu(*command, paths=(ROOT / "tools", HERE), faults=faults, **variables)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -264,7 +260,7 @@ def test_rehearsal_of_smoke(tmp_path: Path) -> None:
 def test_rehearsal_of_verify(tmp_path: Path) -> None:
     name = "test_selection_is_that_of_the_cpu[{}]"
     faults = {name.format("1-cuda"): "lost", name.format("5000-cuda"): "wrong", HANGS: "hang"}
-    pytest_arguments = "-k 'cuda and (is_that_of_the_cpu or waits) and not 524 and not 1000003' --timeout 300"
+    pytest_arguments = "-k 'cuda and (is_that_of_the_cpu or waits) and not 524 and not 1000003' --timeout 300 -n 1"
     code, output = rehearse(tmp_path, faults, "verify", "--seconds", "400", "--pytest", pytest_arguments)
     assert code == 1, output
     found = records(tmp_path / "out", "verify")

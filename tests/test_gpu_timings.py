@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import needs_fake_gpu
+from stub_gpu import run_on_fake_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ("-m", "benchmarks.gpu_timings")
@@ -45,13 +44,8 @@ sys.exit(code)
 pytestmark = needs_fake_gpu
 
 
-def run(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join(map(str, (ROOT / "tests" / "fake_gpu", ROOT)))
-    environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1"}
-    command = (sys.executable, *command)
-    return subprocess.run(
-        command, cwd=ROOT, env={**environment, **variables}, capture_output=True, text=True, timeout=500
-    )
+def run(folder: Path, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return run_on_fake_gpu(*command, paths=(ROOT,), XDG_CACHE_HOME=str(folder), OMP_NUM_THREADS="1", **options)
 
 
 def lines(done: subprocess.CompletedProcess[str], code: int = 0) -> list[dict[str, Any]]:
@@ -99,8 +93,8 @@ def test_every_group_is_timed_and_nothing_unverified(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["wrong", "lost"])
 def test_a_wrong_result_is_not_timed_and_a_lost_device_ends_the_run(tmp_path: Path, fault: str) -> None:
-    faults = json.dumps({"--only forward": fault})
-    done = run(tmp_path, "-c", PROGRAM, "--scale", "4000", "--only", "forward", FAKE_GPU_FAULTS=faults)
+    faults = {"--only forward": fault}
+    done = run(tmp_path, "-c", PROGRAM, "--scale", "4000", "--only", "forward", faults=faults)
     _, *found = lines(done, code=1)
     assert not [line for line in found if "median_us" in line and line["group"] == "forward"]
     errors = [line["error"] for line in found if "error" in line]

@@ -35,7 +35,7 @@ def test_vocabularies(vocab: int, dtype: torch.dtype, place: Place) -> None:
 @pytest.mark.parametrize("shift", (0.0, 1000.0, -1000.0))
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 def test_entropy_is_accurate_to_1e_5_nats(shift: float, temperature: float, place: Place) -> None:
-    """SPEC §2: the shifted form is off by about 1e-6 at V = 151 936, the plain one by 1e-3, or 0.056 with the offset."""
+    """SPEC §2: the shifted form is off by 1e-6 at V = 151 936, the plain one by 1e-3, or by 0.056 with the offset."""
     if place.interpreted and (shift, temperature) != (1000.0, 0.7):
         pytest.skip("seconds a row in the interpreter: the hardest of the combinations")
     sample = plain(torch.float32, place.device, rows=3, vocab=151_936, temperature=temperature)

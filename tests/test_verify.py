@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from entropy_kernels import cli, smoke_matrix, verify
 from entropy_kernels.backends import registry
 from entropy_kernels.smoke_matrix import FAMILIES, Call, Family
 from entropy_kernels.verify import Outcome
-from stub_gpu import add_stub_gpu
+from stub_gpu import HERE, add_stub_gpu, run_on_fake_gpu
 from waiting import Clock, has_begun, lives, was_ended
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -297,12 +296,7 @@ print(registry.unverified("token_stats", "cuda", device))
 def test_on_a_fake_gpu(tmp_path: Path) -> None:
     """One family wrong, one that hangs, one that loses the device: each is named, auto takes what is right."""
     faults = {"cuda/backward-strided": "wrong", "cuda/selection-grid": "hang", "cuda/covariance": "lost"}
-    environment = {
-        **os.environ, "FAKE_GPU_FAULTS": json.dumps(faults), "XDG_CACHE_HOME": str(tmp_path),
-        "PYTHONPATH": f"{ROOT / 'tests' / 'fake_gpu'}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = run_on_fake_gpu("-c", PROGRAM, paths=(HERE,), faults=faults, XDG_CACHE_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     lines = {name: next(line for line in done.stderr.splitlines() if name in line) for name in faults}
     assert " wrong " in lines["cuda/backward-strided"] and " off, by up to " in lines["cuda/backward-strided"]
