@@ -275,17 +275,14 @@ COMPILED: dict[str, Callable[[], Case]] = {
 
 def step(leaves: list[Tensor], case: Case, clip: float, bonus: float, **more: Any) -> Any:
     hidden, weight, bias = leaves
-    options = {"memory_budget": FEW, "clip_low": clip, "clip_high": None, "entropy_coef": bonus, **more}
+    options = {"memory_budget": MANY, "clip_low": clip, "clip_high": None, "entropy_coef": bonus, **more}
     loss, metrics = case.loss(2.0 * (0.5 * hidden), weight, 1.0 * bias, **options)
     return loss * 1.0, metrics
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name: str, products: list[int]) -> None:
-    """One graph, and one more for any numbers; what a selection may take is made again, and nothing else.
-
-    In a few parts: each is in the graph, and compiling takes as long as the graph is.
-    """
+    """One graph, and one more for any numbers; what a selection may take is made again, and nothing else."""
     torch._dynamo.reset()
     case = COMPILED[name]()
     again = int(0.1 * B * L) + HELD_OUT if "ratio" in case.options else 0
