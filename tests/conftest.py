@@ -196,6 +196,11 @@ def loss_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
     return place
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: while processes share what is left, none should be the last one at a long test."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # numpy remarks on inf - inf and the like in the interpreter; a kernel's NaN are compared, not warned about
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -39,6 +39,7 @@ def _unlimited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # --- the suite runs ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_quick_run_writes_json_table_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # everything but torch.compile, which takes seconds per case
     chosen = ",".join(name for name in ours.names() if name != "compile")

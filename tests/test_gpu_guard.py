@@ -111,6 +111,7 @@ def test_hung_and_lost_tests_end_alone(tmp_path: Path) -> None:
     assert "assert" in ended["test_fails"]["error"] and not ended["test_is_skipped"]["error"]
 
 
+@pytest.mark.slow
 def test_without_workers_the_run_stops(tmp_path: Path) -> None:
     """At the lost device, named; at a hang or an interrupt, with what was begun in the log."""
     done, log = run(tmp_path, "-k", "good or loses or without", "--gpu-backend", "none,torch")

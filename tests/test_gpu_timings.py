@@ -53,6 +53,7 @@ def lines(done: subprocess.CompletedProcess[str], code: int = 0) -> list[dict[st
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_every_group_is_timed_and_nothing_unverified(tmp_path: Path) -> None:
     done = run(tmp_path, "-c", PROGRAM, "--seconds", "9999", "--scale", "1000")
     machine, *found = lines(done)

@@ -341,6 +341,7 @@ def on_ranks(rank: int, world: int, cases: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "cases"), [(2, "TWO_RANKS"), (2, "ADAPTERS"), (4, "FOUR_RANKS")])
 def test_equals_one_process(world: int, cases: str) -> None:
     """With tokens of its own on each rank, whose mean the gradients are."""

@@ -280,6 +280,7 @@ def step(leaves: list[Tensor], case: Case, clip: float, bonus: float, **more: An
     return loss * 1.0, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name: str, products: list[int]) -> None:
     """One graph, and one more for any numbers; what a selection may take is made again, and nothing else."""

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -212,12 +213,25 @@ def test_runs_from_a_start_that_was_made_anew_are_run_again(tmp_path: Path) -> N
     assert sweep.unfinished({"run": settings}) == {"run": settings}
 
 
-def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Here:
+    """In the place of Popen: the run takes place in this process. Another one imports transformers for five seconds."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.code = main(command[command.index("from-config") :])
+
+    def poll(self) -> int:
+        return self.code
+
+
+@pytest.mark.slow
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     values = {**TINY.to_dict(), "warm_steps": 2, "warm_batch": 8, "dtype": "mixed", "steps": 4, "measure_memory": False}
     write_json(tmp_path / "tiny.json", {**values, "command": ["what a run adds"]})
     flags = ["compare", "--config", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "out")]
     flags += ["--methods", "grpo", "kl_cov", "--torch-ops", "kl_cov", "--workers", "2", "--no-progress"]
-    assert main([*flags, "--steps", "3"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.subprocess, "Popen", Here)
+        assert main([*flags, "--steps", "3"]) == 0
     out = tmp_path / "out"
     record = json.loads((out / "summary.json").read_text())
     assert set(record["methods"]) == {"grpo", "kl_cov", "kl_cov_torch_ops"}

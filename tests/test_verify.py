@@ -292,6 +292,7 @@ print(registry.unverified("token_stats", "cuda", device))
 """
 
 
+@pytest.mark.slow
 @needs_fake_gpu
 def test_on_a_fake_gpu(tmp_path: Path) -> None:
     """One family wrong, one that hangs, one that loses the device: each is named, auto takes what is right."""
