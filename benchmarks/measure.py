@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from benchmarks.cases import (
     Case,
     Group,
     HiddenShape,
+    Inputs,
     LogitsShape,
     logits_bytes,
     make_inputs,
@@ -130,55 +131,30 @@ def run_group(group: Group, settings: Settings, device: torch.device, bandwidth:
     Raises:
         DeviceLost: on a GPU.
     """
-    records: list[Record] = []
-    on_gpu = device.type == "cuda" and not group.host
+    one_by_one = device.type == "cuda" and not group.host
+    measuring = _Measuring(group, settings, device, bandwidth, tick, keep=not one_by_one)
     try:
-        (_one_by_one if on_gpu else _in_rounds)(group, settings, device, bandwidth, tick, records)
+        (measuring.one_by_one if one_by_one else measuring.in_rounds)()
     except DeviceLost as error:
-        raise DeviceLost(str(error), records) from error
-    return records
-
-
-def _entries(
-    group: Group, settings: Settings, device: torch.device, inputs: _Inputs, records: list[Record]
-) -> Iterator[Entry]:
-    """The implementations that can run, one after the other; their records, and those of the others, in ``records``."""
-    for implementation, case in candidates(group, settings):
-        record = Record(
-            implementation.op, implementation.name, implementation.role, str(case.shape), case.dtype_name, device.type,
-            "host" if group.host else "cold" if settings.cache == "cold" else "hot",
-            size=size_of(case.shape), computes=implementation.computes,
-        )  # fmt: skip
-        if record.key in settings.done:
-            continue
-        records.append(record)
-        reason = (
-            OUT_OF_TIME
-            if settings.out_of_time
-            else inputs.too_large(implementation, case) or implementation.supports(case)
-        )
-        if reason is not None:
-            record.status, record.reason = "skipped", reason
-            continue
-        yield Entry(implementation, case, record)
+        raise DeviceLost(str(error), measuring.records) from error
+    return measuring.records
 
 
 class _Inputs:
     """Inputs of the cases of a group, made once; of one case at a time where memory is short."""
 
     def __init__(self, *, keep: bool) -> None:
-        self._made: dict[Case, Any] = {}
+        self._made: dict[Case, Inputs] = {}
         self._keep = keep
 
-    def of(self, entry: Entry) -> Any:
-        key = entry.case
-        if key not in self._made:
+    def of(self, case: Case) -> Inputs:
+        if case not in self._made:
             if not self._keep:
                 self._made.clear()
-            self._made[key] = make_inputs(entry.case)
-        return self._made[key]
+            self._made[case] = make_inputs(case)
+        return self._made[case]
 
-    def too_large(self, implementation: Implementation, case: Case) -> str | None:
+    def too_large(self, case: Case) -> str | None:
         """Reason if inputs that are not there yet do not fit."""
         if case in self._made:
             return None
@@ -186,218 +162,205 @@ class _Inputs:
         return f"logits of {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free" if needed > 0.8 * free else None
 
 
-def _checked(entry: Entry, inputs: Any) -> Prepared | None:
-    """The prepared call if its result passes; else None, with status and reason in the record."""
-    record = entry.record
-    try:
-        prepared = entry.implementation.make(entry.case, inputs)
-        if prepared.reset is not None:
-            prepared.reset()
-        result = check(entry.implementation, entry.case, inputs, prepared.call())
-    except torch.OutOfMemoryError:
-        record.status, record.reason = "skipped", "out of memory"
-        return None
-    except Exception as error:  # a peer may fail in any way; it must not end the run, and its reason is reported
-        record.status, record.reason = "failed", _in_a_line(error)
-        return None
-    record.errors, record.stated_bytes = result.errors, prepared.stated_bytes
-    if not result.passed:
-        record.status, record.reason = "wrong", "; ".join(result.failures)
-        return None
-    return prepared
+class _Measuring:
+    """A group under way; ``records``: of the implementations that came up so far, the skipped ones included."""
+
+    def __init__(
+        self, group: Group, settings: Settings, device: torch.device, bandwidth: Bandwidth, tick: Tick, *, keep: bool
+    ) -> None:
+        self.group, self.settings, self.device = group, settings, device
+        self.bandwidth, self.tick = bandwidth, tick
+        self.records: list[Record] = []
+        self.inputs = _Inputs(keep=keep)
+
+    def entries(self) -> Iterator[Entry]:
+        """The implementations that can run, one after the other."""
+        settings = self.settings
+        cache = "host" if self.group.host else "cold" if settings.cache == "cold" else "hot"
+        for implementation, case in candidates(self.group, settings):
+            record = Record(
+                implementation.op, implementation.name, implementation.role, str(case.shape), case.dtype_name,
+                self.device.type, cache, size=size_of(case.shape), computes=implementation.computes,
+            )  # fmt: skip
+            if record.key in settings.done:
+                continue
+            self.records.append(record)
+            late = OUT_OF_TIME if settings.out_of_time else None
+            reason = late or self.inputs.too_large(case) or implementation.supports(case)
+            if reason is None:
+                yield Entry(implementation, case, record)
+            else:
+                record.status, record.reason = "skipped", reason
+
+    def checked(self, entry: Entry) -> Prepared | None:
+        """The prepared call if its result passes; else None, with status and reason in the record."""
+        record, inputs = entry.record, self.inputs.of(entry.case)
+        try:
+            prepared = entry.implementation.make(entry.case, inputs)
+            if prepared.reset is not None:
+                prepared.reset()
+            result = check(entry.implementation, entry.case, inputs, prepared.call())
+        except torch.OutOfMemoryError:
+            record.status, record.reason = "skipped", "out of memory"
+            return None
+        except Exception as error:  # a peer may fail in any way; it must not end the run, and its reason is reported
+            record.status, record.reason = "failed", _in_a_line(error)
+            return None
+        record.errors, record.stated_bytes = result.errors, prepared.stated_bytes
+        if not result.passed:
+            record.status, record.reason = "wrong", "; ".join(result.failures)
+            return None
+        return prepared
+
+    def rates(self, entry: Entry) -> None:
+        """What follows from the times."""
+        record = entry.record
+        least = least_traffic(record.op, record.implementation, entry.case)
+        record.least_bytes = {"read": least.read, "written": least.written}
+        record.bytes_per_second = least.total / record.summary["median"]
+        record.of_read_bandwidth = record.bytes_per_second / self.bandwidth.read
+        record.of_copy_bandwidth = record.bytes_per_second / self.bandwidth.copy
+        if record.cold:
+            record.cold_of_copy_bandwidth = least.total / record.cold["median"] / self.bandwidth.copy
+
+    def memory(self, entry: Entry, prepared: Prepared) -> None:
+        if self.settings.memory:
+            peak = peak_extra_memory(prepared, self.device)
+            entry.record.peak_extra_bytes, entry.record.peak_method = peak.bytes, peak.method
+
+    # --- in interleaved rounds ---
+
+    def in_rounds(self) -> None:
+        timed = []
+        for entry in self.entries():
+            self.tick(f"checking {entry}")
+            prepared = self.checked(entry)
+            if prepared is not None:
+                timed.append((entry, prepared))
+        calls, settings = [prepared for _, prepared in timed], self.settings
+        if self.group.host:
+            for (entry, _), series in zip(timed, self.rounds(map(self.host_call, calls), "hot"), strict=True):
+                _keep(entry.record, [seconds / HOST_LOOPS for seconds in series])
+            return
+        for (entry, _), series in zip(
+            timed, self.rounds(calls, timed[0][0].record.cache if timed else ""), strict=True
+        ):
+            _keep(entry.record, series)
+        if settings.cache == "both" and self.group.cold and not settings.out_of_time:
+            for (entry, _), series in zip(timed, self.rounds(calls, "cold", settings.cold_repeats), strict=True):
+                _keep(entry.record, series, cold=True)
+        for entry, prepared in timed:
+            self.rates(entry)
+            self.tick(f"memory of {entry}")
+            self.memory(entry, prepared)
+
+    def rounds(self, calls: Iterable[Prepared], cache: str, repeats: int | None = None) -> list[list[float]]:
+        title = self.group.title[0].lower() + self.group.title[1:]
+        return interleave(
+            list(calls), cpu_clock(torch.device("cpu"), cache), repeats or self.settings.repeats,
+            tick=lambda: self.tick(f"timing {title}"), deadline=self.settings.deadline, budget=self.settings.budget,
+            several=cache == "hot",
+        )  # fmt: skip
+
+    def host_call(self, prepared: Prepared) -> Prepared:
+        return Prepared(lambda: host_seconds(prepared, self.device, HOST_LOOPS), prepared.reset)
+
+    # --- one by one, on a GPU ---
+
+    def one_by_one(self) -> None:
+        for entry in self.entries():
+            self.tick(str(entry))
+            try:
+                self.on_gpu(entry)
+                gc.collect(1)
+            except torch.OutOfMemoryError:
+                entry.record.status, entry.record.reason = "skipped", "out of memory"
+                gc.collect()  # takes a tenth of a second: not after every row
+            except Exception as error:  # after the check only a fault of the suite or of the device gets here
+                entry.record.status, entry.record.reason = "failed", _in_a_line(error)
+            self.release(entry)
+
+    def release(self, entry: Entry) -> None:
+        """Give the memory back, and find out whether the device still answers."""
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            if entry.record.status == "ok":
+                entry.record.status, entry.record.reason = "failed", _in_a_line(error)
+            raise DeviceLost(f"{entry}: {entry.record.reason}") from error
+
+    def on_gpu(self, entry: Entry) -> None:
+        record, device, prepared = entry.record, self.device, self.checked(entry)
+        if prepared is None:
+            return
+        hot = cuda_clock(device, "hot")
+        hot.time(prepared)
+        record.host_seconds = gpu.host_seconds_of(prepared, device)
+        warm = hot.time(prepared, 1, record.host_seconds)
+        syncs = gpu.count_syncs(prepared, device, record.host_seconds)
+        record.syncs, record.syncs_method = syncs.count, syncs.method
+        record.calls_per_sample = gpu.calls_between_events(prepared, warm, record.host_seconds)
+        record.hidden = syncs.count == 0 and record.calls_per_sample * record.host_seconds < gpu.AHEAD / 1.5
+        # products take tens of milliseconds, and targets rest on their ratios
+        fewest = FEWEST_SAMPLES if isinstance(entry.case.shape, HiddenShape) else FEWEST
+        repeats = max(fewest, min(self.settings.repeats, int(ROW_SECONDS / max(warm, 1e-6))))
+        for cache in ("hot", "cold") if self.settings.cache == "both" else (self.settings.cache,):
+            clock = hot if cache == "hot" else cuda_clock(device, "cold")
+            # the cold clock flushes before a sample: of several calls only the first would be cold
+            calls = record.calls_per_sample if cache == "hot" else 1
+            beside = self.products(entry) if cache == record.cache else {}
+            samples: list[float] = []
+            in_turn: dict[str, list[float]] = {name: [] for name in beside}
+            for _ in range(repeats):
+                samples.append(clock.time(prepared, calls, record.host_seconds))
+                for name, products in beside.items():
+                    in_turn[name].append(clock.time(products))
+            record.products |= {name: summarise(seconds).as_dict() for name, seconds in in_turn.items()}
+            _keep(record, samples, cold=cache != record.cache)
+        self.memory(entry, prepared)
+        record.graph = self.graph(entry, prepared, hot, repeats)
+        self.rates(entry)
+
+    def products(self, entry: Entry) -> dict[str, Prepared]:
+        """The products alone that a row from hidden states is compared with: in turns, since a GPU's clocks wander."""
+        op, name = entry.implementation.op, entry.implementation.name
+        wanted = {PRODUCTS.get(op), "four products" if name == "ours-recompute" else None}
+        return {
+            products.name: products.make(entry.case, self.inputs.of(entry.case))
+            for products in of_op("linear_roofline")
+            if op in PRODUCTS and products.name in wanted and products.supports(entry.case) is None
+        }
+
+    def graph(self, entry: Entry, prepared: Prepared, clock: gpu.CudaClock, repeats: int) -> dict[str, Any]:
+        """Replay of a captured call, or the reason why there is none."""
+        implementation, case, record = entry.implementation, entry.case, entry.record
+        # peers are captured at some cases; at all of them it would take minutes
+        telling = case.shape in (HEADLINE, HEADLINE_HIDDEN) or not isinstance(case.shape, (LogitsShape, HiddenShape))
+        if implementation.role != "ours" and (implementation.role == "roofline" or not telling):
+            return {}
+        if record.syncs:
+            return {"reason": "it waits for the device"}
+        if (record.host_seconds or 0.0) > gpu.LONG:
+            return {"reason": "it takes the host too long"}
+        remade = implementation.op == "logprob_entropy_bwd"
+        if remade and implementation.name == "compile":
+            return {"reason": "its forward pass would have to be compiled again"}
+        make = (lambda: implementation.make(case, self.inputs.of(case))) if remade else (lambda: prepared)
+        try:
+            found = gpu.replay(make, self.device, clock, repeats)
+        except Exception as error:  # not every call can be captured; whether the device survived is asked afterwards
+            return {"reason": _in_a_line(error)}
+        return {"equal": found.equal, "summary": summarise(found.samples).as_dict(), "samples": found.samples}
+
+
+def _keep(record: Record, samples: list[float], *, cold: bool = False) -> None:
+    if cold:
+        record.cold_samples, record.cold = samples, summarise(samples).as_dict()
+    else:
+        record.samples, record.summary = samples, summarise(samples).as_dict()
 
 
 def _in_a_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _rates(entry: Entry, bandwidth: Bandwidth) -> None:
-    """What follows from the times."""
-    record = entry.record
-    least = least_traffic(record.op, record.implementation, entry.case)
-    record.least_bytes = {"read": least.read, "written": least.written}
-    record.bytes_per_second = least.total / record.summary["median"]
-    record.of_read_bandwidth = record.bytes_per_second / bandwidth.read
-    record.of_copy_bandwidth = record.bytes_per_second / bandwidth.copy
-    if record.cold:
-        record.cold_of_copy_bandwidth = least.total / record.cold["median"] / bandwidth.copy
-
-
-# --- in interleaved rounds --------------------------------------------------------------------------------------------
-
-
-def _in_rounds(
-    group: Group,
-    settings: Settings,
-    device: torch.device,
-    bandwidth: Bandwidth,
-    tick: Tick,
-    records: list[Record],
-) -> None:
-    inputs, timed = _Inputs(keep=True), []
-    for entry in _entries(group, settings, device, inputs, records):
-        tick(f"checking {entry}")
-        prepared = _checked(entry, inputs.of(entry))
-        if prepared is not None:
-            timed.append((entry, prepared))
-    title = group.title[0].lower() + group.title[1:]
-
-    def rounds(calls: Sequence[Prepared], cache: str, repeats: int) -> list[list[float]]:
-        def ticked() -> None:
-            tick(f"timing {title}")
-
-        clock = cpu_clock(torch.device("cpu"), cache)
-        return interleave(
-            calls,
-            clock,
-            repeats,
-            tick=ticked,
-            deadline=settings.deadline,
-            budget=settings.budget,
-            several=cache == "hot",
-        )
-
-    calls = [prepared for _, prepared in timed]
-    if group.host:
-        calls = [_host_call(prepared, device) for prepared in calls]
-        for (entry, _), series in zip(timed, rounds(calls, "hot", settings.repeats), strict=True):
-            entry.record.samples = [seconds / HOST_LOOPS for seconds in series]
-            entry.record.summary = summarise(entry.record.samples).as_dict()
-        return
-    first = "cold" if settings.cache == "cold" else "hot"
-    for (entry, _), series in zip(timed, rounds(calls, first, settings.repeats), strict=True):
-        entry.record.samples = series
-        entry.record.summary = summarise(series).as_dict()
-    if settings.cache == "both" and group.cold and not settings.out_of_time:
-        for (entry, _), series in zip(timed, rounds(calls, "cold", settings.cold_repeats), strict=True):
-            entry.record.cold_samples = series
-            entry.record.cold = summarise(series).as_dict()
-    for entry, prepared in timed:
-        _rates(entry, bandwidth)
-        if settings.memory:
-            tick(f"memory of {entry}")
-            peak = peak_extra_memory(prepared, device)
-            entry.record.peak_extra_bytes, entry.record.peak_method = peak.bytes, peak.method
-
-
-def _host_call(prepared: Prepared, device: torch.device) -> Prepared:
-    return Prepared(lambda: host_seconds(prepared, device, HOST_LOOPS), prepared.reset)
-
-
-# --- one by one, on a GPU ---------------------------------------------------------------------------------------------
-
-
-def _one_by_one(
-    group: Group,
-    settings: Settings,
-    device: torch.device,
-    bandwidth: Bandwidth,
-    tick: Tick,
-    records: list[Record],
-) -> None:
-    inputs = _Inputs(keep=False)
-    for entry in _entries(group, settings, device, inputs, records):
-        tick(str(entry))
-        try:
-            _on_gpu(entry, inputs, settings, device)
-            if entry.record.summary:
-                _rates(entry, bandwidth)
-            gc.collect(1)
-        except torch.OutOfMemoryError:
-            entry.record.status, entry.record.reason = "skipped", "out of memory"
-            gc.collect()  # takes a tenth of a second: not after every row
-        except Exception as error:  # after the check only a fault of the suite or of the device gets here
-            entry.record.status, entry.record.reason = "failed", _in_a_line(error)
-        _release(entry, device)
-
-
-def _release(entry: Entry, device: torch.device) -> None:
-    """Give the memory back, and find out whether the device still answers."""
-    try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    except RuntimeError as error:
-        if entry.record.status == "ok":
-            entry.record.status, entry.record.reason = "failed", _in_a_line(error)
-        raise DeviceLost(f"{entry}: {entry.record.reason}") from error
-
-
-def _on_gpu(entry: Entry, inputs: _Inputs, settings: Settings, device: torch.device) -> None:
-    record, given = entry.record, inputs.of(entry)
-    prepared = _checked(entry, given)
-    if prepared is None:
-        return
-    hot = cuda_clock(device, "hot")
-    hot.time(prepared)
-    record.host_seconds = gpu.host_seconds_of(prepared, device)
-    warm = hot.time(prepared, 1, record.host_seconds)
-    syncs = gpu.count_syncs(prepared, device, record.host_seconds)
-    record.syncs, record.syncs_method = syncs.count, syncs.method
-    record.calls_per_sample = gpu.calls_between_events(prepared, warm, record.host_seconds)
-    record.hidden = syncs.count == 0 and record.calls_per_sample * record.host_seconds < gpu.AHEAD / 1.5
-    # products take tens of milliseconds, and targets rest on their ratios
-    fewest = FEWEST_SAMPLES if isinstance(entry.case.shape, HiddenShape) else FEWEST
-    repeats = max(fewest, min(settings.repeats, int(ROW_SECONDS / max(warm, 1e-6))))
-    clocks = {"hot": hot} if settings.cache != "cold" else {}
-    if settings.cache != "hot":
-        clocks["cold"] = cuda_clock(device, "cold")
-    for cache, clock in clocks.items():
-        # the cold clock flushes before a sample: of several calls only the first would be cold
-        calls = record.calls_per_sample if cache == "hot" else 1
-        beside = _products(entry, given) if cache == record.cache else {}
-        samples: list[float] = []
-        in_turn: dict[str, list[float]] = {name: [] for name in beside}
-        for _ in range(repeats):
-            samples.append(clock.time(prepared, calls, record.host_seconds))
-            for name, products in beside.items():
-                in_turn[name].append(clock.time(products))
-        record.products |= {name: summarise(seconds).as_dict() for name, seconds in in_turn.items()}
-        if cache == record.cache:
-            record.samples, record.summary = samples, summarise(samples).as_dict()
-        else:
-            record.cold_samples, record.cold = samples, summarise(samples).as_dict()
-    if settings.memory:
-        peak = peak_extra_memory(prepared, device)
-        record.peak_extra_bytes, record.peak_method = peak.bytes, peak.method
-    record.graph = _graph(entry, prepared, given, device, hot, repeats)
-
-
-def _products(entry: Entry, inputs: Any) -> dict[str, Prepared]:
-    """The products alone that a row from hidden states is compared with: in turns, since the clocks of a GPU wander."""
-    implementation = entry.implementation
-    if implementation.op not in PRODUCTS:
-        return {}
-    wanted = {PRODUCTS[implementation.op]} | ({"four products"} if implementation.name == "ours-recompute" else set())
-    return {
-        products.name: products.make(entry.case, inputs)
-        for products in of_op("linear_roofline")
-        if products.name in wanted and products.supports(entry.case) is None
-    }
-
-
-def _telling(case: Case) -> bool:
-    """Cases at which peers are captured too; at all of them it would take minutes."""
-    return case.shape in (HEADLINE, HEADLINE_HIDDEN) or not isinstance(case.shape, (LogitsShape, HiddenShape))
-
-
-def _graph(
-    entry: Entry, prepared: Prepared, inputs: Any, device: torch.device, clock: gpu.CudaClock, repeats: int
-) -> dict[str, Any]:
-    """Replay of a captured call, or the reason why there is none."""
-    implementation = entry.implementation
-    if implementation.role != "ours" and (implementation.role == "roofline" or not _telling(entry.case)):
-        return {}
-    if entry.record.syncs:
-        return {"reason": "it waits for the device"}
-    if (entry.record.host_seconds or 0.0) > gpu.LONG:
-        return {"reason": "it takes the host too long"}
-    remade = implementation.op == "logprob_entropy_bwd"
-    if remade and implementation.name == "compile":
-        return {"reason": "its forward pass would have to be compiled again"}
-    make = (lambda: implementation.make(entry.case, inputs)) if remade else (lambda: prepared)
-    try:
-        found = gpu.replay(make, device, clock, repeats)
-    except Exception as error:  # not every call can be captured; whether the device survived it is asked afterwards
-        return {"reason": _in_a_line(error)}
-    return {"equal": found.equal, "summary": summarise(found.samples).as_dict(), "samples": found.samples}
