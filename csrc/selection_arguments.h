@@ -64,15 +64,10 @@ inline void check_masks(const torch::stable::Tensor& covariance, const std::opti
 }
 
 // `fields`: how many numbers a selection has in memory, if it has them there; else k >= 0, or -1 and the ratio.
-inline void check_selection(const torch::stable::Tensor& covariance, const std::optional<torch::stable::Tensor>& mask,
-                            const std::optional<torch::stable::Tensor>& exclude,
-                            const std::optional<torch::stable::Tensor>& token_index, double ratio, std::int64_t k,
-                            const std::optional<torch::stable::Tensor>& numbers, std::int64_t fields) {
-  using torch::headeronly::ScalarType;
-  check_masks(covariance, mask, exclude);
-  check_per_token("token_index", token_index, ScalarType::Long, covariance);
+inline void check_count(double ratio, std::int64_t k, const std::optional<torch::stable::Tensor>& numbers,
+                        std::int64_t fields, const torch::stable::Tensor& covariance) {
   if (numbers.has_value()) {
-    check_tensor("numbers", *numbers, ScalarType::Double, {fields}, covariance);
+    check_tensor("numbers", *numbers, torch::headeronly::ScalarType::Double, {fields}, covariance);
     return;
   }
   STD_TORCH_CHECK(k >= -1, "k: expected >= 0, or -1 for none, got ", k);

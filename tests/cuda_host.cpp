@@ -16,7 +16,7 @@ extern "C" int64_t host_switch(const char* name, int64_t value) { return set_swi
 // cluster, blocks, chunk, shared bytes; null, or what went wrong.
 extern "C" const char* host_plan(int64_t tokens, int cluster, int64_t per_block, int grid, int keys, int64_t* plan) {
   try {
-    const TeamPlan p = plan_team(tokens, {cluster, per_block, grid}, keys != 0);
+    const GroupPlan p = plan_group(tokens, {cluster, per_block, grid}, keys != 0);
     plan[0] = p.cluster, plan[1] = p.blocks, plan[2] = p.chunk, plan[3] = static_cast<int64_t>(p.shared_bytes);
     return nullptr;
   } catch (const std::runtime_error&) {

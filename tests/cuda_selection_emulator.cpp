@@ -145,7 +145,7 @@ void run(int blocks, std::size_t shared_bytes, uint64_t seed, const Body& body) 
 }
 
 struct SelectionShared {
-  TeamShared team;
+  GroupShared group;
   SearchShared search;
 };
 
@@ -156,8 +156,9 @@ struct Call {  // mirrored by cuda_selection_emulator.py
   int64_t tokens;
   double ratio;
   int64_t k;
-  int32_t at_least_one, quantile, closed;
+  int32_t at_least_one;
   double low, high;
+  int32_t quantile, closed;
   const void* numbers;
   const void *first, *second;  // covariance; or log-probs and advantages
   int32_t float64;
@@ -165,30 +166,26 @@ struct Call {  // mirrored by cuda_selection_emulator.py
 };
 
 SelectionArguments selection_of(const Call& call) {
-  SelectionArguments a = {};
-  a.covariance = static_cast<const float*>(call.first);
-  a.mask = static_cast<const uint8_t*>(call.mask);
-  a.exclude = static_cast<const uint8_t*>(call.exclude);
-  a.index = static_cast<const int64_t*>(call.index);
-  a.tokens = call.tokens;
-  a.chunk = call.chunk;
-  a.count = {call.ratio, call.k, call.at_least_one != 0};
-  a.numbers = static_cast<const double*>(call.numbers);
-  set_band(a, static_cast<const int64_t*>(call.seed), call.low, call.high, call.quantile != 0, call.closed != 0);
-  return a;
+  const auto* numbers = static_cast<const double*>(call.numbers);
+  const TokenView view = {static_cast<const float*>(call.first), static_cast<const uint8_t*>(call.mask),
+                          static_cast<const uint8_t*>(call.exclude), static_cast<const int64_t*>(call.index),
+                          call.tokens};
+  const Count count = {call.ratio, call.k, call.at_least_one != 0, numbers};
+  const Band band = {call.low, call.high, call.quantile != 0, call.closed != 0, numbers};
+  const Selection selection = {view, count, static_cast<const int64_t*>(call.seed), band};
+  return {selection, call.chunk, static_cast<uint8_t*>(call.out), nullptr, nullptr, nullptr};
 }
 
 void select(const Call& call) {
-  SelectionArguments a = selection_of(call);
-  a.selected = static_cast<uint8_t*>(call.out);
+  const SelectionArguments a = selection_of(call);
   if (call.cluster != 0) {
     run(call.blocks, sizeof(SelectionShared) + key_store_bytes(call.chunk), call.order,
         [&](EmulatedThread& thread, unsigned char* memory) {
           auto& shared = *reinterpret_cast<SelectionShared*>(memory);
           auto* keys = reinterpret_cast<uint32_t*>(memory + sizeof(SelectionShared));
-          Cluster<EmulatedThread> team(thread, shared.team);
-          Selector<Cluster<EmulatedThread>>(team, shared.search, a, {keys, keys + a.chunk}).run();
-          team.finish();
+          Cluster<EmulatedThread> group(thread, shared.group);
+          Selector<Cluster<EmulatedThread>>(group, shared.search, a, {keys, keys + a.chunk}).run();
+          group.finish();
         });
     return;
   }
@@ -198,31 +195,27 @@ void select(const Call& call) {
   run(call.blocks, sizeof(SelectionShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
     auto& shared = *reinterpret_cast<SelectionShared*>(memory);
     const int64_t begin = int64_t{thread.block()} * a.chunk;
-    Grid<EmulatedThread> team(thread, shared.team, exchange.data(), kSelectionExchange);
+    Grid<EmulatedThread> group(thread, shared.group, exchange.data(), kSelectionExchange);
     const KeyStore store = {keys.data() + begin, keys.data() + padded + begin / kLanes};
-    Selector<Grid<EmulatedThread>>(team, shared.search, a, store).run();
+    Selector<Grid<EmulatedThread>>(group, shared.search, a, store).run();
   });
 }
 
 template <class T>
 void covariance(const Call& call) {
-  std::vector<uint64_t> exchange(kTeamSlots, ~uint64_t{0});
-  const CovarianceArguments<T> a = {static_cast<const T*>(call.first),
-                                    static_cast<const T*>(call.second),
-                                    static_cast<const uint8_t*>(call.mask),
-                                    call.tokens,
-                                    call.chunk,
-                                    static_cast<float*>(call.out),
-                                    exchange.data()};
-  run(call.blocks, sizeof(TeamShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
-    auto& shared = *reinterpret_cast<TeamShared*>(memory);
+  std::vector<uint64_t> exchange(kGroupSlots, ~uint64_t{0});
+  const TokenPairs<T> pairs = {static_cast<const T*>(call.first), static_cast<const T*>(call.second),
+                               static_cast<const uint8_t*>(call.mask), call.tokens};
+  const CovarianceArguments<T> a = {pairs, call.chunk, static_cast<float*>(call.out), exchange.data()};
+  run(call.blocks, sizeof(GroupShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
+    auto& shared = *reinterpret_cast<GroupShared*>(memory);
     if (call.cluster != 0) {
-      Cluster<EmulatedThread> team(thread, shared);
-      covariance_block(team, a);
-      team.finish();
+      Cluster<EmulatedThread> group(thread, shared);
+      covariance_block(group, a);
+      group.finish();
     } else {
-      Grid<EmulatedThread> team(thread, shared, a.exchange, kTeamSlots);
-      covariance_block(team, a);
+      Grid<EmulatedThread> group(thread, shared, a.exchange, kGroupSlots);
+      covariance_block(group, a);
     }
   });
 }

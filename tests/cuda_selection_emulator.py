@@ -26,7 +26,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         ("cluster", _I), ("blocks", _I), ("chunk", _I), ("order", ctypes.c_uint64),
         ("mask", _P), ("exclude", _P), ("index", _P), ("seed", _P), ("tokens", _L), ("ratio", _D), ("k", _L),
-        ("at_least_one", _I), ("quantile", _I), ("closed", _I), ("low", _D), ("high", _D),
+        ("at_least_one", _I), ("low", _D), ("high", _D), ("quantile", _I), ("closed", _I),
         ("numbers", _P), ("first", _P), ("second", _P), ("float64", _I), ("out", _P),
     )  # fmt: skip
 

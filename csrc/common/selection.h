@@ -11,33 +11,34 @@ namespace entropy_kernels {
 // A share held to [0, 1]; NaN is 0.
 EK_HOST_DEVICE double within_share(double value) { return value > 0 ? (value < 1 ? value : 1) : 0; }
 
-// How many tokens are to be selected: a share of those that count, or k if it is given (>= 0).
-struct SelectionCount {
+// How many tokens to select: k if it is given (>= 0), else a share of those that count. As Count of
+// entropy_kernels/backends/radix_select.py: `numbers`, float64 [ratio, k (NaN: not given), ...], are read in the place of
+// ratio and k unless null, held to what they may be.
+struct Count {
   double ratio;
   int64_t k;
   bool at_least_one;
+  const double* numbers;
 
   EK_HOST_DEVICE int64_t of(int64_t valid) const {
+    constexpr double kMost = 9007199254740992.0;  // more than any batch holds
+    double share_of = ratio;
+    int64_t wanted = k;
+    if (numbers != nullptr) {
+      const double given = numbers[1];
+      share_of = numbers[0];
+      wanted = given != given ? -1 : given > 0 ? static_cast<int64_t>(given < kMost ? given : kMost) : 0;
+    }
     if (valid == 0) {
       return 0;
     }
-    if (k >= 0) {
-      return k;
+    if (wanted >= 0) {
+      return wanted;
     }
-    const auto share = static_cast<int64_t>(within_share(ratio) * static_cast<double>(valid));  // truncation is floor
+    const auto share = static_cast<int64_t>(within_share(share_of) * static_cast<double>(valid));  // truncation is floor
     return share == 0 && at_least_one ? 1 : share;
   }
 };
-
-// The same from numbers in memory, float64: ratio, k (NaN: not given), held to what they may be.
-EK_HOST_DEVICE SelectionCount count_in_memory(const double* numbers, bool at_least_one) {
-  constexpr double kMost = 9007199254740992.0;  // more than any batch holds
-  const double ratio = numbers[0], k = numbers[1];
-  if (k != k) {
-    return {ratio, -1, at_least_one};
-  }
-  return {ratio, k > 0 ? static_cast<int64_t>(k < kMost ? k : kMost) : 0, at_least_one};
-}
 
 // Ordered keys (radix_select.h) of the covariances of a band, both ends included; none if low > high. Beyond the key of
 // an infinity lies no value, and below that of +0 lies that of -0, which is no value's either: the key next to a bound
@@ -53,11 +54,41 @@ EK_HOST_DEVICE KeyBand key_band(uint32_t low, uint32_t high, bool closed) {
   return closed ? KeyBand{low, high} : KeyBand{low + 1, high - 1};
 }
 
-// Between two covariances; empty unless low < high.
-EK_HOST_DEVICE KeyBand key_band_of_values(double low, double high, bool closed) {
-  return low < high ? key_band(ordered_key(static_cast<float>(low)), ordered_key(static_cast<float>(high)), closed)
-                    : KeyBand{1, 0};
-}
+// Range of covariance of Clip-Cov's candidates, empty unless low < high. As Band of
+// entropy_kernels/backends/radix_select.py; `numbers`, float64 [ratio, k, low, high] or null, as in Count.
+struct Band {
+  double low, high;  // shares in [0, 1] if quantile
+  bool quantile, closed;
+  const double* numbers;
+
+  EK_HOST_DEVICE double lower() const { return numbers != nullptr ? numbers[2] : low; }
+  EK_HOST_DEVICE double upper() const { return numbers != nullptr ? numbers[3] : high; }
+  // Where it is not of quantiles.
+  EK_HOST_DEVICE KeyBand keys() const {
+    const double from = lower(), to = upper();
+    return from < to ? key_band(ordered_key(static_cast<float>(from)), ordered_key(static_cast<float>(to)), closed)
+                     : KeyBand{1, 0};
+  }
+};
+
+// One flat batch. Masks are bool bytes; null: all tokens count, none is excluded, the token index is the position.
+struct TokenView {
+  const float* covariance;
+  const uint8_t* mask;
+  const uint8_t* exclude;
+  const int64_t* index;
+  int64_t tokens;
+
+  EK_HOST_DEVICE int64_t token_index(int64_t position) const { return index != nullptr ? index[position] : position; }
+};
+
+// What a mask is made of.
+struct Selection {
+  TokenView view;
+  Count count;
+  const int64_t* seed;  // (): random keys within the band; null: the covariances are the keys, no band
+  Band band;
+};
 
 // Of `total` values, how many are at least the order statistic number floor(q (total - 1)) in ascending order.
 EK_HOST_DEVICE int64_t quantile_rank(int64_t total, double q) {

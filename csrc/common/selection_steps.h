@@ -100,4 +100,27 @@ struct MaskStep {
   }
 };
 
+// Log-probs and advantages of tokens, of which those count whose mask byte is not 0; null: all of them.
+template <class T>
+struct TokenPairs {
+  const T* logprob;
+  const T* advantages;
+  const uint8_t* mask;
+  int64_t tokens;
+
+  EK_HOST_DEVICE bool counts(int64_t i) const { return mask == nullptr || mask[i] != 0; }
+};
+
+// Their covariance from given means.
+template <class T>
+struct CovarianceStep {
+  TokenPairs<T> pairs;
+  const double* means;  // (2,)
+  float* covariance;
+
+  EK_HOST_DEVICE void operator()(int64_t i) const {
+    covariance[i] = deviation_product(pairs.logprob[i], pairs.advantages[i], pairs.counts(i), means[0], means[1]);
+  }
+};
+
 }  // namespace entropy_kernels

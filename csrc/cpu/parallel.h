@@ -56,4 +56,10 @@ void parallel_tasks(std::int64_t tasks, std::int64_t elements_per_task, const Ru
   });
 }
 
+// Calls run(begin, end) for stretches of tokens, of each of which little is asked.
+template <class Run>
+void over_tokens(std::int64_t tokens, const Run& run) {
+  torch::stable::parallel_for(0, tokens, 32768, run);
+}
+
 }  // namespace entropy_kernels::cpu

@@ -2,41 +2,48 @@
 // random keys for Clip-Cov, covariances in their order for KL-Cov. A threshold that is very likely just below the
 // n-th largest key is guessed from a sample; one pass over the tokens counts them and keeps the few keys above it, and
 // the exact selection is made among those. A wrong guess costs a second pass, never the result.
-#include <torch/csrc/stable/library.h>
+#include "cpu/selection.h"
+
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <mutex>
-#include <optional>
 #include <utility>
 #include <vector>
 
 #include "common/radix_select.h"
 #include "common/selection.h"
 #include "cpu/selection_scan.h"
-#include "cpu/selection_view.h"
-#include "selection_arguments.h"
 
 namespace entropy_kernels::cpu {
 namespace {
 
-using torch::stable::Tensor;
-
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr Band kAllValues{-kInfinity, kInfinity};  // everything but NaN
+constexpr Range kAllValues{-kInfinity, kInfinity};  // everything but NaN
 constexpr int64_t kChunksPerTask = 16;
 constexpr int64_t kSampleSize = 4096;
+
+// A batch and what scans it.
+struct View : TokenView {
+  const ScanKernels* scan;
+};
+
+// The values of a band of keys. The key next to an infinity's is a NaN: nothing lies above +inf or below -inf. The key
+// below +0's would be that of -0, which equals it: one further down.
+Range values_of(KeyBand keys) {
+  constexpr uint32_t kMinusZero = 0x7fffffffu;
+  return {key_value(keys.low), key_value(keys.high == kMinusZero ? kMinusZero - 1 : keys.high)};
+}
 
 // Keys of KL-Cov and of quantiles: the covariance itself.
 struct ValueKeys {
   static constexpr uint32_t kLowest = 0x007fffffu;  // ordered_key(-inf)
 
-  Band above(Band, uint32_t threshold) const { return {key_value(threshold), kInfinity}; }
-  void operator()(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count,
+  Range above(Range, uint32_t threshold) const { return {key_value(threshold), kInfinity}; }
+  void operator()(const View& view, int64_t begin, const uint32_t* positions, int64_t count,
                   uint32_t* keys) const {
     for (int64_t i = 0; i < count; ++i) {
       keys[i] = ordered_key(view.covariance[begin + positions[i]]);
@@ -49,8 +56,8 @@ struct RandomKeys {
   static constexpr uint32_t kLowest = 0;
   uint64_t seed;
 
-  Band above(Band band, uint32_t) const { return band; }
-  void operator()(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count,
+  Range above(Range range, uint32_t) const { return range; }
+  void operator()(const View& view, int64_t begin, const uint32_t* positions, int64_t count,
                   uint32_t* keys) const {
     view.scan->random_keys(view, begin, positions, count, seed, keys);
   }
@@ -81,9 +88,9 @@ struct Chunk {
   uint32_t keys[kChunk + kChunkSlack];
 
   template <class Keys>
-  ChunkCount fill(const TokenView& view, Band band, const Keys& key_source, int64_t begin) {
+  ChunkCount fill(const View& view, Range range, const Keys& key_source, int64_t begin) {
     const int64_t end = std::min(begin + kChunk, view.tokens);
-    const ChunkCount count = view.scan->candidates(view, begin, end, band, positions);
+    const ChunkCount count = view.scan->candidates(view, begin, end, range, positions);
     key_source(view, begin, positions, count.candidates, keys);
     return count;
   }
@@ -107,11 +114,11 @@ Collected over_chunks(int64_t tokens, const Body& body) {
 
 // One pass. `selected`, unless null, is zeroed on the way, so that its bytes are written once.
 template <class Keys>
-Collected collect(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold, uint8_t* selected) {
-  band = key_source.above(band, threshold);
+Collected collect(const View& view, Range range, const Keys& key_source, uint32_t threshold, uint8_t* selected) {
+  range = key_source.above(range, threshold);
   return over_chunks(view.tokens, [&](int64_t begin, Collected& mine) {
     Chunk chunk;
-    const ChunkCount count = chunk.fill(view, band, key_source, begin);
+    const ChunkCount count = chunk.fill(view, range, key_source, begin);
     mine.valid += count.valid;
     const KeyCount found = view.scan->compress_above(threshold, chunk.keys, chunk.positions, count.candidates);
     mine.keys.insert(mine.keys.end(), chunk.keys, chunk.keys + found.above);
@@ -131,7 +138,7 @@ Collected collect(const TokenView& view, Band band, const Keys& key_source, uint
 // Of the tokens added, the `count` with the lowest index; holds at most twice as many.
 class LowestIndices {
  public:
-  LowestIndices(const TokenView& view, int64_t count) : index_(view.index), count_(count) {}
+  LowestIndices(const View& view, int64_t count) : index_(view.index), count_(count) {}
 
   // No token from this position on can still be among them: by default, order of position is order of index.
   bool complete_before(int64_t position) const { return !index_ && position > bound_.first; }
@@ -178,9 +185,9 @@ class LowestIndices {
 
 // Marks, of the candidates whose key is the threshold, the `count` with the lowest token index.
 template <class Keys>
-void mark_equal(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold, Collected& collected,
+void mark_equal(const View& view, Range range, const Keys& key_source, uint32_t threshold, Collected& collected,
                 int64_t count, uint8_t* selected) {
-  band = key_source.above(band, threshold);
+  range = key_source.above(range, threshold);
   std::vector<int64_t>& chunks = collected.equal_chunks;
   std::sort(chunks.begin(), chunks.end());
   LowestIndices all(view, count);
@@ -190,7 +197,7 @@ void mark_equal(const TokenView& view, Band band, const Keys& key_source, uint32
         LowestIndices mine(view, count);
         Chunk chunk;
         for (int64_t c = first; c < last && !mine.complete_before(chunks[c]); ++c) {
-          const ChunkCount found = chunk.fill(view, band, key_source, chunks[c]);
+          const ChunkCount found = chunk.fill(view, range, key_source, chunks[c]);
           for (int64_t i = 0; i < found.candidates; ++i) {
             if (chunk.keys[i] == threshold) {
               mine.add(chunks[c] + chunk.positions[i]);
@@ -205,13 +212,13 @@ void mark_equal(const TokenView& view, Band band, const Keys& key_source, uint32
 
 // Writes the whole mask: the requested number of candidates with the largest keys.
 template <class Keys>
-void select(const TokenView& view, Band band, const Keys& key_source, uint32_t threshold,
-            const SelectionCount& request, uint8_t* selected) {
-  Collected collected = collect(view, band, key_source, threshold, selected);
+void select(const View& view, Range range, const Keys& key_source, uint32_t threshold,
+            const Count& request, uint8_t* selected) {
+  Collected collected = collect(view, range, key_source, threshold, selected);
   const int64_t wanted = request.of(collected.valid);
   if (collected.above() + collected.equal < wanted && threshold > Keys::kLowest) {
     threshold = Keys::kLowest;
-    collected = collect(view, band, key_source, threshold, nullptr);
+    collected = collect(view, range, key_source, threshold, nullptr);
   }
   const int64_t need = std::min(wanted, collected.above() + collected.equal);
   if (need <= 0) {
@@ -221,7 +228,7 @@ void select(const TokenView& view, Band band, const Keys& key_source, uint32_t t
     for (const int64_t position : collected.positions) {
       selected[position] = 1;
     }
-    mark_equal(view, band, key_source, threshold, collected, need - collected.above(), selected);
+    mark_equal(view, range, key_source, threshold, collected, need - collected.above(), selected);
     return;
   }
   const KeyThreshold nth = radix_threshold(collected.keys.data(), collected.above(), need);
@@ -242,7 +249,7 @@ struct Sample {
   int64_t valid = 0;          // of the sample
   std::vector<uint32_t> keys;  // ordered values of the sampled candidates
 
-  Sample(const TokenView& view, Band band) {
+  Sample(const View& view, Range range) {
     if (view.tokens < 4 * kSampleSize) {
       return;
     }
@@ -262,7 +269,7 @@ struct Sample {
     keys.reserve(kSampleSize);
     for (int64_t i = 0; i < kSampleSize; ++i) {
       valid += counts[i] != 0;
-      if (counts[i] && !excluded[i] && values[i] >= band.low && values[i] <= band.high) {
+      if (counts[i] && !excluded[i] && values[i] >= range.low && values[i] <= range.high) {
         keys.push_back(ordered_key(values[i]));
       }
     }
@@ -298,8 +305,9 @@ uint32_t guess_random(const Sample& sample, double need) {
   return static_cast<uint32_t>((1.0 - share) * 4294967296.0);
 }
 
-// Band between the lower order statistics at quantiles low and high of all candidates.
-Band quantile_band(const TokenView& view, double low, double high, bool closed) {
+// Between the lower order statistics at the band's quantiles of all candidates.
+Range quantile_range(const View& view, const Band& band) {
+  const double low = band.lower(), high = band.upper();
   std::vector<int64_t> per_chunk((view.tokens + kChunk - 1) / kChunk);
   torch::stable::parallel_for(
       0, static_cast<int64_t>(per_chunk.size()), kChunksPerTask, [&](int64_t first, int64_t last) {
@@ -328,66 +336,25 @@ Band quantile_band(const TokenView& view, double low, double high, bool closed) 
     return need > collected.above() ? threshold
                                     : radix_threshold(collected.keys.data(), collected.above(), need).key;
   };
-  return value_band(key_band(nth_key(need_low), nth_key(need_high), closed));
-}
-
-// Between low and high, or, if quantile, between the order statistics at these shares of the candidates.
-Band clip_cov_band(const TokenView& view, double low, double high, bool quantile, bool closed) {
-  return quantile ? quantile_band(view, low, high, closed)
-                  : value_band(key_band_of_values(low, high, closed));
-}
-
-// They write the whole mask, bool bytes.
-void select_at_random(const TokenView& view, Band band, const SelectionCount& request, int64_t seed,
-                      uint8_t* selected) {
-  const Sample sample(view, band);
-  const uint32_t threshold = guess_random(sample, static_cast<double>(request.of(sample.expected_valid())));
-  select(view, band, RandomKeys{static_cast<uint64_t>(seed)}, threshold, request, selected);
-}
-
-void select_largest(const TokenView& view, const SelectionCount& request, uint8_t* selected) {
-  Sample sample(view, kAllValues);
-  const uint32_t threshold = guess_value(sample, static_cast<double>(request.of(sample.expected_valid())));
-  select(view, kAllValues, ValueKeys{}, threshold, request, selected);
-}
-
-SelectionCount count_of(double ratio, int64_t k, bool at_least_one, const std::optional<Tensor>& numbers) {
-  const auto* given = data_or_null<double>(numbers);
-  return given ? count_in_memory(given, at_least_one) : SelectionCount{ratio, k, at_least_one};
-}
-
-Tensor clip_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
-                     std::optional<Tensor> token_index, const Tensor& seed, double ratio, int64_t k,
-                     bool at_least_one, double low, double high, bool quantile, bool closed,
-                     std::optional<Tensor> numbers) {
-  check_selection(covariance, mask, exclude, token_index, ratio, k, numbers, 4);
-  check_scalar("seed", seed, covariance);
-  if (const auto* given = data_or_null<double>(numbers)) {
-    low = given[2];
-    high = given[3];
-  }
-  const TokenView view = token_view(covariance, mask, exclude, token_index);
-  Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
-  select_at_random(view, clip_cov_band(view, low, high, quantile, closed), count_of(ratio, k, at_least_one, numbers),
-                   *static_cast<const int64_t*>(seed.const_data_ptr()),
-                   static_cast<uint8_t*>(selected.mutable_data_ptr()));
-  return selected;
-}
-
-Tensor kl_cov_mask(const Tensor& covariance, std::optional<Tensor> mask, std::optional<Tensor> exclude,
-                   std::optional<Tensor> token_index, double ratio, int64_t k, bool at_least_one,
-                   std::optional<Tensor> numbers) {
-  check_selection(covariance, mask, exclude, token_index, ratio, k, numbers, 2);
-  Tensor selected = torch::stable::new_empty(covariance, covariance.sizes(), torch::headeronly::ScalarType::Bool);
-  select_largest(token_view(covariance, mask, exclude, token_index), count_of(ratio, k, at_least_one, numbers),
-                 static_cast<uint8_t*>(selected.mutable_data_ptr()));
-  return selected;
+  return values_of(key_band(nth_key(need_low), nth_key(need_high), band.closed));
 }
 
 }  // namespace
-}  // namespace entropy_kernels::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CompositeExplicitAutograd, m) {
-  m.impl("clip_cov_mask", TORCH_BOX(&entropy_kernels::cpu::clip_cov_mask));
-  m.impl("kl_cov_mask", TORCH_BOX(&entropy_kernels::cpu::kl_cov_mask));
+void select(const Selection& selection, uint8_t* selected) {
+  const View view = {selection.view, &scan_kernels()};
+  const Count& count = selection.count;
+  if (selection.seed != nullptr) {
+    const Band& band = selection.band;
+    const Range range = band.quantile ? quantile_range(view, band) : values_of(band.keys());
+    const Sample sample(view, range);
+    const uint32_t threshold = guess_random(sample, static_cast<double>(count.of(sample.expected_valid())));
+    select(view, range, RandomKeys{static_cast<uint64_t>(*selection.seed)}, threshold, count, selected);
+  } else {
+    Sample sample(view, kAllValues);
+    const uint32_t threshold = guess_value(sample, static_cast<double>(count.of(sample.expected_valid())));
+    select(view, kAllValues, ValueKeys{}, threshold, count, selected);
+  }
 }
+
+}  // namespace entropy_kernels::cpu

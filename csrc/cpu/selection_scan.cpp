@@ -3,32 +3,29 @@
 #include "common/philox.h"
 #include "cpu/capability.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#define EK_AVX2 1
-#include <immintrin.h>
-#else
-#define EK_AVX2 0
+#if defined(__x86_64__)
+#include "cpu/simd_target.h"
 #endif
 
 namespace entropy_kernels::cpu {
 namespace portable {
 
 // Candidates of [i, end), appended to those already counted.
-ChunkCount append(const TokenView& view, int64_t begin, int64_t i, int64_t end, Band band, uint32_t* positions,
+ChunkCount append(const TokenView& view, int64_t begin, int64_t i, int64_t end, Range range, uint32_t* positions,
                   ChunkCount count) {
   for (; i < end; ++i) {
     const bool valid = !view.mask || view.mask[i];
     const bool kept = !view.exclude || !view.exclude[i];
     const float value = view.covariance[i];
     positions[count.candidates] = static_cast<uint32_t>(i - begin);  // overwritten by the next unless it is one
-    count.candidates += valid & kept & (value >= band.low) & (value <= band.high);
+    count.candidates += valid & kept & (value >= range.low) & (value <= range.high);
     count.valid += valid;
   }
   return count;
 }
 
-ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band band, uint32_t* positions) {
-  return append(view, begin, begin, end, band, positions, {0, 0});
+ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Range range, uint32_t* positions) {
+  return append(view, begin, begin, end, range, positions, {0, 0});
 }
 
 void random_keys(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
@@ -58,11 +55,8 @@ constexpr ScanKernels kernels{candidates, random_keys, compress_above};
 
 }  // namespace portable
 
-#if EK_AVX2
-// Only the functions below are compiled for AVX2: nothing shared with other files may be inlined here and then be
-// picked by the linker for a CPU without it.
-#pragma GCC push_options
-#pragma GCC target("avx2,popcnt")
+#if defined(__x86_64__)
+EK_TARGET_BEGIN("avx2,popcnt")
 namespace avx2 {
 
 // byte b -> the positions of its set bits, in ascending order, as eight bytes
@@ -91,8 +85,8 @@ uint32_t nonzero_bytes(const uint8_t* bytes) {
   return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(block, _mm256_setzero_si256())));
 }
 
-ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band band, uint32_t* positions) {
-  const __m256 low = _mm256_set1_ps(band.low), high = _mm256_set1_ps(band.high);
+ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Range range, uint32_t* positions) {
+  const __m256 low = _mm256_set1_ps(range.low), high = _mm256_set1_ps(range.high);
   ChunkCount count{0, 0};
   int64_t i = begin;
   for (; i + 32 <= end; i += 32) {
@@ -113,7 +107,7 @@ ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band ba
       count.candidates += __builtin_popcount(byte);
     }
   }
-  return portable::append(view, begin, i, end, band, positions, count);
+  return portable::append(view, begin, i, end, range, positions, count);
 }
 
 // The key words of all rounds, spread over the lanes once instead of in every round of every vector.
@@ -230,11 +224,11 @@ KeyCount compress_above(uint32_t threshold, uint32_t* keys, uint32_t* positions,
 constexpr ScanKernels kernels{candidates, random_keys, compress_above};
 
 }  // namespace avx2
-#pragma GCC pop_options
+EK_TARGET_END
 #endif
 
 const ScanKernels& scan_kernels() {
-#if EK_AVX2
+#if defined(__x86_64__)
   switch (selected_capability()) {
     case Capability::kAvx512:
       return avx512::kernels();

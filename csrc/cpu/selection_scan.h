@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/selection.h"
+
 namespace entropy_kernels::cpu {
 
 // A chunk is what one scan call sees; its positions fit in 32 bits and its buffers in the first-level cache.
@@ -11,21 +13,8 @@ constexpr int64_t kChunk = 2048;
 // Vector loops store whole vectors: buffers of positions and keys are this much longer than a chunk.
 constexpr int64_t kChunkSlack = 32;
 
-// One flat batch. mask and exclude are bool bytes (0 = false); a null mask: all tokens count; a null exclude: none
-// is excluded; a null index: the token index is the position.
-struct TokenView {
-  const float* covariance;
-  const uint8_t* mask;
-  const uint8_t* exclude;
-  const int64_t* index;
-  int64_t tokens;
-  const struct ScanKernels* scan;
-
-  int64_t token_index(int64_t position) const { return index ? index[position] : position; }
-};
-
-// Both ends belong to the band; NaN never does, nor does anything if low > high.
-struct Band {
+// Both ends belong to the range; NaN never does, nor does anything if low > high.
+struct Range {
   float low;
   float high;
 };
@@ -42,8 +31,8 @@ struct KeyCount {
 
 struct ScanKernels {
   // Positions (relative to begin, ascending) of the tokens of [begin, end) that count, are not excluded and lie in
-  // the band; end - begin <= kChunk.
-  ChunkCount (*candidates)(const TokenView& view, int64_t begin, int64_t end, Band band, uint32_t* positions);
+  // the range; end - begin <= kChunk.
+  ChunkCount (*candidates)(const TokenView& view, int64_t begin, int64_t end, Range range, uint32_t* positions);
   // Random keys of `count` such positions.
   void (*random_keys)(const TokenView& view, int64_t begin, const uint32_t* positions, int64_t count, uint64_t seed,
                       uint32_t* keys);

@@ -2,25 +2,12 @@
 #include "common/philox.h"
 #include "cpu/selection_scan.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
-#include <immintrin.h>
-
+#if defined(__x86_64__)
 #include <algorithm>
 
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC's own intrinsics start from an undefined register, which it then warns about.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "cpu/simd_target.h"
 
-// Set after every include: what the headers define stays baseline code and may be linked into any path.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx2,popcnt"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx2,popcnt")
-#endif
-
+EK_TARGET_BEGIN("avx512f,avx2,popcnt")
 namespace entropy_kernels::cpu::avx512 {
 namespace {
 
@@ -42,8 +29,8 @@ __mmask16 nonzero_bytes(const uint8_t* bytes, __mmask16 lanes, int64_t count) {
   return _mm512_test_epi32_mask(words, words);
 }
 
-ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Band band, uint32_t* positions) {
-  const __m512 low = _mm512_set1_ps(band.low), high = _mm512_set1_ps(band.high);
+ChunkCount candidates(const TokenView& view, int64_t begin, int64_t end, Range range, uint32_t* positions) {
+  const __m512 low = _mm512_set1_ps(range.low), high = _mm512_set1_ps(range.high);
   __m512i position = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   ChunkCount count{0, 0};
   for (int64_t i = begin; i < end; i += kLanes) {
@@ -168,10 +155,5 @@ const ScanKernels& kernels() {
 }
 
 }  // namespace entropy_kernels::cpu::avx512
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+EK_TARGET_END
 #endif

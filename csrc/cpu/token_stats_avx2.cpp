@@ -1,21 +1,14 @@
-// token_stats for CPUs with AVX2, FMA and F16C. setuptools has no flags per file, so the target is set here, after
-// every include: what the headers define stays baseline code and may be linked into any path.
+// token_stats for CPUs with AVX2, FMA and F16C.
 #include "token_stats.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #include <cmath>
 #include <cstdint>
 #include <limits>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "simd_target.h"
 
+EK_TARGET_BEGIN("avx2,fma,f16c")
 namespace entropy_kernels::cpu::avx2 {
 namespace {
 #include "simd_avx2.h"
@@ -25,10 +18,5 @@ namespace {
 const RowKernels& kernels(Element element) { return row_kernels_of(element); }
 
 }  // namespace entropy_kernels::cpu::avx2
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+EK_TARGET_END
 #endif

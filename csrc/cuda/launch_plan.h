@@ -1,4 +1,4 @@
-// How a batch is spread over blocks that work together (team.h), free of CUDA.
+// How a batch is spread over blocks that work together (block_group.h), free of CUDA.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,7 @@ struct Limits {
   int grid;                          // blocks of the largest cooperative launch
 };
 
-struct TeamPlan {
+struct GroupPlan {
   bool cluster;  // else a cooperative launch, and the kernel needs the exchange (and the keys) in global memory
   int blocks;
   int chunk;  // tokens per block
@@ -30,7 +30,7 @@ struct TeamPlan {
   int64_t tokens() const { return int64_t{blocks} * chunk; }  // with the padding that keys in global memory need
 };
 
-inline TeamPlan plan_team(int64_t tokens, const Limits& limits, bool keys) {
+inline GroupPlan plan_group(int64_t tokens, const Limits& limits, bool keys) {
   const int64_t wanted = (tokens + kTokensPerBlock - 1) / kTokensPerBlock;
   const auto chunk_of = [&](int64_t blocks) {
     return ((tokens + blocks - 1) / blocks + kLanes - 1) / kLanes * kLanes;

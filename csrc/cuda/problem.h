@@ -14,7 +14,7 @@ constexpr int kMaxThreads = 256;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kVectors = 4;                                   // 16-byte loads that a thread has in flight per tile
 constexpr int kTileBytes = kMaxThreads * kVectors * 16;       // what a full block reads at a time
-constexpr int kSingles = 8;                                   // the same for loads of one element
+constexpr int kTailElements = 8;                              // the same for loads of one element
 constexpr int kMaxParts = kWarp;                              // one warp merges the parts of a row
 
 // Rows of a (B, L, V) tensor, by strides in elements. 64 bits before a stride is multiplied: rows * V may exceed 2^31.
@@ -72,19 +72,20 @@ struct BackwardArguments {
   bool reversed;  // the first blocks have the last row
 };
 
-// A row cut into whole 16-byte vectors and, before and behind them, single elements. Strided rows have only singles.
+// A row cut into whole 16-byte vectors and tail elements, before and behind them. Strided rows have only these.
 template <class E>
 struct RowCut {
-  int head, vectors, singles;
+  int head, vectors, tail_elements;
 
   EK_HOST_DEVICE RowCut(const typename E::Storage* row, int columns, bool contiguous) {
     const auto misaligned = static_cast<int>(reinterpret_cast<std::uintptr_t>(row) & 15) / int(sizeof(*row));
     const int until_aligned = (E::kPerVector - misaligned) % E::kPerVector;
     head = contiguous && until_aligned < columns ? until_aligned : columns;
     vectors = (columns - head) / E::kPerVector;
-    singles = columns - vectors * E::kPerVector;
+    tail_elements = columns - vectors * E::kPerVector;
   }
-  EK_HOST_DEVICE int column(int single) const { return single < head ? single : single + vectors * E::kPerVector; }
+  // Column of a tail element.
+  EK_HOST_DEVICE int column(int element) const { return element < head ? element : element + vectors * E::kPerVector; }
   // Column of the first element of a vector.
   EK_HOST_DEVICE int vector_column(int vector) const { return head + vector * E::kPerVector; }
 };

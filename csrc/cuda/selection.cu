@@ -5,7 +5,7 @@
 #include "cuda/selection.h"
 
 #include "cuda/kernels.h"
-#include "cuda/team_launch.h"
+#include "cuda/group_launch.h"
 
 namespace entropy_kernels::cuda {
 namespace {
@@ -15,46 +15,46 @@ using Thread = CooperatingThread;
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     selection_cluster(const __grid_constant__ SelectionArguments arguments) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ TeamShared team_shared;
+  __shared__ GroupShared group_shared;
   __shared__ SearchShared search_shared;
   extern __shared__ uint32_t keys[];
   Thread thread;
-  Cluster<Thread> team(thread, team_shared);
-  Selector<Cluster<Thread>>(team, search_shared, arguments, {keys, keys + arguments.chunk}).run();
-  team.finish();
+  Cluster<Thread> group(thread, group_shared);
+  Selector<Cluster<Thread>>(group, search_shared, arguments, {keys, keys + arguments.chunk}).run();
+  group.finish();
 #endif
 }
 
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     selection_grid(const __grid_constant__ SelectionArguments arguments) {
-  __shared__ TeamShared team_shared;
+  __shared__ GroupShared group_shared;
   __shared__ SearchShared search_shared;
   Thread thread;
-  Grid<Thread> team(thread, team_shared, arguments.exchange, kSelectionExchange);
+  Grid<Thread> group(thread, group_shared, arguments.exchange, kSelectionExchange);
   const int64_t begin = int64_t{thread.block()} * arguments.chunk;
   const KeyStore store = {arguments.keys + begin, arguments.candidates + begin / kLanes};
-  Selector<Grid<Thread>>(team, search_shared, arguments, store).run();
+  Selector<Grid<Thread>>(group, search_shared, arguments, store).run();
 }
 
 template <class T>
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     covariance_cluster(const __grid_constant__ CovarianceArguments<T> arguments) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ TeamShared team_shared;
+  __shared__ GroupShared group_shared;
   Thread thread;
-  Cluster<Thread> team(thread, team_shared);
-  covariance_block(team, arguments);
-  team.finish();
+  Cluster<Thread> group(thread, group_shared);
+  covariance_block(group, arguments);
+  group.finish();
 #endif
 }
 
 template <class T>
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     covariance_grid(const __grid_constant__ CovarianceArguments<T> arguments) {
-  __shared__ TeamShared team_shared;
+  __shared__ GroupShared group_shared;
   Thread thread;
-  Grid<Thread> team(thread, team_shared, arguments.exchange, kTeamSlots);
-  covariance_block(team, arguments);
+  Grid<Thread> group(thread, group_shared, arguments.exchange, kGroupSlots);
+  covariance_block(group, arguments);
 }
 
 const void* pointer(void (*kernel)(SelectionArguments)) { return reinterpret_cast<const void*>(kernel); }
@@ -73,26 +73,24 @@ Limits covariance_limits(int device) {
 
 }  // namespace
 
-TeamPlan plan_selection(int64_t tokens, int device) { return plan_team(tokens, selection_limits(device), true); }
+GroupPlan plan_selection(int64_t tokens, int device) { return plan_group(tokens, selection_limits(device), true); }
 
 int largest_selection_cluster(int device) { return selection_limits(device).cluster; }
 
-TeamPlan plan_covariance(int64_t tokens, bool float64, int device) {
-  return plan_team(tokens, float64 ? covariance_limits<double>(device) : covariance_limits<float>(device), false);
+GroupPlan plan_covariance(int64_t tokens, bool float64, int device) {
+  return plan_group(tokens, float64 ? covariance_limits<double>(device) : covariance_limits<float>(device), false);
 }
 
-void launch_selection(const TeamPlan& plan, SelectionArguments arguments, cudaStream_t stream) {
-  arguments.chunk = plan.chunk;
-  launch_team(plan, plan.cluster ? pointer(selection_cluster) : pointer(selection_grid), arguments, stream);
+void launch_selection(const GroupPlan& plan, SelectionArguments arguments, cudaStream_t stream) {
+  launch_group(plan, plan.cluster ? pointer(selection_cluster) : pointer(selection_grid), arguments, stream);
 }
 
 template <class T>
-void launch_covariance(const TeamPlan& plan, CovarianceArguments<T> arguments, cudaStream_t stream) {
-  arguments.chunk = plan.chunk;
-  launch_team(plan, plan.cluster ? pointer(covariance_cluster<T>) : pointer(covariance_grid<T>), arguments, stream);
+void launch_covariance(const GroupPlan& plan, CovarianceArguments<T> arguments, cudaStream_t stream) {
+  launch_group(plan, plan.cluster ? pointer(covariance_cluster<T>) : pointer(covariance_grid<T>), arguments, stream);
 }
-template void launch_covariance(const TeamPlan&, CovarianceArguments<float>, cudaStream_t);
-template void launch_covariance(const TeamPlan&, CovarianceArguments<double>, cudaStream_t);
+template void launch_covariance(const GroupPlan&, CovarianceArguments<float>, cudaStream_t);
+template void launch_covariance(const GroupPlan&, CovarianceArguments<double>, cudaStream_t);
 
 std::vector<Kernel> selection_kernels() {
   return {{"selection_cluster", pointer(selection_cluster)},

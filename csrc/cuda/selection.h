@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "common/fixed_point.h"
 #include "common/selection_steps.h"
 #include "cuda/covariance_kernels.h"
 #include "cuda/launch_plan.h"
@@ -13,30 +12,16 @@
 
 namespace entropy_kernels::cuda {
 
-TeamPlan plan_selection(int64_t tokens, int device);
+GroupPlan plan_selection(int64_t tokens, int device);
 int largest_selection_cluster(int device);  // blocks, 0: none
-TeamPlan plan_covariance(int64_t tokens, bool float64, int device);
+GroupPlan plan_covariance(int64_t tokens, bool float64, int device);
 
-// `arguments.chunk` is set here, from the plan.
-void launch_selection(const TeamPlan& plan, SelectionArguments arguments, cudaStream_t stream);
+// `arguments` has the plan's chunk.
+void launch_selection(const GroupPlan& plan, SelectionArguments arguments, cudaStream_t stream);
 template <class T>
-void launch_covariance(const TeamPlan& plan, CovarianceArguments<T> arguments, cudaStream_t stream);
+void launch_covariance(const GroupPlan& plan, CovarianceArguments<T> arguments, cudaStream_t stream);
 
 // The single steps, for batches spread over ranks; at least one token.
-template <class T>
-struct CovarianceStep {
-  const T* logprob;
-  const T* advantages;
-  const uint8_t* mask;
-  const double* means;  // (2,)
-  float* covariance;
-
-  EK_HOST_DEVICE void operator()(int64_t i) const {
-    covariance[i] =
-        deviation_product(logprob[i], advantages[i], mask == nullptr || mask[i] != 0, means[0], means[1]);
-  }
-};
-
 template <class Step>
 void launch_token_step(const Step& step, int64_t tokens, cudaStream_t stream);
 // Adds to bins (rows, kRadixBins).
@@ -44,10 +29,8 @@ template <class Digit>
 void launch_digit_step(const Digit& digit, int64_t rows, int64_t tokens, int64_t* bins, cudaStream_t stream);
 // out (3,) and sums (2,) hold zeros.
 template <class T>
-void launch_extremes(const T* logprob, const T* advantages, const uint8_t* mask, int64_t tokens, double* out,
-                     cudaStream_t stream);
+void launch_extremes(const TokenPairs<T>& pairs, double* out, cudaStream_t stream);
 template <class T>
-void launch_sums(const T* logprob, const T* advantages, const uint8_t* mask, const double* scales, int64_t tokens,
-                 int64_t* sums, cudaStream_t stream);
+void launch_sums(const TokenPairs<T>& pairs, const double* scales, int64_t* sums, cudaStream_t stream);
 
 }  // namespace entropy_kernels::cuda

@@ -1,5 +1,5 @@
 // Clip-Cov and KL-Cov masks in one launch: the n largest keys among the candidates, ties to the lower token index. The
-// same rounds as backends/radix_select.py, in every block of a team at once; all blocks know the same search state, so
+// same rounds as backends/radix_select.py, in every block of a group at once; all blocks know the same search state, so
 // they branch alike. Nothing here depends on how tokens are spread over blocks.
 #pragma once
 
@@ -8,24 +8,13 @@
 #include "common/philox.h"
 #include "common/radix_select.h"
 #include "common/selection.h"
-#include "cuda/team.h"
+#include "cuda/block_group.h"
 
 namespace entropy_kernels::cuda {
 
-// One flat batch. Masks are bool bytes, null where all tokens count or none is excluded; a null index is the position.
 struct SelectionArguments {
-  const float* covariance;
-  const uint8_t* mask;
-  const uint8_t* exclude;
-  const int64_t* index;
-  int64_t tokens;
+  Selection selection;
   int chunk;  // tokens per block, a multiple of kLanes
-  SelectionCount count;
-  const int64_t* seed;  // null: the keys are the covariances, no band
-  KeyBand band;         // or, if quantile, the order statistics at shares low and high
-  bool quantile, closed;
-  double low, high;
-  const double* numbers;  // [ratio, k, low, high] in the place of those above, or null
   uint8_t* selected;
   // Grid only; the cluster's blocks hold their tokens' keys in shared memory
   uint32_t* keys;
@@ -33,19 +22,9 @@ struct SelectionArguments {
   uint64_t* exchange;
 };
 
-EK_HOST_DEVICE void set_band(SelectionArguments& arguments, const int64_t* seed, double low, double high,
-                             bool quantile, bool closed) {
-  arguments.seed = seed;
-  arguments.band = key_band_of_values(low, high, closed);
-  arguments.quantile = quantile;
-  arguments.closed = closed;
-  arguments.low = low;
-  arguments.high = high;
-}
-
 // Words that a Grid exchanges at most: three rounds for the quantiles, two searches at a time, three for the keys (the
 // first with the number of tokens that count), and one for each digit of a tie.
-constexpr int kSelectionExchange = kTeamSlots + 2 * (kRadixBins + 1) + 4 * kRadixBins + 2 * kRadixBins + 6 * kRadixBins;
+constexpr int kSelectionExchange = kGroupSlots + 2 * (kRadixBins + 1) + 4 * kRadixBins + 2 * kRadixBins + 6 * kRadixBins;
 
 // The keys of a block's tokens, and a bit for each that is a candidate.
 struct KeyStore {
@@ -80,41 +59,37 @@ EK_HOST_DEVICE int64_t sums_up_to(Thread& thread, int64_t value) {
   return value;
 }
 
-template <class Team>
+template <class Group>
 class Selector {
  public:
-  static constexpr int kThreads = Team::kThreads;
+  static constexpr int kThreads = Group::kThreads;
 
-  EK_HOST_DEVICE Selector(Team& team, SearchShared& shared, const SelectionArguments& arguments, KeyStore store)
-      : team_(team), thread_(team.thread), shared_(shared), a_(arguments),
-        store_(store), share_(team.thread.block(), a_.chunk, a_.tokens) {}
+  EK_HOST_DEVICE Selector(Group& group, SearchShared& shared, const SelectionArguments& arguments, KeyStore store)
+      : group_(group), thread_(group.thread), shared_(shared), selection_(arguments.selection),
+        view_(arguments.selection.view), selected_(arguments.selected), store_(store),
+        share_(group.thread.block(), arguments.chunk, view_.tokens) {}
 
   // Writes the mask of the block's tokens.
   EK_HOST_DEVICE void run() {
-    const bool random = a_.seed != nullptr;
-    KeyBand band = a_.band;
-    const uint64_t seed = random ? static_cast<uint64_t>(*a_.seed) : 0;
-    if (random && a_.numbers != nullptr) {
-      band = key_band_of_values(low(), high(), a_.closed);
-    }
-    take_tokens(random && !a_.quantile, band, seed);
-    team_.sum_words(kRadixBins + 1);
-    const int64_t valid = team_.word(kRadixBins);
-    if (random && a_.quantile) {
+    const bool random = selection_.seed != nullptr, of_quantiles = random && selection_.band.quantile;
+    const uint64_t seed = random ? static_cast<uint64_t>(*selection_.seed) : 0;
+    KeyBand band = selection_.band.keys();
+    take_tokens(random && !of_quantiles, band, seed);
+    group_.sum_words(kRadixBins + 1);
+    const int64_t valid = group_.word(kRadixBins);
+    if (of_quantiles) {
       band = quantile_band();
       rekey(band, seed);
-      team_.sum_words(kRadixBins);
+      group_.sum_words(kRadixBins);
     }
     Search search{0, 0, 0};
     first_digit(0, search, [&](int64_t total) {
-      const SelectionCount count =
-          a_.numbers != nullptr ? count_in_memory(a_.numbers, a_.count.at_least_one) : a_.count;
-      const int64_t wanted = count.of(valid);
+      const int64_t wanted = selection_.count.of(valid);
       return wanted < total ? wanted : total;
     });
     const bool any = search.need > 0;
     uint64_t last_tie = 0;
-    TieOrder order = a_.index != nullptr ? TieOrder::of_indices() : TieOrder::of_positions(a_.tokens);
+    TieOrder order = view_.index != nullptr ? TieOrder::of_indices() : TieOrder::of_positions(view_.tokens);
     if (any) {
       Search searches[1] = {search};
       later_digits(searches);
@@ -140,42 +115,36 @@ class Selector {
   template <class Use>
   EK_HOST_DEVICE void for_stored(const Use& use) {
     for_tokens(
-        team_, share_.tokens,
+        group_, share_.tokens,
         [&](int i) {
-          return Stored{store_.keys[i], (store_.candidates[i / kLanes] >> team_.lane() & 1u) != 0};
+          return Stored{store_.keys[i], (store_.candidates[i / kLanes] >> group_.lane() & 1u) != 0};
         },
         use);
   }
 
-  EK_HOST_DEVICE int64_t token_index(int i) const {
-    const int64_t position = share_.begin + i;
-    return a_.index != nullptr ? a_.index[position] : position;
-  }
+  EK_HOST_DEVICE int64_t token_index(int i) const { return view_.token_index(share_.begin + i); }
 
   // Stores a token's key and counts its first digit.
   EK_HOST_DEVICE void store(int i, uint32_t key, bool candidate) {
     const uint32_t candidates = thread_.ballot(candidate);
     store_.keys[i] = key;  // for a lane beyond the last token, too: there is room for it
-    if (team_.lane() == 0) {
+    if (group_.lane() == 0) {
       store_.candidates[i / kLanes] = candidates;
     }
     if (candidate) {
-      team_.count(static_cast<int>(radix_digit(key, kKeyShift0, kKeyBits0)));
+      group_.count(static_cast<int>(radix_digit(key, kKeyShift0, kKeyBits0)));
     }
   }
-
-  EK_HOST_DEVICE double low() const { return a_.numbers != nullptr ? a_.numbers[2] : a_.low; }
-  EK_HOST_DEVICE double high() const { return a_.numbers != nullptr ? a_.numbers[3] : a_.high; }
 
   EK_HOST_DEVICE void take_tokens(bool random, KeyBand band, uint64_t seed) {
     uint32_t valid = 0;  // of the warp
     for_tokens(
-        team_, share_.tokens,
+        group_, share_.tokens,
         [&](int i) {
           const int64_t position = share_.begin + i;
-          const bool counts = a_.mask == nullptr || a_.mask[position] != 0;
-          const bool kept = a_.exclude == nullptr || a_.exclude[position] == 0;
-          return Token{a_.covariance[position], counts, counts && kept};
+          const bool counts = view_.mask == nullptr || view_.mask[position] != 0;
+          const bool kept = view_.exclude == nullptr || view_.exclude[position] == 0;
+          return Token{view_.covariance[position], counts, counts && kept};
         },
         [&](int i, const Token& token) {
           uint32_t key = ordered_key(token.value);
@@ -187,8 +156,8 @@ class Selector {
           valid += population(thread_.ballot(token.counts));
           store(i, key, candidate);
         });
-    if (team_.lane() == 0 && valid != 0) {
-      thread_.add(team_.shared.words + kRadixBins, valid);
+    if (group_.lane() == 0 && valid != 0) {
+      thread_.add(group_.shared.words + kRadixBins, valid);
     }
   }
 
@@ -201,14 +170,15 @@ class Selector {
   }
 
   EK_HOST_DEVICE KeyBand quantile_band() {
+    const Band& band = selection_.band;
     Search searches[2] = {{0, 0, 0}, {0, 0, 0}};
-    first_digit(0, searches[0], [&](int64_t total) { return quantile_rank(total, low()); });
-    first_digit(1, searches[1], [&](int64_t total) { return quantile_rank(total, high()); });
+    first_digit(0, searches[0], [&](int64_t total) { return quantile_rank(total, band.lower()); });
+    first_digit(1, searches[1], [&](int64_t total) { return quantile_rank(total, band.upper()); });
     later_digits(searches);
-    if (!(low() < high())) {
+    if (!(band.lower() < band.upper())) {
       return {1, 0};  // empty
     }
-    return key_band(static_cast<uint32_t>(searches[0].prefix), static_cast<uint32_t>(searches[1].prefix), a_.closed);
+    return key_band(static_cast<uint32_t>(searches[0].prefix), static_cast<uint32_t>(searches[1].prefix), band.closed);
   }
 
   // The digit of the need_of(number of keys)-th largest, from the words of a row. `place` keeps two searches apart.
@@ -219,19 +189,19 @@ class Selector {
     int64_t counts[kBins], sum = 0;
 #pragma unroll
     for (int j = 0; j < kBins; ++j) {
-      counts[j] = team_.word(row * kRadixBins + top - j);
+      counts[j] = group_.word(row * kRadixBins + top - j);
       sum += counts[j];
     }
     const int64_t in_warp = sums_up_to(thread_, sum);
-    if (team_.lane() == kLanes - 1) {
-      shared_.warps[place][team_.warp()] = in_warp;
+    if (group_.lane() == kLanes - 1) {
+      shared_.warps[place][group_.warp()] = in_warp;
     }
     thread_.barrier();
     const int64_t warps =
-        sums_up_to(thread_, team_.lane() < kThreads / kLanes ? shared_.warps[place][team_.lane()] : 0);
+        sums_up_to(thread_, group_.lane() < kThreads / kLanes ? shared_.warps[place][group_.lane()] : 0);
     const int64_t total = thread_.shuffle(warps, kLanes - 1);
-    const int64_t before = thread_.shuffle(warps, team_.warp() == 0 ? 0 : team_.warp() - 1);
-    int64_t above = in_warp - sum + (team_.warp() == 0 ? 0 : before);
+    const int64_t before = thread_.shuffle(warps, group_.warp() == 0 ? 0 : group_.warp() - 1);
+    int64_t above = in_warp - sum + (group_.warp() == 0 ? 0 : before);
     const int64_t need = need_of(total);
     if (above < need && need <= above + sum) {  // in one thread, or in none if nothing is needed
 #pragma unroll
@@ -265,11 +235,11 @@ class Selector {
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
           if (stored.candidate && stored.key >> (shift + bits) == searches[row].prefix) {
-            team_.count(row * kRadixBins + static_cast<int>(radix_digit(stored.key, shift, bits)));
+            group_.count(row * kRadixBins + static_cast<int>(radix_digit(stored.key, shift, bits)));
           }
         }
       });
-      team_.sum_words(kRows * kRadixBins);
+      group_.sum_words(kRows * kRadixBins);
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         next_digit(row, row, bits, searches[row], [&](int64_t) { return searches[row].need; });
@@ -286,11 +256,11 @@ class Selector {
         if (stored.candidate && stored.key == threshold) {
           const uint64_t tie = order.key(token_index(i));
           if (order.matches(tie, round, search.prefix)) {
-            team_.count(static_cast<int>(radix_digit(tie, order.shift(round), kRadixBits)));
+            group_.count(static_cast<int>(radix_digit(tie, order.shift(round), kRadixBits)));
           }
         }
       });
-      team_.sum_words(kRadixBins);
+      group_.sum_words(kRadixBins);
       next_digit(0, 0, kRadixBits, search, [&](int64_t) { return search.need; });
     }
     return search.prefix;
@@ -303,7 +273,7 @@ class Selector {
         selected = order.key(token_index(i)) >= last_tie;
       }
       if (i < share_.tokens) {
-        a_.selected[share_.begin + i] = selected;
+        selected_[share_.begin + i] = selected;
       }
     });
   }
@@ -320,10 +290,12 @@ class Selector {
   static constexpr int kKeyShift0 = kKeyShift[0], kKeyShift1 = kKeyShift[1];
   static constexpr int kKeyBits0 = kKeyBits[0], kKeyBits1 = kKeyBits[1], kKeyBits2 = kKeyBits[2];
 
-  Team& team_;
-  typename Team::Thread& thread_;
+  Group& group_;
+  typename Group::Thread& thread_;
   SearchShared& shared_;
-  const SelectionArguments& a_;
+  const Selection& selection_;
+  const TokenView& view_;
+  uint8_t* selected_;
   KeyStore store_;
   TokenShare share_;
 };

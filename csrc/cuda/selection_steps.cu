@@ -52,13 +52,13 @@ __global__ void __launch_bounds__(kDigitThreads)
 // bits, and whole numbers below 2^53 add exactly.
 template <class T>
 __global__ void __launch_bounds__(kStepThreads, 2)
-    extremes_step(const T* logprob, const T* advantages, const uint8_t* mask, int64_t tokens, double* out) {
+    extremes_step(const __grid_constant__ TokenPairs<T> pairs, double* out) {
   typename Magnitude<T>::Bits largest_logprob = 0, largest_advantage = 0;
   int count = 0;
-  for (int64_t i = first_token(); i < tokens; i += token_stride()) {
-    const bool valid = mask == nullptr || mask[i] != 0;
-    largest_logprob = max(largest_logprob, Magnitude<T>::of(logprob[i], valid));
-    largest_advantage = max(largest_advantage, Magnitude<T>::of(advantages[i], valid));
+  for (int64_t i = first_token(); i < pairs.tokens; i += token_stride()) {
+    const bool valid = pairs.counts(i);
+    largest_logprob = max(largest_logprob, Magnitude<T>::of(pairs.logprob[i], valid));
+    largest_advantage = max(largest_advantage, Magnitude<T>::of(pairs.advantages[i], valid));
     count += valid;
   }
   for (int lane = kLanes / 2; lane > 0; lane /= 2) {
@@ -76,14 +76,13 @@ __global__ void __launch_bounds__(kStepThreads, 2)
 // sums (2,), 0
 template <class T>
 __global__ void __launch_bounds__(kStepThreads, 2)
-    sums_step(const T* logprob, const T* advantages, const uint8_t* mask, const double* scales, int64_t tokens,
-              int64_t* sums) {
+    sums_step(const __grid_constant__ TokenPairs<T> pairs, const double* scales, int64_t* sums) {
   const double logprob_scale = scales[0], advantage_scale = scales[1];
   int64_t logprob_sum = 0, advantage_sum = 0;
-  for (int64_t i = first_token(); i < tokens; i += token_stride()) {
-    const bool valid = mask == nullptr || mask[i] != 0;
-    logprob_sum = wrapping_sum(logprob_sum, to_fixed_point(value_if(logprob[i], valid), logprob_scale));
-    advantage_sum = wrapping_sum(advantage_sum, to_fixed_point(value_if(advantages[i], valid), advantage_scale));
+  for (int64_t i = first_token(); i < pairs.tokens; i += token_stride()) {
+    const bool valid = pairs.counts(i);
+    logprob_sum = wrapping_sum(logprob_sum, to_fixed_point(value_if(pairs.logprob[i], valid), logprob_scale));
+    advantage_sum = wrapping_sum(advantage_sum, to_fixed_point(value_if(pairs.advantages[i], valid), advantage_scale));
   }
   for (int lane = kLanes / 2; lane > 0; lane /= 2) {
     logprob_sum = wrapping_sum(logprob_sum, __shfl_xor_sync(0xffffffffu, logprob_sum, lane));
@@ -123,24 +122,20 @@ template void launch_digit_step(const KeyDigitStep&, int64_t, int64_t, int64_t*,
 template void launch_digit_step(const IndexDigitStep&, int64_t, int64_t, int64_t*, cudaStream_t);
 
 template <class T>
-void launch_extremes(const T* logprob, const T* advantages, const uint8_t* mask, int64_t tokens, double* out,
-                     cudaStream_t stream) {
-  extremes_step<<<step_grid(tokens, kStepThreads), kStepThreads, 0, stream>>>(logprob, advantages, mask, tokens, out);
+void launch_extremes(const TokenPairs<T>& pairs, double* out, cudaStream_t stream) {
+  extremes_step<<<step_grid(pairs.tokens, kStepThreads), kStepThreads, 0, stream>>>(pairs, out);
   check(cudaGetLastError(), "selection: launch");
 }
-template void launch_extremes(const float*, const float*, const uint8_t*, int64_t, double*, cudaStream_t);
-template void launch_extremes(const double*, const double*, const uint8_t*, int64_t, double*, cudaStream_t);
+template void launch_extremes(const TokenPairs<float>&, double*, cudaStream_t);
+template void launch_extremes(const TokenPairs<double>&, double*, cudaStream_t);
 
 template <class T>
-void launch_sums(const T* logprob, const T* advantages, const uint8_t* mask, const double* scales, int64_t tokens,
-                 int64_t* sums, cudaStream_t stream) {
-  sums_step<<<step_grid(tokens, kStepThreads), kStepThreads, 0, stream>>>(logprob, advantages, mask, scales, tokens,
-                                                                          sums);
+void launch_sums(const TokenPairs<T>& pairs, const double* scales, int64_t* sums, cudaStream_t stream) {
+  sums_step<<<step_grid(pairs.tokens, kStepThreads), kStepThreads, 0, stream>>>(pairs, scales, sums);
   check(cudaGetLastError(), "selection: launch");
 }
-template void launch_sums(const float*, const float*, const uint8_t*, const double*, int64_t, int64_t*, cudaStream_t);
-template void launch_sums(const double*, const double*, const uint8_t*, const double*, int64_t, int64_t*,
-                          cudaStream_t);
+template void launch_sums(const TokenPairs<float>&, const double*, int64_t*, cudaStream_t);
+template void launch_sums(const TokenPairs<double>&, const double*, int64_t*, cudaStream_t);
 
 std::vector<Kernel> selection_step_kernels() {
   const auto pointer = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };

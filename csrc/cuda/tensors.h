@@ -1,4 +1,4 @@
-// What operators ask of tensors: typed pointers, scratch memory, the current stream.
+// What operators ask of tensors: scratch memory, the current stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,22 +8,8 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
-#include <optional>
 
 namespace entropy_kernels::cuda {
-
-template <class T>
-const T* data(const torch::stable::Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-const T* data(const std::optional<torch::stable::Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-template <class T>
-T* mutable_data(const torch::stable::Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
 
 // Scratch memory of 8-byte words, freed when the operator returns: the allocator gives it to nothing that runs before
 // the kernel on this stream.

@@ -78,27 +78,27 @@ EK_HOST_DEVICE void add_tile(Lane<T, kSecondMoments>& lane, const Words (&words)
   if constexpr (!kSoftcap) lane.add(sums);
 }
 
-// The block's share of the single elements.
+// The block's share of the tail elements.
 template <class E, bool kSecondMoments, bool kSoftcap, typename T>
-EK_HOST_DEVICE void add_singles(Lane<T, kSecondMoments>& lane, const typename E::Storage* row, std::int64_t stride,
-                                const RowCut<E>& cut, int first, int step, T softcap) {
-  for (int begin = first; begin < cut.singles; begin += kSingles * step) {
-    T z[kSingles], top = -kInfinity<T>;
+EK_HOST_DEVICE void add_tail_elements(Lane<T, kSecondMoments>& lane, const typename E::Storage* row,
+                                      std::int64_t stride, const RowCut<E>& cut, int first, int step, T softcap) {
+  for (int begin = first; begin < cut.tail_elements; begin += kTailElements * step) {
+    T z[kTailElements], top = -kInfinity<T>;
 #pragma unroll
-    for (int k = 0; k < kSingles; ++k) {
-      const int single = begin + k * step;
+    for (int k = 0; k < kTailElements; ++k) {
+      const int element = begin + k * step;
       z[k] = -kInfinity<T>;
-      if (single < cut.singles) {
-        z[k] = E::widen(row[cut.column(single) * stride]);
+      if (element < cut.tail_elements) {
+        z[k] = E::widen(row[cut.column(element) * stride]);
         if constexpr (kSoftcap) z[k] = Softcap<T>(softcap)(z[k]);
       }
     }
 #pragma unroll
-    for (int k = 0; k < kSingles; ++k) top = larger(top, z[k]);
+    for (int k = 0; k < kTailElements; ++k) top = larger(top, z[k]);
     lane.raise(top);
     typename Lane<T, kSecondMoments>::Sums sums;
 #pragma unroll
-    for (int k = 0; k < kSingles; ++k) sums.add(z[k], lane.base, lane.bits);
+    for (int k = 0; k < kTailElements; ++k) sums.add(z[k], lane.base, lane.bits);
     lane.add(sums);
   }
 }
@@ -239,8 +239,8 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
 
   const T softcap = kSoftcap ? problem.softcap() : T(0);
   Lane<T, kSecondMoments> lane(temperature);
-  add_singles<E, kSecondMoments, kSoftcap>(lane, logits, stride, cut, part * thread.count() + thread.index(),
-                                           parts * thread.count(), softcap);
+  add_tail_elements<E, kSecondMoments, kSoftcap>(lane, logits, stride, cut, part * thread.count() + thread.index(),
+                                                 parts * thread.count(), softcap);
   const int step = kVectors * thread.count();
   for (int tile = share.begin; tile < share.end; tile += step) {
     Words words[kVectors];
@@ -312,8 +312,8 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
   auto* out = reinterpret_cast<Words*>(dlogits + cut.head);
   const Share share(cut.vectors, part, parts);
   const int step = kVectors * thread.count();
-  const int first_single = part * thread.count() + thread.index(), single_step = parts * thread.count();
-  for (int j = problem.columns + first_single; j < problem.vocab; j += single_step) {
+  const int first_tail = part * thread.count() + thread.index(), tail_step = parts * thread.count();
+  for (int j = problem.columns + first_tail; j < problem.vocab; j += tail_step) {
     dlogits[j * out_stride] = E::round(T(0));
   }
 
@@ -324,8 +324,8 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
     for (int vector = share.begin + thread.index(); vector < share.end; vector += thread.count()) {
       thread.write(out + vector, Words{});
     }
-    for (int single = first_single; single < cut.singles; single += single_step) {
-      dlogits[cut.column(single) * out_stride] = E::round(T(0));
+    for (int element = first_tail; element < cut.tail_elements; element += tail_step) {
+      dlogits[cut.column(element) * out_stride] = E::round(T(0));
     }
     return;
   }
@@ -372,18 +372,18 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
       thread.write(out + vector, E::pack(dz));
     }
   }
-  for (int begin = first_single; begin < cut.singles; begin += kSingles * single_step) {
-    T z[kSingles];
+  for (int begin = first_tail; begin < cut.tail_elements; begin += kTailElements * tail_step) {
+    T z[kTailElements];
 #pragma unroll
-    for (int k = 0; k < kSingles; ++k) {
-      const int single = begin + k * single_step;
-      if (single < cut.singles) z[k] = E::widen(logits[cut.column(single) * stride]);
+    for (int k = 0; k < kTailElements; ++k) {
+      const int element = begin + k * tail_step;
+      if (element < cut.tail_elements) z[k] = E::widen(logits[cut.column(element) * stride]);
     }
 #pragma unroll
-    for (int k = 0; k < kSingles; ++k) {
-      const int single = begin + k * single_step;
-      if (single >= cut.singles) break;
-      const int j = cut.column(single);
+    for (int k = 0; k < kTailElements; ++k) {
+      const int element = begin + k * tail_step;
+      if (element >= cut.tail_elements) break;
+      const int j = cut.column(element);
       const T dz = j == column ? gradient.template at_target<kSoftcap>(z[k]) : gradient.template at<kSoftcap>(z[k]);
       dlogits[j * out_stride] = E::round(dz);
     }

@@ -1,5 +1,5 @@
-// Launching kernels whose blocks work together (team.h): as one cluster where the GPU has them and the keys fit its
-// shared memory, else cooperatively.
+// Launching kernels whose blocks work together (block_group.h): as one cluster where the GPU has them and the keys fit
+// its shared memory, else cooperatively.
 #pragma once
 
 #include <cstddef>
@@ -76,7 +76,7 @@ inline Limits limits_of(const void* cluster_kernel, const void* grid_kernel, boo
 
 // `arguments` holds the plan's chunk.
 template <class Arguments>
-void launch_team(const TeamPlan& plan, const void* kernel, Arguments& arguments, cudaStream_t stream) {
+void launch_group(const GroupPlan& plan, const void* kernel, Arguments& arguments, cudaStream_t stream) {
   const Launch launch(plan.cluster, plan.blocks, plan.shared_bytes, stream);
   void* parameters[] = {&arguments};
   check(cudaLaunchKernelExC(&launch.config, kernel, parameters), "selection: launch");

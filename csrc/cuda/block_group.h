@@ -13,16 +13,16 @@
 namespace entropy_kernels::cuda {
 
 constexpr int kLanes = 32;
-constexpr int kTeamWords = 2 * kRadixBins;
-constexpr int kTeamSlots = 8;
+constexpr int kGroupWords = 2 * kRadixBins;
+constexpr int kGroupSlots = 8;
 constexpr int kMaxCluster = 16;  // blocks; more than 8 is not promised: the occupancy is asked for
 
-struct TeamShared {
-  uint32_t words[kTeamWords];           // this block's histograms
-  uint32_t slice[kTeamWords];           // Cluster: those words of all blocks together that this block adds up
-  uint64_t warps[kTeamSlots][kLanes];   // maxima and sums of this block's warps
-  uint64_t slots[kTeamSlots];           // this block's
-  uint64_t totals[kTeamSlots];          // those of all blocks
+struct GroupShared {
+  uint32_t words[kGroupWords];           // this block's histograms
+  uint32_t slice[kGroupWords];           // Cluster: those words of all blocks together that this block adds up
+  uint64_t warps[kGroupSlots][kLanes];   // maxima and sums of this block's warps
+  uint64_t slots[kGroupSlots];           // this block's
+  uint64_t totals[kGroupSlots];          // those of all blocks
 };
 
 // The smallest n with value <= 2^n, of a value from 1 on.
@@ -36,13 +36,13 @@ EK_HOST_DEVICE int bits_below(uint32_t value) {
 
 // What both have: the block's own shared memory.
 template <class Thread_>
-class Team {
+class BlockGroup {
  public:
   using Thread = Thread_;
   static constexpr int kThreads = Thread::kThreads;
 
-  EK_HOST_DEVICE Team(Thread& thread_, TeamShared& shared_) : thread(thread_), shared(shared_) {
-    clear_words(kTeamWords);
+  EK_HOST_DEVICE BlockGroup(Thread& thread_, GroupShared& shared_) : thread(thread_), shared(shared_) {
+    clear_words(kGroupWords);
     thread.barrier();
   }
   EK_HOST_DEVICE int lane() const { return thread.index() % kLanes; }
@@ -57,7 +57,7 @@ class Team {
   EK_HOST_DEVICE void add_sum(int slot, uint32_t value) { give(slot, thread.warp_sum(value)); }
 
   Thread& thread;
-  TeamShared& shared;
+  GroupShared& shared;
 
  protected:
   EK_HOST_DEVICE void clear_words(int count) {
@@ -95,12 +95,12 @@ class Team {
 };
 
 template <class Thread>
-class Cluster : public Team<Thread> {
+class Cluster : public BlockGroup<Thread> {
  public:
-  using Team<Thread>::shared;
-  using Team<Thread>::thread;
+  using BlockGroup<Thread>::shared;
+  using BlockGroup<Thread>::thread;
 
-  EK_HOST_DEVICE Cluster(Thread& thread_, TeamShared& shared_) : Team<Thread>(thread_, shared_) {}
+  EK_HOST_DEVICE Cluster(Thread& thread_, GroupShared& shared_) : BlockGroup<Thread>(thread_, shared_) {}
 
   // Adds the first `count` words over the blocks, for `word` to read, and clears them. Who counts again passes a
   // barrier of the block first.
@@ -148,14 +148,14 @@ class Cluster : public Team<Thread> {
 };
 
 template <class Thread>
-class Grid : public Team<Thread> {
+class Grid : public BlockGroup<Thread> {
  public:
-  using Team<Thread>::shared;
-  using Team<Thread>::thread;
+  using BlockGroup<Thread>::shared;
+  using BlockGroup<Thread>::thread;
 
-  // `exchange` has `size` words, whatever they hold: kTeamSlots and as many as sum_words will be asked for.
-  EK_HOST_DEVICE Grid(Thread& thread_, TeamShared& shared_, uint64_t* exchange, int size)
-      : Team<Thread>(thread_, shared_), exchange_(exchange) {
+  // `exchange` has `size` words, whatever they hold: kGroupSlots and as many as sum_words will be asked for.
+  EK_HOST_DEVICE Grid(Thread& thread_, GroupShared& shared_, uint64_t* exchange, int size)
+      : BlockGroup<Thread>(thread_, shared_), exchange_(exchange) {
     const int all = thread.blocks() * Thread::kThreads;
     for (int i = thread.block() * Thread::kThreads + thread.index(); i < size; i += all) {
       exchange[i] = 0;
@@ -205,7 +205,7 @@ class Grid : public Team<Thread> {
   }
 
   uint64_t* exchange_;
-  int begin_ = 0, next_ = kTeamSlots;
+  int begin_ = 0, next_ = kGroupSlots;
   bool cleared_ = false;
 };
 
@@ -223,22 +223,22 @@ struct TokenShare {
 
 // use(token, load(token)) for tokens [0, tokens) of a block, a warp's lanes together: use also runs for a lane beyond
 // the last token, with the value-initialised load. A thread loads kInFlight tokens before it looks at the first.
-template <class Team, class Load, class Use>
-EK_HOST_DEVICE void for_tokens(const Team& team, int tokens, const Load& load, const Use& use) {
+template <class Group, class Load, class Use>
+EK_HOST_DEVICE void for_tokens(const Group& group, int tokens, const Load& load, const Use& use) {
   constexpr int kInFlight = 4;
-  for (int first = team.warp() * kLanes; first < tokens; first += kInFlight * Team::kThreads) {
+  for (int first = group.warp() * kLanes; first < tokens; first += kInFlight * Group::kThreads) {
     decltype(load(0)) loaded[kInFlight] = {};
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      const int i = first + j * Team::kThreads + team.lane();
+      const int i = first + j * Group::kThreads + group.lane();
       if (i < tokens) {
         loaded[j] = load(i);
       }
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (first + j * Team::kThreads < tokens) {
-        use(first + j * Team::kThreads + team.lane(), loaded[j]);
+      if (first + j * Group::kThreads < tokens) {
+        use(first + j * Group::kThreads + group.lane(), loaded[j]);
       }
     }
   }
