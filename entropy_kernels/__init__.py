@@ -1,5 +1,6 @@
 """Fused log-prob, entropy, covariance and Clip-Cov / KL-Cov kernels for RL on language models."""
 
+from entropy_kernels._rows import NAMES as STATISTICS
 from entropy_kernels._version import __version__ as __version__
 from entropy_kernels.analysis import EntropyLaw, fit_entropy_law, predicted_entropy_change
 from entropy_kernels.backends.registry import backends
@@ -26,9 +27,10 @@ from entropy_kernels.selection import (
     token_covariance,
     top_tokens,
 )
-from entropy_kernels.statistics import LogprobEntropy, TokenStats, logprob_entropy, token_stats
+from entropy_kernels.statistics import LogprobEntropy, TokenStats, entropy, logprob_entropy, token_stats
 
 __all__ = [
+    "STATISTICS",
     "ClipCovLoss",
     "EntropyLaw",
     "KlCovLoss",
@@ -44,6 +46,7 @@ __all__ = [
     "backends",
     "clip_cov_loss",
     "clip_cov_mask",
+    "entropy",
     "fit_entropy_law",
     "hf",
     "kl_cov_loss",

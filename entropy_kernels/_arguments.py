@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
+from entropy_kernels import _torch
 
 
 def all_gather(output: torch.Tensor, local: torch.Tensor, group: Any) -> None:
@@ -29,7 +28,7 @@ def all_gather(output: torch.Tensor, local: torch.Tensor, group: Any) -> None:
 def process_group_of(name: Any) -> Any:
     """The process group of a name (newer torch wraps the name in a type of its own)."""
     try:
-        return dist.distributed_c10d._resolve_process_group(name)
+        return _torch.process_group(name)
     except (AttributeError, RuntimeError, ValueError, LookupError) as error:
         raise ValueError(
             f"group: expected the name of a process group that this process is in, or '' for none, got {name!r}"
@@ -169,10 +168,10 @@ def is_dtensor(value: Any) -> bool:
 
 def refuse_mapped(arguments: dict[str, Any]) -> None:
     """Raise where torch.vmap runs over one of ``arguments``, instead of torch's error about our autograd.Function."""
-    if torch.compiler.is_compiling() or functorch.maybe_current_level() is None:
+    if torch.compiler.is_compiling() or not _torch.in_transform():
         return
     for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and functorch.is_batchedtensor(value):
+        if isinstance(value, torch.Tensor) and _torch.mapped(value):
             raise NotImplementedError(
                 f"{name}: expected a tensor that torch.vmap does not map over, got one that it does; call the function "
                 "for each part, or for all of it at once"
@@ -220,7 +219,7 @@ def boolean(name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor 
     if torch.compiler.is_compiling():
         if value.device.type != "cpu":
             return mask, wrong
-        torch._assert_async(~wrong.any(), f"{name}: expected a mask of 0 and 1")
+        _torch.assert_async(~wrong.any(), f"{name}: expected a mask of 0 and 1")
     elif not values_are_checked(value):
         return mask, wrong
     elif wrong.any():
@@ -299,7 +298,7 @@ def values_are_checked(tensor: torch.Tensor) -> bool:
 
 def traced() -> bool:
     """Whether no tensor has values: a compiler or a FakeTensorMode is at work."""
-    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None
+    return torch.compiler.is_compiling() or _torch.fake_mode()
 
 
 def debugging() -> bool:
@@ -316,13 +315,13 @@ def scalar_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> torch
 
 def refuse_forward_mode(name: str, value: torch.Tensor) -> None:
     """Raise where a tangent of ``value`` would be lost without a word."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+    if _torch.in_forward_mode() and forward_ad.unpack_dual(value).tangent is not None:
         raise NotImplementedError(f"{name}: forward-mode differentiation is not supported")
 
 
 def refuse_functional_grad(name: str, *values: torch.Tensor) -> None:
     """Raise in place of torch's error, which speaks to whoever wrote the operator."""
-    if any(map(torch._C._functorch.is_gradtrackingtensor, values)):
+    if any(map(_torch.in_functional_grad, values)):
         raise NotImplementedError(
             f"{name}: torch.func's derivatives (grad, vjp, jacrev, ...) are not supported; use torch.autograd.grad, or "
             "backward()"
@@ -334,7 +333,7 @@ def refuse_transforms(name: str, *values: torch.Tensor) -> None:
     for value in values:
         refuse_functional_grad(name, value)
         refuse_forward_mode(name, value)
-    if functorch.maybe_current_level() is not None:
+    if _torch.in_transform():
         raise NotImplementedError(
             f"{name}: torch.func's transforms (vmap, grad, ...) are not supported around it, whatever they act on; "
             "call it outside of them"

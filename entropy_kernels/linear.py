@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import check_own_memory, check_tensor, integer, refuse_forward_mode, share_memory
 from entropy_kernels._dtensor import as_whole, local_head
-from entropy_kernels._rows import ENTROPY, LOGPROB, UNBOUNDED, RowArguments, RowOptions, bits
+from entropy_kernels._rows import ENTROPY, LOGPROB, UNBOUNDED, RowArguments, RowOptions
 from entropy_kernels.ops import linear_plan as planning
 from entropy_kernels.ops import linear_policy_loss as policy_op
 from entropy_kernels.ops import linear_token_stats as op
@@ -27,6 +27,9 @@ from entropy_kernels.ops.products import adds_to_fp32
 from entropy_kernels.statistics import (
     LogprobEntropy,
     TokenStats,
+    asked_for,
+    in_order,
+    labels,
     row_options,
     taken_apart,
     temperature_tensor,
@@ -95,9 +98,10 @@ def linear_logprob_entropy(
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor | Callable[..., Tensor],
-    target: Tensor,
+    target: Tensor | None,
     bias: Tensor | None = None,
     *,
+    statistics: Sequence[str] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -107,15 +111,16 @@ def linear_token_stats(
     logits_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> TokenStats:
+) -> TokenStats | Any:
     """:func:`entropy_kernels.token_stats` of the logits ``hidden @ weight.T + bias``, in bounded memory.
 
-    Arguments, memory, gradients and errors as in :func:`linear_logprob_entropy`, results as in
-    :func:`entropy_kernels.token_stats`.
+    Arguments, memory, gradients and errors as in :func:`linear_logprob_entropy`, ``statistics``, a ``target`` of None
+    and results as in :func:`entropy_kernels.token_stats`.
     """
     row = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
     given = LinearArguments(row, logits_dtype, memory_budget)
-    return TokenStats(*stats_of(hidden, weight, target, bias, given, bits(*TokenStats._fields)))
+    record, want = asked_for(statistics)
+    return in_order(record, stats_of(hidden, weight, target, bias, given, want), want)
 
 
 def linear_plan(
@@ -177,9 +182,11 @@ class LinearArguments(NamedTuple):
 
 
 def stats_of(
-    hidden: Tensor, weight: Any, target: Tensor, bias: Tensor | None, given: LinearArguments, want: int
+    hidden: Tensor, weight: Any, target: Tensor | None, bias: Tensor | None, given: LinearArguments, want: int
 ) -> list[Tensor]:
-    """The statistics that ``want`` names, each of ``target``'s shape."""
+    """The statistics that ``want`` names, in the order of the table, each of ``hidden``'s shape without H."""
+    target, row = labels("hidden", hidden, target, given.row, want)
+    given = given._replace(row=row)
     if callable(weight) and not isinstance(weight, Tensor):
         validate_rows("hidden", hidden, target)
         validate_options(False, given.row)

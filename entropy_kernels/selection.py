@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from entropy_kernels import _torch
 from entropy_kernels._arguments import group_name, poisoned
 from entropy_kernels._selection_request import (
     SeedCounter,
@@ -368,4 +369,4 @@ def _cat(tensors: list[Tensor]) -> Tensor:
 def _group_device(group: Any) -> torch.device:
     if group is None:
         return torch.device("cpu")
-    return torch.device(torch.distributed.distributed_c10d._get_pg_default_device(group))
+    return _torch.default_device(group)

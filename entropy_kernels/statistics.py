@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,8 @@ from entropy_kernels._arguments import (
     number,
 )
 from entropy_kernels._dtensor import local_logits
-from entropy_kernels._rows import ENTROPY, LOGPROB, UNBOUNDED, RowArguments, RowOptions, bits, wanted
+from entropy_kernels._rows import ENTROPY, LOGPROB, NAMES, UNBOUNDED, RowArguments, RowOptions, bits, wanted
+from entropy_kernels._torch import constant_when_compiled
 from entropy_kernels.ops.token_stats import token_stats as token_stats_op
 
 
@@ -93,8 +96,9 @@ def logprob_entropy(
 
 def token_stats(
     logits: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     *,
+    statistics: Sequence[str] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -103,8 +107,12 @@ def token_stats(
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     backend: str = "auto",
-) -> TokenStats:
-    """:func:`logprob_entropy` and two more statistics from the same read; arguments, dtypes and errors as there.
+) -> TokenStats | Any:
+    """:func:`logprob_entropy` and more statistics from the same read; other arguments, dtypes and errors as there.
+
+    Args:
+        target: as there, or None where no statistic that is asked for needs one.
+        statistics: names of ``entropy_kernels.STATISTICS``, of which just these are computed; None: the four below.
 
     Returns:
         ``TokenStats(logprob, entropy, collision, vocab_covariance)``, each of ``target``'s shape:
@@ -112,16 +120,87 @@ def token_stats(
         ``vocab_covariance`` C = Cov_{a~π}(log π(a), 1[a=y] - π(a)), without gradient: the first-order entropy change of
         the policy-gradient step on this token is -(η g / T²)·C
         (Theorem 1 of arXiv 2505.22617 for the sampled step; :func:`entropy_kernels.predicted_entropy_change`).
+        With ``statistics`` a namedtuple of them, in the order asked for, each of ``logits``' shape without V. Beside
+        the four: ``p_max``, the largest probability, and ``mean_logit`` Σ p z, of the logits z after the softcap and
+        before the temperature; both without gradient.
+
+    Raises:
+        ValueError: of ``statistics``, a name that is unknown or there twice, or none; a target that is missing.
     """
     given = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
-    return TokenStats(*_token_stats(logits, target, given, inplace_backward, bits(*TokenStats._fields)))
+    record, want = asked_for(statistics)
+    return in_order(record, _token_stats(logits, target, given, inplace_backward, want), want)
+
+
+def entropy(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    vocab_group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Entropy H = -Σ p log p of softmax(logits / temperature) in nats, differentiable, without labels.
+
+    Arguments, dtypes and errors as of :func:`logprob_entropy`.
+
+    Returns:
+        (...) for logits (..., V), fp32 (fp64 for fp64 logits).
+    """
+    given = RowArguments(
+        temperature, softcap, vocab_group=vocab_group, vocab_start=vocab_start, vocab_size=vocab_size, backend=backend
+    )
+    return _token_stats(logits, None, given, inplace_backward, ENTROPY)[0]
+
+
+def asked_for(statistics: Sequence[str] | None) -> tuple[Any, int]:
+    """The namedtuple of some statistics, and their bitmask."""
+    if statistics is None:
+        return TokenStats, _FOUR
+    if isinstance(statistics, str) or not isinstance(statistics, Sequence):
+        raise TypeError(f"statistics: expected None or a sequence of names, got {type(statistics).__name__}")
+    names = tuple(statistics)
+    for i, name in enumerate(names):
+        if name not in NAMES:
+            raise ValueError(f"statistics: expected names of {', '.join(NAMES)}, got {name!r}")
+        if name in names[:i]:
+            raise ValueError(f"statistics: expected each name once, got {name!r} twice")
+    if not names:
+        raise ValueError(f"statistics: expected None or at least one of {', '.join(NAMES)}, got none")
+    return getattr(_Records, _made(names)), bits(*names)
+
+
+class _Records:
+    """The namedtuples of the calls so far, as attributes: a compiler guards the one that it reads, not all."""
+
+
+@constant_when_compiled
+def _made(names: tuple[str, ...]) -> str:
+    """The attribute in which their namedtuple is."""
+    attribute = "_and_".join(names)
+    if not hasattr(_Records, attribute):
+        setattr(_Records, attribute, namedtuple("Statistics", names))
+    return attribute
+
+
+_FOUR = bits(*TokenStats._fields)
+
+
+def in_order(record: Any, rows: Sequence[Tensor], want: int) -> Any:
+    """Rows that are in the order of the table as a ``record`` of them."""
+    found = {x.name: row for x, row in zip(wanted(want), rows, strict=True)}
+    return record(*[found[name] for name in record._fields])
 
 
 def _token_stats(
-    logits: Tensor, target: Tensor, given: RowArguments, inplace_backward: bool, want: int
+    logits: Tensor, target: Tensor | None, given: RowArguments, inplace_backward: bool, want: int
 ) -> list[Tensor]:
     if type(logits) is not Tensor and is_dtensor(logits):
         logits, target, given = local_logits(logits, target, given)
+    target, given = labels("logits", logits, target, given, want)
     validate_rows("logits", logits, target)
     validate_options(inplace_backward, given)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -146,6 +225,18 @@ def taken_apart(stats: Tensor, shape: torch.Size, want: int) -> list[Tensor]:
     if stats.requires_grad:
         rows = [row if x.differentiable else row.detach() for row, x in zip(rows, wanted(want), strict=True)]
     return rows
+
+
+def labels(name: str, rows: Any, target: Tensor | None, given: RowArguments, want: int) -> tuple[Tensor, RowArguments]:
+    """The target; where there is none and none is needed, one that changes nothing."""
+    if target is not None:
+        return target, given
+    needing = [statistic.name for statistic in wanted(want) if statistic.needs_target]
+    if needing:
+        raise TypeError(f"target: expected a tensor of labels, which {' and '.join(needing)} need, got None")
+    check_tensor(name, rows)
+    integer("ignore_index", given.ignore_index)
+    return rows.new_zeros(rows.shape[:-1], dtype=torch.int64), given._replace(ignore_index=-100)
 
 
 def validate_rows(name: str, rows: Any, target: Any) -> None:

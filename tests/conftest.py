@@ -83,8 +83,9 @@ def places(op: str = "token_stats") -> list:
         marks = [] if reason == "available" else [pytest.mark.skip(reason=f"backend {place.backend}: {reason}")]
         if place.device == "cuda":
             # ops whose kernels are written together are tested together, but for what a kernel of its own may do
-            alone = [fused for fused, _ in registry._FUSED]
-            together = [o for o in registry.OPS if registry._STEM[o] == registry._STEM[op] and o not in alone]
+            known = registry.OPS
+            alone = [o for o in known if known[o].fused]
+            together = [o for o in known if known[o].stem == known[op].stem and o not in alone]
             together = [op] if op in alone else together
             marks.append(on_gpu(place.backend, *together))
         params.append(pytest.param(place, marks=marks, id=str(place)))
@@ -155,9 +156,9 @@ def fixed_seed() -> None:
 @pytest.fixture
 def forgetful_registry() -> Iterator[None]:
     """The registry remembers what it found; forget before and after a test that changes what there is to find."""
-    stub_gpu.forget()
+    registry.forget()
     yield
-    stub_gpu.forget()
+    registry.forget()
 
 
 @pytest.fixture(params=places("clip_cov_mask"))

@@ -31,13 +31,6 @@ def run_on_fake_gpu(
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-def forget() -> None:
-    """What the registry has found."""
-    for cached in (registry.unavailable, registry.resolve, registry.kernel_of, registry.verdict_of):
-        cached.cache_clear()
-    registry._warned.clear()
-
-
 def add_stub_gpu(
     monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], gpu: bool = True, kernels: str = "token_stats"
 ) -> None:
@@ -65,11 +58,11 @@ def serve_auto_with(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """ "auto" takes ``backend``, verified or not: for what has no argument of that name, such as the losses."""
     monkeypatch.setattr(registry, "preference", lambda op, *rest: (backend, "torch"))
     monkeypatch.setattr(registry, "unverified", lambda *_: None)
-    forget()
+    registry.forget()
 
 
 def verify(monkeypatch: pytest.MonkeyPatch, *pairs: tuple[str, str, str]) -> None:
     """The registry finds these (op, backend, architecture) verified by the project, and no verdict of the user's."""
     monkeypatch.setattr(registry, "VERIFIED", dict.fromkeys(pairs, "benchmarks/results/some-gpu"))
     monkeypatch.setattr(verdict, "read", lambda machine: None)
-    forget()
+    registry.forget()

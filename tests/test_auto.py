@@ -16,7 +16,7 @@ import entropy_kernels as ek
 from entropy_kernels import doctor, smoke_matrix
 from entropy_kernels.backends import registry, verdict
 from entropy_kernels.backends.verdict import Pair, Verdict
-from stub_gpu import add_stub_gpu, forget, verify
+from stub_gpu import add_stub_gpu, verify
 
 pytestmark = pytest.mark.usefixtures("forgetful_registry")
 GPU = torch.device("cuda", 0)
@@ -32,7 +32,7 @@ def chosen(op: str, device: torch.device = GPU) -> str:
 def keep(monkeypatch: pytest.MonkeyPatch, folder: Path, *pairs: Pair, **fields: str) -> Path:
     """A verdict of the GPU that is there, in a cache folder; ``fields``: what was otherwise on the machine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    forget()
+    registry.forget()
     machine = replace(verdict.machine(GPU), **fields)
     return verdict.write(Verdict(machine, "2026-01-02T03:04:05+00:00", pairs))
 
@@ -139,7 +139,7 @@ def test_of_something_else_it_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert chosen("token_stats") == "torch"
     # nor when it is copied to where this machine's belongs
     other.rename(verdict.file(verdict.machine(GPU)))
-    forget()
+    registry.forget()
     with pytest.warns(UserWarning, match="machine: expected"):
         assert registry.verdict_of(GPU) is None
     keep(monkeypatch, tmp_path, pair)
@@ -191,7 +191,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Path, "home", home)
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        forget()
+        registry.forget()
         assert chosen("token_stats") == "torch"
         with pytest.raises(OSError, match="Set XDG_CACHE_HOME"):
             verdict.folder()
@@ -214,7 +214,7 @@ def test_doctor_shows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
     monkeypatch.setattr(doctor, "device_types", lambda: ["cuda"])
     monkeypatch.setattr(doctor, "hardware", lambda: [("GPU 0", "a stub")])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    forget()
+    registry.forget()
     (found,) = doctor.verdicts()
     assert found == {"device": "cuda:0", "text": "nothing yet: run `entropy-kernels verify`"}
     keep(monkeypatch, tmp_path, Pair("token_stats", "cuda", 12, {}), Pair("kl_cov_mask", "cuda", 0, {}))

@@ -19,6 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Rank of each room, the lowest first; a module imports from its own rank and from below.
 ROOMS = {
+    "_torch": 0,  # what torch does not document
     "_rows": 0,  # options and statistics of a row
     "_arguments": 0,  # numbers and groups, for every room
     "_agreement": 0,  # what ranks compare

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from entropy_kernels import _torch
 from entropy_kernels._rows import RowOptions
 from entropy_kernels.backends import radix_select, reused_memory, switches
 from entropy_kernels.backends.radix_select import Band, Count
@@ -131,7 +132,7 @@ def kl_cov_mask(
 
 def has_cuda_kernel(name: str) -> bool:
     """Whether the CUDA half that is loaded implements the operator ``name``."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"entropy_kernels_native::{name}", "CUDA")
+    return _torch.has_kernel(f"entropy_kernels_native::{name}", "CUDA")
 
 
 @dataclass(frozen=True)

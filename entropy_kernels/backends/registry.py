@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +19,30 @@ from entropy_kernels.backends.verdict import architecture
 
 BACKENDS = ("torch", "triton", "cpu", "cuda")
 
-# op -> the kernel functions that a backend must have to serve it
-OPS: dict[str, tuple[str, ...]] = {
-    "token_stats": ("token_stats_forward", "token_stats_backward"),
-    # products by torch, a tile at a time, between these
-    "linear_token_stats": ("token_stats_forward", "token_stats_backward"),
-    "token_covariance": ("token_covariance",),
-    "clip_cov_mask": ("clip_cov_mask",),
-    "kl_cov_mask": ("kl_cov_mask",),
+
+class Op(NamedTuple):
+    name: str
+    kernels: tuple[str, ...]  # the functions that a backend must have to serve it
+    stem: str  # file of its kernels in eager/ and triton/
+    # Backend -> a kernel, in a file of the op's name, that does all of a pass in one. Who names the backend gets it;
+    # "auto" does not take it: no measurement has shown it to be faster than the parts.
+    fused: Mapping[str, str] = MappingProxyType({})
+
+
+_STATISTICS = ("token_stats_forward", "token_stats_backward")
+OPS = {
+    op.name: op
+    for op in (
+        Op("token_stats", _STATISTICS, "token_stats"),
+        # products by torch, a tile at a time, between these
+        Op("linear_token_stats", _STATISTICS, "token_stats", {"triton": "linear_token_stats_forward"}),
+        Op("token_covariance", ("token_covariance",), "selection"),
+        Op("clip_cov_mask", ("clip_cov_mask",), "selection"),
+        Op("kl_cov_mask", ("kl_cov_mask",), "selection"),
+    )
 }
-# op -> file stem of its kernels in eager/ and triton/
-_STEM = {"token_stats": "token_stats", "token_covariance": "selection", "clip_cov_mask": "selection"}
-_STEM |= {"kl_cov_mask": "selection", "linear_token_stats": "token_stats"}
-
-# (op, backend) -> a kernel, in a file of the op's name, that does all of a pass in one. Whoever names the backend gets
-# it; "auto" does not take it: no measurement has shown it to be faster than torch's product and the statistics.
-_FUSED = {("linear_token_stats", "triton"): "linear_token_stats_forward"}
-
 # Device type -> backends in the order that "auto" tries them in.
-_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 # (op, backend, architecture) that a hardware run of the project has verified -> the folder with its results, from the
 # root of the repository. Elsewhere "auto" follows what `entropy-kernels verify` found on the user's own GPU.
@@ -46,7 +53,7 @@ def _module_name(op: str, backend: str) -> str:
     if backend in ("cpu", "cuda"):
         return "entropy_kernels.backends.native"
     folder = {"torch": "eager", "triton": "triton"}[backend]
-    return f"entropy_kernels.backends.{folder}.{_STEM[op]}"
+    return f"entropy_kernels.backends.{folder}.{OPS[op].stem}"
 
 
 @functools.cache
@@ -71,7 +78,7 @@ def unavailable(op: str, backend: str, device: torch.device | None = None) -> st
         module = importlib.import_module(_module_name(op, backend))
     except ImportError as error:
         return f"{type(error).__name__}: {error}"
-    missing = [name for name in OPS[op] if not hasattr(module, name)]
+    missing = [name for name in OPS[op].kernels if not hasattr(module, name)]
     return f"no kernel {', '.join(missing)} in {module.__name__}" if missing else None
 
 
@@ -84,7 +91,7 @@ def _cuda_unavailable(op: str, device: torch.device | None) -> str | None:
         return "no CUDA device"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"needs compute capability 8.0 or higher, this GPU is {architecture(device)}"
-    missing = [name for name in OPS[op] if not native.has_cuda_kernel(name)]
+    missing = [name for name in OPS[op].kernels if not native.has_cuda_kernel(name)]
     return f"no CUDA kernel {', '.join(missing)} yet" if missing else None
 
 
@@ -121,7 +128,7 @@ def unverified(op: str, backend: str, device: torch.device) -> str | None:
 
 def preference(op: str, device_type: str) -> tuple[str, ...]:
     """The backends that "auto" tries for ``op``, in order; torch, which always can, comes last."""
-    return tuple(name for name in _ORDER.get(device_type, ("torch",)) if (op, name) not in _FUSED)
+    return tuple(name for name in ORDER.get(device_type, ("torch",)) if name not in OPS[op].fused)
 
 
 @functools.cache
@@ -153,6 +160,13 @@ def skipped(op: str, backend: str, device: torch.device) -> str | None:
 
 
 _warned: set[str] = set()  # architectures
+
+
+def forget() -> None:
+    """What was found here so far; the next call looks again."""
+    for cached in (unavailable, resolve, kernel_of, verdict_of):
+        cached.cache_clear()
+    _warned.clear()
 
 
 def _warn_once_of_unverified(op: str, device: torch.device) -> None:
@@ -193,7 +207,7 @@ def kernel(op: str, name: str, backend: str, tensor: Tensor) -> Callable:
 def fused(op: str, backend: str, device: torch.device) -> Callable | None:
     """The kernel that does a forward pass of ``op`` in one, where it serves ``backend``; None: it is done in parts."""
     chosen = resolve(op, backend, device)
-    name = _FUSED.get((op, chosen))
+    name = OPS[op].fused.get(chosen)
     if name is None:
         return None
     return getattr(importlib.import_module(f"entropy_kernels.backends.{chosen}.{op}"), name)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from entropy_kernels import _torch
 from entropy_kernels._version import __version__
 
 FORMAT = 1
@@ -101,8 +102,8 @@ def _driver() -> str:
     try:
         return Path(f"/sys/module/{name}/version").read_text(encoding="utf-8").strip()
     except OSError:
-        query = getattr(torch._C, "_cuda_getDriverVersion", None)
-        return "unknown" if query is None else f"CUDA {query()}"
+        version = _torch.driver_version()
+        return "unknown" if version is None else f"CUDA {version}"
 
 
 @functools.cache

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every_module
 
+from entropy_kernels import _torch
+
 _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 #: Packages whose hooks and wrappers of a whole model leave its logits as they are: they move, gather, record, or make
 #: them in another way.
 _HARMLESS = {"torch", "transformers", "accelerate", "peft", "deepspeed", "liger_kernel", "wandb"}
 
-_CONTAINERS = (nn.Module, torch.jit.ScriptFunction, torch._C.ScriptMethod)
+_CONTAINERS = (nn.Module, torch.jit.ScriptFunction, _torch.ScriptMethod)
 
 
 def weight_of(head: Any) -> Tensor | None:

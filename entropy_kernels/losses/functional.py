@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch as functorch
-from torch.autograd import forward_ad
 
+from entropy_kernels import _torch
 from entropy_kernels._arguments import keywords, recorded, refuse_mapped, refuse_transforms
 from entropy_kernels._selection_request import SeedCounter
 from entropy_kernels.losses import options, surrogates, tokens
@@ -256,7 +255,7 @@ def kl_cov_loss(
 
 
 def _loss(method: str, given: dict[str, Any]) -> PolicyLoss:
-    if not torch.compiler.is_compiling() and functorch.maybe_current_level() is not None:
+    if not torch.compiler.is_compiling() and _torch.in_transform():
         refuse_mapped(given)
     chosen = options.make(method, given, getattr(given["logprob"], "device", None))
     found = tokens.checked(given, chosen)
@@ -267,9 +266,7 @@ def apply(
     logprob: Tensor, entropy: Tensor | None, batch: tokens.Tokens, shape: torch.Size, chosen: options.LossOptions
 ) -> PolicyLoss:
     """The loss of checked tensors; ``shape``: of the loss per token."""
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or functorch.maybe_current_level() is not None
-    ):
+    if not torch.compiler.is_compiling() and (_torch.in_forward_mode() or _torch.in_transform()):
         refuse_transforms("policy_loss", logprob, logprob if entropy is None else entropy)
     loss, *values = Loss.apply(logprob, entropy, chosen.entropy_coef, chosen.ref_kl_coef, batch, chosen)
     names = metric_names(chosen, entropy is not None, batch.ref_logprob is not None)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from entropy_kernels._arguments import boolean, check_place, check_tensor, poisoned, values_are_checked
 from entropy_kernels._selection_request import check_token_index, per_token
+from entropy_kernels._torch import assert_async
 from entropy_kernels.losses.aggregation import Aggregation, Sequences
 from entropy_kernels.losses.options import LossOptions, used
 
@@ -170,7 +171,7 @@ def packed_sequences(cu_seqlens: Any, logprob: Tensor) -> Sequences | None:
     ends = cu_seqlens.detach().long()
     if torch.compiler.is_compiling() or not values_are_checked(cu_seqlens):
         right = (ends[0] == 0) & (ends[-1] == tokens) & (ends.diff() >= 0).all()
-        torch._assert_async(right, "cu_seqlens: expected numbers that rise from 0 to the number of tokens")
+        assert_async(right, "cu_seqlens: expected numbers that rise from 0 to the number of tokens")
         ends = ends.clamp(0, tokens).cummax(0).values  # nothing reads beyond the tokens before that is heard
     return Sequences.packed(ends.diff(), tokens, logprob.shape[-1])
 

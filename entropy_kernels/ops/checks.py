@@ -15,6 +15,7 @@ from torch import Tensor
 
 from entropy_kernels._arguments import check_tensor, has_own_operators, memory_range
 from entropy_kernels._rows import DIFFERENTIABLE, STATISTICS, RowOptions, state_rows, wanted
+from entropy_kernels._torch import schema_arguments
 
 # dtype of logits -> of their statistics, state, temperature and upstream gradients
 RESULT = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32}
@@ -28,7 +29,7 @@ def register(
 
     ``no_grad``: there is no derivative, and torch's own error would speak of what ``run`` does.
     """
-    arguments = torch._C._get_schema(f"entropy_kernels::{name}", "").arguments
+    arguments = schema_arguments(f"entropy_kernels::{name}")
     tensors = [(i, x.name, "Optional" in str(x.type)) for i, x in enumerate(arguments) if "Tensor" in str(x.type)]
 
     def checked(function: Callable[..., Any], no_grad: bool) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from entropy_kernels._arguments import check_tensor, recorded, refuse_mapped, refuse_transforms
 from entropy_kernels._rows import DIFFERENTIABLE
+from entropy_kernels._torch import not_compiled
 from entropy_kernels.backends import registry
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import head_tile
@@ -218,7 +219,7 @@ class _HeadTokenStats(torch.autograd.Function):
         return (None, None, None, own, None, None, *results)
 
 
-@torch._disable_dynamo  # torch.compiler.disable would import the compiler, and triton with it, right here
+@not_compiled
 def head_token_stats(
     head: Head, hidden: Tensor, target: Tensor, temperature: Tensor, numbers: Numbers, want: int
 ) -> Tensor:

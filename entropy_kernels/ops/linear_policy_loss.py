@@ -30,6 +30,7 @@ from torch import Tensor
 from entropy_kernels import _agreement as agreement
 from entropy_kernels._arguments import process_group_of, refuse_transforms, traced, values_are_checked
 from entropy_kernels._rows import ENTROPY, LOGPROB, state_rows
+from entropy_kernels._torch import assert_async
 from entropy_kernels.backends import registry
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.checks import check_floats, check_state, check_tensors, register
@@ -449,7 +450,7 @@ def _check_factor(upstream: Tensor) -> None:
         "of multiplying the loss"
     )
     if upstream.device.type != "cpu" or type(upstream) is not Tensor or torch.compiler.is_compiling():
-        torch._assert_async(upstream == 1, message)
+        assert_async(upstream == 1, message)
     elif upstream.item() != 1:
         raise RuntimeError(f"{message}; got a factor of {upstream.item()}")
 

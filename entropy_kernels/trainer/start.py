@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from entropy_kernels._torch import Dropout
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.model import Policy
 
@@ -82,7 +83,7 @@ def enable_checkpointing(model: Any) -> None:
 def _without_dropout(model: Any) -> None:
     """Dropout 0 in every module, for layers that are in training mode under gradient checkpointing."""
     for module in model.modules():
-        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        if isinstance(module, Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
