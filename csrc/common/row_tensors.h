@@ -36,12 +36,12 @@ struct RowOutputs {
     for (int k = 0; k < kSecondOrderFields; ++k) {
       if (k < kFirstOrderFields || second_order) state[k * rows + row] = static_cast<T>(fields[k]);
     }
-    T* out = stats + row;
+    std::int64_t to = row;
 #pragma unroll
     for (int i = 0; i < kStatistics; ++i) {
       if (!(want >> i & 1)) continue;
-      *out = static_cast<T>(values[i]);
-      out += rows;
+      stats[to] = static_cast<T>(values[i]);
+      to += rows;
     }
   }
 };
@@ -71,11 +71,11 @@ struct Upstream {
   template <typename To>
   EK_HOST_DEVICE TokenStats<To> at(std::int64_t row) const {
     TokenStats<To> grads = {};
-    const T* from = data + row * row_stride;
+    std::int64_t from = row * row_stride;
 #pragma unroll
     for (int i = 0; i < kStatistics; ++i) {
       if (!(want >> i & 1)) continue;
-      if (kDifferentiable >> i & 1) grads[i] = static_cast<To>(*from);
+      if (kDifferentiable >> i & 1) grads[i] = static_cast<To>(data[from]);
       from += statistic_stride;
     }
     return grads;
