@@ -58,6 +58,8 @@ STATISTICS = (
     Statistic("entropy", False, True, False),
     Statistic("collision", True, True, False),
     Statistic("vocab_covariance", True, False, True),
+    Statistic("p_max", False, False, False),
+    Statistic("mean_logit", False, False, False),
 )
 NAMES = tuple(statistic.name for statistic in STATISTICS)
 

@@ -29,7 +29,7 @@ struct SoftmaxState {
 
 // One value per row each, in the order of their bits in `want`: STATISTICS of entropy_kernels/_rows.py. A new one is a
 // name here, a line of the table and one of `finalize`.
-enum Statistic { kLogprob, kEntropy, kCollision, kVocabCovariance, kStatistics };
+enum Statistic { kLogprob, kEntropy, kCollision, kVocabCovariance, kPMax, kMeanLogit, kStatistics };
 
 struct StatisticTraits {
   const char* name;
@@ -42,6 +42,8 @@ inline constexpr StatisticTraits kStatisticTraits[kStatistics] = {
     {"entropy", false, true},
     {"collision", true, true},
     {"vocab_covariance", true, false},
+    {"p_max", false, false},
+    {"mean_logit", false, false},
 };
 
 // As bits of `want`: device code may use a constant's value, not an element of the table.
@@ -134,6 +136,8 @@ EK_HOST_DEVICE TokenStats<T> finalize(const SoftmaxState<T>& state, T temperatur
   stats[kEntropy] = entropy;
   stats[kCollision] = collision;
   stats[kVocabCovariance] = own - (q + entropy * collision);
+  stats[kPMax] = state.s / state.s / state.s;  // NaN, as the others, of a row of nothing but -inf
+  stats[kMeanLogit] = state.m - temperature * (state.w / state.s);
   return stats;
 }
 

@@ -70,7 +70,12 @@ def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, inv
     dtype, state = state.dtype, state.double()
     m, s, w, x_y = state[:4]
     log_s = torch.log(s)
-    values = {"logprob": (x_y - m) / temperature - log_s, "entropy": log_s + w / s}
+    values = {
+        "logprob": (x_y - m) / temperature - log_s,
+        "entropy": log_s + w / s,
+        "p_max": s / s / s,  # NaN, as the others, of a row of nothing but -inf
+        "mean_logit": m - temperature * (w / s),
+    }
     if want & SECOND_ORDER:
         s2, w2 = state[4:]
         values["collision"] = s2 / (s * s)

@@ -145,7 +145,9 @@ def finalize(m, s, w, s2, w2, x_y, temperature):
     p_y = tl.exp(logprob)
     own = tl.where(p_y == 0, 0.0, p_y * (logprob + entropy))
     covariance = own - (q + entropy * collision)
-    return logprob, entropy, collision, covariance
+    p_max = divide(divide(s, s), s)  # NaN, as the others, of a row of nothing but -inf
+    mean_logit = m - temperature * divide(w * LN2, s)
+    return logprob, entropy, collision, covariance, p_max, mean_logit
 
 
 @triton.jit
