@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import entropy_kernels as ek
+from entropy_kernels._rows import STATISTICS
 
 B, L, H, V = 3, 5, 8, 400
 
@@ -56,7 +57,7 @@ class Entry:
 def statistics(function: Callable, **options: Any) -> Callable:
     def call(**given: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         out = function(**given, **options)._asdict()
-        rest = [out.pop("vocab_covariance")] if "vocab_covariance" in out else []
+        rest = [out.pop(x.name) for x in STATISTICS if x.name in out and not x.differentiable]
         return [*out.values()], rest
 
     return call
@@ -158,6 +159,10 @@ _CLIPS = ("clip_low", "clip_high")
 ENTRIES: dict[str, Entry] = {
     "logprob_entropy": Entry(statistics(ek.logprob_entropy), ("logits", *_ROWS), ("logits",)),
     "token_stats": Entry(statistics(ek.token_stats, softcap=3.0), ("logits", *_ROWS), ("logits",)),
+    "token_stats, by name": Entry(
+        statistics(ek.token_stats, statistics=ek.STATISTICS), ("logits", *_ROWS), ("logits",)
+    ),
+    "entropy": Entry(lambda **given: ([ek.entropy(**given)], []), ("logits", "temperature"), ("logits",)),
     "linear_logprob_entropy": Entry(statistics(ek.linear_logprob_entropy), (*_HEAD, *_ROWS), _HEAD),
     "linear_token_stats, tiles": Entry(
         statistics(ek.linear_token_stats, memory_budget=20000), (*_HEAD, *_ROWS), _HEAD
