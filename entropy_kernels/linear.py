@@ -229,7 +229,7 @@ def _checked(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
         weight,
         bias,
         target.reshape(-1).contiguous(),
-        temperature_tensor(local.temperature, target, planning.accumulator(problem.product)),
+        temperature_tensor("hidden", local.temperature, target, planning.accumulator(problem.product)),
     )
     numbers = Numbers(options, problem.product, problem.logits, problem.budget, group, local.backend)
     return _Checked(tensors, numbers, problem)
@@ -362,7 +362,7 @@ def _through_head(hidden: Tensor, function: Any, target: Tensor, given: LinearAr
     numbers = Numbers(options, hidden.dtype, hidden.dtype, budget, group, given.row.backend)
     stats = head_token_stats(
         head, hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous(),
-        temperature_tensor(given.row.temperature, target, dtype), numbers, want,
+        temperature_tensor("hidden", given.row.temperature, target, dtype), numbers, want,
     )  # fmt: skip
     return taken_apart(stats, target.shape, want)
 

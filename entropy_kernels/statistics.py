@@ -208,7 +208,7 @@ def _token_stats(
     if inplace_backward:
         check_own_memory("inplace_backward", logits, "the gradient is written over them")
         inplace_backward = not torch.compiler.is_compiling()
-    temperature = temperature_tensor(given.temperature, target, dtype)
+    temperature = temperature_tensor("logits", given.temperature, target, dtype)
     stats, _ = token_stats_op(
         _as_3d(logits), target.reshape(-1).contiguous(), temperature, *options, want, inplace_backward, group,
         given.backend,
@@ -271,8 +271,8 @@ def row_options(name: str, width: int, dtype: torch.dtype, given: RowArguments) 
     return RowOptions(_softcap(given.softcap, dtype), integer("ignore_index", given.ignore_index), start, size), group
 
 
-def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """A (1,) or (N,) tensor: a Python number below the op would recompile for every value."""
+def temperature_tensor(name: str, temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    """A (1,) or (N,) tensor for the rows of the argument ``name``: a Python number would recompile for every value."""
     if not isinstance(temperature, Tensor):
         value = number("temperature", temperature, torch.float64)
         if torch.compiler.is_compiling():
@@ -290,7 +290,7 @@ def temperature_tensor(temperature: float | Tensor, target: Tensor, dtype: torch
     if not temperature.is_floating_point() and temperature.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
     if temperature.device != target.device and (temperature.dim() > 0 or temperature.is_meta):
-        raise ValueError(f"temperature: expected on the device of target, {target.device}, got {temperature.device}")
+        raise ValueError(f"temperature: expected on the device of {name}, {target.device}, got {temperature.device}")
     if temperature.numel() == 1:
         return temperature.to(device=target.device, dtype=dtype, non_blocking=True).reshape(1)
     try:
