@@ -140,7 +140,7 @@ def test_target_corrected_after_rounding_fails(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_without_the_softcaps_own_fails(dtype: torch.dtype) -> None:
+def test_gradient_without_the_softcaps_derivative_fails(dtype: torch.dtype) -> None:
     _, bound, grads = make(dtype, 97, softcap=30.0)
     wrong = (reference.gradient(bound.exact, **grads) / bound.exact.cap_grad).to(dtype)
     with pytest.raises(AssertionError, match="gradient"):
