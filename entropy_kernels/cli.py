@@ -1,4 +1,8 @@
-"""``entropy-kernels doctor | verify | tune | train | bench | fit``."""
+"""``entropy-kernels doctor | verify | tune | train | bench | fit``: arguments here, each command in a file of its own.
+
+Read doctor.py and verify.py with the calls that both make, smoke_matrix.py, and what these are held against,
+reference.py; then tune.py; trainer/__main__.py, benchmarks/run.py and analysis/report.py are the others.
+"""
 
 from __future__ import annotations
 

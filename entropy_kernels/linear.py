@@ -1,4 +1,8 @@
-"""Public functions on hidden states and a head's weight: validate, plan, call the op (docs/linear.md)."""
+"""Public functions on hidden states and a head's weight: validate, plan, call the op (docs/linear.md).
+
+Read on in ops/: linear_plan.py (how large a tile is), linear_token_stats.py (the op), linear_tiles.py (its loops) over
+products.py; linear_head.py, where the head is a module or a function; linear_policy_loss.py, gradients in the forward.
+"""
 
 from __future__ import annotations
 

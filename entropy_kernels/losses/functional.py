@@ -1,5 +1,8 @@
-"""The public losses, as functions and modules: keywords, one record made of them (options.py), one evaluation
-(evaluate.py)."""
+"""The public losses, as functions and modules: keywords, one record made of them, one evaluation.
+
+Read on in this order: options.py (the record), tokens.py (the tensors of a call), evaluate.py (values, derivatives and
+metrics) with surrogates.py (the closed forms), aggregation.py and kl.py; linear.py does the same between the products.
+"""
 
 from __future__ import annotations
 
