@@ -7,7 +7,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from compare import Bound
-from conftest import Place
+from conftest import BackendDevice
 from sample import Sample
 
 
@@ -36,14 +36,14 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def run(
-    sample: Sample, place: Place, function: str = "token_stats", grads: dict[str, Tensor] | None = None
+    sample: Sample, on: BackendDevice, function: str = "token_stats", grads: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Outputs by name and, with ``grads`` = upstream gradients by name, the gradient of the logits."""
     logits = sample.logits.detach()
     before = [x.clone() for x in (logits, sample.target)]
     if grads is not None:
         logits.requires_grad_()
-    outputs = getattr(ek, function)(logits, sample.target, **sample.kwargs, backend=place.backend)._asdict()
+    outputs = getattr(ek, function)(logits, sample.target, **sample.kwargs, backend=on.backend)._asdict()
     dlogits = None
     if grads is not None:
         (dlogits,) = torch.autograd.grad([outputs[name] for name in grads], logits, list(grads.values()))
@@ -56,10 +56,10 @@ def bound(sample: Sample) -> Bound:
     return Bound(sample.logits, sample.target, **sample.kwargs)
 
 
-def check(sample: Sample, place: Place, *names: str, function: str = "token_stats") -> None:
+def check(sample: Sample, on: BackendDevice, *names: str, function: str = "token_stats") -> None:
     """Values of ``function`` and its gradient through ``names`` against the references."""
     grads = upstream(sample, *names) if names else None
-    outputs, dlogits = run(sample, place, function, grads)
+    outputs, dlogits = run(sample, on, function, grads)
     for name, value in outputs.items():
         assert value.shape == sample.target.shape, f"{name}: shape {tuple(value.shape)}"
     references = bound(sample)

@@ -41,7 +41,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 
 @dataclass(frozen=True)
-class Place:
+class BackendDevice:
     """A backend and the device that it runs on."""
 
     backend: str
@@ -73,27 +73,27 @@ needs_fake_gpu = pytest.mark.skipif(
 )
 
 
-def places(op: str = "token_stats") -> list:
+def backend_devices(op: str = "token_stats") -> list:
     """pytest parameters: every backend of ``op`` on every device here, skipped with the reason where it cannot run."""
-    there = [Place(name, "cuda") for name in ("torch", "triton", "cuda")] if torch.cuda.is_available() else []
-    interpreted = [] if torch.cuda.is_available() else [Place("triton", "cpu")]
+    there = [BackendDevice(name, "cuda") for name in ("torch", "triton", "cuda")] if torch.cuda.is_available() else []
+    interpreted = [] if torch.cuda.is_available() else [BackendDevice("triton", "cpu")]
     params = []
-    for place in (Place("torch", "cpu"), Place("cpu", "cpu"), *interpreted, *there):
-        reason = ek.backends()[op][place.backend]
-        marks = [] if reason == "available" else [pytest.mark.skip(reason=f"backend {place.backend}: {reason}")]
-        if place.device == "cuda":
+    for on in (BackendDevice("torch", "cpu"), BackendDevice("cpu", "cpu"), *interpreted, *there):
+        reason = ek.backends()[op][on.backend]
+        marks = [] if reason == "available" else [pytest.mark.skip(reason=f"backend {on.backend}: {reason}")]
+        if on.device == "cuda":
             # ops whose kernels are written together are tested together, but for what a kernel of its own may do
             known = registry.OPS
             alone = [o for o in known if known[o].fused]
             together = [o for o in known if known[o].stem == known[op].stem and o not in alone]
             together = [op] if op in alone else together
-            marks.append(on_gpu(place.backend, *together))
-        params.append(pytest.param(place, marks=marks, id=str(place)))
+            marks.append(on_gpu(on.backend, *together))
+        params.append(pytest.param(on, marks=marks, id=str(on)))
     return params
 
 
-@pytest.fixture(params=places())
-def place(request: pytest.FixtureRequest) -> Place:
+@pytest.fixture(params=backend_devices())
+def on(request: pytest.FixtureRequest) -> BackendDevice:
     """Backend × device of the statistics ops."""
     return request.param
 
@@ -161,13 +161,13 @@ def forgetful_registry() -> Iterator[None]:
     registry.forget()
 
 
-@pytest.fixture(params=places("clip_cov_mask"))
-def selection_place(request: pytest.FixtureRequest) -> Place:
+@pytest.fixture(params=backend_devices("clip_cov_mask"))
+def selection_on(request: pytest.FixtureRequest) -> BackendDevice:
     """Backend × device of the selection ops."""
     return request.param
 
 
-def gpu_places(*ops: str, needs: Iterable[str] = (), name: str = "") -> list:
+def gpu_backend_devices(*ops: str, needs: Iterable[str] = (), name: str = "") -> list:
     """pytest parameters: every backend on the GPU, for a test of ``ops`` that also runs ``needs``."""
     params = []
     for backend in ("torch", "triton", "cuda"):
@@ -176,25 +176,25 @@ def gpu_places(*ops: str, needs: Iterable[str] = (), name: str = "") -> list:
         if not torch.cuda.is_available():
             reasons = ["needs a GPU"]
         marks = [on_gpu(backend, *ops), *(pytest.mark.skip(reason=reason) for reason in reasons[:1])]
-        params.append(pytest.param(Place(backend, "cuda"), marks=marks, id=backend + name))
+        params.append(pytest.param(BackendDevice(backend, "cuda"), marks=marks, id=backend + name))
     return params
 
 
-def loss_places() -> list:
+def loss_backend_devices() -> list:
     """Where the losses run: the CPU, and on a GPU each backend that can select there in the place of "auto"."""
     ops = [op for op in registry.OPS if not op.endswith("token_stats")]
-    there = gpu_places(*ops, name="-cuda") if torch.cuda.is_available() else []
-    return [pytest.param(Place("auto", "cpu"), id="cpu"), *there]
+    there = gpu_backend_devices(*ops, name="-cuda") if torch.cuda.is_available() else []
+    return [pytest.param(BackendDevice("auto", "cpu"), id="cpu"), *there]
 
 
-@pytest.fixture(params=loss_places())
-def loss_place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, forgetful_registry: None) -> Place:
+@pytest.fixture(params=loss_backend_devices())
+def loss_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, forgetful_registry: None) -> BackendDevice:
     """Runs a module that imports ``ek`` from loss_cases there too."""
-    place = request.param
-    if place.device == "cuda":
-        stub_gpu.serve_auto_with(monkeypatch, place.backend)
-        monkeypatch.setattr(loss_cases.OnDevice, "device", place.device)
-    return place
+    on = request.param
+    if on.device == "cuda":
+        stub_gpu.serve_auto_with(monkeypatch, on.backend)
+        monkeypatch.setattr(loss_cases.OnDevice, "device", on.device)
+    return on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

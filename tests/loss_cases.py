@@ -24,7 +24,7 @@ class OnDevice:
     """``entropy_kernels`` for tests that think in CPU tensors: its functions run on copies of them on ``device``.
 
     Results come back to the CPU, and gradients with them, as a copy is differentiable. Classes and modules are those
-    of the package. The fixture ``loss_place`` sets the device.
+    of the package. The fixture ``loss_on`` sets the device.
     """
 
     device = "cpu"

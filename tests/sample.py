@@ -31,7 +31,7 @@ class Case:
     reason: str
     build: Callable[[torch.dtype, str], Sample]
     dtypes: tuple[torch.dtype, ...] = ALL  # in which the case exists
-    slow_dtypes: tuple[torch.dtype, ...] = ALL  # in which it has something of its own to show: all that slow places run
+    slow_dtypes: tuple[torch.dtype, ...] = ALL  # in which it has something of its own to show: all that slow ones run
 
     def __str__(self) -> str:
         return self.name

@@ -241,7 +241,7 @@ def test_doctor_runs_no_kernel_that_might_hang(monkeypatch: pytest.MonkeyPatch) 
     add_stub_gpu(monkeypatch)
     ran: list[tuple[str, str]] = []
     monkeypatch.setattr(doctor.ek, "backends", lambda: {"token_stats": dict.fromkeys(("cuda", "torch"), "available")})
-    call = smoke_matrix.Call("x", lambda *place: ran.append(place) or (), tuple)
+    call = smoke_matrix.Call("x", lambda *on: ran.append(on) or (), tuple)
     monkeypatch.setitem(smoke_matrix.DOCTOR, "token_stats", lambda: [call])
     for pairs, expected in (((), []), ([("token_stats", "cuda", "sm_90")], [("cuda", "cuda")])):
         verify(monkeypatch, *pairs)

@@ -1,6 +1,6 @@
 """The backend "cuda": when it is there, that "auto" waits for a hardware run, and what only hardware can show.
 
-On a GPU every test with a `place` runs on it too; here is what those do not ask.
+On a GPU every test with the fixture `on` runs on it too; here is what those do not ask.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 import entropy_kernels as ek
 from calls import bound, check, same_bits, upstream
-from conftest import Place, on_gpu
+from conftest import BackendDevice, on_gpu
 from entropy_kernels._rows import NAMES, RowOptions, bits
 from entropy_kernels.backends import native, registry
 from entropy_kernels.backends.eager import softmax_state
@@ -57,7 +57,7 @@ def test_kernel_report_without_the_cuda_half_is_a_clear_error() -> None:
 
 class TestOnHardware:
     pytestmark = hardware
-    place = Place("cuda", "cuda")
+    on = BackendDevice("cuda", "cuda")
 
     def test_no_kernel_uses_local_memory(self) -> None:
         kernels = native.cuda_kernels()
@@ -73,11 +73,11 @@ class TestOnHardware:
         """From one row, cut into as many parts as there may be, to many whole ones; 151937 misaligns the rows."""
         if rows == 600:
             large_memory(12)  # of fp64 references: a dozen processes at once would not fit
-        check(plain(dtype, "cuda", rows=rows, vocab=vocab, temperature=0.8), self.place, "logprob", "entropy")
+        check(plain(dtype, "cuda", rows=rows, vocab=vocab, temperature=0.8), self.on, "logprob", "entropy")
 
     @pytest.mark.parametrize("rows", [1, 40, 600])
     def test_double_has_only_plain_loads(self, rows: int) -> None:
-        check(plain(torch.float64, "cuda", rows=rows, vocab=32_000), self.place, "logprob", "entropy")
+        check(plain(torch.float64, "cuda", rows=rows, vocab=32_000), self.on, "logprob", "entropy")
 
     def test_repeated_runs_are_bitwise_equal(self) -> None:
         """Parts are merged in their order, whichever is done first."""
@@ -107,7 +107,7 @@ class TestOnHardware:
 
     @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
     def test_device_of_the_tensors_is_used(self) -> None:
-        check(plain(torch.bfloat16, "cuda:1", rows=3), self.place, "logprob", "entropy")
+        check(plain(torch.bfloat16, "cuda:1", rows=3), self.on, "logprob", "entropy")
         assert torch.cuda.current_device() == 0
 
     @pytest.mark.parametrize("columns", ["contiguous", "strided"])

@@ -1,7 +1,7 @@
 """The CUDA kernels of token_stats without a GPU.
 
 Their functions, run on the CPU (cuda_emulator.cpp), take the place of the C++ kernels, so that whole calls with
-autograd are held to the bound of every backend. On a GPU the kernels themselves run in every test with a `place`.
+autograd are held to the bound of every backend. On a GPU the kernels run in every test with the fixture `on`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 import cuda_emulator
 from calls import bound, check, run, same_bits, upstream
 from cases import CASES
-from conftest import Place
+from conftest import BackendDevice
 from cuda_emulator import Emulated
 from entropy_kernels._rows import NAMES, SECOND_ORDER, STATISTICS, RowOptions, bits
 from entropy_kernels.backends import native, registry
@@ -52,12 +52,12 @@ def kernels(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Emulated:
 
 
 @pytest.fixture
-def place(kernels: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+def on(kernels: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[BackendDevice]:
     """Backend "cpu" with the emulated kernels in place of the C++ ones."""
     for name in registry.OPS["token_stats"].kernels:
         monkeypatch.setattr(native, name, getattr(kernels, name))
     registry.kernel_of.cache_clear()
-    yield Place("cpu", "cpu")
+    yield BackendDevice("cpu", "cpu")
     registry.kernel_of.cache_clear()
 
 
@@ -69,10 +69,10 @@ def all_grads(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_case(case: Case, place: Place, kernels: Emulated) -> None:
+def test_case(case: Case, on: BackendDevice, kernels: Emulated) -> None:
     plain_way = not kernels.bulk and kernels.parts == 1
     for dtype in case.dtypes if plain_way else case.slow_dtypes:
-        check(case.build(dtype, "cpu"), place, "logprob", "entropy", "collision")
+        check(case.build(dtype, "cpu"), on, "logprob", "entropy", "collision")
 
 
 class TestExp2:
@@ -86,23 +86,23 @@ class TestExp2:
     @pytest.mark.parametrize("kernels", ["whole"], indirect=True)
     @pytest.mark.parametrize("ulps", [2, -2])
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_off_by_two_ulps(self, case: Case, ulps: int, place: Place, library: ctypes.CDLL) -> None:
+    def test_off_by_two_ulps(self, case: Case, ulps: int, on: BackendDevice, library: ctypes.CDLL) -> None:
         library.emulate_exp2_ulps(ulps)
         for dtype in case.slow_dtypes:
             if dtype != torch.float64:  # which has no such instruction
-                check(case.build(dtype, "cpu"), place, "logprob", "entropy", "collision")
+                check(case.build(dtype, "cpu"), on, "logprob", "entropy", "collision")
 
     @pytest.mark.parametrize("kernels", ["cluster"], indirect=True)
     @pytest.mark.parametrize("ulps", [2, -2])
     @pytest.mark.parametrize("softcap", [None, 20.0])
-    def test_long_rows(self, softcap: float | None, ulps: int, place: Place, library: ctypes.CDLL) -> None:
+    def test_long_rows(self, softcap: float | None, ulps: int, on: BackendDevice, library: ctypes.CDLL) -> None:
         library.emulate_exp2_ulps(ulps)
         sample = plain(torch.float32, "cpu", rows=1, vocab=151_936, temperature=0.8, softcap=softcap)
-        check(sample, place, "logprob", "entropy")
+        check(sample, on, "logprob", "entropy")
 
     @pytest.mark.parametrize("kernels", ["whole"], indirect=True)
     @pytest.mark.parametrize("ulps", [4000, -4000])
-    def test_a_wrong_one_fails(self, ulps: int, place: Place, kernels: Emulated, library: ctypes.CDLL) -> None:
+    def test_a_wrong_one_fails(self, ulps: int, on: BackendDevice, kernels: Emulated, library: ctypes.CDLL) -> None:
         """In the values, and in the gradient of a state that is right."""
         sample, temperature = plain(torch.float32, "cpu", vocab=1031), torch.ones(1)
         arguments, options = (sample.logits[None], sample.target, temperature), RowOptions(0.0, -100, 0, 1031)
@@ -128,15 +128,15 @@ class TestExp2:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("vocab", [32_000, 151_936])
-def test_long_rows(vocab: int, softcap: float | None, dtype: torch.dtype, place: Place) -> None:
+def test_long_rows(vocab: int, softcap: float | None, dtype: torch.dtype, on: BackendDevice) -> None:
     """Every stage of the pipeline is refilled several times; sums of many tiles."""
-    check(plain(dtype, "cpu", rows=2, vocab=vocab, temperature=0.8, softcap=softcap), place, "logprob", "entropy")
+    check(plain(dtype, "cpu", rows=2, vocab=vocab, temperature=0.8, softcap=softcap), on, "logprob", "entropy")
 
 
-def test_logprob_entropy_has_no_second_moments(place: Place) -> None:
+def test_logprob_entropy_has_no_second_moments(on: BackendDevice) -> None:
     for softcap in (None, 20.0):
         sample = plain(torch.bfloat16, "cpu", vocab=20_011, softcap=softcap)
-        check(sample, place, "logprob", "entropy", function="logprob_entropy")
+        check(sample, on, "logprob", "entropy", function="logprob_entropy")
 
 
 @pytest.mark.parametrize("width", [1, 8, 9, 31, 127, 1031, 8209])
@@ -163,10 +163,10 @@ def test_any_alignment_and_nothing_beside_the_row(width: int, offset: int, kerne
         assert (buffer[..., :offset] == 77).all() and (buffer[..., offset + width :] == 77).all()
 
 
-def test_strided_columns(place: Place) -> None:
+def test_strided_columns(on: BackendDevice) -> None:
     sample = plain(torch.bfloat16, "cpu", vocab=3001)
     sample.logits = torch.stack([sample.logits, torch.full_like(sample.logits, math.nan)], -1)[..., 0]
-    check(sample, place, "logprob", "entropy", "collision")
+    check(sample, on, "logprob", "entropy", "collision")
 
 
 def test_bits_do_not_depend_on_the_order_of_threads(library: ctypes.CDLL) -> None:
@@ -365,10 +365,10 @@ def test_unwanted_outputs_are_not_written(kernels: Emulated) -> None:
         assert same_bits(outputs, full[[i for i in range(len(STATISTICS)) if want >> i & 1]])
 
 
-def test_missing_and_expanded_upstream(place: Place, kernels: Emulated) -> None:
+def test_missing_and_expanded_upstream(on: BackendDevice, kernels: Emulated) -> None:
     sample = plain(torch.float32, "cpu", vocab=500)
     for names in (("logprob",), ("entropy",), ("collision",), ("logprob", "entropy")):
-        check(sample, place, *names)
+        check(sample, on, *names)
     options = RowOptions(0.0, -100, 0, 500)
     _, state = kernels.token_stats_forward(sample.logits[None], sample.target, torch.ones(1), options, 3)
     arguments = (sample.logits[None], sample.target.int(), torch.ones(1), state, options)
@@ -396,14 +396,14 @@ def test_a_gradient_of_zero_is_none(kernels: Emulated) -> None:
     assert torch.equal(kernels.token_stats_backward(grads, *arguments, state, options, ALL, False), expected)
 
 
-def test_every_row_is_written_once_per_call(place: Place) -> None:
+def test_every_row_is_written_once_per_call(on: BackendDevice) -> None:
     """A batch whose rows lie apart, several of them, with a per-token temperature: offsets of every row."""
     base = normal(7, 3, 2 * 203, dtype=torch.bfloat16, device="cpu")
     sample = plain(torch.bfloat16, "cpu")
     sample.logits, sample.target = base.transpose(0, 1)[..., :203], labels(3, 7, vocab=203, device="cpu")
     sample.kwargs = {"temperature": torch.rand(3, 7) + 0.5}
-    check(sample, place, "logprob", "entropy", "collision")
-    first, gradient = run(sample, place, grads=upstream(sample, "logprob"))
-    second, again = run(sample, place, grads=upstream(sample, "logprob"))
+    check(sample, on, "logprob", "entropy", "collision")
+    first, gradient = run(sample, on, grads=upstream(sample, "logprob"))
+    second, again = run(sample, on, grads=upstream(sample, "logprob"))
     assert gradient is not None and again is not None and same_bits(gradient, again)
     assert all(same_bits(first[name], second[name]) for name in first)

@@ -1,6 +1,6 @@
 """What only a GPU can show, of every backend: no host sync, CUDA graphs, 2³¹ logits, the same tokens as on the CPU.
 
-Tests that CPUs run as well have a `place`, and run on GPUs too; test_cuda_*.py ask what is particular to CUDA C++.
+Tests that CPUs run as well have the fixture `on`, and run there too; test_cuda_*.py ask what is particular to CUDA C++.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from calls import bound, same_bits, upstream
 from cases import Sample, labels, normal
-from conftest import Place, gpu_places, on_gpu
+from conftest import BackendDevice, gpu_backend_devices, on_gpu
 from entropy_kernels.backends import registry
 from loss_cases import MODES
 from stub_gpu import serve_auto_with
@@ -26,7 +26,7 @@ STATISTICS = ("token_stats", "linear_token_stats")
 
 
 def every_backend(*ops: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("place", gpu_places(*ops, needs=registry.OPS))
+    return pytest.mark.parametrize("on", gpu_backend_devices(*ops, needs=registry.OPS))
 
 
 pytestmark = pytest.mark.usefixtures("undisturbed", "forgetful_registry")
@@ -52,7 +52,7 @@ def leaf(tensor: Tensor) -> Tensor:
 # ---- everything that a training step calls, as functions of nothing --------------------------------------------------
 
 
-def statistics(place: Place) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def statistics(on: BackendDevice) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Calls with their gradients: functions, dtypes, layouts, temperatures; rows that are split and that are not."""
     calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
 
@@ -64,7 +64,7 @@ def statistics(place: Place) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         def call() -> tuple[Tensor, ...]:
             # as after a matmul, so that an in-place gradient overwrites nothing that is needed again
             given = logits * 1 if options.get("inplace_backward") else logits
-            outputs = getattr(ek, function)(given, sample.target, **sample.kwargs, **options, backend=place.backend)
+            outputs = getattr(ek, function)(given, sample.target, **sample.kwargs, **options, backend=on.backend)
             (gradient,) = torch.autograd.grad(list(outputs[: len(grads)]), logits, grads)
             return (*(output.detach() for output in outputs), gradient)
 
@@ -107,7 +107,7 @@ def tokens(count: int, seed: int = 0) -> dict[str, Tensor]:
     return {name: value.cuda() for name, value in data.items()}
 
 
-def selection(place: Place) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def selection(on: BackendDevice) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Covariance and masks with every kind of band, count, seed and index; below and above what one cluster holds."""
     calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     seed = torch.tensor(11, device="cuda")
@@ -115,7 +115,7 @@ def selection(place: Place) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         data = tokens(count)
 
         def call(data: dict[str, Tensor] = data) -> tuple[Tensor, ...]:
-            backend = {"backend": place.backend}
+            backend = {"backend": on.backend}
             masked = (data["covariance"], data["mask"])
             more = {name: data[name] for name in ("exclude", "token_index")}
             quantile: dict[str, Any] = {"band": "quantile", "low": 0.2, "high": 0.9, "closed": True}
@@ -133,7 +133,7 @@ def selection(place: Place) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     return calls
 
 
-def losses(place: Place) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+def losses(on: BackendDevice) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
     """Every loss and preset with its metrics and gradients. Selections inside them are "auto": see serve_auto_with."""
     data = {name: value.view(256, 64) for name, value in tokens(256 * 64, seed=1).items()}
     data["mask"][3] = False
@@ -175,19 +175,19 @@ KINDS = {
     losses: SELECTION,
 }
 every_kind = pytest.mark.parametrize(
-    ("kind", "place"),
+    ("kind", "on"),
     [
         pytest.param(kind, *param.values, marks=param.marks, id=param.id)
         for kind, ops in KINDS.items()
-        for param in gpu_places(*ops, needs=registry.OPS, name=f"-{kind.__name__}")
+        for param in gpu_backend_devices(*ops, needs=registry.OPS, name=f"-{kind.__name__}")
     ],
 )
 
 
 @pytest.fixture
-def calls(kind: Any, place: Place, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    serve_auto_with(monkeypatch, place.backend)
-    return kind(place)
+def calls(kind: Any, on: BackendDevice, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    serve_auto_with(monkeypatch, on.backend)
+    return kind(on)
 
 
 @every_kind
@@ -232,7 +232,7 @@ def test_replays_of_a_graph_equal_the_call_bit_for_bit(calls: dict[str, Callable
 
 @every_backend(*SELECTION)
 @pytest.mark.parametrize("count", [1, 5000, 524_288, 524_289, 1_000_003])
-def test_selection_is_that_of_the_cpu(place: Place, count: int) -> None:
+def test_selection_is_that_of_the_cpu(on: BackendDevice, count: int) -> None:
     """The same tokens and the same bits for the same seed, so that a run can move between devices."""
     there = tokens(count, seed=count)
     here = {name: value.cpu() for name, value in there.items()}
@@ -241,7 +241,7 @@ def test_selection_is_that_of_the_cpu(place: Place, count: int) -> None:
         if levels:
             for data in (there, here):
                 data["covariance"] = (data["covariance"] * levels).round() / levels
-        pair = ((there, place.backend), (here, cpu))
+        pair = ((there, on.backend), (here, cpu))
         covariances = [ek.token_covariance(d["logprob"], d["advantages"], d["mask"], backend=b).cpu() for d, b in pair]
         assert same_bits(*covariances)
         for function, options in (
@@ -257,7 +257,7 @@ def test_selection_is_that_of_the_cpu(place: Place, count: int) -> None:
 
 
 @every_backend(*STATISTICS)
-def test_more_than_2_31_logits(place: Place, large_memory: Callable[[float], None]) -> None:
+def test_more_than_2_31_logits(on: BackendDevice, large_memory: Callable[[float], None]) -> None:
     """Forward and the gradient in place; only the first and the last row have one, the last begins beyond 2³¹."""
     large_memory(10)
     rows, vocab = 17_000, 131_072
@@ -270,7 +270,7 @@ def test_more_than_2_31_logits(place: Place, large_memory: Callable[[float], Non
     weight = torch.zeros(rows, device="cuda")
     weight[ends] = torch.tensor([1.0, -2.0], device="cuda")
     logits.requires_grad_()
-    out = ek.logprob_entropy(logits, target, inplace_backward=True, backend=place.backend)
+    out = ek.logprob_entropy(logits, target, inplace_backward=True, backend=on.backend)
     references = bound(sample)
     references.check_values(logprob=out.logprob[ends], entropy=out.entropy[ends])
     assert bool((out.entropy[1:-1] - torch.tensor(float(vocab)).log()).abs().amax() < 1e-5)
@@ -280,16 +280,16 @@ def test_more_than_2_31_logits(place: Place, large_memory: Callable[[float], Non
 
 
 @every_backend(*registry.OPS)
-def test_a_whole_step_compiles(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_step_compiles(on: BackendDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Head → statistics → selection → loss in one graph, by the real compiler, with the gradients of eager code."""
-    serve_auto_with(monkeypatch, place.backend)
+    serve_auto_with(monkeypatch, on.backend)
     torch._dynamo.reset()
     hidden, weight = (normal(*shape, dtype=torch.float32, device="cuda", scale=0.3) for shape in ((64, 32), (999, 32)))
     target, old = labels(64, vocab=999, device="cuda"), torch.full((4, 16), -7.0, device="cuda")
     advantages, seed = torch.linspace(-1, 1, 4, device="cuda")[:, None], torch.tensor(3, device="cuda")
 
     def step(hidden: Tensor, weight: Tensor, seed: Tensor) -> Tensor:
-        stats = ek.logprob_entropy(hidden @ weight.t(), target, temperature=0.9, backend=place.backend)
+        stats = ek.logprob_entropy(hidden @ weight.t(), target, temperature=0.9, backend=on.backend)
         logprob, entropy = (value.view(4, 16) for value in stats)
         options: dict[str, Any] = {"entropy": entropy, "entropy_coef": 0.01, "seed": seed, "ratio": 0.1, "low": 0.01}
         return ek.clip_cov_loss(logprob, old, advantages, torch.ones_like(old), **options).loss
@@ -362,21 +362,21 @@ def test_from_hidden_states(backend: str, budget: int, dtype: torch.dtype) -> No
         assert (ours.cpu().float() - right.float()).norm() <= 5 * tolerance * right.float().norm()
 
 
-@pytest.mark.parametrize("place", gpu_places(*STATISTICS, needs=registry.OPS)[1:2])
+@pytest.mark.parametrize("on", gpu_backend_devices(*STATISTICS, needs=registry.OPS)[1:2])
 def test_triton_takes_the_tilings_that_were_measured(
-    place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    on: BackendDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     """By the command, on tensors of its own; whoever reads the same file gets the same bits."""
     from entropy_kernels import cli
     from entropy_kernels.backends import switches
     from entropy_kernels.backends.triton import tuning
 
-    logits = normal(256, 32_000, dtype=torch.bfloat16, device=place.device)
-    target = labels(256, vocab=32_000, device=place.device)
+    logits = normal(256, 32_000, dtype=torch.bfloat16, device=on.device)
+    target = labels(256, vocab=32_000, device=on.device)
 
     def run() -> list[Tensor]:
         x = leaf(logits)
-        logprob, entropy = ek.logprob_entropy(x, target, backend=place.backend)
+        logprob, entropy = ek.logprob_entropy(x, target, backend=on.backend)
         return [logprob, entropy, *torch.autograd.grad((logprob + entropy).sum(), x)]
 
     plain = run()

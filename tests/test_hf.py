@@ -289,13 +289,13 @@ def test_packed_sequences_with_positions_in_three_axes(given: str) -> None:
     """Only positions of the text keep sequences apart there."""
     model = make("qwen2.5, images")
     sequences = [ids(1, length).clamp(max=90) for length in (5, 1, 9)]
-    place = torch.cat([torch.arange(s.shape[1]) for s in sequences])[None]
+    on = torch.cat([torch.arange(s.shape[1]) for s in sequences])[None]
     cu_seqlens = torch.tensor([0, 5, 6, 15])
     options = {
         "cu_seqlens": {"cu_seqlens": cu_seqlens},
-        "(1, L)": {"position_ids": place},
-        "(4, 1, L)": {"position_ids": place.expand(4, 1, -1)},
-        "cu_seqlens beside (3, 1, L)": {"cu_seqlens": cu_seqlens, "position_ids": place.expand(3, 1, -1)},
+        "(1, L)": {"position_ids": on},
+        "(4, 1, L)": {"position_ids": on.expand(4, 1, -1)},
+        "cu_seqlens beside (3, 1, L)": {"cu_seqlens": cu_seqlens, "position_ids": on.expand(3, 1, -1)},
     }[given]
     got = ek.hf.causal_lm_logprob_entropy(model, torch.cat(sequences, 1), **options)
     alone = [ek.hf.causal_lm_logprob_entropy(model, sequence) for sequence in sequences]

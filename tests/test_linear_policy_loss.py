@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import entropy_kernels as ek
-from conftest import Place, places
+from conftest import BackendDevice, backend_devices
 from entropy_kernels.losses import AGG_MODES
 from entropy_kernels.ops import linear_policy_loss as op
 from entropy_kernels.ops.linear_plan import HELD_OUT
@@ -212,21 +212,21 @@ def test_autocast() -> None:
         assert not torch.equal(ours, ours.bfloat16().float())
 
 
-@pytest.mark.parametrize("place", places("token_covariance"))
+@pytest.mark.parametrize("on", backend_devices("token_covariance"))
 @pytest.mark.parametrize("method", LOSSES)
-def test_on_every_backend(place: Place, method: str) -> None:
+def test_on_every_backend(on: BackendDevice, method: str) -> None:
     """Statistics, selection and loss of one backend; on a GPU without a value read back."""
     case = make(method, entropy_coef=0.01, **SELECT[method]).to(torch.float32, torch.float32)
     _, right = composed(case)
-    there = case.on(place.device)
+    there = case.on(on.device)
     for budget in BUDGETS[torch.float32]:
-        if place.device == "cuda":
-            fused(there, budget, backend=place.backend)  # compiles, fills caches
+        if on.device == "cuda":
+            fused(there, budget, backend=on.backend)  # compiles, fills caches
             torch.cuda.set_sync_debug_mode("error")
         try:
-            _, found = fused(there, budget, backend=place.backend)
+            _, found = fused(there, budget, backend=on.backend)
         finally:
-            if place.device == "cuda":
+            if on.device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
         for ours, theirs in zip(found, right, strict=True):
             assert (ours.cpu() - theirs).norm() <= 2e-5 * theirs.norm()

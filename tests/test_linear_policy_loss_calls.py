@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import entropy_kernels as ek
-from conftest import Place, places
+from conftest import BackendDevice, backend_devices
 from linear_policy_cases import (
     BUDGETS,
     LOSSES,
@@ -249,14 +249,14 @@ def test_one_backward_pass() -> None:
         case.loss(dual, weight, bias)
 
 
-@pytest.mark.parametrize("place", places("token_covariance"))
-def test_a_factor_is_not_rounded(place: Place) -> None:
+@pytest.mark.parametrize("on", backend_devices("token_covariance"))
+def test_a_factor_is_not_rounded(on: BackendDevice) -> None:
     """1/3 has no exact bf16; the gradients are rounded, not the factor. Old log-probs may be of any dtype."""
-    case = make("ppo", entropy_coef=0.01).to(torch.bfloat16).changed("advantages", Tensor.float).on(place.device)
+    case = make("ppo", entropy_coef=0.01).to(torch.bfloat16).changed("advantages", Tensor.float).on(on.device)
     results = []
     for factor in (1.0, 1 / 3):
         leaves = case.leaves()
-        (case.loss(*leaves, backend=place.backend).loss * factor).backward()
+        (case.loss(*leaves, backend=on.backend).loss * factor).backward()
         results.append(leaves[0].grad)
     hidden, third = results  # rounded once before the factor, and once after it
-    assert torch.equal((hidden.float() * torch.tensor(1 / 3, device=place.device)).bfloat16(), third)
+    assert torch.equal((hidden.float() * torch.tensor(1 / 3, device=on.device)).bfloat16(), third)

@@ -11,7 +11,7 @@ import torch
 import entropy_kernels as ek
 import linear_cases
 from calls import same_bits
-from conftest import Place, places
+from conftest import BackendDevice, backend_devices
 from linear_cases import ALL, Linear, budgets, dense, judge, make, run
 from sample import INF, NAN
 
@@ -83,19 +83,19 @@ CASES: dict[str, Callable[[torch.dtype], Linear]] = {
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("place", places("linear_token_stats"))
-def test_every_mode(name: str, dtype: torch.dtype, place: Place) -> None:
+@pytest.mark.parametrize("on", backend_devices("linear_token_stats"))
+def test_every_mode(name: str, dtype: torch.dtype, on: BackendDevice) -> None:
     """Logits kept, and made again in one tile and in many: each within the errors of materialised logits."""
-    if dtype not in place.dtypes:
+    if dtype not in on.dtypes:
         pytest.skip("fp64 is for the CPU")
-    if place.interpreted and (dtype != torch.float32 or name not in ("plain", "masked", "ignored")):
+    if on.interpreted and (dtype != torch.float32 or name not in ("plain", "masked", "ignored")):
         pytest.skip("the tiles are the same code; the kernels have their own tests")
-    case = CASES[name](dtype).to(place.device)
+    case = CASES[name](dtype).to(on.device)
     modes = list(budgets(case))
     assert modes[0][0].startswith("keep") and (case.target.numel() < 20 or len(case.weight) < 800 or len(modes) > 1)
-    for _, budget in modes[:2] if place.interpreted else modes:
-        judge(case, run(case, memory_budget=budget, backend=place.backend))
-    values = run(case, grad=(), backend=place.backend)
+    for _, budget in modes[:2] if on.interpreted else modes:
+        judge(case, run(case, memory_budget=budget, backend=on.backend))
+    values = run(case, grad=(), backend=on.backend)
     judge(case, values)
 
 

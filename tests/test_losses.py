@@ -13,7 +13,7 @@ import reference_losses as ref
 from entropy_kernels.losses import kl_estimate
 from loss_cases import Batch, assert_matches, differentiated, ek, leaf, random_batch, random_options
 
-pytestmark = pytest.mark.usefixtures("loss_place")
+pytestmark = pytest.mark.usefixtures("loss_on")
 
 CLIPS = ((0.2, 0.2), (0.2, 0.28), (1.0, 1.0), (0.05, 0.05))
 RATIOS = (2e-4, 0.02, 0.1, 0.9)

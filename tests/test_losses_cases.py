@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Place
+from conftest import BackendDevice
 from loss_cases import MASK_DTYPES, MODES, assert_same, differentiated, ek, leaf, ragged
 
-pytestmark = pytest.mark.usefixtures("loss_place")
+pytestmark = pytest.mark.usefixtures("loss_on")
 
 NAN, INF = float("nan"), float("inf")
 # name -> function and options; the selecting ones pick a fifth of the tokens so that something happens
@@ -152,8 +152,8 @@ def test_a_quantile_band_selected_here_and_first() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("policy")])
-def test_the_backend_of_the_selection_changes_nothing(name: str, loss_place: Place) -> None:
-    names = [loss_place.backend] if loss_place.device == "cuda" else ["auto", "cpu", "triton"]
+def test_the_backend_of_the_selection_changes_nothing(name: str, loss_on: BackendDevice) -> None:
+    names = [loss_on.backend] if loss_on.device == "cuda" else ["auto", "cpu", "triton"]
     states = ek.backends()["clip_cov_mask"] | {"auto": "available"}
     batch = sample()
     expected = run(name, *batch, backend="torch")

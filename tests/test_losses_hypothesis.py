@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import reference_losses as ref
 from loss_cases import MODES, Batch, assert_matches, differentiated, ek, leaf
 
-pytestmark = pytest.mark.usefixtures("loss_place")
+pytestmark = pytest.mark.usefixtures("loss_on")
 
 numbers = st.floats(-30, 30, width=32)
 coefficients = st.sampled_from([0.0, 0.01, -0.3, 2.0])

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from loss_cases import MODES, assert_same, differentiated, ek, leaf, ragged
 
-pytestmark = pytest.mark.usefixtures("loss_place")
+pytestmark = pytest.mark.usefixtures("loss_on")
 
 NAN, INF = float("nan"), float("inf")
 LENGTHS = (3, 7, 0, 2)  # of the packed sequences

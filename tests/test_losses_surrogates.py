@@ -14,7 +14,7 @@ import reference_surrogates as ref
 from loss_cases import MODES, Batch, assert_matches, assert_same, differentiated, ek, leaf, random_options
 from surrogate_cases import CASES, OPTIONS, case_id, far_off, surrogate_batch, weights_of
 
-pytestmark = pytest.mark.usefixtures("loss_place")
+pytestmark = pytest.mark.usefixtures("loss_on")
 
 BATCHES = 60
 every_case = pytest.mark.parametrize("case", CASES, ids=case_id)

@@ -15,7 +15,7 @@ from torch import Tensor
 import entropy_kernels as ek
 import reference_selection as reference
 from calls import moved, same_bits
-from conftest import Place
+from conftest import BackendDevice
 from entropy_kernels.backends.eager import selection as eager
 from entropy_kernels.backends.radix_select import Band, Count
 
@@ -46,15 +46,15 @@ def covariances(shape: tuple[int, ...], seed: int = 0, levels: int | None = None
     return covariance, torch.rand(shape, generator=generator) < 0.8
 
 
-def check(place: Place, function: str, covariance: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """The public mask on ``place`` equals the reference; inputs unchanged. Returns the mask on the CPU."""
+def check(on: BackendDevice, function: str, covariance: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """The public mask on a backend equals the reference; inputs unchanged. Returns the mask on the CPU."""
     expected = getattr(reference, function)(covariance, mask, **options)
     tensors = {"covariance": covariance, "mask": mask, **{k: v for k, v in options.items() if isinstance(v, Tensor)}}
-    there = {k: None if v is None else moved(v, place.device) for k, v in tensors.items()}
+    there = {k: None if v is None else moved(v, on.device) for k, v in tensors.items()}
     before = {k: None if v is None else v.clone() for k, v in there.items()}
-    selected = getattr(ek, function + "_mask")(**{**options, **there}, backend=place.backend)
+    selected = getattr(ek, function + "_mask")(**{**options, **there}, backend=on.backend)
     assert selected.dtype == torch.bool and selected.shape == covariance.shape
-    assert selected.device.type == place.device and selected.is_contiguous()
+    assert selected.device.type == on.device and selected.is_contiguous()
     for name, value in there.items():
         assert value is None or same_bits(value, before[name]), f"{name} was changed"
     assert torch.equal(selected.cpu(), expected), (
@@ -64,9 +64,9 @@ def check(place: Place, function: str, covariance: Tensor, mask: Tensor | None =
     return selected.cpu()
 
 
-def both(place: Place, covariance: Tensor, mask: Tensor | None = None, **options: Any) -> None:
-    check(place, "kl_cov", covariance, mask, **options)
-    check(place, "clip_cov", covariance, mask, seed=5, **options)
+def both(on: BackendDevice, covariance: Tensor, mask: Tensor | None = None, **options: Any) -> None:
+    check(on, "kl_cov", covariance, mask, **options)
+    check(on, "clip_cov", covariance, mask, seed=5, **options)
 
 
 # ---- covariance
@@ -74,14 +74,14 @@ def both(place: Place, covariance: Tensor, mask: Tensor | None = None, **options
 
 @pytest.mark.parametrize("shape", [(1,), (6,), (3, 5), (2, 3, 4), (8, 600)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_covariance(selection_place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if dtype == torch.float64 and selection_place.device != "cpu":
+def test_covariance(selection_on: BackendDevice, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if dtype == torch.float64 and selection_on.device != "cpu":
         pytest.skip("fp64 is a CPU dtype")
-    logprob, advantages, mask = (x.to(selection_place.device) for x in batch(shape))
+    logprob, advantages, mask = (x.to(selection_on.device) for x in batch(shape))
     logprob, advantages = logprob.to(dtype), advantages.to(dtype)
     for m in (mask, None):
         expected = reference.covariance(logprob.cpu(), advantages.cpu(), None if m is None else m.cpu())
-        got = ek.token_covariance(logprob, advantages, m, backend=selection_place.backend)
+        got = ek.token_covariance(logprob, advantages, m, backend=selection_on.backend)
         assert got.dtype == torch.float32 and got.shape == shape and not got.requires_grad
         # half an ulp of fp32, and what the means' rounding (2⁻⁴⁰ of the largest value) leaves
         scale = logprob.abs().max().item() * advantages.abs().max().item()
@@ -89,80 +89,80 @@ def test_covariance(selection_place: Place, shape: tuple[int, ...], dtype: torch
         assert bool(((got.cpu().double() - expected).abs() <= bound).all())
 
 
-def test_covariance_offset(selection_place: Place) -> None:
+def test_covariance_offset(selection_on: BackendDevice) -> None:
     """Log-probs far from 0 with a small spread: nothing is lost to the mean's rounding."""
     logprob, advantages, mask = batch((4, 300), spread=1e-2)
     logprob = logprob - 1000
     expected = reference.covariance(logprob, advantages, mask)
-    arguments = (x.to(selection_place.device) for x in (logprob, advantages, mask))
-    got = ek.token_covariance(*arguments, backend=selection_place.backend).cpu().double()
+    arguments = (x.to(selection_on.device) for x in (logprob, advantages, mask))
+    got = ek.token_covariance(*arguments, backend=selection_on.backend).cpu().double()
     assert bool(((got - expected).abs() <= expected.abs() * 1e-6 + 1e-8).all())
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e30])
-def test_covariance_extreme_magnitudes(selection_place: Place, magnitude: float) -> None:
+def test_covariance_extreme_magnitudes(selection_on: BackendDevice, magnitude: float) -> None:
     logprob, advantages, mask = batch((3, 50))
     logprob = logprob * magnitude
     expected = reference.covariance(logprob, advantages, mask).float()
-    arguments = (x.to(selection_place.device) for x in (logprob, advantages, mask))
-    got = ek.token_covariance(*arguments, backend=selection_place.backend).cpu()
+    arguments = (x.to(selection_on.device) for x in (logprob, advantages, mask))
+    got = ek.token_covariance(*arguments, backend=selection_on.backend).cpu()
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-45)
 
 
-def test_covariance_same_bits_everywhere(selection_place: Place) -> None:
+def test_covariance_same_bits_everywhere(selection_on: BackendDevice) -> None:
     """Equal to torch on the CPU bit for bit, and independent of the order of the tokens."""
     logprob, advantages, mask = batch((4, 500))
     advantages = advantages.expand(logprob.shape)
     base = ek.token_covariance(logprob, advantages, mask, backend="torch")
     order = torch.randperm(2000, generator=torch.Generator().manual_seed(1))
-    shuffled = [x.reshape(-1)[order].to(selection_place.device) for x in (logprob, advantages, mask)]
-    got = ek.token_covariance(*shuffled, backend=selection_place.backend).cpu()
+    shuffled = [x.reshape(-1)[order].to(selection_on.device) for x in (logprob, advantages, mask)]
+    got = ek.token_covariance(*shuffled, backend=selection_on.backend).cpu()
     assert same_bits(got, base.view(-1)[order])
 
 
-def test_covariance_of_equal_advantages_is_zero(selection_place: Place) -> None:
+def test_covariance_of_equal_advantages_is_zero(selection_on: BackendDevice) -> None:
     """Also of a single sequence: its one advantage is the mean. Clip-Cov then selects nothing."""
     for logprob, advantage in ((torch.randn(4, 33), 0.7), (torch.randn(1, 90), 1 / 3)):
-        logprob = logprob.to(selection_place.device)
+        logprob = logprob.to(selection_on.device)
         advantages = torch.full_like(logprob, advantage)
-        covariance = ek.token_covariance(logprob, advantages, backend=selection_place.backend)
+        covariance = ek.token_covariance(logprob, advantages, backend=selection_on.backend)
         assert bool((covariance == 0).all())  # the sum of equal fp32 values fits a double
-        assert not ek.clip_cov_mask(covariance, seed=0, backend=selection_place.backend).any()
+        assert not ek.clip_cov_mask(covariance, seed=0, backend=selection_on.backend).any()
 
 
-def test_covariance_padding_does_not_leak(selection_place: Place) -> None:
+def test_covariance_padding_does_not_leak(selection_on: BackendDevice) -> None:
     logprob, advantages, mask = batch((4, 60))
     advantages = advantages.expand(logprob.shape).clone()
     clean = reference.covariance(logprob, advantages, mask).float()
     for poison in (NAN, INF, -INF):
-        dirty = [torch.where(mask, x, poison).to(selection_place.device) for x in (logprob, advantages)]
-        got = ek.token_covariance(*dirty, mask.to(selection_place.device), backend=selection_place.backend).cpu()
+        dirty = [torch.where(mask, x, poison).to(selection_on.device) for x in (logprob, advantages)]
+        got = ek.token_covariance(*dirty, mask.to(selection_on.device), backend=selection_on.backend).cpu()
         torch.testing.assert_close(got, clean, rtol=1e-6, atol=1e-9)
         assert bool((got[~mask] == 0).all())
 
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
-def test_nonfinite_valid_token_shows(selection_place: Place, poison: float) -> None:
-    logprob, advantages, mask = (x.to(selection_place.device) for x in batch((4, 60)))
+def test_nonfinite_valid_token_shows(selection_on: BackendDevice, poison: float) -> None:
+    logprob, advantages, mask = (x.to(selection_on.device) for x in batch((4, 60)))
     logprob[mask.nonzero()[7].tolist()[0], mask.nonzero()[7].tolist()[1]] = poison
-    covariance = ek.token_covariance(logprob, advantages, mask, backend=selection_place.backend)
+    covariance = ek.token_covariance(logprob, advantages, mask, backend=selection_on.backend)
     assert bool(covariance[mask].isnan().all()) and bool((covariance[~mask] == 0).all())
     for selected in (
-        ek.kl_cov_mask(covariance, mask, ratio=0.5, backend=selection_place.backend),
-        ek.clip_cov_mask(covariance, mask, seed=0, low=-INF, high=INF, backend=selection_place.backend),
-        ek.clip_cov_mask(covariance, mask, seed=0, low=0, high=1, band="quantile", backend=selection_place.backend),
+        ek.kl_cov_mask(covariance, mask, ratio=0.5, backend=selection_on.backend),
+        ek.clip_cov_mask(covariance, mask, seed=0, low=-INF, high=INF, backend=selection_on.backend),
+        ek.clip_cov_mask(covariance, mask, seed=0, low=0, high=1, band="quantile", backend=selection_on.backend),
     ):
         assert not selected.any()
 
 
-def test_covariance_without_tokens(selection_place: Place) -> None:
-    device = selection_place.device
+def test_covariance_without_tokens(selection_on: BackendDevice) -> None:
+    device = selection_on.device
     for shape in ((0,), (0, 5), (3, 0)):
         empty = torch.zeros(shape, device=device)
-        got = ek.token_covariance(empty, empty, backend=selection_place.backend)
+        got = ek.token_covariance(empty, empty, backend=selection_on.backend)
         assert got.shape == shape
     logprob, advantages, _ = (x.to(device) for x in batch((2, 9)))
-    got = ek.token_covariance(logprob * NAN, advantages, torch.zeros_like(logprob), backend=selection_place.backend)
+    got = ek.token_covariance(logprob * NAN, advantages, torch.zeros_like(logprob), backend=selection_on.backend)
     assert bool((got == 0).all())
 
 
@@ -171,131 +171,129 @@ def test_covariance_without_tokens(selection_place: Place) -> None:
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5), (2, 3, 40), (9, 500)])
 @pytest.mark.parametrize("levels", [None, 2])
-def test_masks(selection_place: Place, shape: tuple[int, ...], levels: int | None) -> None:
-    if selection_place.interpreted and shape not in ((3, 5), (9, 500)):
+def test_masks(selection_on: BackendDevice, shape: tuple[int, ...], levels: int | None) -> None:
+    if selection_on.interpreted and shape not in ((3, 5), (9, 500)):
         pytest.skip("the interpreter takes a third of a second for each call")
     covariance, mask = covariances(shape, levels=levels)
     for m in (mask, None):
-        both(selection_place, covariance, m)
-        both(selection_place, covariance, m, ratio=0.2)
-    both(selection_place, covariance, mask, k=3)
+        both(selection_on, covariance, m)
+        both(selection_on, covariance, m, ratio=0.2)
+    both(selection_on, covariance, mask, k=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.float32, torch.bfloat16])
-def test_mask_dtypes(selection_place: Place, dtype: torch.dtype) -> None:
+def test_mask_dtypes(selection_on: BackendDevice, dtype: torch.dtype) -> None:
     covariance, mask = covariances((5, 40))
     exclude = torch.rand(5, 40, generator=torch.Generator().manual_seed(3)) < 0.3
-    both(selection_place, covariance, mask.to(dtype), ratio=0.1, exclude=exclude.to(dtype))
+    both(selection_on, covariance, mask.to(dtype), ratio=0.1, exclude=exclude.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_covariance_dtypes(selection_place: Place, dtype: torch.dtype) -> None:
+def test_covariance_dtypes(selection_on: BackendDevice, dtype: torch.dtype) -> None:
     covariance, mask = covariances((4, 64))
-    both(selection_place, covariance.to(dtype), mask, ratio=0.1)
+    both(selection_on, covariance.to(dtype), mask, ratio=0.1)
 
 
-def test_exclude_counts_but_is_no_candidate(selection_place: Place) -> None:
+def test_exclude_counts_but_is_no_candidate(selection_on: BackendDevice) -> None:
     covariance, mask = covariances((4, 250))
     exclude = covariance > 2.5
-    selected = check(selection_place, "kl_cov", covariance, mask, exclude=exclude, ratio=0.05)
+    selected = check(selection_on, "kl_cov", covariance, mask, exclude=exclude, ratio=0.05)
     assert int(selected.sum()) == int(0.05 * int(mask.sum())) and not (selected & exclude).any()
-    check(selection_place, "clip_cov", covariance, mask, exclude=exclude, ratio=0.05, seed=1)
-    both(selection_place, covariance, mask, exclude=torch.ones_like(mask), ratio=0.05)
+    check(selection_on, "clip_cov", covariance, mask, exclude=exclude, ratio=0.05, seed=1)
+    both(selection_on, covariance, mask, exclude=torch.ones_like(mask), ratio=0.05)
 
 
-def test_broadcast_masks_and_strides(selection_place: Place) -> None:
+def test_broadcast_masks_and_strides(selection_on: BackendDevice) -> None:
     covariance, mask = covariances((40, 6))
-    both(selection_place, covariance.t(), mask.t(), ratio=0.1)
-    both(selection_place, covariance[::3, 1::2], mask[::3, 1::2], ratio=0.1)
-    both(selection_place, covariance[:1].expand(40, 6), mask[:, :1], ratio=0.1)
-    both(selection_place, covariance, mask[:, :1], exclude=mask[:1], ratio=0.1)
+    both(selection_on, covariance.t(), mask.t(), ratio=0.1)
+    both(selection_on, covariance[::3, 1::2], mask[::3, 1::2], ratio=0.1)
+    both(selection_on, covariance[:1].expand(40, 6), mask[:, :1], ratio=0.1)
+    both(selection_on, covariance, mask[:, :1], exclude=mask[:1], ratio=0.1)
 
 
-def test_ties_go_to_the_lower_token_index(selection_place: Place) -> None:
+def test_ties_go_to_the_lower_token_index(selection_on: BackendDevice) -> None:
     covariance = torch.full((6, 20), 3.0)
     mask = torch.rand(6, 20, generator=torch.Generator().manual_seed(0)) < 0.7
-    selected = check(selection_place, "kl_cov", covariance, mask, k=10)
+    selected = check(selection_on, "kl_cov", covariance, mask, k=10)
     assert selected.view(-1).nonzero().view(-1).tolist() == mask.view(-1).nonzero().view(-1)[:10].tolist()
     index = torch.randperm(120, generator=torch.Generator().manual_seed(2)).view(6, 20) * 2**40 - 2**45
-    both(selection_place, covariance, mask, k=10, token_index=index)
+    both(selection_on, covariance, mask, k=10, token_index=index)
     zeros = torch.tensor([-0.0, 0.0, -0.0, 0.0, -1e-45, 1e-45])
-    assert check(selection_place, "kl_cov", zeros, k=3).tolist() == [True, True, False, False, False, True]
+    assert check(selection_on, "kl_cov", zeros, k=3).tolist() == [True, True, False, False, False, True]
 
 
-def test_token_index(selection_place: Place) -> None:
+def test_token_index(selection_on: BackendDevice) -> None:
     """The selection follows the index, not the place: shuffled and padded, the same tokens are selected."""
     covariance, mask = covariances((4, 90), levels=4)
     index = torch.arange(360).view(4, 90) + 2**33
     for function, options in (("kl_cov", {}), ("clip_cov", {"seed": -3})):
-        base = check(selection_place, function, covariance, mask, ratio=0.05, token_index=index, **options)
+        base = check(selection_on, function, covariance, mask, ratio=0.05, token_index=index, **options)
         order = torch.randperm(360, generator=torch.Generator().manual_seed(1))
         shuffled = [torch.cat([x.view(-1)[order], x.new_zeros(40)]) for x in (covariance, mask, index)]
-        again = check(
-            selection_place, function, shuffled[0], shuffled[1], ratio=0.05, token_index=shuffled[2], **options
-        )
+        again = check(selection_on, function, shuffled[0], shuffled[1], ratio=0.05, token_index=shuffled[2], **options)
         assert torch.equal(again[:360], base.view(-1)[order]) and not again[360:].any()
 
 
 @pytest.mark.parametrize("closed", [False, True])
-def test_band_edges(selection_place: Place, closed: bool) -> None:
+def test_band_edges(selection_on: BackendDevice, closed: bool) -> None:
     """Values on a bound, next to it, at 0, and infinite."""
     edges = [0.1, 1.0, 5.0, 0.0, -0.0, INF, -INF, NAN, 3.4e38]
     near = [float(torch.nextafter(torch.tensor(x), torch.tensor(y))) for x in (0.1, 1.0, 5.0, 0.0) for y in (INF, -INF)]
     covariance = torch.tensor(edges + near)
     for low, high in ((1, 5), (0.1, 1), (0, 5), (-1, 0), (-INF, INF), (-INF, 0), (5, INF), (-1e39, 1e39), (-0.0, 1)):
-        check(selection_place, "clip_cov", covariance, seed=0, k=50, low=low, high=high, closed=closed)
+        check(selection_on, "clip_cov", covariance, seed=0, k=50, low=low, high=high, closed=closed)
 
 
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.9, 0.98), (0.5, 0.500001), (0.0, 0.3), (0.98, 1.0)])
-def test_quantile_band(selection_place: Place, low: float, high: float, closed: bool) -> None:
+def test_quantile_band(selection_on: BackendDevice, low: float, high: float, closed: bool) -> None:
     for levels in (None, 1):
         covariance, mask = covariances((5, 200), levels=levels)
         exclude = covariance < -2
         options = {"seed": 9, "band": "quantile", "low": low, "high": high, "closed": closed}
-        check(selection_place, "clip_cov", covariance, mask, exclude=exclude, ratio=0.5, **options)
-        check(selection_place, "clip_cov", covariance[:1, :1], k=1, **options)
+        check(selection_on, "clip_cov", covariance, mask, exclude=exclude, ratio=0.5, **options)
+        check(selection_on, "clip_cov", covariance[:1, :1], k=1, **options)
 
 
-def test_empty_band_and_few_candidates(selection_place: Place) -> None:
+def test_empty_band_and_few_candidates(selection_on: BackendDevice) -> None:
     covariance, mask = covariances((3, 100))
-    assert not check(selection_place, "clip_cov", covariance, mask, seed=0, low=50, high=60).any()
-    few = check(selection_place, "clip_cov", covariance, mask, seed=0, low=4, high=60, ratio=1.0)
+    assert not check(selection_on, "clip_cov", covariance, mask, seed=0, low=50, high=60).any()
+    few = check(selection_on, "clip_cov", covariance, mask, seed=0, low=4, high=60, ratio=1.0)
     assert torch.equal(few, mask & (covariance > 4))
-    everything = check(selection_place, "kl_cov", covariance, mask, k=10_000)
+    everything = check(selection_on, "kl_cov", covariance, mask, k=10_000)
     assert torch.equal(everything, mask)
-    assert torch.equal(check(selection_place, "kl_cov", covariance, mask, ratio=1.0), mask)
+    assert torch.equal(check(selection_on, "kl_cov", covariance, mask, ratio=1.0), mask)
 
 
-def test_nothing_to_select(selection_place: Place) -> None:
+def test_nothing_to_select(selection_on: BackendDevice) -> None:
     for shape in ((0,), (0, 4), (5, 0)):
-        both(selection_place, torch.zeros(shape), ratio=0.5)
-        both(selection_place, torch.zeros(shape), torch.zeros(shape), k=2)
+        both(selection_on, torch.zeros(shape), ratio=0.5)
+        both(selection_on, torch.zeros(shape), torch.zeros(shape), k=2)
     covariance, mask = covariances((3, 30))
-    both(selection_place, covariance * NAN, torch.zeros(3, 30), k=2)
-    check(selection_place, "clip_cov", covariance, mask * 0, seed=1, low=0, high=1, band="quantile")
-    assert not check(selection_place, "kl_cov", covariance, mask, k=0).any()
-    assert not check(selection_place, "kl_cov", covariance, mask, ratio=1e-3, at_least_one=False).any()
-    assert int(check(selection_place, "kl_cov", covariance, mask, ratio=1e-3).sum()) == 1
+    both(selection_on, covariance * NAN, torch.zeros(3, 30), k=2)
+    check(selection_on, "clip_cov", covariance, mask * 0, seed=1, low=0, high=1, band="quantile")
+    assert not check(selection_on, "kl_cov", covariance, mask, k=0).any()
+    assert not check(selection_on, "kl_cov", covariance, mask, ratio=1e-3, at_least_one=False).any()
+    assert int(check(selection_on, "kl_cov", covariance, mask, ratio=1e-3).sum()) == 1
     one = torch.zeros(3, 30)
     one[1, 7] = 1
-    assert int(check(selection_place, "kl_cov", covariance, one).sum()) == 1
+    assert int(check(selection_on, "kl_cov", covariance, one).sum()) == 1
 
 
-def test_padding_does_not_leak(selection_place: Place) -> None:
+def test_padding_does_not_leak(selection_on: BackendDevice) -> None:
     covariance, mask = covariances((4, 80))
     for poison in (NAN, INF, -INF, 2.0):
         dirty = torch.where(mask, covariance, poison)
         for function, options in (("kl_cov", {}), ("clip_cov", {"seed": 1})):
-            selected = check(selection_place, function, dirty, mask, ratio=0.1, **options)
+            selected = check(selection_on, function, dirty, mask, ratio=0.1, **options)
             assert torch.equal(selected, getattr(reference, function)(covariance, mask, ratio=0.1, **options))
 
 
-def test_infinite_covariance(selection_place: Place) -> None:
+def test_infinite_covariance(selection_on: BackendDevice) -> None:
     covariance, mask = covariances((4, 80))
     covariance[1, 3:9], covariance[2, 5:60] = INF, -INF
-    both(selection_place, covariance, mask, k=20)
-    both(selection_place, covariance, mask, ratio=1.0)
+    both(selection_on, covariance, mask, k=20)
+    both(selection_on, covariance, mask, ratio=1.0)
 
 
 @pytest.mark.parametrize("ratio", [2e-4, 2e-3, 1e-3, 0.02, 0.1, 0.29, 1 / 3, 0.7, 1.0])
@@ -391,19 +389,19 @@ def test_uniform_draw() -> None:
     assert abs(pairs - expected) < 6 * math.sqrt(expected)
 
 
-def test_seed(selection_place: Place) -> None:
-    covariance, mask = (x.to(selection_place.device) for x in covariances((3, 300)))
+def test_seed(selection_on: BackendDevice) -> None:
+    covariance, mask = (x.to(selection_on.device) for x in covariances((3, 300)))
     seeds = [0, 1, -1, 2**32, 2**63 - 1, -(2**63)]
     masks = [
-        ek.clip_cov_mask(covariance, mask, seed=s, k=5, backend=selection_place.backend).cpu().numpy().tobytes()
+        ek.clip_cov_mask(covariance, mask, seed=s, k=5, backend=selection_on.backend).cpu().numpy().tobytes()
         for s in seeds
     ]
     assert len(set(masks)) == len(seeds)
     for s, expected in zip(seeds[:3], masks[:3], strict=True):
-        tensor = torch.tensor(s, device=selection_place.device)
-        got = ek.clip_cov_mask(covariance, mask, seed=tensor, k=5, backend=selection_place.backend)
+        tensor = torch.tensor(s, device=selection_on.device)
+        got = ek.clip_cov_mask(covariance, mask, seed=tensor, k=5, backend=selection_on.backend)
         assert got.cpu().numpy().tobytes() == expected
-    unsigned = ek.clip_cov_mask(covariance, mask, seed=2**64 - 1, k=5, backend=selection_place.backend)
+    unsigned = ek.clip_cov_mask(covariance, mask, seed=2**64 - 1, k=5, backend=selection_on.backend)
     assert unsigned.cpu().numpy().tobytes() == masks[2]
 
 
@@ -455,16 +453,16 @@ def test_no_value_is_read_by_the_host(with_tensors: bool) -> None:
     assert eager.token_covariance(values, values, flags, "").dtype == torch.float32
 
 
-def test_advantages_per_sequence(selection_place):
+def test_advantages_per_sequence(selection_on):
     """(B,) is one per sequence, also where B = L would let it run along the positions; integers are advantages too."""
-    logprob = torch.randn(4, 4, device=selection_place.device)
-    per_sequence = torch.tensor([1, -2, 3, 0], device=selection_place.device)
-    expected = ek.token_covariance(logprob, per_sequence.float()[:, None].expand(4, 4), backend=selection_place.backend)
+    logprob = torch.randn(4, 4, device=selection_on.device)
+    per_sequence = torch.tensor([1, -2, 3, 0], device=selection_on.device)
+    expected = ek.token_covariance(logprob, per_sequence.float()[:, None].expand(4, 4), backend=selection_on.backend)
     for advantages in (per_sequence, per_sequence[:, None], per_sequence.double()):
-        got = ek.token_covariance(logprob, advantages, backend=selection_place.backend)
+        got = ek.token_covariance(logprob, advantages, backend=selection_on.backend)
         assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="advantages: expected"):
-        ek.token_covariance(logprob, torch.ones(3, device=selection_place.device))
+        ek.token_covariance(logprob, torch.ones(3, device=selection_on.device))
 
 
 SELECTIONS: dict[str, Callable[..., Any]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 import reference_selection as reference
-from conftest import Place
+from conftest import BackendDevice
 
 ROWS, LENGTH = 16, 50
 SELECTIONS: list[tuple[str, dict[str, Any]]] = [
@@ -45,13 +45,13 @@ def collect(parts: list[dict[str, Tensor]], with_index: bool, backend: str = "au
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
 @pytest.mark.parametrize("with_index", [False, True])
-def test_micro_batches(selection_place: Place, micro_batches: int, with_index: bool) -> None:
-    if selection_place.interpreted and micro_batches not in (1, 4):
+def test_micro_batches(selection_on: BackendDevice, micro_batches: int, with_index: bool) -> None:
+    if selection_on.interpreted and micro_batches not in (1, 4):
         pytest.skip("the interpreter takes a third of a second for each call")
-    whole = {name: value.to(selection_place.device) for name, value in rows().items()}
+    whole = {name: value.to(selection_on.device) for name, value in rows().items()}
     chunks = {name: value.chunk(micro_batches) for name, value in whole.items()}
     parts = [{name: chunks[name][i] for name in whole} for i in range(micro_batches)]
-    selection = collect(parts, with_index, selection_place.backend)
+    selection = collect(parts, with_index, selection_on.backend)
     assert len(selection) == micro_batches
     covariance = ek.token_covariance(whole["logprob"], whole["advantages"], whole["mask"], backend="torch").cpu()
     assert torch.equal(torch.cat(selection.covariance()).cpu(), covariance)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import entropy_kernels as ek
-from conftest import Place
+from conftest import BackendDevice
 from entropy_kernels.backends.eager import selection as eager
 from entropy_kernels.backends.radix_select import Band, Count
 from gloo import run_ranks
@@ -61,21 +61,21 @@ def call(function: str, data: dict[str, Tensor], backend: str, **options: Any) -
 
 
 @pytest.mark.parametrize(("function", "options"), CASES)
-def test_equal_to_numbers(selection_place: Place, function: str, options: dict[str, Any]) -> None:
-    data = {name: value.to(selection_place.device) for name, value in batch().items()}
+def test_equal_to_numbers(selection_on: BackendDevice, function: str, options: dict[str, Any]) -> None:
+    data = {name: value.to(selection_on.device) for name, value in batch().items()}
     for dtype in (torch.float64, torch.float32, torch.float16):
-        given = as_tensors(options, dtype, selection_place.device)
+        given = as_tensors(options, dtype, selection_on.device)
         plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in given.items()}
         if "k" in plain:
             given["k"], plain["k"] = given["k"].int(), int(plain["k"])
         expected = call(function, data, "torch", **plain)
-        assert torch.equal(call(function, data, selection_place.backend, **given), expected)
+        assert torch.equal(call(function, data, selection_on.backend, **given), expected)
         if "low" in given and "high" in given:  # one of each
             given["low"] = plain["low"]
-            assert torch.equal(call(function, data, selection_place.backend, **given), expected)
+            assert torch.equal(call(function, data, selection_on.backend, **given), expected)
         given = as_tensors(plain)  # on the CPU
-        assert torch.equal(call(function, data, selection_place.backend, **given), expected)
-        if selection_place.interpreted:
+        assert torch.equal(call(function, data, selection_on.backend, **given), expected)
+        if selection_on.interpreted:
             break
 
 
@@ -103,23 +103,23 @@ UNCHECKED: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
 
 @pytest.mark.parametrize(("function", "options", "same_as"), UNCHECKED)
 def test_values_out_of_range(
-    selection_place: Place, function: str, options: dict[str, Any], same_as: dict[str, Any] | None
+    selection_on: BackendDevice, function: str, options: dict[str, Any], same_as: dict[str, Any] | None
 ) -> None:
     """They act as the docstring says, on every backend."""
-    data = {name: value.to(selection_place.device) for name, value in batch().items()}
-    got = call(function, data, selection_place.backend, **as_tensors(options))
+    data = {name: value.to(selection_on.device) for name, value in batch().items()}
+    got = call(function, data, selection_on.backend, **as_tensors(options))
     expected = torch.zeros_like(got) if same_as is None else call(function, data, "torch", **same_as)
     assert torch.equal(got, expected)
     assert same_as is None or bool(expected.any())
 
 
-def test_nothing_counts(selection_place: Place) -> None:
+def test_nothing_counts(selection_on: BackendDevice) -> None:
     for covariance in (torch.ones(0), torch.ones(3, 4)):
-        tokens = [covariance.to(selection_place.device), torch.zeros_like(covariance).to(selection_place.device)]
+        tokens = [covariance.to(selection_on.device), torch.zeros_like(covariance).to(selection_on.device)]
         share = torch.tensor(0.5)
-        assert not ek.top_tokens(*tokens, ratio=share, backend=selection_place.backend).any()
+        assert not ek.top_tokens(*tokens, ratio=share, backend=selection_on.backend).any()
         for band in ({}, {"low": share, "high": 1.0, "band": "quantile"}):
-            assert not ek.random_tokens(*tokens, seed=0, ratio=share, backend=selection_place.backend, **band).any()
+            assert not ek.random_tokens(*tokens, seed=0, ratio=share, backend=selection_on.backend, **band).any()
 
 
 @pytest.mark.parametrize(("function", "options"), [case for case in CASES if "at_least_one" not in case[1]])

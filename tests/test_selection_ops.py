@@ -14,24 +14,24 @@ from torch import Tensor
 import entropy_kernels as ek
 import reference_selection as reference
 from calls import moved
-from conftest import Place
+from conftest import BackendDevice
 
 OPS = torch.ops.entropy_kernels
 
 
-def tensors(place: Place) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(on: BackendDevice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     covariance = 2 * torch.randn(3, 40, generator=generator)
     mask = torch.rand(3, 40, generator=generator) < 0.8
     values = (covariance, mask, torch.randperm(120, generator=generator).view(3, 40), torch.tensor(4))
-    return tuple(value.to(place.device) for value in values)  # type: ignore[return-value]
+    return tuple(value.to(on.device) for value in values)  # type: ignore[return-value]
 
 
-def test_opcheck(selection_place: Place) -> None:
-    covariance, mask, index, seed = tensors(selection_place)
-    backend = selection_place.backend
+def test_opcheck(selection_on: BackendDevice) -> None:
+    covariance, mask, index, seed = tensors(selection_on)
+    backend = selection_on.backend
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    if not selection_place.interpreted:
+    if not selection_on.interpreted:
         tests = (*tests, "test_aot_dispatch_dynamic")
     check: Any = torch.library.opcheck
     check(OPS.token_covariance, (covariance, covariance.t().contiguous().t(), mask, "", backend), test_utils=tests)
@@ -44,10 +44,10 @@ def test_opcheck(selection_place: Place) -> None:
     check(OPS.kl_cov_mask, (covariance, mask, None, index, None, 0.1, None, True, "", backend), test_utils=tests)
 
 
-def test_compile_fullgraph(selection_place: Place) -> None:
+def test_compile_fullgraph(selection_on: BackendDevice) -> None:
     """One graph for statistics → selection, for int and tensor seeds; a new seed does not compile again."""
     torch._dynamo.reset()
-    logprob, mask, index, _ = tensors(selection_place)
+    logprob, mask, index, _ = tensors(selection_on)
     graphs = []
 
     def count_graphs(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
@@ -55,8 +55,8 @@ def test_compile_fullgraph(selection_place: Place) -> None:
         return torch._dynamo.lookup_backend("aot_eager")(graph, example)
 
     def step(logprob: Tensor, advantages: Tensor, mask: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-        covariance = ek.token_covariance(logprob, advantages, mask, backend=selection_place.backend)
-        options: dict[str, Any] = {"token_index": index, "backend": selection_place.backend}
+        covariance = ek.token_covariance(logprob, advantages, mask, backend=selection_on.backend)
+        options: dict[str, Any] = {"token_index": index, "backend": selection_on.backend}
         clip = ek.clip_cov_mask(covariance, mask, seed=seed, ratio=0.05, low=0.1, **options)
         clip_fixed = ek.clip_cov_mask(covariance, mask, seed=7, k=3, low=0.1, high=0.9, band="quantile", **options)
         return covariance, clip, clip_fixed, ek.kl_cov_mask(covariance, mask, **options)
@@ -151,9 +151,9 @@ def strided(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sample=strided(), data=st.data())
 def test_any_values_shapes_and_strides(
-    selection_place: Place, sample: tuple[Tensor, Tensor, Tensor, Tensor], data: st.DataObject
+    selection_on: BackendDevice, sample: tuple[Tensor, Tensor, Tensor, Tensor], data: st.DataObject
 ) -> None:
-    if selection_place.interpreted:
+    if selection_on.interpreted:
         pytest.skip("the interpreter takes a third of a second for each call")
     covariance, mask, exclude, index = sample
     options: dict[str, Any] = {}
@@ -175,9 +175,9 @@ def test_any_values_shapes_and_strides(
     ]
 
     def there(value: Any) -> Any:
-        return moved(value, selection_place.device) if isinstance(value, Tensor) else value
+        return moved(value, selection_on.device) if isinstance(value, Tensor) else value
 
-    backend = selection_place.backend
+    backend = selection_on.backend
     placed = [there(covariance), there(given_mask)], {name: there(value) for name, value in options.items()}
     got = ek.kl_cov_mask(*placed[0], **placed[1], backend=backend)
     assert torch.equal(got.cpu(), reference.kl_cov(covariance, given_mask, **options))

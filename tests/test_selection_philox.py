@@ -10,7 +10,7 @@ import torch
 
 import entropy_kernels as ek
 import reference_selection as reference
-from conftest import Place
+from conftest import BackendDevice
 from entropy_kernels.backends.eager import philox
 
 # Known answers of Random123 1.14 (kat_vectors, "philox4x32 10"): counter, key, output
@@ -63,10 +63,10 @@ def _steps(backend: str) -> Any:
     return importlib.import_module("entropy_kernels.backends.native")._steps
 
 
-def test_random_keys_step(selection_place: Place) -> None:
+def test_random_keys_step(selection_on: BackendDevice) -> None:
     """Every backend's keys, with and without explicit indices, and only inside the band."""
-    device = selection_place.device
-    steps = _steps(selection_place.backend)
+    device = selection_on.device
+    steps = _steps(selection_on.backend)
     values = torch.arange(len(INDICES), device=device)
     band = torch.tensor([2, len(INDICES)], device=device)
     offset, seed = torch.tensor(2**32 - 5, device=device), torch.tensor(SEED, device=device)

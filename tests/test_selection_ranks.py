@@ -78,9 +78,9 @@ def select_on_ranks(rank: int, world: int) -> dict[tuple[str, int, str], dict[st
     groups = {"two": pairs[rank // 2], "four": dist.group.WORLD}
     results = {}
     for name, group in groups.items():
-        place = dist.get_rank(group)
+        on = dist.get_rank(group)
         for number, sizes in enumerate(SHARDS[name]):
-            shard = {key: value.split(sizes)[place] for key, value in batch().items()}
+            shard = {key: value.split(sizes)[on] for key, value in batch().items()}
             for backend in BACKENDS:
                 if ek.backends()["clip_cov_mask"][backend] == "available":
                     results[name, number, backend] = select(shard, group, backend)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from conftest import Place
+from conftest import BackendDevice
 from entropy_kernels import reference
 from entropy_kernels._rows import STATISTICS, Statistic, bits, wanted
 
@@ -37,16 +37,16 @@ def expected(logits: Tensor, target: Tensor | None, name: str, **options: Any) -
 
 @pytest.mark.parametrize("statistic", STATISTICS, ids=[x.name for x in STATISTICS])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_alone(statistic: Statistic, options: dict[str, Any], place: Place) -> None:
+def test_each_alone(statistic: Statistic, options: dict[str, Any], on: BackendDevice) -> None:
     name = statistic.name
-    logits, target = batch(place.device)
+    logits, target = batch(on.device)
     leaf = logits.clone().requires_grad_()
-    found = ek.token_stats(leaf, target, statistics=[name], backend=place.backend, **options)
+    found = ek.token_stats(leaf, target, statistics=[name], backend=on.backend, **options)
     assert found._fields == (name,)
     value = found[0]
     torch.testing.assert_close(value.double(), expected(logits, target, name, **options), rtol=2e-5, atol=2e-5)
     assert value.requires_grad == statistic.differentiable
-    upstream = torch.randn(target.shape, generator=torch.Generator().manual_seed(1)).to(place.device)
+    upstream = torch.randn(target.shape, generator=torch.Generator().manual_seed(1)).to(on.device)
     if statistic.differentiable:
         (grad,) = torch.autograd.grad(value, leaf, upstream)
         right = reference.gradient(logits, target, {name: upstream}, **options)
@@ -56,47 +56,47 @@ def test_each_alone(statistic: Statistic, options: dict[str, Any], place: Place)
 
 
 @pytest.mark.parametrize("statistic", STATISTICS, ids=[x.name for x in STATISTICS])
-def test_a_row_of_nothing_but_minus_infinity(statistic: Statistic, place: Place) -> None:
-    logits, target = batch(place.device)
+def test_a_row_of_nothing_but_minus_infinity(statistic: Statistic, on: BackendDevice) -> None:
+    logits, target = batch(on.device)
     logits[0, 1] = -torch.inf
     logits[1, 0, 7] = torch.nan
     logits[1, 2, 7] = torch.inf
-    (value,) = ek.token_stats(logits, target, statistics=[statistic.name], backend=place.backend)
+    (value,) = ek.token_stats(logits, target, statistics=[statistic.name], backend=on.backend)
     assert value.isnan().tolist() == [[False, True, False], [True, False, True]]
 
 
-def test_in_the_order_asked_for(place: Place) -> None:
-    logits, target = batch(place.device)
-    every = ek.token_stats(logits, target, statistics=ek.STATISTICS, backend=place.backend)
+def test_in_the_order_asked_for(on: BackendDevice) -> None:
+    logits, target = batch(on.device)
+    every = ek.token_stats(logits, target, statistics=ek.STATISTICS, backend=on.backend)
     assert every._fields == ek.STATISTICS
     for names in itertools.permutations(ek.STATISTICS, 2):
-        found = ek.token_stats(logits, target, statistics=names, backend=place.backend)
+        found = ek.token_stats(logits, target, statistics=names, backend=on.backend)
         assert found._fields == names
         for name in names:
             torch.testing.assert_close(getattr(found, name), getattr(every, name), rtol=1e-6, atol=1e-6)
-        assert type(found) is type(ek.token_stats(logits, target, statistics=[*names], backend=place.backend))
-    assert isinstance(ek.token_stats(logits, target, backend=place.backend), ek.TokenStats)
+        assert type(found) is type(ek.token_stats(logits, target, statistics=[*names], backend=on.backend))
+    assert isinstance(ek.token_stats(logits, target, backend=on.backend), ek.TokenStats)
 
 
 @pytest.mark.parametrize("shape", ((4,), (2, 3), (2, 2, 2), (0,)), ids=str)
-def test_without_labels(shape: tuple[int, ...], place: Place) -> None:
-    logits, _ = batch(place.device, shape) if 0 not in shape else (torch.zeros(0, V, device=place.device), None)
+def test_without_labels(shape: tuple[int, ...], on: BackendDevice) -> None:
+    logits, _ = batch(on.device, shape) if 0 not in shape else (torch.zeros(0, V, device=on.device), None)
     for names in (FREE, ("entropy",)):
-        found = ek.token_stats(logits, None, statistics=names, ignore_index=0, backend=place.backend)
+        found = ek.token_stats(logits, None, statistics=names, ignore_index=0, backend=on.backend)
         for name, value in found._asdict().items():
             assert value.shape == shape
             torch.testing.assert_close(value.double(), expected(logits, None, name), rtol=2e-5, atol=2e-5)
 
 
-def test_entropy(place: Place) -> None:
-    logits, target = batch(place.device)
+def test_entropy(on: BackendDevice) -> None:
+    logits, target = batch(on.device)
     for options in ({}, {"temperature": 0.7, "softcap": 3.0, "vocab_size": 600}):
         leaf = logits.clone().requires_grad_()
-        value = ek.entropy(leaf, backend=place.backend, **options)
-        right = ek.logprob_entropy(logits, target, backend=place.backend, **options).entropy
+        value = ek.entropy(leaf, backend=on.backend, **options)
+        right = ek.logprob_entropy(logits, target, backend=on.backend, **options).entropy
         torch.testing.assert_close(value, right, rtol=1e-6, atol=1e-6)
         value.sum().backward()
-        ones = {"entropy": torch.ones(target.shape, device=place.device)}
+        ones = {"entropy": torch.ones(target.shape, device=on.device)}
         expected_grad = reference.gradient(logits, None, ones, **options)
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad.double(), expected_grad, rtol=1e-4, atol=1e-6)

@@ -7,38 +7,38 @@ import torch
 
 from calls import check, run
 from cases import CASES
-from conftest import Place, places
+from conftest import BackendDevice, backend_devices
 from sample import Case
 
 
 def everything() -> list:
-    """(place, case, dtype): all that the contract promises; in Triton's interpreter the dtypes that add something."""
+    """(on, case, dtype): all that the contract promises; in Triton's interpreter the dtypes that add something."""
     params = []
-    for param in places():
-        place = param.values[0]
+    for param in backend_devices():
+        on = param.values[0]
         for case in CASES:
-            for dtype in case.slow_dtypes if place.interpreted else case.dtypes:
-                if dtype in place.dtypes:
-                    name = f"{place}-{case}-{str(dtype).removeprefix('torch.')}"
-                    params.append(pytest.param(place, case, dtype, marks=param.marks, id=name))
+            for dtype in case.slow_dtypes if on.interpreted else case.dtypes:
+                if dtype in on.dtypes:
+                    name = f"{on}-{case}-{str(dtype).removeprefix('torch.')}"
+                    params.append(pytest.param(on, case, dtype, marks=param.marks, id=name))
     return params
 
 
-@pytest.mark.parametrize(("place", "case", "dtype"), everything())
-def test_case(place: Place, case: Case, dtype: torch.dtype) -> None:
-    check(case.build(dtype, place.device), place, "logprob", "entropy", "collision")
+@pytest.mark.parametrize(("on", "case", "dtype"), everything())
+def test_case(on: BackendDevice, case: Case, dtype: torch.dtype) -> None:
+    check(case.build(dtype, on.device), on, "logprob", "entropy", "collision")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_logprob_entropy(case: Case, place: Place) -> None:
+def test_logprob_entropy(case: Case, on: BackendDevice) -> None:
     """The same cases through the function that asks for two statistics and keeps the smaller state."""
     dtype = torch.float32
-    check(case.build(dtype, place.device), place, "logprob", "entropy", function="logprob_entropy")
+    check(case.build(dtype, on.device), on, "logprob", "entropy", function="logprob_entropy")
 
 
-def test_entropy_of_a_certain_row_is_positive_zero(place: Place) -> None:
-    sample = next(case for case in CASES if case.name == "one_finite").build(torch.float32, place.device)
-    outputs, _ = run(sample, place)
+def test_entropy_of_a_certain_row_is_positive_zero(on: BackendDevice) -> None:
+    sample = next(case for case in CASES if case.name == "one_finite").build(torch.float32, on.device)
+    outputs, _ = run(sample, on)
     assert outputs["entropy"].tolist() == [0.0] * 4
     assert not torch.signbit(outputs["entropy"]).any()
     assert outputs["logprob"].tolist() == [0.0, 0.0, 0.0, -torch.inf]

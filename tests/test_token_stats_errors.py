@@ -15,7 +15,7 @@ import torch
 from torch.autograd import forward_ad
 
 import entropy_kernels as ek
-from conftest import Place
+from conftest import BackendDevice
 
 N, V = 4, 11
 
@@ -147,41 +147,41 @@ def test_options_are_keyword_only() -> None:
 
 
 @pytest.mark.parametrize("temperature", (0.0, -1.0, float("nan")))
-def test_temperature_is_checked_on_every_backend(temperature: float, place: Place) -> None:
+def test_temperature_is_checked_on_every_backend(temperature: float, on: BackendDevice) -> None:
     """SPEC §4.11: an error on the CPU; NaN, without a sync, on a GPU."""
-    logits, target = torch.randn(N, V, device=place.device), torch.arange(N, device=place.device)
-    values = torch.tensor([1.0, temperature, 1.0, 1.0], device=place.device)
-    if place.device == "cpu":
+    logits, target = torch.randn(N, V, device=on.device), torch.arange(N, device=on.device)
+    values = torch.tensor([1.0, temperature, 1.0, 1.0], device=on.device)
+    if on.device == "cpu":
         with pytest.raises(ValueError, match="temperature"):
-            ek.token_stats(logits, target, temperature=values, backend=place.backend)
+            ek.token_stats(logits, target, temperature=values, backend=on.backend)
         return
-    for output in ek.token_stats(logits, target, temperature=values, backend=place.backend):
+    for output in ek.token_stats(logits, target, temperature=values, backend=on.backend):
         assert output.isnan().tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("label", (V, -1, 2**31 - 1, -(2**31)))
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
-def test_labels_are_checked_on_every_backend(label: int, dtype: torch.dtype, place: Place) -> None:
+def test_labels_are_checked_on_every_backend(label: int, dtype: torch.dtype, on: BackendDevice) -> None:
     """SPEC §4.9: an error on the CPU; NaN, without a sync, on a GPU."""
-    logits = torch.randn(N, V, device=place.device)
-    target = torch.tensor([0, label, 1, -100], dtype=dtype, device=place.device)
-    if place.device == "cpu":
+    logits = torch.randn(N, V, device=on.device)
+    target = torch.tensor([0, label, 1, -100], dtype=dtype, device=on.device)
+    if on.device == "cpu":
         with pytest.raises((IndexError, ValueError), match=str(label)):
-            ek.token_stats(logits, target, backend=place.backend)
+            ek.token_stats(logits, target, backend=on.backend)
         return
-    for output in ek.token_stats(logits, target, backend=place.backend):
+    for output in ek.token_stats(logits, target, backend=on.backend):
         assert output.isnan().tolist() == [False, True, False, False]
 
 
-def test_kernels_give_nan_where_the_cpu_checks_raise(place: Place) -> None:
+def test_kernels_give_nan_where_the_cpu_checks_raise(on: BackendDevice) -> None:
     """What a GPU returns in place of an error, from the kernels themselves, forward and backward, beside good rows."""
     from entropy_kernels._rows import RowOptions
     from entropy_kernels.backends import registry
 
-    logits = torch.randn(1, 6, V, device=place.device)
-    forward: Callable = registry.kernel("token_stats", "token_stats_forward", place.backend, logits)
-    target = torch.tensor([0, V, -1, 2, 3, -100], device=place.device)
-    temperature = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=place.device)
+    logits = torch.randn(1, 6, V, device=on.device)
+    forward: Callable = registry.kernel("token_stats", "token_stats_forward", on.backend, logits)
+    target = torch.tensor([0, V, -1, 2, 3, -100], device=on.device)
+    temperature = torch.tensor([1.0, 1.0, 1.0, 0.0, float("nan"), 1.0], device=on.device)
     stats, _ = forward(logits, target, temperature, RowOptions(0.0, -100, 0, V), 15)
     for output in stats:
         assert output.isnan().tolist() == [False, True, True, True, True, False]
@@ -204,11 +204,11 @@ def test_import_without_the_extension_names_the_reason() -> None:
 
 
 @pytest.mark.slow
-def test_ignored_rows_are_not_read(place: Place) -> None:
+def test_ignored_rows_are_not_read(on: BackendDevice) -> None:
     """SPEC §4.9, literally: the ignored row lies on a page that may not be read; reading it kills the process."""
-    if place.device != "cpu":
+    if on.device != "cpu":
         pytest.skip("needs memory protection of the CPU")
-    if place.backend == "torch":
+    if on.backend == "torch":
         pytest.skip("plain torch reads whole chunks of rows and drops the ignored ones")
     code = f"""
 import ctypes, mmap, torch
@@ -222,7 +222,7 @@ address = logits.data_ptr()
 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0) == 0
 target = torch.tensor([1, -100, 2])
 logits.requires_grad_()
-out = ek.token_stats(logits, target, backend={place.backend!r})
+out = ek.token_stats(logits, target, backend={on.backend!r})
 (out.logprob + out.entropy + out.collision).sum().backward()
 assert logits.grad[[0, 2]].isfinite().all() and not logits.grad[1].any()
 print("alive", out.logprob.tolist())
@@ -245,33 +245,33 @@ def test_temperature_is_positive_and_its_inverse_is_a_normal_number(value):
 
 
 @pytest.mark.parametrize("temperature", [1.2e-38, 1e-30, 1e30, 1.3e36])
-def test_extreme_temperatures(place, temperature):
+def test_extreme_temperatures(on, temperature):
     """As cold as it gets, the argmax is certain; as hot as it gets, the distribution is uniform."""
-    logits, target = torch.tensor([[1.0, 2.0, 3.0]], device=place.device), torch.tensor([2], device=place.device)
-    out = ek.token_stats(logits, target, temperature=temperature, backend=place.backend)
+    logits, target = torch.tensor([[1.0, 2.0, 3.0]], device=on.device), torch.tensor([2], device=on.device)
+    out = ek.token_stats(logits, target, temperature=temperature, backend=on.backend)
     uniform = temperature > 1
     assert out.entropy.item() == pytest.approx(np.log(3) if uniform else 0.0, abs=1e-6)
     assert out.logprob.item() == pytest.approx(-np.log(3) if uniform else 0.0, abs=1e-6)
     assert out.collision.item() == pytest.approx(1 / 3 if uniform else 1.0, abs=1e-6)
 
 
-def test_forward_mode_is_refused(place):
-    logits, target = torch.randn(2, 5, device=place.device), torch.tensor([0, 1], device=place.device)
+def test_forward_mode_is_refused(on):
+    logits, target = torch.randn(2, 5, device=on.device), torch.tensor([0, 1], device=on.device)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        ek.logprob_entropy(forward_ad.make_dual(logits, logits), target, backend=place.backend)
+        ek.logprob_entropy(forward_ad.make_dual(logits, logits), target, backend=on.backend)
 
 
-def test_functional_derivatives_are_refused(place):
-    logits, target = torch.randn(2, 5, device=place.device), torch.tensor([0, 1], device=place.device)
+def test_functional_derivatives_are_refused(on):
+    logits, target = torch.randn(2, 5, device=on.device), torch.tensor([0, 1], device=on.device)
 
     def entropy(logits, factor):
-        return factor * ek.logprob_entropy(logits, target, backend=place.backend).entropy.sum()
+        return factor * ek.logprob_entropy(logits, target, backend=on.backend).entropy.sum()
 
     for transform in (torch.func.grad, torch.func.jacrev):
         with pytest.raises(NotImplementedError, match=r"logprob_entropy / token_stats: torch\.func's derivatives"):
             transform(entropy)(logits, 2.0)
     # of another argument it is nothing to us
-    factor = torch.tensor(2.0, device=place.device)
+    factor = torch.tensor(2.0, device=on.device)
     by_factor = torch.func.grad(entropy, argnums=1)(logits, factor)
     torch.testing.assert_close(by_factor, entropy(logits, 1.0))
 
@@ -312,11 +312,11 @@ def test_softcap_and_its_inverse_are_numbers_of_the_kernels(value):
         assert ek.logprob_entropy(logits.double(), target, softcap=wide).logprob.isfinite().all()
 
 
-def test_extreme_softcaps(place):
+def test_extreme_softcaps(on):
     """As wide as it gets there is none, as narrow as it gets the distribution is uniform."""
-    logits, target = torch.tensor([[1e-3, 2.0, 3.0]], device=place.device), torch.tensor([2], device=place.device)
-    wide, narrow = (ek.token_stats(logits, target, softcap=s, backend=place.backend) for s in (1e31, 1.2e-38))
-    for out, expected in zip(wide, ek.token_stats(logits, target, backend=place.backend), strict=True):
+    logits, target = torch.tensor([[1e-3, 2.0, 3.0]], device=on.device), torch.tensor([2], device=on.device)
+    wide, narrow = (ek.token_stats(logits, target, softcap=s, backend=on.backend) for s in (1e31, 1.2e-38))
+    for out, expected in zip(wide, ek.token_stats(logits, target, backend=on.backend), strict=True):
         torch.testing.assert_close(out, expected)
     assert narrow.logprob.item() == pytest.approx(-np.log(3))
 
@@ -331,9 +331,9 @@ def test_integers_beyond_int64(name, value):
             ek.token_stats(torch.randn(2, 5), torch.tensor([0, 1]), **{name: value})
 
 
-def test_temperature_of_an_ignored_token_does_not_matter(place):
-    logits, target = torch.randn(3, 5, device=place.device), torch.tensor([0, -100, 1], device=place.device)
-    temperature = torch.tensor([1.0, 0.0, 1.0], device=place.device)
-    result = ek.logprob_entropy(logits, target, temperature=temperature, backend=place.backend)
-    expected = ek.logprob_entropy(logits, target, backend=place.backend)
+def test_temperature_of_an_ignored_token_does_not_matter(on):
+    logits, target = torch.randn(3, 5, device=on.device), torch.tensor([0, -100, 1], device=on.device)
+    temperature = torch.tensor([1.0, 0.0, 1.0], device=on.device)
+    result = ek.logprob_entropy(logits, target, temperature=temperature, backend=on.backend)
+    expected = ek.logprob_entropy(logits, target, backend=on.backend)
     assert torch.equal(result.logprob, expected.logprob) and torch.equal(result.entropy, expected.entropy)

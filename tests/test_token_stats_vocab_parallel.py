@@ -15,7 +15,7 @@ import torch.distributed as dist
 import entropy_kernels as ek
 from calls import bound, same_bits, upstream
 from cases import CASES
-from conftest import Place
+from conftest import BackendDevice
 from gloo import one_result, run_ranks
 from sample import INF, NAN, Sample, normal, plain
 
@@ -169,12 +169,12 @@ def all_results(backend: str, world: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("world", WORLDS)
-def test_shards_equal_the_whole(name: str, world: int, place: Place) -> None:
-    if place.device != "cpu":
+def test_shards_equal_the_whole(name: str, world: int, on: BackendDevice) -> None:
+    if on.device != "cpu":
         pytest.skip("gloo ranks compute on the CPU")
-    if place.interpreted and world != 3:
+    if on.interpreted and world != 3:
         pytest.skip("one world size is enough for the slow interpreter: the merge is the same code")
-    ranks = [result[name] for result in all_results(place.backend, world)]
+    ranks = [result[name] for result in all_results(on.backend, world)]
     sample, widths, _ = scenario(name, world)
     references = bound(sample)
     names = ["logprob", "entropy", "collision"][: len(ranks[0][0]) if len(ranks[0][0]) == 2 else 3]
@@ -187,7 +187,7 @@ def test_shards_equal_the_whole(name: str, world: int, place: Place) -> None:
     assert [gradient.shape[-1] for _, gradient in ranks] == widths
     whole = torch.cat([gradient for _, gradient in ranks], -1)
     references.check_gradient(whole, **upstream(sample, *names))
-    for result in all_results(place.backend, world):
+    for result in all_results(on.backend, world):
         assert same_bits(result[f"{name} in place"][1], result[name][1]), "in place differs"
 
 
@@ -215,10 +215,10 @@ def collectives(rank: int, world: int, backend: str) -> dict[str, Any]:
     return {"forward": forward, "backward": calls[len(forward) :], "gradient": logits.grad}
 
 
-def test_one_collective_forward_and_none_backward(place: Place) -> None:
-    if place.device != "cpu":
+def test_one_collective_forward_and_none_backward(on: BackendDevice) -> None:
+    if on.device != "cpu":
         pytest.skip("gloo ranks compute on the CPU")
-    for result in run_ranks(2, collectives, place.backend):
+    for result in run_ranks(2, collectives, on.backend):
         assert len(result["forward"]) == 1 and not result["backward"]
 
 

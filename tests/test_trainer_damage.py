@@ -45,9 +45,9 @@ def test_any_damage_to_a_checkpoint_is_seen(run: Path) -> None:
     good = path.read_bytes()
     assert checkpoint.load_checkpoint(path)["step"] == 3
     assert torch.load(path, weights_only=True)["step"] == 3, "torch alone cannot read it"
-    places = [*range(0, len(good), len(good) // 40), *range(len(good) - 100, len(good)), 30, 31]
-    for place in places:
-        flip(path, place)
+    backend_devices = [*range(0, len(good), len(good) // 40), *range(len(good) - 100, len(good)), 30, 31]
+    for on in backend_devices:
+        flip(path, on)
         with pytest.raises(ValueError, match=r"resume: expected a checkpoint at .*checkpoint\.pt, got a .*damaged"):
             checkpoint.load_checkpoint(path)
         path.write_bytes(good)

@@ -132,14 +132,14 @@ def token_stats_backward(
         t = _per_row(temperature, part)
         logp = (z - m[part, None]) / t - log_s[part, None]
         p = torch.exp(logp)
-        slope = torch.zeros_like(p)  # d loss / d log p, without the target's own term
+        per_logp = torch.zeros_like(p)  # d loss / d log p, without the target's own term
         if "logprob" in grads:
-            slope -= grads["logprob"][part, None]
+            per_logp -= grads["logprob"][part, None]
         if "entropy" in grads:
-            slope -= grads["entropy"][part, None] * (logp + entropy[part, None])
+            per_logp -= grads["entropy"][part, None] * (logp + entropy[part, None])
         if "collision" in grads:
-            slope += 2 * grads["collision"][part, None] * (p - collision[part, None])
-        grad = torch.where(p == 0, 0, slope * p)
+            per_logp += 2 * grads["collision"][part, None] * (p - collision[part, None])
+        grad = torch.where(p == 0, 0, per_logp * p)
         if "logprob" in grads and columns:
             own = torch.where(here[part], grads["logprob"][part], 0).to(dtype)
             grad.scatter_add_(-1, local[part].clamp(0, columns - 1).unsqueeze(-1), own.unsqueeze(-1))
