@@ -7,7 +7,7 @@ every implementation; :func:`groups` turns a :class:`Plan` into groups of cases 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,11 +106,6 @@ TOPK = 800
 SEED = 1234
 
 
-def size_of(shape: Shape) -> dict[str, int | str]:
-    """A shape's numbers by name, for JSON: rows and vocab; tokens and distribution; sequences and length; …"""
-    return asdict(shape)
-
-
 def logits_bytes(case: Case) -> int:
     """Bytes of a case's logits, given or made from hidden states; 0 where there are none."""
     shape = case.shape
@@ -141,24 +136,6 @@ TINY_TOKENS = TokensShape(64)
 # Where the GPU's targets are stated: a micro-batch of 8 K tokens over Llama 3's vocabulary, 2.1 GB in bf16.
 HEADLINE = LogitsShape(8192, 128256)
 HEADLINE_HIDDEN = HiddenShape(8192, 4096, 128256)
-
-
-def parse_logits(text: str) -> LogitsShape:
-    """``"512,151936"`` -> 512 rows of 151936; ValueError for anything else."""
-    rows, vocab = _numbers(text, 2, "--shape: expected N,V with N and V > 0, for example 512,151936")
-    return LogitsShape(rows, vocab)
-
-
-def parse_hidden(text: str) -> HiddenShape:
-    """``"1024,576,49152"`` -> 1024 hidden states of 576 and a head of 49152; ValueError for anything else."""
-    return HiddenShape(*_numbers(text, 3, "--hidden: expected N,H,V, all > 0, for example 1024,576,49152"))
-
-
-def _numbers(text: str, count: int, expected: str) -> list[int]:
-    parts = text.replace("x", ",").replace("×", ",").split(",")
-    if len(parts) != count or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"{expected}, got {text!r}")
-    return [int(part) for part in parts]
 
 
 Inputs = dict[str, Tensor]

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_timings --profile    # one large call of each CUDA kernel, untimed, for Nsight Compute
 
 Only what `entropy-kernels verify` found right here is timed, and only after the result of this very call was found
-right too. Calls and caches are warm; CUDA events time them behind a kernel that hides the host (benchmarks/gpu.py).
+right too. Calls and caches are warm; CUDA events time them behind a kernel that hides the host (benchmarks/timing.py).
 ``of_copy`` says how near a call comes to a copy of the same logits, covariances or log-probs, ``of_product`` how near
 to its matrix products alone. Triton kernels run on their default tiles.
 """
@@ -32,11 +32,12 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from benchmarks import checks, gpu
-from benchmarks.cases import BatchShape, Case, HiddenShape, Inputs, LogitsShape, TokensShape, make_inputs, size_of
+from benchmarks import checks
+from benchmarks.cases import BatchShape, Case, HiddenShape, Inputs, LogitsShape, TokensShape, make_inputs
+from benchmarks.measure import DeviceLost, replay, same_bits, tensors_in
 from benchmarks.ours import LOSS_OPTIONS as LOSSES
-from benchmarks.ours import OURS, REGISTRY, SELECTION, Implementation, Prepared, always, fits, loss
-from benchmarks.timing import cuda_clock, least_traffic, summarise
+from benchmarks.ours import OURS, REGISTRY, SELECTION, Implementation, Prepared, always, fits, loss, plain
+from benchmarks.timing import AHEAD, calls_between_events, cuda_clock, host_seconds_of, least_traffic, summarise
 from entropy_kernels._console import print_table
 from entropy_kernels.backends import native, registry, verdict
 
@@ -56,10 +57,6 @@ NEEDS |= {"policy_loss": ("token_covariance",), "kl_cov_loss": ("token_covarianc
 NEEDS["clip_cov_loss"] = ("token_covariance", "clip_cov_mask")
 NEEDS |= {"linear_logprob_entropy": ("linear_token_stats",)}
 NEEDS |= {"linear_clip_cov_loss": ("linear_token_stats", *NEEDS["clip_cov_loss"])}
-
-
-class DeviceLost(Exception):
-    """After an illegal access or the like nothing more can be measured in this process."""
 
 
 class Timed(NamedTuple):
@@ -109,7 +106,7 @@ class Run:
         """
         if group not in self.groups:
             return None
-        op, shape = implementation.op, [size for size in size_of(case.shape).values() if isinstance(size, int)]
+        op, shape = implementation.op, [size for size in vars(case.shape).values() if isinstance(size, int)]
         variant = implementation.name if group == ROOFLINE else variant
         self.now = f"{op} {'×'.join(map(str, shape))} {case.dtype_name} {backend} {variant}".strip()
         line: dict[str, Any] = {"timing": self.now, "group": group, "op": op, "backend": backend, "variant": variant}
@@ -126,8 +123,8 @@ class Run:
                 prepared.reset()
             output = prepared.call()
             wrong = checks.check(implementation, case, inputs, output).failures
-            pairs = (gpu.tensors_in(output), gpu.tensors_in(same_as.output)) if same_as else ((), ())
-            if wrong or not all(map(gpu.same_bits, *pairs)):
+            pairs = (tensors_in(output), tensors_in(same_as.output)) if same_as else ((), ())
+            if wrong or not all(map(same_bits, *pairs)):
                 raise ValueError(f"wrong, so not timed: {'; '.join(wrong) or 'differs from its other variant'}")
             samples, more = self._samples(prepared, graph)
         except Exception as error:
@@ -152,14 +149,14 @@ class Run:
         """Seconds; how many calls stand between two events, what one takes the host, and whether that is hidden."""
         clock = cuda_clock(self.device, "hot")
         if graph:
-            replay = gpu.replay(lambda: prepared, self.device, clock, SAMPLES)
-            if not replay.equal:
+            found = replay(lambda: prepared, self.device, clock, SAMPLES)
+            if not found.equal:
                 raise ValueError("wrong, so not timed: a replay's result differs from that of an eager call")
-            return replay.samples, {}
-        host = gpu.host_seconds_of(prepared, self.device, WARM)
-        count = gpu.calls_between_events(prepared, clock.time(prepared, 1, host), host)
+            return found.samples, {}
+        host = host_seconds_of(prepared, self.device, WARM)
+        count = calls_between_events(prepared, clock.time(prepared, 1, host), host)
         samples = [clock.time(prepared, count, host) for _ in range(SAMPLES)]
-        return samples, {"calls": count, "host_us": round(1e6 * host, 1), "hidden": 1.5 * count * host < gpu.AHEAD}
+        return samples, {"calls": count, "host_us": round(1e6 * host, 1), "hidden": 1.5 * count * host < AHEAD}
 
     def failed(self, line: dict[str, Any], error: Exception) -> None:
         """Tell of it; DeviceLost if the device answers no more."""
@@ -315,14 +312,11 @@ def products(run: Run, rows: int, features: int, vocab: int) -> None:
         run.time(ROOFLINE, case, inputs, REGISTRY["linear_roofline", n]) for n in ("product", "three products")
     )
     for variant, budget in {"default budget": None, "3 GiB": 3 << 30, "1 GiB": 1 << 30}.items():
-        call = ours("linear_clip_cov_loss", loss, functools.partial(linear_loss, budget))
+        options = {**LOSSES["clip_cov_loss"], "method": "clip_cov", "memory_budget": budget, "backend": "cuda"}
+        function = functools.partial(ek.linear_policy_loss, **options)
+        call = ours("linear_clip_cov_loss", loss, plain(function))
         run.time("linear", case, inputs, call, "cuda", variant, beside=three)
     run.time("linear", case, inputs, REGISTRY["linear_logprob_entropy", "ours-cuda"], "cuda", beside=one)
-
-
-def linear_loss(budget: int | None, case: Case) -> Callable[..., Tensor]:
-    options = {**LOSSES["clip_cov_loss"], "method": "clip_cov", "memory_budget": budget, "backend": "cuda"}
-    return lambda *tensors: ek.linear_policy_loss(*tensors, **options).loss
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------

@@ -104,6 +104,10 @@ def attribute(module: ModuleType, name: str) -> Any:
         raise Unavailable(f"{module.__name__} has no {name} in the installed version") from None
 
 
+def function_of(module: str, name: str) -> Any:
+    return attribute(module_of(module), name)
+
+
 # --- a module without its package -------------------------------------------------------------------------------------
 
 

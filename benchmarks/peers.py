@@ -148,6 +148,20 @@ def _torch_linear(reduction: str, chunked: bool) -> Function:
     return lambda hidden, weight, target: (-function(hidden, weight, target, reduction=reduction, **options),)
 
 
+# --- cross-entropies --------------------------------------------------------------------------------------------------
+
+
+def _cross_entropy(module: str, name: str, **options: Any) -> Function:
+    """Log-prob, which is minus the loss; flash-attn's and fla-core's functions return (losses, z-losses)."""
+    function = packages.function_of(module, name)
+
+    def logprob(*tensors: Tensor) -> tuple[Tensor]:
+        loss = function(*tensors, **options)
+        return (-(loss[0] if isinstance(loss, tuple) else loss),)
+
+    return logprob
+
+
 _FLASH_ATTN, _FLA = "flash_attn.ops.triton.cross_entropy", "fla.modules.fused_cross_entropy"
 
 # --- verl -------------------------------------------------------------------------------------------------------------
@@ -173,9 +187,9 @@ def _verl() -> Function:
 def _verl_fused_ce() -> Function:
     """verl's path on a machine with flash-attn, whose Triton cross-entropy it then takes for the log-prob."""
     try:
-        cross_entropy = _cross_entropy_of(_FLASH_ATTN)
+        cross_entropy = _cross_entropy(_FLASH_ATTN, "cross_entropy_loss")
     except Unavailable:
-        cross_entropy = _cross_entropy_of(_FLA)
+        cross_entropy = _cross_entropy(_FLA, "cross_entropy_loss")
     entropy = packages.attribute(_verl_module("verl.utils.torch_functional"), "entropy_from_logits")
     return lambda logits, target: (*cross_entropy(logits, target), entropy(logits))
 
@@ -256,7 +270,7 @@ def _trl() -> Function:
 
 def _trl_linear() -> Function:
     try:
-        function = packages.attribute(packages.module_of("trl.trainer.utils"), "_ChunkedLogProbFunction")
+        function = packages.function_of("trl.trainer.utils", "_ChunkedLogProbFunction")
     except Unavailable:
         function = packages.attribute(_trl_alone("trl.kernels.chunked_logprob"), "ChunkedLogProbFunction")
 
@@ -274,17 +288,6 @@ def _trl_alone(name: str) -> ModuleType:
 
 
 # --- Liger ------------------------------------------------------------------------------------------------------------
-
-
-def _liger(reduction: str) -> Function:
-    function = packages.attribute(packages.module_of("liger_kernel.transformers.functional"), "liger_cross_entropy")
-    return lambda logits, target: (-function(logits, target, reduction=reduction),)
-
-
-def _liger_linear(reduction: str) -> Function:
-    module = packages.module_of("liger_kernel.transformers.functional")
-    function = packages.attribute(module, "liger_fused_linear_cross_entropy")
-    return lambda hidden, weight, target: (-function(hidden, weight, target, reduction=reduction),)
 
 
 def _liger_scaled() -> Function:
@@ -331,7 +334,7 @@ def _liger_grpo(load: Load, case: Case, inputs: Inputs) -> Prepared:
 
 def _liger_linear_grpo() -> Function:
     """A policy loss of tokens that are sequences of length one, so that each has an advantage of its own."""
-    loss_of = packages.attribute(packages.module_of("liger_kernel.chunked_loss"), "LigerFusedLinearGRPOLoss")
+    loss_of = packages.function_of("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss")
 
     def policy(
         hidden: Tensor, weight: Tensor, target: Tensor, old_logprob: Tensor | None, advantages: Tensor, mask: Tensor
@@ -353,35 +356,15 @@ def _gradient_of_grpo(load: Load, case: Case, inputs: Inputs) -> Prepared:
     return Prepared(lambda: prepared.call()[1:])
 
 
-# --- cross-entropies --------------------------------------------------------------------------------------------------
-
-
-def _cross_entropy_of(module: str) -> Function:
-    """flash-attn's, and flash-linear-attention's, which descends from it: (losses, z-losses)."""
-    function = packages.attribute(packages.module_of(module), "cross_entropy_loss")
-    return lambda logits, target: (-function(logits, target)[0],)
-
-
-def _quack() -> Function:
-    function = packages.attribute(packages.module_of("quack.cross_entropy"), "cross_entropy")
-    return lambda logits, target: (-function(logits, target, reduction="none"),)
-
-
-def _quack_linear() -> Function:
-    function = packages.attribute(packages.module_of("quack.linear_cross_entropy"), "chunked_linear_cross_entropy")
-    return lambda hidden, weight, target: (-function(hidden, weight, target, reduction="mean"),)
-
-
-def _cut(implementation: str) -> Function:
-    function = packages.attribute(packages.module_of("cut_cross_entropy"), "linear_cross_entropy")
-    return lambda hidden, weight, target: (-function(hidden, weight, target, reduction="none", impl=implementation),)
-
-
 # --- the rows ---------------------------------------------------------------------------------------------------------
 
 
 def _on(device: str | None, build: Callable[..., Function], *arguments: Any, rows: int | None = None) -> Loader:
     return Loader(functools.partial(build, *arguments), device, rows)
+
+
+def _loss_of(module: str, name: str, *, device: str | None = "cuda", **options: Any) -> Loader:
+    return Loader(functools.partial(_cross_entropy, module, name, **options), device)
 
 
 def _reasons(load: Load, *more: Supports) -> tuple[Supports, ...]:
@@ -400,19 +383,16 @@ _OF_LOGITS: tuple[tuple[str, Load, tuple[float, float], str, Supports], ...] = (
     ("verl", _on(None, _verl, rows=LOOP_ROWS), (3.0, 6.0), EVERYTHING, always),
     ("verl-fused-ce", _on("cuda", _verl_fused_ce), (3.0, 6.0), EVERYTHING, always),
     ("trl", _on(None, _trl), (3.0, 6.0), EVERYTHING, always),
-    ("flash-attn-ce", _on("cuda", _cross_entropy_of, _FLASH_ATTN), (0.1, 1.0), LOGPROB, always),
-    ("fla-ce", _on("cuda", _cross_entropy_of, _FLA), (0.1, 1.0), LOGPROB, always),
-    ("quack-ce", _on("cuda", _quack), (0.1, 1.0), LOGPROB, always),
+    ("flash-attn-ce", _loss_of(_FLASH_ATTN, "cross_entropy_loss"), (0.1, 1.0), LOGPROB, always),
+    ("fla-ce", _loss_of(_FLA, "cross_entropy_loss"), (0.1, 1.0), LOGPROB, always),
+    ("quack-ce", _loss_of("quack.cross_entropy", "cross_entropy", reduction="none"), (0.1, 1.0), LOGPROB, always),
 )  # fmt: skip
 
 
-def _liger_function(module: str, name: str) -> Function:
-    return packages.attribute(packages.module_of(module), name)
-
-
-_LIGER, _LIGER_MEAN = _on("cuda", _liger, "none"), _on("cuda", _liger, "mean")
-_LIGER_LOGPROB = _on("cuda", _liger_function, "liger_kernel.ops.grpo_loss", "fused_selective_log_softmax")
-_LIGER_GRPO = _on("cuda", _liger_function, "liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
+_LIGER_MODULE = "liger_kernel.transformers.functional"
+_LIGER, _LIGER_MEAN = (_loss_of(_LIGER_MODULE, "liger_cross_entropy", reduction=how) for how in ("none", "mean"))
+_LIGER_LOGPROB = _on("cuda", packages.function_of, "liger_kernel.ops.grpo_loss", "fused_selective_log_softmax")
+_LIGER_GRPO = _on("cuda", packages.function_of, "liger_kernel.transformers.grpo_loss", "triton_grpo_loss")
 # Those with a form of their own. Liger's cross-entropy makes the gradient in its forward pass, over the logits: its
 # backward pass alone is no rival.
 _SPECIAL: tuple[tuple[str, str, Callable[[Load, Case, Inputs], Prepared], Loader, str], ...] = (
@@ -429,6 +409,9 @@ def _multiple_of_128(case: Case) -> str | None:
     return f"needs H in multiples of 128, not {case.shape.features}" if case.shape.features % 128 else None
 
 
+_LIGER_LINEAR = (_LIGER_MODULE, "liger_fused_linear_cross_entropy")
+_CUT = ("cut_cross_entropy", "linear_cross_entropy")
+_QUACK_LINEAR = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
 # name, function of hidden, weight and target, its fp32 temporaries in sizes of the logits (with backward twice as
 # many, where they are kept), what it computes, what it needs
 OF_HIDDEN: tuple[tuple[str, Load, tuple[float, float], str, Supports], ...] = (
@@ -442,11 +425,11 @@ OF_HIDDEN: tuple[tuple[str, Load, tuple[float, float], str, Supports], ...] = (
     ("verl", _on(None, _verl_linear), (0.5, 0.5), EVERYTHING, always),
     ("verl-triton", _on("cuda", _verl_triton), (0.5, 0.5), EVERYTHING, _multiple_of_128),
     ("liger-scaled", _on(None, _liger_scaled), (0.5, 0.5), EVERYTHING, always),
-    ("liger-linear-ce", _on("cuda", _liger_linear, "none"), (0.5, 0.5), LOGPROB, always),
-    ("liger-linear-ce-mean", _on("cuda", _liger_linear, "mean"), (0.5, 0.5), MEAN_LOGPROB, always),
-    ("cut-ce", _on("cuda", _cut, "cce"), (0.5, 0.5), LOGPROB, always),
-    ("cut-ce-compile", _on(None, _cut, "torch_compile"), (3.0, 3.0), LOGPROB, always),
-    ("quack-linear-ce-mean", _on("cuda", _quack_linear), (0.5, 0.5), MEAN_LOGPROB, always),
+    ("liger-linear-ce", _loss_of(*_LIGER_LINEAR, reduction="none"), (0.5, 0.5), LOGPROB, always),
+    ("liger-linear-ce-mean", _loss_of(*_LIGER_LINEAR, reduction="mean"), (0.5, 0.5), MEAN_LOGPROB, always),
+    ("cut-ce", _loss_of(*_CUT, reduction="none", impl="cce"), (0.5, 0.5), LOGPROB, always),
+    ("cut-ce-compile", _loss_of(*_CUT, device=None, reduction="none", impl="torch_compile"), (3.0, 3.0), LOGPROB, always),
+    ("quack-linear-ce-mean", _loss_of(*_QUACK_LINEAR, reduction="mean"), (0.5, 0.5), MEAN_LOGPROB, always),
 )  # fmt: skip
 _CLIP_COV = {"clip_cov_ratio": CLIP_COV_RATIO, "clip_cov_lb": BAND[0], "clip_cov_ub": BAND[1]}
 _KL_COV = {"kl_cov_ratio": KL_COV_RATIO, "ppo_kl_coef": 1.0}

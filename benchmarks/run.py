@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,11 @@ from benchmarks.cases import (
     QUICK,
     STATED,
     Group,
+    HiddenShape,
+    LogitsShape,
     Plan,
     TokensShape,
     groups,
-    parse_hidden,
-    parse_logits,
 )
 from benchmarks.measure import OUT_OF_TIME, DeviceLost, Settings, candidates, run_group, steps
 from benchmarks.ours import names
@@ -63,14 +64,20 @@ def _listed(kind: str, known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _shape(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).partition(": ")[2]) from None
+def shape(kind: type, expected: str) -> Callable[[str], Any]:
+    """Argparse type: the sizes of a shape, between commas or times signs."""
 
-    return parsed
+    def parse(text: str) -> Any:
+        parts = re.split("[,x×]", text)
+        if len(parts) != len(fields(kind)) or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return kind(*map(int, parts))
+
+    return parse
+
+
+LOGITS = shape(LogitsShape, "N,V with N and V > 0, for example 512,151936")
+HIDDEN = shape(HiddenShape, "N,H,V, all > 0, for example 1024,576,49152")
 
 
 def _positive(kind: type) -> Callable[[str], Any]:
@@ -102,8 +109,8 @@ def parser() -> argparse.ArgumentParser:
     add("--ops", type=_listed("op", list(OPS)), metavar="A,B", help=f"ops to run, by default all: {', '.join(OPS)}")
     add("--impl", type=_listed("implementation", names()), metavar="A,B",
         help=f"implementations to run, by default all: {', '.join(names())}")
-    add("--hidden", type=_shape(parse_hidden), action="append", metavar="N,H,V", help="tokens, features, vocabulary")
-    add("--shape", type=_shape(parse_logits), action="append", metavar="N,V",
+    add("--hidden", type=HIDDEN, action="append", metavar="N,H,V", help="tokens, features, vocabulary")
+    add("--shape", type=LOGITS, action="append", metavar="N,V",
         help="rows and vocabulary; may be repeated")
     add("--tokens", type=_positive(int), action="append", metavar="N", help="tokens of the selection; may be repeated")
     add("--dtype", type=_listed("dtype", list(DTYPES)), metavar="A,B", help="of the logits; by default fp32,bf16")

@@ -1,7 +1,14 @@
 """Clocks, interleaved rounds and percentiles; and bytes: what an op must move, what the machine can, what a call takes.
 
-Implementations are timed in rounds: every round calls each of them, in a new random order, so that a slow minute of a
-shared machine falls on all of them alike and a ratio survives it. Outputs are new in every call, as in training.
+On a CPU implementations are timed in rounds: every round calls each of them, in a new random order, so that a slow
+minute of a shared machine falls on all of them alike and a ratio survives it. Outputs are new in every call, as in
+training.
+
+Device time is taken between two events on the current stream. An event says when the *device* reaches it, so a device
+that waits for the host would charge the host's time to the call. Every measured call therefore stands in the queue
+behind a kernel that does nothing for longer than the host needs to enqueue it. Where that cannot be (a call that
+waits for the device by itself, or takes the host longer than AHEAD), the time between the events is what the caller
+waits for, and the row says so.
 """
 
 from __future__ import annotations
@@ -22,8 +29,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.cases import Case, HiddenShape, LogitsShape, TokensShape
-from benchmarks.gpu import CudaClock
-from benchmarks.ours import Prepared
+from benchmarks.ours import Prepared, available_bytes
 from entropy_kernels._memory import peak_allocated
 from entropy_kernels.backends import reused_memory
 
@@ -34,6 +40,11 @@ FEWEST = 3  # rounds that even a slower one takes part in
 FEWEST_SAMPLES = 7  # that a target should rest on
 SHORT = 20e-3  # an implementation faster than this is called several times per round
 CALLS_PER_ROUND = 8
+# of a GPU
+AHEAD = 5e-3  # seconds of host time that are hidden behind the idling kernel at most
+RESOLVED = 100e-6  # a shorter call is timed several times between two events, whose resolution is half a microsecond
+SEVERAL = 20  # calls between two events at most
+SLOW_HOST = 0.05  # seconds of host time from which a call is neither profiled nor captured: so many launches
 
 
 class Clock(Protocol):
@@ -65,6 +76,52 @@ class CpuClock:
         return end - start
 
 
+class CudaClock:
+    """Seconds of device time per call.
+
+    Args:
+        flush_bytes: 0 leaves the caches as the previous call left them ("hot"); otherwise a buffer of this size is
+            read before each call ("cold"), so that L2 holds nothing of it, and nothing that has yet to be written back.
+    """
+
+    def __init__(self, device: torch.device, flush_bytes: int = 0) -> None:
+        self._device = device
+        self._flush = torch.ones(flush_bytes // 8, dtype=torch.int64, device=device) if flush_bytes else None
+        self._cycles_per_second = _cycles_per_second(device)
+
+    def time(self, prepared: Prepared, calls: int = 1, host_seconds: float = 100e-6) -> float:
+        """``host_seconds``: what enqueueing one call takes, to be hidden. Several calls only without a reset."""
+        if prepared.reset is not None:
+            prepared.reset()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self._device)
+        if self._flush is not None:
+            self._flush.sum()
+        ahead = min(AHEAD, 1.5 * calls * host_seconds + 30e-6)
+        torch.cuda._sleep(int(ahead * self._cycles_per_second))
+        start.record()
+        for _ in range(calls):
+            output = prepared.call()
+        end.record()
+        end.synchronize()
+        del output
+        return start.elapsed_time(end) * 1e-3 / calls
+
+
+def _cycles_per_second(device: torch.device) -> float:
+    """Of the idling kernel's clock, measured: it is the multiprocessors' clock, which varies."""
+    cycles = 2_000_000
+    elapsed = []
+    for _ in range(4):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+        elapsed.append(start.elapsed_time(end) * 1e-3)
+    return cycles / min(elapsed[1:])
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache: L2 of a GPU; of a CPU what Linux reports, or 32 MiB where it reports nothing."""
     if device.type == "cuda":
@@ -83,11 +140,6 @@ def _sysfs_size(index: int) -> int:
     return int(text[:-1]) * units[text[-1]] if text[-1:] in units else int(text)
 
 
-def cpu_clock(device: torch.device, cache: str) -> CpuClock:
-    """The clock of a CPU; ``cache`` is "hot" or "cold"."""
-    return CpuClock(2 * cache_bytes(device) if cache == "cold" else 0)
-
-
 @functools.cache
 def cuda_clock(device: torch.device, cache: str) -> CudaClock:
     """The clock of a GPU, made once; ``cache`` is "hot" or "cold": four times L2, since its policy is not known."""
@@ -96,7 +148,9 @@ def cuda_clock(device: torch.device, cache: str) -> CudaClock:
 
 def clock_for(device: torch.device, cache: str) -> Clock:
     """The clock of a device; ``cache`` is "hot" or "cold"."""
-    return cuda_clock(device, cache) if device.type == "cuda" else cpu_clock(device, cache)
+    if device.type == "cuda":
+        return cuda_clock(device, cache)
+    return CpuClock(2 * cache_bytes(device) if cache == "cold" else 0)
 
 
 def interleave(
@@ -162,6 +216,31 @@ def host_seconds(prepared: Prepared, device: torch.device, loops: int) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return elapsed / loops
+
+
+def host_seconds_of(prepared: Prepared, device: torch.device, tries: int = 5) -> float:
+    """Seconds until a call returns to a host whose queue is empty; the median. A call that syncs waits in it."""
+    seconds = []
+    for _ in range(tries):
+        if prepared.reset is not None:
+            prepared.reset()
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        output = prepared.call()
+        seconds.append(time.perf_counter() - start)
+        torch.cuda.synchronize(device)
+        del output
+        if seconds[-1] > SLOW_HOST:  # the rest would tell nothing new
+            break
+    return statistics.median(seconds)
+
+
+def calls_between_events(prepared: Prepared, device_seconds: float, host_seconds: float) -> int:
+    """How many calls one sample times: several where one is too short for the events, and all can be hidden."""
+    if prepared.reset is not None or device_seconds >= RESOLVED:
+        return 1
+    hidden = int(AHEAD / (1.5 * max(host_seconds, 1e-6)))
+    return max(1, min(SEVERAL, int(2 * RESOLVED / max(device_seconds, 1e-6)), hidden))
 
 
 @dataclass(frozen=True)
@@ -246,9 +325,12 @@ class Bandwidth:
 def measure_bandwidth(device: torch.device, *, repeats: int = 9) -> Bandwidth:
     """Read (integer sum; on a GPU or amax, if faster) and copy rate, medians, over eight times the last-level cache.
 
-    256 MiB at least. On a GPU 2 GiB: a quarter of a millisecond would still show how a kernel begins and ends.
+    256 MiB at least. On a GPU 2 GiB: a quarter of a millisecond would still show how a kernel begins and ends. Where
+    that is more than an eighth of the free memory, as under a server's cache of hundreds of MB, an eighth: two such
+    buffers then leave three quarters to whoever shares the machine, and ``buffer_bytes`` says what was taken.
     """
-    buffer_bytes = max(2 << 30 if device.type == "cuda" else 256 << 20, 8 * cache_bytes(device))
+    wanted = max(2 << 30 if device.type == "cuda" else 256 << 20, 8 * cache_bytes(device))
+    buffer_bytes = min(wanted, max(1 << 20, available_bytes(device) // 8)) // 8 * 8
     source = torch.ones(buffer_bytes // 8, dtype=torch.int64, device=device)
     destination = torch.zeros_like(source)
     clock = clock_for(device, "hot")

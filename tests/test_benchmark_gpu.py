@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, measure, run
+from benchmarks import measure, run, timing
 from benchmarks.cases import (
     GRID,
     GRID_ROWS,
@@ -82,8 +82,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(measure, "cuda_clock", lambda device, cache: gpu.CudaClock(CPU, 64 if cache == "cold" else 0))
-    monkeypatch.setattr(gpu, "count_syncs", lambda *arguments: gpu.Syncs(0, "a fake"))
+    monkeypatch.setattr(
+        measure, "cuda_clock", lambda device, cache: timing.CudaClock(CPU, 64 if cache == "cold" else 0)
+    )
+    monkeypatch.setattr(measure, "count_syncs", lambda *arguments: measure.Syncs(0, "a fake"))
     yield log
 
 
@@ -116,8 +118,8 @@ def _run(implementations: list[Implementation], settings: Settings) -> list[meas
 
 
 def test_a_row_has_everything(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    replayed = gpu.Replay(True, [1e-6, 2e-6])
-    monkeypatch.setattr(gpu, "replay", lambda make, device, clock, repeats: replayed)
+    replayed = measure.Replay(True, [1e-6, 2e-6])
+    monkeypatch.setattr(measure, "replay", lambda make, device, clock, repeats: replayed)
     (record,) = _run([_implementation("right", _right, "ours")], Settings(repeats=4, cache="both"))
     assert record.status == "ok", record.reason
     assert (record.cache, len(record.samples), len(record.cold_samples)) == ("hot", 4, 4)
@@ -140,7 +142,7 @@ def test_products_are_timed_in_turns_with_what_they_are_compared_with(device: li
 
 
 def test_a_call_that_waits_is_not_captured(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "count_syncs", lambda *arguments: gpu.Syncs(2, "a fake"))
+    monkeypatch.setattr(measure, "count_syncs", lambda *arguments: measure.Syncs(2, "a fake"))
     (record,) = _run([_implementation("waits", _right, "ours")], Settings(repeats=3, cache="both"))
     assert (record.syncs, record.hidden) == (2, False) and record.graph == {"reason": "it waits for the device"}
 
@@ -169,7 +171,7 @@ def test_no_row_is_begun_after_the_deadline(device: list[str]) -> None:
 
 
 def test_the_host_runs_ahead_of_every_sample(device: list[str]) -> None:
-    clock = gpu.CudaClock(CPU, 0)
+    clock = timing.CudaClock(CPU, 0)
     device.clear()
     clock.time(Prepared(lambda: device.append("call"), lambda: device.append("reset")), 3)
     assert device == ["reset", "synchronize", "idle", "call", "call", "call"]
@@ -177,11 +179,11 @@ def test_the_host_runs_ahead_of_every_sample(device: list[str]) -> None:
 
 def test_short_calls_are_timed_together() -> None:
     call, restored = Prepared(lambda: None), Prepared(lambda: None, lambda: None)
-    assert gpu.calls_between_events(call, 10e-6, 20e-6) == gpu.SEVERAL
-    assert gpu.calls_between_events(call, 50e-6, 20e-6) == 4
-    assert gpu.calls_between_events(call, 1e-3, 20e-6) == 1
-    assert gpu.calls_between_events(call, 10e-6, 1e-3) == 3  # more could not be hidden
-    assert gpu.calls_between_events(restored, 10e-6, 20e-6) == 1
+    assert timing.calls_between_events(call, 10e-6, 20e-6) == timing.SEVERAL
+    assert timing.calls_between_events(call, 50e-6, 20e-6) == 4
+    assert timing.calls_between_events(call, 1e-3, 20e-6) == 1
+    assert timing.calls_between_events(call, 10e-6, 1e-3) == 3  # more could not be hidden
+    assert timing.calls_between_events(restored, 10e-6, 20e-6) == 1
 
 
 # --- syncs and graphs -------------------------------------------------------------------------------------------------
@@ -192,23 +194,23 @@ def _event(name: str, start: float, end: float) -> SimpleNamespace:
 
 
 def test_syncs_are_counted_within_the_call_only() -> None:
-    call = _event(gpu._CALL, 10, 20)
+    call = _event(measure._CALL, 10, 20)
     launch, inside = _event("cudaLaunchKernel", 11, 12), _event("cudaStreamSynchronize", 12, 13)
     outside = _event("cudaDeviceSynchronize", 21, 22)
     copy = _event("cudaMemcpyAsync", 14, 15)
-    assert gpu.syncs_among([call, launch, inside, copy, outside]) == 1
-    assert gpu.syncs_among([call, launch, outside]) == 0
-    assert gpu.syncs_among([call, _event("aten::item", 11, 12)]) is None  # the profile saw no runtime
+    assert measure.syncs_among([call, launch, inside, copy, outside]) == 1
+    assert measure.syncs_among([call, launch, outside]) == 0
+    assert measure.syncs_among([call, _event("aten::item", 11, 12)]) is None  # the profile saw no runtime
 
 
 def test_replay_compares_bits_and_sees_what_is_not_written(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     value, out = torch.tensor([1.0, torch.nan, -0.0]), torch.empty(3)
     prepared = Prepared(lambda: (out.copy_(value), {"mask": torch.ones(2, dtype=torch.bool)})[:1])
-    clock = gpu.CudaClock(CPU, 0)
+    clock = timing.CudaClock(CPU, 0)
 
     def equal(action: Any) -> bool:
         monkeypatch.setattr(_Graph, "action", staticmethod(action))
-        found = gpu.replay(lambda: prepared, CPU, clock, 2)
+        found = measure.replay(lambda: prepared, CPU, clock, 2)
         assert len(found.samples) == 2
         return found.equal
 
@@ -220,16 +222,16 @@ def test_replay_compares_bits_and_sees_what_is_not_written(device: list[str], mo
 
 def test_tensors_in_and_same_bits() -> None:
     a, b, c = (torch.zeros(2) for _ in range(3))
-    assert [id(x) for x in gpu.tensors_in((a, {"k": [b]}, 3, c))] == [id(a), id(b), id(c)]
-    assert not gpu.same_bits(a, a.double()) and not gpu.same_bits(a, torch.zeros(3))
-    assert gpu.same_bits(torch.zeros(2, 3, dtype=torch.bfloat16).t(), torch.zeros(3, 2, dtype=torch.bfloat16))
+    assert [id(x) for x in measure.tensors_in((a, {"k": [b]}, 3, c))] == [id(a), id(b), id(c)]
+    assert not measure.same_bits(a, a.double()) and not measure.same_bits(a, torch.zeros(3))
+    assert measure.same_bits(torch.zeros(2, 3, dtype=torch.bfloat16).t(), torch.zeros(3, 2, dtype=torch.bfloat16))
 
 
 # --- a device that is lost --------------------------------------------------------------------------------------------
 
 
 def test_a_lost_device_keeps_the_rows_and_names_the_one(device: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "replay", lambda make, device, clock, repeats: gpu.Replay(True, [1e-6]))
+    monkeypatch.setattr(measure, "replay", lambda make, device, clock, repeats: measure.Replay(True, [1e-6]))
 
     def broken(inputs: dict) -> None:
         monkeypatch.setattr(torch.cuda, "synchronize", dead)

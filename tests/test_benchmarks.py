@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks import ours, results, targets, timing
-from benchmarks.cases import OPS, QUICK, STATED, Case, Group, LogitsShape, TokensShape, groups, parse_logits
+from benchmarks.cases import OPS, QUICK, STATED, Case, Group, LogitsShape, TokensShape, groups
 from benchmarks.measure import Settings, run_group
 from benchmarks.ours import REGISTRY, Implementation, Prepared
 from benchmarks.results import Record
-from benchmarks.run import main
+from benchmarks.run import LOGITS, main
 from waiting import Clock
 
 CPU = torch.device("cpu")
@@ -88,10 +89,10 @@ def test_unknown_names_say_what_exists(
     assert all(word in message for word in words), message
 
 
-def test_parse_logits() -> None:
-    assert parse_logits("512,151936") == LogitsShape(512, 151936) == parse_logits("512x151936")
-    with pytest.raises(ValueError, match="N and V > 0"):
-        parse_logits("0,5")
+def test_a_shape_on_the_command_line() -> None:
+    assert LOGITS("512,151936") == LogitsShape(512, 151936) == LOGITS("512x151936")
+    with pytest.raises(argparse.ArgumentTypeError, match="N and V > 0"):
+        LOGITS("0,5")
 
 
 def test_groups_hold_what_is_compared() -> None:
