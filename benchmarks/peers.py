@@ -428,7 +428,8 @@ OF_HIDDEN: tuple[tuple[str, Load, tuple[float, float], str, Supports], ...] = (
     ("liger-linear-ce", _loss_of(*_LIGER_LINEAR, reduction="none"), (0.5, 0.5), LOGPROB, always),
     ("liger-linear-ce-mean", _loss_of(*_LIGER_LINEAR, reduction="mean"), (0.5, 0.5), MEAN_LOGPROB, always),
     ("cut-ce", _loss_of(*_CUT, reduction="none", impl="cce"), (0.5, 0.5), LOGPROB, always),
-    ("cut-ce-compile", _loss_of(*_CUT, device=None, reduction="none", impl="torch_compile"), (3.0, 3.0), LOGPROB, always),
+    ("cut-ce-compile", _loss_of(*_CUT, device=None, reduction="none", impl="torch_compile"), (3.0, 3.0), LOGPROB,
+     always),
     ("quack-linear-ce-mean", _loss_of(*_QUACK_LINEAR, reduction="mean"), (0.5, 0.5), MEAN_LOGPROB, always),
 )  # fmt: skip
 _CLIP_COV = {"clip_cov_ratio": CLIP_COV_RATIO, "clip_cov_lb": BAND[0], "clip_cov_ub": BAND[1]}

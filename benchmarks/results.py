@@ -18,6 +18,7 @@ time per call). ``size`` has rows and vocab, or tokens and distribution, or sequ
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -34,6 +35,7 @@ from typing import Any
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels.backends import verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -207,7 +209,10 @@ _VARIABLES = re.compile(
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, software and repository state, ready for JSON."""
-    cpu = _cpuinfo()
+    cpu, versions = _cpuinfo(), {"entropy_kernels": ek.__version__}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "machine": slug(device),
         "platform": platform.platform(),
@@ -220,12 +225,12 @@ def describe(device: torch.device) -> dict[str, Any]:
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
             "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         },
-        "memory_bytes": _memory_bytes(),
-        "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled") or None,
         "gpu": _gpu(device),
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
-        "versions": {"entropy_kernels": ek.__version__, **_versions()},
+        "versions": versions,
         "backends": ek.backends(),
         "variables": {key: value for key, value in sorted(os.environ.items()) if _VARIABLES.match(key)},
         "commit": os.environ.get("ENTROPY_KERNELS_COMMIT") or _git("rev-parse", "HEAD"),  # copies lack the repository
@@ -250,26 +255,16 @@ def _slugify(text: str) -> str:
 
 def _cpuinfo() -> dict[str, str]:
     """First processor's fields of /proc/cpuinfo; empty where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    fields = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    fields = (line.partition(":") for line in _text("/proc/cpuinfo").split("\n\n")[0].splitlines())
     return {key.strip(): value.strip() for key, _, value in fields}
 
 
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _first_line(path: str) -> str | None:
+def _text(path: str) -> str:
+    """Of a file of the kernel's; nothing where there is none."""
     try:
         return Path(path).read_text().strip()
     except OSError:
-        return None
+        return ""
 
 
 def _gpu(device: torch.device) -> dict[str, Any] | None:
@@ -283,33 +278,8 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
         "l2_bytes": properties.L2_cache_size,
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        "driver": _driver(),
+        "driver": verdict.machine(device).driver,
     }
-
-
-def _driver() -> str | None:
-    """Version of the GPU's driver."""
-    text = _first_line("/proc/driver/nvidia/version") or ""
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
-    if found is not None:
-        return found.group()
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    words = result.stdout.split()
-    return words[0] if result.returncode == 0 and words else None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """``python -m benchmarks.run``: measure ours and the peers, judge the targets, write JSON, a Markdown table and plots.
 
-Read cases (what), ours and peers (by whom), checks (the gate), measure with timing and gpu (how), targets, results,
+Read cases (what), ours and peers (by whom), checks (the gate), measure with timing (how), targets, results,
 report.
 """
 
