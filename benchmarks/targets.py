@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from benchmarks.cases import GRID, HEADLINE, HEADLINE_HIDDEN, STATED, Plan
 from benchmarks.ours import ours_for
@@ -117,6 +117,12 @@ class Run:
 
 
 Measure = Callable[[Run, str], Found]
+Arguments = ParamSpec("Arguments")
+
+
+def _of_a_row(function: Callable[Concatenate[Run, str, Arguments], Found]) -> Callable[Arguments, Measure]:
+    """A row of the table gives the function its arguments; :func:`judge` then gives it the run and the shape."""
+    return lambda *given, **options: lambda run, shape: function(run, shape, *given, **options)
 
 
 # --- ratios -----------------------------------------------------------------------------------------------------------
@@ -127,73 +133,58 @@ def _over(above: Record, below: Record, note: str = "") -> Found:
     return Found(value, best, note, int(min(above.summary["count"], below.summary["count"])), above.shape)
 
 
-def ratio(above: Time, below: Time) -> Measure:
+@_of_a_row
+def ratio(run: Run, shape: str, above: Time, below: Time) -> Found:
     """Time over time."""
-
-    def measure(run: Run, shape: str) -> Found:
-        one, other = run.timed(above, shape), run.timed(below, shape)
-        part = f", {one.computes}" if one.computes else ""
-        chosen = run.device == "cuda" or above.names == PEERS
-        return _over(one, other, f"{one.implementation}{part} against {other.implementation}" if chosen else "")
-
-    return measure
+    one, other = run.timed(above, shape), run.timed(below, shape)
+    part = f", {one.computes}" if one.computes else ""
+    chosen = run.device == "cuda" or above.names == PEERS
+    return _over(one, other, f"{one.implementation}{part} against {other.implementation}" if chosen else "")
 
 
-def everywhere(above: Time, below: Time) -> Measure:
+@_of_a_row
+def everywhere(run: Run, shape: str, above: Time, below: Time) -> Found:
     """The least ratio over all shapes and dtypes at which both were timed."""
-
-    def measure(run: Run, shape: str) -> Found:
-        found = []
-        for where, dtype in dict.fromkeys((r.shape, r.dtype) for r in run.records if r.op == above.op):
-            with contextlib.suppress(Missing):
-                there = ratio(above._replace(dtype=dtype), below._replace(dtype=dtype))(run, where)
-                found.append(there._replace(note=f"{dtype}, {there.note}"))
-        if not found:
-            return ratio(above, below)(run, shape)
-        worst = min(found, key=lambda there: there.value)
-        return worst._replace(note=f"the least of {len(found)}: {worst.note}")
-
-    return measure
+    found = []
+    for where, dtype in dict.fromkeys((r.shape, r.dtype) for r in run.records if r.op == above.op):
+        with contextlib.suppress(Missing):
+            there = ratio(above._replace(dtype=dtype), below._replace(dtype=dtype))(run, where)
+            found.append(there._replace(note=f"{dtype}, {there.note}"))
+    if not found:
+        return ratio(above, below)(run, shape)
+    worst = min(found, key=lambda there: there.value)
+    return worst._replace(note=f"the least of {len(found)}: {worst.note}")
 
 
-def over_products(mine: Time, products: str) -> Measure:
+@_of_a_row
+def over_products(run: Run, shape: str, mine: Time, products: str) -> Found:
     """Time over that of the matrix products alone, in turns with it where they were timed so."""
-
-    def measure(run: Run, shape: str) -> Found:
-        row = run.timed(mine, shape)
-        beside = products_beside(row, run.records, products)
-        if beside is None or not beside.summary:
-            beside = run.timed(Time("linear_roofline", (products,), mine.dtype), shape)  # says why
-        return _over(row, beside, "timed in turns" if products in row.products else "")
-
-    return measure
+    row = run.timed(mine, shape)
+    beside = products_beside(row, run.records, products)
+    if beside is None or not beside.summary:
+        beside = run.timed(Time("linear_roofline", (products,), mine.dtype), shape)  # says why
+    return _over(row, beside, "timed in turns" if products in row.products else "")
 
 
-def errors(name: str, above: Time, below: Time) -> Measure:
+@_of_a_row
+def errors(run: Run, shape: str, name: str, above: Time, below: Time) -> Found:
     """Error over error."""
-
-    def measure(run: Run, shape: str) -> Found:
-        rows = [run.row(above, shape), run.row(below, shape)]
-        one, other = (row.errors[name] if name in row.errors else run.untimed(row).errors[name] for row in rows)
-        value = one / max(other, 1e-12)
-        return Found(value, value, f"{one:.1e} against {other:.1e}")
-
-    return measure
+    rows = [run.row(above, shape), run.row(below, shape)]
+    one, other = (row.errors[name] if name in row.errors else run.untimed(row).errors[name] for row in rows)
+    value = one / max(other, 1e-12)
+    return Found(value, value, f"{one:.1e} against {other:.1e}")
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def copy_rate(op: str, of: Callable[[float, float], float]) -> Measure:
+@_of_a_row
+def copy_rate(run: Run, shape: str, op: str, of: Callable[[float, float], float]) -> Found:
     """``of`` the time, caches cold, and what the least bytes take at the rate of a copy."""
-
-    def measure(run: Run, shape: str) -> Found:
-        mine = run.timed(Time(op), shape)
-        summary, least = mine.cold or mine.summary, sum(mine.least_bytes.values()) / run.bandwidth.copy
-        note = f"{mine.implementation}, {'cold' if mine.cold else mine.cache}; {1e6 * least:.1f} µs at that rate"
-        return Found(of(summary["median"], least), of(summary["min"], least), note, int(summary["count"]))
-
-    return measure
+    mine = run.timed(Time(op), shape)
+    summary, least = mine.cold or mine.summary, sum(mine.least_bytes.values()) / run.bandwidth.copy
+    note = f"{mine.implementation}, {'cold' if mine.cold else mine.cache}; {1e6 * least:.1f} µs at that rate"
+    return Found(of(summary["median"], least), of(summary["min"], least), note, int(summary["count"]))
 
 
 def _both_passes(run: Run, shape: str) -> Found:
@@ -203,58 +194,46 @@ def _both_passes(run: Run, shape: str) -> Found:
     return Found(value, best, mine.implementation, int(mine.summary["count"]))
 
 
-def memory(of: Time, less: float = 0.0, unit: float | None = None) -> Measure:
+@_of_a_row
+def memory(run: Run, shape: str, of: Time, less: float = 0.0, unit: float | None = None) -> Found:
     """Extra memory at the peak but for ``less``, in bytes of a ``unit``; without one over what the row states."""
-
-    def measure(run: Run, shape: str) -> Found:
-        row = run.row(of, shape)
-        taken, stated = row.peak_extra_bytes, unit or row.stated_bytes
-        if taken is None or not stated:
-            taken, stated = 0, run.untimed(row).stated_bytes or 1
-        note = "" if unit else f"{taken / 1e6:.0f} of {stated / 1e6:.0f} MB, results included"
-        return Found((taken - less) / stated, (taken - less) / stated, note)
-
-    return measure
+    row = run.row(of, shape)
+    taken, stated = row.peak_extra_bytes, unit or row.stated_bytes
+    if taken is None or not stated:
+        taken, stated = 0, run.untimed(row).stated_bytes or 1
+    note = "" if unit else f"{taken / 1e6:.0f} of {stated / 1e6:.0f} MB, results included"
+    return Found((taken - less) / stated, (taken - less) / stated, note)
 
 
-def host_time(op: str) -> Measure:
+@_of_a_row
+def host_time(run: Run, shape: str, op: str) -> Found:
     """Microseconds that the host spends on a call at a tiny size."""
-
-    def measure(run: Run, shape: str) -> Found:
-        row = find(run.records, op, ours_for(run.device), "", "fp32", host=True)
-        if row is None:
-            raise Missing(f"{ours_for(run.device)} of {op} {_NOT_ASKED}")
-        row = row if row.summary else run.untimed(row)
-        return Found(row.summary["median"] * 1e6, row.summary["min"] * 1e6, shape=row.shape)
-
-    return measure
+    row = find(run.records, op, ours_for(run.device), "", "fp32", host=True)
+    if row is None:
+        raise Missing(f"{ours_for(run.device)} of {op} {_NOT_ASKED}")
+    row = row if row.summary else run.untimed(row)
+    return Found(row.summary["median"] * 1e6, row.summary["min"] * 1e6, shape=row.shape)
 
 
-def one_after_the_other(*ops: str) -> Measure:
+@_of_a_row
+def one_after_the_other(run: Run, shape: str, *ops: str) -> Found:
     """The sum of their times, in microseconds."""
-
-    def measure(run: Run, shape: str) -> Found:
-        rows = [run.timed(Time(op, dtype="fp32"), shape) for op in ops]
-        value, best = (1e6 * sum(row.summary[key] for row in rows) for key in ("median", "min"))
-        samples = int(min(row.summary["count"] for row in rows))
-        return Found(value, best, " and ".join(row.implementation for row in rows), samples)
-
-    return measure
+    rows = [run.timed(Time(op, dtype="fp32"), shape) for op in ops]
+    value, best = (1e6 * sum(row.summary[key] for row in rows) for key in ("median", "min"))
+    samples = int(min(row.summary["count"] for row in rows))
+    return Found(value, best, " and ".join(row.implementation for row in rows), samples)
 
 
-def count(what: str, seen: Callable[[Record], bool], wrong: Callable[[Record], bool]) -> Measure:
+@_of_a_row
+def count(run: Run, shape: str, what: str, seen: Callable[[Record], bool], wrong: Callable[[Record], bool]) -> Found:
     """Over all rows of ours of which something was ``seen``."""
-
-    def measure(run: Run, shape: str) -> Found:
-        mine = [r for r in run.records if r.role == "ours" and r.summary and r.cache != "host" and seen(r)]
-        if not mine:
-            raise Missing(f"ours of {what} {_NOT_ASKED}")
-        named = list(dict.fromkeys(f"{row.implementation} of {row.op}" for row in mine if wrong(row)))
-        note = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
-        number = sum(map(wrong, mine))
-        return Found(number, number, note, shape=f"{len(mine)} rows")
-
-    return measure
+    mine = [r for r in run.records if r.role == "ours" and r.summary and r.cache != "host" and seen(r)]
+    if not mine:
+        raise Missing(f"ours of {what} {_NOT_ASKED}")
+    named = list(dict.fromkeys(f"{row.implementation} of {row.op}" for row in mine if wrong(row)))
+    note = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+    number = sum(map(wrong, mine))
+    return Found(number, number, note, shape=f"{len(mine)} rows")
 
 
 # --- where ------------------------------------------------------------------------------------------------------------
