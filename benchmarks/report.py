@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import plots, results
 from benchmarks.cases import HEADLINE, HEADLINE_HIDDEN, STATED
 from benchmarks.results import Measured, Record, fastest, over_products
-from benchmarks.targets import Outcome
+from benchmarks.targets import BACK, BOTH, ONE, STATS, Outcome
 from benchmarks.timing import FEWEST_SAMPLES
 
 #: All that may stand beside bench.json and bench.md.
@@ -301,7 +301,6 @@ _BLOCK = re.compile(
 )
 TELLING = 1e-3  # nats from which an error is said beside a time
 _CPU, _GPU, _BATCH = str(STATED.logits[0]), str(HEADLINE), str(STATED.batches[0])
-ONE, STATS, BACK, BOTH = "logprob_entropy", "token_stats", "logprob_entropy_bwd", "logprob_entropy_fwdbwd"
 # per device: lines (label, op, shape, dtype; a label that says so is of ours in place), each with the fastest of ours
 LINES = {
     "cpu": (

@@ -262,16 +262,9 @@ def summarise(samples: Sequence[float]) -> Summary:
     """Summary of at least one sample; percentiles interpolate between order statistics."""
     if not samples:
         raise ValueError("samples: expected at least one, got none")
-    ordered = sorted(samples)
-
-    def quantile(q: float) -> float:
-        position = q * (len(ordered) - 1)
-        below = int(position)
-        above = min(below + 1, len(ordered) - 1)
-        return ordered[below] + (position - below) * (ordered[above] - ordered[below])
-
-    median, p10, p90 = statistics.median(ordered), quantile(0.1), quantile(0.9)
-    return Summary(len(ordered), ordered[0], median, p10, p90, (p90 - p10) / median if median else 0.0)
+    at = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    p10, median, p90 = torch.tensor(samples, dtype=torch.float64).quantile(at).tolist()
+    return Summary(len(samples), min(samples), median, p10, p90, (p90 - p10) / median if median else 0.0)
 
 
 # --- bytes: the least, the rate, the peak -----------------------------------------------------------------------------
