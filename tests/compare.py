@@ -30,6 +30,8 @@ class Errors:
     logp: Tensor  # (N, V) absolute
     entropy: Tensor  # (N,) absolute
     collision: Tensor  # (N,) absolute
+    p_max: Tensor  # (N,) relative
+    mean: Tensor  # (N,) absolute, of Σ p x
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -52,7 +54,10 @@ def errors(d: Dense, softcap: float | None, accumulate: torch.dtype) -> Errors:
     entropy = eps * ((spread * exponent).sum(-1) + ULPS * size)
     pull = 2 * d.p * (d.p - d.collision[:, None]).abs()  # |dS2 / dx|
     collision = eps * ((pull * exponent).sum(-1) + 2 * ULPS * d.collision)
-    return Errors(eps, torch.where(d.p == 0, 0, logp + ULPS * eps), logp, entropy, collision)
+    mean_x = (d.p * _finite(d.x)).sum(-1)
+    off = torch.where(d.p == 0, 0, d.p * (1 + _finite(d.x) - mean_x[:, None]).abs())  # |d Σ p x / dx|
+    mean = eps * ((off * exponent).sum(-1) - ULPS * mean_x)
+    return Errors(eps, torch.where(d.p == 0, 0, logp + ULPS * eps), logp, entropy, collision, sum_error, mean)
 
 
 def value_floor(d: Dense, e: Errors) -> dict[str, Tensor]:
@@ -72,6 +77,9 @@ def value_floor(d: Dense, e: Errors) -> dict[str, Tensor]:
         "entropy": e.entropy,
         "collision": e.collision,
         "vocab_covariance": own + squares + rest + rounding,
+        "p_max": d.p_max * (e.p_max + ULPS * e.eps),
+        "mean_logit": d.temperature[:, 0] * e.mean
+        + ULPS * e.eps * (_finite(d.capped.amax(-1)).abs() + d.mean_logit.abs()),
     }
 
 

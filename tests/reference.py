@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NAMES = ("logprob", "entropy", "collision", "vocab_covariance")
+NAMES = ("logprob", "entropy", "collision", "vocab_covariance", "p_max", "mean_logit")
 DIFFERENTIABLE = NAMES[:3]
 
 
@@ -31,6 +31,8 @@ class Dense:
     entropy: Tensor  # (N,)
     collision: Tensor  # (N,)
     vocab_covariance: Tensor  # (N,)
+    p_max: Tensor  # (N,)
+    mean_logit: Tensor  # (N,)
 
 
 def dense(
@@ -72,7 +74,9 @@ def dense(
     # Cov_{a~p}(log p(a), 1[a = y] - p(a)) = E[log p · (1[a = y] - p)] - E[log p] E[1[a = y] - p]
     one_hot = torch.zeros_like(p).scatter_(-1, label, 1)
     covariance = (plogp * (one_hot - p)).sum(-1) + entropy * (p * (one_hot - p)).sum(-1)
-    values = [value.masked_fill(ignored, 0) for value in (logprob, entropy, collision, covariance)]
+    mean = torch.where(p == 0, 0, p * z).sum(-1)
+    everything = (logprob, entropy, collision, covariance, p.amax(-1), mean)
+    values = [value.masked_fill(ignored, 0) for value in everything]
     return Dense(z, cap_grad, temperature, ignored[:, None] | beyond, one_hot, x, logp, p, *values)
 
 

@@ -57,8 +57,10 @@ def test_right_results_pass(dtype: torch.dtype, vocab: int) -> None:
     sample, bound, grads = make(dtype, vocab)
     z = sample.logits.double().requires_grad_()
     outputs = dict(zip(reference.DIFFERENTIABLE, reference.differentiable(z, sample.target, 0.7, None), strict=True))
+    logp = torch.log_softmax(sample.logits.double() / 0.7, -1)
+    outputs |= {"p_max": logp.amax(-1).exp(), "mean_logit": (logp.exp() * sample.logits.double()).sum(-1)}
     bound.check_values(**{name: value.float() for name, value in outputs.items()})
-    for names in (["logprob"], ["entropy"], ["collision"], list(outputs)):
+    for names in (["logprob"], ["entropy"], ["collision"], list(grads)):
         chosen = {name: grads[name] for name in names}
         (dz,) = torch.autograd.grad([outputs[n] for n in names], z, list(chosen.values()), retain_graph=True)
         bound.check_gradient(dz.to(dtype), **chosen)
@@ -182,6 +184,10 @@ VALUE_MISTAKES: dict[str, Callable[[reference.Dense], dict[str, Tensor]]] = {
     "covariance without Q": lambda d: {
         "vocab_covariance": d.vocab_covariance + (d.p * d.p * d.logp).sum(-1) + d.entropy * d.collision
     },
+    "p_max not normalised": lambda d: {"p_max": torch.ones_like(d.entropy)},
+    "p_max of the target": lambda d: {"p_max": d.logprob.exp()},
+    "mean_logit of the tempered row": lambda d: {"mean_logit": d.mean_logit / 0.7},
+    "mean_logit from the maximum": lambda d: {"mean_logit": d.mean_logit - d.capped.amax(-1)},
     "covariance 0": lambda d: {"vocab_covariance": torch.zeros_like(d.entropy)},
 }
 

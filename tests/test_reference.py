@@ -51,9 +51,6 @@ def test_statistics_and_gradients(options: dict[str, Any]) -> None:
     for name in own.NAMES:
         torch.testing.assert_close(values[name].reshape(-1), getattr(dense, name), equal_nan=True, msg=name)
         assert not (values[name] == 0).logical_and(values[name].signbit()).any(), f"{name}: -0"
-    torch.testing.assert_close(values["p_max"].reshape(-1)[:6], dense.p.amax(-1)[:6], equal_nan=True)
-    finite = dense.capped.masked_fill(dense.p == 0, 0)
-    torch.testing.assert_close(values["mean_logit"].reshape(-1)[:5], (dense.p * finite).sum(-1)[:5])
 
     generator = torch.Generator().manual_seed(2)
     upstream = {name: torch.randn(2, 6, generator=generator, dtype=torch.float64) for name in own.DIFFERENTIABLE}

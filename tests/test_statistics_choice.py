@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from calls import bound
+from cases import CASES
 from conftest import BackendDevice
 from entropy_kernels import reference
 from entropy_kernels._rows import STATISTICS, Statistic, bits, wanted
+from sample import Case
 
 V = 700
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -53,6 +56,17 @@ def test_each_alone(statistic: Statistic, options: dict[str, Any], on: BackendDe
         torch.testing.assert_close(grad.double(), right, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         value.mul_(2)  # is the caller's
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_of_each_case(case: Case, on: BackendDevice) -> None:
+    """Within the bound of what rounding alone can do, whatever the rows hold."""
+    for dtype in case.dtypes:
+        sample = case.build(dtype, on.device)
+        found = ek.token_stats(
+            sample.logits, sample.target, statistics=ek.STATISTICS, backend=on.backend, **sample.kwargs
+        )
+        bound(sample).check_values(**found._asdict())
 
 
 @pytest.mark.parametrize("statistic", STATISTICS, ids=[x.name for x in STATISTICS])
