@@ -74,7 +74,8 @@ def dense(
     # Cov_{a~p}(log p(a), 1[a = y] - p(a)) = E[log p · (1[a = y] - p)] - E[log p] E[1[a = y] - p]
     one_hot = torch.zeros_like(p).scatter_(-1, label, 1)
     covariance = (plogp * (one_hot - p)).sum(-1) + entropy * (p * (one_hot - p)).sum(-1)
-    mean = torch.where(p == 0, 0, p * z).sum(-1)
+    top = z.amax(-1)
+    mean = top + torch.where(p == 0, 0, p * (z - top[:, None])).sum(-1)  # Σ p z overflows where all z are the lowest
     everything = (logprob, entropy, collision, covariance, p.amax(-1), mean)
     values = [value.masked_fill(ignored, 0) for value in everything]
     return Dense(z, cap_grad, temperature, ignored[:, None] | beyond, one_hot, x, logp, p, *values)
