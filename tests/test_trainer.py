@@ -16,14 +16,14 @@ pytest.importorskip("tyro")
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
+from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, MetricsLog, defined, read_rows
 from entropy_kernels.trainer.methods import Part, ppo_clipped, select
-from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS, MetricsLog, defined, read_rows
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.ppo import collect
 from entropy_kernels.trainer.probes import FirstOrder, logits_as_parameters
+from entropy_kernels.trainer.report import agreement
 from entropy_kernels.trainer.rollout import evaluate, score
 from entropy_kernels.trainer.start import _finish, build_policy, enable_checkpointing, load_policy, word_tokenizer
-from entropy_kernels.trainer.summary import agreement
 from entropy_kernels.trainer.tasks import Prompt, WalkTask
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 

@@ -22,7 +22,7 @@ import trainer_setup
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.files import OwnFiles, locked, write_text
-from entropy_kernels.trainer.metrics_log import read_rows
+from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.start import build_policy
 from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times  # noqa: F401
 

@@ -16,8 +16,8 @@ pytest.importorskip("tyro")
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, model, ppo, probes
 from entropy_kernels.trainer.config import HEADS, METHODS, TrainerConfig
+from entropy_kernels.trainer.log import describe_memory
 from entropy_kernels.trainer.model import Encoded, Policy
-from entropy_kernels.trainer.progress import describe_memory
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
 from hf_models import FAMILIES, make

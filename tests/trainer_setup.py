@@ -13,7 +13,7 @@ pytest.importorskip("tyro")
 
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.metrics_log import read_rows
+from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.tasks import Prompt, WalkTask
 
 TINY = TrainerConfig(

@@ -70,8 +70,8 @@ def _main(arguments: list[str]) -> int:
 
 
 def _train(config: Any) -> int:
+    from entropy_kernels.trainer.log import ProgressBoard
     from entropy_kernels.trainer.ppo import train
-    from entropy_kernels.trainer.progress import ProgressBoard
 
     with ProgressBoard(enabled=config.progress) as board:
         out = train(config, report=board.report)

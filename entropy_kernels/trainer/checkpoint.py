@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -100,44 +101,47 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     expect_checkpoint(path)
     expected = f"resume: expected a checkpoint at {path}, got "
+    state: Any = None
     try:
-        damage = _damage(path)
+        got = _damage(path)
     except OSError as error:
         raise OSError(f"{expected}a file that cannot be read ({error.strerror})") from error
-    if damage is not None:
-        raise ValueError(f"{expected}{damage}; {_way_out(path)}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # whole, as its checksums say, but not made by save_checkpoint
-        raise ValueError(f"{expected}a file of another program; {_way_out(path)}") from error
-    if not (isinstance(state, dict) and type(state.get("format")) is int and state["format"] > 0):
-        raise ValueError(f"{expected}a file of another program; {_way_out(path)}")
-    if state["format"] > FORMAT:
-        raise ValueError(
-            f"{expected}one of format {state['format']}, from a newer version: this one reads up to {FORMAT}; update "
-            "entropy_kernels"
-        )
-    if state["format"] == FORMAT and not _sealed(path):
-        raise ValueError(f"{expected}a file whose end, with the checksum, is damaged; {_way_out(path)}")
-    if not _is_whole(state):
-        raise ValueError(f"{expected}a file of another program; {_way_out(path)}")
+    if got is None:
+        with suppress(Exception):  # whole, as its checksums say, but not made by save_checkpoint
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        form = state.get("format") if isinstance(state, dict) else None
+        if type(form) is int and form > FORMAT:
+            raise ValueError(
+                f"{expected}one of format {form}, from a newer version: this one reads up to {FORMAT}; update "
+                "entropy_kernels"
+            )
+        if form == FORMAT and not _sealed(path):
+            got = "a file whose end, with the checksum, is damaged"
+        elif type(form) is not int or form < 1 or not _is_whole(state):
+            got = "a file of another program"
+    if got is not None:
+        raise ValueError(f"{expected}{got}; {_way_out(path)}")
     return state
 
 
+#: What :func:`save_checkpoint` writes; formats before 2 have no row.
+_PARTS = {"step": int, "torch_rng": torch.Tensor, "cuda_rng": list} | dict.fromkeys(
+    ("config", "model", "optimizer", "generators"), dict
+)
+
+
 def _is_whole(state: dict[str, Any]) -> bool:
-    """Whether a dictionary has what :func:`save_checkpoint` writes; formats before 2 have no row."""
-    step, row, tensors = state.get("step"), state.get("row"), [state.get("torch_rng")]
-    if type(step) is not int or step < 0 or not (row is None or (type(row) is dict and type(row.get("step")) is int)):
+    row = state.get("row")
+    if not all(isinstance(state.get(name), kind) for name, kind in _PARTS.items()):
         return False
-    for name in ("model", "generators"):
-        if not isinstance(state.get(name), dict):
-            return False
-        tensors += state[name].values()
-    optimizer, config, cuda = state.get("optimizer"), state.get("config"), state.get("cuda_rng")
-    if not (isinstance(optimizer, dict) and isinstance(config, dict) and isinstance(cuda, list)):
-        return False
-    return {"state", "param_groups"} <= optimizer.keys() and all(isinstance(t, torch.Tensor) for t in tensors + cuda)
+    tensors = [*state["model"].values(), *state["generators"].values(), *state["cuda_rng"]]
+    return (
+        type(state["step"]) is int
+        and state["step"] >= 0
+        and (row is None or (type(row) is dict and type(row.get("step")) is int))
+        and {"state", "param_groups"} <= state["optimizer"].keys()
+        and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+    )
 
 
 def expect_checkpoint(path: Path) -> None:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -212,7 +212,9 @@ class TrainerConfig:
         for names, expected, holds in _RULES:
             for name in names.split():
                 _expect(holds(getattr(self, name)), name, expected, getattr(self, name))
-        choices = {**_CHOICES, "method": tuple(METHODS)}
+        hints = get_type_hints(TrainerConfig).items()
+        choices = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+        choices["method"] = tuple(METHODS)  # some may come from outside
         for name, allowed in choices.items():
             _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
         why = (
@@ -358,9 +360,3 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("memory_budget", "a number of bytes > 0", lambda value: value is None or value > 0),
     ("device", "auto or a torch device that is there", _usable),
 )
-_CHOICES = {
-    "head": HEADS,
-    "advantage": ("grpo", "rloo"),
-    "cov_band": ("absolute", "quantile"),
-    "selection_logprob": ("new", "old"),
-}

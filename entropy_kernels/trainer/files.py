@@ -106,11 +106,9 @@ def check_path(path: Path, argument: str = "out") -> None:
 def make_folder(folder: Path, argument: str = "out") -> None:
     """Create a folder with its parents; an OSError names the argument that asked for it."""
     check_path(folder, argument)
-    for part in (folder, *folder.parents):
-        if part.exists():
-            if not part.is_dir():
-                raise NotADirectoryError(f"{argument}: expected a folder, got {folder}, where {part} is a file")
-            break
+    part = next((part for part in (folder, *folder.parents) if part.exists()), folder)
+    if part.exists() and not part.is_dir():
+        raise NotADirectoryError(f"{argument}: expected a folder, got {folder}, where {part} is a file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -303,5 +301,5 @@ def _alive(pid: int) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        return True
+        pass
     return True

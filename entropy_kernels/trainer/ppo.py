@@ -45,8 +45,8 @@ from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.advantages import group_advantages
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.files import check_path, locked, write_json
+from entropy_kernels.trainer.log import MetricsLog
 from entropy_kernels.trainer.methods import METHODS, Part, select
-from entropy_kernels.trainer.metrics_log import MetricsLog
 from entropy_kernels.trainer.model import Policy, loss_of_stats
 from entropy_kernels.trainer.probes import Probe, Step, Update, default_probes
 from entropy_kernels.trainer.rollout import Rollout, fresh_logprob, sample_groups, score

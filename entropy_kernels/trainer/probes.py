@@ -1,6 +1,6 @@
 """What a run measures: probes that hang on the loop of :mod:`entropy_kernels.trainer.ppo`.
 
-A :class:`Probe` sees a :class:`Step` as it comes about and adds to its row; metrics_log.py says what each name means.
+A :class:`Probe` sees a :class:`Step` as it comes about and adds to its row; log.py says what each name means.
 What a probe changes it puts back: without probes a run has the same weights, bit for bit (tested).
 """
 
@@ -20,8 +20,8 @@ import entropy_kernels as ek
 from entropy_kernels._memory import peak_allocated
 from entropy_kernels.trainer.checkpoint import note_unscored
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
+from entropy_kernels.trainer.log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.methods import METHODS
-from entropy_kernels.trainer.metrics_log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.rollout import Rollout, evaluate, fresh_logprob, mean_over, row_slices, score
 from entropy_kernels.trainer.tasks import Task

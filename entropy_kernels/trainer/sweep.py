@@ -2,7 +2,7 @@
 
 Read :data:`SWEEPS` first, what the commands are; then :func:`run_sweep`, what they do; then its parts in their order:
 :func:`configurations`, :func:`experiment` (the folder), :func:`supervised_start`, :func:`unfinished`,
-:func:`run_side_by_side`. A single run is ppo.py; what is said of many, summary.py and report.py.
+:func:`run_side_by_side`. A single run is ppo.py; what is said of many, report.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ import torch
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
+from entropy_kernels.trainer.log import ProgressBoard, describe_row, read_rows
 from entropy_kernels.trainer.methods import BASELINE, METHODS
-from entropy_kernels.trainer.metrics_log import read_rows
-from entropy_kernels.trainer.progress import ProgressBoard, describe_row
 from entropy_kernels.trainer.report import TORCH_OPS, memory_line, report_names, write_report
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy, warm_start
 from entropy_kernels.trainer.tasks import make_task
