@@ -9,7 +9,6 @@ import json
 import re
 import warnings
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,13 +101,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     expect_checkpoint(path)
     expected = f"resume: expected a checkpoint at {path}, got "
     state: Any = None
+    cause = None
     try:
         got = _damage(path)
     except OSError as error:
         raise OSError(f"{expected}a file that cannot be read ({error.strerror})") from error
     if got is None:
-        with suppress(Exception):  # whole, as its checksums say, but not made by save_checkpoint
+        try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whole, as its checksums say, but not made by save_checkpoint
+            cause = error
         form = state.get("format") if isinstance(state, dict) else None
         if type(form) is int and form > FORMAT:
             raise ValueError(
@@ -120,7 +122,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         elif type(form) is not int or form < 1 or not _is_whole(state):
             got = "a file of another program"
     if got is not None:
-        raise ValueError(f"{expected}{got}; {_way_out(path)}")
+        raise ValueError(f"{expected}{got}; {_way_out(path)}") from cause
     return state
 
 

@@ -113,13 +113,13 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             probe.before_step(step)
 
         # 1. sample, score, advantages
-        step.rollout = collect(policy, task, config, step=number, generator=run.sampler)
+        step.rollout = collect(policy, task, config, step=number, generator=run.generators["sampler"])
         for probe in probes:
             probe.after_rollout(step)
 
         # 2. several updates per rollout: from the second on, log-probs differ from the old ones
         if not step.last:
-            for rows in minibatches(config, policy.device, run.shuffler):
+            for rows in minibatches(config, policy.device, run.generators["shuffler"]):
                 seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
                 step.updates.append(update(policy, run.optimizer, step.rollout, rows, config, seed=seed))
                 for probe in probes:
@@ -306,8 +306,7 @@ class Run:
 
     policy: Policy
     optimizer: torch.optim.Optimizer
-    sampler: torch.Generator
-    shuffler: torch.Generator
+    generators: dict[str, torch.Generator]  # sampler and shuffler
     log: MetricsLog
     first: int  # step
 
@@ -319,7 +318,7 @@ class Run:
             config=config.to_dict(),
             model=self.policy.model,
             optimizer=self.optimizer,
-            generators={"sampler": self.sampler, "shuffler": self.shuffler},
+            generators=self.generators,
             row=self.log.last,
         )
 
@@ -337,23 +336,22 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         policy = load_policy(config.warm_start_from, config, task)
     else:
         policy = build_policy(config, task)
-        if config.warm_steps > 0 and saved is None:
-
-            def told(done: int, loss: float) -> None:
-                tell("supervised start", done, config.warm_steps, {"loss": loss})
-
-            warm_start(policy, task, config, on_step=told)
+        if saved is None:
+            warm_start(
+                policy, task, config,
+                on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
+            )  # fmt: skip
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
     )
-    sampler = torch.Generator(policy.device).manual_seed(config.seed)
-    shuffler = torch.Generator().manual_seed(config.seed)
+    generators = {"sampler": torch.Generator(policy.device), "shuffler": torch.Generator()}
+    for generator in generators.values():
+        generator.manual_seed(config.seed)
     first = 0
     if saved is not None:
-        generators = {"sampler": sampler, "shuffler": shuffler}
         first = checkpoint.restore(saved, path, model=policy.model, optimizer=optimizer, generators=generators)
     elif config.overwrite:
         checkpoint.remove_run(files)
@@ -363,7 +361,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "overwrite": False}
     write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
-    return Run(policy, optimizer, sampler, shuffler, log, first)
+    return Run(policy, optimizer, generators, log, first)
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The report of a set of runs: one self-contained HTML page, the same as Markdown, and their figures.
 
 Read :func:`write_report` first; then the numbers: end values of runs, and the claims by which a reproduction is judged
-(:func:`over_seeds`, :func:`criteria`); then tables and sentences on them; the two templates stand at the end.
+(:func:`over_seeds`, :func:`criteria`); then tables and sentences on them, put together by :func:`sections`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ import numpy as np
 import entropy_kernels as ek
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels.analysis import plots
-from entropy_kernels.analysis._require import require
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, write_bytes, write_json, write_text
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, describe_memory
@@ -35,7 +35,14 @@ Table = dict[str, Any]
 
 #: At the end of a run's name: the method under head = torch.
 TORCH_OPS = "_torch_ops"
-FIGURES = ("entropy", "performance", "law", "entropy_change", "covariance")
+#: The page's figures: name of the file -> what it shows.
+FIGURES = {
+    "entropy": "Policy entropy over training steps",
+    "performance": "pass@1 and pass@8 over training steps",
+    "law": "Validation accuracy against entropy, with the fitted law and a straight line",
+    "entropy_change": "Measured against predicted entropy change, three ways",
+    "covariance": "Mean covariance of the top fractions of tokens",
+}
 
 #: Columns of the logs that are worth keeping under version control, as csv/.
 KEPT_COLUMNS = (
@@ -127,7 +134,6 @@ def write_report(
     """
     if BASELINE not in runs:
         raise ValueError(f"runs: expected the baseline {BASELINE!r} among them, got {', '.join(runs)}")
-    require("jinja2", "the report", extra="train")
     OwnFiles(out).claim(*report_names(picture, kept))
     summary = over_seeds(runs)
     fit = agreement(experiment["predicted"], experiment["measured"])
@@ -150,15 +156,16 @@ def write_report(
     write_json(out / "summary.json", record)
     labelled = {label(run): list(logs) for run, logs in runs.items()}
     main = {label(run): list(logs) for run, logs in runs.items() if not is_beside(run)}
-    pictures = {}
+    shown = {}
     for name, figure in draw(labelled, main, experiment).items():
         data = plots.png(figure)
         write_bytes(out / f"{name}.png", data)
-        pictures[name] = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+        encoded = base64.b64encode(data).decode("ascii")
+        shown[name] = f'<img alt="{FIGURES[name]}" src="data:image/png;base64,{encoded}">'
     covariance = plots.covariance_table(labelled, dict(COVARIANCE_COLUMNS))
     about = plots.html_table(covariance, caption="Mean covariance of the top tokens at the first step")
-    page = render(PAGE, record, autoescape=True, title=title, pictures=pictures, covariance_table=about)
-    write_text(out / "report.html", page)
+    shown["covariance"] = f'<div class="wide">{about}</div>\n{shown["covariance"]}'
+    write_text(out / "report.html", page(record, title=title, shown=shown))
     columns = {"entropy": "policy entropy (nats)", "val_pass1": "pass@1", "val_pass8": "pass@8"}
     task = base.task.partition("?")[0]  # its options would run into the next panel's title
     curves = plots.performance_figure(labelled, columns=columns, title=task)
@@ -188,39 +195,6 @@ def draw(runs: Logs, main: Logs, experiment: Mapping[str, Sequence[float]]) -> d
         "entropy_change": plots.entropy_change_figure(panels),
         "covariance": plots.covariance_figure(plots.covariance_table(main, dict(COVARIANCE_COLUMNS))),
     }
-
-
-def markdown(record: Mapping[str, Any], *, picture: str) -> str:
-    """report.md, of what summary.json holds."""
-    return render(NOTE, record, autoescape=False, picture=picture)
-
-
-def render(template: str, record: Mapping[str, Any], *, autoescape: bool, **more: Any) -> str:
-    """A template with what both have: the record, its tables and sentences."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
-    )
-    summary = record["methods"]
-    workers = record["workers"]
-    return environment.from_string(template).render(
-        record=record,
-        walk=record["task"] == "walk",
-        about=WALK if record["task"] == "walk" else f"{record['model']} learns {record['task']} by PPO. Its verifier "
-        "gives the reward.",
-        heading=heading(record),
-        treats={how: ", ".join(m.label for m in METHODS.values() if m.treats == how and m.control_of is None)
-                for how in ("dropped", "penalized")},
-        ends=table(summary, END_COLUMNS, spread=True),
-        costs=table(summary, COST_COLUMNS),
-        about_costs=COSTS + (f" {workers} runs at the same time." if workers > 1 else ""),
-        again=" this time" if "--reuse" in record["command"].split() else "",
-        memory=memory_line(summary),
-        laws=law_lines(summary),
-        changes=change_lines(summary, record["logits_as_parameters"]),
-        **more,
-    )  # fmt: skip
 
 
 # --- end values and claims: numbers -----------------------------------------------------------------------------------
@@ -491,20 +465,146 @@ def limits(summary: Summary, base: TrainerConfig) -> list[str]:
     return lines
 
 
-# --- the page and the note, for jinja2; they refer to nothing outside the folder --------------------------------------
+# --- the page and the note; they refer to nothing outside the folder --------------------------------------------------
 
-PAGE = """{% macro table(data) %}<div class="wide"><table class="data"><thead><tr>
-{%- for text in data.head %}<th scope="col">{{ text }}</th>{% endfor %}</tr></thead><tbody>
-{%- for row in data.rows %}<tr><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
-{%- endfor %}</tbody></table></div>{% endmacro -%}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
+
+class Html(str):
+    """Goes into the page as it is, and not into the note."""
+
+
+Block = str | list[str] | Table  # a paragraph, a list of sentences, a table
+
+
+def sections(record: Mapping[str, Any], shown: Mapping[str, str]) -> list[tuple[str, list[Block]]]:
+    """Headings and blocks of page and note, of what summary.json holds; `shown` has the page's figures as HTML."""
+    summary, workers, walk = record["methods"], record["workers"], record["task"] == "walk"
+    about = f"{record['model']} learns {record['task']} by PPO. Its verifier gives the reward."
+    treats = {
+        how: ", ".join(m.label for m in METHODS.values() if m.treats == how and m.control_of is None)
+        for how in ("dropped", "penalized")
+    }
+    memory = memory_line(summary)
+    costs = COSTS + (f" {workers} runs at the same time." if workers > 1 else "")
+    if memory:
+        costs += f" {memory} {HEADS_NOTE}"
+    claims = [
+        [check["claim"], check["figure"], "✓ holds" if check["holds"] else "✗ does not hold"]
+        for check in record["criteria"]
+    ]
+    figures = {name: Html(shown.get(name, "")) for name in FIGURES}
+    start = (
+        f"{WALK if walk else about} All runs start from the same model; they differ in which tokens lose their "
+        f"gradient ({treats['dropped']}), get a penalty ({treats['penalized']}), or neither (baseline). Dashed are "
+        "controls, which treat as many tokens, chosen at random, and runs that take torch's own operations in place of "
+        "this library's."
+    )
+    about_panels = Html(f"<p>{escape(WHY)}</p>" if shown else "")  # the note has no panels
+    one = len(record["seeds"]) == 1
+    ends = ENDS if one else f"Means ± standard deviations over the seeds. {ENDS}"
+    return [
+        ("", [start]),
+        ("Where the runs end", [table(summary, END_COLUMNS, spread=True), ends]),
+        ("What a step costs", [table(summary, COST_COLUMNS), costs]),
+        ("Entropy", [figures["entropy"], CAUSE]),
+        ("pass@1 and pass@k", [figures["performance"]]),
+        ("The law R = -a e^H + b", [figures["law"], law_lines(summary)]),
+        (
+            "Entropy change: measured against predicted",
+            [figures["entropy_change"], change_lines(summary, record["logits_as_parameters"]), about_panels],
+        ),
+        ("Covariance is heavy-tailed", [figures["covariance"]]),
+        ("Claims", [{"head": ["claim", "measured", ""], "rows": claims}, ONE_SEED if walk and one else ""]),
+        ("What does not show at this scale", record["limits"] and [record["limits"]]),
+    ]
+
+
+def made(record: Mapping[str, Any]) -> str:
+    """Seeds, time and versions."""
+    seeds = f"Seed{'s' if len(record['seeds']) > 1 else ''} {', '.join(map(str, record['seeds']))}"
+    again = " this time" if "--reuse" in record["command"].split() else ""
+    versions = [f"{name} {value}" for name, value in record["versions"].items()]
+    return " · ".join([seeds, f"{record['seconds'] / 60:.1f} minutes{again}", record["hardware"], *versions])
+
+
+def page(record: Mapping[str, Any], *, title: str, shown: Mapping[str, str]) -> str:
+    """report.html."""
+
+    def show(block: Block) -> str:
+        if isinstance(block, Html):
+            return block
+        if isinstance(block, str):
+            return f"<p>{escape(block)}</p>"
+        if isinstance(block, list):
+            return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in block)}</ul>"
+        head = "".join(f'<th scope="col">{escape(text)}</th>' for text in block["head"])
+        rows = ""
+        for first, *cells in block["rows"]:
+            marks = [{"✓": ' class="yes"', "✗": ' class="no"'}.get(cell[:1], "") for cell in cells]
+            data = "".join(f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(marks, cells, strict=True))
+            rows += f'<tr><th scope="row">{escape(first)}</th>{data}</tr>\n'
+        return (
+            f'<div class="wide"><table class="data"><thead><tr>{head}</tr></thead><tbody>\n{rows}</tbody></table></div>'
+        )
+
+    lines = [f"<h1>{escape(title)}</h1>", f'<p class="muted">{escape(made(record))}</p>']
+    lines.append(f"<pre>{escape(record['command'])}</pre>")
+    for section, blocks in sections(record, shown):
+        lines += [f"<h2>{escape(section)}</h2>"] if section else []
+        lines += [show(block) for block in blocks if block]
+    head = f'<meta charset="utf-8">\n{VIEWPORT}\n<title>{escape(title)}</title>\n<style>{STYLE}</style>'
+    body = "\n".join(lines)
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def markdown(record: Mapping[str, Any], *, picture: str) -> str:
+    """report.md."""
+
+    def show(block: Block) -> str:
+        if isinstance(block, str):
+            return block
+        if isinstance(block, list):
+            return "\n".join(f"- {line}" for line in block)
+        rows = [block["head"], ["---"] * len(block["head"]), *block["rows"]]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    seeds = len(record["seeds"])
+    parts = [f"# {heading(record)}, {seeds} seed{'s' if seeds > 1 else ''}", f"`{record['command']}`", made(record)]
+    parts.append(f"![entropy, pass@1 and pass@8 over training steps]({picture})")
+    for section, blocks in sections(record, {}):
+        texts = [show(block) for block in blocks if block]
+        parts += [f"## {section}", *texts] if section and texts else texts
+    return "\n\n".join(parts) + "\n"
+
+
+ENDS = (
+    "H: policy entropy in nats per token, mean of the last rollouts. pass@k: chance that one of k samples is right, "
+    "on held-out prompts, unbiased. Distinct right: different right answers among the samples of a prompt. Share of "
+    "ops: time in this library's ops, by default with the head's matrix products, over the time of a step."
+)
+HEADS_NOTE = (
+    "Linear: from hidden states; logits: materialised; torch: materialised, and torch's own operations. Weights and "
+    "optimizer state, the same under all, are not counted."
+)
+CAUSE = (
+    "Without intervention the policy spends its entropy early. The tokens that spend it are few: those whose log- "
+    "probability and advantage are both high. Taking their gradient, or holding them back, keeps the entropy; doing "
+    "the same to random tokens does not."
+)
+WHY = (
+    "Why the three differ. The theory takes each row of logits as its own parameter: there, for a small step, "
+    "prediction and measurement agree to rounding and curvature (first panel). In a network a step for one token "
+    "moves the logits of all others, and AdamW rescales the step of every weight, so a sum of per-token predictions "
+    "keeps the direction and loses the size (second panel; its prediction is for a unit step, so only correlation and "
+    "sign mean something). The gradient of the entropy in the weights, times the change of the weights in one update, "
+    "contains all of this and is again exact to first order (third panel). Over all updates of a rollout curvature "
+    "adds up, and the agreement is less close."
+)
+ONE_SEED = (
+    "The claims are stated for three seeds, make reproduce-toy: one seed has no spread to compare with and may miss a "
+    "claim (where twice the baseline's entropy is claimed, single seeds were seen to end with 1.8 to 2.1 times)."
+)
+VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+STYLE = """
   body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 2.5rem auto;
   padding: 0 1.2rem; } h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: .3rem; }
   h2 { font-size: 1.2rem; margin-top: 2.4rem; }
@@ -515,129 +615,8 @@ PAGE = """{% macro table(data) %}<div class="wide"><table class="data"><thead><t
   table.data th, table.data td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #e3e3e3;
   white-space: nowrap; } table.data th[scope=row], table.data thead th:first-child { text-align: left; }
   .wide { overflow-x: auto; }
-  .muted { color: #666; }
+  .muted, .wide + p { color: #666; }
   code, pre { font: .86rem/1.5 ui-monospace, monospace; background: #f5f5f5; }
   pre { padding: .7rem .9rem; overflow-x: auto; }
-  .yes::before { content: "\\2713 holds"; color: #1a7f37; font-weight: 600; }
-  .no::before { content: "\\2717 does not hold"; color: #b3261e; font-weight: 600; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p class="muted">Seed{{ "s" if record.seeds|length > 1 }} {{ record.seeds|join(", ") }} ·
-{{ "%.1f"|format(record.seconds / 60) }} minutes · {{ record.hardware }} ·
-{% for name, value in record.versions.items() %}{{ name }} {{ value }}{{ " · " if not loop.last }}{% endfor %}</p>
-<pre>{{ record.command }}</pre>
-
-<p>{{ about }} All runs start from the same model; they differ in which tokens lose their gradient
-({{ treats.dropped }}), get a penalty ({{ treats.penalized }}), or neither (baseline). Dashed are controls, which treat
-as many tokens, chosen at random, and runs that take torch's own operations in place of this library's.</p>
-
-<h2>Where the runs end</h2>
-{{ table(ends) }}
-<p class="muted">H: policy entropy in nats per token, mean of the last rollouts. pass@k: chance that one of k samples
-is right, on held-out prompts, unbiased. Distinct right: different right answers among the samples of a prompt. Share of
-ops: time in this library's ops, by default with the head's matrix products, over the time of a step.</p>
-
-<h2>What a step costs</h2>
-{{ table(costs) }}
-<p class="muted">{{ about_costs }}{% if memory %} {{ memory }} Linear: from hidden states; logits:
-materialised; torch: materialised, and torch's own operations.
-Weights and optimizer state, the same under all, are not counted.{% endif %}</p>
-
-<h2>Entropy</h2>
-<img alt="Policy entropy over training steps" src="{{ pictures.entropy }}">
-<p>Without intervention the policy spends its entropy early. The tokens that spend it are few: those whose
-log-probability and advantage are both high. Taking their gradient, or holding them back, keeps the entropy; doing the
-same to random tokens does not.</p>
-
-<h2>pass@1 and pass@k</h2>
-<img alt="pass@1 and pass@8 over training steps" src="{{ pictures.performance }}">
-
-<h2>The law R = -a e<sup>H</sup> + b</h2>
-<img alt="Validation accuracy against entropy, with the fitted law and a straight line" src="{{ pictures.law }}">
-<ul>{% for line in laws %}<li>{{ line }}</li>{% endfor %}</ul>
-
-<h2>Entropy change: measured against predicted</h2>
-<img alt="Measured against predicted entropy change, three ways" src="{{ pictures.entropy_change }}">
-<ul>{% for line in changes %}<li>{{ line }}</li>{% endfor %}</ul>
-<p>Why the three differ. The theory takes each row of logits as its own parameter: there, for a small step, prediction
-and measurement agree to rounding and curvature (first panel). In a network a step for one token moves the logits of
-all others, and AdamW rescales the step of every weight, so a sum of per-token predictions keeps the direction and
-loses the size (second panel; its prediction is for a unit step, so only correlation and sign mean something). The
-gradient of the entropy in the weights, times the change of the weights in one update, contains all of this and is again
-exact to first order (third panel). Over all updates of a rollout curvature
-adds up, and the agreement is less close.</p>
-
-<h2>Covariance is heavy-tailed</h2>
-<div class="wide">{{ covariance_table|safe }}</div>
-<img alt="Mean covariance of the top fractions of tokens" src="{{ pictures.covariance }}">
-
-<h2>Checks</h2>
-<table class="data"><thead><tr><th scope="col">claim</th><th scope="col">measured</th><th
-scope="col"></th></tr></thead><tbody>
-{% for check in record.criteria %}<tr><th scope="row">{{ check.claim }}</th><td>{{ check.figure }}</td><td
-class="{{ "yes" if check.holds else "no" }}"></td></tr>{% endfor %}</tbody></table>
-{% if walk and record.seeds|length == 1 %}<p class="muted">The claims are stated for three seeds,
-<code>make reproduce-toy</code>: one seed has no spread to compare with and may miss a claim (where twice the baseline's
-entropy is claimed, single seeds were seen to end with 1.8 to 2.1 times).</p>{% endif %}
-
-<h2>What does not show at this scale</h2>
-<ul>{% for line in record.limits %}<li>{{ line }}</li>{% endfor %}</ul>
-</body>
-</html>
-"""
-
-NOTE = """{% macro table(data) %}
-| {{ data.head|join(" | ") }} |
-| {% for _ in data.head %}---{{ " | " if not loop.last }}{% endfor %} |
-{% for row in data.rows %}
-| {{ row|join(" | ") }} |
-{% endfor %}
-{% endmacro %}
-{% set many = record.seeds|length > 1 %}
-# {{ heading }}, {{ record.seeds|length }} seed{{ "s" if many }}
-
-`{{ record.command }}` took {{ "%.0f"|format(record.seconds / 60) }} minutes{{ again }} on {{ record.hardware }} (
-{%- for name, value in record.versions.items() %}{{ name }} {{ value }}{{ ", " if not loop.last }}{% endfor %}).
-
-![entropy, pass@1 and pass@8 over training steps]({{ picture }})
-
-## Claims
-
-| claim | measured | |
-| --- | --- | --- |
-{% for check in record.criteria %}
-| {{ check.claim }} | {{ check.figure }} | {{ "holds" if check.holds else "**does not hold**" }} |
-{% endfor %}
-
-## End values{{ ", mean ± standard deviation over seeds" if many }}
-
-{{ table(ends) }}
-## What a step costs
-
-{{ about_costs }}
-
-{{ table(costs) }}
-{% if memory %}
-{{ memory }}
-
-{% endif %}
-## The law
-
-{% for line in laws %}
-- {{ line }}
-{% endfor %}
-
-## Entropy change, measured against predicted
-
-{% for line in changes %}
-- {{ line }}
-{% endfor %}
-
-## What does not show at this scale
-
-{% for line in record.limits %}
-- {{ line }}
-{% endfor %}
+  td.yes { color: #1a7f37; font-weight: 600; } td.no { color: #b3261e; font-weight: 600; }
 """

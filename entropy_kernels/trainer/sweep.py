@@ -277,12 +277,10 @@ def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoar
         torch.set_num_threads(config.threads)
         task = make_task(config.task, max_new_tokens=config.max_new_tokens)
         policy = build_policy(config, task)
-
-        def on_step(step: int, loss: float) -> None:
-            board.update("supervised start", step, config.warm_steps, f"loss {loss:.3f}")
-
-        if config.warm_steps:
-            warm_start(policy, task, config, on_step=on_step)
+        warm_start(
+            policy, task, config,
+            on_step=lambda done, loss: board.update("supervised start", done, config.warm_steps, f"loss {loss:.3f}"),
+        )  # fmt: skip
         files.remove(checkpoint.STAMP)
         policy.write(files)
         # the stamp comes last: without it the directory is made anew
