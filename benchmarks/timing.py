@@ -20,11 +20,10 @@ import gc
 import math
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -45,12 +44,6 @@ AHEAD = 5e-3  # seconds of host time that are hidden behind the idling kernel at
 RESOLVED = 100e-6  # a shorter call is timed several times between two events, whose resolution is half a microsecond
 SEVERAL = 20  # calls between two events at most
 SLOW_HOST = 0.05  # seconds of host time from which a call is neither profiled nor captured: so many launches
-
-
-class Clock(Protocol):
-    """Seconds of one call, after its reset."""
-
-    def time(self, prepared: Prepared, /) -> float: ...
 
 
 class CpuClock:
@@ -120,6 +113,9 @@ def _cycles_per_second(device: torch.device) -> float:
         end.synchronize()
         elapsed.append(start.elapsed_time(end) * 1e-3)
     return cycles / min(elapsed[1:])
+
+
+Clock = CpuClock | CudaClock
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -372,18 +368,13 @@ def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 
 
 
 def _resets_high_water() -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
+    """Reset it, where the system has it."""
     try:
-        _reset_high_water()
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
     except OSError:
         return False
     return True
-
-
-def _reset_high_water() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 
 def _status(key: str) -> int:
@@ -399,7 +390,7 @@ def _peak_resident(call: Callable[[], Any], device: torch.device) -> Peak:
         # glibc keeps freed memory resident: give it back, else a call that needs it again seems to need nothing
         ctypes.CDLL(None).malloc_trim(0)
     reused_memory.release()  # the same for the gradient that our backward pass keeps
-    _reset_high_water()
+    _resets_high_water()
     before = _status("VmRSS")
     output = call()
     peak = _status("VmHWM") - before

@@ -203,6 +203,14 @@ def test_summarise() -> None:
         timing.summarise([])
 
 
+def test_bandwidth_is_measured_within_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of the cache: two buffers of an eighth of what is free."""
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 480 << 20)
+    monkeypatch.setattr(timing, "available_bytes", lambda device: 80 << 20)
+    found = timing.measure_bandwidth(torch.device("cpu"), repeats=1)
+    assert found.buffer_bytes == 10 << 20 and found.read > 0 and found.copy > 0
+
+
 @pytest.mark.parametrize("method", ["resident", "profiler"])
 def test_peak_memory_sees_temporaries(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call whose temporary of 64 MB is gone when it returns."""
