@@ -7,7 +7,7 @@ without gradient and without a value read back by the host. Method: arXiv 2505.2
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,11 +131,7 @@ def random_tokens(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; ratio and k, or neither.
     """
-    tokens = tokens_of("score", score, mask, exclude, token_index)
-    return request(
-        score.device, seed=seed, ratio=ratio, k=k, default=None, at_least_one=at_least_one, low=low, high=high,
-        band=band, closed=closed, group=batch_group, backend=backend,
-    )(*tokens)  # fmt: skip
+    return _selected(locals(), "score")
 
 
 def clip_cov_mask(
@@ -164,11 +160,7 @@ def clip_cov_mask(
 
     Other args, returns, raises: as :func:`random_tokens`.
     """
-    tokens = tokens_of("covariance", covariance, mask, exclude, token_index)
-    return request(
-        covariance.device, seed=seed, ratio=ratio, k=k, default=CLIP_COV_RATIO, at_least_one=at_least_one, low=low,
-        high=high, band=band, closed=closed, group=batch_group, backend=backend,
-    )(*tokens)  # fmt: skip
+    return _selected(locals(), "covariance", CLIP_COV_RATIO)
 
 
 def top_tokens(
@@ -190,11 +182,7 @@ def top_tokens(
 
     Args, returns, raises: as :func:`random_tokens`.
     """
-    tokens = tokens_of("score", score, mask, exclude, token_index)
-    return request(
-        score.device, ratio=ratio, k=k, default=None, at_least_one=at_least_one, group=batch_group,
-        backend=backend,
-    )(*tokens)  # fmt: skip
+    return _selected(locals(), "score")
 
 
 def kl_cov_mask(
@@ -219,11 +207,24 @@ def kl_cov_mask(
 
     Other args, returns, raises: as :func:`random_tokens`.
     """
-    tokens = tokens_of("covariance", covariance, mask, exclude, token_index)
-    return request(
-        covariance.device, ratio=ratio, k=k, default=KL_COV_RATIO, at_least_one=at_least_one, group=batch_group,
-        backend=backend,
-    )(*tokens)  # fmt: skip
+    return _selected(locals(), "covariance", KL_COV_RATIO)
+
+
+def _selected(given: dict[str, Any], name: str, default: float | None = None) -> Tensor:
+    """The tokens that the arguments of a function above select by the one called ``name``; its ratio by default."""
+    score = given.pop(name)
+    tokens = tokens_of(name, score, *(given.pop(each) for each in ("mask", "exclude", "token_index")))
+    return request(score.device, default=default, group=given.pop("batch_group"), **given)(*tokens)
+
+
+class _Added(NamedTuple):
+    """A micro-batch, its tensors of one shape."""
+
+    logprob: Tensor
+    advantages: Tensor
+    mask: Tensor | None
+    exclude: Tensor | None
+    token_index: Tensor | None
 
 
 class SelectionBatch:
@@ -249,17 +250,12 @@ class SelectionBatch:
         group_name(batch_group)
         self._group = batch_group
         self._backend = backend
-        self._shapes: list[torch.Size] = []
-        self._logprob: list[Tensor] = []
-        self._advantages: list[Tensor] = []
-        self._mask: list[Tensor | None] = []
-        self._token_index: list[Tensor] = []
-        self._exclude: list[Tensor | None] = []
+        self._added: list[_Added] = []
         self._covariance: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of micro-batches added."""
-        return len(self._shapes)
+        return len(self._added)
 
     def add(
         self,
@@ -276,28 +272,22 @@ class SelectionBatch:
         given for all micro-batches or for none; the default continues where the last micro-batch ended.
         """
         check_float("logprob", logprob)
-        if self._logprob and logprob.device != self._logprob[0].device:
+        if self._added and logprob.device != (device := self._added[0].logprob.device):
             raise ValueError(
-                f"logprob: expected on the device of the earlier micro-batches, {self._logprob[0].device}, "
-                f"got {logprob.device}"
+                f"logprob: expected on the device of the earlier micro-batches, {device}, got {logprob.device}"
             )
         advantages = per_token("advantages", advantages, logprob)
         mask, wrong = boolean_of("mask", mask, "logprob", logprob)
         exclude, strange = boolean_of("exclude", exclude, "logprob", logprob)
         token_index = check_token_index(token_index, "logprob", logprob)
-        if self._shapes and (token_index is not None) != bool(self._token_index):
+        if self._added and (token_index is None) != (self._added[0].token_index is None):
             got = "one" if token_index is not None else "none"
             raise ValueError(
                 f"token_index: expected for all micro-batches or for none, got {got} for number {len(self)}, "
                 "other than for those before"
             )
-        self._shapes.append(logprob.shape)
-        self._logprob.append(poisoned(logprob.detach(), wrong, strange))
-        self._advantages.append(advantages.detach())
-        self._mask.append(mask)
-        self._exclude.append(exclude)
-        if token_index is not None:
-            self._token_index.append(token_index)
+        logprob = poisoned(logprob.detach(), wrong, strange)
+        self._added.append(_Added(logprob, advantages.detach(), mask, exclude, token_index))
         self._covariance = None
 
     def covariance(self) -> list[Tensor]:
@@ -316,54 +306,36 @@ class SelectionBatch:
         for name in ("mask", "exclude", "token_index", "batch_group"):
             if name in options:
                 raise TypeError(f"{name}: expected in add() or SelectionBatch(), got it as an option of the selection")
-        options.setdefault("backend", self._backend)
-        return self._split(
-            function(
-                self._whole_covariance(),
-                self._cat_masks(self._mask, True),
-                exclude=self._cat_masks(self._exclude, False),
-                token_index=_cat(self._token_index) if self._token_index else None,
-                batch_group=self._group,
-                **options,
-            )
-        )
+        options = {"backend": self._backend, "batch_group": self._group, **options}
+        for name, default in (("mask", True), ("exclude", False), ("token_index", None)):
+            options[name] = self._whole(name, default)
+        return self._split(function(self._whole_covariance(), **options))
 
     def _whole_covariance(self) -> Tensor:
         """(N,) over all micro-batches of this rank."""
         if self._covariance is None:
-            if not self._shapes:
-                # a rank without micro-batches still takes part in the reductions
-                nothing = torch.zeros(0, device=_group_device(self._group))
-                logprob, advantages = nothing, nothing
-            else:
-                logprob, advantages = _cat(self._logprob), _cat(self._advantages)
-            self._covariance = token_covariance(
-                logprob,
-                advantages,
-                self._cat_masks(self._mask, True),
-                batch_group=self._group,
-                backend=self._backend,
-            )
+            # a rank without micro-batches still takes part in the reductions
+            nothing = None if self._added else torch.zeros(0, device=_group_device(self._group))
+            logprob, advantages = (self._whole(name) if self._added else nothing for name in ("logprob", "advantages"))
+            mask, options = self._whole("mask", True), {"batch_group": self._group, "backend": self._backend}
+            self._covariance = token_covariance(logprob, advantages, mask, **options)
         return self._covariance
 
-    def _cat_masks(self, masks: list[Tensor | None], default: bool) -> Tensor | None:
-        if all(mask is None for mask in masks):
+    def _whole(self, name: str, default: bool | None = None) -> Any:
+        """One of the tensors over all micro-batches, (N,); None where none has it. ``default``: instead of None."""
+        parts = [getattr(added, name) for added in self._added]
+        if all(part is None for part in parts):
             return None
-        device = self._logprob[0].device
-        return _cat(
-            [
-                torch.full(shape, default, device=device) if mask is None else mask
-                for mask, shape in zip(masks, self._shapes, strict=True)
-            ]
-        )
+        filled = [
+            torch.full_like(added.logprob, default, dtype=torch.bool) if part is None else part
+            for part, added in zip(parts, self._added, strict=True)
+        ]
+        return torch.cat([part.reshape(-1) for part in filled])
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([shape.numel() for shape in self._shapes]) if self._shapes else ()
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-
-
-def _cat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+        shapes = [added.logprob.shape for added in self._added]
+        parts = flat.split([shape.numel() for shape in shapes]) if shapes else ()
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _group_device(group: Any) -> torch.device:

@@ -33,6 +33,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels import _rows, reference
 from entropy_kernels.backends import native, radix_select
+from entropy_kernels.backends.eager import selection as eager
 from entropy_kernels.backends.radix_select import Band, Count
 
 Results = tuple[Tensor, ...]
@@ -75,15 +76,27 @@ def _in_words(options: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
-def _row_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those that change the values."""
-    return {name: options[name] for name in ("temperature", "softcap") if name in options}
+def _of_reference(
+    logits: Tensor, target: Tensor, upstream: dict[str, Tensor], options: dict[str, Any], gradient: bool
+) -> Results:
+    """The statistics that ``upstream`` has gradients of, and the gradient of the logits that comes of these."""
+    row = {name: options[name] for name in ("temperature", "softcap") if name in options}
+    values = tuple(reference.statistics(logits, target, names=tuple(upstream), **row).values())
+    into = {name: grad for name, grad in upstream.items() if name in _DIFFERENTIABLE}
+    return (*values, reference.gradient(logits, target, into, **row)) if gradient else values
 
 
-def _total(outputs: Any, weights: Tensor | None, device: str) -> Tensor:
-    """Without weights (S, N) upstream gradients have stride 0, as .sum() hands them over."""
-    weighted = outputs if weights is None else [x * w for x, w in zip(outputs, weights.to(device), strict=True)]
-    return torch.stack([x.sum() for x, output in zip(weighted, outputs, strict=True) if output.requires_grad]).sum()
+def _results(outputs: Sequence[Tensor], weights: Tensor | None, leaves: Sequence[Tensor]) -> Results:
+    """The values, and the gradients of ``leaves`` that need some.
+
+    Without weights (S, N) upstream gradients have stride 0, as .sum() hands them over.
+    """
+    values = tuple(output.detach() for output in outputs)
+    if not leaves[0].requires_grad:
+        return values
+    weighted = outputs if weights is None else [x * w.to(x.device) for x, w in zip(outputs, weights, strict=True)]
+    total = torch.stack([x.sum() for x, output in zip(weighted, outputs, strict=True) if output.requires_grad]).sum()
+    return (*values, *torch.autograd.grad(total, leaves))
 
 
 def on_logits(
@@ -121,18 +134,12 @@ def on_logits(
         logits = wide[:, extra:].detach().requires_grad_(gradient)
         given = logits * 1 if options.get("inplace_backward") else logits
         outputs = getattr(ek, function)(given, target.to(device), backend=backend, **options)
-        results = tuple(output.detach() for output in outputs)
-        return (*results, *torch.autograd.grad(_total(outputs, weights, device), logits)) if gradient else results
+        return _results(outputs, weights, [logits])
 
     def expected() -> Results:
         wide, target, weights = inputs()
-        logits, row = wide[:, extra:], _row_options(options)
-        values = tuple(reference.statistics(logits, target, names=names, **row).values())
-        if not gradient:
-            return values
         upstream = dict(zip(names, torch.ones(len(names), rows) if weights is None else weights, strict=True))
-        into = {name: grad for name, grad in upstream.items() if name in _DIFFERENTIABLE}
-        return (*values, reference.gradient(logits, target, into, **row))
+        return _of_reference(wide[:, extra:], target, upstream, options, gradient)
 
     passes = "forward, backward" if gradient else "forward"
     name = f"{function} {rows}×{vocab} {str(dtype)[6:]} {layout} {_in_words(options)}".strip() + f", {passes}"
@@ -196,17 +203,14 @@ def from_hidden(
         operands, target, weights = inputs()
         leaves = hidden, weight = [x.to(device)[:, int(odd) :].detach().requires_grad_(gradient) for x in operands]
         outputs = ek.linear_token_stats(hidden, weight, target.to(device), backend=backend, **given)
-        results = tuple(output.detach() for output in outputs)
-        return (*results, *torch.autograd.grad(_total(outputs, weights, device), leaves)) if gradient else results
+        return _results(outputs, weights, leaves)
 
     def expected() -> Results:
         operands, target, weights = inputs()
         hidden, weight = (x[:, int(odd) :].double() for x in operands)
-        logits, row = hidden @ weight.t(), _row_options(options)
-        values = tuple(reference.statistics(logits, target, names=names, **row).values())
-        into = {name: grad for name, grad in zip(names, weights, strict=True) if name in _DIFFERENTIABLE}
-        d_logits = reference.gradient(logits, target, into, **row)
-        return (*values, d_logits @ weight, d_logits.t() @ hidden) if gradient else values
+        upstream = dict(zip(names, weights, strict=True))
+        found = _of_reference(hidden @ weight.t(), target, upstream, options, gradient)
+        return (*found[:-1], found[-1] @ weight, found[-1].t() @ hidden) if gradient else found
 
     what = _in_words(options) + (", gradients" if gradient else "")
     name = f"from hidden {rows}×{features}×{vocab} {str(dtype)[6:]} {'odd ' if odd else ''}{what}".strip()
@@ -231,55 +235,44 @@ def batch(tokens: int, device: str = "cpu") -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in data.items()}
 
 
-def covariance(tokens: int) -> Call:
-    def of(function: Callable[..., Tensor], device: str, **options: Any) -> Results:
-        data = batch(tokens, device)
-        return (
-            function(data["masked_logprob"], data["advantages"], data["mask"], **options),
-            function(data["logprob"].double(), data["advantages"], **options),
-        )
-
+def on_batch(what: str, tokens: int, function: str, calls: Callable[..., Results]) -> Call:
+    """``calls(function, data)`` of our function and of the reference's, on the same batch."""
+    ours, right = getattr(ek, function), getattr(reference, function)
     return Call(
-        f"covariance of {tokens} tokens",
-        lambda device, backend: of(ek.token_covariance, device, backend=backend),
-        lambda: of(reference.token_covariance, "cpu"),
+        what,
+        lambda device, backend: calls(functools.partial(ours, backend=backend), batch(tokens, device)),
+        lambda: calls(right, batch(tokens)),
         exact=True,
     )
+
+
+def covariance(tokens: int) -> Call:
+    def calls(of: Callable[..., Tensor], data: dict[str, Tensor]) -> Results:
+        masked = of(data["masked_logprob"], data["advantages"], data["mask"])
+        return masked, of(data["logprob"].double(), data["advantages"])
+
+    return on_batch(f"covariance of {tokens} tokens", tokens, "token_covariance", calls)
 
 
 def by_value(tokens: int) -> Call:
     """A mask by value."""
 
-    def of(function: Callable[..., Tensor], device: str, **options: Any) -> Results:
-        data = batch(tokens, device)
-        return (function(data["covariance"], data["mask"], ratio=0.1, **options),)
+    def calls(mask: Callable[..., Tensor], data: dict[str, Tensor]) -> Results:
+        return (mask(data["covariance"], data["mask"], ratio=0.1),)
 
-    return Call(
-        f"selection of {tokens} tokens by value",
-        lambda device, backend: of(ek.kl_cov_mask, device, backend=backend),
-        lambda: of(reference.kl_cov_mask, "cpu"),
-        exact=True,
-    )
+    return on_batch(f"selection of {tokens} tokens by value", tokens, "kl_cov_mask", calls)
 
 
 def by_key(tokens: int) -> Call:
     """Masks by key: an absolute and a quantile range, given indices, another seed."""
 
-    def of(function: Callable[..., Tensor], device: str, **options: Any) -> Results:
-        data = batch(tokens, device)
+    def calls(mask: Callable[..., Tensor], data: dict[str, Tensor]) -> Results:
         among: dict[str, Any] = {"exclude": data["exclude"], "token_index": data["token_index"]}
         quantile: dict[str, Any] = {"band": "quantile", "low": 0.2, "high": 0.9, "closed": True}
-        return (
-            function(data["covariance"], data["mask"], seed=7, ratio=0.05, **among, **options),
-            function(data["covariance"], seed=8, k=tokens // 3 + 1, **quantile, **options),
-        )
+        absolute = mask(data["covariance"], data["mask"], seed=7, ratio=0.05, **among)
+        return absolute, mask(data["covariance"], seed=8, k=tokens // 3 + 1, **quantile)
 
-    return Call(
-        f"selection of {tokens} tokens by key",
-        lambda device, backend: of(ek.clip_cov_mask, device, backend=backend),
-        lambda: of(reference.clip_cov_mask, "cpu"),
-        exact=True,
-    )
+    return on_batch(f"selection of {tokens} tokens by key", tokens, "clip_cov_mask", calls)
 
 
 def selection_steps(tokens: int) -> Call:
@@ -288,7 +281,7 @@ def selection_steps(tokens: int) -> Call:
 
     def run(device: str, backend: str) -> Results:
         data = batch(tokens, device)
-        steps: Any = native._steps if backend == "cuda" else _eager_steps()
+        steps: Any = native._steps if backend == "cuda" else eager
         scored = (data["covariance"], data["mask"], data["exclude"], data["token_index"])
         seed = torch.tensor(3, device=device)
         return (
@@ -307,12 +300,6 @@ def selection_steps(tokens: int) -> Call:
         )
 
     return Call(f"single steps on {tokens} tokens", run, expected, exact=True)
-
-
-def _eager_steps() -> Any:
-    from entropy_kernels.backends.eager import selection
-
-    return selection
 
 
 # ---- the matrix ------------------------------------------------------------------------------------------------------
@@ -353,10 +340,10 @@ def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
     yield "backward-strided", _STATISTICS, lambda: backward_calls((203,), layout="strided")
     yield "backward-in-place", _STATISTICS, _in_place
     yield "linear", ("linear_token_stats",), lambda: _linear(*_DTYPES)
-    yield "covariance", ("token_covariance",), lambda: _each(covariance, *_TOKENS, _GRID)
-    yield "selection-clusters", _SELECTION, lambda: _each(_selection, *_TOKENS)
-    yield "selection-grid", _SELECTION, lambda: _each(_selection, _GRID)
-    yield "selection-steps", (*_SELECTION, "token_covariance"), lambda: _each(selection_steps, 5000)
+    yield "covariance", ("token_covariance",), lambda: [covariance(n) for n in (*_TOKENS, _GRID)]
+    yield "selection-clusters", _SELECTION, lambda: _selections(*_TOKENS)
+    yield "selection-grid", _SELECTION, lambda: _selections(_GRID)
+    yield "selection-steps", (*_SELECTION, "token_covariance"), lambda: [selection_steps(5000)]
 
 
 def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
@@ -366,17 +353,12 @@ def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]
         yield f"backward-{name}", _STATISTICS, functools.partial(_triton_backward, dtype)
         yield f"linear-{name}", ("linear_token_stats",), functools.partial(_linear, dtype)
     tokens = (1, 700, 30_000)
-    yield "covariance", ("token_covariance",), lambda: _each(covariance, *tokens)
-    yield "selection", _SELECTION, lambda: _each(_selection, *tokens)
+    yield "covariance", ("token_covariance",), lambda: [covariance(n) for n in tokens]
+    yield "selection", _SELECTION, lambda: _selections(*tokens)
 
 
-def _each(call: Callable[[int], Call | list[Call]], *tokens: int) -> list[Call]:
-    made = [call(n) for n in tokens]
-    return [c for calls in made for c in (calls if isinstance(calls, list) else [calls])]
-
-
-def _selection(tokens: int) -> list[Call]:
-    return [by_value(tokens), by_key(tokens)]
+def _selections(*tokens: int) -> list[Call]:
+    return [call(n) for n in tokens for call in (by_value, by_key)]
 
 
 def _clusters() -> list[Call]:
