@@ -122,6 +122,13 @@ def check_tensor(name: str, value: Any, also: str = "") -> None:
         )
 
 
+def check_float(name: str, value: Any) -> None:
+    """The same of a floating-point tensor."""
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
+
+
 def has_own_operators(kind: type[torch.Tensor]) -> bool:
     return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
@@ -185,10 +192,15 @@ def check_scalar(name: str, value: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected on {device} or the CPU, got {value.device}")
 
 
-def check_place(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
-    """Raise ValueError where ``value`` is not on the device and of the shape of the argument ``like_name``."""
+def check_device(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """Raise ValueError where ``value`` is not on the device of the argument ``like_name``."""
     if value.device != like.device:
         raise ValueError(f"{name}: expected on the device of {like_name}, {like.device}, got {value.device}")
+
+
+def check_place(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor) -> None:
+    """The same, and of its shape."""
+    check_device(name, value, like_name, like)
     if value.shape != like.shape:
         raise ValueError(f"{name}: expected {like_name}'s shape {tuple(like.shape)}, got {tuple(value.shape)}")
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from entropy_kernels._arguments import (
     boolean,
+    check_device,
+    check_float,
     check_place,
     check_scalar,
     check_tensor,
@@ -262,12 +264,6 @@ def tokens_of(name: str, score: Any, mask: Any, exclude: Any, token_index: Any) 
     return score.detach(), mask, exclude, check_token_index(token_index, name, score)
 
 
-def check_float(name: str, value: Any) -> None:
-    check_tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
-
-
 def per_token(name: str, value: Any, logprob: Tensor) -> Tensor:
     """``value`` in ``logprob``'s shape (B, L), detached: as given; (B,) or (B, 1) one per sequence; 0-d one for all."""
     check_tensor(name, value)
@@ -284,8 +280,7 @@ def per_token(name: str, value: Any, logprob: Tensor) -> Tensor:
 
 def _expand(name: str, value: Tensor, like_name: str, like: Tensor, also: str = "") -> Tensor:
     """``value`` in ``like``'s shape: equal, or of size 1 in some dimensions, or 0-d."""
-    if value.device != like.device:
-        raise ValueError(f"{name}: expected on the device of {like_name}, {like.device}, got {value.device}")
+    check_device(name, value, like_name, like)
     if value.shape == like.shape:
         return value
     # Fewer dimensions are refused: (B,) would silently run along the tokens of a (B, B) batch.

@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from entropy_kernels import _torch
-from entropy_kernels._arguments import group_name, poisoned
-from entropy_kernels._selection_request import (
-    SeedCounter,
-    boolean_of,
-    check_float,
-    check_token_index,
-    per_token,
-    request,
-    tokens_of,
-)
+from entropy_kernels._arguments import check_float, group_name, poisoned
+from entropy_kernels._selection_request import SeedCounter, boolean_of, check_token_index, per_token, request, tokens_of
 from entropy_kernels.ops import selection as op
 
 __all__ = [
@@ -315,13 +307,13 @@ class SelectionBatch:
         """(N,) over all micro-batches of this rank."""
         if self._covariance is None:
             # a rank without micro-batches still takes part in the reductions
-            nothing = None if self._added else torch.zeros(0, device=_group_device(self._group))
+            nothing: Any = None if self._added else torch.zeros(0, device=_group_device(self._group))
             logprob, advantages = (self._whole(name) if self._added else nothing for name in ("logprob", "advantages"))
             mask, options = self._whole("mask", True), {"batch_group": self._group, "backend": self._backend}
             self._covariance = token_covariance(logprob, advantages, mask, **options)
         return self._covariance
 
-    def _whole(self, name: str, default: bool | None = None) -> Any:
+    def _whole(self, name: str, default: Any = None) -> Any:
         """One of the tensors over all micro-batches, (N,); None where none has it. ``default``: instead of None."""
         parts = [getattr(added, name) for added in self._added]
         if all(part is None for part in parts):

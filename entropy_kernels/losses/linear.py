@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_place, check_tensor, integer, keywords, refuse_mapped, traced
+from entropy_kernels._arguments import check_float, check_place, check_tensor, integer, keywords, refuse_mapped, traced
 from entropy_kernels._rows import ENTROPY, LOGPROB, RowArguments
 from entropy_kernels.linear import Final, LinearArguments, changes_of, linear_loss, stats_of
 from entropy_kernels.losses import functional, tokens
@@ -98,11 +98,10 @@ def linear_policy_loss(
     row = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
     head = LinearArguments(row, logits_dtype, memory_budget)
     ignore_index = integer("ignore_index", ignore_index)
-    for name, value in (("hidden", hidden), ("target", target), ("old_logprob", old_logprob)):
-        check_tensor(name, value)
+    check_tensor("hidden", hidden)
+    check_tensor("target", target)
+    check_float("old_logprob", old_logprob)
     check_place("old_logprob", old_logprob, "target", target)
-    if not old_logprob.is_floating_point():
-        raise TypeError(f"old_logprob: expected a floating-point dtype, got {old_logprob.dtype}")
     # Every error of the loss comes before the work, and before anything is added to a buffer: in place of the log-probs
     # that are not there yet, the old ones are checked
     given |= {"old_logprob": old_logprob, "advantages": advantages, "mask": mask, "backend": backend}

@@ -65,32 +65,17 @@ class KlCovPreset:
     penalty: str  # estimator of kl_estimate
 
 
+_VERL = ClipCovPreset(
+    clip_low=0.2, clip_high=0.2, ratio=2e-4, low=1.0, high=5.0, band="absolute", closed=False, at_least_one=True,
+    exclude_clipped=True, dropped_value="zero",
+)  # fmt: skip
 CLIP_COV: dict[str, ClipCovPreset] = {
-    "verl": ClipCovPreset(
-        clip_low=0.2,
-        clip_high=0.2,
-        ratio=2e-4,
-        low=1.0,
-        high=5.0,
-        band="absolute",
-        closed=False,
-        at_least_one=True,
-        exclude_clipped=True,
-        dropped_value="zero",
-    ),
-    "paper": ClipCovPreset(
-        clip_low=None,
-        clip_high=None,
-        ratio=2e-4,
-        low=1.0,
-        high=5.0,
-        band="absolute",
-        closed=True,
-        at_least_one=False,
-        exclude_clipped=False,
+    "verl": _VERL,
+    "paper": replace(
+        _VERL, clip_low=None, clip_high=None, closed=True, at_least_one=False, exclude_clipped=False,
         dropped_value="keep",
     ),
-}
+}  # fmt: skip
 
 KL_COV: dict[str, KlCovPreset] = {
     "verl": KlCovPreset(clip_low=None, clip_high=None, ratio=2e-4, at_least_one=True, penalty="abs"),

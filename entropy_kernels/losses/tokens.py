@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import boolean, check_place, check_tensor, poisoned, values_are_checked
+from entropy_kernels._arguments import (
+    boolean,
+    check_device,
+    check_float,
+    check_place,
+    check_tensor,
+    poisoned,
+    values_are_checked,
+)
 from entropy_kernels._selection_request import check_token_index, per_token
 from entropy_kernels._torch import assert_async
 from entropy_kernels.losses.aggregation import Aggregation, Sequences
@@ -62,10 +70,8 @@ def checked(given: dict[str, Any], options: LossOptions) -> Checked:
         TypeError, ValueError: one of the wrong type, dtype, device or shape, or one that is missing.
     """
     logprob = given["logprob"]
-    check_tensor("logprob", logprob)
-    if not logprob.is_floating_point() or logprob.dim() == 0:
-        if not logprob.is_floating_point():
-            raise TypeError(f"logprob: expected a floating-point dtype, got {logprob.dtype}")
+    check_float("logprob", logprob)
+    if logprob.dim() == 0:
         raise ValueError("logprob: expected at least one dimension, often (B, L), got a 0-d tensor")
     shape, device, sequences = logprob.shape, logprob.device, None
     pools, by_sequence = options.surrogate.level == "sequence", options.aggregation.by_sequence
@@ -156,8 +162,7 @@ def packed_sequences(cu_seqlens: Any, logprob: Tensor) -> Sequences | None:
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected dtype torch.int32 or torch.int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.device != logprob.device:
-        raise ValueError(f"cu_seqlens: expected on the device of logprob, {logprob.device}, got {cu_seqlens.device}")
+    check_device("cu_seqlens", cu_seqlens, "logprob", logprob)
     tokens = logprob.numel()
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
@@ -189,8 +194,7 @@ def _per_token(name: str, value: Tensor, logprob: Tensor, sequences: Sequences |
                 f"{name}: expected logprob's shape {tuple(logprob.shape)}, one per sequence ({count},), or 0-d, got "
                 f"{tuple(value.shape)}"
             )
-        if value.device != logprob.device:
-            raise ValueError(f"{name}: expected on the device of logprob, {logprob.device}, got {value.device}")
+        check_device(name, value, "logprob", logprob)
         value = sequences.spread(value.reshape(-1)).view(logprob.shape)
     return per_token(name, value, logprob)
 
