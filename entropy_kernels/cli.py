@@ -173,17 +173,10 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
 
 
 def _fit(arguments: argparse.Namespace) -> int:
+    from entropy_kernels._arguments import keywords
     from entropy_kernels.analysis import report
 
-    fit = report.fit_log(
-        arguments.log,
-        entropy=arguments.entropy,
-        performance=arguments.performance,
-        fit_fraction=arguments.fit_fraction,
-        align=arguments.align,
-        confidence=arguments.confidence,
-        standard_errors=arguments.standard_errors,
-    )
+    fit = report.fit_log(arguments.log, **{name: getattr(arguments, name) for name in keywords(report.fit_log)})
     plot = None if arguments.no_plot else arguments.output or report.default_plot(arguments.log)
     if plot is not None:
         report.save_plot(fit, plot)

@@ -34,6 +34,7 @@ import gpu_prebuilt
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds of its limit that a step gets to end by itself after an interrupt: xdist takes a few
+AT_ONCE = min(8, os.cpu_count() or 1)  # families
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
 PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
 TAIL = 30  # lines of a failed step's log that go into its record
@@ -117,10 +118,8 @@ class Course:
             new = log.read_bytes()[told:]
             new = new[: new.rfind(b"\n") + 1]
             told += len(new)
-            for line in new.decode(errors="replace").splitlines():
-                with contextlib.suppress(ValueError):
-                    if line.startswith("{"):
-                        self.record(name, **json.loads(line))
+            for fields in json_lines(new.decode(errors="replace")):
+                self.record(name, **fields)
 
         with open(log, "wb") as file:
             # a session of its own, so that a step that hangs goes with all of its processes
@@ -170,6 +169,15 @@ def wait(process: subprocess.Popen, seconds: float, hear: Callable[[], None]) ->
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2)
         hear()
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    """The objects among its lines; one that was cut off is left out."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found += [json.loads(line)] if line.startswith("{") else []
+    return found
 
 
 def here(text: str) -> str:
@@ -263,7 +271,7 @@ def families(course: Course, limit: float) -> list[Any]:
             if not outcome.passed:
                 print(outcome, flush=True)
 
-        _, where, found = verify.verify(registry.gpus()[0], ended=ended, seconds=seconds, at_once=at_once())
+        _, where, found = verify.verify(registry.gpus()[0], ended=ended, seconds=seconds, at_once=AT_ONCE)
         outcomes.extend(found)
         course.record("verdict", kept=here(where))
         return _of_families(found)
@@ -284,7 +292,7 @@ def sanitize(course: Course, tool: str, limit: float, outcomes: Sequence[Any], w
 
     def work(seconds: float) -> tuple[str, str]:
         found = verify.run_families(
-            passed, registry.gpus()[0], seconds=seconds, at_once=at_once(), patience=3.0,
+            passed, registry.gpus()[0], seconds=seconds, at_once=AT_ONCE, patience=3.0,
             prefix=prefix, needed=r"SUMMARY: 0 (errors|hazards)",
             variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PATH": PATH},
             ended=lambda outcome: course.record(tool, **outcome.as_dict()),
@@ -299,10 +307,6 @@ def _of_families(outcomes: Sequence[Any]) -> tuple[str, str]:
     note = f"{len(outcomes) - len(wrong)} of {len(outcomes)} families passed"
     more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
     return (PASSED if outcomes and not wrong else FAILED), "; ".join([note, *wrong[:5], *more])
-
-
-def at_once() -> int:
-    return max(1, min(8, os.cpu_count() or 1))
 
 
 def tests(course: Course, groups: str, limit: float) -> Path:
@@ -331,12 +335,8 @@ def has_gpu_tests(path: Path) -> bool:
 
 
 def events(log: Path) -> list[dict[str, Any]]:
-    """What a run of the tests wrote; a line that was cut off is left out."""
-    found = []
-    for line in log.read_text().splitlines() if log.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+    """What a run of the tests wrote."""
+    return json_lines(log.read_text()) if log.exists() else []
 
 
 def unended(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -459,13 +459,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--no-build", dest="build", action="store_false", help="take the libraries that are in place")
     add("--no-profile", dest="profile", action="store_false", help="without Nsight Compute")
     for name in ("timings", "pytest", "bench"):
-        add(
-            f"--{name}",
-            type=shlex.split,
-            default=[],
-            metavar="ARGS",
-            help=f"more arguments of the {name} step, as one word",
-        )
+        more = f"more arguments of the {name} step, as one word"
+        add(f"--{name}", type=shlex.split, default=[], metavar="ARGS", help=more)
     arguments = parser.parse_args(argv)
     # the package of this checkout, installed or not, also in the processes of the steps
     sys.path.insert(0, str(ROOT))

@@ -13,7 +13,15 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels import _fsdp as fsdp
-from entropy_kernels._arguments import boolean, check_tensor, keywords, recorded, refuse_mapped, values_are_checked
+from entropy_kernels._arguments import (
+    boolean,
+    check_device,
+    check_tensor,
+    keywords,
+    recorded,
+    refuse_mapped,
+    values_are_checked,
+)
 from entropy_kernels.integrations import _models, _modules
 
 __all__ = ["CausalLMParts", "causal_lm_logprob_entropy", "causal_lm_parts", "next_tokens"]
@@ -176,20 +184,12 @@ def causal_lm_logprob_entropy(
 
     def through_head(hidden: Tensor) -> list[Tensor]:  # (B, L, H)
         now = _parts(model, *modules) if around_head else parts  # FSDP has gathered the weight only now
-        outputs = ek.linear_logprob_entropy(
-            hidden if now.scale == 1 else hidden * now.scale,
-            now.weight,
-            target,
-            now.bias,
-            vocab_size=now.vocab_size,
-            temperature=temperature,
-            softcap=now.softcap,
-            ignore_index=ignore_index,
-            logits_dtype=logits_dtype,
-            memory_budget=memory_budget,
-            backend=backend,
-        )
-        return [*outputs]
+        hidden = hidden if now.scale == 1 else hidden * now.scale
+        return [*ek.linear_logprob_entropy(
+            hidden, now.weight, target, now.bias, temperature=temperature, softcap=now.softcap,
+            ignore_index=ignore_index, vocab_size=now.vocab_size, logits_dtype=logits_dtype,
+            memory_budget=memory_budget, backend=backend,
+        )]  # fmt: skip
 
     units = fsdp.sharded(model.modules())
     around_backbone = fsdp.sharded(fsdp.around(model, backbone)) if units else []
@@ -352,10 +352,8 @@ def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
 
 def _wrapped(model: Any) -> list[Any]:
     """The model and, before it, what is around it, from outside; a PEFT model has its adapters inside of the model."""
-    if (
-        isinstance(model, torch.nn.parallel.DistributedDataParallel)
-        or type(model).__name__ == "FullyShardedDataParallel"
-    ):
+    ddp = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    if ddp or type(model).__name__ == "FullyShardedDataParallel":
         raise TypeError(
             f"model: expected the model itself, got {type(model).__name__}, whose forward (which synchronises the "
             "gradients) would be gone past; call this function inside of the forward of the module that you wrap"
@@ -433,8 +431,7 @@ def _check_kinds(input_ids: Any, **others: Any) -> None:
             unusual = value.dtype in (torch.uint16, torch.uint32, torch.uint64) or value.dtype.itemsize < 2
             if value.is_complex() or (unusual and value.dtype not in (torch.bool, torch.uint8, torch.int8)):
                 raise TypeError(f"{name}: expected a bool, int or float dtype, got {value.dtype}; .long() is one")
-            if value.device != input_ids.device:
-                raise ValueError(f"{name}: expected on the device of input_ids, {input_ids.device}, got {value.device}")
+            check_device(name, value, "input_ids", input_ids)
 
 
 def _check_ids(input_ids: Any) -> None:
