@@ -38,6 +38,7 @@ from entropy_kernels.backends.radix_select import Band, Count
 
 Results = tuple[Tensor, ...]
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+DTYPES = BF16, FP16, FP32
 
 
 class Call(NamedTuple):
@@ -146,26 +147,22 @@ def on_logits(
     return Call(name, run, expected)
 
 
-def forward_calls(rows: Sequence[int], vocabs: dict[torch.dtype, int], **options: Any) -> list[Call]:
+def forward_calls(
+    rows: Sequence[int], vocab: int, dtypes: Sequence[torch.dtype] = DTYPES, **options: Any
+) -> list[Call]:
     """Every instance of a kernel: dtypes, with and without second-order statistics and a softcap."""
+    kinds = itertools.product(rows, dtypes, ("token_stats", "logprob_entropy"), (None, 20.0))
     return [
         on_logits(n, vocab, dtype, function=function, softcap=softcap, temperature=0.7, **options)
-        for n in rows
-        for dtype, vocab in vocabs.items()
-        for function, softcap in itertools.product(("token_stats", "logprob_entropy"), (None, 20.0))
+        for n, dtype, function, softcap in kinds
     ]
 
 
-def same(vocab: int, *dtypes: torch.dtype) -> dict[torch.dtype, int]:
-    return dict.fromkeys(dtypes or (BF16, FP16, FP32), vocab)
-
-
-def backward_calls(vocabs: Sequence[int], **options: Any) -> list[Call]:
+def backward_calls(vocabs: Sequence[int], layouts: Sequence[str] = ("contiguous",), **options: Any) -> list[Call]:
     """Few rows, whose blocks share them, and many; each statistic has a gradient."""
     return [
-        on_logits(n, vocab, dtype, gradient=True, softcap=softcap, **options)
-        for n, vocab in itertools.product((2, 300), vocabs)
-        for dtype, softcap in itertools.product((BF16, FP16, FP32), (None, 20.0))
+        on_logits(n, vocab, dtype, gradient=True, layout=layout, softcap=softcap, **options)
+        for layout, n, vocab, dtype, softcap in itertools.product(layouts, (2, 300), vocabs, DTYPES, (None, 20.0))
     ]
 
 
@@ -324,22 +321,22 @@ _SELECTION = ("clip_cov_mask", "kl_cov_mask")
 _ROW_BYTES = (20_000, 40_000, 140_000)  # few rows of them take clusters of 2, 4 and 8 blocks with bulk copies
 _TOKENS = (700, 5000, 12_000, 30_000, 60_000)  # clusters of 1, 2, 4, 8 and 16 blocks
 _GRID = 524_289
-_DTYPES = (BF16, FP16, FP32)
 
 
 def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
-    yield "forward-plain", _STATISTICS, lambda: forward_calls((1, 300), same(97))
-    yield "forward-bulk", _STATISTICS, lambda: forward_calls((300,), same(9001))
+    yield "forward-plain", _STATISTICS, lambda: forward_calls((1, 300), 97)
+    yield "forward-bulk", _STATISTICS, lambda: forward_calls((300,), 9001)
     yield "forward-clusters", _STATISTICS, _clusters
     # states that meet in memory: strided columns take no bulk copies
-    yield "forward-parts", _STATISTICS, lambda: forward_calls((2,), same(40_000), layout="strided")
-    yield "forward-misaligned", _STATISTICS, lambda: forward_calls((2, 300), same(9001), layout="misaligned")
+    yield "forward-parts", _STATISTICS, lambda: forward_calls((2,), 40_000, layout="strided")
+    yield "forward-misaligned", _STATISTICS, lambda: forward_calls((2, 300), 9001, layout="misaligned")
     yield "fp64", _STATISTICS, _doubles
     yield "backward-aligned", _STATISTICS, lambda: backward_calls((96, 9000))
-    yield "backward-misaligned", _STATISTICS, _misaligned
-    yield "backward-strided", _STATISTICS, lambda: backward_calls((203,), layout="strided")
+    # logits and gradient off the 16 bytes by as much, and by different amounts
+    yield "backward-misaligned", _STATISTICS, lambda: backward_calls((203, 9001), ("contiguous", "misaligned"))
+    yield "backward-strided", _STATISTICS, lambda: backward_calls((203,), ["strided"])
     yield "backward-in-place", _STATISTICS, _in_place
-    yield "linear", ("linear_token_stats",), lambda: _linear(*_DTYPES)
+    yield "linear", ("linear_token_stats",), lambda: _linear(*DTYPES)
     yield "covariance", ("token_covariance",), lambda: [covariance(n) for n in (*_TOKENS, _GRID)]
     yield "selection-clusters", _SELECTION, lambda: _selections(*_TOKENS)
     yield "selection-grid", _SELECTION, lambda: _selections(_GRID)
@@ -347,7 +344,7 @@ def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
 
 
 def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
-    for dtype in _DTYPES:  # apart, because each instance is compiled first
+    for dtype in DTYPES:  # apart, because each instance is compiled first
         name = str(dtype)[6:]
         yield f"forward-{name}", _STATISTICS, functools.partial(_triton_forward, dtype)
         yield f"backward-{name}", _STATISTICS, functools.partial(_triton_backward, dtype)
@@ -362,8 +359,8 @@ def _selections(*tokens: int) -> list[Call]:
 
 
 def _clusters() -> list[Call]:
-    by_size = ({dtype: size // dtype.itemsize for dtype in _DTYPES} for size in _ROW_BYTES)
-    return [call for vocabs in by_size for call in forward_calls((1, 3), vocabs)]
+    kinds = itertools.product(_ROW_BYTES, DTYPES)
+    return [call for size, dtype in kinds for call in forward_calls((1, 3), size // dtype.itemsize, [dtype])]
 
 
 def _doubles() -> list[Call]:
@@ -374,23 +371,17 @@ def _doubles() -> list[Call]:
     ]
 
 
-def _misaligned() -> list[Call]:
-    """Logits and gradient off the 16 bytes by as much, and by different amounts."""
-    return [*backward_calls((203, 9001)), *backward_calls((203, 9001), layout="misaligned")]
-
-
 def _in_place() -> list[Call]:
     return [
         *backward_calls((9000, 203), inplace_backward=True),
-        *backward_calls((203,), inplace_backward=True, layout="misaligned"),
-        *backward_calls((203,), inplace_backward=True, layout="strided"),
+        *backward_calls((203,), ("misaligned", "strided"), inplace_backward=True),
     ]
 
 
 def _triton_forward(dtype: torch.dtype) -> list[Call]:
     return [
-        *forward_calls((3,), same(97, dtype)),
-        *forward_calls((2,), same(9001, dtype)),
+        *forward_calls((3,), 97, [dtype]),
+        *forward_calls((2,), 9001, [dtype]),
         on_logits(300, 9000, dtype),
         on_logits(1, 40_000, dtype),
         on_logits(2, 9001, dtype, layout="misaligned"),
