@@ -182,8 +182,19 @@ def _made(names: tuple[str, ...]) -> str:
     """The attribute in which their namedtuple is."""
     attribute = "_and_".join(names)
     if not hasattr(_Records, attribute):
-        setattr(_Records, attribute, namedtuple("Statistics", names))
+        record = namedtuple("Statistics", names)  # type: ignore[misc]
+        record.__reduce__ = _pickled  # type: ignore[method-assign,assignment]
+        setattr(_Records, attribute, record)
     return attribute
+
+
+def _pickled(statistics: Any) -> tuple[Any, ...]:
+    """Made again where it is read: no module has the class under its name."""
+    return _restored, (statistics._fields, tuple(statistics))
+
+
+def _restored(names: tuple[str, ...], values: tuple[Tensor, ...]) -> Any:
+    return asked_for(names)[0](*values)
 
 
 _FOUR = bits(*TokenStats._fields)
@@ -233,7 +244,11 @@ def labels(name: str, rows: Any, target: Tensor | None, given: RowArguments, wan
         return target, given
     needing = [statistic.name for statistic in wanted(want) if statistic.needs_target]
     if needing:
-        raise TypeError(f"target: expected a tensor of labels, which {' and '.join(needing)} need, got None")
+        need = f"{' and '.join(needing)} {'need' if len(needing) > 1 else 'needs'}"
+        raise TypeError(
+            f"target: expected a tensor of labels, which {need}, got None; entropy() and token_stats(statistics=...) "
+            "compute what needs none"
+        )
     check_tensor(name, rows)
     integer("ignore_index", given.ignore_index)
     return rows.new_zeros(rows.shape[:-1], dtype=torch.int64), given._replace(ignore_index=-100)
@@ -247,7 +262,9 @@ def validate_rows(name: str, rows: Any, target: Any) -> None:
         raise TypeError(f"{name}: expected dtype bfloat16, float16, float32 or float64, got {rows.dtype}")
     if target.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"target: expected dtype int32 or int64, got {target.dtype}")
-    if rows.dim() < 1 or rows.shape[:-1] != target.shape:
+    if rows.dim() < 1:
+        raise ValueError(f"{name}: expected at least one dimension, got a tensor of shape ()")
+    if rows.shape[:-1] != target.shape:
         raise ValueError(
             f"target: expected the shape of {name} without its last dimension, {tuple(rows.shape[:-1])} "
             f"for {name} of shape {tuple(rows.shape)}, got {tuple(target.shape)}"
@@ -297,8 +314,8 @@ def temperature_tensor(name: str, temperature: float | Tensor, target: Tensor, d
         expanded = temperature.expand(target.shape)
     except RuntimeError:
         raise ValueError(
-            f"temperature: expected a shape broadcastable to target's {tuple(target.shape)}, "
-            f"got {tuple(temperature.shape)}"
+            f"temperature: expected a shape broadcastable to {tuple(target.shape)}, that of {name} without its last "
+            f"dimension, got {tuple(temperature.shape)}"
         ) from None
     return expanded.to(dtype).reshape(-1).contiguous()
 

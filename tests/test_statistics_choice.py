@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -155,6 +157,14 @@ def test_compiled() -> None:
         torch.testing.assert_close(leaf.grad.double(), right_grad, rtol=1e-4, atol=1e-6)
 
 
+def test_results_travel() -> None:
+    """Between processes, and as copies."""
+    found = ek.token_stats(*batch(), statistics=["p_max", "entropy"])
+    for again in (pickle.loads(pickle.dumps(found)), copy.copy(found), copy.deepcopy(found)):
+        assert type(again) is type(found)
+        assert torch.equal(again.p_max, found.p_max) and torch.equal(again.entropy, found.entropy)
+
+
 def test_errors() -> None:
     logits, target = batch()
     wrong = [
@@ -176,6 +186,10 @@ def test_errors() -> None:
             ek.token_stats(logits, None, statistics=names)
     with pytest.raises(TypeError, match=r"logits: expected a torch\.Tensor"):
         ek.entropy([[0.0, 1.0]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"logits: expected at least one dimension, got .* \(\)"):
+        ek.entropy(torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"temperature: .* to \(2, 3\), that of logits .* got \(5,\)"):
+        ek.entropy(logits, temperature=torch.ones(5))
     with pytest.raises(TypeError, match="ignore_index"):
         ek.token_stats(logits, None, statistics=FREE, ignore_index=0.5)  # type: ignore[arg-type]
 
