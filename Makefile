@@ -38,10 +38,11 @@ CPU_avx2 = $(call forced,avx2,AVX2,AVX2)
 CPU_avx512 = $(call forced,avx512,AVX512_CORE,AVX512)
 CPU_avx512_bf16 = $(call forced,avx512,AVX512_CORE_BF16,AVX512)
 
-# A process per core with one thread each; with worksteal none is left alone with the long tests of one file.
+# A process per core with one thread each; with worksteal none is left alone with the long tests of one file. Bytecode is
+# written, whatever the environment says: else every process that a test starts compiles the package anew.
 test: setup ## the whole test suite
 	$(if $(CPU),$(or $(CPU_$(CPU)),$(error CPU: expected avx2, avx512 or avx512_bf16, got $(CPU)))) \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 # Peers in an environment of their own; the package runs from here, with the libraries that `make setup` built, if any.
 PEERS := .venv-peers
