@@ -73,10 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser(
         "verify",
         help="check every kernel on this machine's GPU; backend='auto' then takes those that are right",
-        description="Run small calls of every kernel on each model of GPU here, compare the results with plain torch "
-        "on the CPU, and keep the verdict in the user's cache folder, where backend='auto' finds it. Each family of "
-        "kernels has a process of its own, so that one that dies or hangs is named and the others go on. Exit code 1 "
-        "if one is wrong, 2 without a GPU.",
+        description="Run small calls of every kernel on each model of GPU here, compare the results with their "
+        "definitions in float64, and keep the verdict in the user's cache folder, where backend='auto' finds it. Each "
+        "family of kernels has a process of its own, so that one that dies or hangs is named and the others go on. "
+        "Exit code 1 if one is wrong, 2 without a GPU.",
     )
     verify.add_argument(
         "--at-once", type=int, default=8, metavar="N", help="processes at a time (default: %(default)s)"

@@ -219,12 +219,12 @@ def test_usage_errors_and_help(capsys):
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
         assert caught.value.code == 2
-    for arguments in (["--help"], ["fit", "--help"], ["doctor", "--help"], ["tune", "--help"]):
+    for arguments in (["--help"], ["fit", "--help"], ["doctor", "--help"], ["verify", "--help"], ["tune", "--help"]):
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
         assert caught.value.code == 0
     out = capsys.readouterr().out
-    for part in ("doctor", "train", "bench", "--fit-fraction", "--no-check", "--second-order"):
+    for part in ("doctor", "train", "bench", "--fit-fraction", "--no-check", "in float64", "--second-order"):
         assert part in out
 
 

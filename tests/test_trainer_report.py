@@ -287,8 +287,8 @@ def test_sweeps_are_rows_of_a_table(tmp_path: Path) -> None:
         "kl_cov_torch_ops": "KL-Cov, torch ops",
         "random_dropped": "Random tokens dropped",
     }
-    for changes in ({"methods": ("kl_cov",)}, {"workers": 0}, {"torch_ops": "nosuch"}):
-        with pytest.raises(ValueError, match=r"^(methods, torch_ops|workers): expected "):
+    for changes in ({"methods": ("kl_cov",)}, {"workers": 0}, {"torch_ops": "nosuch"}, {"seeds": (0, 1, 0)}):
+        with pytest.raises(ValueError, match=r"^(methods, torch_ops|workers|seeds): expected "):
             sweep.configurations(quick, dataclasses.replace(flags, **changes), TINY)
 
 

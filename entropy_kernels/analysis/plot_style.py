@@ -82,7 +82,7 @@ def method_style(name: str, position: int = 0) -> MethodStyle:
 
 
 def _display(name: str, key: str, label: str) -> str:
-    """The method's own spelling for a bare method name; the run's name where it says more ("clip_cov r=.05")."""
+    """The method's own spelling for a bare method name; the run's name where it says more ("clip_cov r=0.05")."""
     bare = re.sub(r"[^a-z]", "", key)
     return label if bare == re.sub(r"[^a-z]", "", label.lower()) else name
 

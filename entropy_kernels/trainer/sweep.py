@@ -202,6 +202,8 @@ def configurations(sweep: Sweep, flags: Flags, base: TrainerConfig) -> dict[str,
     if flags.torch_ops is not None:
         rows[flags.torch_ops + TORCH_OPS] = {"method": flags.torch_ops, "head": "torch"}
     seeds = flags.seeds or (base.seed,)
+    if len({*seeds}) < len(seeds):  # two runs in one folder, and a spread of 0 over "several" seeds
+        raise ValueError(f"seeds: expected different ones, got {', '.join(map(str, seeds))}")
     numbered = sweep.numbered or len(seeds) > 1
 
     def configuration(row: str, seed: int) -> TrainerConfig:
