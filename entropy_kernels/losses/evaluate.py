@@ -237,7 +237,7 @@ METRICS: dict[str, LossMetric] = {
     "cov_mean": LossMetric("mean of token_covariance(logprob, advantages)"),
     "cov_max": LossMetric("largest token_covariance"),
     "band_frac": LossMetric(
-        "share of tokens that are candidates of Clip-Cov: covariance in the band, not excluded by the preset",
+        "share of tokens that are candidates of Clip-Cov: covariance in the range, not excluded by the preset",
         "clip_cov_loss that selects",
     ),
     "selected_frac": LossMetric(
