@@ -87,7 +87,13 @@ class Request(NamedTuple):
         self, score: Tensor, mask: Tensor | None, exclude: Tensor | None, token_index: Tensor | None
     ) -> Tensor:
         """The selected tokens, bool; ``score`` floating point, the others bool or int64, all of its shape."""
-        return op.select(score, mask, exclude, token_index, *self)
+        size, band = self.size, self.band  # unpacked here: an op takes no records
+        amount = (size.numbers, size.ratio, size.k, size.at_least_one)
+        if band is None:
+            return op.kl_cov_mask(score, mask, exclude, token_index, *amount, self.group, self.backend)
+        return op.clip_cov_mask(
+            score, mask, exclude, token_index, self.seed, *amount, *band[:4], self.group, self.backend
+        )
 
     def in_common(self) -> dict[str, Any]:
         """What ``IN_COMMON`` names; the seed apart, which is a tensor."""

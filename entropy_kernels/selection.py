@@ -123,7 +123,10 @@ def random_tokens(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; ratio and k, or neither.
     """
-    return _selected(locals(), "score")
+    return _selected(
+        "score", score, mask, exclude, token_index, None, batch_group, seed=seed, ratio=ratio, k=k, low=low, high=high,
+        band=band, closed=closed, at_least_one=at_least_one, backend=backend,
+    )  # fmt: skip
 
 
 def clip_cov_mask(
@@ -152,7 +155,10 @@ def clip_cov_mask(
 
     Other args, returns, raises: as :func:`random_tokens`.
     """
-    return _selected(locals(), "covariance", CLIP_COV_RATIO)
+    return _selected(
+        "covariance", covariance, mask, exclude, token_index, CLIP_COV_RATIO, batch_group, seed=seed,
+        ratio=ratio, k=k, low=low, high=high, band=band, closed=closed, at_least_one=at_least_one, backend=backend,
+    )  # fmt: skip
 
 
 def top_tokens(
@@ -174,7 +180,10 @@ def top_tokens(
 
     Args, returns, raises: as :func:`random_tokens`.
     """
-    return _selected(locals(), "score")
+    return _selected(
+        "score", score, mask, exclude, token_index, None, batch_group, ratio=ratio, k=k,
+        at_least_one=at_least_one, backend=backend,
+    )  # fmt: skip
 
 
 def kl_cov_mask(
@@ -199,14 +208,18 @@ def kl_cov_mask(
 
     Other args, returns, raises: as :func:`random_tokens`.
     """
-    return _selected(locals(), "covariance", KL_COV_RATIO)
+    return _selected(
+        "covariance", covariance, mask, exclude, token_index, KL_COV_RATIO, batch_group, ratio=ratio, k=k,
+        at_least_one=at_least_one, backend=backend,
+    )  # fmt: skip
 
 
-def _selected(given: dict[str, Any], name: str, default: float | None = None) -> Tensor:
-    """The tokens that the arguments of a function above select by the one called ``name``; its ratio by default."""
-    score = given.pop(name)
-    tokens = tokens_of(name, score, *(given.pop(each) for each in ("mask", "exclude", "token_index")))
-    return request(score.device, default=default, group=given.pop("batch_group"), **given)(*tokens)
+def _selected(
+    name: str, score: Tensor, mask: Any, exclude: Any, token_index: Any, default: float | None, group: Any, **given: Any
+) -> Tensor:
+    """The tokens that a function above selects by its argument ``name``; ``default``: its ratio without one."""
+    tokens = tokens_of(name, score, mask, exclude, token_index)
+    return request(score.device, default=default, group=group, **given)(*tokens)
 
 
 class _Added(NamedTuple):

@@ -148,21 +148,3 @@ register(_library, "kl_cov_mask", _kl_cov_mask, _fake_kl)
 token_covariance = torch.ops.entropy_kernels.token_covariance.default
 clip_cov_mask = torch.ops.entropy_kernels.clip_cov_mask.default
 kl_cov_mask = torch.ops.entropy_kernels.kl_cov_mask.default
-
-
-def select(
-    score: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    seed: Tensor | None,
-    size: Count,
-    band: Band | None,
-    group: str,
-    backend: str,
-) -> Tensor:
-    """The ops' boundary, which takes no records: the largest scores, or, with a seed, a draw from the range."""
-    amount = (size.numbers, size.ratio, size.k, size.at_least_one)
-    if band is None:
-        return kl_cov_mask(score, mask, exclude, token_index, *amount, group, backend)
-    return clip_cov_mask(score, mask, exclude, token_index, seed, *amount, *band[:4], group, backend)
