@@ -18,9 +18,10 @@ from entropy_kernels._arguments import check_tensor, recorded, refuse_mapped, re
 from entropy_kernels._rows import DIFFERENTIABLE
 from entropy_kernels._torch import not_compiled
 from entropy_kernels.backends import registry
+from entropy_kernels.backends.eager.softmax_state import no_gradient
 from entropy_kernels.ops import linear_tiles
 from entropy_kernels.ops.linear_plan import head_tile
-from entropy_kernels.ops.linear_tiles import Numbers, at, kept_rows, no_gradient, parts, picked, spread
+from entropy_kernels.ops.linear_tiles import Numbers, at, kept_rows, parts, picked, spread
 from entropy_kernels.ops.products import accumulator
 from entropy_kernels.ops.token_stats import check_values
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from entropy_kernels._arguments import process_group_of, traced
-from entropy_kernels._rows import RowOptions, state_rows, wanted
+from entropy_kernels._rows import RowOptions, state_rows
 from entropy_kernels.backends import registry, reused_memory
-from entropy_kernels.backends.eager.softmax_state import finalize, merge
+from entropy_kernels.backends.eager.softmax_state import finalize, merge, no_gradient
 from entropy_kernels.ops.linear_plan import Problem, padded, tiles
 from entropy_kernels.ops.products import multiply, multiply_add
 from entropy_kernels.ops.token_stats import merge_shards
@@ -118,11 +118,6 @@ def spread(rows: Tensor | None, value: Tensor, total: int, dim: int = 0) -> Tens
         return value
     shape = (*value.shape[:dim], total, *value.shape[dim + 1 :])
     return value.new_zeros(shape).index_copy_(dim, rows, value)
-
-
-def no_gradient(grad_stats: Tensor, want: int) -> Tensor:
-    """The tokens of which no statistic has a gradient other than 0; ``grad_stats`` (S, N)."""
-    return torch.stack([g == 0 for g, x in zip(grad_stats, wanted(want), strict=True) if x.differentiable]).all(0)
 
 
 def merged(

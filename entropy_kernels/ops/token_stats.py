@@ -198,9 +198,9 @@ def _check_tokens(differs: Tensor, tokens: Tensor) -> None:
 
 def _run_backward(*arguments: Any, inplace: bool) -> Tensor:
     _check_backward(*arguments)
-    *tensors, softcap, ignore_index, vocab_start, vocab_size, want, backend = arguments
+    tensors, (*row, want, backend) = arguments[:5], arguments[5:]
     kernel = registry.kernel("token_stats", "token_stats_backward", backend, tensors[1])
-    return kernel(*tensors, RowOptions(softcap, ignore_index, vocab_start, vocab_size), want, inplace)
+    return kernel(*tensors, RowOptions(*row), want, inplace)
 
 
 def _backward(*arguments: Any) -> Tensor:

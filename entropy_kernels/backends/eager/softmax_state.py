@@ -70,20 +70,28 @@ def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, inv
     dtype, state = state.dtype, state.double()
     m, s, w, x_y = state[:4]
     log_s = torch.log(s)
-    values = {
-        "logprob": (x_y - m) / temperature - log_s,
-        "entropy": log_s + w / s,
-        "p_max": s / s / s,  # NaN, as the others, of a row of nothing but -inf
-        "mean_logit": m - temperature * (w / s),
+    logprob = (x_y - m) / temperature - log_s
+    entropy = log_s + w / s
+    formulas = {
+        "logprob": lambda: logprob,
+        "entropy": lambda: entropy,
+        "p_max": lambda: s / s / s,  # NaN, as the others, of a row of nothing but -inf
+        "mean_logit": lambda: m - temperature * (w / s),
     }
     if want & SECOND_ORDER:
         s2, w2 = state[4:]
-        values["collision"] = s2 / (s * s)
+        collision = s2 / (s * s)
         q = -(w2 + log_s * s2) / (s * s)  # sum of p² log p
-        p_y = torch.exp(values["logprob"])
-        own = torch.where(p_y == 0, 0, p_y * (values["logprob"] + values["entropy"]))
-        values["vocab_covariance"] = own - (q + values["entropy"] * values["collision"])
+        p_y = torch.exp(logprob)
+        own = torch.where(p_y == 0, 0, p_y * (logprob + entropy))
+        covariance = own - (q + entropy * collision)
+        formulas |= {"collision": lambda: collision, "vocab_covariance": lambda: covariance}
     bad = invalid | ~(temperature > 0)
-    found = [values[statistic.name] for statistic in wanted(want)]
+    found = [formulas[statistic.name]() for statistic in wanted(want)]
     stats = torch.stack(found) if found else state.new_empty((0, state.shape[1]))
     return torch.where(ignored, 0, torch.where(bad, torch.nan, stats)).to(dtype)
+
+
+def no_gradient(grad_stats: Tensor, want: int) -> Tensor:
+    """The tokens of which no statistic has a gradient other than 0; ``grad_stats`` (S, N)."""
+    return torch.stack([g == 0 for g, x in zip(grad_stats, wanted(want), strict=True) if x.differentiable]).all(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._rows import SECOND_ORDER, RowOptions, state_rows, wanted
-from entropy_kernels.backends.eager.softmax_state import finalize, row_sums
+from entropy_kernels.backends.eager.softmax_state import finalize, no_gradient, row_sums
 
 _CHUNK_ELEMENTS = 1 << 22  # 16 MB of fp32 per temporary
 
@@ -124,8 +124,7 @@ def token_stats_backward(
     if "collision" in grads:
         collision = torch.where(grads["collision"] == 0, 0, state[4] / (s * s))
     local, here = _own_columns(target, columns, options)
-    silent = target == options.ignore_index
-    silent = silent | torch.stack([g == 0 for g in grads.values()]).all(0)
+    silent = (target == options.ignore_index) | no_gradient(grad_stats, want)
 
     for part in _chunks(target.numel(), vocab):
         z, tanh = _capped(_rows(logits, part, dtype, columns), options.softcap)
