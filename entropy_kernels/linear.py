@@ -19,6 +19,7 @@ from entropy_kernels import _fsdp as fsdp
 from entropy_kernels._arguments import check_own_memory, check_tensor, integer, refuse_forward_mode, share_memory
 from entropy_kernels._dtensor import as_whole, local_head
 from entropy_kernels._rows import ENTROPY, LOGPROB, UNBOUNDED, RowArguments, RowOptions
+from entropy_kernels._torch import constant_when_compiled
 from entropy_kernels.ops import linear_plan as planning
 from entropy_kernels.ops import linear_policy_loss as policy_op
 from entropy_kernels.ops import linear_token_stats as op
@@ -397,11 +398,16 @@ def _validate_head(hidden: Tensor, weight: Any, bias: Any) -> torch.dtype:
     return hidden.dtype if product is None else product
 
 
+@constant_when_compiled
+def _has_autocast(device_type: str) -> bool:
+    """torch 2.11's compiler does not know the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     """What torch.autocast, if enabled, makes of a product with ``hidden``; it leaves fp64 alone."""
     kind = hidden.device.type
-    available = torch.amp.is_autocast_available(kind)
-    if hidden.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
+    if hidden.dtype == torch.float64 or not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

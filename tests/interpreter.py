@@ -1,4 +1,4 @@
-"""Triton's interpreter made ten times faster, so that a test suite can afford it."""
+"""Triton's interpreter made ten times faster, so that a test suite can afford it, and 3.6's to work with numpy 2.4."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from triton.runtime import interpreter
 
 
 def speed_up() -> None:
-    """Patch two private functions of triton.runtime.interpreter (3.4 to 3.9); what is computed stays the same."""
-    patch_language = interpreter._patch_lang
+    """Patch private functions of triton.runtime.interpreter (3.4 to 3.9); what is computed stays the same."""
+    patch_language, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
     run_grid = interpreter.GridExecutor.__call__
     seen: dict[Any, frozenset[str]] = {}  # function -> modules of the language that it sees
     scopes: list[Any] = []  # of the launch that is running
@@ -30,6 +30,11 @@ def speed_up() -> None:
             patched.update(seen[function])
         return Nothing()
 
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # 3.6 makes an int of an array of one element, which numpy refuses from 2.4 on
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return run_grid(self, *args, **kwargs)
@@ -38,5 +43,5 @@ def speed_up() -> None:
                 scopes.pop().restore()
             patched.clear()
 
-    interpreter._patch_lang = patch_once
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_once, patch_index
     interpreter.GridExecutor.__call__ = run

@@ -99,7 +99,7 @@ class Aggregation(NamedTuple):
 
     def denominators(self) -> dict[str, Any]:
         """Those that the caller gives."""
-        count = COUNTS[self.by_sequence]
+        count = COUNTS[int(self.by_sequence)]
         return {"dp_size": self.dp_size, count: self.given_count, "loss_scale_factor": self.loss_scale_factor}
 
     def whole(self, counts: Counts, in_common: dict[str, Any]) -> Counts:

@@ -365,7 +365,9 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         return Evaluated(by_token.loss, named, torch.ones_like(scale, dtype=dtype), by_token)
     share = own * scale
     weight = (share if share.dim() == 0 else sequences.spread(share)).to(dtype)
-    return Evaluated((loss * scale).to(dtype), named, weight, by_token)
+    # A .to() that changes nothing is the same tensor under two names, whose gradient torch 2.11's compiler loses
+    loss = loss * scale
+    return Evaluated(loss if loss.dtype == dtype else loss.to(dtype), named, weight, by_token)
 
 
 class Loss(torch.autograd.Function):

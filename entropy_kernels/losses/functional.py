@@ -127,7 +127,16 @@ def policy_loss(
             argument requires.
         NotImplementedError: forward-mode differentiation, torch.func's transforms (vmap, grad, ...).
     """
-    return _loss("ppo", locals())
+    return _loss("ppo", {
+        "logprob": logprob, "old_logprob": old_logprob, "advantages": advantages, "mask": mask, "clip_low": clip_low,
+        "clip_high": clip_high, "dual_clip": dual_clip, "entropy": entropy, "entropy_coef": entropy_coef,
+        "ref_logprob": ref_logprob, "ref_kl_coef": ref_kl_coef, "kl_estimator": kl_estimator,
+        "loss_agg_mode": loss_agg_mode, "dp_size": dp_size, "batch_num_tokens": batch_num_tokens,
+        "global_batch_size": global_batch_size, "loss_scale_factor": loss_scale_factor, "batch_group": batch_group,
+        "surrogate": surrogate, "token_weight": token_weight, "cu_seqlens": cu_seqlens,
+        "covariance_advantages": covariance_advantages, "ref_kl_importance": ref_kl_importance, "nonfinite": nonfinite,
+        "surrogate_options": surrogate_options,
+    })  # fmt: skip
 
 
 def clip_cov_loss(
@@ -194,7 +203,17 @@ def clip_cov_loss(
             selected here. Not together with seed, ratio, k, low, high or band. With a sequence's ratio it is the
             gradient of this token's loss: its log-prob is part of the ratio of the others.
     """
-    return _loss("clip_cov", locals())
+    return _loss("clip_cov", {
+        "logprob": logprob, "old_logprob": old_logprob, "advantages": advantages, "mask": mask, "clip_low": clip_low,
+        "clip_high": clip_high, "dual_clip": dual_clip, "entropy": entropy, "entropy_coef": entropy_coef,
+        "ref_logprob": ref_logprob, "ref_kl_coef": ref_kl_coef, "kl_estimator": kl_estimator,
+        "loss_agg_mode": loss_agg_mode, "dp_size": dp_size, "batch_num_tokens": batch_num_tokens,
+        "global_batch_size": global_batch_size, "loss_scale_factor": loss_scale_factor, "batch_group": batch_group,
+        "surrogate": surrogate, "token_weight": token_weight, "cu_seqlens": cu_seqlens,
+        "covariance_advantages": covariance_advantages, "ref_kl_importance": ref_kl_importance, "nonfinite": nonfinite,
+        "backend": backend, "preset": preset, "seed": seed, "ratio": ratio, "k": k, "low": low, "high": high,
+        "band": band, "token_index": token_index, "dropped": dropped, "surrogate_options": surrogate_options,
+    })  # fmt: skip
 
 
 def kl_cov_loss(
@@ -254,10 +273,22 @@ def kl_cov_loss(
         penalized: ``logprob``'s shape, bool, int or float 0/1: 1 = the penalty is added, and nothing is selected here.
             Not together with ratio or k.
     """
-    return _loss("kl_cov", locals())
+    return _loss("kl_cov", {
+        "logprob": logprob, "old_logprob": old_logprob, "advantages": advantages, "mask": mask, "clip_low": clip_low,
+        "clip_high": clip_high, "dual_clip": dual_clip, "entropy": entropy, "entropy_coef": entropy_coef,
+        "ref_logprob": ref_logprob, "ref_kl_coef": ref_kl_coef, "kl_estimator": kl_estimator,
+        "loss_agg_mode": loss_agg_mode, "dp_size": dp_size, "batch_num_tokens": batch_num_tokens,
+        "global_batch_size": global_batch_size, "loss_scale_factor": loss_scale_factor, "batch_group": batch_group,
+        "surrogate": surrogate, "token_weight": token_weight, "cu_seqlens": cu_seqlens,
+        "covariance_advantages": covariance_advantages, "ref_kl_importance": ref_kl_importance, "nonfinite": nonfinite,
+        "backend": backend, "preset": preset, "ratio": ratio, "k": k, "kl_coef": kl_coef,
+        "penalty_estimator": penalty_estimator, "token_index": token_index, "penalized": penalized,
+        "surrogate_options": surrogate_options,
+    })  # fmt: skip
 
 
 def _loss(method: str, given: dict[str, Any]) -> PolicyLoss:
+    """``given``: every argument by its name, written out above because torch 2.11 cannot compile ``locals()``."""
     if not torch.compiler.is_compiling() and _torch.in_transform():
         refuse_mapped(given)
     chosen = options.make(method, given, getattr(given["logprob"], "device", None))
@@ -304,7 +335,10 @@ def aggregate(
     Raises:
         TypeError, ValueError: as :func:`policy_loss`.
     """
-    given = dict(locals())
+    given = {
+        "loss_agg_mode": loss_agg_mode, "dp_size": dp_size, "batch_num_tokens": batch_num_tokens,
+        "global_batch_size": global_batch_size, "loss_scale_factor": loss_scale_factor, "batch_group": batch_group,
+    }  # fmt: skip
     refuse_mapped({"cu_seqlens": cu_seqlens})
     aggregation = options.aggregation(given, getattr(term, "device", None))
     values, valid, sequences = tokens.check_summand(term, mask, cu_seqlens, aggregation)

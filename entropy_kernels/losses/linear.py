@@ -164,7 +164,7 @@ def _why_composed(
         if mode == "seq-mean-token-mean":
             return "with nonfinite='drop', which leaves lengths of sequences that are known only after all tokens"
         if grad_buffer is not None and given is None and mode != "token-sum":  # else it is a factor that comes late
-            name = COUNTS[chosen.aggregation.by_sequence]
+            name = COUNTS[int(chosen.aggregation.by_sequence)]
             return f"with nonfinite='drop', whose count is known only after all tokens where no {name} gives it"
     # A penalty is the token's own; a token that is dropped takes its share of the derivative of all its sequence along
     pooled = chosen.surrogate.pools and not chosen.surrogate.local

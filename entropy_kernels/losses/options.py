@@ -253,7 +253,7 @@ def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
     if dp_size < 1:
         raise ValueError(f"dp_size: expected >= 1, got {dp_size}")
     by_sequence = mode.startswith("seq-")
-    counted = COUNTS[by_sequence]
+    counted = COUNTS[int(by_sequence)]
     if dp_size > 1 and group is None and mode not in ("token-sum", "none") and given[counted] is None:
         raise ValueError(
             f"{counted}: expected the number of the whole batch (or a batch_group that counts it) with "
