@@ -280,6 +280,16 @@ def test_the_three_losses_share_their_arguments_and_defaults() -> None:
             assert own[name].default == expected and own[name].kind == parameter.kind, name
 
 
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_every_argument_goes_on_under_its_own_name(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(losses.functional, "_loss", lambda method, given: seen.update(given))
+    *names, rest = inspect.signature(function).parameters
+    arguments = {name: object() for name in (*names, "more")}
+    function(**arguments)
+    assert seen == {**{name: arguments[name] for name in names}, rest: {"more": arguments["more"]}}
+
+
 @pytest.mark.parametrize("preset", ["verl", "paper"])
 def test_none_means_the_presets_value(preset: str) -> None:
     g = torch.Generator().manual_seed(0)
