@@ -69,11 +69,8 @@ inline std::int64_t extent_of(const torch::stable::Tensor& tensor) {
   return last + 1;
 }
 
-// A tensor on this half's device, that of `like`, with memory behind all its elements (a storage can be resized).
-inline void check_memory(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
-  STD_TORCH_CHECK(is_here(tensor), name, ": expected a ", kDevice, " tensor, got one on ", device_of(tensor));
-  STD_TORCH_CHECK(tensor.get_device() == like.get_device(), name, ": expected a tensor on ", device_of(like),
-                  ", as the others, got one on ", device_of(tensor));
+// A tensor with memory behind all its elements (a storage can be resized).
+inline void check_storage(const char* name, const torch::stable::Tensor& tensor) {
   std::int32_t layout = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
   STD_TORCH_CHECK(layout == aoti_torch_layout_strided(), name, ": expected a strided tensor, got another layout");
@@ -84,6 +81,19 @@ inline void check_memory(const char* name, const torch::stable::Tensor& tensor, 
       (tensor.storage_offset() + extent_of(tensor)) * static_cast<std::int64_t>(tensor.element_size());
   STD_TORCH_CHECK(bytes >= needed, name, ": expected a storage of at least ", needed, " bytes for its shape, got ",
                   bytes);
+}
+
+// The same on this half's device, that of `like`.
+inline void check_memory(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
+  STD_TORCH_CHECK(is_here(tensor), name, ": expected a ", kDevice, " tensor, got one on ", device_of(tensor));
+  STD_TORCH_CHECK(tensor.get_device() == like.get_device(), name, ": expected a tensor on ", device_of(like),
+                  ", as the others, got one on ", device_of(tensor));
+  check_storage(name, tensor);
+}
+
+// The same, or numbers on the CPU, which the host reads and a kernel gets by value.
+inline void check_numbers(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
+  tensor.is_cpu() ? check_storage(name, tensor) : check_memory(name, tensor, like);
 }
 
 inline void check_dtype(const char* name, const torch::stable::Tensor& tensor,

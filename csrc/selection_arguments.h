@@ -63,11 +63,20 @@ inline void check_masks(const torch::stable::Tensor& covariance, const std::opti
   check_per_token("exclude", exclude, ScalarType::Bool, covariance);
 }
 
+// Numbers of a selection, where the tokens are or on the CPU.
+inline void check_given(const char* name, const torch::stable::Tensor& tensor, torch::headeronly::ScalarType dtype,
+                        const std::vector<std::int64_t>& shape, const torch::stable::Tensor& tokens) {
+  check_dtype(name, tensor, {dtype});
+  check_numbers(name, tensor, tokens);
+  check_shape(name, tensor, shape);
+  check_contiguous(name, tensor);
+}
+
 // `fields`: how many numbers a selection has in memory, if it has them there; else k >= 0, or -1 and the ratio.
 inline void check_count(double ratio, std::int64_t k, const std::optional<torch::stable::Tensor>& numbers,
                         std::int64_t fields, const torch::stable::Tensor& covariance) {
   if (numbers.has_value()) {
-    check_tensor("numbers", *numbers, torch::headeronly::ScalarType::Double, {fields}, covariance);
+    check_given("numbers", *numbers, torch::headeronly::ScalarType::Double, {fields}, covariance);
     return;
   }
   STD_TORCH_CHECK(k >= -1, "k: expected >= 0, or -1 for none, got ", k);

@@ -33,12 +33,22 @@ struct SelectionOperators {
 
   // ---- masks over one process's batch
 
+  // `numbers` of count and band, and the seed, if there is one: those on the CPU are read here.
   static Tensor select(const Tensor& covariance, const Optional& mask, const Optional& exclude,
-                       const Optional& token_index, const Count& count, const int64_t* seed, const Band& band) {
+                       const Optional& token_index, Count count, const Tensor* seed, Band band,
+                       const Optional& numbers) {
     Tensor out = empty_as(covariance, ScalarType::Bool);
+    count.numbers = band.numbers = data<double>(numbers);
+    if (numbers.has_value() && numbers->is_cpu()) {
+      if (seed != nullptr) band = band.read();
+      count = count.read();
+    }
+    Seed given = {};
+    if (seed != nullptr) given = seed->is_cpu() ? Seed{*data<int64_t>(*seed), nullptr} : Seed{0, data<int64_t>(*seed)};
     const TokenView view = {data<float>(covariance), data<uint8_t>(mask), data<uint8_t>(exclude),
                             data<int64_t>(token_index), covariance.numel()};
-    if (view.tokens > 0) Half(covariance).select({view, count, seed, band}, mutable_data<uint8_t>(out));
+    const Selection selection = {view, count, seed != nullptr, given, band};
+    if (view.tokens > 0) Half(covariance).select(selection, mutable_data<uint8_t>(out));
     return out;
   }
 
@@ -53,18 +63,16 @@ struct SelectionOperators {
                               bool quantile, bool closed, Optional numbers) {
     check(covariance, mask, exclude, token_index);
     check_count(ratio, k, numbers, 4, covariance);
-    check_scalar("seed", seed, covariance);
-    const auto* given = data<double>(numbers);
-    return select(covariance, mask, exclude, token_index, {ratio, k, at_least_one, given}, data<int64_t>(seed),
-                  {low, high, quantile, closed, given});
+    check_given("seed", seed, ScalarType::Long, {}, covariance);
+    return select(covariance, mask, exclude, token_index, {ratio, k, at_least_one, nullptr}, &seed,
+                  {low, high, quantile, closed, nullptr}, numbers);
   }
 
   static Tensor kl_cov_mask(const Tensor& covariance, Optional mask, Optional exclude, Optional token_index,
                             double ratio, int64_t k, bool at_least_one, Optional numbers) {
     check(covariance, mask, exclude, token_index);
     check_count(ratio, k, numbers, 2, covariance);
-    return select(covariance, mask, exclude, token_index, {ratio, k, at_least_one, data<double>(numbers)}, nullptr,
-                  {});
+    return select(covariance, mask, exclude, token_index, {ratio, k, at_least_one, nullptr}, nullptr, {}, numbers);
   }
 
   // ---- covariance

@@ -39,11 +39,17 @@ inline torch::headeronly::ScalarType result_of(const torch::stable::Tensor& logi
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// A tensor of the result's dtype, where the logits are.
-inline void check_result(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& logits) {
+// A tensor of the result's dtype.
+inline void check_result_dtype(const char* name, const torch::stable::Tensor& tensor,
+                               const torch::stable::Tensor& logits) {
   check_defined(name, tensor);
   STD_TORCH_CHECK(tensor.scalar_type() == result_of(logits), name, ": expected a tensor of dtype ",
                   torch::headeronly::toString(result_of(logits)), " for these logits, got ", dtype_of(tensor));
+}
+
+// The same, where the logits are.
+inline void check_result(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& logits) {
+  check_result_dtype(name, tensor, logits);
   check_memory(name, tensor, logits);
 }
 
@@ -67,7 +73,9 @@ inline void check_arguments(const torch::stable::Tensor& logits, const torch::st
   check_memory("target", target, logits);
   STD_TORCH_CHECK(target.is_contiguous() && target.numel() == rows, "target: expected a contiguous tensor of ", rows,
                   " elements for logits of shape ", shape_of(logits), ", got shape ", shape_of(target));
-  check_result("temperature", temperature, logits);
+  check_result_dtype("temperature", temperature, logits);
+  temperature.dim() == 0 ? check_numbers("temperature", temperature, logits)
+                         : check_memory("temperature", temperature, logits);
   STD_TORCH_CHECK(temperature.is_contiguous() && (temperature.numel() == 1 || temperature.numel() == rows),
                   "temperature: expected a contiguous tensor of 1 or ", rows, " elements, got shape ",
                   shape_of(temperature));

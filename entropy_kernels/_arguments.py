@@ -325,6 +325,14 @@ def scalar_tensor(value: Any, dtype: torch.dtype, device: torch.device) -> torch
     return torch.full((), value, dtype=dtype, device=device)
 
 
+def beside(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A few numbers on ``device``: those on the CPU by fills, since a copy from the host would wait for the device."""
+    if values.device == device or values.device.type != "cpu":
+        return values
+    made = [torch.full((), x, dtype=values.dtype, device=device) for x in values.reshape(-1).tolist()]
+    return made[0] if values.dim() == 0 else torch.stack(made)
+
+
 def refuse_forward_mode(name: str, value: torch.Tensor) -> None:
     """Raise where a tangent of ``value`` would be lost without a word."""
     if _torch.in_forward_mode() and forward_ad.unpack_dual(value).tangent is not None:

@@ -31,6 +31,7 @@ from entropy_kernels.backends.radix_select import ALL_TOKENS, Band, Count
 from entropy_kernels.ops import selection as op
 
 _SAFE = 1e30  # bounds between whose negative and itself fp32 holds, if they are not next to each other
+_CPU = torch.device("cpu")
 _Number = float | Tensor | None
 _Tokens = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -152,15 +153,15 @@ def request(
     # A compiler takes plain numbers for constants
     tensors = isinstance(ratio, Tensor) or isinstance(k, Tensor) or isinstance(low, Tensor) or isinstance(high, Tensor)
     if tensors or torch.compiler.is_compiling():
-        numbers = torch.stack(
-            [
-                _in_float64(name, math.nan if value is None else value, device)
-                for name, value in zip(("ratio", "k", "low", "high"), given, strict=False)
-            ]
-        )
+        for name, value in zip(("ratio", "k", "low", "high"), given, strict=False):
+            if isinstance(value, Tensor):
+                check_scalar(name, value, device)
+        here = torch.compiler.is_compiling() or any(isinstance(x, Tensor) and not x.is_cpu for x in given)
+        place = device if here else _CPU  # an operator reads them there, too
+        numbers = torch.stack([_in_float64(math.nan if value is None else value, place) for value in given])
         ratio, k, low, high = None, None, 0.0, 0.0
     if not torch.compiler.is_compiling() and type(seed) is int and 0 <= seed < 1 << 63:
-        seed = torch.full((), seed, dtype=torch.int64, device=device)
+        seed = torch.full((), seed, dtype=torch.int64, device=_CPU)
     elif seed is not None:
         seed = seed_tensor(seed, device)
     size = Count(ratio, k, bool(at_least_one), numbers)
@@ -168,15 +169,17 @@ def request(
     return Request(seed, size, bounds, "" if group is None else group_name(group), backend)
 
 
-def _in_float64(name: str, value: float | Tensor, device: torch.device) -> Tensor:
+def _in_float64(value: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        check_scalar(name, value, device)
         return value.detach().to(device=device, dtype=torch.float64, non_blocking=True)
     return scalar_tensor(value, torch.float64, device)
 
 
 def seed_tensor(seed: Any, device: torch.device) -> Tensor:
-    """A 0-d tensor: a Python int below the op would recompile for every value. A module (SeedCounter) is asked."""
+    """A 0-d tensor: a Python int below the op would recompile for every value. A module (SeedCounter) is asked.
+
+    On the CPU, from where an operator reads it without a launch, or ``device``, and there for a compiler.
+    """
     if isinstance(seed, SeedCounter):
         seed = seed()
     if isinstance(seed, Tensor):
@@ -186,7 +189,7 @@ def seed_tensor(seed: Any, device: torch.device) -> Tensor:
                 f"seed: expected an int or a 0-d int64 tensor, got {seed.dtype} of shape {tuple(seed.shape)}"
             )
         check_scalar("seed", seed, device)
-        return seed.to(device, non_blocking=True)
+        return seed.to(device, non_blocking=True) if torch.compiler.is_compiling() else seed
     if isinstance(seed, bool):
         raise TypeError("seed: expected an int or a 0-d int64 tensor, got bool")
     if torch.compiler.is_compiling() and isinstance(seed, (int, torch.SymInt)) and -(1 << 63) <= seed < 1 << 63:
@@ -199,7 +202,7 @@ def seed_tensor(seed: Any, device: torch.device) -> Tensor:
         raise ValueError(f"seed: expected at most 64 bits, got {value}")
     if value >= 1 << 63:
         value -= 1 << 64  # the same 64 bits
-    return scalar_tensor(value, torch.int64, device)
+    return scalar_tensor(value, torch.int64, _CPU)
 
 
 def _known(name: str, value: Any, unknown: float) -> Any:

@@ -29,6 +29,7 @@ from entropy_kernels.ops.linear_policy_loss import Coefficients
 from entropy_kernels.ops.linear_policy_loss import Final as Final  # of linear_loss, for losses/linear.py
 from entropy_kernels.ops.linear_tiles import Numbers
 from entropy_kernels.ops.products import adds_to_fp32
+from entropy_kernels.ops.token_stats import taken_apart
 from entropy_kernels.statistics import (
     LogprobEntropy,
     TokenStats,
@@ -36,7 +37,6 @@ from entropy_kernels.statistics import (
     in_order,
     labels,
     row_options,
-    taken_apart,
     temperature_tensor,
     validate_options,
     validate_rows,
@@ -188,7 +188,7 @@ class LinearArguments(NamedTuple):
 
 def stats_of(
     hidden: Tensor, weight: Any, target: Tensor | None, bias: Tensor | None, given: LinearArguments, want: int
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """The statistics that ``want`` names, in the order of the table, each of ``hidden``'s shape without H."""
     target, row = labels("hidden", hidden, target, given.row, want)
     given = given._replace(row=row)
@@ -198,7 +198,7 @@ def stats_of(
         _refuse_beside_a_head(bias=bias, vocab_group=given.row.vocab_group, vocab_start=given.row.vocab_start)
         units = fsdp.sharded(weight.modules()) if isinstance(weight, torch.nn.Module) else []
 
-        def through(hidden: Tensor) -> list[Tensor]:
+        def through(hidden: Tensor) -> Sequence[Tensor]:
             with fsdp.gathered_once(units):
                 return _through_head(hidden, weight, target, given, want)
 
@@ -327,7 +327,7 @@ def _refuse_beside_a_head(**arguments: Any) -> None:
             )
 
 
-def _through_head(hidden: Tensor, function: Any, target: Tensor, given: LinearArguments, want: int) -> list[Tensor]:
+def _through_head(hidden: Tensor, function: Any, target: Tensor, given: LinearArguments, want: int) -> Sequence[Tensor]:
     module = isinstance(function, torch.nn.Module)
     width = getattr(function, "out_features", None) if module else None
     vocab: Any = given.row.vocab_size if width is None else width

@@ -21,7 +21,7 @@ from entropy_kernels._arguments import (
 from entropy_kernels._dtensor import local_logits
 from entropy_kernels._rows import ENTROPY, LOGPROB, NAMES, UNBOUNDED, RowArguments, RowOptions, bits, wanted
 from entropy_kernels._torch import constant_when_compiled
-from entropy_kernels.ops.token_stats import token_stats as token_stats_op
+from entropy_kernels.ops.token_stats import rows as statistics_rows
 
 
 class LogprobEntropy(NamedTuple):
@@ -208,7 +208,7 @@ def in_order(record: Any, rows: Sequence[Tensor], want: int) -> Any:
 
 def _token_stats(
     logits: Tensor, target: Tensor | None, given: RowArguments, inplace_backward: bool, want: int
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     if type(logits) is not Tensor and is_dtensor(logits):
         logits, target, given = local_logits(logits, target, given)
     target, given = labels("logits", logits, target, given, want)
@@ -219,23 +219,11 @@ def _token_stats(
     if inplace_backward:
         check_own_memory("inplace_backward", logits, "the gradient is written over them")
         inplace_backward = not torch.compiler.is_compiling()
-    temperature = temperature_tensor("logits", given.temperature, target, dtype)
-    stats, _ = token_stats_op(
-        _as_3d(logits), target.reshape(-1).contiguous(), temperature, *options, want, inplace_backward, group,
-        given.backend,
+    temperature = temperature_tensor("logits", given.temperature, target, dtype, number_on_cpu=True)
+    return statistics_rows(
+        target.shape, _as_3d(logits), target.reshape(-1).contiguous(), temperature, *options, want, inplace_backward,
+        group, given.backend,
     )  # fmt: skip
-    return taken_apart(stats, target.shape, want)
-
-
-def taken_apart(stats: Tensor, shape: torch.Size, want: int) -> list[Tensor]:
-    """The rows of ``stats`` (S, N), each of ``shape`` and in memory of its own, so that users may write to any of them.
-
-    One that nobody differentiates has a gradient of zeros.
-    """
-    rows: Any = torch.unbind_copy(stats if len(shape) == 1 else stats.view(stats.shape[0], *shape))  # type: ignore[func-returns-value]
-    if stats.requires_grad:
-        rows = [row if x.differentiable else row.detach() for row, x in zip(rows, wanted(want), strict=True)]
-    return rows
 
 
 def labels(name: str, rows: Any, target: Tensor | None, given: RowArguments, want: int) -> tuple[Tensor, RowArguments]:
@@ -288,8 +276,13 @@ def row_options(name: str, width: int, dtype: torch.dtype, given: RowArguments) 
     return RowOptions(_softcap(given.softcap, dtype), integer("ignore_index", given.ignore_index), start, size), group
 
 
-def temperature_tensor(name: str, temperature: float | Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    """A (1,) or (N,) tensor for the rows of the argument ``name``: a Python number would recompile for every value."""
+def temperature_tensor(
+    name: str, temperature: float | Tensor, target: Tensor, dtype: torch.dtype, number_on_cpu: bool = False
+) -> Tensor:
+    """A (1,) or (N,) tensor for the rows of the argument ``name``: a Python number would recompile for every value.
+
+    ``number_on_cpu``: numbers, and 0-d tensors on the CPU, are 0-d there, except for a compiler.
+    """
     if not isinstance(temperature, Tensor):
         value = number("temperature", temperature, torch.float64)
         if torch.compiler.is_compiling():
@@ -298,6 +291,8 @@ def temperature_tensor(name: str, temperature: float | Tensor, target: Tensor, d
         least, most = divisor_range(dtype)
         if not least <= value <= most:
             raise ValueError(f"temperature: expected a number > 0 within [{least:.2g}, {most:.2g}], got {value}")
+        if number_on_cpu:
+            return torch.full((), value, dtype=dtype, device="cpu")
         return torch.full((1,), value, dtype=dtype, device=target.device)
     check_tensor("temperature", temperature)
     if temperature.requires_grad and torch.is_grad_enabled():
@@ -308,6 +303,8 @@ def temperature_tensor(name: str, temperature: float | Tensor, target: Tensor, d
         raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
     if temperature.device != target.device and (temperature.dim() > 0 or temperature.is_meta):
         raise ValueError(f"temperature: expected on the device of {name}, {target.device}, got {temperature.device}")
+    if number_on_cpu and temperature.dim() == 0 and temperature.is_cpu and not torch.compiler.is_compiling():
+        return temperature.to(dtype, copy=not target.is_cpu)  # as a copy to the GPU, which would hold it, too
     if temperature.numel() == 1:
         return temperature.to(device=target.device, dtype=dtype, non_blocking=True).reshape(1)
     try:

@@ -208,6 +208,7 @@ struct Call {  // mirrored by cuda_emulator.py
   const void* target;
   std::int32_t wide_target, temperature_stride;
   const void* temperature;
+  std::int32_t number;  // the temperature is handed over by value
   RowOptions options;
   std::int64_t want;
   void* stats;
@@ -222,8 +223,9 @@ struct Call {  // mirrored by cuda_emulator.py
 template <typename T>
 Problem<T> problem_of(const Call& c) {
   return {{c.logits, c.batch_stride, c.length_stride, c.column_stride},
-          c.rows, c.length, c.vocab, c.columns, {c.target, c.wide_target != 0}, static_cast<const T*>(c.temperature),
-          c.temperature_stride, c.options};
+          c.rows, c.length, c.vocab, c.columns, {c.target, c.wide_target != 0},
+          c.number != 0 ? nullptr : static_cast<const T*>(c.temperature), c.temperature_stride,
+          c.number != 0 ? *static_cast<const T*>(c.temperature) : T(0), c.options};
 }
 
 template <class E>

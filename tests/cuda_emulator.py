@@ -39,7 +39,7 @@ class _Call(ctypes.Structure):
         ("seed", ctypes.c_uint64), ("logits", _P),
         *((name, _L) for name in ("batch_stride", "length_stride", "column_stride")),
         *((name, _I) for name in ("rows", "length", "vocab", "columns")),
-        ("target", _P), ("wide_target", _I), ("temperature_stride", _I), ("temperature", _P),
+        ("target", _P), ("wide_target", _I), ("temperature_stride", _I), ("temperature", _P), ("number", _I),
         ("options", _Options), ("want", _L), ("stats", _P),
         ("grad_stats", _P), ("statistic_stride", _L), ("grad_row_stride", _L),
         ("state", _P), ("field_stride", _L), ("row_stride", _L),
@@ -100,6 +100,7 @@ class Emulated:
         call.rows, call.length, call.vocab = target.numel(), logits.shape[1], logits.shape[2]
         call.columns = options.columns(logits.shape[2])
         call.wide_target, call.temperature_stride = target.dtype == torch.int64, int(temperature.numel() != 1)
+        call.number = temperature.dim() == 0
         call.options, call.want = _Options(*options), want
         per_warp = WARP * VECTORS * 16 // logits.element_size()
         warps = MAX_WARPS if self.bulk else max(1, min(self.most_warps, -(-call.columns // per_warp)))

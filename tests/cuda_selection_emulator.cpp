@@ -153,6 +153,7 @@ struct Call {  // mirrored by cuda_selection_emulator.py
   int32_t cluster, blocks, chunk;
   uint64_t order;
   const void *mask, *exclude, *index, *seed;
+  int32_t seed_number;  // the seed is handed over by value
   int64_t tokens;
   double ratio;
   int64_t k;
@@ -172,7 +173,9 @@ SelectionArguments selection_of(const Call& call) {
                           call.tokens};
   const Count count = {call.ratio, call.k, call.at_least_one != 0, numbers};
   const Band band = {call.low, call.high, call.quantile != 0, call.closed != 0, numbers};
-  const Selection selection = {view, count, static_cast<const int64_t*>(call.seed), band};
+  const auto* seed = static_cast<const int64_t*>(call.seed);
+  const Seed given = seed != nullptr && call.seed_number != 0 ? Seed{*seed, nullptr} : Seed{0, seed};
+  const Selection selection = {view, count, seed != nullptr, given, band};
   return {selection, call.chunk, static_cast<uint8_t*>(call.out), nullptr, nullptr, nullptr};
 }
 

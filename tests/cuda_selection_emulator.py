@@ -25,8 +25,8 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         ("cluster", _I), ("blocks", _I), ("chunk", _I), ("order", ctypes.c_uint64),
-        ("mask", _P), ("exclude", _P), ("index", _P), ("seed", _P), ("tokens", _L), ("ratio", _D), ("k", _L),
-        ("at_least_one", _I), ("low", _D), ("high", _D), ("quantile", _I), ("closed", _I),
+        ("mask", _P), ("exclude", _P), ("index", _P), ("seed", _P), ("seed_number", _I), ("tokens", _L),
+        ("ratio", _D), ("k", _L), ("at_least_one", _I), ("low", _D), ("high", _D), ("quantile", _I), ("closed", _I),
         ("numbers", _P), ("first", _P), ("second", _P), ("float64", _I), ("out", _P),
     )  # fmt: skip
 
@@ -54,6 +54,7 @@ class Emulated:
     cluster: bool
     blocks: int
     order: int = 0
+    seed_by_value: bool = False
 
     def _call(self, tokens: int, mask: Tensor | None) -> _Call:
         each = -(-tokens // self.blocks)
@@ -82,9 +83,8 @@ class Emulated:
         call.k = -1 if count.k is None else count.k
         call.at_least_one, call.numbers = count.at_least_one, _pointer(count.numbers)
 
-    @staticmethod
-    def _set_band(call: _Call, seed: Tensor, band: Band) -> None:
-        call.seed, call.low, call.high = seed.data_ptr(), band.low, band.high
+    def _set_band(self, call: _Call, seed: Tensor, band: Band) -> None:
+        call.seed, call.seed_number, call.low, call.high = seed.data_ptr(), self.seed_by_value, band.low, band.high
         call.quantile, call.closed = band.quantile, band.closed
 
     def _select(self, call: _Call, covariance, exclude, token_index, count: Count) -> Tensor:

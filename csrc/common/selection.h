@@ -20,22 +20,26 @@ struct Count {
   bool at_least_one;
   const double* numbers;
 
-  EK_HOST_DEVICE int64_t of(int64_t valid) const {
-    constexpr double kMost = 9007199254740992.0;  // more than any batch holds
-    double share_of = ratio;
-    int64_t wanted = k;
-    if (numbers != nullptr) {
-      const double given = numbers[1];
-      share_of = numbers[0];
-      wanted = given != given ? -1 : given > 0 ? static_cast<int64_t>(given < kMost ? given : kMost) : 0;
+  // With `numbers` read, where they are in memory of whoever asks.
+  EK_HOST_DEVICE Count read() const {
+    if (numbers == nullptr) {
+      return *this;
     }
+    constexpr double kMost = 9007199254740992.0;  // more than any batch holds
+    const double given = numbers[1];
+    const int64_t wanted = given != given ? -1 : given > 0 ? static_cast<int64_t>(given < kMost ? given : kMost) : 0;
+    return {numbers[0], wanted, at_least_one, nullptr};
+  }
+  EK_HOST_DEVICE int64_t of(int64_t valid) const {
+    const Count given = read();
     if (valid == 0) {
       return 0;
     }
-    if (wanted >= 0) {
-      return wanted;
+    if (given.k >= 0) {
+      return given.k;
     }
-    const auto share = static_cast<int64_t>(within_share(share_of) * static_cast<double>(valid));  // truncation is floor
+    // truncation is floor
+    const auto share = static_cast<int64_t>(within_share(given.ratio) * static_cast<double>(valid));
     return share == 0 && at_least_one ? 1 : share;
   }
 };
@@ -61,6 +65,7 @@ struct Band {
   bool quantile, closed;
   const double* numbers;
 
+  EK_HOST_DEVICE Band read() const { return {lower(), upper(), quantile, closed, nullptr}; }
   EK_HOST_DEVICE double lower() const { return numbers != nullptr ? numbers[2] : low; }
   EK_HOST_DEVICE double upper() const { return numbers != nullptr ? numbers[3] : high; }
   // Where it is not of quantiles.
@@ -82,11 +87,20 @@ struct TokenView {
   EK_HOST_DEVICE int64_t token_index(int64_t position) const { return index != nullptr ? index[position] : position; }
 };
 
+// A number, or where it is in memory.
+struct Seed {
+  int64_t number;
+  const int64_t* memory;  // null: the number counts
+
+  EK_HOST_DEVICE uint64_t read() const { return static_cast<uint64_t>(memory != nullptr ? *memory : number); }
+};
+
 // What a mask is made of.
 struct Selection {
   TokenView view;
   Count count;
-  const int64_t* seed;  // (): random keys within the band; null: the covariances are the keys, no band
+  bool drawn;  // random keys within the band; else the covariances are the keys, no seed, no band
+  Seed seed;
   Band band;
 };
 

@@ -344,12 +344,12 @@ Range quantile_range(const View& view, const Band& band) {
 void select(const Selection& selection, uint8_t* selected) {
   const View view = {selection.view, &scan_kernels()};
   const Count& count = selection.count;
-  if (selection.seed != nullptr) {
+  if (selection.drawn) {
     const Band& band = selection.band;
     const Range range = band.quantile ? quantile_range(view, band) : values_of(band.keys());
     const Sample sample(view, range);
     const uint32_t threshold = guess_random(sample, static_cast<double>(count.of(sample.expected_valid())));
-    select(view, range, RandomKeys{static_cast<uint64_t>(*selection.seed)}, threshold, count, selected);
+    select(view, range, RandomKeys{selection.seed.read()}, threshold, count, selected);
   } else {
     Sample sample(view, kAllValues);
     const uint32_t threshold = guess_value(sample, static_cast<double>(count.of(sample.expected_valid())));

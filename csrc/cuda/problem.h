@@ -37,13 +37,14 @@ struct Problem {
   int vocab;
   int columns;  // those that are read
   Labels labels;
-  const T* temperature;
+  const T* temperature;    // null: a number, the same for all rows
   int temperature_stride;  // 0: one for all rows
+  T temperature_number;
   RowOptions options;
 
   EK_HOST_DEVICE T softcap() const { return static_cast<T>(options.softcap); }
   EK_HOST_DEVICE T temperature_of(int row) const {
-    return temperature[static_cast<std::int64_t>(row) * temperature_stride];
+    return temperature == nullptr ? temperature_number : temperature[static_cast<std::int64_t>(row) * temperature_stride];
   }
   // The label's column here, or -1 if it lies elsewhere.
   EK_HOST_DEVICE int label_column(std::int64_t label) const {

@@ -71,8 +71,8 @@ class Selector {
 
   // Writes the mask of the block's tokens.
   EK_HOST_DEVICE void run() {
-    const bool random = selection_.seed != nullptr, of_quantiles = random && selection_.band.quantile;
-    const uint64_t seed = random ? static_cast<uint64_t>(*selection_.seed) : 0;
+    const bool random = selection_.drawn, of_quantiles = random && selection_.band.quantile;
+    const uint64_t seed = random ? selection_.seed.read() : 0;
     KeyBand band = selection_.band.keys();
     take_tokens(random && !of_quantiles, band, seed);
     group_.sum_words(kRadixBins + 1);

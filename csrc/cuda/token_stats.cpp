@@ -43,14 +43,16 @@ Problem<T> problem_of(const Tensor& logits, const Tensor& target, const Tensor& 
   const std::int64_t rows = logits.size(0) * logits.size(1), vocab = logits.size(2);
   STD_TORCH_CHECK(rows <= kMaxBlocks && vocab <= kMaxColumns, "logits: expected at most ", kMaxBlocks, " rows of ",
                   kMaxColumns, " columns, got shape ", shape_of(logits));
+  const bool number = temperature.is_cpu();
   return {rows_of(logits, const_cast<void*>(logits.const_data_ptr())),
           static_cast<int>(rows),
           static_cast<int>(logits.size(1)),
           static_cast<int>(vocab),
           static_cast<int>(options.columns(vocab)),
           labels_of(target),
-          data<T>(temperature),
+          number ? nullptr : data<T>(temperature),
           temperature.numel() == 1 ? 0 : 1,
+          number ? *data<T>(temperature) : T(0),
           options};
 }
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_kernels._arguments import process_group_of, values_are_checked
+from entropy_kernels._arguments import beside, process_group_of, values_are_checked
 
 RADIX_BINS = 2048
 KEY_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of each round
@@ -51,6 +51,10 @@ class Count(NamedTuple):
     k: int | None
     at_least_one: bool
     numbers: Tensor | None = None
+
+    def beside(self, device: torch.device) -> Count:
+        """With the numbers on a device."""
+        return self if self.numbers is None else self._replace(numbers=beside(self.numbers, device))
 
     def of(self, valid: Tensor) -> Tensor:
         """() int64 from the () int64 number of tokens that count."""
@@ -305,7 +309,9 @@ def clip_cov_mask(
     band: Band,
     group: str,
 ) -> Tensor:
-    """(N,) bool."""
+    """(N,) bool; the seed, and the numbers of count and band, on the tokens' device or the CPU."""
+    seed, count = beside(seed, covariance.device), count.beside(covariance.device)
+    band = band._replace(numbers=count.numbers)
     ranks = Group(group, InCommon(seed, count, band))
     offset = _offset(ranks, covariance, token_index)
     values = steps.selection_value_keys(covariance, mask, exclude)
@@ -327,6 +333,7 @@ def kl_cov_mask(
     count: Count,
     group: str,
 ) -> Tensor:
+    count = count.beside(covariance.device)
     ranks = Group(group, InCommon(None, count, None))
     offset = _offset(ranks, covariance, token_index)
     keys = steps.selection_value_keys(covariance, mask, exclude)

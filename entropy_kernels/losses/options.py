@@ -154,8 +154,9 @@ def seeded(options: LossOptions) -> LossOptions:
         return options
     seed = options.seeds()
     assert options.selection.seed is not None
-    selection = options.selection._replace(seed=seed.to(options.selection.seed.device, non_blocking=True))
-    return replace(options, selection=selection, seeds=None)
+    if not seed.is_cpu or torch.compiler.is_compiling():
+        seed = seed.to(options.selection.seed.device, non_blocking=True)
+    return replace(options, selection=options.selection._replace(seed=seed), seeds=None)
 
 
 def used(coefficient: Number) -> bool:
@@ -339,4 +340,6 @@ def _effect(
         "low": preset.low if low is None else low, "high": preset.high if high is None else high,
         "band": preset.band if band is None else band, "closed": preset.closed,
     }  # fmt: skip
-    return effect, request(device, **chosen, seed=0 if isinstance(seed, SeedCounter) else seed), "abs"
+    if isinstance(seed, SeedCounter):
+        seed = torch.empty((), dtype=torch.int64, device=device)  # its place, which seeded() gives a seed
+    return effect, request(device, **chosen, seed=seed), "abs"

@@ -85,6 +85,11 @@ def check_tensors(device: torch.device, *arguments: Argument) -> None:
             raise ValueError(f"{name}: expected on {device}, got {tensor.device}")
 
 
+def check_number(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple, device: torch.device) -> None:
+    """The same of a number or a few: they may also be on the CPU, from where they are read without a wait."""
+    check_tensors(torch.device("cpu") if tensor.device.type == "cpu" else device, (name, tensor, dtype, shape))
+
+
 def check_floats(name: str, tensor: Tensor, dims: int, shape: str) -> None:
     if tensor.dtype not in RESULT:
         raise TypeError(f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}")
@@ -97,14 +102,18 @@ def check_labels(
     device: torch.device,
     dtype: torch.dtype,  # of the temperature
     target: Tensor,  # (N,)
-    temperature: Tensor,  # (1,) or (N,)
+    temperature: Tensor,  # (1,) or (N,); () if a number
     options: RowOptions,
+    number: bool = False,  # whether the temperature may be one: 0-d, also on the CPU
 ) -> None:
     """What a row of logits comes with, for ``rows`` rows."""
     labels = target.dtype if target.dtype == torch.int32 else torch.int64
-    one = temperature.dim() == 1 and temperature.shape[0] == 1
-    temperatures = ("temperature", temperature, dtype, (1,) if one else (rows,))
-    check_tensors(device, ("target", target, labels, (rows,)), temperatures)
+    check_tensors(device, ("target", target, labels, (rows,)))
+    if number and temperature.dim() == 0:
+        check_number("temperature", temperature, dtype, (), device)
+    else:
+        one = temperature.dim() == 1 and temperature.shape[0] == 1
+        check_tensors(device, ("temperature", temperature, dtype, (1,) if one else (rows,)))
     for name, tensor in (("target", target), ("temperature", temperature)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
@@ -120,7 +129,7 @@ def check_rows(logits: Tensor, target: Tensor, temperature: Tensor, options: Row
     """``logits`` (B, L, V) and what its rows come with."""
     check_floats("logits", logits, 3, "(B, L, V)")
     rows = logits.shape[0] * logits.shape[1]
-    check_labels(rows, logits.device, RESULT[logits.dtype], target, temperature, options)
+    check_labels(rows, logits.device, RESULT[logits.dtype], target, temperature, options, True)
 
 
 def check_head(

@@ -7,7 +7,7 @@ can hold the op.
 ``numbers`` are ratio, k, low and high in memory, float64: (4,), or (2,) where there is no range; NaN for the one of
 ratio and k that is not given. Kernels read them in the place of the plain numbers, so that a schedule neither waits
 for the device nor compiles again. Shares are clamped to [0, 1] and k to >= 0 (NaN is 0), and a range whose low is not
-below its high is empty.
+below its high is empty. On a GPU they, and the seed, may also be on the CPU: no launch has to write them there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.radix_select import Band, Count
-from entropy_kernels.ops.checks import check_tensors, register
+from entropy_kernels.ops.checks import check_number, check_tensors, register
 
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")
 _TOKENS = "Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index"
@@ -66,9 +66,12 @@ def _flat_selection(
     shape = covariance.shape
     check_tensors(
         covariance.device, ("mask", mask, torch.bool, shape), ("exclude", exclude, torch.bool, shape),
-        ("token_index", token_index, torch.int64, shape), ("seed", seed, torch.int64, ()),
-        ("numbers", numbers, torch.float64, (2 if seed is None else 4,)),
+        ("token_index", token_index, torch.int64, shape),
     )  # fmt: skip
+    if seed is not None:
+        check_number("seed", seed, torch.int64, (), covariance.device)
+    if numbers is not None:
+        check_number("numbers", numbers, torch.float64, (2 if seed is None else 4,), covariance.device)
     if numbers is None and (ratio is None) == (k is None):
         raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
     if ratio is not None and not 0 <= ratio <= 1:

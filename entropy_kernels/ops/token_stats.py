@@ -2,12 +2,14 @@
 
 Schema, fake and autograd of the operator. The functions in :mod:`entropy_kernels.statistics` are its public face.
 It returns the statistics (S, N) that the bitmask ``want`` names, rows in the order of ``_rows.STATISTICS``, and the
-softmax state (K, N) that the backward pass starts from.
+softmax state (K, N) that the backward pass starts from. A temperature that is a number is 0-d and, as for torch's own
+operators, may be on the CPU beside tensors of a GPU: no launch has to write it there.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from entropy_kernels._arguments import (
     all_gather,
+    beside,
     check_own_memory,
     debugging,
     divisor_range,
@@ -25,8 +28,8 @@ from entropy_kernels._arguments import (
     share_memory,
     values_are_checked,
 )
-from entropy_kernels._rows import DIFFERENTIABLE, UNBOUNDED, RowOptions, state_rows, wanted
-from entropy_kernels._torch import below_autograd
+from entropy_kernels._rows import DIFFERENTIABLE, UNBOUNDED, RowOptions, bits, state_rows, wanted
+from entropy_kernels._torch import below_autograd, in_transform
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import finalize, merge
 from entropy_kernels.ops.checks import check_backward, check_rows, check_want, register
@@ -64,6 +67,7 @@ def check_values(target: Tensor, temperature: Tensor, options: RowOptions) -> No
                 f"target: expected ids in [0, {vocab_size}) or ignore_index={ignore_index}, "
                 f"got {int(target[wrong][0])} ({int(wrong.sum())} such of {target.numel()})"
             )
+    temperature = beside(temperature, target.device)
     lowest, highest = (temperature, temperature) if temperature.numel() == 1 else temperature.aminmax()
     least, most = divisor_range(temperature.dtype)
     if not (least <= lowest.item() and highest.item() <= most):
@@ -78,7 +82,7 @@ def check_values(target: Tensor, temperature: Tensor, options: RowOptions) -> No
 def _forward(
     logits: Tensor,  # (B, L, V)
     target: Tensor,  # (N,), N = B * L
-    temperature: Tensor,  # (1,) or (N,)
+    temperature: Tensor,  # (1,) or (N,), or ()
     *rest: Any,
 ) -> tuple[Tensor, Tensor]:
     *row, want, _inplace_backward, group, backend = rest
@@ -91,6 +95,7 @@ def _forward(
     stats, state = kernel(logits, target, temperature, options, want)
     if not group:
         return stats, state
+    temperature = beside(temperature, logits.device)
     return merge_shards(state, target, temperature, options, options.vocab_start + logits.shape[2], want, group)
 
 
@@ -242,46 +247,78 @@ class _TokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        logits, target, temperature, *row, want, ctx.inplace, _group, backend = inputs
-        with below_autograd():
-            stats, state = token_stats(*inputs)
-        ctx.save_for_backward(*recorded(logits, target, temperature, state))
-        ctx.numbers = (*row, want, backend)
-        ctx.overwritten = False
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([state] if want & DIFFERENTIABLE else [stats, state]))
+        stats, state = _recorded_forward(ctx, inputs)
+        ctx.mark_non_differentiable(*([state] if ctx.want & DIFFERENTIABLE else [stats, state]))
         return stats, state
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.overwritten:
-            raise RuntimeError(
-                "inplace_backward: the first backward pass wrote the gradient over the logits, so there can be no "
-                "second; call with inplace_backward=False to use retain_graph=True"
-            )
-        none = (None,) * 10
-        if grad is None:
-            return (None, *none)
-        try:
-            logits, target, temperature, state = ctx.saved_tensors
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            raise RuntimeError(
-                "logits: expected as they were in the forward pass, got them overwritten since then, by an in-place "
-                "operation or by the backward pass of another call with inplace_backward=True on the same tensor"
-            ) from error
-        if ctx.inplace:
-            ctx.overwritten = True
-            logits = logits.detach()
-            # What is read while the gradient is written must lie elsewhere
-            others = grad, target, temperature
-            grad, target, temperature = (x.clone() if share_memory(x, logits) else x for x in others)
-        arguments = (grad, logits, target, temperature, state, *ctx.numbers)
-        if ctx.inplace:
-            torch.ops.entropy_kernels.token_stats_backward_.default(*arguments)
-            return (logits, *none)
-        return (torch.ops.entropy_kernels.token_stats_backward.default(*arguments), *none)
+        return _gradient(ctx, grad, ctx.want), *_NONE
+
+
+class _Rows(torch.autograd.Function):
+    """The same for eager calls: each statistic is an output of its own, and those without a gradient cost none."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: torch.Size, *inputs: Any) -> tuple[Tensor, ...]:
+        stats, _ = _recorded_forward(ctx, inputs)
+        rows = apart(stats, shape)
+        ctx.differentiable = [x.differentiable for x in wanted(ctx.want)]
+        ctx.mark_non_differentiable(*(row for row, it_is in zip(rows, ctx.differentiable, strict=True) if not it_is))
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        given = [(x, grad.reshape(-1)) for x, grad in zip(wanted(ctx.want), grads, strict=True) if grad is not None]
+        stacked = None
+        if given:
+            stacked = torch.stack([grad for _, grad in given]) if len(given) > 1 else given[0][1].unsqueeze(0)
+        return None, _gradient(ctx, stacked, bits(*(x.name for x, _ in given))), *_NONE
+
+
+_NONE = (None,) * 10  # the gradients of all inputs but the logits
+
+
+def _recorded_forward(ctx: Any, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    logits, target, temperature, *row, ctx.want, ctx.inplace, _group, backend = inputs
+    with below_autograd():
+        stats, state = token_stats(*inputs)
+    ctx.save_for_backward(*recorded(logits, target, temperature, state))
+    ctx.row, ctx.backend = row, backend
+    ctx.overwritten = False
+    ctx.set_materialize_grads(False)
+    return stats, state
+
+
+def _gradient(ctx: Any, grad: Tensor | None, want: int) -> Tensor | None:
+    """Of the logits; ``grad`` (S, N), of the statistics in ``want``."""
+    if ctx.overwritten:
+        raise RuntimeError(
+            "inplace_backward: the first backward pass wrote the gradient over the logits, so there can be no "
+            "second; call with inplace_backward=False to use retain_graph=True"
+        )
+    if grad is None:
+        return None
+    try:
+        logits, target, temperature, state = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "logits: expected as they were in the forward pass, got them overwritten since then, by an in-place "
+            "operation or by the backward pass of another call with inplace_backward=True on the same tensor"
+        ) from error
+    if ctx.inplace:
+        ctx.overwritten = True
+        logits = logits.detach()
+        # What is read while the gradient is written must lie elsewhere
+        others = grad, target, temperature
+        grad, target, temperature = (x.clone() if share_memory(x, logits) else x for x in others)
+    arguments = (grad, logits, target, temperature, state, *ctx.row, want, ctx.backend)
+    if ctx.inplace:
+        torch.ops.entropy_kernels.token_stats_backward_.default(*arguments)
+        return logits
+    return torch.ops.entropy_kernels.token_stats_backward.default(*arguments)
 
 
 class _TokenStatsBackward(torch.autograd.Function):
@@ -311,6 +348,39 @@ def _backward_autograd(*inputs: Any) -> Tensor:
         return _TokenStatsBackward.apply(*inputs)
     with below_autograd():
         return torch.ops.entropy_kernels.token_stats_backward.default(*inputs)
+
+
+def apart(stats: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """The rows of ``stats`` (S, N), each of ``shape``: parts of its memory that torch does not know as views of it.
+
+    So no row has to be copied, and writing to one leaves the others', and what autograd has saved of them, valid.
+    """
+    return tuple([x.data for x in (stats if len(shape) == 1 else stats.view(stats.shape[0], *shape)).unbind()])
+
+
+def rows(shape: torch.Size, *inputs: Any) -> Sequence[Tensor]:
+    """The statistics in ``want``, each of ``shape``, with a gradient where it has one, of the op's inputs."""
+    if torch.is_grad_enabled() and inputs[0].requires_grad and _eager():
+        return _Rows.apply(shape, *inputs)
+    stats, _ = token_stats(*inputs)
+    return taken_apart(stats, shape, inputs[-4])
+
+
+def taken_apart(stats: Tensor, shape: torch.Size, want: int) -> Sequence[Tensor]:
+    """The rows of ``stats`` (S, N), each of ``shape``, so that users may write to any of them.
+
+    They share its memory, or are copies where autograd or a compiler has to know where they come from.
+    """
+    if not stats.requires_grad and _eager():
+        return apart(stats, shape)
+    found: Any = torch.unbind_copy(stats if len(shape) == 1 else stats.view(stats.shape[0], *shape))  # type: ignore[func-returns-value]
+    if stats.requires_grad:
+        found = [row if x.differentiable else row.detach() for row, x in zip(found, wanted(want), strict=True)]
+    return found
+
+
+def _eager() -> bool:
+    return not (torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing())
 
 
 _library.impl("token_stats", _forward_autograd, "Autograd")

@@ -192,6 +192,8 @@ class Device(TorchDispatchMode):
         if all(here) or not any(here) or name in MOVES:
             return
         strangers = [tensor for tensor, mine in zip(tensors, here, strict=True) if not mine]
+        if func.namespace == "entropy_kernels_native":  # which say themselves what they take
+            strangers = []
         if torch.Tag.pointwise in func.tags or name in TAKES_A_NUMBER:
             strangers = [tensor for tensor in strangers if tensor.dim() > 0]
         if name in ("index", "index_put", "index_put_", "_index_put_impl_") and here[0]:  # indices may lie on the CPU

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import beside
 from entropy_kernels._rows import SECOND_ORDER, RowOptions, state_rows, wanted
 from entropy_kernels.backends.eager.softmax_state import finalize, no_gradient, row_sums
 
@@ -51,13 +52,13 @@ def _per_row(temperature: Tensor, part: slice) -> Tensor:
 def token_stats_forward(
     logits: Tensor,  # (B, L, V)
     target: Tensor,  # (N,), N = B * L
-    temperature: Tensor,  # (1,) or (N,)
+    temperature: Tensor,  # (1,) or (N,), or () also on the CPU
     options: RowOptions,
     want: int,
 ) -> tuple[Tensor, Tensor]:
     """The statistics (S, N) that ``want`` names, in the order of the table, and the state (K, N)."""
     rows, vocab = target.numel(), logits.shape[2]
-    dtype = temperature.dtype
+    dtype, temperature = temperature.dtype, beside(temperature, logits.device)
     columns = options.columns(vocab)
     state = logits.new_empty((state_rows(want), rows), dtype=dtype)
     ignored, invalid = options.ignored_invalid(target)
@@ -113,7 +114,7 @@ def token_stats_backward(
     A row with gradients of 0 alone, or an ignored one, gets 0.
     """
     length, vocab = logits.shape[1:]
-    dtype = temperature.dtype
+    dtype, temperature = temperature.dtype, beside(temperature, logits.device)
     columns = options.columns(vocab)
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     m, s, w = state[:3]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import beside
 from entropy_kernels._rows import COLLISION, SECOND_ORDER, RowOptions, state_rows
 from entropy_kernels.backends.triton import tiling
 from entropy_kernels.backends.triton.tiling import BackwardTiling, ForwardTiling
@@ -48,13 +49,14 @@ def token_stats_forward(
     Args:
         logits: (B, L, V) bf16, fp16, fp32 or fp64, any strides.
         target: (N,) int32 or int64 global ids, contiguous, N = B·L.
-        temperature: (1,) or (N,), contiguous, fp32 (fp64 for fp64 logits).
+        temperature: (1,) or (N,), contiguous, or () also on the CPU, fp32 (fp64 for fp64 logits).
         options: rows with the target ``ignore_index`` give 0 and are not read.
         want: bitmask of _rows.STATISTICS.
 
     Returns:
         (stats, state): (S, N), the statistics in ``want`` in the order of their bits, and (K, N).
     """
+    temperature = beside(temperature, logits.device)
     if target.numel() == 0:
         return forward_outputs(0, temperature, want)
     with torch.cuda.device_of(logits):
@@ -132,6 +134,7 @@ def token_stats_backward(
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     if dlogits.numel() == 0:
         return dlogits
+    temperature = beside(temperature, logits.device)
     with torch.cuda.device_of(logits):
         cut = tuned(logits.device, *backward_choices(logits, dlogits, options, want))
         backward(cut, grad_stats, logits, dlogits, target, temperature, state, options, want)
