@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import entropy_kernels as ek
 from calls import bound, check, run, same_bits, upstream
@@ -183,6 +185,67 @@ def test_label_at_probability_zero_still_pulls(on: BackendDevice) -> None:
     for names in (("logprob",), ("logprob", "entropy", "collision")):
         _, dlogits = run(sample, on, grads={name: torch.ones(1, device=on.device) for name in names})
         assert dlogits is not None and dlogits[0, 3].item() == pytest.approx(1.0, abs=1e-6)
+
+
+# ---- what is handed out ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", (False, True))
+def test_results_are_no_views_and_may_be_written_to(grad: bool, on: BackendDevice) -> None:
+    """Parts of one storage; writing to one leaves the others, and what autograd has saved of them, as they are."""
+    sample = plain(torch.float32, on.device, rows=6)
+    logits = sample.logits.clone().requires_grad_(grad)
+    out = ek.token_stats(logits.view(2, 3, -1), sample.target.view(2, 3), backend=on.backend)
+    expected = [x.detach().clone() for x in out]
+    assert len({x.untyped_storage()._cdata for x in out}) == 1
+    assert all(x._base is None and not x._is_view() and x.is_contiguous() for x in out)
+    weight = torch.full((2, 3), 2.0, device=on.device, requires_grad=True)
+    saved = (out.entropy * weight).sum()  # keeps the entropy for the weight's gradient
+    out.logprob.mul_(weight)
+    out.vocab_covariance.zero_()
+    out.collision.add_(weight)
+    saved.backward(retain_graph=True)
+    assert torch.equal(weight.grad, expected[1])
+    assert torch.equal(out.logprob, 2 * expected[0]) and torch.equal(out.entropy, expected[1])
+    assert torch.equal(out.collision, 2 + expected[2]) and not out.vocab_covariance.any()
+    assert out.entropy.requires_grad is grad and not out.vocab_covariance.requires_grad
+    if grad:
+        logits.grad = None
+        out.logprob.sum().backward()
+        bound(sample).check_gradient(logits.grad, logprob=torch.full((6,), 2.0, device=on.device))
+    out.entropy.unsqueeze_(0).squeeze_(0)
+    out.entropy.set_(expected[0])  # type: ignore[call-overload]
+    assert torch.equal(out.entropy, expected[0])
+
+
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
+def test_a_statistic_without_a_gradient_costs_none(names: tuple[str, ...], on: BackendDevice) -> None:
+    """The backward pass is asked for those alone that have one, and gives the bits that zeros for the others give."""
+    sample = plain(torch.float32, on.device, rows=6)
+    grads = {name: torch.randn(6, device=on.device) for name in names}
+    results = []
+    for given in (grads, {**dict.fromkeys(DIFFERENTIABLE, torch.zeros(6, device=on.device)), **grads}):
+        logits = sample.logits.clone().requires_grad_()
+        out = ek.token_stats(logits, sample.target, backend=on.backend)
+        with Recorded() as recorded:
+            results += torch.autograd.grad([getattr(out, x) for x in given], logits, [*given.values()])
+        (of,) = (args for name, args in recorded.calls if name == "entropy_kernels::token_stats_backward")
+        assert len(of[0]) == len(given)
+        stacks = [name for name, _ in recorded.calls if name in ("aten::stack", "aten::cat", "aten::zeros")]
+        assert len(stacks) == (len(given) > 1)
+    assert same_bits(*results)
+
+
+class Recorded(TorchDispatchMode):
+    """Operations, with their arguments."""
+
+    def __enter__(self) -> Recorded:
+        self.calls: list[tuple[str, Any]] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func._schema.name, args))
+        return func(*args, **(kwargs or {}))
 
 
 # ---- in place -------------------------------------------------------------------------------------------------------
