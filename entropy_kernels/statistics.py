@@ -242,13 +242,17 @@ def labels(name: str, rows: Any, target: Tensor | None, given: RowArguments, wan
     return rows.new_zeros(rows.shape[:-1], dtype=torch.int64), given._replace(ignore_index=-100)
 
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTS = (torch.int32, torch.int64)
+
+
 def validate_rows(name: str, rows: Any, target: Any) -> None:
     """``rows`` (..., any) are floating-point vectors, one for each label of ``target`` (...), on one device."""
     for argument, value in ((name, rows), ("target", target)):
         check_tensor(argument, value)
-    if rows.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if rows.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected dtype bfloat16, float16, float32 or float64, got {rows.dtype}")
-    if target.dtype not in (torch.int32, torch.int64):
+    if target.dtype not in _INTS:
         raise TypeError(f"target: expected dtype int32 or int64, got {target.dtype}")
     if rows.dim() < 1:
         raise ValueError(f"{name}: expected at least one dimension, got a tensor of shape ()")

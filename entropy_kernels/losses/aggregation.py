@@ -116,8 +116,10 @@ class Aggregation(NamedTuple):
             return values.sum(dtype=torch.float64)
         return values.sum(-1).sum(dtype=torch.float64)
 
-    def denominator(self, counts: Counts, width: int) -> Tensor:
-        """D, 0-d; never 0, so that a batch without valid tokens has loss 0."""
+    def denominator(self, counts: Counts, width: int, tokens: Tensor | None = None) -> Tensor:
+        """D, 0-d; never 0, so that a batch without valid tokens has loss 0. ``tokens``: that of a mean over tokens."""
+        if tokens is not None and self.given_count is None and not self.by_sequence and self.mode != "token-sum":
+            return tokens
         given, count = self.given_count, counts.sequences if self.by_sequence else counts.tokens
         assert count is not None
         if self.mode == "token-sum":

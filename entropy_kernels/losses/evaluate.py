@@ -89,7 +89,7 @@ def surrogate_losses(logprob: Tensor, tokens: Tokens, options: LossOptions) -> S
     log_ratio, advantages, logprob = keep(mask, log_ratio, advantages, logprob)
     level, part, divisor = log_ratio, None, None
     clipped: list[Tensor | None] = []
-    bad = (log_ratio - log_ratio) + (advantages - advantages)  # 0, or NaN for what is not finite
+    bad = torch.add(log_ratio - log_ratio, advantages, alpha=0)  # 0, or NaN for what is not finite
     if tokens.covariance_advantages is not None:
         (scored,) = keep(mask, tokens.covariance_advantages.to(dtype))
         bad = bad + (scored - scored)
@@ -317,18 +317,19 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         "ppo_kl": found.log_ratio, "ppo_kl_abs": found.log_ratio.abs(), "ratio_mean": ratio,
         "cov_mean": covariance, "entropy": by_token.entropy, "ref_kl": by_token.ref_kl,
     }  # fmt: skip
-    sums = {"clipfrac": ratio.new_zeros(()), "clipfrac_lower": ratio.new_zeros(())}
+    zero = ratio.new_zeros(())
+    sums = {"clipfrac": zero, "clipfrac_lower": zero}
     for name, condition in shares.items():
         if condition is not None:
             sums[name] = condition.sum(dtype=torch.float32) if compiling else condition.count_nonzero()
     for name, value in means.items():
         if value is not None:  # covariances nearly cancel
             sums[name] = value.sum(dtype=torch.float64 if name == "cov_mean" else None)
-    sums["ppo_kl"] = 0 - sums["ppo_kl"]
+    sums["ppo_kl"] = torch.rsub(sums["ppo_kl"], 0)
     if compiling:
         nonfinite = torch.where(by_token.nonfinite == 0, 0.0, 1.0).sum()
     else:
-        nonfinite = by_token.nonfinite.nan_to_num_(1.0).sum()
+        nonfinite = by_token.nonfinite.count_nonzero()
     if options.drop_nonfinite:
         nonfinite = (
             nonfinite + (logprob.numel() if tokens.mask is None else tokens.mask.count_nonzero()) - counts.tokens
@@ -346,27 +347,32 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         counts = Counts.of(totals)
         sums, maxima = ({name: totals[name] for name in x} for x in (sums, maxima))
         nonfinite, pg_loss = totals["nonfinite"], totals["policy"]
-    denominator = aggregation.denominator(counts, sequences.width or logprob.shape[-1])
-    scale = aggregation.dp_size / denominator
-    pg_loss = pg_loss * scale if aggregation.group is None else pg_loss / denominator
     count = counts.tokens.clamp(min=1).double()
+    denominator = aggregation.denominator(counts, sequences.width or logprob.shape[-1], count)
+    scale = denominator.reciprocal() if aggregation.dp_size == 1 else aggregation.dp_size / denominator
+    loss = loss * scale
+    if aggregation.group is not None:
+        pg_loss = pg_loss / denominator
+    else:
+        pg_loss = loss if by_token.policy is by_token.loss and not compiling else pg_loss * scale
     other = {"pg_loss": pg_loss, "nonfinite_tokens": nonfinite, "ratio_max": maxima["ratio_max"]}
-    other["cov_max"] = torch.where(counts.tokens > 0, maxima["cov_max"], 0)
+    other["cov_max"] = torch.where(counts.tokens > 0, maxima["cov_max"], zero)
     if compiling:  # scalars apart fuse with the sums
         made = {**other, **{name: value / count for name, value in sums.items()}}
+        made = {name: value.to(dtype) for name, value in made.items()}
     else:
-        made = dict(zip(sums, (torch.stack(list(sums.values())) / count).to(dtype).unbind(), strict=True))
-        made.update(zip(other, torch.stack(list(other.values())).to(dtype).unbind(), strict=True))
+        stacked = torch.stack([*sums.values(), *other.values()])  # fp64, as the covariance's sum is
+        stacked.narrow(0, 0, len(sums)).div_(count)
+        made = dict(zip((*sums, *other), stacked.to(dtype).unbind(), strict=True))
     named = []
     for name in METRICS:
         if name in made:
-            named.append(made[name].to(dtype))
+            named.append(made[name])
     if aggregation.mode == "none":
         return Evaluated(by_token.loss, named, torch.ones_like(scale, dtype=dtype), by_token)
-    share = own * scale
+    share = own * scale if isinstance(own, Tensor) else scale
     weight = (share if share.dim() == 0 else sequences.spread(share)).to(dtype)
     # A .to() that changes nothing is the same tensor under two names, whose gradient torch 2.11's compiler loses
-    loss = loss * scale
     return Evaluated(loss if loss.dtype == dtype else loss.to(dtype), named, weight, by_token)
 
 

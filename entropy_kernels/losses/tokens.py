@@ -104,7 +104,9 @@ def checked(given: dict[str, Any], options: LossOptions) -> Checked:
             if kind == "mask" and value.dtype != torch.bool:
                 value, where = boolean(name, value)
                 wrong.append(where)
-        found[name] = value if name == "entropy" else value.detach().resolve_neg()
+        if name != "entropy":
+            value = (value.detach() if value.requires_grad else value).resolve_neg()
+        found[name] = value
     for name, multiplied in (("ref_kl_coef", "ref_logprob"), ("entropy_coef", "entropy")):
         if found[multiplied] is None and used(getattr(options, name)):
             raise ValueError(f"{multiplied}: expected a tensor with {name}={given[name]}, got None")

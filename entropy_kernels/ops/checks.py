@@ -87,7 +87,8 @@ def check_tensors(device: torch.device, *arguments: Argument) -> None:
 
 def check_number(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple, device: torch.device) -> None:
     """The same of a number or a few: they may also be on the CPU, from where they are read without a wait."""
-    check_tensors(torch.device("cpu") if tensor.device.type == "cpu" else device, (name, tensor, dtype, shape))
+    if tensor.dtype != dtype or tensor.shape != shape or (tensor.device != device and not tensor.is_cpu):
+        check_tensors(device, (name, tensor, dtype, shape))
 
 
 def check_floats(name: str, tensor: Tensor, dims: int, shape: str) -> None:

@@ -34,6 +34,7 @@ from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import finalize, merge
 from entropy_kernels.ops.checks import check_backward, check_rows, check_want, register
 
+_NAME = "logprob_entropy / token_stats"
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")
 ROW = "float softcap, int ignore_index, SymInt vocab_start, SymInt vocab_size"  # of RowOptions
 _library.define(
@@ -331,14 +332,14 @@ class _TokenStatsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError("logprob_entropy / token_stats: double backward (create_graph=True) is not supported")
+        raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
 
 
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and inputs[0] is not None and inputs[0].requires_grad:
-        refuse_functional_grad("logprob_entropy / token_stats", inputs[0])
+        refuse_functional_grad(_NAME, inputs[0])
         return _TokenStats.apply(*inputs)
-    refuse_forward_mode("logprob_entropy / token_stats", inputs[0])
+    refuse_forward_mode(_NAME, inputs[0])
     with below_autograd():
         return token_stats(*inputs)
 
@@ -360,10 +361,15 @@ def apart(stats: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
 
 def rows(shape: torch.Size, *inputs: Any) -> Sequence[Tensor]:
     """The statistics in ``want``, each of ``shape``, with a gradient where it has one, of the op's inputs."""
-    if torch.is_grad_enabled() and inputs[0].requires_grad and _eager():
+    if not _eager():
+        stats, _ = token_stats(*inputs)
+        return taken_apart(stats, shape, inputs[-4])
+    if torch.is_grad_enabled() and inputs[0].requires_grad:
         return _Rows.apply(shape, *inputs)
-    stats, _ = token_stats(*inputs)
-    return taken_apart(stats, shape, inputs[-4])
+    refuse_forward_mode(_NAME, inputs[0])
+    with below_autograd():
+        stats, _ = token_stats(*inputs)
+    return apart(stats, shape)
 
 
 def taken_apart(stats: Tensor, shape: torch.Size, want: int) -> Sequence[Tensor]:
