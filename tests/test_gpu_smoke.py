@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import gpu_smoke
 from conftest import needs_fake_gpu
+from entropy_kernels.backends import registry, verdict
+from entropy_kernels.backends.verdict import Pair, Verdict
 from entropy_kernels.smoke_matrix import Family
 from entropy_kernels.verify import Outcome
 from gpu_smoke import Course, Gpu, Step
-from stub_gpu import HERE, run_on_fake_gpu
+from stub_gpu import HERE, add_stub_gpu, run_on_fake_gpu
 from waiting import Clock, has_begun, lives, was_ended
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +151,24 @@ def test_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
     run.arguments.build = False
     gpu_smoke.libraries(run)
     assert len(run.steps) == 1
+
+
+def test_families_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgetful_registry: None) -> None:
+    """What an earlier course found of the same kernels stands; without that they are run."""
+    add_stub_gpu(monkeypatch, kernels="")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(gpu_smoke, "families", lambda course, limit: [limit])
+    run = course(tmp_path)
+    assert gpu_smoke.families_seen(run, 60) == [60]
+    text = "wrong, it differs"
+    known = [op for op in registry.OPS if op != "token_covariance"]
+    pairs = [Pair(op, "cuda", 9, {"cuda/backward-strided": text} if "stats" in op else {}) for op in known]
+    verdict.write(Verdict(verdict.machine(torch.device("cuda", 0)), "2026-01-01", pairs))
+    found = gpu_smoke.families_seen(run, 60)
+    assert {o.family.name for o in found} >= {"cuda/forward-bulk", "cuda/selection-grid", "cuda/backward-strided"}
+    assert all("token_covariance" not in o.family.ops for o in found), "nothing is known of it"
+    assert [(o.family.name, o.detail) for o in found if not o.passed] == [("cuda/backward-strided", text)]
+    assert run.steps[0].state == "failed" and "as found 2026-01-01" in run.steps[0].note
 
 
 # ---- what is verified ------------------------------------------------------------------------------------------------

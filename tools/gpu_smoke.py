@@ -2,7 +2,7 @@
 
     smoke   libraries, machine, every family of kernels, memcheck, timings, profile: is it right, is it fast?
     verify  the families again, the tests marked gpu of the CUDA backend and of none, racecheck: may `auto` choose it?
-    bench   the other backends' tests, synccheck, initcheck, the benchmark with its peers
+    bench   the benchmark with its peers, synccheck, initcheck, the other backends' tests
 
 Read in this order: COURSES, the steps below, then `Course`, which gives each step its time. One step runs at a time, so
 that nothing disturbs a measurement. A step that fails, or is out of time, does not stop the next ones. Every result is
@@ -34,7 +34,7 @@ import gpu_prebuilt
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 10.0  # seconds of its limit that a step gets to end by itself after an interrupt: xdist takes a few
-AT_ONCE = min(8, os.cpu_count() or 1)  # families
+AT_ONCE = min(16, os.cpu_count() or 1)  # processes, of families or of tests
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
 PASSED, FAILED, OUT_OF_TIME, NOT_RUN = "passed", "failed", "out of time", "not run"
 TAIL = 30  # lines of a failed step's log that go into its record
@@ -280,6 +280,26 @@ def families(course: Course, limit: float) -> list[Any]:
     return outcomes
 
 
+def families_seen(course: Course, limit: float) -> list[Any]:
+    """What became of them in an earlier course in the same folder, if it had this machine and these kernels."""
+    from entropy_kernels import verify
+    from entropy_kernels.backends import registry, verdict
+
+    gpu = registry.gpus()[0]
+    kept = verdict.read(verdict.machine(gpu))
+    if kept is None:
+        return families(course, limit)
+    failed = {name: text for pair in kept.pairs for name, text in pair.failed.items()}
+    found = []
+    for family in verify.families_here(gpu):
+        if all(kept.of(op, family.backend) for op in family.ops):  # else it was not judged
+            text = failed.get(family.name, "")
+            found.append(verify.Outcome(family, verify.WRONG if text else verify.PASSED, detail=text))
+    state, note = _of_families(found)
+    course.step("families", limit, lambda _: (state, f"{note}, as found {kept.date}"))
+    return found
+
+
 def sanitize(course: Course, tool: str, limit: float, outcomes: Sequence[Any], wanted: Callable[[str], bool]) -> None:
     """compute-sanitizer over the families that passed. Without torch's pool each tensor has bounds of its own."""
     from entropy_kernels import verify
@@ -312,11 +332,10 @@ def _of_families(outcomes: Sequence[Any]) -> tuple[str, str]:
 def tests(course: Course, groups: str, limit: float) -> Path:
     """The tests marked gpu of some backends; the log says which ended, and how."""
     log = course.logs / f"{course.name}-tests-{groups.replace(',', '-')}.jsonl"
-    processes = str(max(1, min(12, os.cpu_count() or 1)))
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py") if has_gpu_tests(path))
     command = (
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--gpu-backend", groups,
-        "--gpu-log", str(log), "-n", processes, "--dist", "worksteal", "--max-worker-restart", "100",
+        "--gpu-log", str(log), "-n", str(AT_ONCE), "--dist", "worksteal", "--max-worker-restart", "100",
         "--timeout", "25", "--disable-warnings", *course.arguments.pytest, *files,
     )  # fmt: skip
     variables = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
@@ -404,23 +423,23 @@ def smoke(course: Course) -> None:
 
 def verification(course: Course) -> None:
     outcomes = families(course, 75)
-    log = tests(course, "cuda,none", 150)
+    log = tests(course, "cuda,none", 120)
     kinds = ("forward-bulk", "forward-clusters", "forward-parts", "selection", "covariance")
     sanitize(course, "racecheck", 60, outcomes, lambda name: name.startswith(tuple(f"cuda/{kind}" for kind in kinds)))
     conclude(course, outcomes, log)
 
 
 def bench(course: Course) -> None:
-    outcomes = families(course, 75)
+    outcomes = families_seen(course, 75)
     command = (sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--seconds", "{seconds}")
     out = ("--output", str(course.out / "benchmark"), *course.arguments.bench)
-    course.run("benchmark", (*command, *out), max(120.0, course.arguments.seconds - 220))
-    tests(course, "triton,torch", 120)
+    course.run("benchmark", (*command, *out), 0.65 * course.arguments.seconds)
     for tool in ("synccheck", "initcheck"):
         sanitize(course, tool, 45, outcomes, lambda name: name.startswith("cuda/"))
+    tests(course, "triton,torch", 120)
 
 
-COURSES = {"smoke": (smoke, 180.0), "verify": (verification, 240.0), "bench": (bench, 540.0)}
+COURSES = {"smoke": (smoke, 180.0), "verify": (verification, 180.0), "bench": (bench, 540.0)}
 
 
 def find_gpu() -> Gpu | str:
