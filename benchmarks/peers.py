@@ -431,6 +431,9 @@ OF_HIDDEN: tuple[tuple[str, Load, tuple[float, float], str, Supports], ...] = (
     ("cut-ce-compile", _loss_of(*_CUT, device=None, reduction="none", impl="torch_compile"), (3.0, 3.0), LOGPROB,
      always),
     ("quack-linear-ce-mean", _loss_of(*_QUACK_LINEAR, reduction="mean"), (0.5, 0.5), MEAN_LOGPROB, always),
+    # tuning its products takes minutes for each shape
+    ("quack-linear-ce-mean-default", _loss_of(*_QUACK_LINEAR, reduction="mean", tuned=False), (0.5, 0.5), MEAN_LOGPROB,
+     always),
 )  # fmt: skip
 _CLIP_COV = {"clip_cov_ratio": CLIP_COV_RATIO, "clip_cov_lb": BAND[0], "clip_cov_ub": BAND[1]}
 _KL_COV = {"kl_cov_ratio": KL_COV_RATIO, "ppo_kl_coef": 1.0}
