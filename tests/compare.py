@@ -83,21 +83,32 @@ def value_floor(d: Dense, e: Errors) -> dict[str, Tensor]:
     }
 
 
+def gradient_terms(d: Dense, upstream: dict[str, Tensor]) -> Tensor:
+    """Size of the terms that a gradient by the scaled, capped logits is the sum of, before they cancel, (N, V)."""
+    g = {name: upstream[name].reshape(-1, 1).double().abs() for name in upstream}
+    # where p = 0 no term is left but the target's own, however large log p is
+    logp = torch.where(d.p == 0, 0, d.logp).abs()
+    size = torch.zeros_like(d.p)
+    if "logprob" in g:
+        size += g["logprob"] * (d.one_hot + d.p)
+    if "entropy" in g:
+        size += g["entropy"] * d.p * (logp + d.entropy[:, None])
+    if "collision" in g:
+        size += g["collision"] * 2 * d.p * (d.p + d.collision[:, None])
+    return size
+
+
 def gradient_floor(d: Dense, e: Errors, dtype: torch.dtype, upstream: dict[str, Tensor]) -> Tensor:
     """Floor of the gradient in ``dtype``, (N, V)."""
     g = {name: upstream[name].reshape(-1, 1).double().abs() for name in upstream}
-    # where p = 0 no term is left but the target's own, however large log p is
     logp, entropy = torch.where(d.p == 0, 0, d.logp).abs(), d.entropy[:, None]
-    size = torch.zeros_like(d.p)  # of the terms that are added
+    size = gradient_terms(d, upstream)
     error = torch.zeros_like(d.p)
     if "logprob" in g:
-        size += g["logprob"] * (d.one_hot + d.p)
         error += g["logprob"] * d.p * e.p
     if "entropy" in g:
-        size += g["entropy"] * d.p * (logp + entropy)
         error += g["entropy"] * d.p * ((logp + entropy) * e.p + e.p + e.entropy[:, None])
     if "collision" in g:
-        size += g["collision"] * 2 * d.p * (d.p + d.collision[:, None])
         error += g["collision"] * 2 * d.p * ((2 * d.p + d.collision[:, None]) * e.p + e.collision[:, None])
     error = (error + ULPS * e.eps * size) * d.cap_grad
     # 1 - tanh² cancels: its own error is absolute. A p below the smallest normal number may be flushed to 0.
