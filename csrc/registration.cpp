@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(entropy_kernels_native, m) {
   m.def(
       "kl_cov_mask(Tensor covariance, Tensor? mask, Tensor? exclude, Tensor? token_index, float ratio, int k, "
       "bool at_least_one, Tensor? numbers=None) -> Tensor");
+  // `numbers`: float64 [budget, limit, share], NaN for those that are not given.
+  m.def(
+      "budget_mask(Tensor score, Tensor? mask, Tensor? exclude, Tensor? token_index, Tensor numbers) -> Tensor");
   // Selection in steps, for batches spread over ranks.
   m.def("covariance_extremes(Tensor logprob, Tensor advantages, Tensor? mask) -> Tensor");
   m.def("covariance_sums(Tensor logprob, Tensor advantages, Tensor? mask, Tensor scales) -> Tensor");
@@ -30,6 +33,8 @@ STABLE_TORCH_LIBRARY(entropy_kernels_native, m) {
       "selection_random_keys(Tensor value_keys, Tensor band, Tensor? token_index, Tensor offset, Tensor seed) "
       "-> Tensor");
   m.def("selection_key_histogram(Tensor keys, Tensor state, int shift, int bits) -> Tensor");
+  m.def(
+      "selection_weight_histogram(Tensor keys, Tensor state, Tensor scale, int shift, int bits) -> Tensor");
   m.def(
       "selection_index_histogram(Tensor keys, Tensor? token_index, Tensor offset, Tensor key_state, Tensor state, "
       "int shift, int bits, int known) -> Tensor");

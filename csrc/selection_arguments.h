@@ -55,12 +55,13 @@ inline void check_pair(const char* name, const torch::stable::Tensor& pair, torc
   check_tensor(name, pair, dtype, {2}, tokens);
 }
 
-inline void check_masks(const torch::stable::Tensor& covariance, const std::optional<torch::stable::Tensor>& mask,
+inline void check_masks(const char* name, const torch::stable::Tensor& values,
+                        const std::optional<torch::stable::Tensor>& mask,
                         const std::optional<torch::stable::Tensor>& exclude) {
   using torch::headeronly::ScalarType;
-  check_tokens("covariance", covariance, {ScalarType::Float});
-  check_per_token("mask", mask, ScalarType::Bool, covariance);
-  check_per_token("exclude", exclude, ScalarType::Bool, covariance);
+  check_tokens(name, values, {ScalarType::Float});
+  check_per_token("mask", mask, ScalarType::Bool, values);
+  check_per_token("exclude", exclude, ScalarType::Bool, values);
 }
 
 // Numbers of a selection, where the tokens are or on the CPU.

@@ -1,11 +1,13 @@
 // The selection operators, once for both halves: arguments, outputs, registration. A Half says how it computes:
 //   Half(tensor)                       on the tensor's device
 //   select(selection, out)             the whole mask; at least one token, as everywhere below
+//   select(view, budget, out)          the same, by a budget
 //   covariance(pairs, out)             token_covariance
 //   extremes(pairs, out)               into (3,) zeros: largest |logprob|, largest |advantage|, tokens that count
 //   sums(pairs, scales, out)           into (2,) zeros: fixed-point sums
 //   for_each_token(step, tokens)       step(token)
-//   histogram(digit, rows, tokens, out)   into (rows, kRadixBins) zeros: how many tokens have each digit(row, token) >= 0
+//   histogram(digit, rows, tokens, out)   into (rows, kRadixBins) zeros: what the weights of the tokens that have each
+//                                         digit(row, token) >= 0 come to
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -33,6 +35,12 @@ struct SelectionOperators {
 
   // ---- masks over one process's batch
 
+  static TokenView view_of(const Tensor& values, const Optional& mask, const Optional& exclude,
+                           const Optional& token_index) {
+    return {data<float>(values), data<uint8_t>(mask), data<uint8_t>(exclude), data<int64_t>(token_index),
+            values.numel()};
+  }
+
   // `numbers` of count and band, and the seed, if there is one: those on the CPU are read here.
   static Tensor select(const Tensor& covariance, const Optional& mask, const Optional& exclude,
                        const Optional& token_index, Count count, const Tensor* seed, Band band,
@@ -45,16 +53,15 @@ struct SelectionOperators {
     }
     Seed given = {};
     if (seed != nullptr) given = seed->is_cpu() ? Seed{*data<int64_t>(*seed), nullptr} : Seed{0, data<int64_t>(*seed)};
-    const TokenView view = {data<float>(covariance), data<uint8_t>(mask), data<uint8_t>(exclude),
-                            data<int64_t>(token_index), covariance.numel()};
+    const TokenView view = view_of(covariance, mask, exclude, token_index);
     const Selection selection = {view, count, seed != nullptr, given, band};
     if (view.tokens > 0) Half(covariance).select(selection, mutable_data<uint8_t>(out));
     return out;
   }
 
   static void check(const Tensor& covariance, const Optional& mask, const Optional& exclude,
-                    const Optional& token_index) {
-    check_masks(covariance, mask, exclude);
+                    const Optional& token_index, const char* name = "covariance") {
+    check_masks(name, covariance, mask, exclude);
     check_per_token("token_index", token_index, ScalarType::Long, covariance);
   }
 
@@ -73,6 +80,18 @@ struct SelectionOperators {
     check(covariance, mask, exclude, token_index);
     check_count(ratio, k, numbers, 2, covariance);
     return select(covariance, mask, exclude, token_index, {ratio, k, at_least_one, nullptr}, nullptr, {}, numbers);
+  }
+
+  static Tensor budget_mask(const Tensor& score, Optional mask, Optional exclude, Optional token_index,
+                            const Tensor& numbers) {
+    check(score, mask, exclude, token_index, "score");
+    check_given("numbers", numbers, ScalarType::Double, {3}, score);
+    Tensor out = empty_as(score, ScalarType::Bool);
+    const TokenView view = view_of(score, mask, exclude, token_index);
+    Budget budget = {0, 0, 0, data<double>(numbers)};
+    if (numbers.is_cpu()) budget = budget.read();
+    if (view.tokens > 0) Half(score).select(view, budget, mutable_data<uint8_t>(out));
+    return out;
   }
 
   // ---- covariance
@@ -146,7 +165,7 @@ struct SelectionOperators {
   }
 
   static Tensor selection_value_keys(const Tensor& covariance, Optional mask, Optional exclude) {
-    check_masks(covariance, mask, exclude);
+    check_masks("covariance", covariance, mask, exclude);
     Tensor out = empty_as(covariance, ScalarType::Long);
     for_each_token(covariance, ValueKeyStep{data<float>(covariance), data<uint8_t>(mask), data<uint8_t>(exclude),
                                             mutable_data<int64_t>(out)});
@@ -165,11 +184,21 @@ struct SelectionOperators {
     return out;
   }
 
-  static Tensor selection_key_histogram(const Tensor& keys, const Tensor& state, int64_t shift, int64_t bits) {
+  static KeyDigitStep key_digit(const Tensor& keys, const Tensor& state, int64_t shift, int64_t bits) {
     check_key_digit(keys, state, shift, bits);
-    return histogram(keys, state,
-                     KeyDigitStep{data<int64_t>(keys), data<int64_t>(state), static_cast<int>(shift),
-                                  static_cast<int>(bits)});
+    return {data<int64_t>(keys), data<int64_t>(state), static_cast<int>(shift), static_cast<int>(bits)};
+  }
+
+  static Tensor selection_key_histogram(const Tensor& keys, const Tensor& state, int64_t shift, int64_t bits) {
+    return histogram(keys, state, key_digit(keys, state, shift, bits));
+  }
+
+  static Tensor selection_weight_histogram(const Tensor& keys, const Tensor& state, const Tensor& scale, int64_t shift,
+                                           int64_t bits) {
+    const KeyDigitStep digit = key_digit(keys, state, shift, bits);
+    check_state("state", state, 1, keys);
+    check_tensor("scale", scale, ScalarType::Double, {}, keys);
+    return histogram(keys, state, WeightDigitStep{digit, data<double>(scale)});
   }
 
   static Tensor selection_index_histogram(const Tensor& keys, Optional token_index, const Tensor& offset,
@@ -204,6 +233,7 @@ struct SelectionOperators {
     m.impl("selection_value_keys", TORCH_BOX(&selection_value_keys));
     m.impl("selection_random_keys", TORCH_BOX(&selection_random_keys));
     m.impl("selection_key_histogram", TORCH_BOX(&selection_key_histogram));
+    m.impl("selection_weight_histogram", TORCH_BOX(&selection_weight_histogram));
     m.impl("selection_index_histogram", TORCH_BOX(&selection_index_histogram));
     m.impl("selection_mask", TORCH_BOX(&selection_mask));
   }

@@ -21,6 +21,7 @@ from entropy_kernels.losses import (
 from entropy_kernels.selection import (
     SeedCounter,
     SelectionBatch,
+    budget_tokens,
     clip_cov_mask,
     kl_cov_mask,
     random_tokens,
@@ -44,6 +45,7 @@ __all__ = [
     "TokenStats",
     "aggregate",
     "backends",
+    "budget_tokens",
     "clip_cov_loss",
     "clip_cov_mask",
     "entropy",

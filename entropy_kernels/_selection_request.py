@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -156,9 +157,7 @@ def request(
         for name, value in zip(("ratio", "k", "low", "high"), given, strict=False):
             if isinstance(value, Tensor):
                 check_scalar(name, value, device)
-        here = torch.compiler.is_compiling() or any(isinstance(x, Tensor) and not x.is_cpu for x in given)
-        place = device if here else _CPU  # an operator reads them there, too
-        numbers = torch.stack([_in_float64(math.nan if value is None else value, place) for value in given])
+        numbers = _in_memory([math.nan if value is None else value for value in given], device)
         ratio, k, low, high = None, None, 0.0, 0.0
     if not torch.compiler.is_compiling() and type(seed) is int and 0 <= seed < 1 << 63:
         seed = torch.full((), seed, dtype=torch.int64, device=_CPU)
@@ -167,6 +166,26 @@ def request(
     size = Count(ratio, k, bool(at_least_one), numbers)
     bounds = None if seed is None else Band(low, high, band == "quantile", bool(closed), numbers)
     return Request(seed, size, bounds, "" if group is None else group_name(group), backend)
+
+
+def budget_numbers(device: torch.device, **given: Any) -> Tensor:
+    """(3,) float64 of ``budget``, ``limit`` and ``share``, of which one is given, the others NaN."""
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(f"budget, limit, share: expected one of them, got {' and '.join(named) or 'none'}")
+    name, value = named[0], given[named[0]]
+    known = number(name, _known(name, value, 1.0), torch.float64)
+    if name == "share" and not 0 < known <= 1:
+        raise ValueError(f"share: expected a fraction in (0, 1], got {known}")
+    if isinstance(value, Tensor):
+        check_scalar(name, value, device)
+    return _in_memory([math.nan if x is None else x for x in given.values()], device)
+
+
+def _in_memory(given: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """float64, on the CPU, where operators read them too, unless one of them is on the device or a compiler is at work."""
+    here = torch.compiler.is_compiling() or any(isinstance(x, Tensor) and not x.is_cpu for x in given)
+    return torch.stack([_in_float64(x, device if here else _CPU) for x in given])
 
 
 def _in_float64(value: float | Tensor, device: torch.device) -> Tensor:

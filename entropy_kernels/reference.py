@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -174,6 +175,47 @@ def clip_cov_mask(
     return _top(n, keys, inside, token_index)
 
 
+def budget_tokens(
+    score: Tensor,
+    mask: Tensor | None = None,
+    *,
+    budget: float | None = None,
+    limit: float | None = None,
+    share: float | None = None,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+) -> Tensor:
+    """The fewest tokens of largest score that come to a budget, in integers: :func:`entropy_kernels.budget_tokens`.
+
+    Masks are bool, of the score's shape; one of ``budget``, ``limit`` and ``share`` is given.
+    """
+    value = score.float()
+    finite = value.isfinite() if mask is None else value.isfinite() & mask
+    valid = score.numel() if mask is None else int(mask.sum())
+    largest = float(value[finite].abs().max()) if bool(finite.any()) else 0.0
+    # frexp(x) is the smallest e with x < 2^e
+    bits = min(1000, min(51, 62 - math.frexp(valid)[1]) - math.frexp(largest)[1])
+    units = torch.where(finite, value.double() * 2.0**bits, 0.0).round().long()
+    candidates = (units > 0) if exclude is None else (units > 0) & ~exclude
+    order = _descending(value, candidates, token_index)
+    sums = units.reshape(-1)[order].cumsum(0)
+    most = int(sums[-1]) if len(sums) else 0
+    number, scale = (limit if budget is None else budget), Fraction(2) ** bits
+    if share is not None:
+        need = math.ceil(Fraction(share) * most)
+    elif number is None or math.isnan(number):
+        need = 0
+    elif math.isinf(number):
+        need = most if (number > 0) == (limit is None) else 0
+    else:
+        need = (
+            math.ceil(Fraction(number) * scale)
+            if limit is None
+            else int(units.sum()) - math.floor(Fraction(number) * scale)
+        )
+    return _chosen(score, order[: int((sums < need).sum()) + 1 if need > 0 else 0])
+
+
 def in_range(
     covariance: Tensor,
     candidates: Tensor,
@@ -227,13 +269,21 @@ def _wanted(like: Tensor, mask: Tensor | None, ratio: float | None, k: int | Non
 
 def _top(n: int, score: Tensor, candidates: Tensor, token_index: Tensor | None) -> Tensor:
     """The n candidates of largest score, ties to the lower index."""
+    return _chosen(score, _descending(score, candidates, token_index)[:n])
+
+
+def _descending(score: Tensor, candidates: Tensor, token_index: Tensor | None) -> Tensor:
+    """Positions of the candidates by score, largest first, ties by index."""
     order = candidates.reshape(-1).nonzero()[:, 0]
     if token_index is not None:
         order = order[token_index.reshape(-1)[order].argsort()]
-    order = order[score.reshape(-1)[order].argsort(descending=True, stable=True)][:n]
-    chosen = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    chosen[order] = True
-    return chosen.view(score.shape)
+    return order[score.reshape(-1)[order].argsort(descending=True, stable=True)]
+
+
+def _chosen(like: Tensor, positions: Tensor) -> Tensor:
+    chosen = torch.zeros(like.numel(), dtype=torch.bool, device=like.device)
+    chosen[positions] = True
+    return chosen.view(like.shape)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------

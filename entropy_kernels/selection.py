@@ -14,12 +14,21 @@ from torch import Tensor
 
 from entropy_kernels import _torch
 from entropy_kernels._arguments import check_float, group_name, poisoned
-from entropy_kernels._selection_request import SeedCounter, boolean_of, check_token_index, per_token, request, tokens_of
+from entropy_kernels._selection_request import (
+    SeedCounter,
+    boolean_of,
+    budget_numbers,
+    check_token_index,
+    per_token,
+    request,
+    tokens_of,
+)
 from entropy_kernels.ops import selection as op
 
 __all__ = [
     "SeedCounter",
     "SelectionBatch",
+    "budget_tokens",
     "clip_cov_mask",
     "kl_cov_mask",
     "random_tokens",
@@ -184,6 +193,66 @@ def top_tokens(
         "score", score, mask, exclude, token_index, None, batch_group, ratio=ratio, k=k,
         at_least_one=at_least_one, backend=backend,
     )  # fmt: skip
+
+
+def budget_tokens(
+    score: Tensor,
+    mask: Tensor | None = None,
+    *,
+    budget: float | Tensor | None = None,
+    limit: float | Tensor | None = None,
+    share: float | Tensor | None = None,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+    batch_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The fewest tokens of largest score whose scores come to a budget.
+
+    Candidates are the tokens of ``mask`` with a finite score above 0 that are not excluded, by score descending, ties
+    to the lower token index. Selected is their shortest prefix of which one of three holds:
+
+    - ``budget``: its scores sum to at least so much. None for a budget that is not above 0, or is NaN.
+    - ``limit``: what it leaves sums to at most so much, over all tokens of ``mask`` with a finite score, excluded ones
+      and those below 0 too.
+    - ``share``: its scores sum to at least so large a part of those of all candidates.
+
+    All candidates where that cannot be reached. The sums are exact, so that equal scores give equal masks on every
+    backend and for every split of the batch over ranks or micro-batches: a score counts as the nearest multiple, ties
+    to even, of 2^-b, b = min(1000, min(51, 62 - E(N)) - E(max)), with N the number of tokens of ``mask`` over all
+    ranks, max the largest finite |score| among them and E(x) the smallest e with x < 2^e; budget and limit are not
+    rounded. So a score below 2^-52 of the largest (2^-41 of it in a batch of four million tokens) counts as 0, and is
+    not selected. To take at most n tokens too: ``budget_tokens(...) & top_tokens(score, k=n, ...)``, as both are
+    prefixes of one order.
+
+    0-d tensors, of a float or int dtype on the score's device or the CPU, as in :func:`random_tokens`: never read by
+    the host, and a new value compiles nothing again. Unchecked, a share above 1 is 1, and one that is not above 0, or
+    is NaN, selects nothing.
+
+    Args:
+        score: any floating-point dtype and strides, rounded to fp32.
+        mask: bool, int or float 0/1, ``score``'s shape or size 1 per dimension; None: all tokens count. Another value,
+            in ``exclude`` too, is an error on the CPU and with ENTROPY_KERNELS_DEBUG=1; else nothing is selected.
+        budget: in units of the score; a number or a 0-d tensor, as the next two.
+        limit: in units of the score, of either sign.
+        share: a fraction in (0, 1]: 0.3 is 30 %.
+        exclude: like mask; True = counts in N, max and what is left, but is no candidate.
+        token_index: as in :func:`random_tokens`.
+        batch_group: torch.distributed process group over the ranks that share the batch, and the three numbers: else
+            every rank raises the same error (on a GPU without ENTROPY_KERNELS_DEBUG=1: nothing is selected). All pass
+            ``token_index``, or none.
+        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+
+    Returns:
+        bool, ``score``'s shape.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; not exactly one of budget,
+            limit and share.
+    """
+    tokens = tokens_of("score", score, mask, exclude, token_index)
+    numbers = budget_numbers(score.device, budget=budget, limit=limit, share=share)
+    return op.budget_mask(*tokens, numbers, group_name(batch_group), backend)
 
 
 def kl_cov_mask(

@@ -272,6 +272,22 @@ def by_key(tokens: int) -> Call:
     return on_batch(f"selection of {tokens} tokens by key", tokens, "clip_cov_mask", calls)
 
 
+def by_budget(tokens: int) -> Call:
+    """Masks by a budget: one that is reached among ties, what may be left, and a share."""
+
+    def calls(mask: Callable[..., Tensor], data: dict[str, Tensor]) -> Results:
+        among: dict[str, Any] = {"exclude": data["exclude"], "token_index": data["token_index"]}
+        by_share = mask(data["covariance"], data["mask"], share=0.3, **among)
+        return (
+            mask(data["covariance"], budget=tokens / 8 + 0.1),
+            mask(data["covariance"], data["mask"], limit=-tokens / 3, **among),
+            by_share,
+            mask(data["logprob"].exp() * data["advantages"], data["mask"], share=0.7),
+        )
+
+    return on_batch(f"selection of {tokens} tokens by a budget", tokens, "budget_tokens", calls)
+
+
 def selection_steps(tokens: int) -> Call:
     """The kernels of single steps, for batches over ranks, here of one."""
     count, band = Count(0.05, None, True), Band(0.2, 0.9, True, False)
@@ -314,6 +330,7 @@ DOCTOR: dict[str, Callable[[], list[Call]]] = {
     "token_covariance": lambda: [covariance(1000)],
     "clip_cov_mask": lambda: [by_key(1000)],
     "kl_cov_mask": lambda: [by_value(1000)],
+    "budget_mask": lambda: [by_budget(1000)],
 }
 
 _STATISTICS = ("token_stats", "linear_token_stats")

@@ -36,7 +36,7 @@ def tensors() -> dict[str, Tensor]:
         "batch_num_tokens": torch.tensor(21), "global_batch_size": torch.tensor(4),
         "loss_scale_factor": torch.tensor(6.0), "cu_seqlens": torch.tensor([0, 4, 9, 15]),
         "seed": torch.tensor(5), "ratio": torch.tensor(0.3), "low": torch.tensor(-9.0), "high": torch.tensor(9.0),
-        "k": torch.tensor(4), "token_index": torch.randperm(B * L, generator=g).view(B, L),
+        "k": torch.tensor(4), "share": torch.tensor(0.4), "token_index": torch.randperm(B * L, generator=g).view(B, L),
         "exclude": torch.rand(B, L, generator=g) < 0.2, "dropped": torch.rand(B, L, generator=g) < 0.3,
         "penalized": torch.rand(B, L, generator=g) < 0.3, "score": normal(B, L), "covariance": normal(B, L),
         "term": normal(B, L), "vocab_covariance": normal(B, L), "step_size": torch.tensor(0.01),
@@ -217,6 +217,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "kl_cov_mask": Entry(plain(ek.kl_cov_mask), ("covariance", "mask", "ratio", "exclude", "token_index")),
     "top_tokens": Entry(plain(ek.top_tokens), ("score", "mask", "k", "exclude", "token_index")),
+    "budget_tokens": Entry(plain(ek.budget_tokens), ("score", "mask", "share", "exclude", "token_index")),
     "random_tokens": Entry(
         plain(ek.random_tokens), ("score", "mask", "seed", "k", "low", "high", "exclude", "token_index")
     ),

@@ -6,6 +6,7 @@ Shares no code with the library; Philox is written from the paper (Salmon et al.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -112,3 +113,54 @@ def clip_cov(
     pool = [i for i in pool if low < values[i] < high or (closed and values[i] in (low, high))]
     order = [(-random_key(index[i], seed), index[i], i) for i in pool]
     return _top(order, wanted(sum(valid), ratio, k, at_least_one), covariance)
+
+
+def _exponent_above(x: Fraction) -> int:
+    """The smallest e with x < 2^e, of x > 0."""
+    e = x.numerator.bit_length() - x.denominator.bit_length()
+    while x >= Fraction(2) ** e:
+        e += 1
+    while x < Fraction(2) ** (e - 1):
+        e -= 1
+    return e
+
+
+def budget(
+    score: Tensor,
+    mask: Tensor | None = None,
+    *,
+    budget: float | None = None,
+    limit: float | None = None,
+    share: float | None = None,
+    exclude: Tensor | None = None,
+    token_index: Tensor | None = None,
+) -> Tensor:
+    """In fractions: the shortest prefix, token after token."""
+    values = score.float().reshape(-1).tolist()
+    valid, excluded = _flat(mask, score, True), _flat(exclude, score, False)
+    index = list(range(len(values))) if token_index is None else token_index.reshape(-1).tolist()
+    counted = {i: Fraction(x) for i, x in enumerate(values) if valid[i] and math.isfinite(x)}
+    largest = max(map(abs, counted.values()), default=Fraction(0))
+    if largest == 0:
+        return torch.zeros(score.shape, dtype=torch.bool)
+    k = min(1000, min(51, 62 - _exponent_above(Fraction(sum(valid)))) - _exponent_above(largest))
+    unit = Fraction(2) ** k
+    units = {i: round(x * unit) for i, x in counted.items()}  # of a fraction: half to even
+    order = sorted((-values[i], index[i], i) for i in counted if not excluded[i] and units[i] > 0)
+    candidates = sum(units[i] for *_, i in order)
+    number = next(x for x in (budget, limit, share) if x is not None)
+    if math.isnan(number):
+        need: float = 0
+    elif budget is not None:
+        need = math.ceil(Fraction(budget) * unit) if math.isfinite(budget) else budget
+    elif limit is not None:
+        need = sum(units.values()) - math.floor(Fraction(limit) * unit) if math.isfinite(limit) else -limit
+    else:
+        need = math.ceil(Fraction(min(share, 1.0)) * candidates) if share > 0 else 0
+    selected, reached = torch.zeros(score.numel(), dtype=torch.bool), 0
+    for *_, i in order:
+        if reached >= need:
+            break
+        selected[i] = True
+        reached += units[i]
+    return selected.view(score.shape)

@@ -321,14 +321,16 @@ def test_doctor_finds_a_wrong_backend(only_torch, monkeypatch, capsys, break_it)
         ("token_covariance", lambda covariance: covariance + 1e-4),
         ("token_covariance", lambda covariance: torch.where(covariance == 0, math.nan, covariance)),
         ("kl_cov_mask", lambda mask: mask.roll(1)),
+        ("budget_mask", lambda mask: torch.zeros_like(mask)),
         ("clip_cov_mask", lambda mask: torch.ones_like(mask)),
         ("clip_cov_mask", lambda mask: torch.zeros_like(mask)),
     ],
 )
 def test_doctor_finds_a_wrong_selection(only_torch, monkeypatch, op, break_it):
-    right = getattr(doctor.ek, op)
+    function = {"budget_mask": "budget_tokens"}.get(op, op)
+    right = getattr(doctor.ek, function)
     assert all(c.ok for c in doctor.self_check())
-    monkeypatch.setattr(doctor.ek, op, lambda *a, **k: break_it(right(*a, **k)))
+    monkeypatch.setattr(doctor.ek, function, lambda *a, **k: break_it(right(*a, **k)))
     assert {c.op for c in doctor.self_check() if not c.ok} == {op}
 
 

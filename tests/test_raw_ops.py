@@ -33,8 +33,9 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
     head = {"hidden": torch.randn(N, H), "weight": torch.randn(V, H), "bias": torch.randn(V), "target": target}
     head["temperature"] = one
     linear = {**NUMBERS, **LINEAR, "backend": backend}
-    tokens = {"covariance": torch.randn(N), "mask": torch.ones(N, dtype=torch.bool)}
-    tokens |= {"exclude": torch.zeros(N, dtype=torch.bool), "token_index": target.clone()}
+    masks = {"mask": torch.ones(N, dtype=torch.bool), "exclude": torch.zeros(N, dtype=torch.bool)}
+    masks["token_index"] = target.clone()
+    tokens = {"covariance": torch.randn(N), **masks}
     last = {"group": "", "backend": backend}
     band = {"low": 0.0, "high": 5.0, "quantile": False, "closed": True}
     covariance = {"logprob": torch.randn(N), "advantages": torch.randn(N), "mask": tokens["mask"]}
@@ -49,6 +50,7 @@ def calls(backend: str) -> dict[str, dict[str, Any]]:
         "token_covariance": {**covariance, **last},
         "clip_cov_mask": {**tokens, "seed": torch.tensor(3), **COUNT, **band, **last},
         "kl_cov_mask": {**tokens, **COUNT, **last},
+        "budget_mask": {"score": tokens["covariance"], **masks, "numbers": torch.ones(3).double(), **last},
         "linear_token_stats": {**head, **linear, "want": 3, "keep": True, **NEEDS},
         "linear_token_stats_backward": linear_backward,
         "linear_token_stats_backward_": linear_backward,
@@ -107,7 +109,9 @@ def test_every_tensor_is_checked(name: str, backend: str) -> None:
         if not isinstance(value, Tensor):
             continue
         wrong: list[Tensor | None] = [*hostile(value)]
-        if not (value.is_floating_point() and argument in ("logprob", "advantages", "covariance", "bias", "d_bias")):
+        if not (
+            value.is_floating_point() and argument in ("logprob", "advantages", "covariance", "score", "bias", "d_bias")
+        ):
             wrong.append(value.to(torch.float32 if value.dtype in (torch.bool, torch.int64) else torch.int64))
         wrong += [value.to(torch.complex64)] + [None] * (argument in required(name))
         for tensor in wrong:

@@ -182,6 +182,12 @@ class Maker:
     def kl_cov_mask(self) -> dict[str, Any]:
         return {**self.tokens(), "numbers": self.some(lambda: self.tensor((2,), torch.float64))}
 
+    def budget_mask(self) -> dict[str, Any]:
+        tokens = self.selection_value_keys()
+        score = tokens.pop("covariance")
+        index = self.some(lambda: self.tensor((score.numel(),), torch.int64))
+        return {"score": score, **tokens, "token_index": index, "numbers": self.tensor((3,), torch.float64)}
+
     def keys(self, name: str = "keys") -> dict[str, Any]:
         n = self.size(TOKENS, 90000)
         index = self.some(lambda: self.tensor((n,), torch.int64))
@@ -200,6 +206,12 @@ class Maker:
         bits = self.random.randrange(1, 12)
         state = self.tensor((self.random.randrange(4), 3), torch.int64)
         return {"keys": self.keys()["keys"], "state": state, "shift": self.random.randrange(33 - bits), "bits": bits}
+
+    def selection_weight_histogram(self) -> dict[str, Any]:
+        digit = self.selection_key_histogram()
+        digit["state"] = self.tensor((1, 3), torch.int64)
+        keys, state, *rest = digit.items()
+        return dict([keys, state, ("scale", self.tensor((), torch.float64)), *rest])
 
     def selection_index_histogram(self) -> dict[str, Any]:
         bits = self.random.randrange(1, 12)
@@ -244,8 +256,8 @@ WRONG: list[Callable[[Maker, Tensor], Any]] = [
 ]  # fmt: skip
 OPERATORS = (
     "token_stats_forward", "token_stats_backward", "token_covariance", "covariance_extremes", "covariance_sums",
-    "covariance_apply", "clip_cov_mask", "kl_cov_mask", "selection_value_keys", "selection_random_keys",
-    "selection_key_histogram", "selection_index_histogram", "selection_mask",
+    "covariance_apply", "clip_cov_mask", "kl_cov_mask", "budget_mask", "selection_value_keys", "selection_random_keys",
+    "selection_key_histogram", "selection_weight_histogram", "selection_index_histogram", "selection_mask",
 )  # fmt: skip
 
 
@@ -262,7 +274,13 @@ def makes_sense(name: str, arguments: dict[str, Any], result: Any) -> bool:
         exact = name == "kl_cov_mask" and k >= 0
         inside = not bool((result & ~left).any())
         return inside and (selected == min(k, int(left.sum())) if exact else k < 0 or selected <= k)
-    if name.endswith("histogram"):
+    if name == "budget_mask":
+        left = arguments["score"].isfinite() & (arguments["score"] > 0)
+        for mask, keep in (("mask", True), ("exclude", False)):
+            if arguments[mask] is not None:
+                left &= arguments[mask] == keep
+        return not bool((result & ~left).any())
+    if name in ("selection_key_histogram", "selection_index_histogram"):
         return int(result.sum()) <= arguments["keys"].numel() * result.shape[0]
     return True
 

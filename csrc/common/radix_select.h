@@ -56,16 +56,21 @@ EK_HOST_DEVICE RadixDigit find_digit(const int64_t* histogram, int bins, int64_t
 }
 
 struct KeyThreshold {
-  uint32_t key;   // the need-th largest
-  int64_t need;   // how many of the keys equal to it belong to the selection
-  int64_t equal;  // how many there are
+  uint32_t key;  // the need-th largest
+  int64_t need;  // how many of the keys equal to it belong to the selection
 };
 
-// The need-th largest of `count` keys in memory, by one thread.
-inline KeyThreshold radix_threshold(const uint32_t* keys, int64_t count, int64_t need) {
+// What each of the keys counts where they are counted.
+struct OneEach {
+  int64_t operator()(uint32_t) const { return 1; }
+};
+
+// The need-th largest of `count` keys in memory, by one thread. With other weights: the largest key that those not below
+// it come to `need`, and how much of that is left to it.
+template <class Weight = OneEach>
+KeyThreshold radix_threshold(const uint32_t* keys, int64_t count, int64_t need, const Weight& weight = {}) {
   int64_t histogram[kRadixBins];
   uint32_t prefix = 0;
-  int64_t equal = count;
   for (int round = 0; round < kKeyRounds; ++round) {
     const int shift = kKeyShift[round], bits = kKeyBits[round];
     for (int bin = 0; bin < kRadixBins; ++bin) {
@@ -73,15 +78,14 @@ inline KeyThreshold radix_threshold(const uint32_t* keys, int64_t count, int64_t
     }
     for (int64_t i = 0; i < count; ++i) {
       if ((static_cast<uint64_t>(keys[i]) >> (shift + bits)) == prefix) {
-        ++histogram[radix_digit(keys[i], shift, bits)];
+        histogram[radix_digit(keys[i], shift, bits)] += weight(keys[i]);
       }
     }
     const RadixDigit found = find_digit(histogram, 1 << bits, need);
     need -= found.above;
-    equal = histogram[found.digit];
     prefix = (prefix << bits) | found.digit;
   }
-  return {prefix, need, equal};
+  return {prefix, need};
 }
 
 }  // namespace entropy_kernels

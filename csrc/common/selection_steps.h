@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/budget.h"
 #include "common/fixed_point.h"
 #include "common/host_device.h"
 #include "common/philox.h"
@@ -53,8 +54,10 @@ struct RandomKeyStep {
   }
 };
 
-// The digit of a key that shares the prefix of a row of states, else -1.
+// The digit of a key that shares the prefix of a row of states, else -1. As for every digit of a histogram, how much it
+// counts there, and the type that holds what a part of the tokens comes to.
 struct KeyDigitStep {
+  using Sum = uint32_t;
   const int64_t* keys;
   const int64_t* state;  // (rows, 3)
   int shift, bits;
@@ -66,10 +69,24 @@ struct KeyDigitStep {
                ? static_cast<int>(radix_digit(static_cast<uint64_t>(key), shift, bits))
                : -1;
   }
+  EK_HOST_DEVICE Sum weight(int64_t) const { return 1; }
+};
+
+// The same of one row, weighed by the keys' scores times `scale`; modulo 2^64, for keys and scales of any values.
+struct WeightDigitStep {
+  using Sum = uint64_t;
+  KeyDigitStep digit;
+  const double* scale;  // ()
+
+  EK_HOST_DEVICE int operator()(int64_t row, int64_t i) const { return digit(row, i); }
+  EK_HOST_DEVICE Sum weight(int64_t i) const {
+    return static_cast<Sum>(key_weight(static_cast<uint32_t>(digit.keys[i]), *scale));
+  }
 };
 
 // Of a token whose key is key_state's prefix: the digit of its tie key, if the `known` bits above it are the state's.
 struct IndexDigitStep {
+  using Sum = uint32_t;
   const int64_t* keys;
   TokenIndex index;
   const int64_t* key_state;  // (1, 3)
@@ -85,6 +102,7 @@ struct IndexDigitStep {
     const uint64_t prefix = tie >> above & ((uint64_t{1} << known) - 1);
     return prefix == static_cast<uint64_t>(*state) ? static_cast<int>(radix_digit(tie, shift, bits)) : -1;
   }
+  EK_HOST_DEVICE Sum weight(int64_t) const { return 1; }
 };
 
 // Tokens whose key is above the threshold, or equal to it with a token index up to last_index.

@@ -1,5 +1,5 @@
-// Clip-Cov and KL-Cov masks over one process's batch. Both are "the n largest of 32-bit keys among the candidates":
-// random keys for Clip-Cov, covariances in their order for KL-Cov. A threshold that is very likely just below the
+// Selection masks over one process's batch. All are "the n largest of 32-bit keys among the candidates": random keys for
+// Clip-Cov, covariances in their order for KL-Cov, and for a budget scores, as many as come to it. A threshold that is very likely just below the
 // n-th largest key is guessed from a sample; one pass over the tokens counts them and keeps the few keys above it, and
 // the exact selection is made among those. A wrong guess costs a second pass, never the result.
 #include "cpu/selection.h"
@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -14,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/budget.h"
 #include "common/radix_select.h"
 #include "common/selection.h"
 #include "cpu/selection_scan.h"
@@ -22,7 +25,9 @@ namespace entropy_kernels::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr Range kAllValues{-kInfinity, kInfinity};  // everything but NaN
+constexpr Range kCandidates{0.0f, kLargest};  // for a budget; 0 counts nothing
 constexpr int64_t kChunksPerTask = 16;
 constexpr int64_t kSampleSize = 4096;
 
@@ -42,13 +47,18 @@ Range values_of(KeyBand keys) {
 struct ValueKeys {
   static constexpr uint32_t kLowest = 0x007fffffu;  // ordered_key(-inf)
 
-  Range above(Range, uint32_t threshold) const { return {key_value(threshold), kInfinity}; }
+  Range above(Range range, uint32_t threshold) const { return {key_value(threshold), range.high}; }
   void operator()(const View& view, int64_t begin, const uint32_t* positions, int64_t count,
                   uint32_t* keys) const {
     for (int64_t i = 0; i < count; ++i) {
       keys[i] = ordered_key(view.covariance[begin + positions[i]]);
     }
   }
+};
+
+// Those of a budget.
+struct PositiveKeys : ValueKeys {
+  static constexpr uint32_t kLowest = kZeroKey;
 };
 
 // Keys of Clip-Cov.
@@ -80,6 +90,27 @@ struct Collected {
     equal += other.equal;
     valid += other.valid;
   }
+};
+
+// How much is to be selected, and what each key counts there.
+struct CountRequest {
+  Count count;
+
+  int64_t of(int64_t valid) const { return count.of(valid); }
+  int64_t weight(uint32_t) const { return 1; }
+  uint32_t lower(uint32_t, uint32_t lowest) const { return lowest; }
+};
+
+// Fixed-point scores.
+struct BudgetRequest {
+  int64_t wanted;
+  double scale;
+  uint32_t safe;  // a threshold that is rarely too high
+
+  int64_t of(int64_t) const { return wanted; }
+  int64_t weight(uint32_t key) const { return key_weight(key, scale); }
+  // The threshold to try after one that was too high.
+  uint32_t lower(uint32_t threshold, uint32_t lowest) const { return safe < threshold ? safe : lowest; }
 };
 
 // Positions and keys of one chunk's candidates.
@@ -210,29 +241,42 @@ void mark_equal(const View& view, Range range, const Keys& key_source, uint32_t 
   all.mark(selected);
 }
 
-// Writes the whole mask: the requested number of candidates with the largest keys.
-template <class Keys>
-void select(const View& view, Range range, const Keys& key_source, uint32_t threshold,
-            const Count& request, uint8_t* selected) {
+// Writes the whole mask: of the candidates those with the largest keys, as many as are requested.
+template <class Keys, class Request>
+void select(const View& view, Range range, const Keys& key_source, uint32_t threshold, const Request& request,
+            uint8_t* selected) {
+  const auto weight = [&](uint32_t key) { return request.weight(key); };
+  int64_t above = 0, equal = 0;  // what those collected come to
+  const auto weigh = [&](const Collected& collected) {
+    above = 0;
+    for (const uint32_t key : collected.keys) {
+      above += weight(key);
+    }
+    equal = collected.equal * weight(threshold);
+  };
+  // How many keys come to `need`
+  const auto keys_for = [&](int64_t need, uint32_t key) { return (need + weight(key) - 1) / weight(key); };
   Collected collected = collect(view, range, key_source, threshold, selected);
   const int64_t wanted = request.of(collected.valid);
-  if (collected.above() + collected.equal < wanted && threshold > Keys::kLowest) {
-    threshold = Keys::kLowest;
+  weigh(collected);
+  while (above + equal < wanted && threshold > Keys::kLowest) {
+    threshold = request.lower(threshold, Keys::kLowest);
     collected = collect(view, range, key_source, threshold, nullptr);
+    weigh(collected);
   }
-  const int64_t need = std::min(wanted, collected.above() + collected.equal);
+  const int64_t need = std::min(wanted, above + equal);
   if (need <= 0) {
     return;
   }
-  if (need > collected.above()) {
+  if (need > above) {
     for (const int64_t position : collected.positions) {
       selected[position] = 1;
     }
-    mark_equal(view, range, key_source, threshold, collected, need - collected.above(), selected);
+    mark_equal(view, range, key_source, threshold, collected, keys_for(need - above, threshold), selected);
     return;
   }
-  const KeyThreshold nth = radix_threshold(collected.keys.data(), collected.above(), need);
-  LowestIndices ties(view, nth.need);
+  const KeyThreshold nth = radix_threshold(collected.keys.data(), collected.above(), need, weight);
+  LowestIndices ties(view, keys_for(nth.need, nth.key));
   for (int64_t i = 0; i < collected.above(); ++i) {
     if (collected.keys[i] > nth.key) {
       selected[collected.positions[i]] = 1;
@@ -294,6 +338,38 @@ uint32_t guess_value(Sample& sample, double need) {
   return *nth;
 }
 
+// The same for scores that are to come to `need`, of which some may be far larger than others: so many standard
+// deviations, about the root of the sum of the squares, below it. 32 steps for each power of two.
+uint32_t guess_budget(const Sample& sample, double need, double deviations) {
+  constexpr int kBins = 1024, kShift = 18;
+  if (sample.scale == 0.0 || sample.keys.empty()) {
+    return PositiveKeys::kLowest;
+  }
+  const uint32_t top = *std::max_element(sample.keys.begin(), sample.keys.end());
+  std::array<double, kBins> sums = {}, squares = {};
+  for (const uint32_t key : sample.keys) {
+    const double value = key_value(key);
+    const uint32_t bin = std::min<uint32_t>((top - key) >> kShift, kBins - 1);
+    sums[bin] += value;
+    squares[bin] += value * value;
+  }
+  const double expected = need / sample.scale;
+  double above = 0.0, square = 0.0;
+  for (int64_t bin = 0; bin + 1 < kBins; ++bin) {
+    square += above < expected ? squares[bin] : 0.0;
+    above += sums[bin];
+    const int64_t threshold = top - ((bin + 1) << kShift);
+    if (threshold <= PositiveKeys::kLowest) {
+      break;
+    }
+    const double room = above - expected - deviations * key_value(static_cast<uint32_t>(threshold));
+    if (room > 0.0 && room * room >= deviations * deviations * square) {
+      return static_cast<uint32_t>(threshold);
+    }
+  }
+  return PositiveKeys::kLowest;
+}
+
 // The same for random keys, which are uniform: only the number of candidates has to be guessed.
 uint32_t guess_random(const Sample& sample, double need) {
   const auto hits = static_cast<double>(sample.keys.size());
@@ -303,6 +379,57 @@ uint32_t guess_random(const Sample& sample, double need) {
     return RandomKeys::kLowest;
   }
   return static_cast<uint32_t>((1.0 - share) * 4294967296.0);
+}
+
+// A batch's fixed-point scale, and what is summed of it.
+struct Measured {
+  int64_t exponent, sum;
+};
+
+// The scale depends on the largest magnitude, of which the first chunks tell most: each is summed at the scale that is
+// known by then, and those that were summed at another one than the batch's in the end are summed again.
+Measured measure(const View& view, const Sample& sample, Summed summed) {
+  struct Part {
+    int64_t valid, exponent, sum;
+  };
+  std::vector<Part> parts((view.tokens + kChunk - 1) / kChunk);
+  const int64_t count = static_cast<int64_t>(parts.size());
+  const auto end_of = [&](int64_t chunk) { return std::min((chunk + 1) * kChunk, view.tokens); };
+  const auto exponent_of = [](int32_t largest, int64_t valid) {
+    return fixed_point_exponent(Magnitude<float>::value(largest), static_cast<double>(valid));
+  };
+  std::atomic<int32_t> largest{0};
+  const int64_t expected = view.mask && sample.scale != 0.0 ? sample.expected_valid() : view.tokens;
+  torch::stable::parallel_for(0, count, kChunksPerTask, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      int32_t known = largest.load(std::memory_order_relaxed);
+      const int64_t exponent = exponent_of(known, expected);
+      const ScoreTotals totals =
+          view.scan->totals(view, chunk * kChunk, end_of(chunk), summed, power_of_two(exponent));
+      parts[chunk] = {totals.valid, exponent, totals.sum};
+      while (totals.largest > known && !largest.compare_exchange_weak(known, totals.largest)) {
+      }
+    }
+  });
+  int64_t valid = 0;
+  for (const Part& part : parts) {
+    valid += part.valid;
+  }
+  Measured all = {exponent_of(largest, valid), 0};
+  if (summed != Summed::kNone) {
+    torch::stable::parallel_for(0, count, kChunksPerTask, [&](int64_t first, int64_t last) {
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        if (parts[chunk].exponent != all.exponent) {
+          const double scale = power_of_two(all.exponent);
+          parts[chunk].sum = view.scan->totals(view, chunk * kChunk, end_of(chunk), summed, scale).sum;
+        }
+      }
+    });
+    for (const Part& part : parts) {
+      all.sum += part.sum;
+    }
+  }
+  return all;
 }
 
 // Between the lower order statistics at the band's quantiles of all candidates.
@@ -349,12 +476,26 @@ void select(const Selection& selection, uint8_t* selected) {
     const Range range = band.quantile ? quantile_range(view, band) : values_of(band.keys());
     const Sample sample(view, range);
     const uint32_t threshold = guess_random(sample, static_cast<double>(count.of(sample.expected_valid())));
-    select(view, range, RandomKeys{selection.seed.read()}, threshold, count, selected);
+    select(view, range, RandomKeys{selection.seed.read()}, threshold, CountRequest{count}, selected);
   } else {
     Sample sample(view, kAllValues);
     const uint32_t threshold = guess_value(sample, static_cast<double>(count.of(sample.expected_valid())));
-    select(view, kAllValues, ValueKeys{}, threshold, count, selected);
+    select(view, kAllValues, ValueKeys{}, threshold, CountRequest{count}, selected);
   }
+}
+
+void select(const TokenView& tokens, const Budget& budget, uint8_t* selected) {
+  const View view = {tokens, &scan_kernels()};
+  const Sample sample(view, kCandidates);
+  // What a limit is held against counts all tokens, what a share is taken of the candidates.
+  const Summed summed = budget.by_limit()   ? Summed::kFinite
+                        : budget.by_share() ? Summed::kCandidates
+                                            : Summed::kNone;
+  const Measured all = measure(view, sample, summed);
+  const int64_t wanted = budget.of(all.exponent, all.sum, all.sum);
+  const double need = static_cast<double>(wanted) * power_of_two(-all.exponent);
+  const BudgetRequest request = {wanted, power_of_two(all.exponent), guess_budget(sample, need, 8.0)};
+  select(view, kCandidates, PositiveKeys{}, guess_budget(sample, need, 2.5), request, selected);
 }
 
 }  // namespace entropy_kernels::cpu

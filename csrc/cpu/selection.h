@@ -3,13 +3,15 @@
 
 #include <cstdint>
 
+#include "common/budget.h"
 #include "common/selection.h"
 #include "common/selection_steps.h"
 
 namespace entropy_kernels::cpu {
 
-// Writes the whole mask, bool bytes.
+// Write the whole mask, bool bytes.
 void select(const Selection& selection, uint8_t* selected);
+void select(const TokenView& view, const Budget& budget, uint8_t* selected);
 
 // Into (N,); (3,): largest |logprob| and |advantage|, number of tokens that count; (2,) at (2,) scales.
 template <class T>

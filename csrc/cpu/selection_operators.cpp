@@ -15,6 +15,7 @@ struct CpuHalf {
   explicit CpuHalf(const torch::stable::Tensor&) {}
 
   void select(const Selection& selection, uint8_t* out) const { cpu::select(selection, out); }
+  void select(const TokenView& view, const Budget& budget, uint8_t* out) const { cpu::select(view, budget, out); }
   void covariance(const auto& pairs, float* out) const { token_covariance(pairs, out); }
   void extremes(const auto& pairs, double* out) const { covariance_extremes(pairs, out); }
   void sums(const auto& pairs, const double* scales, int64_t* out) const { covariance_sums(pairs, scales, out); }
@@ -33,18 +34,18 @@ struct CpuHalf {
   void histogram(const Digit& digit, int64_t rows, int64_t tokens, int64_t* bins) const {
     std::mutex lock;
     over_tokens(tokens, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> mine(static_cast<size_t>(rows * kRadixBins));
+      std::vector<uint64_t> mine(static_cast<size_t>(rows * kRadixBins));
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t i = begin; i < end; ++i) {
           const int bin = digit(row, i);
           if (bin >= 0) {
-            ++mine[row * kRadixBins + bin];
+            mine[row * kRadixBins + bin] += digit.weight(i);
           }
         }
       }
       const std::lock_guard<std::mutex> guard(lock);
       for (size_t bin = 0; bin < mine.size(); ++bin) {
-        bins[bin] += mine[bin];
+        bins[bin] = wrapping_sum(bins[bin], static_cast<int64_t>(mine[bin]));
       }
     });
   }
@@ -52,6 +53,7 @@ struct CpuHalf {
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CompositeExplicitAutograd, m) {
   SelectionOperators<CpuHalf>::implement(m);
+  m.impl("budget_mask", TORCH_BOX(&SelectionOperators<CpuHalf>::budget_mask));
 }
 
 }  // namespace

@@ -1,5 +1,8 @@
 #include "cpu/selection_scan.h"
 
+#include <algorithm>
+
+#include "common/fixed_point.h"
 #include "common/philox.h"
 #include "cpu/capability.h"
 
@@ -51,7 +54,28 @@ KeyCount compress_above(uint32_t threshold, uint32_t* keys, uint32_t* positions,
   return append_above(threshold, keys, positions, 0, count, {0, 0});
 }
 
-constexpr ScanKernels kernels{candidates, random_keys, compress_above};
+// Those of [i, end), added to what there is.
+ScoreTotals add_totals(const TokenView& view, int64_t i, int64_t end, Summed summed, double scale, ScoreTotals totals) {
+  for (; i < end; ++i) {
+    const bool valid = !view.mask || view.mask[i];
+    const float score = view.covariance[i];
+    const int32_t magnitude = Magnitude<float>::of(score, valid);
+    const bool finite = valid && magnitude < kInfinityBits;
+    totals.valid += valid;
+    totals.largest = std::max(totals.largest, finite ? magnitude : 0);
+    if (finite && (summed == Summed::kFinite ||
+                   (summed == Summed::kCandidates && score > 0.0f && !(view.exclude && view.exclude[i])))) {
+      totals.sum = wrapping_sum(totals.sum, to_fixed_point(score, scale));
+    }
+  }
+  return totals;
+}
+
+ScoreTotals totals(const TokenView& view, int64_t begin, int64_t end, Summed summed, double scale) {
+  return add_totals(view, begin, end, summed, scale, {0, 0, 0});
+}
+
+constexpr ScanKernels kernels{candidates, random_keys, compress_above, totals};
 
 }  // namespace portable
 
@@ -221,7 +245,61 @@ KeyCount compress_above(uint32_t threshold, uint32_t* keys, uint32_t* positions,
   return portable::append_above(threshold, keys, positions, i, count, found);
 }
 
-constexpr ScanKernels kernels{candidates, random_keys, compress_above};
+// All bits of the lanes whose byte is not 0, in those of eight tokens.
+__m256i nonzero_lanes(const uint8_t* bytes) {
+  const __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  return _mm256_cmpgt_epi32(words, _mm256_setzero_si256());
+}
+
+template <Summed kSummed>
+ScoreTotals totals_of(const TokenView& view, int64_t begin, int64_t end, double scale) {
+  const __m256i magnitude_bits = _mm256_set1_epi32(0x7fffffff), infinity = _mm256_set1_epi32(kInfinityBits);
+  const __m256d scales = _mm256_set1_pd(scale), magic = _mm256_set1_pd(kRoundingMagic);
+  __m256i count = _mm256_setzero_si256(), largest = _mm256_setzero_si256(), sum = _mm256_setzero_si256();
+  int64_t i = begin;
+  for (; i + 8 <= end; i += 8) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(view.covariance + i));
+    const __m256i valid = view.mask ? nonzero_lanes(view.mask + i) : _mm256_set1_epi32(-1);
+    const __m256i magnitude = _mm256_and_si256(bits, magnitude_bits);
+    __m256i finite = _mm256_and_si256(valid, _mm256_cmpgt_epi32(infinity, magnitude));
+    count = _mm256_sub_epi32(count, valid);
+    largest = _mm256_max_epi32(largest, _mm256_and_si256(magnitude, finite));
+    if constexpr (kSummed != Summed::kNone) {
+      if constexpr (kSummed == Summed::kCandidates) {
+        finite = _mm256_and_si256(finite, _mm256_cmpgt_epi32(bits, _mm256_setzero_si256()));
+        if (view.exclude) finite = _mm256_andnot_si256(nonzero_lanes(view.exclude + i), finite);
+      }
+      const __m256 score = _mm256_castsi256_ps(_mm256_and_si256(bits, finite));
+      for (const __m128 half : {_mm256_castps256_ps128(score), _mm256_extractf128_ps(score, 1)}) {
+        const __m256d shifted = _mm256_add_pd(_mm256_mul_pd(_mm256_cvtps_pd(half), scales), magic);
+        sum = _mm256_add_epi64(sum, _mm256_castpd_si256(shifted));
+      }
+    }
+  }
+  alignas(32) int32_t counts[8], magnitudes[8];
+  alignas(32) uint64_t sums[4];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(counts), count);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(magnitudes), largest);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(sums), sum);
+  ScoreTotals totals{0, 0, 0};
+  for (int lane = 0; lane < 8; ++lane) {
+    totals.valid += counts[lane];
+    totals.largest = std::max(totals.largest, magnitudes[lane]);
+  }
+  if (kSummed != Summed::kNone) {
+    const uint64_t magics = static_cast<uint64_t>(kRoundingMagicBits) * static_cast<uint64_t>(i - begin);
+    totals.sum = static_cast<int64_t>(sums[0] + sums[1] + sums[2] + sums[3] - magics);
+  }
+  return portable::add_totals(view, i, end, kSummed, scale, totals);
+}
+
+ScoreTotals totals(const TokenView& view, int64_t begin, int64_t end, Summed summed, double scale) {
+  return summed == Summed::kNone     ? totals_of<Summed::kNone>(view, begin, end, scale)
+         : summed == Summed::kFinite ? totals_of<Summed::kFinite>(view, begin, end, scale)
+                                     : totals_of<Summed::kCandidates>(view, begin, end, scale);
+}
+
+constexpr ScanKernels kernels{candidates, random_keys, compress_above, totals};
 
 }  // namespace avx2
 EK_TARGET_END

@@ -24,6 +24,16 @@ struct ChunkCount {
   int64_t candidates;  // positions written
 };
 
+// Of which tokens that count scores are summed.
+enum class Summed { kNone, kFinite, kCandidates };  // those are finite, above 0 and not excluded
+
+struct ScoreTotals {
+  int64_t valid;    // tokens that count
+  int32_t largest;  // bits of the largest finite magnitude among them
+  int64_t sum;      // of the scores times the scale, rounded (fixed_point.h); modulo 2^64
+};
+constexpr int32_t kInfinityBits = 0x7f800000;
+
 struct KeyCount {
   int64_t above;
   int64_t equal;
@@ -38,6 +48,8 @@ struct ScanKernels {
                       uint32_t* keys);
   // Moves the keys above the threshold, and their positions, to the front.
   KeyCount (*compress_above)(uint32_t threshold, uint32_t* keys, uint32_t* positions, int64_t count);
+  // Of the tokens of [begin, end).
+  ScoreTotals (*totals)(const TokenView& view, int64_t begin, int64_t end, Summed summed, double scale);
 };
 
 // For the instruction set of capability.h; throws where that does.

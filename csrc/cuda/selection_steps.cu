@@ -18,6 +18,17 @@ __device__ int64_t token_stride() { return int64_t{gridDim.x} * blockDim.x; }
 
 __device__ unsigned long long* atomic_word(void* p) { return static_cast<unsigned long long*>(p); }
 
+__device__ void add_shared(uint32_t* sum, uint32_t value) { atomicAdd(sum, value); }
+// Two additions of 32 bits, of which the first tells the carry: one of 64 bits is a loop in shared memory.
+__device__ void add_shared(uint64_t* sum, uint64_t value) {
+  auto* words = reinterpret_cast<uint32_t*>(sum);
+  const auto low = static_cast<uint32_t>(value);
+  const uint32_t carry = atomicAdd(words, low) > ~low;
+  if (const uint32_t high = static_cast<uint32_t>(value >> 32) + carry; high != 0) {
+    atomicAdd(words + 1, high);
+  }
+}
+
 template <class Step>
 __global__ void __launch_bounds__(kStepThreads) token_step(const __grid_constant__ Step step, int64_t tokens) {
   for (int64_t i = first_token(); i < tokens; i += token_stride()) {
@@ -29,7 +40,8 @@ __global__ void __launch_bounds__(kStepThreads) token_step(const __grid_constant
 template <class Digit>
 __global__ void __launch_bounds__(kDigitThreads)
     digit_step(const __grid_constant__ Digit digit, int64_t tokens, int64_t* bins) {
-  __shared__ uint32_t mine[kRadixBins];  // a block sees fewer than 2^32 tokens
+  using Sum = typename Digit::Sum;  // a block sees fewer than 2^32 tokens
+  __shared__ Sum mine[kRadixBins];
   for (int bin = threadIdx.x; bin < kRadixBins; bin += kDigitThreads) {
     mine[bin] = 0;
   }
@@ -37,7 +49,7 @@ __global__ void __launch_bounds__(kDigitThreads)
   for (int64_t i = first_token(); i < tokens; i += token_stride()) {
     const int bin = digit(blockIdx.y, i);
     if (bin >= 0) {
-      atomicAdd(mine + bin, 1u);
+      add_shared(mine + bin, digit.weight(i));
     }
   }
   __syncthreads();
@@ -119,6 +131,7 @@ void launch_digit_step(const Digit& digit, int64_t rows, int64_t tokens, int64_t
   check(cudaGetLastError(), "selection: launch");
 }
 template void launch_digit_step(const KeyDigitStep&, int64_t, int64_t, int64_t*, cudaStream_t);
+template void launch_digit_step(const WeightDigitStep&, int64_t, int64_t, int64_t*, cudaStream_t);
 template void launch_digit_step(const IndexDigitStep&, int64_t, int64_t, int64_t*, cudaStream_t);
 
 template <class T>
@@ -145,6 +158,7 @@ std::vector<Kernel> selection_step_kernels() {
           {"step covariance fp32", pointer(token_step<CovarianceStep<float>>)},
           {"step covariance fp64", pointer(token_step<CovarianceStep<double>>)},
           {"step key digits", pointer(digit_step<KeyDigitStep>)},
+          {"step weight digits", pointer(digit_step<WeightDigitStep>)},
           {"step index digits", pointer(digit_step<IndexDigitStep>)},
           {"step extremes fp32", pointer(extremes_step<float>)},
           {"step extremes fp64", pointer(extremes_step<double>)},

@@ -130,6 +130,19 @@ def kl_cov_mask(
     return _ops.kl_cov_mask(covariance, mask, exclude, token_index, ratio, k, count.at_least_one, count.numbers)
 
 
+def budget_mask(
+    score: Tensor,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    token_index: Tensor | None,
+    numbers: Tensor,
+    group: str,
+) -> Tensor:
+    if group:
+        return radix_select.budget_mask(_steps, score, mask, exclude, token_index, numbers, group)
+    return _ops.budget_mask(score, mask, exclude, token_index, numbers)
+
+
 def has_cuda_kernel(name: str) -> bool:
     """Whether the CUDA half that is loaded implements the operator ``name``."""
     return _torch.has_kernel(f"entropy_kernels_native::{name}", "CUDA")

@@ -4,14 +4,17 @@ A backend gives the steps (:class:`Steps`); the order of steps, and the reductio
 Tokens are flat: (N,). Keys are int64, 0 .. 2³² - 1, or -1 for a token that is no candidate; the selection is the n
 largest keys, ties to the lower token index. The n-th largest key is found digit by digit: a histogram of the next 11
 bits of the keys that share the digits found so far, added over the ranks, tells the next digit. Order statistics
-of the quantile range and the tie-break on the 64-bit token index use the same rounds.
+of the quantile range and the tie-break on the 64-bit token index use the same rounds, and a budget does with sums of
+scores in the place of numbers of keys.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +30,7 @@ INDEX_DIGITS = ((53, 11), (42, 11), (31, 11), (20, 11), (9, 11), (0, 9))
 POSITION_DIGITS = ((33, 11), (22, 11), (11, 11), (0, 11))
 
 NO_KEY = 1 << 32  # a threshold that no key reaches
+ZERO_KEY = 1 << 31  # of the score 0: those of scores above it are larger
 LAST_INDEX = (1 << 63) - 1
 ALL_TOKENS = 1 << 53  # more than any batch holds: a selection of so many returns all candidates
 
@@ -92,19 +96,66 @@ class Band(NamedTuple):
     numbers: Tensor | None = None
 
 
+class Budget(NamedTuple):
+    """How much of the score to select: ``numbers``, float64 [budget, limit, share], NaN for those that are not given.
+
+    The first that is there counts; without any, nothing is selected.
+    """
+
+    numbers: Tensor
+
+    def of(self, exponent: Tensor, total: Tensor, candidates: Tensor) -> Tensor:
+        """(1,) int64: what the selected scores have to come to, at least, in units of 2^-exponent.
+
+        ``total`` and ``candidates``: (1,) sums over all tokens that count, and over the candidates, in these units.
+        """
+        budget, limit, share = self.numbers.split(1)
+        scale, most = _power_of_two(exponent), 2.0**_SUM_BITS  # no sum of scores comes to so much
+        # A product that underflows is still above 0, or below it
+        up = (budget * scale).ceil().clamp(1, most)
+        down = (limit * scale).floor().clamp(-most, most)
+        down = torch.where(limit < 0, down.clamp(max=-1), down).nan_to_num(nan=most).long()
+        part = torch.where(share > 0, _share_of(candidates, share), 0)
+        part = torch.where(limit.isnan(), part, total - down)
+        return torch.where(budget.isnan(), part, torch.where(budget > 0, up, 0.0).long())
+
+
+def _share_of(total: Tensor, share: Tensor) -> Tensor:
+    """ceil(share · total), exact, of an int64 total in [0, 2⁶²) and a float64 share above 0, of which 1 is the most.
+
+    The share is m·2^-(52 + shift). m and the total are multiplied in halves; ceil(ceil(x / a) / b) is ceil(x / (a·b)).
+    """
+    bits = share.clamp(max=1).view(torch.int64)
+    exponent = (bits >> 52) & 0x7FF
+    m = (bits & ((1 << 52) - 1)) | torch.where(exponent > 0, 1 << 52, 0)
+    shift = (1023 - exponent.clamp(min=1)).clamp(0, 63)
+    m1, m0, t1, t0 = m >> 27, m & ((1 << 27) - 1), total >> 31, total & ((1 << 31) - 1)
+    low = (m0 * t1 << 4) + _ceil_shift(m0 * t0, 27)  # ceil(m0·total / 2²⁷)
+    return _ceil_shift((m1 * t1 << 6) + _ceil_shift(m1 * t0 + low, 25), shift)
+
+
+def _ceil_shift(value: Tensor, bits: Any) -> Tensor:
+    return -(-value >> bits)
+
+
 class InCommon(NamedTuple):
     """What the ranks of a selection have in common."""
 
     seed: Tensor | None  # None: the largest keys, and no range
-    size: Count
+    size: Count | Budget
     band: Band | None
 
     def packed(self, device: torch.device) -> Tensor:
-        """(E,) int64, E depending on the device alone: flags (one number on a GPU), seed, ratio, k, low and high."""
+        """(E,) int64, E depending on the device alone: flags (one number on a GPU), seed, ratio, k, low and high.
+
+        Of a budget the last four are budget, limit, share and NaN.
+        """
         unknown = math.nan  # also for None, as in `numbers`
         low, high, quantile, closed = (unknown, unknown, False, False) if self.band is None else self.band[:4]
-        flags = [self.seed is None, quantile, closed, self.size.at_least_one]
-        floats = [unknown if x is None else float(x) for x in (self.size.ratio, self.size.k, low, high)]
+        by_budget = isinstance(self.size, Budget)
+        ratio, k, at_least_one = (None, None, False) if isinstance(self.size, Budget) else self.size[:3]
+        flags = [self.seed is None and not by_budget, by_budget, quantile, closed, at_least_one]
+        floats = [unknown if x is None else float(x) for x in (ratio, k, low, high)]
         own = self.size.numbers
         if device.type == "cpu":
             if own is not None:
@@ -125,7 +176,10 @@ class InCommon(NamedTuple):
 
     def refuse(self, of_ranks: list[list[int]]) -> None:
         """Raise the same on all ranks, given what each has packed."""
-        names = ("kl_cov_mask", "band", "closed", "at_least_one", "seed", "ratio", "k", "low", "high")
+        flags = ("kl_cov_mask", "budget_tokens", "band", "closed", "at_least_one")
+        numbers = ("budget", "limit", "share", "") if isinstance(self.size, Budget) else ("ratio", "k", "low", "high")
+        names = (*flags, "seed", *numbers)
+        called = ("not called", "called")
         for i, values in enumerate(zip(*of_ranks, strict=True)):
             shown: list[Any] = list(values)
             number = i >= len(of_ranks[0]) - 4
@@ -140,8 +194,8 @@ class InCommon(NamedTuple):
                 name = names[i]
                 if name == "k":
                     shown = [None if x is None else int(x) for x in shown]
-                elif i < 4:
-                    words = {"band": ("absolute", "quantile"), "kl_cov_mask": ("not called", "called")}
+                elif i < len(flags):
+                    words = {"band": ("absolute", "quantile"), "kl_cov_mask": called, "budget_tokens": called}
                     shown = [words.get(name, (False, True))[x] for x in values]
                 got = f", got {shown}"
             raise ValueError(f"{name}: expected the same on all ranks of the batch_group{got}")
@@ -169,6 +223,10 @@ class Steps(Protocol):
 
     def selection_key_histogram(self, keys: Tensor, state: Tensor, shift: int, bits: int) -> Tensor:
         """(rows, 2048) int64: digits of the keys that share each row's prefix."""
+
+    def selection_weight_histogram(self, keys: Tensor, state: Tensor, scale: Tensor, shift: int, bits: int) -> Tensor:
+        """The same of one row, but the sums of the keys' weights: of each the score above 0 times the () float64 scale,
+        rounded half to even."""
 
     def selection_index_histogram(
         self,
@@ -273,6 +331,12 @@ def ordered_keys(values: Tensor) -> Tensor:
     return torch.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
+def key_weights(keys: Tensor, scale: Tensor) -> Tensor:
+    """int64: the scores above 0 that keys stand for, times the scale, rounded half to even; 0 of key -1."""
+    values = (keys.clamp(min=ZERO_KEY) - ZERO_KEY).int().view(torch.float32)
+    return (values.double() * scale).round().long()
+
+
 def token_covariance(steps: Steps, logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str) -> Tensor:
     ranks = Group(group)
     by_rank = ranks.gather(steps.covariance_extremes(logprob, advantages, mask))
@@ -340,6 +404,54 @@ def kl_cov_mask(
     return _largest(steps, ranks, keys, token_index, offset, _valid(covariance, mask), count)
 
 
+def budget_mask(
+    steps: Steps,
+    score: Tensor,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    token_index: Tensor | None,
+    numbers: Tensor,
+    group: str,
+) -> Tensor:
+    """(N,) bool: the shortest prefix of the candidates, by score descending, whose scores come to a budget.
+
+    ``numbers``: on the tokens' device or the CPU.
+    """
+    budget = Budget(beside(numbers, score.device))
+    ranks = Group(group, InCommon(None, budget, None))
+    offset = _offset(ranks, score, token_index)
+    finite = score.isfinite() if mask is None else score.isfinite() & mask
+    # In bits: what the first sum of ranks carries is int64. Doubles >= 0 are in their order.
+    largest = steps.covariance_extremes(score, score, finite)[:1].view(torch.int64)
+    by_rank = ranks.gather(torch.cat([largest, _valid(score, mask).view(1)]))
+    largest, count = by_rank[:, 0].amax(0, keepdim=True), by_rank[:, 1].sum(0, keepdim=True)
+    exponent = _fixed_point_exponent(largest.view(torch.float64), count.double())
+    scale = _power_of_two(exponent)
+    keys = steps.selection_value_keys(score, finite, exclude)
+    keys = torch.where(keys > ZERO_KEY, keys, -1)
+    total = steps.covariance_sums(score, score, finite, scale.repeat(2))[:1]
+    weigh = functools.partial(_weigh, steps, keys, scale.view(()))
+    histogram = weigh(_start(keys, total), *KEY_DIGITS[0])
+    # The sum over all that counts travels with the first histogram
+    packed = ranks.sum(torch.cat([histogram.view(-1), total]))
+    histogram, candidates = packed[:-1].view(1, -1), packed[:-1].sum(0, keepdim=True)
+    if ranks.numbers is not None:
+        budget = Budget(ranks.numbers[:3])
+    need = torch.minimum(budget.of(exponent, packed[-1:], candidates), candidates).clamp(min=0)
+    if ranks.agree is not None:
+        need = torch.where(ranks.agree, need, 0)
+    key_state = _finish(steps, ranks, weigh, histogram, _start(keys, need))
+    # Ties have one weight: from here on they are counted
+    weight = key_weights(key_state[:, PREFIX], scale).clamp(min=1)
+    key_state[:, NEED] = (key_state[:, NEED] + weight - 1) // weight
+    key_state[:, EQUAL] = key_state[:, EQUAL] // weight
+    return _selected(steps, ranks, keys, token_index, offset, key_state)
+
+
+def _weigh(steps: Steps, keys: Tensor, scale: Tensor, state: Tensor, shift: int, bits: int) -> Tensor:
+    return steps.selection_weight_histogram(keys, state, scale, shift, bits)
+
+
 def _offset(ranks: Group, covariance: Tensor, token_index: Tensor | None) -> Tensor:
     if token_index is not None:
         return torch.zeros((), dtype=torch.int64, device=covariance.device)
@@ -371,8 +483,9 @@ def _quantiles(steps: Steps, ranks: Group, values: Tensor, band: Band) -> Tensor
         shares = torch.stack(list(bounds))
     need = (total - (shares * (total - 1)).floor().long()).clamp(min=0)
     state = _start(values, need)
-    histogram = ranks.sum(steps.selection_key_histogram(values, state, *KEY_DIGITS[0]))
-    return _finish(steps, ranks, values, histogram, state)[:, PREFIX].contiguous()
+    count = functools.partial(steps.selection_key_histogram, values)
+    histogram = ranks.sum(count(state, *KEY_DIGITS[0]))
+    return _finish(steps, ranks, count, histogram, state)[:, PREFIX].contiguous()
 
 
 def _start(keys: Tensor, need: Tensor) -> Tensor:
@@ -381,11 +494,16 @@ def _start(keys: Tensor, need: Tensor) -> Tensor:
     return state
 
 
-def _finish(steps: Steps, ranks: Group, keys: Tensor, histogram: Tensor, state: Tensor) -> Tensor:
-    """State of the search for the need-th largest keys of the group, from the histogram of their first digits."""
+def _finish(
+    steps: Steps, ranks: Group, histogram_of: Callable[..., Tensor], histogram: Tensor, state: Tensor
+) -> Tensor:
+    """State of the search for the need-th largest keys of the group, from the histogram of their first digits.
+
+    ``histogram_of(state, shift, bits)``: this rank's of the next digit.
+    """
     state = steps.find_digit(histogram, state, KEY_DIGITS[0][1])
     for shift, bits in KEY_DIGITS[1:]:
-        histogram = ranks.sum(steps.selection_key_histogram(keys, state, shift, bits))
+        histogram = ranks.sum(histogram_of(state, shift, bits))
         state = steps.find_digit(histogram, state, bits)
     return state
 
@@ -400,7 +518,8 @@ def _largest(
     count: Count,
 ) -> Tensor:
     """(N,) bool: the group's n largest keys, ties to the lower token index."""
-    histogram = steps.selection_key_histogram(keys, _start(keys, valid.new_zeros(1)), *KEY_DIGITS[0])
+    histogram_of = functools.partial(steps.selection_key_histogram, keys)
+    histogram = histogram_of(_start(keys, valid.new_zeros(1)), *KEY_DIGITS[0])
     # The number of tokens that count, from which n follows, travels with the first histogram.
     packed = ranks.sum(torch.cat([histogram.view(-1), valid.view(1)]))
     histogram = packed[:-1].view(1, -1)
@@ -409,7 +528,14 @@ def _largest(
     need = torch.minimum(count.of(packed[-1:]), histogram.sum(1))
     if ranks.agree is not None:
         need = torch.where(ranks.agree, need, 0)
-    key_state = _finish(steps, ranks, keys, histogram, _start(keys, need))
+    key_state = _finish(steps, ranks, histogram_of, histogram, _start(keys, need))
+    return _selected(steps, ranks, keys, token_index, offset, key_state)
+
+
+def _selected(
+    steps: Steps, ranks: Group, keys: Tensor, token_index: Tensor | None, offset: Tensor, key_state: Tensor
+) -> Tensor:
+    """(N,) bool: the tokens with keys above the prefix of the state, and as many as it needs of those that have it."""
     # An empty selection has a threshold that no key reaches; only there a need of 0 is left.
     need, equal = key_state[0, NEED], key_state[0, EQUAL]
     threshold = torch.where(need > 0, key_state[0, PREFIX], NO_KEY)

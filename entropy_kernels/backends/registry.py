@@ -39,6 +39,7 @@ OPS = {
         Op("token_covariance", ("token_covariance",), "selection"),
         Op("clip_cov_mask", ("clip_cov_mask",), "selection"),
         Op("kl_cov_mask", ("kl_cov_mask",), "selection"),
+        Op("budget_mask", ("budget_mask",), "selection"),
     )
 }
 # Device type -> backends in the order that "auto" tries them in.

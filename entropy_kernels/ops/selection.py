@@ -1,4 +1,4 @@
-"""``entropy_kernels::token_covariance``, ``clip_cov_mask``, ``kl_cov_mask``: schema, fake, dispatch to a backend.
+"""``entropy_kernels::token_covariance`` and the masks of selections: schema, fake, dispatch to a backend.
 
 No gradient flows through a selection: there is no autograd formula, and the public functions in
 :mod:`entropy_kernels.selection` detach. A process group travels as its name ("" for none), so that a compiled graph
@@ -7,7 +7,9 @@ can hold the op.
 ``numbers`` are ratio, k, low and high in memory, float64: (4,), or (2,) where there is no range; NaN for the one of
 ratio and k that is not given. Kernels read them in the place of the plain numbers, so that a schedule neither waits
 for the device nor compiles again. Shares are clamped to [0, 1] and k to >= 0 (NaN is 0), and a range whose low is not
-below its high is empty. On a GPU they, and the seed, may also be on the CPU: no launch has to write them there.
+below its high is empty. Those of ``budget_mask`` are budget, limit and share, (3,); a share is at most 1, and nothing
+is selected for one that is not above 0. On a GPU they, and the seed, may also be on the CPU: no launch has to write
+them there.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ for _schema in (
     f"clip_cov_mask({_TOKENS}, Tensor seed, {_COUNT}, float low, float high, bool quantile, bool closed, "
     "str group, str backend) -> Tensor",
     f"kl_cov_mask({_TOKENS}, {_COUNT}, str group, str backend) -> Tensor",
+    "budget_mask(Tensor score, Tensor? mask, Tensor? exclude, Tensor? token_index, Tensor numbers, str group, "
+    "str backend) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -50,6 +54,19 @@ def _flat_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -
     return _flat(logprob.to(dtype), advantages.to(dtype), mask)
 
 
+def _flat_tokens(
+    name: str, score: Tensor, mask: Tensor | None, exclude: Tensor | None, token_index: Tensor | None
+) -> list[Any]:
+    if not score.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {score.dtype}")
+    shape = score.shape
+    check_tensors(
+        score.device, ("mask", mask, torch.bool, shape), ("exclude", exclude, torch.bool, shape),
+        ("token_index", token_index, torch.int64, shape),
+    )  # fmt: skip
+    return _flat(score.float(), mask, exclude, token_index)
+
+
 def _flat_selection(
     covariance: Tensor,
     mask: Tensor | None,
@@ -61,13 +78,7 @@ def _flat_selection(
     k: int | None,
 ) -> list[Any]:
     """The first four; ``seed`` is None where there is none, and no range."""
-    if not covariance.is_floating_point():
-        raise TypeError(f"covariance: expected a floating-point dtype, got {covariance.dtype}")
-    shape = covariance.shape
-    check_tensors(
-        covariance.device, ("mask", mask, torch.bool, shape), ("exclude", exclude, torch.bool, shape),
-        ("token_index", token_index, torch.int64, shape),
-    )  # fmt: skip
+    tokens = _flat_tokens("covariance", covariance, mask, exclude, token_index)
     if seed is not None:
         check_number("seed", seed, torch.int64, (), covariance.device)
     if numbers is not None:
@@ -78,7 +89,13 @@ def _flat_selection(
         raise ValueError(f"ratio: expected a share in [0, 1], got {ratio}")
     if k is not None and k < 0:
         raise ValueError(f"k: expected >= 0, got {k}")
-    return _flat(covariance.float(), mask, exclude, token_index)
+    return tokens
+
+
+def _flat_budget(score: Tensor, mask: Any, exclude: Any, token_index: Any, numbers: Tensor) -> list[Any]:
+    tokens = _flat_tokens("score", score, mask, exclude, token_index)
+    check_number("numbers", numbers, torch.float64, (3,), score.device)
+    return tokens
 
 
 def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:
@@ -129,6 +146,20 @@ def _kl_cov_mask(
     return kernel(*tokens, count, group).view(covariance.shape)
 
 
+def _budget_mask(
+    score: Tensor,
+    mask: Tensor | None,
+    exclude: Tensor | None,
+    token_index: Tensor | None,
+    numbers: Tensor,
+    group: str,
+    backend: str,
+) -> Tensor:
+    tokens = _flat_budget(score, mask, exclude, token_index, numbers)
+    kernel = registry.kernel("budget_mask", "budget_mask", backend, tokens[0])
+    return kernel(*tokens, numbers.contiguous(), group).view(score.shape)
+
+
 def _fake_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
     _flat_covariance(logprob, advantages, mask)  # here, too: a tensor on meta among others makes this the kernel
     return logprob.new_empty(logprob.shape, dtype=torch.float32)
@@ -144,10 +175,17 @@ def _fake_kl(covariance: Tensor, *rest: Any) -> Tensor:
     return covariance.new_empty(covariance.shape, dtype=torch.bool)
 
 
+def _fake_budget(score: Tensor, *rest: Any) -> Tensor:
+    _flat_budget(score, *rest[:4])
+    return score.new_empty(score.shape, dtype=torch.bool)
+
+
 register(_library, "token_covariance", _token_covariance, _fake_covariance)
 register(_library, "clip_cov_mask", _clip_cov_mask, _fake_clip)
 register(_library, "kl_cov_mask", _kl_cov_mask, _fake_kl)
+register(_library, "budget_mask", _budget_mask, _fake_budget)
 
 token_covariance = torch.ops.entropy_kernels.token_covariance.default
 clip_cov_mask = torch.ops.entropy_kernels.clip_cov_mask.default
 kl_cov_mask = torch.ops.entropy_kernels.kl_cov_mask.default
+budget_mask = torch.ops.entropy_kernels.budget_mask.default

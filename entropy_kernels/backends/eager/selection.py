@@ -12,15 +12,16 @@ from torch import Tensor
 
 from entropy_kernels.backends import radix_select
 from entropy_kernels.backends.eager.philox import token_key
-from entropy_kernels.backends.radix_select import LAST_INDEX, RADIX_BINS, find_digit, ordered_keys
+from entropy_kernels.backends.radix_select import LAST_INDEX, RADIX_BINS, find_digit, key_weights, ordered_keys
 
-__all__ = ["clip_cov_mask", "find_digit", "kl_cov_mask", "token_covariance"]
+__all__ = ["budget_mask", "clip_cov_mask", "find_digit", "kl_cov_mask", "token_covariance"]
 
 _STEPS = cast(radix_select.Steps, sys.modules[__name__])
 # The kernels of the contract: the shared driver over the steps of this module.
 token_covariance = functools.partial(radix_select.token_covariance, _STEPS)
 clip_cov_mask = functools.partial(radix_select.clip_cov_mask, _STEPS)
 kl_cov_mask = functools.partial(radix_select.kl_cov_mask, _STEPS)
+budget_mask = functools.partial(radix_select.budget_mask, _STEPS)
 
 
 def _where_valid(value: Tensor, mask: Tensor | None) -> Tensor:
@@ -69,17 +70,23 @@ def selection_random_keys(
     return torch.where(candidate, token_key(_index(value_keys, token_index, offset), seed), -1)
 
 
-def _count_digits(values: Tensor, match: Tensor, shift: int, bits: int) -> Tensor:
+def _count_digits(values: Tensor, match: Tensor, shift: int, bits: int, weights: Tensor | None = None) -> Tensor:
     digit = (values >> shift) & ((1 << bits) - 1)
     # scatter_add into one bin more, for what does not match: bincount would wait for its input's maximum
     bins = torch.zeros(RADIX_BINS + 1, dtype=torch.int64, device=values.device)
-    return bins.scatter_add_(0, torch.where(match, digit, RADIX_BINS), torch.ones_like(digit))[:RADIX_BINS]
+    weights = torch.ones_like(digit) if weights is None else weights
+    return bins.scatter_add_(0, torch.where(match, digit, RADIX_BINS), weights)[:RADIX_BINS]
 
 
 def selection_key_histogram(keys: Tensor, state: Tensor, shift: int, bits: int) -> Tensor:
     # -1 >> anything is -1, which is no prefix
     rows = [_count_digits(keys, (keys >> (shift + bits)) == prefix, shift, bits) for prefix in state[:, 0]]
     return torch.stack(rows)
+
+
+def selection_weight_histogram(keys: Tensor, state: Tensor, scale: Tensor, shift: int, bits: int) -> Tensor:
+    match = (keys >> (shift + bits)) == state[0, 0]
+    return _count_digits(keys, match, shift, bits, key_weights(keys, scale)).unsqueeze(0)
 
 
 def selection_index_histogram(
