@@ -297,19 +297,23 @@ def selection_steps(tokens: int) -> Call:
         steps: Any = native._steps if backend == "cuda" else eager
         scored = (data["covariance"], data["mask"], data["exclude"], data["token_index"])
         seed = torch.tensor(3, device=device)
+        share = torch.tensor([math.nan, math.nan, 0.3], dtype=torch.float64, device=device)
         return (
             radix_select.token_covariance(steps, data["masked_logprob"], data["advantages"], data["mask"], ""),
             radix_select.kl_cov_mask(steps, *scored, count, ""),
             radix_select.clip_cov_mask(steps, *scored, seed, count, band, ""),
+            radix_select.budget_mask(steps, *scored, share, ""),
         )
 
     def expected() -> Results:
         data = batch(tokens)
-        options: Any = {name: data[name] for name in ("covariance", "mask", "exclude", "token_index")} | {"ratio": 0.05}
+        masks: Any = {name: data[name] for name in ("mask", "exclude", "token_index")}
+        options: Any = {"covariance": data["covariance"], **masks, "ratio": 0.05}
         return (
             reference.token_covariance(data["masked_logprob"], data["advantages"], data["mask"]),
             reference.kl_cov_mask(**options),
             reference.clip_cov_mask(**options, seed=3, low=0.2, high=0.9, band="quantile"),
+            reference.budget_tokens(data["covariance"], **masks, share=0.3),
         )
 
     return Call(f"single steps on {tokens} tokens", run, expected, exact=True)
@@ -335,6 +339,7 @@ DOCTOR: dict[str, Callable[[], list[Call]]] = {
 
 _STATISTICS = ("token_stats", "linear_token_stats")
 _SELECTION = ("clip_cov_mask", "kl_cov_mask")
+_BUDGET = ("budget_mask",)
 _ROW_BYTES = (20_000, 40_000, 140_000)  # few rows of them take clusters of 2, 4 and 8 blocks with bulk copies
 _TOKENS = (700, 5000, 12_000, 30_000, 60_000)  # clusters of 1, 2, 4, 8 and 16 blocks
 _GRID = 524_289
@@ -357,7 +362,9 @@ def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
     yield "covariance", ("token_covariance",), lambda: [covariance(n) for n in (*_TOKENS, _GRID)]
     yield "selection-clusters", _SELECTION, lambda: _selections(*_TOKENS)
     yield "selection-grid", _SELECTION, lambda: _selections(_GRID)
-    yield "selection-steps", (*_SELECTION, "token_covariance"), lambda: [selection_steps(5000)]
+    yield "budget-clusters", _BUDGET, lambda: [by_budget(n) for n in _TOKENS]
+    yield "budget-grid", _BUDGET, lambda: [by_budget(_GRID)]
+    yield "selection-steps", (*_SELECTION, *_BUDGET, "token_covariance"), lambda: [selection_steps(5000)]
 
 
 def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
@@ -369,6 +376,7 @@ def _triton() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]
     tokens = (1, 700, 30_000)
     yield "covariance", ("token_covariance",), lambda: [covariance(n) for n in tokens]
     yield "selection", _SELECTION, lambda: _selections(*tokens)
+    yield "budget", _BUDGET, lambda: [by_budget(n) for n in tokens]
 
 
 def _selections(*tokens: int) -> list[Call]:

@@ -96,7 +96,7 @@ def hostile(value: Tensor) -> list[Tensor]:
     kinds = [cut(value, 0), cut(value, 0.5), value.to_sparse()]
     kinds += [value.to_sparse_csr()] if value.dim() == 2 else []
     kinds += [value.to_mkldnn()] if value.dtype == torch.float32 else []
-    kinds += [torch.quantize_per_tensor(value, 0.1, 0, torch.quint8)] if value.is_floating_point() else []
+    kinds += [torch.quantize_per_tensor(value, 0.1, 0, torch.quint8)] if value.dtype == torch.float32 else []
     return kinds
 
 

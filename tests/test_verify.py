@@ -223,6 +223,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful
         "cuda/covariance": ("raised", "CUDA out of memory"),
         "cuda/selection-grid": ("wrong", "3 of 7 differ"),
         "cuda/linear": ("not run", "no time left"),
+        "cuda/budget-grid": ("not run", "no time left"),
         "cuda/fp64": ("died", "signal 6, Aborted after its calls"),
     }
     ran: list[tuple[str, ...]] = []
@@ -238,7 +239,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful
     found, where, outcomes = verify.verify(GPU, at_once=4)
     assert [set(names) for names in ran] == [{*states, "4"}, {"cuda/covariance", "cuda/fp64", "1"}] and len(
         outcomes
-    ) == 5
+    ) == 6
     assert {pair.op for pair in found.pairs} == set(registry.OPS)
     kept = registry.verdict_of(GPU)
     assert kept is not None and where.startswith("kept in ")
@@ -249,7 +250,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     _, where, outcomes = verify.verify(GPU)
-    assert where.startswith("not kept") and len(outcomes) == 5
+    assert where.startswith("not kept") and len(outcomes) == 6
 
 
 def test_pairs() -> None:

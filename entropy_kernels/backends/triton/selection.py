@@ -18,7 +18,7 @@ from torch import Tensor
 from entropy_kernels.backends import radix_select
 from entropy_kernels.backends.radix_select import RADIX_BINS
 
-__all__ = ["clip_cov_mask", "kl_cov_mask", "token_covariance"]
+__all__ = ["budget_mask", "clip_cov_mask", "kl_cov_mask", "token_covariance"]
 
 BLOCK = 1024
 HISTOGRAM_BLOCK = 4096  # fewer, larger blocks: each adds up to 2048 bins to the global histogram
@@ -226,6 +226,27 @@ def key_histogram_kernel(
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
+def weight_histogram_kernel(
+    keys_ptr,  # (N,) int64
+    state_ptr,  # (1, 3) int64
+    scale_ptr,  # () float64
+    histogram_ptr,  # (1, BINS) int64
+    tokens,
+    shift,
+    bits,
+    bin_mask,
+    BLOCK: tl.constexpr,
+):
+    position = block_positions(BLOCK)
+    key = tl.load(keys_ptr + position, mask=position < tokens, other=-1)
+    match = (key >> (shift + bits)) == tl.load(state_ptr)
+    # of scores above 0 these are the bits
+    score = (key & 0x7FFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    weight = _fixed_point(tl.where(match, score, 0.0), tl.load(scale_ptr))
+    tl.atomic_add(histogram_ptr + ((key >> shift) & bin_mask), weight, mask=match & (weight != 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
 def index_histogram_kernel(
     keys_ptr,  # (N,) int64
     index_ptr,  # (N,) int64 or None
@@ -354,6 +375,12 @@ def selection_key_histogram(keys: Tensor, state: Tensor, shift: int, bits: int) 
     return histogram
 
 
+def selection_weight_histogram(keys: Tensor, state: Tensor, scale: Tensor, shift: int, bits: int) -> Tensor:
+    histogram = torch.zeros((1, RADIX_BINS), dtype=torch.int64, device=keys.device)
+    launch(weight_histogram_kernel, keys, state, scale, histogram, numbers=(shift, bits, (1 << bits) - 1))
+    return histogram
+
+
 def selection_index_histogram(
     keys: Tensor,
     token_index: Tensor | None,
@@ -391,3 +418,4 @@ STEPS = cast(radix_select.Steps, sys.modules[__name__])
 token_covariance = functools.partial(radix_select.token_covariance, STEPS)
 clip_cov_mask = functools.partial(radix_select.clip_cov_mask, STEPS)
 kl_cov_mask = functools.partial(radix_select.kl_cov_mask, STEPS)
+budget_mask = functools.partial(radix_select.budget_mask, STEPS)
