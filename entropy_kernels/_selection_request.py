@@ -183,7 +183,7 @@ def budget_numbers(device: torch.device, **given: Any) -> Tensor:
 
 
 def _in_memory(given: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """float64, on the CPU, where operators read them too, unless one of them is on the device or a compiler is at work."""
+    """float64; on the CPU, where operators read them too, unless one is on the device or a compiler is at work."""
     here = torch.compiler.is_compiling() or any(isinstance(x, Tensor) and not x.is_cpu for x in given)
     return torch.stack([_in_float64(x, device if here else _CPU) for x in given])
 
