@@ -125,7 +125,7 @@ class Request(NamedTuple):
         low, high = (band.low, band.high) if numbers is None else numbers[2:].float().unbind()
         inside = (score >= low) & (score <= high) if band.closed else (score > low) & (score < high)
         inside = inside if mask is None else inside & mask
-        return inside if exclude is None else inside & ~exclude
+        return inside if exclude is None else inside > exclude
 
 
 def request(

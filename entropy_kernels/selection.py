@@ -109,7 +109,8 @@ def random_tokens(
         score: any floating-point dtype and strides, compared in fp32; as from :func:`token_covariance`.
         mask: bool, int or float 0/1, ``score``'s shape or size 1 per dimension; None: all tokens count. Another value,
             in ``exclude`` too, is an error on the CPU and with ENTROPY_KERNELS_DEBUG=1; else nothing is selected.
-        seed: an int of at most 64 bits, or a 0-d int64 tensor, which a CUDA graph reads anew at each replay.
+        seed: an int of at most 64 bits, or a 0-d int64 tensor on the score's device, which a CUDA graph reads anew at
+            each replay, or on the CPU.
         ratio: share of N to select, in (0, 1]; a fraction: 2e-4 is 0.02 %.
         k: number of tokens to select instead of a ratio, >= 0.
         low, high: bounds of the range, low < high, rounded to fp32.

@@ -62,7 +62,8 @@ def logprob_entropy(
             not at all, is taken as this rank's shard, with the group of its mesh; its gradient is such a DTensor, too.
         target: (...) int32 or int64 token ids; global ids under ``vocab_group``. Beside logits that are a DTensor it
             may be a replicated one; so may ``temperature``. Results are plain tensors.
-        temperature: a number > 0, or a tensor broadcastable to ``target``'s shape; it carries no gradient.
+        temperature: a number > 0, or a tensor broadcastable to ``target``'s shape; it carries no gradient. A CUDA graph
+            reads one on its device anew at each replay, and keeps a number or a 0-d tensor on the CPU.
         softcap: if given, logits become ``softcap * tanh(logits / softcap)`` before the temperature; a number within
             [1.2e-38, 1e31], beyond which fp32 does not hold it or its inverse (fp64 logits: as far as fp64 does).
         ignore_index: tokens with this label give 0, have gradient 0, and their rows are not read.
@@ -80,7 +81,8 @@ def logprob_entropy(
         backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
 
     Returns:
-        ``LogprobEntropy(logprob, entropy)``, each of ``target``'s shape, fp32 (fp64 for fp64 logits), in nats.
+        ``LogprobEntropy(logprob, entropy)``, each of ``target``'s shape, fp32 (fp64 for fp64 logits), in nats. They may
+        be written to; they share one storage, which each keeps as a whole, as torch.save does: a .clone() has its own.
         A row with NaN or +inf, or with nothing but -inf, gives NaN; a target at -inf gives logprob -inf.
         Under a softcap infinite logits are finite, ±softcap: mask a vocabulary with ``vocab_size``, not with -inf.
 

@@ -334,8 +334,8 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         nonfinite = (
             nonfinite + (logprob.numel() if tokens.mask is None else tokens.mask.count_nonzero()) - counts.tokens
         )
-    mask = found.mask if dtype == torch.float32 or valid is None else mask_bits(valid, torch.float32)
-    maxima = {"ratio_max": ratio.amax() if ratio.numel() else ratio.sum(), "cov_max": masked_max(covariance, mask)}
+    maxima = {"ratio_max": ratio.amax() if ratio.numel() else ratio.sum()}
+    maxima["cov_max"] = masked_max(covariance, found.mask)
 
     loss = policy = pg_loss = aggregation.weighted_sum(by_token.loss, own, sequences)
     if by_token.policy is not by_token.loss:

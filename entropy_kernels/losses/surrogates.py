@@ -100,7 +100,12 @@ def mask_bits(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
     On a CPU torch chooses by ``&`` ten times as fast as by ``where``. A compiler does not, so it is given the mask.
     """
-    return mask if torch.compiler.is_compiling() else mask.to(_BITS[dtype]).neg_()
+    return mask if torch.compiler.is_compiling() else mask * _minus_one(dtype)
+
+
+def _minus_one(dtype: torch.dtype) -> Tensor:
+    """On the CPU, as a number: what it is added to or multiplied with needs no cast before."""
+    return torch.full((), -1, dtype=_BITS[dtype], device="cpu")
 
 
 def keep(mask: Tensor | None, *values: Tensor) -> list[Tensor]:
@@ -117,7 +122,7 @@ def unless(condition: Tensor, *values: Tensor) -> list[Tensor]:
     """Each of ``values`` where the bool ``condition`` does not hold, else 0."""
     if torch.compiler.is_compiling():
         return [torch.where(condition, 0, x) for x in values]
-    kept, mask = [], condition.to(_BITS[values[0].dtype]).sub_(1)
+    kept, mask = [], condition + _minus_one(values[0].dtype)
     for x in values:
         kept.append((x.view(mask.dtype) & mask).view(x.dtype))
     return kept
@@ -142,7 +147,7 @@ def masked_max(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return torch.where(mask, x, -math.inf).amax()
     # ~mask is 0 for a token that counts, -1 for another, which is lowered beyond all
-    return torch.add(x, (~mask).to(x.dtype), alpha=torch.finfo(x.dtype).max).amax()
+    return torch.add(x, ~mask, alpha=torch.finfo(x.dtype).max).amax()
 
 
 # ---- the closed forms ------------------------------------------------------------------------------------------------
