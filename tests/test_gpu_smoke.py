@@ -257,6 +257,16 @@ def rehearse(tmp_path: Path, faults: dict[str, str], *arguments: str) -> tuple[i
 
 @pytest.mark.slow
 @needs_fake_gpu
+def test_all_files_with_gpu_tests_are_found() -> None:
+    """By their text, as a GPU would collect them: a file that is passed over would count as verified."""
+    done = run_on_fake_gpu("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert {"tests/test_hardware.py", "tests/test_losses_cases.py"} <= collected, done.stdout[-2000:]
+    assert {name for name in collected if not gpu_smoke.has_gpu_tests(ROOT / name)} == set()
+
+
+@pytest.mark.slow
+@needs_fake_gpu
 def test_rehearsal_of_smoke(tmp_path: Path) -> None:
     """A planted wrong result is named, and the course goes on to its end."""
     timings = ("--timings", "--scale 4096 --only selection")

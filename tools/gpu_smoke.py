@@ -350,7 +350,12 @@ def tests(course: Course, groups: str, limit: float) -> Path:
 
 def has_gpu_tests(path: Path) -> bool:
     """Files without any are not collected, which takes each process seconds."""
-    return re.search(r"mark\.gpu|on_gpu|\bplace\b|_place\b|places\(", path.read_text(encoding="utf-8")) is not None
+    return (
+        re.search(
+            r"mark\.gpu|on_gpu|BackendDevice|backend_devices|\b(loss|selection)_on\b", path.read_text(encoding="utf-8")
+        )
+        is not None
+    )
 
 
 def events(log: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 torch offers half-precision products with an fp32 result on GPUs only, and on a CPU without the instructions a half
 product is tens of times slower than one in fp32. There the operands are converted first: exact, and as fast as can be.
+On a GPU cuBLAS may round partial sums to the operands' dtype, as torch lets it by default
+(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction): that is the caller's to say, as of any product.
 """
 
 from __future__ import annotations
