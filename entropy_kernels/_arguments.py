@@ -85,6 +85,16 @@ def integer(name: str, value: Any) -> Any:
     return value
 
 
+class Options(dict[str, Any]):
+    """What a surrogate or a method is told: ``options["clip_low"]`` or ``options.clip_low``."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"{name}: expected one of {', '.join(self)}") from None
+
+
 def keywords(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only parameters of a function, with their defaults."""
     parameters = inspect.signature(function).parameters

@@ -303,10 +303,10 @@ def per_token(name: str, value: Any, logprob: Tensor) -> Tensor:
     # One per sequence, never one per position: of a square batch (B,) could be read both ways
     if value.dim() > 0 and value.shape != logprob.shape and value.shape == logprob.shape[:-1]:
         value = value.unsqueeze(-1)
-    return _expand(name, value, "logprob", logprob, f", one per sequence {tuple(logprob.shape[:-1])}")
+    return broadcast(name, value, "logprob", logprob, f", one per sequence {tuple(logprob.shape[:-1])}")
 
 
-def _expand(name: str, value: Tensor, like_name: str, like: Tensor, also: str = "") -> Tensor:
+def broadcast(name: str, value: Tensor, like_name: str, like: Tensor, also: str = "") -> Tensor:
     """``value`` in ``like``'s shape: equal, or of size 1 in some dimensions, or 0-d."""
     check_device(name, value, like_name, like)
     if value.shape == like.shape:
@@ -329,7 +329,7 @@ def boolean_of(name: str, value: Any, like_name: str, like: Tensor) -> tuple[Ten
         return None, None
     check_tensor(name, value, " or None")
     mask, wrong = boolean(name, value)
-    return _expand(name, mask, like_name, like), None if wrong is None else _expand(name, wrong, like_name, like)
+    return broadcast(name, mask, like_name, like), None if wrong is None else broadcast(name, wrong, like_name, like)
 
 
 def check_token_index(value: Any, like_name: str, like: Tensor) -> Tensor | None:

@@ -9,30 +9,22 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from entropy_kernels import _torch
 from entropy_kernels._arguments import check_float, group_name, poisoned
-from entropy_kernels._selection_request import (
-    SeedCounter,
-    boolean_of,
-    budget_numbers,
-    check_token_index,
-    per_token,
-    request,
-    tokens_of,
-)
+from entropy_kernels._selection_request import SeedCounter, boolean_of, budget_numbers, per_token, request, tokens_of
 from entropy_kernels.ops import selection as op
+from entropy_kernels.ops.token_moments import token_moments as moments_op
 
 __all__ = [
     "SeedCounter",
-    "SelectionBatch",
+    "TokenMoments",
     "budget_tokens",
     "clip_cov_mask",
     "kl_cov_mask",
     "random_tokens",
     "token_covariance",
+    "token_moments",
     "top_tokens",
 ]
 
@@ -73,6 +65,49 @@ def token_covariance(
     advantages = per_token("advantages", advantages, logprob)
     mask, wrong = boolean_of("mask", mask, "logprob", logprob)
     return covariance_of(poisoned(logprob.detach(), wrong), advantages.detach(), mask, group_name(batch_group), backend)
+
+
+class TokenMoments(NamedTuple):
+    """Of the tokens that count, over the whole batch: 0-d, float64, without gradient; without any token all are 0."""
+
+    tokens: Tensor  # how many count
+    total: Tensor
+    mean: Tensor
+    std: Tensor  # of the population, sqrt(Σ(x - mean)²/N); 0 where it was not asked for
+    largest: Tensor
+
+
+def token_moments(
+    values: Tensor, mask: Tensor | None = None, *, std: bool = False, batch_group: Any = None
+) -> TokenMoments:
+    """Sum, mean, standard deviation and maximum of a value per token, over the ranks that share the batch.
+
+    Sums are made of integers: each term is rounded to a multiple of 2^-51 of the largest (coarser only where 63 bits
+    could not hold the sum). The result is the same, bit for bit, for every split of the batch over ranks or
+    micro-batches, and on every device; nothing is read back by the host.
+
+    Args:
+        values: floating point, any shape.
+        mask: bool, int or float 0/1, ``values``'s shape or size 1 per dimension; True = counts. None: all do.
+        std: whether the standard deviation is asked for, which costs a second pass and a second reduction.
+        batch_group: torch.distributed process group over the ranks that share the batch.
+
+    Returns:
+        :class:`TokenMoments`. A non-finite value in a token that counts makes sum, mean and deviation NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
+    """
+    check_float("values", values)
+    mask, wrong = boolean_of("mask", mask, "values", values)
+    flat = poisoned(values.detach(), wrong).double().reshape(1, -1)
+    found = moments_op(flat, None if mask is None else mask.reshape(-1), std, group_name(batch_group))
+    return TokenMoments(*found[0].unbind())
+
+
+def totals_of(values: Tensor, mask: Tensor | None, group: str) -> tuple[Tensor, ...]:
+    """Of ``values`` (K, N) float64 the K sums of :func:`token_moments`, in one reduction; ``group``: its name."""
+    return moments_op(values, mask, False, group)[:, 1].unbind()
 
 
 def random_tokens(
@@ -290,130 +325,3 @@ def _selected(
     """The tokens that a function above selects by its argument ``name``; ``default``: its ratio without one."""
     tokens = tokens_of(name, score, mask, exclude, token_index)
     return request(score.device, default=default, group=group, **given)(*tokens)
-
-
-class _Added(NamedTuple):
-    """A micro-batch, its tensors of one shape."""
-
-    logprob: Tensor
-    advantages: Tensor
-    mask: Tensor | None
-    exclude: Tensor | None
-    token_index: Tensor | None
-
-
-class SelectionBatch:
-    """Selection over a whole batch that is processed in micro-batches: collect, select, then compute the losses.
-
-    ``add`` every micro-batch (the order counts only through the default token index), then ask for the masks. Their
-    union is the same, bit for bit, for every way to split the batch, on every number of ranks; also for every padding
-    if ``token_index`` is given.
-
-        batch = SelectionBatch()
-        for micro in micro_batches:                      # no gradient, or old log-probs: no extra forward
-            batch.add(micro.logprob, micro.advantages, micro.mask)
-        for micro, dropped in zip(micro_batches, batch.clip_cov(seed=step)):
-            clip_cov_loss(..., dropped=dropped).loss.backward()
-
-    Args:
-        batch_group: torch.distributed process group over the ranks that share the batch. Every rank calls the same
-            methods; the numbers of micro-batches may differ.
-        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
-    """
-
-    def __init__(self, batch_group: Any = None, *, backend: str = "auto") -> None:
-        group_name(batch_group)
-        self._group = batch_group
-        self._backend = backend
-        self._added: list[_Added] = []
-        self._covariance: Tensor | None = None
-
-    def __len__(self) -> int:
-        """Number of micro-batches added."""
-        return len(self._added)
-
-    def add(
-        self,
-        logprob: Tensor,
-        advantages: Tensor,
-        mask: Tensor | None,
-        token_index: Tensor | None = None,
-        *,
-        exclude: Tensor | None = None,
-    ) -> None:
-        """Add a micro-batch: arguments as in :func:`token_covariance` and :func:`clip_cov_mask`.
-
-        Tensors are kept by reference, detached: leave them unchanged until the masks are there. ``token_index`` is
-        given for all micro-batches or for none; the default continues where the last micro-batch ended.
-        """
-        check_float("logprob", logprob)
-        if self._added and logprob.device != (device := self._added[0].logprob.device):
-            raise ValueError(
-                f"logprob: expected on the device of the earlier micro-batches, {device}, got {logprob.device}"
-            )
-        advantages = per_token("advantages", advantages, logprob)
-        mask, wrong = boolean_of("mask", mask, "logprob", logprob)
-        exclude, strange = boolean_of("exclude", exclude, "logprob", logprob)
-        token_index = check_token_index(token_index, "logprob", logprob)
-        if self._added and (token_index is None) != (self._added[0].token_index is None):
-            got = "one" if token_index is not None else "none"
-            raise ValueError(
-                f"token_index: expected for all micro-batches or for none, got {got} for number {len(self)}, "
-                "other than for those before"
-            )
-        logprob = poisoned(logprob.detach(), wrong, strange)
-        self._added.append(_Added(logprob, advantages.detach(), mask, exclude, token_index))
-        self._covariance = None
-
-    def covariance(self) -> list[Tensor]:
-        """:func:`token_covariance` over the whole batch: one fp32 tensor per micro-batch, of its shape."""
-        return self._split(self._whole_covariance())
-
-    def clip_cov(self, *, seed: int | Tensor, **options: Any) -> list[Tensor]:
-        """One mask per micro-batch added; ``options`` as in :func:`clip_cov_mask` (ratio, k, low, high, band, ...)."""
-        return self._select(clip_cov_mask, {"seed": seed, **options})
-
-    def kl_cov(self, **options: Any) -> list[Tensor]:
-        """One mask per micro-batch added; ``options`` as in :func:`kl_cov_mask` (ratio, k, at_least_one)."""
-        return self._select(kl_cov_mask, options)
-
-    def _select(self, function: Any, options: dict[str, Any]) -> list[Tensor]:
-        for name in ("mask", "exclude", "token_index", "batch_group"):
-            if name in options:
-                raise TypeError(f"{name}: expected in add() or SelectionBatch(), got it as an option of the selection")
-        options = {"backend": self._backend, "batch_group": self._group, **options}
-        for name, default in (("mask", True), ("exclude", False), ("token_index", None)):
-            options[name] = self._whole(name, default)
-        return self._split(function(self._whole_covariance(), **options))
-
-    def _whole_covariance(self) -> Tensor:
-        """(N,) over all micro-batches of this rank."""
-        if self._covariance is None:
-            # a rank without micro-batches still takes part in the reductions
-            nothing: Any = None if self._added else torch.zeros(0, device=_group_device(self._group))
-            logprob, advantages = (self._whole(name) if self._added else nothing for name in ("logprob", "advantages"))
-            mask, options = self._whole("mask", True), {"batch_group": self._group, "backend": self._backend}
-            self._covariance = token_covariance(logprob, advantages, mask, **options)
-        return self._covariance
-
-    def _whole(self, name: str, default: Any = None) -> Any:
-        """One of the tensors over all micro-batches, (N,); None where none has it. ``default``: instead of None."""
-        parts = [getattr(added, name) for added in self._added]
-        if all(part is None for part in parts):
-            return None
-        filled = [
-            torch.full_like(added.logprob, default, dtype=torch.bool) if part is None else part
-            for part, added in zip(parts, self._added, strict=True)
-        ]
-        return torch.cat([part.reshape(-1) for part in filled])
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        shapes = [added.logprob.shape for added in self._added]
-        parts = flat.split([shape.numel() for shape in shapes]) if shapes else ()
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _group_device(group: Any) -> torch.device:
-    if group is None:
-        return torch.device("cpu")
-    return _torch.default_device(group)

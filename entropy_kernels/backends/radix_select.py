@@ -341,9 +341,9 @@ def token_covariance(steps: Steps, logprob: Tensor, advantages: Tensor, mask: Te
     ranks = Group(group)
     by_rank = ranks.gather(steps.covariance_extremes(logprob, advantages, mask))
     largest, count = by_rank[:, :2].amax(0), by_rank[:, 2].sum()
-    exponent = _fixed_point_exponent(largest, count)
-    sums = ranks.sum(steps.covariance_sums(logprob, advantages, mask, _power_of_two(exponent)))
-    means = sums.double() * _power_of_two(-exponent) / count
+    exponent = fixed_point_exponent(largest, count)
+    sums = ranks.sum(steps.covariance_sums(logprob, advantages, mask, power_of_two(exponent)))
+    means = sums.double() * power_of_two(-exponent) / count
     means = torch.where(largest.isinf(), math.nan, means)
     return steps.covariance_apply(logprob, advantages, mask, means)
 
@@ -352,12 +352,12 @@ def _exponent_above(value: Tensor) -> Tensor:
     return ((value.view(torch.int64) >> 52) & 0x7FF) - 1022
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     # from the bits: exp2 and pow need not be exact on every device
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
-def _fixed_point_exponent(largest: Tensor, count: Tensor) -> Tensor:
+def fixed_point_exponent(largest: Tensor, count: Tensor) -> Tensor:
     room = (_SUM_BITS - _exponent_above(count)).clamp(max=_TERM_BITS)
     return (room - _exponent_above(largest)).clamp(max=_LARGEST_EXPONENT)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from entropy_kernels import _agreement as agreement
 from entropy_kernels._arguments import all_gather, traced
+from entropy_kernels._sequences import Sequences
 
 # L_b: sum of the losses of sequence b over its valid tokens, m_b: their number. The docs print this table.
 AGG_MODES: dict[str, str] = {
@@ -26,32 +27,6 @@ AGG_MODES: dict[str, str] = {
 }
 # The keyword that gives the count of tokens, or of sequences, of the whole batch
 COUNTS = ("batch_num_tokens", "global_batch_size")
-
-
-class Sequences(NamedTuple):
-    """Which tokens are a sequence: those along the last dimension, or runs of (N,) tokens of the ``lengths`` given."""
-
-    lengths: Tensor | None = None  # (S,) int64
-    ids: Tensor | None = None  # (N,) int64: of each token its sequence
-    width: int | None = None  # of the rows that were flattened
-
-    @classmethod
-    def packed(cls, lengths: Tensor, tokens: int, width: int | None = None) -> Sequences:
-        """Of ``tokens`` tokens in all; ``lengths`` >= 0, of that sum."""
-        positions = torch.arange(tokens, device=lengths.device)
-        return cls(lengths, torch.searchsorted(lengths.cumsum(0), positions, right=True), width)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Per sequence: (..., L) -> (...), or (N,) -> (S,) in fp64, because it adds one after the other."""
-        if self.lengths is None:
-            return values.sum(-1)
-        return torch.segment_reduce(values.double(), "sum", lengths=self.lengths, axis=0, unsafe=True, initial=0)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """To the tokens: (...) -> (..., 1), or (S,) -> (N,); a 0-d value is everybody's."""
-        if values.dim() == 0:
-            return values
-        return values.unsqueeze(-1) if self.ids is None else values.index_select(0, self.ids)
 
 
 class Counts(NamedTuple):

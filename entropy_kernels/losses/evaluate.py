@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import recorded
-from entropy_kernels.losses.aggregation import Counts, Sequences, over_group
+from entropy_kernels._sequences import Sequences
+from entropy_kernels.losses.aggregation import Counts, over_group
 from entropy_kernels.losses.kl import kl_and_grad
 from entropy_kernels.losses.options import LossOptions, used
 from entropy_kernels.losses.surrogates import keep, mask_bits, masked_max, product, unless
-from entropy_kernels.losses.tokens import Tokens
+from entropy_kernels.losses.tokens import Tokens, Treated
 from entropy_kernels.selection import covariance_of
 
 
@@ -144,20 +145,22 @@ def token_losses(
     found: SurrogateLosses,
     tokens: Tokens,
     options: LossOptions,
-    chosen: Tensor | None,
+    treated: Treated,
 ) -> TokenLosses:
-    """The loss of each token, where ``chosen`` (bool, True at valid tokens only; None: none) are under the effect."""
+    """The loss of each token."""
     value, grad, mask = found.value, found.grad, found.mask
     dtype = value.dtype
-    if chosen is not None and options.effect in ("dropped", "detached"):
-        dropped, grad = unless(chosen, value, grad)
-        value = dropped if options.effect == "dropped" else value
+    if treated.dropped is not None:
+        value, grad = unless(treated.dropped, value, grad)
+    if treated.detached is not None:
+        (grad,) = unless(treated.detached, grad)
     # What acts on the ratio that the surrogate was given; the penalty and the KL act on the token's own
     pools = options.surrogate.level == "sequence" and not options.surrogate.local
     own, pooled = (torch.zeros_like(grad), grad) if pools else (grad, None)
-    if chosen is not None and options.effect == "penalized":
+    if treated.penalized is not None:
         penalty, kl_grad = kl_and_grad(found.log_ratio, options.penalty)
-        factor = chosen.to(dtype) if type(options.kl_coef) is float else chosen.to(dtype) * options.kl_coef
+        factor = treated.penalized.to(dtype)
+        factor = factor if type(options.kl_coef) is float else factor * options.kl_coef
         scale = options.kl_coef if type(options.kl_coef) is float else 1
         value, own = value.addcmul(penalty, factor, value=scale), own.addcmul(kl_grad, factor, value=scale)
     if tokens.weight is not None:
@@ -241,8 +244,8 @@ METRICS: dict[str, LossMetric] = {
         "clip_cov_loss that selects",
     ),
     "selected_frac": LossMetric(
-        "share of tokens that are dropped (Clip-Cov) or penalised (KL-Cov)",
-        "clip_cov_loss, kl_cov_loss",
+        "share of tokens that are dropped, detached or penalised",
+        "clip_cov_loss, kl_cov_loss, a control with such tokens",
     ),
     "entropy": LossMetric("mean of the entropy given, nats", "entropy given"),
     "ref_kl": LossMetric("mean of the KL estimate to the reference, nats", "ref_logprob given"),
@@ -256,7 +259,7 @@ METRICS: dict[str, LossMetric] = {
 def metric_names(options: LossOptions, entropy: bool, ref_logprob: bool) -> list[str]:
     """The metrics of a loss, in their order."""
     there = {
-        "selected_frac": options.effect != "none",
+        "selected_frac": options.treats,
         "band_frac": options.selection is not None and options.selection.seed is not None,
         "entropy": entropy, "ref_kl": ref_logprob,
     }  # fmt: skip
@@ -289,7 +292,8 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
     """The loss of a batch; ``logprob`` (fp32 or fp64) and ``entropy`` of the tokens' shape, without gradient."""
     aggregation, sequences, dtype = options.aggregation, tokens.sequences, logprob.dtype
     found = surrogate_losses(logprob, tokens, options)
-    valid, chosen, candidates, compiling = found.valid, tokens.chosen, None, torch.compiler.is_compiling()
+    valid, candidates, compiling = found.valid, None, torch.compiler.is_compiling()
+    treated = tokens._replace(mask=valid).treated
     scored = tokens.advantages if tokens.covariance_advantages is None else tokens.covariance_advantages
     covariance = covariance_of(logprob, scored, valid, aggregation.group_name, options.backend)
     if options.selection is not None:
@@ -300,18 +304,18 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
             else:
                 exclude = found.clipped
         chosen = options.selection(score, valid, exclude, tokens.token_index)
+        others = getattr(treated, options.effect)
+        treated = treated._replace(**{options.effect: chosen if others is None else chosen | others})
         if options.selection.seed is not None:
             candidates = options.selection.candidates(score, valid, exclude)
-    elif chosen is not None and valid is not None:
-        chosen = chosen & valid
-    by_token = token_losses(logprob, entropy, found, tokens, options, chosen)
+    by_token = token_losses(logprob, entropy, found, tokens, options, treated)
 
     everything = torch.ones_like(logprob, dtype=torch.bool) if valid is None else valid
     counts, own = aggregation.counted(everything, sequences)
     (ratio,) = keep(found.mask, found.log_ratio.exp())
     shares = {
         "clipfrac": found.clipped, "clipfrac_lower": found.clipped_lower, "band_frac": candidates,
-        "selected_frac": None if options.effect == "none" else chosen,
+        "selected_frac": treated.any() if options.treats else None,
     }  # fmt: skip
     means = {
         "ppo_kl": found.log_ratio, "ppo_kl_abs": found.log_ratio.abs(), "ratio_mean": ratio,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from entropy_kernels import _torch
 from entropy_kernels._arguments import keywords, recorded, refuse_mapped, refuse_transforms
 from entropy_kernels._selection_request import SeedCounter
+from entropy_kernels.control import Control
 from entropy_kernels.losses import options, surrogates, tokens
 from entropy_kernels.losses.evaluate import Loss, metric_names
 from entropy_kernels.losses.options import Clip
@@ -54,6 +55,7 @@ def policy_loss(
     covariance_advantages: Tensor | None = None,
     ref_kl_importance: bool = False,
     nonfinite: str = "propagate",
+    control: Control | None = None,
     **surrogate_options: Any,
 ) -> PolicyLoss:
     """A policy loss with entropy bonus and reference KL: of PPO, GRPO, RLOO, DAPO, GSPO, CISPO and more.
@@ -114,6 +116,9 @@ def policy_loss(
             a product over the sequence), differentiated, as TRL does by default (``use_bias_correction_kl``).
         nonfinite: "propagate": a valid token whose log-prob, old log-prob or advantage (of either kind) is not finite
             makes the loss NaN; "drop": it counts as masked. The metric ``nonfinite_tokens`` counts it either way.
+        control: what :func:`entropy_kernels.control` lets the tokens do: its masks, its factor of ``token_weight``, its
+            advantages (covariances keep ``advantages``), its coefficient of the entropy bonus. Not beside a selection
+            made in the call.
         surrogate_options: options of the surrogate, such as ``tau_pos`` of "sapo" or ``delta`` of "ppo".
 
     Returns:
@@ -165,6 +170,7 @@ def clip_cov_loss(
     covariance_advantages: Tensor | None = None,
     ref_kl_importance: bool = False,
     nonfinite: str = "propagate",
+    control: Control | None = None,
     backend: str = "auto",
     preset: str = "verl",
     seed: Any = None,
@@ -242,6 +248,7 @@ def kl_cov_loss(
     covariance_advantages: Tensor | None = None,
     ref_kl_importance: bool = False,
     nonfinite: str = "propagate",
+    control: Control | None = None,
     backend: str = "auto",
     preset: str = "verl",
     ratio: float | Tensor | None = None,
@@ -291,6 +298,8 @@ def _loss(method: str, given: dict[str, Any]) -> PolicyLoss:
     """``given``: every argument by its name, written out above because torch 2.11 cannot compile ``locals()``."""
     if not torch.compiler.is_compiling() and _torch.in_transform():
         refuse_mapped(given)
+    if given["control"] is not None:
+        given = options.controlled(method, given)
     chosen = options.make(method, given, getattr(given["logprob"], "device", None))
     found = tokens.checked(given, chosen)
     return apply(*found, chosen if chosen.seeds is None else options.seeded(chosen))

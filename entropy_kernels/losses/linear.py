@@ -10,12 +10,13 @@ from torch import Tensor
 
 from entropy_kernels._arguments import check_float, check_place, check_tensor, integer, keywords, refuse_mapped, traced
 from entropy_kernels._rows import ENTROPY, LOGPROB, RowArguments
+from entropy_kernels._sequences import Sequences
 from entropy_kernels.linear import Final, LinearArguments, changes_of, linear_loss, stats_of
 from entropy_kernels.losses import functional, tokens
-from entropy_kernels.losses.aggregation import COUNTS, Sequences
+from entropy_kernels.losses.aggregation import COUNTS
 from entropy_kernels.losses.evaluate import evaluate, metric_names, surrogate_losses, token_losses
 from entropy_kernels.losses.functional import PolicyLoss
-from entropy_kernels.losses.options import CLIP_COV, KL_COV, LossOptions, make, seeded, used
+from entropy_kernels.losses.options import CLIP_COV, KL_COV, LossOptions, controlled, make, seeded, used
 from entropy_kernels.losses.surrogates import keep
 from entropy_kernels.losses.tokens import Tokens
 
@@ -106,6 +107,7 @@ def linear_policy_loss(
     # that are not there yet, the old ones are checked
     given |= {"old_logprob": old_logprob, "advantages": advantages, "mask": mask, "backend": backend}
     given |= {"logprob": old_logprob, "entropy": old_logprob}
+    given = controlled(method, given)
     chosen = make(method, given, old_logprob.device)
     for name in ("entropy_coef", "ref_kl_coef"):
         if isinstance(given[name], Tensor) and given[name].requires_grad and torch.is_grad_enabled():
@@ -207,7 +209,7 @@ def _alike(chosen: LossOptions, batch: Tokens, why: str) -> tuple[dict[str, Any]
     """
     in_common = chosen.in_common(True, batch.ref_logprob is not None)
     in_common = {**in_common, **chosen.aggregation.denominators(), **chosen.selecting(), "requires_grad": why}
-    names = {"weight": "token_weight", "chosen": chosen.given or "chosen"}
+    names = {"weight": "token_weight"}
     tensors: dict[str, Tensor | None] = {"seed": chosen.next_seed(), "cu_seqlens": batch.sequences.lengths}
     for name, value in zip(Tokens._fields[:-1], batch[:-1], strict=True):
         if value is not None and batch.mask is not None:
@@ -248,8 +250,8 @@ class _Coefficients:
         weights = self._weights.reshape(-1)[rows].view(shape)
         logprob, entropy = logprob.view(shape), entropy.view(shape)
         found = surrogate_losses(logprob, part, self._options)
-        chosen = part.chosen if part.chosen is None or found.valid is None else part.chosen & found.valid
-        by_token = token_losses(logprob, entropy, found, part, self._options, chosen)
+        treated = part._replace(mask=found.valid).treated
+        by_token = token_losses(logprob, entropy, found, part, self._options, treated)
         c, e = self._derivatives(by_token, weights)
         return c, e, ~(c.abs() <= (self._huge * weights).reshape(-1))
 

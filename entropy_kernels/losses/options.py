@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -26,10 +26,12 @@ from entropy_kernels._arguments import (
     scalar_tensor,
 )
 from entropy_kernels._selection_request import IN_COMMON, Request, SeedCounter, request
+from entropy_kernels.control import Control
 from entropy_kernels.losses import surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, COUNTS, Aggregation
 from entropy_kernels.losses.kl import check_estimator
 from entropy_kernels.losses.surrogates import Surrogate, SurrogateOptions
+from entropy_kernels.methods import METHODS
 
 Number = float | Tensor  # a tensor is 0-d and never read back
 Effect = Literal["none", "dropped", "detached", "penalized"]  # on a token that is selected
@@ -65,21 +67,18 @@ class KlCovPreset:
     penalty: str  # estimator of kl_estimate
 
 
-_VERL = ClipCovPreset(
-    clip_low=0.2, clip_high=0.2, ratio=2e-4, low=1.0, high=5.0, band="absolute", closed=False, at_least_one=True,
-    exclude_clipped=True, dropped_value="zero",
-)  # fmt: skip
-CLIP_COV: dict[str, ClipCovPreset] = {
-    "verl": _VERL,
-    "paper": replace(
-        _VERL, clip_low=None, clip_high=None, closed=True, at_least_one=False, exclude_clipped=False,
-        dropped_value="keep",
-    ),
-}  # fmt: skip
+def _preset(kind: Any, given: dict[str, Any], **more: Any) -> Any:
+    names = [field.name for field in fields(kind)]
+    return kind(**{name: value for name, value in {**given, **more}.items() if name in names})
 
+
+# The numbers are those of the table of methods
+CLIP_COV: dict[str, ClipCovPreset] = {
+    name: _preset(ClipCovPreset, given, dropped_value="keep" if given["effect"] == "detached" else "zero")
+    for name, given in METHODS["clip_cov"].presets.items()
+}
 KL_COV: dict[str, KlCovPreset] = {
-    "verl": KlCovPreset(clip_low=None, clip_high=None, ratio=2e-4, at_least_one=True, penalty="abs"),
-    "paper": KlCovPreset(clip_low=None, clip_high=None, ratio=2e-3, at_least_one=False, penalty="abs"),
+    name: _preset(KlCovPreset, given, penalty="abs") for name, given in METHODS["kl_cov"].presets.items()
 }
 
 # name -> (bound, whether the number may equal it, whether None is allowed, whether a gradient may go to a tensor)
@@ -114,6 +113,7 @@ class LossOptions:
     drop_nonfinite: bool
     effect: Effect
     given: str  # the argument that names the tokens under the effect; "" without effect
+    treats: bool  # whether there are tokens under an effect
     selection: Request | None  # finds them, where they are not given
     exclude_clipped: bool  # from the selection
     seeds: SeedCounter | None  # gives the selection its seed, when the call is known to be right
@@ -128,7 +128,7 @@ class LossOptions:
         kind = getattr(fn[0], "__qualname__", type(fn[0]).__name__), fn[1], s.level, s.local, s.reduce
         return {
             **self.aggregation.in_common(),
-            "method": self.given, "preset": (self.effect, self.exclude_clipped),
+            "method": self.given, "preset": (self.effect, self.exclude_clipped), "control": str(self.treats),
             "surrogate": (*kind, list(s.defaults)), "nonfinite": str(self.drop_nonfinite),
             "entropy": entropy, "ref_logprob": ref_logprob,
             "kl_estimator": self.kl_estimator, "penalty_estimator": self.penalty,
@@ -224,6 +224,7 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
         drop_nonfinite=given["nonfinite"] == "drop",
         effect=effect,
         given=_GIVEN.get(method, ""),
+        treats=method != "ppo" or any(given.get(name) is not None for name in ("dropped", "detached", "penalized")),
         selection=selection,
         exclude_clipped=method == "clip_cov" and preset.exclude_clipped,
         seeds=given["seed"] if selection is not None and isinstance(given.get("seed"), SeedCounter) else None,
@@ -242,6 +243,42 @@ def _unknown(name: str, surrogate: Surrogate, given: dict[str, Any]) -> str:
     hint = hint or (f"; did you mean {near[0]}?" if near else "; docs/migration.md has other trainers' names")
     own = f" and of its surrogate: {', '.join(surrogate.defaults)}" if surrogate.defaults else ""
     return f"{name}: expected one of the loss's keywords{own}; got {name}{hint}"
+
+
+def controlled(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a loss with those of its ``control``.
+
+    Raises:
+        TypeError, ValueError: what is no control, or one beside what it takes the place of.
+    """
+    control, found = given["control"], dict(given)
+    if control is None:
+        return found
+    if not isinstance(control, Control):
+        hint = "; a SelectionBatch gives one per micro-batch" if isinstance(control, list) else ""
+        raise TypeError(f"control: expected an ek.Control, got {type(control).__name__}{hint}")
+    if method != "ppo" and given[_GIVEN[method]] is None:
+        raise ValueError(
+            f"control: expected no selection made in the call beside it, got {method}_loss without {_GIVEN[method]}; "
+            f"policy_loss(control=ek.control({method!r}, ...)) treats the tokens of a control"
+        )
+    for name in ("dropped", "detached", "penalized"):
+        own, beside = getattr(control, name), given.get(name)
+        found[name] = own if beside is None else beside if own is None else (beside != 0) | own
+    if control.penalty_coef is not None:
+        found["kl_coef"] = control.penalty_coef
+    if control.token_weight is not None:
+        weight = given["token_weight"]
+        found["token_weight"] = control.token_weight if weight is None else weight * control.token_weight
+    if control.advantages is not None:
+        found["advantages"] = control.advantages
+        if given["covariance_advantages"] is None:
+            found["covariance_advantages"] = given["advantages"]
+    if control.entropy_coef is not None:
+        if isinstance(given["entropy_coef"], Tensor) or given["entropy_coef"] != 0:
+            raise ValueError(f"entropy_coef: expected 0 beside a control that sets it, got {given['entropy_coef']}")
+        found["entropy_coef"] = control.entropy_coef
+    return found
 
 
 def aggregation(given: dict[str, Any], device: Any) -> Aggregation:

@@ -24,18 +24,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import Options as SurrogateOptions
+
 # value, derivative, clipped (bool or None) and, where there is a second clip, which tokens that one stops
 Result = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-class SurrogateOptions(dict[str, Any]):
-    """What a surrogate is told: ``options["clip_low"]`` or ``options.clip_low``."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"{name}: expected one of {', '.join(self)}") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any, NamedTuple
 
@@ -11,28 +10,41 @@ from torch import Tensor
 
 from entropy_kernels._arguments import (
     boolean,
-    check_device,
     check_float,
     check_place,
     check_tensor,
     poisoned,
-    values_are_checked,
 )
-from entropy_kernels._selection_request import check_token_index, per_token
-from entropy_kernels._torch import assert_async
-from entropy_kernels.losses.aggregation import Aggregation, Sequences
+from entropy_kernels._selection_request import check_token_index
+from entropy_kernels._sequences import Sequences, packed_sequences, per_token_or_sequence
+from entropy_kernels.losses.aggregation import Aggregation
 from entropy_kernels.losses.options import LossOptions, used
 
 # What a tensor has to be: of a dtype and shape like the log-prob's, a mask, or a number per token or per sequence
 _KINDS = {
     "old_logprob": "like", "advantages": "per token", "mask": "mask", "covariance_advantages": "per token",
-    "token_weight": "per token", "ref_logprob": "like", "entropy": "like", "dropped": "mask", "penalized": "mask",
-    "token_index": "index",
+    "token_weight": "per token", "ref_logprob": "like", "entropy": "like", "dropped": "mask", "detached": "mask",
+    "penalized": "mask", "token_index": "index",
 }  # fmt: skip
 _EXPECTED = {
     "like": "floating-point", "per token": "floating-point", "mask": "bool, int or float 0/1", "index": "int64",
 }  # fmt: skip
 _UNPACKED = Sequences()
+
+
+class Treated(NamedTuple):
+    """Tokens under an effect, bool, True only at tokens that count; None: none."""
+
+    dropped: Tensor | None  # value and gradient are removed
+    detached: Tensor | None  # the gradient is removed
+    penalized: Tensor | None  # the penalty is added
+
+    def any(self) -> Tensor | None:
+        """Those under one of them."""
+        found = None
+        for mask in self:
+            found = mask if found is None else found if mask is None else found | mask
+        return found
 
 
 class Tokens(NamedTuple):
@@ -44,9 +56,19 @@ class Tokens(NamedTuple):
     covariance_advantages: Tensor | None  # None: the advantages
     weight: Tensor | None
     ref_logprob: Tensor | None
-    chosen: Tensor | None  # bool: the tokens under the effect, where they are given
+    dropped: Tensor | None  # bool: tokens under an effect, where they are given
+    detached: Tensor | None
+    penalized: Tensor | None
     token_index: Tensor | None
     sequences: Sequences
+
+    @property
+    def treated(self) -> Treated:
+        """The tokens under an effect that are given and count."""
+        masks: list[Tensor | None] = [self.dropped, self.detached, self.penalized]
+        if self.mask is not None:
+            masks = [None if x is None else x & self.mask for x in masks]
+        return Treated(*masks)
 
     def part(self, rows: Any, sequences: Sequences, shape: tuple[int, ...]) -> Tokens:
         """The tokens ``rows`` (a slice or indices of the flattened batch), in ``shape``."""
@@ -95,7 +117,7 @@ def checked(given: dict[str, Any], options: LossOptions) -> Checked:
             if usual and sequences is None and value.shape == (*shape[:-1], 1):
                 value = value.expand(shape)
             elif not usual or value.shape != shape:
-                value = _per_token(name, value, logprob, sequences)
+                value = per_token_or_sequence(name, value, logprob, sequences)
         else:
             if value.device != device or value.shape != shape:
                 check_place(name, value, "logprob", logprob)
@@ -115,10 +137,12 @@ def checked(given: dict[str, Any], options: LossOptions) -> Checked:
         _warn_about_lost_gradient(options)
     if wrong:
         found["old_logprob"] = poisoned(found["old_logprob"], *wrong)
-    chosen = None if not options.given else found[options.given]
+    masks = Treated(found["dropped"], found["detached"], found["penalized"])
+    if options.effect == "detached" and masks.dropped is not None:  # which is what the preset does to dropped tokens
+        masks = Treated(None, masks._replace(penalized=None).any(), masks.penalized)
     tokens = Tokens(
         found["old_logprob"], found["advantages"], found["mask"], found["covariance_advantages"],
-        found["token_weight"], found["ref_logprob"], chosen, found["token_index"], sequences or _UNPACKED,
+        found["token_weight"], found["ref_logprob"], *masks, found["token_index"], sequences or _UNPACKED,
     )  # fmt: skip
     if sequences is None:
         return Checked(logprob, entropy, tokens, shape)
@@ -155,50 +179,6 @@ def _sequences(name: str, like: Tensor, cu_seqlens: Any, aggregation: Aggregatio
             f"{tuple(like.shape)}"
         )
     return packed_sequences(cu_seqlens, like)
-
-
-def packed_sequences(cu_seqlens: Any, logprob: Tensor) -> Sequences | None:
-    """The sequences that ``cu_seqlens`` (S + 1,) cuts the flattened tokens of ``logprob`` into; None for None."""
-    if cu_seqlens is None:
-        return None
-    check_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: expected dtype torch.int32 or torch.int64, got {cu_seqlens.dtype}")
-    check_device("cu_seqlens", cu_seqlens, "logprob", logprob)
-    tokens = logprob.numel()
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
-    if not torch.compiler.is_compiling() and values_are_checked(cu_seqlens):
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != tokens or any(a > b for a, b in itertools.pairwise(ends)):
-            raise ValueError(
-                f"cu_seqlens: expected numbers that rise from 0 to the number of tokens, {tokens}, got "
-                f"{ends if len(ends) < 8 else [*ends[:3], '...', *ends[-3:]]}"
-            )
-    ends = cu_seqlens.detach().long()
-    if torch.compiler.is_compiling() or not values_are_checked(cu_seqlens):
-        right = (ends[0] == 0) & (ends[-1] == tokens) & (ends.diff() >= 0).all()
-        assert_async(right, "cu_seqlens: expected numbers that rise from 0 to the number of tokens")
-        ends = ends.clamp(0, tokens).cummax(0).values  # nothing reads beyond the tokens before that is heard
-    return Sequences.packed(ends.diff(), tokens, logprob.shape[-1])
-
-
-def _per_token(name: str, value: Tensor, logprob: Tensor, sequences: Sequences | None) -> Tensor:
-    """As :func:`per_token`; one per sequence where they are packed, and a weight may be a mask."""
-    if name == "token_weight" and value.dtype == torch.bool:
-        value = value.to(torch.float32)
-    if not value.is_floating_point() and value.dtype != torch.bool:
-        value = value.double()  # few operators know all kinds of integers
-    if sequences is not None and sequences.lengths is not None and value.dim() > 0 and value.shape != logprob.shape:
-        count = sequences.lengths.numel()
-        if value.shape not in ((count,), (count, 1)):
-            raise ValueError(
-                f"{name}: expected logprob's shape {tuple(logprob.shape)}, one per sequence ({count},), or 0-d, got "
-                f"{tuple(value.shape)}"
-            )
-        check_device(name, value, "logprob", logprob)
-        value = sequences.spread(value.reshape(-1)).view(logprob.shape)
-    return per_token(name, value, logprob)
 
 
 def _warn_about_lost_gradient(options: LossOptions) -> None:

@@ -1,0 +1,367 @@
+"""Control: what a token's gradient may do, decided between the statistics and the loss, over the whole batch.
+
+Read in this order: batch.py (what is known of the tokens), methods.py (the table: a score, a rule, an effect), then
+here :func:`control` (a method's decision for a batch), :class:`SelectionBatch` (for one that comes in micro-batches)
+and :class:`Controller` (over the steps of a run). The losses take the :class:`Control` as ``control=``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._arguments import Options, check_scalar, group_name, number, scalar_tensor
+from entropy_kernels._selection_request import SeedCounter, seed_tensor
+from entropy_kernels.batch import TokenBatch, WholeBatch
+from entropy_kernels.methods import Method, decrease_of, find
+from entropy_kernels.selection import clip_cov_mask, kl_cov_mask
+
+
+class Control(NamedTuple):
+    """What a loss does to the tokens of a micro-batch; None: nothing of the kind. Losses take it as ``control=``."""
+
+    token_weight: Tensor | None = None  # fp32, the tokens' shape: a factor of the policy term
+    dropped: Tensor | None = None  # bool: value and gradient are removed
+    detached: Tensor | None = None  # bool: the gradient is removed
+    penalized: Tensor | None = None  # bool: the penalty is added
+    penalty_coef: float | Tensor | None = None  # of the penalty
+    advantages: Tensor | None = None  # in the place of the loss's
+    entropy_coef: Tensor | None = None  # 0-d: in the place of the loss's
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012  (never written to); 0-d, of the whole batch, on the device
+
+
+_COUNTED = ("ratio", "k", "budget", "limit", "share", "low", "high")
+_OPTIONAL = ("ratio", "clip_low", "clip_high")  # whose None means something where the default is a number
+
+#: The metrics of a control, of the whole batch.
+METRICS = {
+    "touched": "number of tokens that the method treats",
+    "touched_frac": "their share of the tokens that count",
+    "decrease_share": "share of the predicted entropy decrease, Σ c·F over F > 0, that they carry (vocab_covariance)",
+    "predicted_change": "Σ -c·F / N of the update as controlled: mean entropy change per unit learning rate, nats, to "
+    "first order in each token's own logits (with vocab_covariance)",
+    "predicted_change_free": "the same without the control (with vocab_covariance)",
+    "entropy_coef": "the coefficient of the entropy bonus (methods that set it)",
+}
+
+
+def control(
+    method: str | Method,
+    batch: TokenBatch,
+    *,
+    seed: int | Tensor | SeedCounter | None = None,
+    batch_group: Any = None,
+    backend: str = "auto",
+    **options: Any,
+) -> Control:
+    """What a method of :func:`entropy_kernels.methods` lets the tokens of a batch do.
+
+        stats = ek.token_stats(logits, target)
+        batch = ek.TokenBatch(stats.logprob, old_logprob, advantages, mask, vocab_covariance=stats.vocab_covariance)
+        decided = ek.control("exact_cov", batch, ratio=0.02)
+        ek.policy_loss(stats.logprob, old_logprob, advantages, mask, control=decided).loss.backward()
+
+    Means, counts, quantiles, budgets and draws are those of the whole batch, on all ranks of ``batch_group``, and the
+    same bit for bit for every split over ranks (:class:`SelectionBatch`: and micro-batches). No value is read back by
+    the host, no gradient flows; under ``torch.compile(fullgraph=True)`` another number compiles nothing again. A method
+    with memory (:class:`Controller`) makes its first step.
+
+    Args:
+        method: a name, or an ``ek.Method`` of your own.
+        batch: the tokens, with the statistics that the method needs.
+        seed: of methods that draw: an int, a 0-d int64 tensor or an :class:`entropy_kernels.SeedCounter`; others do
+            not look at it.
+        batch_group: torch.distributed process group over the ranks that share the batch; all make the same calls.
+        backend: "auto", "torch", "triton", "cpu" or "cuda", of the selection.
+        options: of the method (``ek.methods()[name].options``): numbers, which may be 0-d tensors, and words. All have
+            ``clip_low``, ``clip_high`` and ``dual_clip``, PPO's clip as the loss has it.
+
+    Returns:
+        :class:`Control`; metrics: :data:`METRICS`.
+
+    Raises:
+        TypeError, ValueError: an unknown method or option, one out of range, a statistic that the method needs and the
+            batch lacks, or a method that draws without a seed.
+    """
+    if not isinstance(batch, TokenBatch):
+        raise TypeError(f"batch: expected an ek.TokenBatch, got {type(batch).__name__}")
+    row = find(method)
+    checked, drawn = _checked(method, row, options, batch.logprob.device), _seeded(method, row, seed)
+    return _decided(row, WholeBatch([batch], batch_group, backend), checked, drawn)[0][0]
+
+
+def _checked(method: str | Method, row: Method, given: dict[str, Any], device: torch.device) -> Options:
+    """The row's options with those that are given."""
+    known = row.options
+    name = method if isinstance(method, str) else "this method"
+    for option in given:
+        if option not in known:
+            raise TypeError(f"{option}: expected an option of {name} ({', '.join(known)}), got {option}")
+    chosen = dict(known)
+    if row.presets:
+        preset = given.get("preset", known["preset"])
+        _checked_option("preset", preset, "", row, device)
+        chosen |= row.presets[preset]
+    if given.get("k") is not None and "ratio" not in given:
+        chosen["ratio"] = None  # k takes the place of its default
+    chosen |= given
+    for option, value in chosen.items():
+        chosen[option] = _checked_option(option, value, known[option], row, device)
+    chosen.setdefault("effect", row.effects[0])
+    return Options(chosen)
+
+
+def _checked_option(name: str, value: Any, default: Any, row: Method, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        check_scalar(name, value, device)
+        if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name}: expected a number or a 0-d tensor, got {value.dtype} of {tuple(value.shape)}")
+        return value.detach().to(device=device, dtype=torch.float64, non_blocking=True)
+    words = row.effects if name == "effect" else tuple(row.presets) if name == "preset" else row.words.get(name, ())
+    if isinstance(value, str) or isinstance(default, str):
+        if value not in words:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, words)) or 'no words'}, got {value!r}")
+        return value
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {value!r}")
+        return value
+    if value is None:
+        if default is not None and name not in _OPTIONAL:
+            raise TypeError(f"{name}: expected a number, got None")
+        return None
+    if name in _COUNTED:  # the selection checks them
+        return value
+    value = number(name, value, torch.float64)
+    least, most = row.bounds.get(name, (-math.inf, math.inf))
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected a number within [{least}, {most}], got {value}")
+    # a compiler would take a number for a constant
+    return scalar_tensor(value, torch.float64, device) if torch.compiler.is_compiling() else value
+
+
+def _seeded(method: str | Method, row: Method, seed: Any) -> Any:
+    if not row.draws:
+        return None
+    if seed is None:
+        raise ValueError(
+            f"seed: expected an int or a 0-d int64 tensor for {method if isinstance(method, str) else 'a method'}, "
+            "which draws tokens, got None; ek.Controller and ek.SeedCounter count calls where nobody counts steps"
+        )
+    return seed
+
+
+def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tuple[list[Control], dict[str, Tensor]]:
+    """A control per micro-batch, and what a method with memory keeps."""
+    for name in row.needs:
+        batch.expect(name)
+    if row.draws:
+        options["seed"] = seed_tensor(seed, batch.device)
+    value = row.rule(batch, row.score(batch, options), options)
+    effect = options.effect
+    told: dict[str, Any] = {}
+    touched, weight, advantages = torch.zeros_like(batch.mask), None, None
+    if effect == "entropy_coef":
+        told["entropy_coef"] = value
+    elif effect == "advantages":
+        advantages = torch.where(batch.mask, value, 0.0)
+        touched = batch.mask & (advantages != batch["advantages"])
+        told[effect] = advantages
+    elif effect == "token_weight":
+        if value.dtype == torch.bool:
+            value = torch.where(value, options.weight, 1.0)
+        weight = torch.where(batch.mask, value.double(), 1.0)
+        touched = weight != 1
+        told[effect] = weight.float()
+    else:
+        told[effect] = touched = value & batch.mask
+        if effect == "penalized":
+            told["penalty_coef"] = options.kl_coef
+        else:
+            weight = (~touched).double()
+    metrics = _metrics(batch, options, touched, weight, advantages)
+    if effect == "entropy_coef":
+        metrics["entropy_coef"] = told[effect]
+    parts = {name: [x] * len(batch) for name, x in told.items()}
+    for name, x in told.items():
+        if isinstance(x, Tensor) and x.dim():
+            parts[name] = batch.advantages(x) if name == "advantages" else batch.split(x)
+    found = [Control(**{name: part[i] for name, part in parts.items()}, metrics=metrics) for i in range(len(batch))]
+    return found, {} if row.remember is None else row.remember(batch, options)
+
+
+def _metrics(
+    batch: WholeBatch, options: Options, touched: Tensor, weight: Tensor | None, advantages: Tensor | None
+) -> dict[str, Tensor]:
+    """``weight``: what is left of a token's gradient; ``advantages``: what goes in the place of the batch's."""
+    sums = [touched.double(), batch.mask.double()]
+    if batch.has("vocab_covariance"):
+        free = decrease_of(batch, batch["advantages"], options)
+        kept = free if advantages is None else decrease_of(batch, advantages, options)
+        kept = kept if weight is None else kept * weight
+        positive = free.clamp(min=0)
+        sums += [positive * touched, positive, kept, free]
+    count, valid, *totals = batch.totals(*sums)
+    found = {"touched": count, "touched_frac": count / valid.clamp(min=1)}
+    if totals:
+        carried, every, kept, free = totals
+        found["decrease_share"] = torch.where(every > 0, carried / every, 0.0)
+        found["predicted_change"], found["predicted_change_free"] = (-x / valid.clamp(min=1) for x in (kept, free))
+    return found
+
+
+class SelectionBatch:
+    """Selection and control over a whole batch that is processed in micro-batches: collect, decide, then the losses.
+
+    ``add`` every micro-batch (the order counts only through the default token index), then ask for the masks, or for
+    the control. They are the same, bit for bit, for every way to split the batch, on every number of ranks; also for
+    every padding if ``token_index`` is given.
+
+        batch = SelectionBatch()
+        for micro in micro_batches:                      # no gradient, or old log-probs: no extra forward
+            batch.add(micro.logprob, micro.advantages, micro.mask)
+        for micro, dropped in zip(micro_batches, batch.clip_cov(seed=step)):
+            clip_cov_loss(..., dropped=dropped).loss.backward()
+
+    Args:
+        batch_group: torch.distributed process group over the ranks that share the batch. Every rank calls the same
+            methods; the numbers of micro-batches may differ.
+        backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+    """
+
+    def __init__(self, batch_group: Any = None, *, backend: str = "auto") -> None:
+        group_name(batch_group)
+        self._group = batch_group
+        self._backend = backend
+        self._added: list[TokenBatch] = []
+        self._whole: WholeBatch | None = None
+
+    def __len__(self) -> int:
+        """Number of micro-batches added."""
+        return len(self._added)
+
+    def add(
+        self,
+        logprob: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None,
+        token_index: Tensor | None = None,
+        *,
+        old_logprob: Tensor | None = None,
+        **known: Any,
+    ) -> None:
+        """Add a micro-batch.
+
+        ``token_index`` is given for all micro-batches or for none; the default continues where the last one ended.
+
+        Args:
+            known: keywords of :class:`entropy_kernels.TokenBatch` (entropy, vocab_covariance, exclude, ...).
+        """
+        added = TokenBatch(logprob, old_logprob, advantages, mask, token_index=token_index, **known)
+        if self._added and logprob.device != (device := self._added[0].logprob.device):
+            raise ValueError(
+                f"logprob: expected on the device of the earlier micro-batches, {device}, got {logprob.device}"
+            )
+        if self._added and (token_index is None) != (self._added[0].token_index is None):
+            got = "one" if token_index is not None else "none"
+            raise ValueError(
+                f"token_index: expected for all micro-batches or for none, got {got} for number {len(self)}, "
+                "other than for those before"
+            )
+        self._added.append(added)
+        self._whole = None
+
+    @property
+    def whole(self) -> WholeBatch:
+        """All micro-batches; a rank without any still takes part in the reductions."""
+        if self._whole is None:
+            self._whole = WholeBatch(self._added, self._group, self._backend)
+        return self._whole
+
+    def covariance(self) -> list[Tensor]:
+        """:func:`token_covariance` over the whole batch: one fp32 tensor per micro-batch, of its shape."""
+        return self.whole.split(self.whole["covariance"])
+
+    def clip_cov(self, *, seed: int | Tensor, **options: Any) -> list[Tensor]:
+        """One mask per micro-batch added; ``options`` as in :func:`clip_cov_mask` (ratio, k, low, high, band, ...)."""
+        return self._select(clip_cov_mask, {"seed": seed, **options})
+
+    def kl_cov(self, **options: Any) -> list[Tensor]:
+        """One mask per micro-batch added; ``options`` as in :func:`kl_cov_mask` (ratio, k, at_least_one)."""
+        return self._select(kl_cov_mask, options)
+
+    def control(
+        self, method: str | Method, *, seed: int | Tensor | SeedCounter | None = None, **options: Any
+    ) -> list[Control]:
+        """:func:`entropy_kernels.control` of the whole batch: one :class:`Control` per micro-batch added."""
+        row = find(method)
+        checked = _checked(method, row, options, self.whole.device)
+        return _decided(row, self.whole, checked, _seeded(method, row, seed))[0]
+
+    def _select(self, function: Any, options: dict[str, Any]) -> list[Tensor]:
+        for name in ("mask", "exclude", "token_index", "batch_group"):
+            if name in options:
+                raise TypeError(f"{name}: expected in add() or SelectionBatch(), got it as an option of the selection")
+        return self.whole.split(
+            function(self.whole["covariance"], **self.whole.candidates(), **{"backend": self._backend, **options})
+        )
+
+
+class Controller:
+    """A method over the steps of a run: it counts the seeds, and keeps what a method with memory remembers.
+
+        controller = ek.Controller("adaptive_entropy", target=0.3)
+        decided = controller.step(batch)                 # in every update; a list for a SelectionBatch
+
+    Args:
+        method: as in :func:`control`.
+        seed: of the first step of a method that draws; each later one draws with the next.
+        batch_group, backend, options: as in :func:`control`.
+
+    Raises:
+        TypeError, ValueError: as :func:`control`.
+    """
+
+    def __init__(
+        self, method: str | Method, *, seed: int = 0, batch_group: Any = None, backend: str = "auto", **options: Any
+    ) -> None:
+        self._method, self._row, self._options = method, find(method), options
+        self._seeds = SeedCounter(seed)
+        self._group, self._backend = batch_group, backend
+        group_name(batch_group)
+        _checked(method, self._row, options, torch.device("cpu"))
+        #: name -> 0-d float64 tensor: what the method remembers; empty before the first step and without memory.
+        self.memory: dict[str, Tensor] = {}
+
+    def step(self, batch: TokenBatch | SelectionBatch) -> Any:
+        """The control of this step: a :class:`Control`; for a :class:`SelectionBatch` one per micro-batch."""
+        if isinstance(batch, SelectionBatch):
+            whole = batch.whole
+        elif isinstance(batch, TokenBatch):
+            whole = WholeBatch([batch], self._group, self._backend)
+        else:
+            raise TypeError(f"batch: expected an ek.TokenBatch or ek.SelectionBatch, got {type(batch).__name__}")
+        options = _checked(self._method, self._row, self._options, whole.device)
+        options.update({name: x.to(whole.device, non_blocking=True) for name, x in self.memory.items()})
+        seed = self._seeds() if self._row.draws else None
+        found, kept = _decided(self._row, whole, options, seed)
+        self.memory = {**self.memory, **kept}
+        return found if isinstance(batch, SelectionBatch) else found[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers: how many seeds were drawn, and the memory."""
+        return {"calls": int(self._seeds.calls), "memory": {name: float(x) for name, x in self.memory.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: what is not the state of a controller.
+        """
+        if not isinstance(state, dict) or {*state} != {"calls", "memory"}:
+            raise ValueError(f"state: expected a dict of calls and memory, got {sorted(state) if state else state}")
+        self._seeds.calls.fill_(int(state["calls"]))
+        self.memory = {name: torch.tensor(float(x), dtype=torch.float64) for name, x in state["memory"].items()}
