@@ -67,6 +67,9 @@ def packed_sequences(cu_seqlens: Any, logprob: Tensor) -> Sequences | None:
 
 def per_token_or_sequence(name: str, value: Tensor, logprob: Tensor, sequences: Sequences | None) -> Tensor:
     """As :func:`per_token`; one per sequence where they are packed, and a weight may be a mask."""
+    check_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     if name == "token_weight" and value.dtype == torch.bool:
         value = value.to(torch.float32)
     if not value.is_floating_point() and value.dtype != torch.bool:

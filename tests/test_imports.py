@@ -35,7 +35,11 @@ ROOMS = {
     "statistics": 2,
     "linear": 2,
     "_selection_request": 2,  # arguments of a selection, for it and for the losses
+    "_sequences": 2,  # which tokens are one, for losses and control
     "selection": 2,
+    "batch": 2,
+    "methods": 2,
+    "control": 2,
     "losses": 3,
     "analysis": 3,
     "trainer": 4,
