@@ -62,8 +62,9 @@ def _sum(values: Tensor, valid: Tensor, size: Tensor, count: Tensor, ranks: Grou
 
 
 def _check(values: Tensor, mask: Tensor | None) -> None:
-    if values.dtype != torch.float64 or values.dim() != 2:
-        raise TypeError(f"values: expected float64 of shape (K, N), got {values.dtype} of shape {tuple(values.shape)}")
+    if values.dtype != torch.float64 or values.dim() != 2 or not len(values):
+        got = f"{values.dtype} of shape {tuple(values.shape)}"
+        raise TypeError(f"values: expected float64 of shape (K, N), K > 0, got {got}")
     check_tensors(values.device, ("mask", mask, torch.bool, values.shape[1:]))
 
 
