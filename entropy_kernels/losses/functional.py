@@ -140,6 +140,7 @@ def policy_loss(
         "global_batch_size": global_batch_size, "loss_scale_factor": loss_scale_factor, "batch_group": batch_group,
         "surrogate": surrogate, "token_weight": token_weight, "cu_seqlens": cu_seqlens,
         "covariance_advantages": covariance_advantages, "ref_kl_importance": ref_kl_importance, "nonfinite": nonfinite,
+        "control": control,
         "surrogate_options": surrogate_options,
     })  # fmt: skip
 
@@ -217,6 +218,7 @@ def clip_cov_loss(
         "global_batch_size": global_batch_size, "loss_scale_factor": loss_scale_factor, "batch_group": batch_group,
         "surrogate": surrogate, "token_weight": token_weight, "cu_seqlens": cu_seqlens,
         "covariance_advantages": covariance_advantages, "ref_kl_importance": ref_kl_importance, "nonfinite": nonfinite,
+        "control": control,
         "backend": backend, "preset": preset, "seed": seed, "ratio": ratio, "k": k, "low": low, "high": high,
         "band": band, "token_index": token_index, "dropped": dropped, "surrogate_options": surrogate_options,
     })  # fmt: skip
@@ -288,6 +290,7 @@ def kl_cov_loss(
         "global_batch_size": global_batch_size, "loss_scale_factor": loss_scale_factor, "batch_group": batch_group,
         "surrogate": surrogate, "token_weight": token_weight, "cu_seqlens": cu_seqlens,
         "covariance_advantages": covariance_advantages, "ref_kl_importance": ref_kl_importance, "nonfinite": nonfinite,
+        "control": control,
         "backend": backend, "preset": preset, "ratio": ratio, "k": k, "kl_coef": kl_coef,
         "penalty_estimator": penalty_estimator, "token_index": token_index, "penalized": penalized,
         "surrogate_options": surrogate_options,
