@@ -110,7 +110,7 @@ class Budget(NamedTuple):
         ``total`` and ``candidates``: (1,) sums over all tokens that count, and over the candidates, in these units.
         """
         budget, limit, share = self.numbers.split(1)
-        scale, most = _power_of_two(exponent), 2.0**_SUM_BITS  # no sum of scores comes to so much
+        scale, most = power_of_two(exponent), 2.0**_SUM_BITS  # no sum of scores comes to so much
         # A product that underflows is still above 0, or below it
         up = (budget * scale).ceil().clamp(1, most)
         down = (limit * scale).floor().clamp(-most, most)
@@ -425,8 +425,8 @@ def budget_mask(
     largest = steps.covariance_extremes(score, score, finite)[:1].view(torch.int64)
     by_rank = ranks.gather(torch.cat([largest, _valid(score, mask).view(1)]))
     largest, count = by_rank[:, 0].amax(0, keepdim=True), by_rank[:, 1].sum(0, keepdim=True)
-    exponent = _fixed_point_exponent(largest.view(torch.float64), count.double())
-    scale = _power_of_two(exponent)
+    exponent = fixed_point_exponent(largest.view(torch.float64), count.double())
+    scale = power_of_two(exponent)
     keys = steps.selection_value_keys(score, finite, exclude)
     keys = torch.where(keys > ZERO_KEY, keys, -1)
     total = steps.covariance_sums(score, score, finite, scale.repeat(2))[:1]
