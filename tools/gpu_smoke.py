@@ -438,7 +438,7 @@ def bench(course: Course) -> None:
     outcomes = families_seen(course, 75)
     command = (sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--seconds", "{seconds}")
     out = ("--output", str(course.out / "benchmark"), *course.arguments.bench)
-    course.run("benchmark", (*command, *out), 0.65 * course.arguments.seconds)
+    course.run("benchmark", (*command, *out), 0.75 * course.arguments.seconds)
     for tool in ("synccheck", "initcheck"):
         sanitize(course, tool, 45, outcomes, lambda name: name.startswith("cuda/"))
     tests(course, "triton,torch", 120)
