@@ -150,7 +150,7 @@ def linear(
 _TOKEN_TYPES = {
     **dict.fromkeys(("logprob", "advantages", "covariance"), "*fp32"),
     **dict.fromkeys(("mask", "exclude", "selected"), "*i8"),
-    **dict.fromkeys(("scales", "means", "partial"), "*fp64"),
+    **dict.fromkeys(("scales", "means", "partial", "scale"), "*fp64"),
     **dict.fromkeys(("keys", "value_keys", "band", "index", "offset", "seed", "histogram", "key_state"), "*i64"),
     **dict.fromkeys(("state", "next", "threshold", "last_index"), "*i64"),
     **dict.fromkeys(("tokens", "shift", "bits", "bin_mask"), "i32"),
@@ -242,6 +242,7 @@ VARIANTS |= {
         "random-keys": {"kernel": selection.random_keys_kernel, **_BLOCK},
         "random-keys-positions": {"kernel": selection.random_keys_kernel, **_BLOCK, "without": ("index_ptr",)},
         "key-histogram": {"kernel": selection.key_histogram_kernel, **_BINS},
+        "weight-histogram": {"kernel": selection.weight_histogram_kernel, **_BLOCK},
         "index-histogram": {"kernel": selection.index_histogram_kernel, **_BINS},
         "index-histogram-positions": {"kernel": selection.index_histogram_kernel, **_BINS, "without": ("index_ptr",)},
         "find-digit": {"kernel": selection.find_digit_kernel, "BINS": selection.RADIX_BINS},

@@ -17,7 +17,6 @@ import entropy_kernels as ek
 from calls import bound, same_bits, upstream
 from cases import Sample, labels, normal
 from conftest import BackendDevice, gpu_backend_devices, on_gpu
-from entropy_kernels.backends import registry
 from loss_cases import MODES
 from stub_gpu import serve_auto_with
 
@@ -26,7 +25,7 @@ STATISTICS = ("token_stats", "linear_token_stats")
 
 
 def every_backend(*ops: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("on", gpu_backend_devices(*ops, needs=registry.OPS))
+    return pytest.mark.parametrize("on", gpu_backend_devices(*ops))
 
 
 pytestmark = pytest.mark.usefixtures("undisturbed", "forgetful_registry")
@@ -179,7 +178,7 @@ every_kind = pytest.mark.parametrize(
     [
         pytest.param(kind, *param.values, marks=param.marks, id=param.id)
         for kind, ops in KINDS.items()
-        for param in gpu_backend_devices(*ops, needs=registry.OPS, name=f"-{kind.__name__}")
+        for param in gpu_backend_devices(*ops, name=f"-{kind.__name__}")
     ],
 )
 
@@ -279,7 +278,7 @@ def test_more_than_2_31_logits(on: BackendDevice, large_memory: Callable[[float]
     assert not gradient[1:-1].any()
 
 
-@every_backend(*registry.OPS)
+@every_backend(*STATISTICS, *SELECTION)
 def test_a_whole_step_compiles(on: BackendDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Head → statistics → selection → loss in one graph, by the real compiler, with the gradients of eager code."""
     serve_auto_with(monkeypatch, on.backend)
@@ -362,7 +361,7 @@ def test_from_hidden_states(backend: str, budget: int, dtype: torch.dtype) -> No
         assert (ours.cpu().float() - right.float()).norm() <= 5 * tolerance * right.float().norm()
 
 
-@pytest.mark.parametrize("on", gpu_backend_devices(*STATISTICS, needs=registry.OPS)[1:2])
+@pytest.mark.parametrize("on", gpu_backend_devices(*STATISTICS)[1:2])
 def test_triton_takes_the_tilings_that_were_measured(
     on: BackendDevice, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
