@@ -61,7 +61,12 @@ class TestOnHardware:
 
     def test_no_kernel_uses_local_memory(self) -> None:
         kernels = native.cuda_kernels()
-        assert len(kernels) == 55
+        names = [kernel.name for kernel in kernels]
+        assert len(set(names)) == len(names)
+        assert {name.split()[0] for name in names} >= {
+            "token_stats_forward", "token_stats_forward_bulk", "token_stats_backward", "selection_cluster",
+            "selection_grid", "covariance_cluster", "covariance_grid", "step",
+        }  # fmt: skip
         assert [kernel for kernel in kernels if kernel.local] == []
 
     @pytest.mark.parametrize("rows", [1, 2, 7, 40, 150, 600])
