@@ -13,11 +13,12 @@ using namespace entropy_kernels::cuda;
 
 extern "C" int64_t host_switch(const char* name, int64_t value) { return set_switch(name, value); }
 
-// cluster, blocks, chunk, shared bytes; null, or what went wrong.
-extern "C" const char* host_plan(int64_t tokens, int cluster, int64_t per_block, int grid, int keys, int64_t* plan) {
+// cluster, blocks, chunk, kept quads, shared bytes; null, or what went wrong.
+extern "C" const char* host_plan(int64_t tokens, int cluster, int grid, int shared, int bytes, int64_t* plan) {
   try {
-    const GroupPlan p = plan_group(tokens, {cluster, per_block, grid}, keys != 0);
-    plan[0] = p.cluster, plan[1] = p.blocks, plan[2] = p.chunk, plan[3] = static_cast<int64_t>(p.shared_bytes);
+    const GroupPlan p = plan_group(tokens, {cluster, grid, shared}, bytes);
+    plan[0] = p.cluster, plan[1] = p.blocks, plan[2] = p.chunk, plan[3] = p.kept;
+    plan[4] = static_cast<int64_t>(p.shared_bytes);
     return nullptr;
   } catch (const std::runtime_error&) {
     return "too many tokens";

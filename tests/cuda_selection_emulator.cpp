@@ -23,7 +23,7 @@ struct Warp {
   std::array<std::array<uint64_t, kLanes>, 2> slots;
 };
 
-// A block's shared memory, and behind it room for keys.
+// A block's shared memory, and behind it room for what is kept of its tokens.
 struct Block {
   Rendezvous rendezvous{kEmulatedThreads};
   std::array<Warp, kEmulatedThreads / kLanes> warps;
@@ -54,6 +54,10 @@ class EmulatedThread {
   void barrier() { meet(own().rendezvous); }
   void cluster_sync() { meet(launch_.rendezvous); }
   void grid_sync() { meet(launch_.rendezvous); }
+  void grid_arrive() { arrival_ = launch_.rendezvous.arrive(); }
+  void grid_wait() {
+    launch_.scheduler.wait([this] { return launch_.rendezvous.generation > arrival_; });
+  }
 
   uint32_t ballot(bool value) {
     const auto& slots = exchange(value);
@@ -64,7 +68,7 @@ class EmulatedThread {
   template <class T>
   T shuffle(T value, int lane) {
     require(lane >= 0 && lane < kLanes, "a shuffle from no lane");
-    return std::bit_cast<T>(exchange(std::bit_cast<uint64_t>(value))[lane]);
+    return static_cast<T>(exchange(static_cast<uint64_t>(value))[lane]);  // of whole numbers
   }
   template <class T>
   T shuffle_up(T value, int distance) {
@@ -90,18 +94,25 @@ class EmulatedThread {
     *shared += value;
   }
   void add_global(uint64_t* to, uint64_t value) { *to += value; }
-  void maximum_global(uint64_t* to, uint64_t value) { *to = std::max(*to, value); }
+  uint32_t fetch_add(uint32_t* shared, uint32_t value) {
+    add(shared, value);
+    return *shared - value;
+  }
+  uint64_t fetch_add_global(uint64_t* to, uint64_t value) {
+    *to += value;
+    return *to - value;
+  }
   template <class T>
   T read_fresh(const T* from) {
     return *from;
   }
 
   template <class T>
-  T* in_block(T* shared, int block) {
+  T read_in_block(const T* shared, int block) {
     require(launch_.rendezvous.generation > 0, "another block's shared memory before it is known to run");
     require(block >= 0 && block < blocks(), "shared memory of no block");
     const auto offset = reinterpret_cast<const unsigned char*>(shared) - own().shared.data();
-    return reinterpret_cast<T*>(launch_.blocks[block].shared.data() + offset);
+    return *reinterpret_cast<const T*>(launch_.blocks[block].shared.data() + offset);
   }
 
  private:
@@ -126,6 +137,7 @@ class EmulatedThread {
   Launch& launch_;
   int block_, index_;
   unsigned exchanges_ = 0;
+  long arrival_ = 0;
 };
 
 // Runs body(thread, shared memory) in every thread of blocks that are resident together.
@@ -147,7 +159,15 @@ void run(int blocks, std::size_t shared_bytes, uint64_t seed, const Body& body) 
 struct SelectionShared {
   GroupShared group;
   SearchShared search;
+  alignas(16) unsigned char kept[kEmulatedThreads * 2 * KeyKeep<0>::kBytes];
 };
+template <class T>
+struct CovarianceShared {
+  GroupShared group;
+  alignas(16) unsigned char kept[kEmulatedThreads * 2 * PairKeep<T, 0>::kBytes];
+};
+// A quad of a thread is held, two are kept, and in large batches some are neither.
+constexpr int kKept = (kHeldQuads + 2) * kEmulatedThreads;
 
 struct Call {  // mirrored by cuda_selection_emulator.py
   int32_t cluster, blocks, chunk;
@@ -176,49 +196,46 @@ SelectionArguments selection_of(const Call& call) {
   const auto* seed = static_cast<const int64_t*>(call.seed);
   const Seed given = seed != nullptr && call.seed_number != 0 ? Seed{*seed, nullptr} : Seed{0, seed};
   const Selection selection = {view, count, seed != nullptr, given, band};
-  return {selection, call.chunk, static_cast<uint8_t*>(call.out), nullptr, nullptr, nullptr};
+  return {selection, call.chunk, kKept, static_cast<uint8_t*>(call.out), nullptr, nullptr};
 }
 
 void select(const Call& call) {
-  const SelectionArguments a = selection_of(call);
+  SelectionArguments a = selection_of(call);
+  std::vector<uint64_t> keys(key_store_bytes(int64_t{call.blocks} * call.chunk) / 8 + 1, ~uint64_t{0});
+  a.keys = reinterpret_cast<uint32_t*>(keys.data());
   if (call.cluster != 0) {
-    run(call.blocks, sizeof(SelectionShared) + key_store_bytes(call.chunk), call.order,
-        [&](EmulatedThread& thread, unsigned char* memory) {
-          auto& shared = *reinterpret_cast<SelectionShared*>(memory);
-          auto* keys = reinterpret_cast<uint32_t*>(memory + sizeof(SelectionShared));
-          Cluster<EmulatedThread> group(thread, shared.group);
-          Selector<Cluster<EmulatedThread>>(group, shared.search, a, {keys, keys + a.chunk}).run();
-          group.finish();
-        });
+    run(call.blocks, sizeof(SelectionShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
+      auto& shared = *reinterpret_cast<SelectionShared*>(memory);
+      Cluster<EmulatedThread> group(thread, shared.group);
+      Selector<Cluster<EmulatedThread>>(group, shared.search, a, shared.kept).run();
+      group.finish();
+    });
     return;
   }
-  const int64_t padded = int64_t{call.blocks} * call.chunk;
   std::vector<uint64_t> exchange(kSelectionExchange, ~uint64_t{0});
-  std::vector<uint32_t> keys(key_store_bytes(padded) / 4, ~0u);
+  a.exchange = exchange.data();
   run(call.blocks, sizeof(SelectionShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
     auto& shared = *reinterpret_cast<SelectionShared*>(memory);
-    const int64_t begin = int64_t{thread.block()} * a.chunk;
-    Grid<EmulatedThread> group(thread, shared.group, exchange.data(), kSelectionExchange);
-    const KeyStore store = {keys.data() + begin, keys.data() + padded + begin / kLanes};
-    Selector<Grid<EmulatedThread>>(group, shared.search, a, store).run();
+    Grid<EmulatedThread> group(thread, shared.group, a.exchange, kSelectionWords);
+    Selector<Grid<EmulatedThread>>(group, shared.search, a, shared.kept).run();
   });
 }
 
 template <class T>
 void covariance(const Call& call) {
-  std::vector<uint64_t> exchange(kGroupSlots, ~uint64_t{0});
+  std::vector<uint64_t> exchange(kGroupSlots * call.blocks, ~uint64_t{0});
   const TokenPairs<T> pairs = {static_cast<const T*>(call.first), static_cast<const T*>(call.second),
                                static_cast<const uint8_t*>(call.mask), call.tokens};
-  const CovarianceArguments<T> a = {pairs, call.chunk, static_cast<float*>(call.out), exchange.data()};
-  run(call.blocks, sizeof(GroupShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
-    auto& shared = *reinterpret_cast<GroupShared*>(memory);
+  const CovarianceArguments<T> a = {pairs, call.chunk, kKept, static_cast<float*>(call.out), exchange.data()};
+  run(call.blocks, sizeof(CovarianceShared<T>), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
+    auto& shared = *reinterpret_cast<CovarianceShared<T>*>(memory);
     if (call.cluster != 0) {
-      Cluster<EmulatedThread> group(thread, shared);
-      covariance_block(group, a);
+      Cluster<EmulatedThread> group(thread, shared.group);
+      covariance_block(group, a, shared.kept);
       group.finish();
     } else {
-      Grid<EmulatedThread> group(thread, shared, a.exchange, kGroupSlots);
-      covariance_block(group, a);
+      Grid<EmulatedThread> group(thread, shared.group, a.exchange, 0);
+      covariance_block(group, a, shared.kept);
     }
   });
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from cuda_emulator import COMPILER, HERE
 from entropy_kernels.backends.radix_select import Band, Count
 
-LANES = 32
+WARP_TOKENS = 128  # 4 for each lane
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 
 
@@ -58,7 +58,7 @@ class Emulated:
 
     def _call(self, tokens: int, mask: Tensor | None) -> _Call:
         each = -(-tokens // self.blocks)
-        chunk = -(-each // LANES) * LANES
+        chunk = -(-each // WARP_TOKENS) * WARP_TOKENS
         return _Call(
             cluster=self.cluster, blocks=self.blocks, chunk=chunk, order=self.order, tokens=tokens, mask=_pointer(mask)
         )

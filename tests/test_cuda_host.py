@@ -38,47 +38,47 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     loaded = ctypes.CDLL(str(path))
     loaded.host_switch.argtypes, loaded.host_switch.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
     whole, one = ctypes.c_int64, ctypes.c_int
-    loaded.host_plan.argtypes = [whole, one, whole, one, one, ctypes.POINTER(whole)]
+    loaded.host_plan.argtypes = [whole, one, one, one, one, ctypes.POINTER(whole)]
     loaded.host_plan.restype = ctypes.c_char_p
     loaded.host_forward_parts.argtypes = [whole, whole, whole, one, whole]
     loaded.host_reads_vectors.argtypes = [whole, whole, whole, whole, one]
     return loaded
 
 
-def plan(library: Any, tokens: int, cluster: int, per_block: int, keys: bool = True) -> tuple[bool, int, int, int]:
-    """(cluster, blocks, tokens per block, bytes of keys) on a device of 132 multiprocessors."""
-    out = (ctypes.c_int64 * 4)()
-    error = library.host_plan(tokens, cluster, per_block, 132, keys, out)
+def plan(library: Any, tokens: int, cluster: int, shared: int = 0) -> tuple[bool, int, int, int, int]:
+    """(cluster, blocks, tokens per block, quads kept, bytes of those in shared memory) on 132 multiprocessors."""
+    out = (ctypes.c_int64 * 5)()
+    error = library.host_plan(tokens, cluster, 132, shared, 17, out)
     if error is not None:
         raise RuntimeError(error.decode())
-    return bool(out[0]), out[1], out[2], out[3]
+    return bool(out[0]), *out[1:]
 
 
 @needs_compiler
-def test_up_to_512_k_tokens_are_one_cluster(library: Any) -> None:
-    for tokens in (1, 4096, 4097, 60 * K, 512 * K):
-        cluster, blocks, chunk, shared = plan(library, tokens, cluster=16, per_block=52 * K)
-        assert cluster and blocks <= 16 and blocks * chunk >= tokens and shared == chunk * 33 // 8
-    assert plan(library, 512 * K + 1, cluster=16, per_block=52 * K) == (False, 129, 4096, 0)
-    assert plan(library, 4096, cluster=0, per_block=52 * K)[0] is False
-
-
-@needs_compiler
-def test_cluster_tokens_is_capped_by_what_the_cluster_holds(library: Any) -> None:
-    """By its shared memory where keys are kept; a covariance alone keeps none."""
-    before = library.host_switch(b"cluster_tokens", 2**40)
+def test_small_batches_are_one_cluster(library: Any) -> None:
+    before = library.host_switch(b"cluster_tokens", 64 * K)
     try:
-        assert before == 512 * K
-        assert plan(library, 16 * 52 * K, cluster=16, per_block=52 * K) == (True, 16, 52 * K, 52 * K * 33 // 8)
-        assert plan(library, 16 * 52 * K + 1, cluster=16, per_block=52 * K)[0] is False
-        assert plan(library, 8 * 52 * K + 1, cluster=8, per_block=52 * K)[0] is False
-        assert plan(library, 2**30, cluster=16, per_block=2**30, keys=False) == (True, 16, 2**26, 0)
+        for tokens in (1, 4096, 4097, 60 * K, 64 * K):
+            cluster, blocks, chunk, kept, shared = plan(library, tokens, cluster=16)
+            assert cluster and blocks <= 16 and blocks * chunk >= tokens and chunk % 128 == 0
+            assert kept * 4 >= chunk and shared == 0
+        assert plan(library, 64 * K + 1, cluster=16) == (False, 17, 3968, 1024, 0)
+        assert plan(library, 4096, cluster=0)[0] is False
+        library.host_switch(b"cluster_tokens", 2**40)
+        assert plan(library, 1024 * K, cluster=16) == (True, 16, 64 * K, 1024, 0)
         with pytest.raises(RuntimeError, match="too many tokens"):
-            plan(library, 2**40, cluster=16, per_block=2**30, keys=False)
-        assert library.host_switch(b"cluster_tokens", 0) == 2**40
-        assert plan(library, 1, cluster=16, per_block=52 * K) == (False, 1, 32, 0)
+            plan(library, 2**40, cluster=16)
+        library.host_switch(b"cluster_tokens", 0)
+        assert plan(library, 1, cluster=16) == (False, 1, 128, 1024, 0)
     finally:
         library.host_switch(b"cluster_tokens", before)
+
+
+@needs_compiler
+def test_shared_memory_keeps_what_no_register_holds(library: Any) -> None:
+    """As far as it reaches: a quad takes 17 bytes."""
+    assert plan(library, 132 * 5120, cluster=0, shared=10_000) == (False, 132, 5120, 1280, 256 * 17)
+    assert plan(library, 132 * 5120, cluster=0, shared=17 * 100 + 16) == (False, 132, 5120, 1124, 1700)
 
 
 @needs_compiler

@@ -34,12 +34,28 @@ struct CooperatingThread {
   __device__ __forceinline__ uint32_t warp_sum(uint32_t value) const { return __reduce_add_sync(kWarp, value); }
 
   __device__ __forceinline__ void add(uint32_t* shared, uint32_t value) const { atomicAdd(shared, value); }
+  __device__ __forceinline__ uint32_t fetch_add(uint32_t* shared, uint32_t value) const {
+    return atomicAdd(shared, value);
+  }
+  __device__ __forceinline__ uint64_t fetch_add_global(uint64_t* to, uint64_t value) const {
+    return atomicAdd(word(to), value);
+  }
   __device__ __forceinline__ void add_global(uint64_t* to, uint64_t value) const { atomicAdd(word(to), value); }
-  __device__ __forceinline__ void maximum_global(uint64_t* to, uint64_t value) const { atomicMax(word(to), value); }
   // What other blocks of this launch have written: not from this multiprocessor's L1.
   __device__ __forceinline__ uint64_t read_fresh(const uint64_t* from) const { return __ldcg(word(from)); }
 
   __device__ __forceinline__ void grid_sync() const { cooperative_groups::this_grid().sync(); }
+  // Its two halves: each waits for the arrival of all.
+  __device__ __forceinline__ void grid_arrive() { arrival_ = cooperative_groups::this_grid().barrier_arrive(); }
+  __device__ __forceinline__ void grid_wait() {
+    cooperative_groups::this_grid().barrier_wait(static_cast<Arrival&&>(arrival_));
+  }
+  // What comes behind it is not before the end of the launches before this one, which may have started beside them.
+  __device__ __forceinline__ void wait_for_launches_before() const {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+  }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   // What the block has written before it, every thread of the cluster sees behind it. One warp releases it for all:
   // 32 fences at a time would queue up.
@@ -52,14 +68,27 @@ struct CooperatingThread {
     }
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
   }
-  // The same object of this block's shared memory in another block of the cluster, which is the whole grid.
+  // What another block of the cluster, which is the whole grid, has in the place of this block's shared memory.
   template <class T>
-  __device__ __forceinline__ T* in_block(T* shared, int block) const {
-    return cooperative_groups::this_cluster().map_shared_rank(shared, block);
+  __device__ __forceinline__ T read_in_block(const T* shared, int block) const {
+    uint32_t address;
+    T value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(address)
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(block));
+    if constexpr (sizeof(T) == 8) {
+      asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(value) : "r"(address) : "memory");
+    } else {
+      asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    }
+    return value;
   }
 #endif
 
  private:
+  using Arrival = cooperative_groups::grid_group::arrival_token;
+  Arrival arrival_;
+
   static constexpr unsigned kWarp = 0xffffffffu;
   // atomics know no uint64_t where that is unsigned long
   static __device__ __forceinline__ unsigned long long* word(uint64_t* p) {

@@ -1,5 +1,5 @@
-// Launching kernels whose blocks work together (block_group.h): as one cluster where the GPU has them and the keys fit
-// its shared memory, else cooperatively.
+// Launching kernels whose blocks work together (block_group.h): as one cluster where the GPU has them and its threads
+// hold the tokens, else cooperatively.
 #pragma once
 
 #include <cstddef>
@@ -11,54 +11,56 @@
 
 namespace entropy_kernels::cuda {
 
-// A launch with one attribute: a cluster of all its blocks, or cooperative.
+// A launch as a cluster of all its blocks, or cooperative.
 struct Launch {
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
+  cudaLaunchAttribute attributes[2] = {};
 
-  Launch(bool cluster, int blocks, std::size_t shared_bytes, cudaStream_t stream) {
+  Launch(bool cluster, int blocks, std::size_t shared_bytes, bool early, cudaStream_t stream) {
     config.gridDim = dim3(blocks);
     config.blockDim = dim3(CooperatingThread::kThreads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     if (cluster) {
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = blocks;
-      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+      attributes[0].id = cudaLaunchAttributeClusterDimension;
+      attributes[0].val.clusterDim.x = blocks;
+      attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
     } else {
-      attribute.id = cudaLaunchAttributeCooperative;
-      attribute.val.cooperative = 1;
+      attributes[0].id = cudaLaunchAttributeCooperative;
+      attributes[0].val.cooperative = 1;
     }
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = early ? 2 : 1;
   }
   Launch(const Launch&) = delete;
 };
 
-inline Limits ask_limits(const void* cluster_kernel, const void* grid_kernel, bool keys, int device) {
-  Limits limits = {0, kMaxChunk, 0};
+inline Limits ask_limits(const void* cluster_kernel, const void* grid_kernel, int device) {
+  Limits limits = {0, 0, 0};
   int multiprocessors = 0, per_multiprocessor = 0, shared_bytes = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, grid_kernel, CooperatingThread::kThreads, 0),
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, grid_kernel), "cudaFuncGetAttributes");
+  limits.shared = shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+  set_attribute(grid_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
+  // With all its shared memory one block fits a multiprocessor, and a launch has as many blocks, however much it uses
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, grid_kernel, CooperatingThread::kThreads,
+                                                      limits.shared),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   limits.grid = multiprocessors * per_multiprocessor;
 
-  cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, cluster_kernel), "cudaFuncGetAttributes");
   if (attributes.ptxVersion < 90) {
     return limits;  // an older GPU, or one for which the driver compiled the PTX of sm_80, where the kernel is empty
   }
-  std::size_t dynamic_bytes = 0;
-  if (keys) {
-    dynamic_bytes = shared_bytes - attributes.sharedSizeBytes;
-    limits.cluster_tokens_per_block = dynamic_bytes / key_store_bytes(kLanes) * kLanes;
-    set_attribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(dynamic_bytes));
-  }
+  set_attribute(cluster_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared);
   set_attribute(cluster_kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   for (int blocks = kMaxCluster; blocks > 0 && limits.cluster == 0; blocks /= 2) {
-    const Launch launch(true, blocks, dynamic_bytes, nullptr);
+    const Launch launch(true, blocks, limits.shared, false, nullptr);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel, &launch.config) != cudaSuccess) {
       cudaGetLastError();
@@ -69,15 +71,15 @@ inline Limits ask_limits(const void* cluster_kernel, const void* grid_kernel, bo
   return limits;
 }
 
-inline Limits limits_of(const void* cluster_kernel, const void* grid_kernel, bool keys, int device) {
+inline Limits limits_of(const void* cluster_kernel, const void* grid_kernel, int device) {
   static OncePerDevice<Limits> limits;
-  return limits.of(cluster_kernel, device, [&] { return ask_limits(cluster_kernel, grid_kernel, keys, device); });
+  return limits.of(cluster_kernel, device, [&] { return ask_limits(cluster_kernel, grid_kernel, device); });
 }
 
 // `arguments` holds the plan's chunk.
 template <class Arguments>
 void launch_group(const GroupPlan& plan, const void* kernel, Arguments& arguments, cudaStream_t stream) {
-  const Launch launch(plan.cluster, plan.blocks, plan.shared_bytes, stream);
+  const Launch launch(plan.cluster, plan.blocks, plan.shared_bytes, plan.cluster && early_launch.get() != 0, stream);
   void* parameters[] = {&arguments};
   check(cudaLaunchKernelExC(&launch.config, kernel, parameters), "selection: launch");
 }

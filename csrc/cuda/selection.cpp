@@ -26,22 +26,20 @@ struct CudaHalf {
 
   void select(const Selection& selection, uint8_t* out) const {
     const GroupPlan plan = plan_selection(selection.view.tokens, device);
-    const int64_t key_words = key_store_bytes(plan.tokens()) / 8 + 1;
-    const Tensor scratch = words(like, plan.cluster ? 0 : kSelectionExchange + key_words);
-    SelectionArguments arguments = {selection, plan.chunk, out, nullptr, nullptr, nullptr};
-    if (!plan.cluster) {
-      arguments.exchange = mutable_data<uint64_t>(scratch);
-      arguments.keys = reinterpret_cast<uint32_t*>(arguments.exchange + kSelectionExchange);
-      arguments.candidates = arguments.keys + plan.tokens();
-    }
+    const bool stores = selection.drawn && plan.chunk > plan.kept * kQuad;
+    const int64_t exchange_words = plan.cluster ? 0 : kSelectionExchange;
+    const Tensor scratch = words(like, exchange_words + (stores ? key_store_bytes(plan.tokens()) / 8 + 1 : 0));
+    auto* const exchange = mutable_data<uint64_t>(scratch);
+    const SelectionArguments arguments = {selection, plan.chunk, plan.kept, out,
+                                          reinterpret_cast<uint32_t*>(exchange + exchange_words), exchange};
     launch_selection(plan, arguments, stream);
   }
 
   template <class T>
   void covariance(const TokenPairs<T>& pairs, float* out) const {
     const GroupPlan plan = plan_covariance(pairs.tokens, sizeof(T) == 8, device);
-    const Tensor exchange = words(like, plan.cluster ? 0 : kGroupSlots);
-    launch_covariance(plan, CovarianceArguments<T>{pairs, plan.chunk, out, mutable_data<uint64_t>(exchange)}, stream);
+    const Tensor exchange = words(like, plan.cluster ? 0 : kGroupSlots * plan.blocks);
+    launch_covariance(plan, CovarianceArguments<T>{pairs, plan.chunk, plan.kept, out, mutable_data<uint64_t>(exchange)}, stream);
   }
 
   void extremes(const auto& pairs, double* out) const { launch_extremes(pairs, out, stream); }

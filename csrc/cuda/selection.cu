@@ -12,38 +12,42 @@ namespace {
 
 using Thread = CooperatingThread;
 
+__device__ __forceinline__ unsigned char* bytes_of(uint4* memory) { return reinterpret_cast<unsigned char*>(memory); }
+
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     selection_cluster(const __grid_constant__ SelectionArguments arguments) {
 #if __CUDA_ARCH__ >= 900
+  extern __shared__ uint4 kept[];
   __shared__ GroupShared group_shared;
   __shared__ SearchShared search_shared;
-  extern __shared__ uint32_t keys[];
   Thread thread;
+  thread.wait_for_launches_before();
   Cluster<Thread> group(thread, group_shared);
-  Selector<Cluster<Thread>>(group, search_shared, arguments, {keys, keys + arguments.chunk}).run();
+  Selector<Cluster<Thread>>(group, search_shared, arguments, bytes_of(kept)).run();
   group.finish();
 #endif
 }
 
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     selection_grid(const __grid_constant__ SelectionArguments arguments) {
+  extern __shared__ uint4 kept[];
   __shared__ GroupShared group_shared;
   __shared__ SearchShared search_shared;
   Thread thread;
-  Grid<Thread> group(thread, group_shared, arguments.exchange, kSelectionExchange);
-  const int64_t begin = int64_t{thread.block()} * arguments.chunk;
-  const KeyStore store = {arguments.keys + begin, arguments.candidates + begin / kLanes};
-  Selector<Grid<Thread>>(group, search_shared, arguments, store).run();
+  Grid<Thread> group(thread, group_shared, arguments.exchange, kSelectionWords);
+  Selector<Grid<Thread>>(group, search_shared, arguments, bytes_of(kept)).run();
 }
 
 template <class T>
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     covariance_cluster(const __grid_constant__ CovarianceArguments<T> arguments) {
 #if __CUDA_ARCH__ >= 900
+  extern __shared__ uint4 kept[];
   __shared__ GroupShared group_shared;
   Thread thread;
+  thread.wait_for_launches_before();
   Cluster<Thread> group(thread, group_shared);
-  covariance_block(group, arguments);
+  covariance_block(group, arguments, bytes_of(kept));
   group.finish();
 #endif
 }
@@ -51,10 +55,11 @@ __global__ void __launch_bounds__(Thread::kThreads, 1)
 template <class T>
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     covariance_grid(const __grid_constant__ CovarianceArguments<T> arguments) {
+  extern __shared__ uint4 kept[];
   __shared__ GroupShared group_shared;
   Thread thread;
-  Grid<Thread> group(thread, group_shared, arguments.exchange, kGroupSlots);
-  covariance_block(group, arguments);
+  Grid<Thread> group(thread, group_shared, arguments.exchange, 0);
+  covariance_block(group, arguments, bytes_of(kept));
 }
 
 const void* pointer(void (*kernel)(SelectionArguments)) { return reinterpret_cast<const void*>(kernel); }
@@ -64,21 +69,22 @@ const void* pointer(void (*kernel)(CovarianceArguments<T>)) {
 }
 
 Limits selection_limits(int device) {
-  return limits_of(pointer(selection_cluster), pointer(selection_grid), true, device);
+  return limits_of(pointer(selection_cluster), pointer(selection_grid), device);
 }
 template <class T>
 Limits covariance_limits(int device) {
-  return limits_of(pointer(covariance_cluster<T>), pointer(covariance_grid<T>), false, device);
+  return limits_of(pointer(covariance_cluster<T>), pointer(covariance_grid<T>), device);
 }
 
 }  // namespace
 
-GroupPlan plan_selection(int64_t tokens, int device) { return plan_group(tokens, selection_limits(device), true); }
+GroupPlan plan_selection(int64_t tokens, int device) { return plan_group(tokens, selection_limits(device), KeyKeep<0>::kBytes); }
 
 int largest_selection_cluster(int device) { return selection_limits(device).cluster; }
 
 GroupPlan plan_covariance(int64_t tokens, bool float64, int device) {
-  return plan_group(tokens, float64 ? covariance_limits<double>(device) : covariance_limits<float>(device), false);
+  return float64 ? plan_group(tokens, covariance_limits<double>(device), PairKeep<double, 0>::kBytes)
+                 : plan_group(tokens, covariance_limits<float>(device), PairKeep<float, 0>::kBytes);
 }
 
 void launch_selection(const GroupPlan& plan, SelectionArguments arguments, cudaStream_t stream) {

@@ -14,24 +14,56 @@ namespace entropy_kernels::cuda {
 
 struct SelectionArguments {
   Selection selection;
-  int chunk;  // tokens per block, a multiple of kLanes
+  int chunk;  // tokens per block, a multiple of kLanes * kQuad
+  int kept;   // quads per block whose keys stay in registers and shared memory
   uint8_t* selected;
-  // Grid only; the cluster's blocks hold their tokens' keys in shared memory
-  uint32_t* keys;
-  uint32_t* candidates;
-  uint64_t* exchange;
+  uint32_t* keys;      // random ones of all others: key_store_bytes
+  uint64_t* exchange;  // Grid only
 };
 
-// Words that a Grid exchanges at most: three rounds for the quantiles, two searches at a time, three for the keys (the
-// first with the number of tokens that count), and one for each digit of a tie.
-constexpr int kSelectionExchange = kGroupSlots + 2 * (kRadixBins + 1) + 4 * kRadixBins + 2 * kRadixBins + 6 * kRadixBins;
+// Words that a Grid adds at most: three rounds for the quantiles, two searches at a time, three for the keys (the first
+// with the number of tokens that count), one for each digit of a tie; and the counter of its list.
+constexpr int kSelectionWords = (kRadixBins + 1) + 4 * kRadixBins + 3 * kRadixBins + 6 * kRadixBins + 1;
+constexpr int kSelectionExchange = kSelectionWords + 2 * kBlockThreads;
 
-// The keys of a block's tokens, and a bit for each that is a candidate.
-struct KeyStore {
-  uint32_t* keys;
-  uint32_t* candidates;
+// A key per token, and a byte per quad.
+constexpr int64_t key_store_bytes(int64_t tokens) { return tokens * 4 + tokens / kQuad; }
+
+// Keys of consecutive tokens; a bit for each that is a candidate, and that counts.
+struct QuadKeys {
+  uint32_t key[kQuad];
+  uint32_t candidates, counts;
 };
-constexpr int64_t key_store_bytes(int64_t tokens) { return tokens * 4 + tokens / kLanes * 4; }
+
+// A thread's quads of keys, kept in shared memory.
+template <int kFirst>
+class KeyKeep {
+ public:
+  using Held = QuadKeys;
+  static constexpr int kBytes = kQuad * 4 + 1;
+
+  EK_HOST_DEVICE explicit KeyKeep(KeptMemory kept) : memory_(kept) {}
+  EK_HOST_DEVICE int quads() const { return memory_.quads; }
+  EK_HOST_DEVICE void put(int quad, const QuadKeys& keys) const {
+    memcpy(&words()[quad - kFirst], keys.key, sizeof(keys.key));
+    candidates()[quad - kFirst] = static_cast<uint8_t>(keys.candidates);
+  }
+  EK_HOST_DEVICE QuadKeys get(int quad) const {
+    const Quad<uint32_t> words_of = words()[quad - kFirst];
+    QuadKeys keys = {};
+    memcpy(keys.key, &words_of, sizeof(keys.key));
+    keys.candidates = candidates()[quad - kFirst];
+    return keys;
+  }
+
+ private:
+  EK_HOST_DEVICE Quad<uint32_t>* words() const { return reinterpret_cast<Quad<uint32_t>*>(memory_.memory); }
+  EK_HOST_DEVICE uint8_t* candidates() const {
+    return memory_.memory + (memory_.quads - kFirst) * sizeof(Quad<uint32_t>);
+  }
+
+  KeptMemory memory_;
+};
 
 struct SearchShared {
   struct Found {
@@ -49,11 +81,11 @@ struct Search {
 };
 
 // Inclusive sums over the lanes of a warp.
-template <class Thread>
-EK_HOST_DEVICE int64_t sums_up_to(Thread& thread, int64_t value) {
+template <class Thread, class Total>
+EK_HOST_DEVICE Total sums_up_to(Thread& thread, Total value) {
   const int lane = thread.index() % kLanes;
   for (int distance = 1; distance < kLanes; distance *= 2) {
-    const int64_t other = thread.shuffle_up(value, distance);
+    const Total other = thread.shuffle_up(value, distance);
     value += lane >= distance ? other : 0;
   }
   return value;
@@ -64,109 +96,158 @@ class Selector {
  public:
   static constexpr int kThreads = Group::kThreads;
 
-  EK_HOST_DEVICE Selector(Group& group, SearchShared& shared, const SelectionArguments& arguments, KeyStore store)
-      : group_(group), thread_(group.thread), shared_(shared), selection_(arguments.selection),
-        view_(arguments.selection.view), selected_(arguments.selected), store_(store),
-        share_(group.thread.block(), arguments.chunk, view_.tokens) {}
+  EK_HOST_DEVICE Selector(Group& group, SearchShared& shared, const SelectionArguments& arguments,
+                          unsigned char* memory)
+      : group_(group), thread_(group.thread), shared_(shared), arguments_(arguments), selection_(arguments.selection),
+        view_(arguments.selection.view), share_(group.thread.block(), arguments.chunk, view_.tokens),
+        quads_(group, Keep({memory, arguments.kept}), share_.tokens,
+               Quad<float>::at(view_.covariance) && Quad<uint8_t>::at(view_.mask) && Quad<uint8_t>::at(view_.exclude) &&
+                   Quad<uint8_t>::at(arguments.selected)) {}
 
   // Writes the mask of the block's tokens.
   EK_HOST_DEVICE void run() {
     const bool random = selection_.drawn, of_quantiles = random && selection_.band.quantile;
     const uint64_t seed = random ? selection_.seed.read() : 0;
-    KeyBand band = selection_.band.keys();
-    take_tokens(random && !of_quantiles, band, seed);
+    take_tokens(random && !of_quantiles, selection_.band.keys(), seed);
     group_.sum_words(kRadixBins + 1);
     const int64_t valid = group_.word(kRadixBins);
     if (of_quantiles) {
-      band = quantile_band();
-      rekey(band, seed);
+      rekey(quantile_band(), seed);
       group_.sum_words(kRadixBins);
     }
-    Search search{0, 0, 0};
+    Search searches[1] = {{0, 0, 0}};
+    Search& search = searches[0];
     first_digit(0, search, [&](int64_t total) {
       const int64_t wanted = selection_.count.of(valid);
       return wanted < total ? wanted : total;
     });
-    const bool any = search.need > 0;
-    uint64_t last_tie = 0;
-    TieOrder order = view_.index != nullptr ? TieOrder::of_indices() : TieOrder::of_positions(view_.tokens);
-    if (any) {
-      Search searches[1] = {search};
-      later_digits(searches);
-      search = searches[0];
-      if (search.need < search.equal) {
-        last_tie = find_last_tie(order, static_cast<uint32_t>(search.prefix), search.need);
-      }
+    // Until all tokens with the digits found are taken, or they are few enough for every block to look at all of them
+    int round = 1;
+#pragma unroll 1
+    while (round < kKeyRounds && search.need < search.equal && search.equal > kThreads) {
+      digits(round++, searches);
     }
-    write(any, static_cast<uint32_t>(search.prefix), order, last_tie);
+    const bool all = search.need == search.equal, few = search.equal <= kThreads;
+    uint64_t last_tie = 0;
+    const TieOrder order =
+        view_.index != nullptr ? TieOrder::of_indices() : TieOrder::of_positions(view_.tokens);
+    if (!all && !few) {
+      last_tie = find_last_tie(order, static_cast<uint32_t>(search.prefix), search.need);
+    }
+    write(search.need > 0, round, search.prefix, !all && few, order, last_tie);
+    if (!all && few) {
+      select_of_few(round, search, order);
+    }
   }
 
  private:
-  struct Token {
-    float value;
-    bool counts, candidate;
+  struct Loaded {  // covariances, or keys and in `mask` the candidates
+    Quad<uint32_t> words;
+    Quad<uint8_t> mask, exclude;
   };
-  struct Stored {
-    uint32_t key;
-    bool candidate;
-  };
+  using Keys = QuadKeys;
+  using Keep = KeyKeep<kHeldQuads * kThreads>;
 
-  // use(token of this block, its key), a warp's lanes together; a lane beyond the last token has no candidate.
-  template <class Use>
-  EK_HOST_DEVICE void for_stored(const Use& use) {
-    for_tokens(
-        group_, share_.tokens,
-        [&](int i) {
-          return Stored{store_.keys[i], (store_.candidates[i / kLanes] >> group_.lane() & 1u) != 0};
+  EK_HOST_DEVICE int64_t position(int quad) const { return share_.begin + quad * kQuad; }
+  EK_HOST_DEVICE uint8_t* stored_candidates() const {
+    return reinterpret_cast<uint8_t*>(arguments_.keys + int64_t{thread_.blocks()} * arguments_.chunk);
+  }
+
+  EK_HOST_DEVICE Loaded load_values(int quad, bool vector) const {
+    const int64_t at = position(quad);
+    const int left = share_.tokens - quad * kQuad;
+    return {read_quad(reinterpret_cast<const uint32_t*>(view_.covariance), at, left, vector),
+            read_mask(view_.mask, at, left, vector, 1), read_mask(view_.exclude, at, left, vector, 0)};
+  }
+  EK_HOST_DEVICE Keys make_values(int quad, const Loaded& loaded) const {
+    Keys keys = {};
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      float value;
+      memcpy(&value, &loaded.words.value[j], sizeof(value));
+      const bool counts = loaded.mask[j] && quad * kQuad + j < share_.tokens;
+      keys.key[j] = ordered_key(value);
+      keys.counts |= counts ? 1u << j : 0u;
+      keys.candidates |= counts && !loaded.exclude[j] && value == value ? 1u << j : 0u;
+    }
+    return keys;
+  }
+  // Random keys in place of the covariances of the band.
+  EK_HOST_DEVICE void randomise(int quad, Keys& keys, KeyBand band, uint64_t seed) const {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (!band.contains(keys.key[j])) {
+        keys.candidates &= ~(1u << j);
+      }
+      if (keys.candidates >> j & 1u) {
+        keys.key[j] = token_key(static_cast<uint64_t>(view_.token_index(position(quad) + j)), seed);
+      }
+    }
+    if (!quads_.kept(quad)) {
+      Quad<uint32_t> words;
+      memcpy(&words, keys.key, sizeof(words));
+      write_quad(arguments_.keys, position(quad), kQuad, true, words);
+      stored_candidates()[position(quad) / kQuad] = static_cast<uint8_t>(keys.candidates);
+    }
+  }
+
+  // use(quad, its keys); where they are kept they stay as it leaves them if kChanges.
+  template <bool kChanges = false, class Use>
+  EK_HOST_DEVICE void for_keys(const Use& use) {
+    quads_.template each<kChanges>(
+        [&](int quad, bool vector) {
+          if (!stored_) {
+            return load_values(quad, vector);
+          }
+          Loaded loaded = {read_quad(arguments_.keys, position(quad), kQuad, true), {}, {}};
+          loaded.mask.value[0] = stored_candidates()[position(quad) / kQuad];
+          return loaded;
+        },
+        [&](int quad, const Loaded& loaded) {
+          if (!stored_) {
+            return make_values(quad, loaded);
+          }
+          Keys keys = {};
+          memcpy(keys.key, &loaded.words, sizeof(keys.key));
+          keys.candidates = loaded.mask.value[0];
+          return keys;
         },
         use);
   }
 
-  EK_HOST_DEVICE int64_t token_index(int i) const { return view_.token_index(share_.begin + i); }
-
-  // Stores a token's key and counts its first digit.
-  EK_HOST_DEVICE void store(int i, uint32_t key, bool candidate) {
-    const uint32_t candidates = thread_.ballot(candidate);
-    store_.keys[i] = key;  // for a lane beyond the last token, too: there is room for it
-    if (group_.lane() == 0) {
-      store_.candidates[i / kLanes] = candidates;
-    }
-    if (candidate) {
-      group_.count(static_cast<int>(radix_digit(key, kKeyShift0, kKeyBits0)));
+  EK_HOST_DEVICE void count_first_digits(const Keys& keys) {
+#pragma unroll
+    for (int j = 0; j < kQuad; ++j) {
+      if (keys.candidates >> j & 1u) {
+        group_.count(static_cast<int>(radix_digit(keys.key[j], kKeyShift0, kKeyBits0)));
+      }
     }
   }
 
   EK_HOST_DEVICE void take_tokens(bool random, KeyBand band, uint64_t seed) {
-    uint32_t valid = 0;  // of the warp
-    for_tokens(
-        group_, share_.tokens,
-        [&](int i) {
-          const int64_t position = share_.begin + i;
-          const bool counts = view_.mask == nullptr || view_.mask[position] != 0;
-          const bool kept = view_.exclude == nullptr || view_.exclude[position] == 0;
-          return Token{view_.covariance[position], counts, counts && kept};
-        },
-        [&](int i, const Token& token) {
-          uint32_t key = ordered_key(token.value);
-          bool candidate = token.candidate && token.value == token.value;
-          if (random) {
-            candidate = candidate && band.contains(key);
-            key = candidate ? token_key(static_cast<uint64_t>(token_index(i)), seed) : 0;
-          }
-          valid += population(thread_.ballot(token.counts));
-          store(i, key, candidate);
-        });
+    uint32_t valid = 0;
+    quads_.take([&](int quad, bool vector) { return load_values(quad, vector); },
+                [&](int quad, const Loaded& loaded) { return make_values(quad, loaded); },
+                [&](int quad, Keys& keys) {
+                  valid += population(keys.counts);
+                  if (random) {
+                    randomise(quad, keys, band, seed);
+                  }
+                  count_first_digits(keys);
+                });
+    stored_ = random;
+    valid = thread_.warp_sum(valid);
     if (group_.lane() == 0 && valid != 0) {
       thread_.add(group_.shared.words + kRadixBins, valid);
     }
   }
 
-  // Random keys in place of the covariances of the band.
   EK_HOST_DEVICE void rekey(KeyBand band, uint64_t seed) {
-    for_stored([&](int i, const Stored& stored) {
-      const bool candidate = stored.candidate && band.contains(stored.key);
-      store(i, candidate ? token_key(static_cast<uint64_t>(token_index(i)), seed) : 0, candidate);
+    for_keys<true>([&](int quad, Keys& keys) {
+      randomise(quad, keys, band, seed);
+      count_first_digits(keys);
     });
+    stored_ = true;
   }
 
   EK_HOST_DEVICE KeyBand quantile_band() {
@@ -174,34 +255,38 @@ class Selector {
     Search searches[2] = {{0, 0, 0}, {0, 0, 0}};
     first_digit(0, searches[0], [&](int64_t total) { return quantile_rank(total, band.lower()); });
     first_digit(1, searches[1], [&](int64_t total) { return quantile_rank(total, band.upper()); });
-    later_digits(searches);
+#pragma unroll 1
+    for (int round = 1; round < kKeyRounds; ++round) {
+      digits(round, searches);
+    }
     if (!(band.lower() < band.upper())) {
       return {1, 0};  // empty
     }
     return key_band(static_cast<uint32_t>(searches[0].prefix), static_cast<uint32_t>(searches[1].prefix), band.closed);
   }
 
-  // The digit of the need_of(number of keys)-th largest, from the words of a row. `place` keeps two searches apart.
-  template <class NeedOf>
-  EK_HOST_DEVICE void next_digit(int row, int place, int bits, Search& search, const NeedOf& need_of) {
-    constexpr int kBins = kRadixBins / kThreads;  // of a thread, the largest digits in thread 0
+  // The digit of the need_of(number of keys)-th largest, from word(bin). `place` keeps two searches apart.
+  template <class Word, class NeedOf>
+  EK_HOST_DEVICE void next_digit(const Word& word, int place, int bits, Search& search, const NeedOf& need_of) {
+    using Total = decltype(word(0));  // of all tokens
+    constexpr int kBins = kRadixBins / kThreads, kWarps = kThreads / kLanes;  // bins of a thread, the largest in thread 0
     const int top = kRadixBins - 1 - thread_.index() * kBins;
-    int64_t counts[kBins], sum = 0;
+    Total counts[kBins], sum = 0;
 #pragma unroll
     for (int j = 0; j < kBins; ++j) {
-      counts[j] = group_.word(row * kRadixBins + top - j);
+      counts[j] = word(top - j);
       sum += counts[j];
     }
-    const int64_t in_warp = sums_up_to(thread_, sum);
+    const Total in_warp = sums_up_to(thread_, sum);
     if (group_.lane() == kLanes - 1) {
       shared_.warps[place][group_.warp()] = in_warp;
     }
     thread_.barrier();
-    const int64_t warps =
-        sums_up_to(thread_, group_.lane() < kThreads / kLanes ? shared_.warps[place][group_.lane()] : 0);
-    const int64_t total = thread_.shuffle(warps, kLanes - 1);
-    const int64_t before = thread_.shuffle(warps, group_.warp() == 0 ? 0 : group_.warp() - 1);
-    int64_t above = in_warp - sum + (group_.warp() == 0 ? 0 : before);
+    const auto of_warp = group_.lane() < kWarps ? static_cast<Total>(shared_.warps[place][group_.lane()]) : Total{0};
+    const Total warps = sums_up_to(thread_, of_warp);
+    const Total total = thread_.shuffle(warps, kLanes - 1);
+    const Total before = thread_.shuffle(warps, group_.warp() == 0 ? 0 : group_.warp() - 1);
+    Total above = in_warp - sum + (group_.warp() == 0 ? 0 : before);
     const int64_t need = need_of(total);
     if (above < need && need <= above + sum) {  // in one thread, or in none if nothing is needed
 #pragma unroll
@@ -217,33 +302,35 @@ class Selector {
       const SearchShared::Found found = shared_.found[place];
       search = {search.prefix << bits | found.digit, need - found.above, found.equal};
     } else {
-      search.need = 0;
+      search.need = search.equal = 0;
     }
   }
 
   template <class NeedOf>
   EK_HOST_DEVICE void first_digit(int place, Search& search, const NeedOf& need_of) {
-    next_digit(0, place, kKeyBits0, search, need_of);
+    next_digit([&](int bin) { return group_.word(bin); }, place, kKeyBits0, search, need_of);
   }
 
+  // Round 1 or 2 of the keys.
   template <int kRows>
-  EK_HOST_DEVICE void later_digits(Search (&searches)[kRows]) {
-#pragma unroll 1
-    for (int round = 1; round < kKeyRounds; ++round) {
-      const int shift = round == 1 ? kKeyShift1 : 0, bits = round == 1 ? kKeyBits1 : kKeyBits2;
-      for_stored([&](int, const Stored& stored) {
+  EK_HOST_DEVICE void digits(int round, Search (&searches)[kRows]) {
+    const int shift = key_shift(round), bits = key_bits(round);
+    for_keys([&](int, const Keys& keys) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-          if (stored.candidate && stored.key >> (shift + bits) == searches[row].prefix) {
-            group_.count(row * kRadixBins + static_cast<int>(radix_digit(stored.key, shift, bits)));
+          if ((keys.candidates >> j & 1u) && keys.key[j] >> (shift + bits) == searches[row].prefix) {
+            group_.count(row * kRadixBins + static_cast<int>(radix_digit(keys.key[j], shift, bits)));
           }
         }
-      });
-      group_.sum_words(kRows * kRadixBins);
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        next_digit(row, row, bits, searches[row], [&](int64_t) { return searches[row].need; });
       }
+    });
+    group_.sum_words(kRows * kRadixBins);
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      next_digit([&](int bin) { return group_.word(row * kRadixBins + bin); }, row, bits, searches[row],
+                 [&](int64_t) { return searches[row].need; });
     }
   }
 
@@ -252,30 +339,81 @@ class Selector {
     Search search{0, need, 0};
 #pragma unroll 1
     for (int round = 0; round < order.rounds; ++round) {
-      for_stored([&](int i, const Stored& stored) {
-        if (stored.candidate && stored.key == threshold) {
-          const uint64_t tie = order.key(token_index(i));
-          if (order.matches(tie, round, search.prefix)) {
-            group_.count(static_cast<int>(radix_digit(tie, order.shift(round), kRadixBits)));
+      for_keys([&](int quad, const Keys& keys) {
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          if ((keys.candidates >> j & 1u) && keys.key[j] == threshold) {
+            const uint64_t tie = order.key(view_.token_index(position(quad) + j));
+            if (order.matches(tie, round, search.prefix)) {
+              group_.count(static_cast<int>(radix_digit(tie, order.shift(round), kRadixBits)));
+            }
           }
         }
       });
       group_.sum_words(kRadixBins);
-      next_digit(0, 0, kRadixBits, search, [&](int64_t) { return search.need; });
+      next_digit([&](int bin) { return group_.word(bin); }, 0, kRadixBits, search, [&](int64_t) { return search.need; });
     }
     return search.prefix;
   }
 
-  EK_HOST_DEVICE void write(bool any, uint32_t threshold, const TieOrder& order, uint64_t last_tie) {
-    for_stored([&](int i, const Stored& stored) {
-      bool selected = any && stored.candidate && stored.key >= threshold;
-      if (selected && stored.key == threshold && last_tie != 0) {
-        selected = order.key(token_index(i)) >= last_tie;
+  // The mask of the tokens whose key's first digits, those of `rounds`, decide. Others with `prefix` are listed if
+  // `list`, else selected if their tie key is last_tie or more.
+  EK_HOST_DEVICE void write(bool any, int rounds, uint64_t prefix, bool list, const TieOrder& order,
+                            uint64_t last_tie) {
+    const int shift = key_shift(rounds - 1);
+    for_keys([&](int quad, const Keys& keys) {
+      Quad<uint8_t> selected;
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        const bool candidate = any && (keys.candidates >> j & 1u);
+        const uint32_t digits = keys.key[j] >> shift;
+        bool take = candidate && digits >= prefix;
+        if (take && digits == prefix) {
+          if (list) {
+            group_.list(keys.key[j], static_cast<uint32_t>(quad * kQuad + j));
+            take = false;
+          } else if (last_tie != 0) {
+            take = order.key(view_.token_index(position(quad) + j)) >= last_tie;
+          }
+        }
+        selected.value[j] = take;
       }
-      if (i < share_.tokens) {
-        selected_[share_.begin + i] = selected;
-      }
+      write_quad(arguments_.selected, position(quad), share_.tokens - quad * kQuad, quads_.whole(quad), selected);
     });
+  }
+
+  // The rest of the search among the listed tokens, a token per thread, the same in every block.
+  EK_HOST_DEVICE void select_of_few(int round, Search search, const TieOrder& order) {
+    const Listed mine = group_.gather(static_cast<int>(search.equal), arguments_.chunk);
+    const auto own_digit = [&](bool matches, uint64_t key, int shift, int bits) {
+      if (matches) {
+        group_.count(static_cast<int>(radix_digit(key, shift, bits)));
+      }
+      thread_.barrier();
+      next_digit([&](int bin) { return group_.take_own_word(bin); }, 0, bits, search,
+                 [&](int64_t) { return search.need; });
+    };
+#pragma unroll 1
+    for (; round < kKeyRounds; ++round) {
+      const int shift = key_shift(round), bits = key_bits(round);
+      own_digit(mine.position >= 0 && mine.key >> (shift + bits) == search.prefix, mine.key, shift, bits);
+    }
+    const auto threshold = static_cast<uint32_t>(search.prefix);
+    uint64_t tie = 0, last_tie = 0;
+    if (search.need < search.equal) {
+      const bool tied = mine.position >= 0 && mine.key == threshold;
+      tie = tied ? order.key(view_.token_index(mine.position)) : 0;
+      search.prefix = 0;
+#pragma unroll 1
+      for (int digit = 0; digit < order.rounds; ++digit) {
+        own_digit(tied && order.matches(tie, digit, search.prefix), tie, order.shift(digit), kRadixBits);
+      }
+      last_tie = search.prefix;
+    }
+    const bool own = mine.position >= share_.begin && mine.position - share_.begin < share_.tokens;
+    if (own && (mine.key > threshold || (mine.key == threshold && tie >= last_tie))) {
+      arguments_.selected[mine.position] = 1;
+    }
   }
 
   static EK_HOST_DEVICE uint32_t population(uint32_t bits) {
@@ -289,15 +427,18 @@ class Selector {
   // radix_select.h's arrays have no address on the device
   static constexpr int kKeyShift0 = kKeyShift[0], kKeyShift1 = kKeyShift[1];
   static constexpr int kKeyBits0 = kKeyBits[0], kKeyBits1 = kKeyBits[1], kKeyBits2 = kKeyBits[2];
+  static EK_HOST_DEVICE int key_shift(int round) { return round == 0 ? kKeyShift0 : round == 1 ? kKeyShift1 : 0; }
+  static EK_HOST_DEVICE int key_bits(int round) { return round == 0 ? kKeyBits0 : round == 1 ? kKeyBits1 : kKeyBits2; }
 
   Group& group_;
   typename Group::Thread& thread_;
   SearchShared& shared_;
+  const SelectionArguments& arguments_;
   const Selection& selection_;
   const TokenView& view_;
-  uint8_t* selected_;
-  KeyStore store_;
   TokenShare share_;
+  ThreadQuads<Keep, kHeldQuads, Group> quads_;
+  bool stored_ = false;  // the keys of quads that are not kept
 };
 
 }  // namespace entropy_kernels::cuda

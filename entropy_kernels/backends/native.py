@@ -200,7 +200,15 @@ def largest_cluster() -> int:
 
 
 # The values that each may have; csrc/cuda/switches.h says what they do.
-CUDA_SWITCHES = {"cluster_tokens": range(2**63), "backward_reversed": range(2), "row_invariant": range(2)}
+CUDA_SWITCHES = {
+    "cluster_tokens": range(2**63),
+    "cluster_block_tokens": range(1, 2**63),
+    "grid_block_tokens": range(1, 2**63),
+    "keep_in_shared": range(2),
+    "early_launch": range(2),
+    "backward_reversed": range(2),
+    "row_invariant": range(2),
+}
 
 
 def set_cuda_switch(name: str, value: int) -> int:
