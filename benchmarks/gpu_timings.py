@@ -46,8 +46,8 @@ SAMPLES, WARM = 12, 2
 STOP = 1.0  # seconds before the end at which a run stops, whatever it is doing
 BF16, FP32, K = torch.bfloat16, torch.float32, 1024
 ROWS, VOCABS = (8192, 1, 64, 600), (128256, 151936, 32000, 248320, 151937)  # the last one misaligns rows
-WAYS = {"cluster": ("cluster_tokens", 2**62), "grid": ("cluster_tokens", 0)}
-CLUSTER_HOLDS = 512 * K  # tokens
+WAYS = {"cluster": ("cluster_tokens", 2**62), "grid": ("cluster_tokens", 0)}  # of the covariance
+CLUSTER_AT_MOST = 512 * K  # tokens: far beyond where a grid is faster
 ORDERS = {"": None, ", rows reversed": ("backward_reversed", 1)}
 #: What must be verified for an op of the benchmark, where that is not an op of the same name.
 NEEDS: dict[str, tuple[str, ...]] = dict.fromkeys(
@@ -253,20 +253,23 @@ def selection(run: Run, tokens: int, backend: str) -> None:
     run.time(ROOFLINE, case, inputs, REGISTRY["tokens_roofline", "topk"])
     batch = [inputs[name] for name in SELECTION["token_covariance"][0]]
     of_batch = {**inputs, "covariance": ek.token_covariance(*batch, backend="torch")}
-    first: dict[str, Timed | None] = {}
+    time = functools.partial(run.time, "selection", case, backend=backend, beside=copy)
+    for op in ("clip_cov_mask", "kl_cov_mask"):
+        time(inputs, REGISTRY[op, f"ours-{backend}"])
+    covariance, both = None, None
     for way, switch in WAYS.items() if backend == "cuda" else [("", None)]:
-        if way == "cluster" and tokens > CLUSTER_HOLDS:
+        if way == "cluster" and tokens > CLUSTER_AT_MOST:
             continue
-        time = functools.partial(run.time, "selection", case, backend=backend, beside=copy, switch=switch)
-        for op in SELECTION:
-            mine = REGISTRY[op, f"ours-{backend}"]
-            first.setdefault(op, time(inputs, mine, variant=way, same_as=first.get(op)))
-        if first["token_covariance"] is None:
+        mine = REGISTRY["token_covariance", f"ours-{backend}"]
+        found = time(inputs, mine, variant=way, switch=switch, same_as=covariance)
+        covariance = covariance or found
+        if found is None:
             continue
-        both = ours("clip_cov_mask", covariance_and_mask, backend)
+        pair = ours("clip_cov_mask", covariance_and_mask, backend)
         moved = 18 * len(inputs["mask"])  # 9 bytes read and 4 written of the covariance, 4 and 1 of the mask
         variant = f"with covariance {way}".strip()
-        first.setdefault("both", time(of_batch, both, variant=variant, bytes=moved, same_as=first.get("both")))
+        found = time(of_batch, pair, variant=variant, switch=switch, bytes=moved, same_as=both)
+        both = both or found
 
 
 def covariance_and_mask(backend: str, case: Case, inputs: Inputs) -> Prepared:

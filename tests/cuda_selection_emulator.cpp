@@ -157,20 +157,20 @@ void run(int blocks, std::size_t shared_bytes, uint64_t seed, const Body& body) 
 }
 
 struct SelectionShared {
-  GroupShared group;
+  CountsShared counts;
   SearchShared search;
   alignas(16) unsigned char kept[kEmulatedThreads * 2 * KeyKeep<0>::kBytes];
 };
 template <class T>
 struct CovarianceShared {
-  GroupShared group;
+  SumsShared sums;
   alignas(16) unsigned char kept[kEmulatedThreads * 2 * PairKeep<T, 0>::kBytes];
 };
 // A quad of a thread is held, two are kept, and in large batches some are neither.
 constexpr int kKept = (kHeldQuads + 2) * kEmulatedThreads;
 
 struct Call {  // mirrored by cuda_selection_emulator.py
-  int32_t cluster, blocks, chunk;
+  int32_t cluster, blocks, chunk;  // cluster: of the covariance alone
   uint64_t order;
   const void *mask, *exclude, *index, *seed;
   int32_t seed_number;  // the seed is handed over by value
@@ -203,39 +203,30 @@ void select(const Call& call) {
   SelectionArguments a = selection_of(call);
   std::vector<uint64_t> keys(key_store_bytes(int64_t{call.blocks} * call.chunk) / 8 + 1, ~uint64_t{0});
   a.keys = reinterpret_cast<uint32_t*>(keys.data());
-  if (call.cluster != 0) {
-    run(call.blocks, sizeof(SelectionShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
-      auto& shared = *reinterpret_cast<SelectionShared*>(memory);
-      Cluster<EmulatedThread> group(thread, shared.group);
-      Selector<Cluster<EmulatedThread>>(group, shared.search, a, shared.kept).run();
-      group.finish();
-    });
-    return;
-  }
   std::vector<uint64_t> exchange(kSelectionExchange, ~uint64_t{0});
   a.exchange = exchange.data();
   run(call.blocks, sizeof(SelectionShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
     auto& shared = *reinterpret_cast<SelectionShared*>(memory);
-    Grid<EmulatedThread> group(thread, shared.group, a.exchange, kSelectionWords);
-    Selector<Grid<EmulatedThread>>(group, shared.search, a, shared.kept).run();
+    GridCounts<EmulatedThread> counts(thread, shared.counts, a.exchange, kSelectionWords);
+    Selector<EmulatedThread>(counts, shared.search, a, shared.kept).run();
   });
 }
 
 template <class T>
 void covariance(const Call& call) {
-  std::vector<uint64_t> exchange(kGroupSlots * call.blocks, ~uint64_t{0});
+  std::vector<uint64_t> exchange(kSumSlots * call.blocks, ~uint64_t{0});
   const TokenPairs<T> pairs = {static_cast<const T*>(call.first), static_cast<const T*>(call.second),
                                static_cast<const uint8_t*>(call.mask), call.tokens};
   const CovarianceArguments<T> a = {pairs, call.chunk, kKept, static_cast<float*>(call.out), exchange.data()};
   run(call.blocks, sizeof(CovarianceShared<T>), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
     auto& shared = *reinterpret_cast<CovarianceShared<T>*>(memory);
     if (call.cluster != 0) {
-      Cluster<EmulatedThread> group(thread, shared.group);
-      covariance_block(group, a, shared.kept);
-      group.finish();
+      ClusterSums<EmulatedThread> sums(thread, shared.sums);
+      covariance_block(sums, a, shared.kept);
+      sums.finish();
     } else {
-      Grid<EmulatedThread> group(thread, shared.group, a.exchange, 0);
-      covariance_block(group, a, shared.kept);
+      GridSums<EmulatedThread> sums(thread, shared.sums, a.exchange);
+      covariance_block(sums, a, shared.kept);
     }
   });
 }

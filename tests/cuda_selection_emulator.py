@@ -48,13 +48,16 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 @dataclass
 class Emulated:
-    """The kernels as a cluster or grid of ``blocks``, their threads resumed in the order that ``order`` seeds."""
+    """The kernels as a grid of ``blocks``, their threads resumed in the order that ``order`` seeds.
+
+    ``cluster``: the covariance as a cluster.
+    """
 
     library: ctypes.CDLL
-    cluster: bool
     blocks: int
     order: int = 0
     seed_by_value: bool = False
+    cluster: bool = False
 
     def _call(self, tokens: int, mask: Tensor | None) -> _Call:
         each = -(-tokens // self.blocks)

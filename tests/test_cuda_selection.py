@@ -29,9 +29,9 @@ hardware = [
 emulated = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 INF, NAN = math.inf, math.nan
-# (cluster or grid, blocks): alone, two, as many as leave some without tokens. An emulated launch takes as long as its
-# blocks together: where they are many, each band meets one count, and not two
-BLOCKS = [(True, 1), (True, 2), (True, 16), (False, 1), (False, 3)]
+# Alone, two, as many as leave some without tokens. An emulated launch takes as long as its blocks together: where they
+# are many, each band meets one count, and not two
+BLOCKS = [1, 2, 3, 16]
 TOKENS = [1, 31, 33, 500, 2000]
 COUNTS = [Count(0.05, None, True), Count(None, 7, True), Count(1.0, None, True), Count(1e-4, None, False)]
 BANDS = [
@@ -47,9 +47,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return emulator.compile_library(tmp_path_factory.mktemp("emulator"))
 
 
-@pytest.fixture(params=BLOCKS, ids=lambda of: f"{'cluster' if of[0] else 'grid'}-{of[1]}")
+@pytest.fixture(params=BLOCKS)
 def kernels(request: pytest.FixtureRequest, library: Any) -> emulator.Emulated:
-    return emulator.Emulated(library, *request.param)
+    return emulator.Emulated(library, request.param)
 
 
 def batch(tokens: int, levels: int | None, seed: int) -> dict[str, Tensor]:
@@ -139,15 +139,17 @@ def test_the_order_of_threads_does_not_matter(library: Any) -> None:
     data = tuple(batch(700, 2, seed=9).values())
     expected = eager.clip_cov_mask(*data, torch.tensor(4), COUNTS[0], BANDS[4], "")
     for order in range(10):
-        for cluster in (True, False):
-            kernels = emulator.Emulated(library, cluster, 3 - cluster, order)
+        for blocks in (2, 3):
+            kernels = emulator.Emulated(library, blocks, order)
             assert torch.equal(kernels.clip_cov_mask(*data, torch.tensor(4), COUNTS[0], BANDS[4]), expected)
 
 
 @emulated
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_covariance(kernels: emulator.Emulated, tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("cluster", [False, True])
+def test_covariance(kernels: emulator.Emulated, tokens: int, dtype: torch.dtype, cluster: bool) -> None:
+    kernels.cluster = cluster
     generator = torch.Generator().manual_seed(tokens)
     logprob = -2 * torch.rand(tokens, generator=generator, dtype=dtype)
     advantages = torch.randn(tokens, generator=generator, dtype=dtype)

@@ -1,4 +1,4 @@
-// A thread on the device whose block works with others of its launch: see block_group.h.
+// A thread on the device whose block works with others of its launch: see block_sums.h and grid_counts.h.
 #pragma once
 
 #include <cooperative_groups.h>

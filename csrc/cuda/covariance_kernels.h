@@ -6,7 +6,7 @@
 
 #include "common/fixed_point.h"
 #include "common/selection_steps.h"
-#include "cuda/block_group.h"
+#include "cuda/block_sums.h"
 
 namespace entropy_kernels::cuda {
 
@@ -16,7 +16,7 @@ struct CovarianceArguments {
   int chunk;  // tokens per block
   int kept;   // quads per block in registers and shared memory
   float* covariance;
-  uint64_t* exchange;  // Grid only: kGroupSlots words
+  uint64_t* exchange;  // GridSums only: kSumSlots words for each block
 };
 
 // A thread's quads of pairs, kept in shared memory.
@@ -49,16 +49,16 @@ class PairKeep {
 };
 
 // Writes the covariance of the block's tokens.
-template <class T, class Group>
-EK_HOST_DEVICE void covariance_block(Group& group, const CovarianceArguments<T>& a, unsigned char* memory) {
+template <class T, class Sums>
+EK_HOST_DEVICE void covariance_block(Sums& sums, const CovarianceArguments<T>& a, unsigned char* memory) {
   enum Slot { kLogprob, kAdvantages, kCount, kLogprobSum, kAdvantagesSum };
-  using Keep = PairKeep<T, kHeldQuads * Group::kThreads>;
+  using Keep = PairKeep<T, kHeldQuads * Sums::kThreads>;
   using Tokens = typename Keep::Held;
   const TokenPairs<T>& pairs = a.pairs;
-  const TokenShare share(group.thread.block(), a.chunk, pairs.tokens);
+  const TokenShare share(sums.thread.block(), a.chunk, pairs.tokens);
   const bool vectors = Quad<T>::at(pairs.logprob) && Quad<T>::at(pairs.advantages) && Quad<uint8_t>::at(pairs.mask) &&
                        Quad<float>::at(a.covariance);
-  ThreadQuads<Keep, kHeldQuads, Group> quads(group, Keep({memory, a.kept}), share.tokens, vectors);
+  ThreadQuads<Keep, kHeldQuads, Sums> quads(sums, Keep({memory, a.kept}), share.tokens, vectors);
   const auto load = [&](int quad, bool vector) {
     const int64_t at = share.begin + quad * kQuad;
     const int left = share.tokens - quad * kQuad;
@@ -66,7 +66,7 @@ EK_HOST_DEVICE void covariance_block(Group& group, const CovarianceArguments<T>&
                   read_mask(pairs.mask, at, left, vector, 1)};
   };
   const auto make = [](int, const Tokens& tokens) { return tokens; };
-  const uint64_t* totals = group.shared.totals;
+  const uint64_t* totals = sums.shared.totals;
 
   using Unsigned = std::make_unsigned_t<typename Magnitude<T>::Bits>;
   typename Magnitude<T>::Bits largest_logprob = 0, largest_advantage = 0;
@@ -82,10 +82,10 @@ EK_HOST_DEVICE void covariance_block(Group& group, const CovarianceArguments<T>&
       counted += counts;
     }
   });
-  group.add_maximum(kLogprob, static_cast<Unsigned>(largest_logprob));
-  group.add_maximum(kAdvantages, static_cast<Unsigned>(largest_advantage));
-  group.add_sum(kCount, counted);
-  group.combine_slots(kLogprob, 2, 1);
+  sums.add_maximum(kLogprob, static_cast<Unsigned>(largest_logprob));
+  sums.add_maximum(kAdvantages, static_cast<Unsigned>(largest_advantage));
+  sums.add_sum(kCount, counted);
+  sums.combine_slots(kLogprob, 2, 1);
   const double logprob = Magnitude<T>::value(static_cast<typename Magnitude<T>::Bits>(totals[kLogprob]));
   const double advantage = Magnitude<T>::value(static_cast<typename Magnitude<T>::Bits>(totals[kAdvantages]));
   const double count = static_cast<double>(static_cast<int64_t>(totals[kCount]));
@@ -102,9 +102,9 @@ EK_HOST_DEVICE void covariance_block(Group& group, const CovarianceArguments<T>&
       advantage_sum = wrapping_sum(advantage_sum, to_fixed_point(advantage_j, advantage_scale));
     }
   });
-  group.add_sum(kLogprobSum, static_cast<uint64_t>(logprob_sum));
-  group.add_sum(kAdvantagesSum, static_cast<uint64_t>(advantage_sum));
-  group.combine_slots(kLogprobSum, 0, 2);
+  sums.add_sum(kLogprobSum, static_cast<uint64_t>(logprob_sum));
+  sums.add_sum(kAdvantagesSum, static_cast<uint64_t>(advantage_sum));
+  sums.combine_slots(kLogprobSum, 0, 2);
   const double logprob_mean = fixed_point_mean(static_cast<int64_t>(totals[kLogprobSum]), logprob, count);
   const double advantage_mean = fixed_point_mean(static_cast<int64_t>(totals[kAdvantagesSum]), advantage, count);
 

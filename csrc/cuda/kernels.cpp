@@ -48,9 +48,9 @@ EK_EXPORT const char* entropy_kernels_cuda_kernels() {
   });
 }
 
-// Blocks of the largest cluster that the current device grants the selection kernel, 0 where it has none.
+// Blocks of the largest cluster that the current device grants the covariance kernel, 0 where it has none.
 EK_EXPORT const char* entropy_kernels_cuda_largest_cluster() {
-  return report([] { return std::to_string(largest_selection_cluster(current_device())); });
+  return report([] { return std::to_string(largest_covariance_cluster(current_device())); });
 }
 
 // See set_switch.

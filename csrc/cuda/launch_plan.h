@@ -1,4 +1,4 @@
-// How a batch is spread over blocks that work together (block_group.h), free of CUDA.
+// How a batch is spread over blocks that work together (block_sums.h, grid_counts.h), free of CUDA.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,11 @@
 
 namespace entropy_kernels::cuda {
 
-constexpr int kHeldOfBlock = kHeldQuads * kBlockThreads;  // quads in registers
-constexpr int64_t kMaxChunk = std::numeric_limits<int>::max() / 2;          // a block counts its tokens in 32 bits
+constexpr int kHeldOfBlock = kHeldQuads * kBlockThreads;            // quads in registers
+constexpr int64_t kMaxChunk = std::numeric_limits<int>::max() / 2;  // a block counts its tokens in 32 bits
+// Tokens of a block up to which a cluster, or a grid, gets no further block. Within a cluster all threads hold tokens;
+// a grid has multiprocessors to spare.
+constexpr int64_t kClusterBlockTokens = kHeldOfBlock * kQuad, kGridBlockTokens = 1024;
 
 // What a kernel may use of a device.
 struct Limits {
@@ -33,31 +36,27 @@ struct GroupPlan {
 
 // `bytes`: of a quad in shared memory.
 inline GroupPlan plan_group(int64_t tokens, const Limits& limits, int bytes) {
-  const auto plan = [&](bool cluster, int blocks, int64_t chunk) {
-    const int64_t room = keep_in_shared.get() != 0 ? limits.shared / bytes : 0, beyond = chunk / kQuad - kHeldOfBlock;
-    const int64_t kept = beyond < 0 ? 0 : beyond < room ? beyond : room;
-    return GroupPlan{cluster, blocks, static_cast<int>(chunk), static_cast<int>(kHeldOfBlock + kept),
-                     static_cast<std::size_t>(kept * bytes)};
-  };
+  constexpr int64_t kWarp = kLanes * kQuad;
   const auto blocks_for = [&](int64_t each) { return (tokens + each - 1) / each; };
-  const auto chunk_of = [&](int64_t blocks) {
-    constexpr int64_t kWarp = kLanes * kQuad;
-    return ((tokens + blocks - 1) / blocks + kWarp - 1) / kWarp * kWarp;
+  const auto plan = [&](bool cluster, int64_t blocks) {
+    const int64_t each = (tokens + blocks - 1) / blocks, chunk = (each + kWarp - 1) / kWarp * kWarp;
+    if (chunk > kMaxChunk) {
+      throw std::runtime_error("selection: too many tokens");
+    }
+    const int64_t room = limits.shared / bytes, beyond = chunk / kQuad - kHeldOfBlock;
+    const int64_t kept = beyond < 0 ? 0 : beyond < room ? beyond : room;
+    return GroupPlan{cluster, static_cast<int>(cluster ? blocks : blocks_for(chunk)), static_cast<int>(chunk),
+                     static_cast<int>(kHeldOfBlock + kept), static_cast<std::size_t>(kept * bytes)};
   };
-  int blocks = 1;
-  while (blocks < blocks_for(cluster_block_tokens.get()) && blocks < limits.cluster) {
-    blocks *= 2;
-  }
   if (limits.cluster > 0 && tokens <= cluster_tokens.get() && tokens <= kMaxChunk) {
-    return plan(true, blocks, chunk_of(blocks));
+    int64_t blocks = 1;
+    while (blocks < blocks_for(kClusterBlockTokens) && blocks < limits.cluster) {
+      blocks *= 2;
+    }
+    return plan(true, blocks);
   }
-  const int64_t wanted = blocks_for(grid_block_tokens.get());
-  blocks = static_cast<int>(wanted < 1 ? 1 : wanted < limits.grid ? wanted : limits.grid);
-  const int64_t chunk = chunk_of(blocks);
-  if (chunk > kMaxChunk) {
-    throw std::runtime_error("selection: too many tokens");
-  }
-  return plan(false, blocks, chunk);
+  const int64_t wanted = blocks_for(kGridBlockTokens);
+  return plan(false, wanted < 1 ? 1 : wanted < limits.grid ? wanted : limits.grid);
 }
 
 }  // namespace entropy_kernels::cuda

@@ -27,19 +27,19 @@ struct CudaHalf {
   void select(const Selection& selection, uint8_t* out) const {
     const GroupPlan plan = plan_selection(selection.view.tokens, device);
     const bool stores = selection.drawn && plan.chunk > plan.kept * kQuad;
-    const int64_t exchange_words = plan.cluster ? 0 : kSelectionExchange;
-    const Tensor scratch = words(like, exchange_words + (stores ? key_store_bytes(plan.tokens()) / 8 + 1 : 0));
+    const Tensor scratch = words(like, kSelectionExchange + (stores ? key_store_bytes(plan.tokens()) / 8 + 1 : 0));
     auto* const exchange = mutable_data<uint64_t>(scratch);
     const SelectionArguments arguments = {selection, plan.chunk, plan.kept, out,
-                                          reinterpret_cast<uint32_t*>(exchange + exchange_words), exchange};
+                                          reinterpret_cast<uint32_t*>(exchange + kSelectionExchange), exchange};
     launch_selection(plan, arguments, stream);
   }
 
   template <class T>
   void covariance(const TokenPairs<T>& pairs, float* out) const {
     const GroupPlan plan = plan_covariance(pairs.tokens, sizeof(T) == 8, device);
-    const Tensor exchange = words(like, plan.cluster ? 0 : kGroupSlots * plan.blocks);
-    launch_covariance(plan, CovarianceArguments<T>{pairs, plan.chunk, plan.kept, out, mutable_data<uint64_t>(exchange)}, stream);
+    const Tensor exchange = words(like, plan.cluster ? 0 : kSumSlots * plan.blocks);
+    const CovarianceArguments<T> arguments = {pairs, plan.chunk, plan.kept, out, mutable_data<uint64_t>(exchange)};
+    launch_covariance(plan, arguments, stream);
   }
 
   void extremes(const auto& pairs, double* out) const { launch_extremes(pairs, out, stream); }

@@ -1,11 +1,12 @@
 // Selection and token covariance on NVIDIA GPUs, each one launch without a value read by the host.
 //
-// Blocks keep histograms in shared memory and meet once per digit to add them: as one cluster where the keys of all
-// tokens fit its shared memory (sm_90 and later), else as a cooperative launch through global memory.
+// A mask's blocks keep histograms in shared memory and meet once per digit to add them in global memory, in a cooperative
+// launch. A covariance's meet twice, to add five numbers: as one cluster if the batch is small (sm_90 and later), else
+// cooperatively too.
 #include "cuda/selection.h"
 
-#include "cuda/kernels.h"
 #include "cuda/group_launch.h"
+#include "cuda/kernels.h"
 
 namespace entropy_kernels::cuda {
 namespace {
@@ -15,27 +16,13 @@ using Thread = CooperatingThread;
 __device__ __forceinline__ unsigned char* bytes_of(uint4* memory) { return reinterpret_cast<unsigned char*>(memory); }
 
 __global__ void __launch_bounds__(Thread::kThreads, 1)
-    selection_cluster(const __grid_constant__ SelectionArguments arguments) {
-#if __CUDA_ARCH__ >= 900
-  extern __shared__ uint4 kept[];
-  __shared__ GroupShared group_shared;
-  __shared__ SearchShared search_shared;
-  Thread thread;
-  thread.wait_for_launches_before();
-  Cluster<Thread> group(thread, group_shared);
-  Selector<Cluster<Thread>>(group, search_shared, arguments, bytes_of(kept)).run();
-  group.finish();
-#endif
-}
-
-__global__ void __launch_bounds__(Thread::kThreads, 1)
     selection_grid(const __grid_constant__ SelectionArguments arguments) {
   extern __shared__ uint4 kept[];
-  __shared__ GroupShared group_shared;
+  __shared__ CountsShared counts_shared;
   __shared__ SearchShared search_shared;
   Thread thread;
-  Grid<Thread> group(thread, group_shared, arguments.exchange, kSelectionWords);
-  Selector<Grid<Thread>>(group, search_shared, arguments, bytes_of(kept)).run();
+  GridCounts<Thread> counts(thread, counts_shared, arguments.exchange, kSelectionWords);
+  Selector<Thread>(counts, search_shared, arguments, bytes_of(kept)).run();
 }
 
 template <class T>
@@ -43,12 +30,12 @@ __global__ void __launch_bounds__(Thread::kThreads, 1)
     covariance_cluster(const __grid_constant__ CovarianceArguments<T> arguments) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ uint4 kept[];
-  __shared__ GroupShared group_shared;
+  __shared__ SumsShared sums_shared;
   Thread thread;
   thread.wait_for_launches_before();
-  Cluster<Thread> group(thread, group_shared);
-  covariance_block(group, arguments, bytes_of(kept));
-  group.finish();
+  ClusterSums<Thread> sums(thread, sums_shared);
+  covariance_block(sums, arguments, bytes_of(kept));
+  sums.finish();
 #endif
 }
 
@@ -56,21 +43,18 @@ template <class T>
 __global__ void __launch_bounds__(Thread::kThreads, 1)
     covariance_grid(const __grid_constant__ CovarianceArguments<T> arguments) {
   extern __shared__ uint4 kept[];
-  __shared__ GroupShared group_shared;
+  __shared__ SumsShared sums_shared;
   Thread thread;
-  Grid<Thread> group(thread, group_shared, arguments.exchange, 0);
-  covariance_block(group, arguments, bytes_of(kept));
+  GridSums<Thread> sums(thread, sums_shared, arguments.exchange);
+  covariance_block(sums, arguments, bytes_of(kept));
 }
 
-const void* pointer(void (*kernel)(SelectionArguments)) { return reinterpret_cast<const void*>(kernel); }
+const void* selection_pointer() { return reinterpret_cast<const void*>(selection_grid); }
 template <class T>
 const void* pointer(void (*kernel)(CovarianceArguments<T>)) {
   return reinterpret_cast<const void*>(kernel);
 }
 
-Limits selection_limits(int device) {
-  return limits_of(pointer(selection_cluster), pointer(selection_grid), device);
-}
 template <class T>
 Limits covariance_limits(int device) {
   return limits_of(pointer(covariance_cluster<T>), pointer(covariance_grid<T>), device);
@@ -78,9 +62,11 @@ Limits covariance_limits(int device) {
 
 }  // namespace
 
-GroupPlan plan_selection(int64_t tokens, int device) { return plan_group(tokens, selection_limits(device), KeyKeep<0>::kBytes); }
+GroupPlan plan_selection(int64_t tokens, int device) {
+  return plan_group(tokens, limits_of(nullptr, selection_pointer(), device), KeyKeep<0>::kBytes);
+}
 
-int largest_selection_cluster(int device) { return selection_limits(device).cluster; }
+int largest_covariance_cluster(int device) { return covariance_limits<float>(device).cluster; }
 
 GroupPlan plan_covariance(int64_t tokens, bool float64, int device) {
   return float64 ? plan_group(tokens, covariance_limits<double>(device), PairKeep<double, 0>::kBytes)
@@ -88,7 +74,7 @@ GroupPlan plan_covariance(int64_t tokens, bool float64, int device) {
 }
 
 void launch_selection(const GroupPlan& plan, SelectionArguments arguments, cudaStream_t stream) {
-  launch_group(plan, plan.cluster ? pointer(selection_cluster) : pointer(selection_grid), arguments, stream);
+  launch_group(plan, selection_pointer(), arguments, stream);
 }
 
 template <class T>
@@ -99,8 +85,7 @@ template void launch_covariance(const GroupPlan&, CovarianceArguments<float>, cu
 template void launch_covariance(const GroupPlan&, CovarianceArguments<double>, cudaStream_t);
 
 std::vector<Kernel> selection_kernels() {
-  return {{"selection_cluster", pointer(selection_cluster)},
-          {"selection_grid", pointer(selection_grid)},
+  return {{"selection_grid", selection_pointer()},
           {"covariance_cluster fp32", pointer(covariance_cluster<float>)},
           {"covariance_cluster fp64", pointer(covariance_cluster<double>)},
           {"covariance_grid fp32", pointer(covariance_grid<float>)},

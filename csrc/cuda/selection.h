@@ -13,10 +13,10 @@
 namespace entropy_kernels::cuda {
 
 GroupPlan plan_selection(int64_t tokens, int device);
-int largest_selection_cluster(int device);  // blocks, 0: none
+int largest_covariance_cluster(int device);  // blocks, 0: none
 GroupPlan plan_covariance(int64_t tokens, bool float64, int device);
 
-// `arguments` has the plan's chunk.
+// `arguments` has the plan's chunk and what it keeps.
 void launch_selection(const GroupPlan& plan, SelectionArguments arguments, cudaStream_t stream);
 template <class T>
 void launch_covariance(const GroupPlan& plan, CovarianceArguments<T> arguments, cudaStream_t stream);

@@ -1,6 +1,6 @@
 // Clip-Cov and KL-Cov masks in one launch: the n largest keys among the candidates, ties to the lower token index. The
-// same rounds as backends/radix_select.py, in every block of a group at once; all blocks know the same search state, so
-// they branch alike. Nothing here depends on how tokens are spread over blocks.
+// same rounds as backends/radix_select.py, in every block of the launch at once; all blocks know the same search state, so
+// they branch alike. Once few tokens are left undecided, each block compares its own with all of them. Nothing here depends on how tokens are spread over blocks.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include "common/philox.h"
 #include "common/radix_select.h"
 #include "common/selection.h"
-#include "cuda/block_group.h"
+#include "cuda/grid_counts.h"
 
 namespace entropy_kernels::cuda {
 
@@ -17,14 +17,14 @@ struct SelectionArguments {
   int chunk;  // tokens per block, a multiple of kLanes * kQuad
   int kept;   // quads per block whose keys stay in registers and shared memory
   uint8_t* selected;
-  uint32_t* keys;      // random ones of all others: key_store_bytes
-  uint64_t* exchange;  // Grid only
+  uint32_t* keys;  // random ones of all others: key_store_bytes
+  uint64_t* exchange;
 };
 
-// Words that a Grid adds at most: three rounds for the quantiles, two searches at a time, three for the keys (the first
-// with the number of tokens that count), one for each digit of a tie; and the counter of its list.
-constexpr int kSelectionWords = (kRadixBins + 1) + 4 * kRadixBins + 3 * kRadixBins + 6 * kRadixBins + 1;
-constexpr int kSelectionExchange = kSelectionWords + 2 * kBlockThreads;
+// Words that the blocks add at most: three rounds for the quantiles, from the second on two searches at a time, three for
+// the keys, and one for each digit of a tie. First rounds have the number of tokens that count behind them.
+constexpr int kSelectionWords = (kRadixBins + 1) + 4 * kRadixBins + (kRadixBins + 1) + 2 * kRadixBins + 6 * kRadixBins;
+constexpr int kSelectionExchange = kSelectionWords + 1 + 2 * kBlockThreads;
 
 // A key per token, and a byte per quad.
 constexpr int64_t key_store_bytes(int64_t tokens) { return tokens * 4 + tokens / kQuad; }
@@ -65,19 +65,15 @@ class KeyKeep {
   KeptMemory memory_;
 };
 
-struct SearchShared {
-  struct Found {
-    uint32_t digit;
-    int64_t above, equal;
-  };
-  int64_t warps[2][kLanes];
-  Found found[2];
-};
-
 // The digits found so far of the key that is searched, how many keys that share them are needed, how many there are.
 struct Search {
   uint64_t prefix;
   int64_t need, equal;
+};
+
+struct SearchShared {
+  int64_t warps[kLanes];
+  Search searches[2];  // as all blocks know them
 };
 
 // Inclusive sums over the lanes of a warp.
@@ -91,16 +87,17 @@ EK_HOST_DEVICE Total sums_up_to(Thread& thread, Total value) {
   return value;
 }
 
-template <class Group>
+template <class Thread>
 class Selector {
  public:
-  static constexpr int kThreads = Group::kThreads;
+  using Counts = GridCounts<Thread>;
+  static constexpr int kThreads = Thread::kThreads;
 
-  EK_HOST_DEVICE Selector(Group& group, SearchShared& shared, const SelectionArguments& arguments,
+  EK_HOST_DEVICE Selector(Counts& counts, SearchShared& shared, const SelectionArguments& arguments,
                           unsigned char* memory)
-      : group_(group), thread_(group.thread), shared_(shared), arguments_(arguments), selection_(arguments.selection),
-        view_(arguments.selection.view), share_(group.thread.block(), arguments.chunk, view_.tokens),
-        quads_(group, Keep({memory, arguments.kept}), share_.tokens,
+      : counts_(counts), thread_(counts.thread), shared_(shared), arguments_(arguments), selection_(arguments.selection),
+        view_(arguments.selection.view), share_(counts.thread.block(), arguments.chunk, view_.tokens),
+        quads_(counts, Keep({memory, arguments.kept}), share_.tokens,
                Quad<float>::at(view_.covariance) && Quad<uint8_t>::at(view_.mask) && Quad<uint8_t>::at(view_.exclude) &&
                    Quad<uint8_t>::at(arguments.selected)) {}
 
@@ -109,34 +106,30 @@ class Selector {
     const bool random = selection_.drawn, of_quantiles = random && selection_.band.quantile;
     const uint64_t seed = random ? selection_.seed.read() : 0;
     take_tokens(random && !of_quantiles, selection_.band.keys(), seed);
-    group_.sum_words(kRadixBins + 1);
-    const int64_t valid = group_.word(kRadixBins);
     if (of_quantiles) {
       rekey(quantile_band(), seed);
-      group_.sum_words(kRadixBins);
     }
-    Search searches[1] = {{0, 0, 0}};
-    Search& search = searches[0];
-    first_digit(0, search, [&](int64_t total) {
-      const int64_t wanted = selection_.count.of(valid);
-      return wanted < total ? wanted : total;
-    });
-    // Until all tokens with the digits found are taken, or they are few enough for every block to look at all of them
-    int round = 1;
+    // Until all tokens with the digits found are taken, or they are few enough for a list
+    int round = 0;
 #pragma unroll 1
-    while (round < kKeyRounds && search.need < search.equal && search.equal > kThreads) {
-      digits(round++, searches);
-    }
-    const bool all = search.need == search.equal, few = search.equal <= kThreads;
+    do {
+      digits<1>(round++, [&](int, int64_t total) {
+        const int64_t wanted = selection_.count.of(valid_);
+        return wanted < total ? wanted : total;
+      });
+    } while (round < kKeyRounds && shared_.searches[0].need < shared_.searches[0].equal &&
+             shared_.searches[0].equal > Counts::kListed);
+    const Search search = shared_.searches[0];
+    const bool all = search.need == search.equal, few = search.equal <= Counts::kListed;
     uint64_t last_tie = 0;
     const TieOrder order =
         view_.index != nullptr ? TieOrder::of_indices() : TieOrder::of_positions(view_.tokens);
     if (!all && !few) {
       last_tie = find_last_tie(order, static_cast<uint32_t>(search.prefix), search.need);
     }
-    write(search.need > 0, round, search.prefix, !all && few, order, last_tie);
+    write(search.need > 0, round, static_cast<uint32_t>(search.prefix), !all && few, order, last_tie);
     if (!all && few) {
-      select_of_few(round, search, order);
+      select_of_few(static_cast<int>(search.equal), static_cast<int>(search.need), order);
     }
   }
 
@@ -148,6 +141,8 @@ class Selector {
   using Keys = QuadKeys;
   using Keep = KeyKeep<kHeldQuads * kThreads>;
 
+  EK_HOST_DEVICE int lane() const { return thread_.index() % kLanes; }
+  EK_HOST_DEVICE int warp() const { return thread_.index() / kLanes; }
   EK_HOST_DEVICE int64_t position(int quad) const { return share_.begin + quad * kQuad; }
   EK_HOST_DEVICE uint8_t* stored_candidates() const {
     return reinterpret_cast<uint8_t*>(arguments_.keys + int64_t{thread_.blocks()} * arguments_.chunk);
@@ -179,8 +174,15 @@ class Selector {
       if (!band.contains(keys.key[j])) {
         keys.candidates &= ~(1u << j);
       }
-      if (keys.candidates >> j & 1u) {
-        keys.key[j] = token_key(static_cast<uint64_t>(view_.token_index(position(quad) + j)), seed);
+    }
+    // A warp's threads take a candidate each at a time, of whichever place: where few are, most are done after one
+#pragma unroll 1
+    for (uint32_t left = keys.candidates; left != 0; left &= left - 1) {
+      const int place = population((left & (0u - left)) - 1);
+      const uint32_t key = token_key(static_cast<uint64_t>(view_.token_index(position(quad) + place)), seed);
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) {
+        keys.key[j] = j == place ? key : keys.key[j];
       }
     }
     if (!quads_.kept(quad)) {
@@ -219,7 +221,7 @@ class Selector {
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
       if (keys.candidates >> j & 1u) {
-        group_.count(static_cast<int>(radix_digit(keys.key[j], kKeyShift0, kKeyBits0)));
+        counts_.count(static_cast<int>(radix_digit(keys.key[j], kKeyShift0, kKeyBits0)));
       }
     }
   }
@@ -236,9 +238,10 @@ class Selector {
                   count_first_digits(keys);
                 });
     stored_ = random;
+    counts_.begin();
     valid = thread_.warp_sum(valid);
-    if (group_.lane() == 0 && valid != 0) {
-      thread_.add(group_.shared.words + kRadixBins, valid);
+    if (lane() == 0 && valid != 0) {
+      counts_.count(kRadixBins, valid);
     }
   }
 
@@ -252,25 +255,26 @@ class Selector {
 
   EK_HOST_DEVICE KeyBand quantile_band() {
     const Band& band = selection_.band;
-    Search searches[2] = {{0, 0, 0}, {0, 0, 0}};
-    first_digit(0, searches[0], [&](int64_t total) { return quantile_rank(total, band.lower()); });
-    first_digit(1, searches[1], [&](int64_t total) { return quantile_rank(total, band.upper()); });
 #pragma unroll 1
-    for (int round = 1; round < kKeyRounds; ++round) {
-      digits(round, searches);
+    for (int round = 0; round < kKeyRounds; ++round) {
+      digits<2>(round, [&](int row, int64_t total) {
+        return quantile_rank(total, row == 0 ? band.lower() : band.upper());
+      });
     }
     if (!(band.lower() < band.upper())) {
       return {1, 0};  // empty
     }
-    return key_band(static_cast<uint32_t>(searches[0].prefix), static_cast<uint32_t>(searches[1].prefix), band.closed);
+    return key_band(static_cast<uint32_t>(shared_.searches[0].prefix),
+                    static_cast<uint32_t>(shared_.searches[1].prefix), band.closed);
   }
 
-  // The digit of the need_of(number of keys)-th largest, from word(bin). `place` keeps two searches apart.
-  template <class Word, class NeedOf>
-  EK_HOST_DEVICE void next_digit(const Word& word, int place, int bits, Search& search, const NeedOf& need_of) {
+  // The next digit of a search, from word(bin): in its first round of the first_need(number of keys)-th largest.
+  template <class Word, class FirstNeed>
+  EK_HOST_DEVICE void next_digit(const Word& word, Search& search, int bits, bool first, const FirstNeed& first_need) {
     using Total = decltype(word(0));  // of all tokens
     constexpr int kBins = kRadixBins / kThreads, kWarps = kThreads / kLanes;  // bins of a thread, the largest in thread 0
     const int top = kRadixBins - 1 - thread_.index() * kBins;
+    const Search before_it = first ? Search{0, 0, 0} : search;  // before others of the block change it
     Total counts[kBins], sum = 0;
 #pragma unroll
     for (int j = 0; j < kBins; ++j) {
@@ -278,91 +282,99 @@ class Selector {
       sum += counts[j];
     }
     const Total in_warp = sums_up_to(thread_, sum);
-    if (group_.lane() == kLanes - 1) {
-      shared_.warps[place][group_.warp()] = in_warp;
+    if (lane() == kLanes - 1) {
+      shared_.warps[warp()] = in_warp;
     }
     thread_.barrier();
-    const auto of_warp = group_.lane() < kWarps ? static_cast<Total>(shared_.warps[place][group_.lane()]) : Total{0};
+    const auto of_warp = lane() < kWarps ? static_cast<Total>(shared_.warps[lane()]) : Total{0};
     const Total warps = sums_up_to(thread_, of_warp);
     const Total total = thread_.shuffle(warps, kLanes - 1);
-    const Total before = thread_.shuffle(warps, group_.warp() == 0 ? 0 : group_.warp() - 1);
-    Total above = in_warp - sum + (group_.warp() == 0 ? 0 : before);
-    const int64_t need = need_of(total);
+    const Total before = thread_.shuffle(warps, warp() == 0 ? 0 : warp() - 1);
+    Total above = in_warp - sum + (warp() == 0 ? 0 : before);
+    const int64_t need = first ? first_need(total) : before_it.need;
     if (above < need && need <= above + sum) {  // in one thread, or in none if nothing is needed
 #pragma unroll
       for (int j = 0; j < kBins; ++j) {
         if (above < need && need <= above + counts[j]) {
-          shared_.found[place] = {static_cast<uint32_t>(top - j), above, counts[j]};
+          search = {before_it.prefix << bits | static_cast<uint32_t>(top - j), need - above, counts[j]};
         }
         above += counts[j];
       }
     }
-    thread_.barrier();
-    if (need > 0) {
-      const SearchShared::Found found = shared_.found[place];
-      search = {search.prefix << bits | found.digit, need - found.above, found.equal};
-    } else {
-      search.need = search.equal = 0;
+    if (need == 0 && thread_.index() == 0) {
+      search = {0, 0, 0};
     }
+    thread_.barrier();
   }
 
-  template <class NeedOf>
-  EK_HOST_DEVICE void first_digit(int place, Search& search, const NeedOf& need_of) {
-    next_digit([&](int bin) { return group_.word(bin); }, place, kKeyBits0, search, need_of);
-  }
-
-  // Round 1 or 2 of the keys.
-  template <int kRows>
-  EK_HOST_DEVICE void digits(int round, Search (&searches)[kRows]) {
+  // The keys' digits of a round. Those of round 0 are counted already, in one histogram for all searches;
+  // first_need(row, number of keys) is then how many a search needs.
+  template <int kRows, class FirstNeed>
+  EK_HOST_DEVICE void digits(int round, const FirstNeed& first_need) {
+    const bool first = round == 0;
     const int shift = key_shift(round), bits = key_bits(round);
-    for_keys([&](int, const Keys& keys) {
+    if (!first) {
+      uint32_t prefixes[kRows];
 #pragma unroll
-      for (int j = 0; j < kQuad; ++j) {
+      for (int row = 0; row < kRows; ++row) {
+        prefixes[row] = static_cast<uint32_t>(shared_.searches[row].prefix);
+      }
+      for_keys([&](int, const Keys& keys) {
 #pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          if ((keys.candidates >> j & 1u) && keys.key[j] >> (shift + bits) == searches[row].prefix) {
-            group_.count(row * kRadixBins + static_cast<int>(radix_digit(keys.key[j], shift, bits)));
+        for (int j = 0; j < kQuad; ++j) {
+#pragma unroll
+          for (int row = 0; row < kRows; ++row) {
+            if ((keys.candidates >> j & 1u) && keys.key[j] >> (shift + bits) == prefixes[row]) {
+              counts_.count(row * kRadixBins + static_cast<int>(radix_digit(keys.key[j], shift, bits)));
+            }
           }
         }
-      }
-    });
-    group_.sum_words(kRows * kRadixBins);
-#pragma unroll
+      });
+    }
+    counts_.sum(first ? kRadixBins + 1 : kRows * kRadixBins);
+    if (first) {
+      valid_ += counts_.word(kRadixBins);  // keys that replace others bring none
+    }
+#pragma unroll 1
     for (int row = 0; row < kRows; ++row) {
-      next_digit([&](int bin) { return group_.word(row * kRadixBins + bin); }, row, bits, searches[row],
-                 [&](int64_t) { return searches[row].need; });
+      const int begin = first ? 0 : row * kRadixBins;
+      next_digit([&](int bin) { return counts_.word(begin + bin); }, shared_.searches[row], bits, first,
+                 [&](int64_t total) { return first_need(row, total); });
     }
   }
 
   // Of the candidates with the threshold's key, the last tie key that is selected.
   EK_HOST_DEVICE uint64_t find_last_tie(const TieOrder& order, uint32_t threshold, int64_t need) {
-    Search search{0, need, 0};
+    Search& search = shared_.searches[1];
 #pragma unroll 1
     for (int round = 0; round < order.rounds; ++round) {
+      const uint64_t prefix = round == 0 ? 0 : search.prefix;
       for_keys([&](int quad, const Keys& keys) {
 #pragma unroll
         for (int j = 0; j < kQuad; ++j) {
           if ((keys.candidates >> j & 1u) && keys.key[j] == threshold) {
             const uint64_t tie = order.key(view_.token_index(position(quad) + j));
-            if (order.matches(tie, round, search.prefix)) {
-              group_.count(static_cast<int>(radix_digit(tie, order.shift(round), kRadixBits)));
+            if (order.matches(tie, round, prefix)) {
+              counts_.count(static_cast<int>(radix_digit(tie, order.shift(round), kRadixBits)));
             }
           }
         }
       });
-      group_.sum_words(kRadixBins);
-      next_digit([&](int bin) { return group_.word(bin); }, 0, kRadixBits, search, [&](int64_t) { return search.need; });
+      counts_.sum(kRadixBins);
+      next_digit([&](int bin) { return counts_.word(bin); }, search, kRadixBits, round == 0,
+                 [&](int64_t) { return need; });
     }
     return search.prefix;
   }
 
   // The mask of the tokens whose key's first digits, those of `rounds`, decide. Others with `prefix` are listed if
   // `list`, else selected if their tie key is last_tie or more.
-  EK_HOST_DEVICE void write(bool any, int rounds, uint64_t prefix, bool list, const TieOrder& order,
+  EK_HOST_DEVICE void write(bool any, int rounds, uint32_t prefix, bool list, const TieOrder& order,
                             uint64_t last_tie) {
     const int shift = key_shift(rounds - 1);
     for_keys([&](int quad, const Keys& keys) {
       Quad<uint8_t> selected;
+      uint32_t open = 0;
 #pragma unroll
       for (int j = 0; j < kQuad; ++j) {
         const bool candidate = any && (keys.candidates >> j & 1u);
@@ -370,7 +382,7 @@ class Selector {
         bool take = candidate && digits >= prefix;
         if (take && digits == prefix) {
           if (list) {
-            group_.list(keys.key[j], static_cast<uint32_t>(quad * kQuad + j));
+            open |= 1u << j;
             take = false;
           } else if (last_tie != 0) {
             take = order.key(view_.token_index(position(quad) + j)) >= last_tie;
@@ -379,48 +391,57 @@ class Selector {
         selected.value[j] = take;
       }
       write_quad(arguments_.selected, position(quad), share_.tokens - quad * kQuad, quads_.whole(quad), selected);
+      if (open != 0) {
+        uint64_t place = counts_.reserve(population(open));
+#pragma unroll
+        for (int j = 0; j < kQuad; ++j) {
+          if (open >> j & 1u) {
+            counts_.list(place++, {keys.key[j], position(quad) + j});
+          }
+        }
+      }
     });
   }
 
-  // The rest of the search among the listed tokens, a token per thread, the same in every block.
-  EK_HOST_DEVICE void select_of_few(int round, Search search, const TieOrder& order) {
-    const Listed mine = group_.gather(static_cast<int>(search.equal), arguments_.chunk);
-    const auto own_digit = [&](bool matches, uint64_t key, int shift, int bits) {
-      if (matches) {
-        group_.count(static_cast<int>(radix_digit(key, shift, bits)));
-      }
-      thread_.barrier();
-      next_digit([&](int bin) { return group_.take_own_word(bin); }, 0, bits, search,
-                 [&](int64_t) { return search.need; });
-    };
-#pragma unroll 1
-    for (; round < kKeyRounds; ++round) {
-      const int shift = key_shift(round), bits = key_bits(round);
-      own_digit(mine.position >= 0 && mine.key >> (shift + bits) == search.prefix, mine.key, shift, bits);
+  // Selects the block's own of the `count` listed tokens that have less than `need` others above them. A warp compares
+  // one of its own with all.
+  EK_HOST_DEVICE void select_of_few(int count, int need, const TieOrder& order) {
+    auto* const keys = counts_.shared.words;  // no histogram is made any more
+    auto* const ties = reinterpret_cast<uint64_t*>(keys + Counts::kListed);
+    static_assert(Counts::kListed * (4 + 8) <= sizeof(CountsShared::words) && Counts::kListed == kThreads);
+    counts_.share_list();
+    Listed mine = {0, -1};
+    uint64_t tie = 0;
+    if (thread_.index() < count) {
+      mine = counts_.entry(thread_.index());
+      tie = order.key(view_.token_index(mine.position));
+      keys[thread_.index()] = mine.key;
+      ties[thread_.index()] = tie;
     }
-    const auto threshold = static_cast<uint32_t>(search.prefix);
-    uint64_t tie = 0, last_tie = 0;
-    if (search.need < search.equal) {
-      const bool tied = mine.position >= 0 && mine.key == threshold;
-      tie = tied ? order.key(view_.token_index(mine.position)) : 0;
-      search.prefix = 0;
-#pragma unroll 1
-      for (int digit = 0; digit < order.rounds; ++digit) {
-        own_digit(tied && order.matches(tie, digit, search.prefix), tie, order.shift(digit), kRadixBits);
-      }
-      last_tie = search.prefix;
-    }
+    thread_.barrier();
     const bool own = mine.position >= share_.begin && mine.position - share_.begin < share_.tokens;
-    if (own && (mine.key > threshold || (mine.key == threshold && tie >= last_tie))) {
-      arguments_.selected[mine.position] = 1;
+#pragma unroll 1
+    for (uint32_t left = thread_.ballot(own); left != 0; left &= left - 1) {
+      const int owner = population((left & (0u - left)) - 1);
+      const uint32_t key = thread_.shuffle(mine.key, owner);
+      const uint64_t tie_of_key = thread_.shuffle(tie, owner);
+      int above = 0;
+#pragma unroll 1
+      for (int i = lane(); i < count; i += kLanes) {
+        above += keys[i] > key || (keys[i] == key && ties[i] > tie_of_key) ? 1 : 0;
+      }
+      above = static_cast<int>(thread_.warp_sum(static_cast<uint32_t>(above)));
+      if (lane() == owner && above < need) {
+        arguments_.selected[mine.position] = 1;
+      }
     }
   }
 
-  static EK_HOST_DEVICE uint32_t population(uint32_t bits) {
+  static EK_HOST_DEVICE int population(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
-    return static_cast<uint32_t>(__popc(bits));
+    return __popc(bits);
 #else
-    return static_cast<uint32_t>(__builtin_popcount(bits));
+    return __builtin_popcount(bits);
 #endif
   }
 
@@ -430,14 +451,15 @@ class Selector {
   static EK_HOST_DEVICE int key_shift(int round) { return round == 0 ? kKeyShift0 : round == 1 ? kKeyShift1 : 0; }
   static EK_HOST_DEVICE int key_bits(int round) { return round == 0 ? kKeyBits0 : round == 1 ? kKeyBits1 : kKeyBits2; }
 
-  Group& group_;
-  typename Group::Thread& thread_;
+  Counts& counts_;
+  Thread& thread_;
   SearchShared& shared_;
   const SelectionArguments& arguments_;
   const Selection& selection_;
   const TokenView& view_;
   TokenShare share_;
-  ThreadQuads<Keep, kHeldQuads, Group> quads_;
+  ThreadQuads<Keep, kHeldQuads, Counts> quads_;
+  int64_t valid_ = 0;     // tokens that count
   bool stored_ = false;  // the keys of quads that are not kept
 };
 

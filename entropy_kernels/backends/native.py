@@ -188,7 +188,7 @@ def parse_cuda_kernels(report: str) -> list[CudaKernel]:
 
 
 def largest_cluster() -> int:
-    """Blocks of the largest cluster that the current device grants the selection kernel; 0 where it has no clusters.
+    """Blocks of the largest cluster that the current device grants the covariance kernel; 0 where it has no clusters.
 
     Raises:
         RuntimeError: without the CUDA half, or without a device.
@@ -202,10 +202,6 @@ def largest_cluster() -> int:
 # The values that each may have; csrc/cuda/switches.h says what they do.
 CUDA_SWITCHES = {
     "cluster_tokens": range(2**63),
-    "cluster_block_tokens": range(1, 2**63),
-    "grid_block_tokens": range(1, 2**63),
-    "keep_in_shared": range(2),
-    "early_launch": range(2),
     "backward_reversed": range(2),
     "row_invariant": range(2),
 }
