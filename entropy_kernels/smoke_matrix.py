@@ -341,8 +341,8 @@ _STATISTICS = ("token_stats", "linear_token_stats")
 _SELECTION = ("clip_cov_mask", "kl_cov_mask")
 _BUDGET = ("budget_mask",)
 _ROW_BYTES = (20_000, 40_000, 140_000)  # few rows of them take clusters of 2, 4 and 8 blocks with bulk copies
-_TOKENS = (700, 5000, 12_000, 30_000, 60_000)  # clusters of 1, 2, 4, 8 and 16 blocks
-_GRID = 524_289
+_TOKENS = (700, 5000, 12_000, 30_000, 60_000)  # covariances as clusters of 1, 2, 4, 8 and 16 blocks
+_GRID = 600_001  # more than the registers of 132 multiprocessors hold
 
 
 def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
@@ -360,7 +360,7 @@ def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
     yield "backward-in-place", _STATISTICS, _in_place
     yield "linear", ("linear_token_stats",), lambda: _linear(*DTYPES)
     yield "covariance", ("token_covariance",), lambda: [covariance(n) for n in (*_TOKENS, _GRID)]
-    yield "selection-clusters", _SELECTION, lambda: _selections(*_TOKENS)
+    yield "selection-small", _SELECTION, lambda: _selections(*_TOKENS)
     yield "selection-grid", _SELECTION, lambda: _selections(_GRID)
     yield "budget-clusters", _BUDGET, lambda: [by_budget(n) for n in _TOKENS]
     yield "budget-grid", _BUDGET, lambda: [by_budget(_GRID)]

@@ -97,7 +97,8 @@ EK_HOST_DEVICE void covariance_block(Sums& sums, const CovarianceArguments<T>& a
 #pragma unroll
     for (int j = 0; j < kQuad; ++j) {
       const bool counts = tokens.counts[j];
-      const T logprob_j = value_if(tokens.logprob.value[j], counts), advantage_j = value_if(tokens.advantage.value[j], counts);
+      const T logprob_j = value_if(tokens.logprob.value[j], counts);
+      const T advantage_j = value_if(tokens.advantage.value[j], counts);
       logprob_sum = wrapping_sum(logprob_sum, to_fixed_point(logprob_j, logprob_scale));
       advantage_sum = wrapping_sum(advantage_sum, to_fixed_point(advantage_j, advantage_scale));
     }

@@ -1,6 +1,7 @@
 // Clip-Cov and KL-Cov masks in one launch: the n largest keys among the candidates, ties to the lower token index. The
-// same rounds as backends/radix_select.py, in every block of the launch at once; all blocks know the same search state, so
-// they branch alike. Once few tokens are left undecided, each block compares its own with all of them. Nothing here depends on how tokens are spread over blocks.
+// same rounds as backends/radix_select.py, in every block at once; all blocks know the same search state, so they branch
+// alike. Once few tokens are undecided, each block compares its own with all of them. Nothing here depends on how tokens
+// are spread over blocks.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +22,8 @@ struct SelectionArguments {
   uint64_t* exchange;
 };
 
-// Words that the blocks add at most: three rounds for the quantiles, from the second on two searches at a time, three for
-// the keys, and one for each digit of a tie. First rounds have the number of tokens that count behind them.
+// Words that the blocks add at most: three rounds for the quantiles, from the second on two searches at a time, three
+// for the keys, and one for each digit of a tie. First rounds have the number of tokens that count behind them.
 constexpr int kSelectionWords = (kRadixBins + 1) + 4 * kRadixBins + (kRadixBins + 1) + 2 * kRadixBins + 6 * kRadixBins;
 constexpr int kSelectionExchange = kSelectionWords + 1 + 2 * kBlockThreads;
 
@@ -95,8 +96,9 @@ class Selector {
 
   EK_HOST_DEVICE Selector(Counts& counts, SearchShared& shared, const SelectionArguments& arguments,
                           unsigned char* memory)
-      : counts_(counts), thread_(counts.thread), shared_(shared), arguments_(arguments), selection_(arguments.selection),
-        view_(arguments.selection.view), share_(counts.thread.block(), arguments.chunk, view_.tokens),
+      : counts_(counts), thread_(counts.thread), shared_(shared), arguments_(arguments),
+        selection_(arguments.selection), view_(arguments.selection.view),
+        share_(counts.thread.block(), arguments.chunk, view_.tokens),
         quads_(counts, Keep({memory, arguments.kept}), share_.tokens,
                Quad<float>::at(view_.covariance) && Quad<uint8_t>::at(view_.mask) && Quad<uint8_t>::at(view_.exclude) &&
                    Quad<uint8_t>::at(arguments.selected)) {}
@@ -272,7 +274,8 @@ class Selector {
   template <class Word, class FirstNeed>
   EK_HOST_DEVICE void next_digit(const Word& word, Search& search, int bits, bool first, const FirstNeed& first_need) {
     using Total = decltype(word(0));  // of all tokens
-    constexpr int kBins = kRadixBins / kThreads, kWarps = kThreads / kLanes;  // bins of a thread, the largest in thread 0
+    constexpr int kWarps = kThreads / kLanes;
+    constexpr int kBins = kRadixBins / kThreads;  // of a thread, the largest in thread 0
     const int top = kRadixBins - 1 - thread_.index() * kBins;
     const Search before_it = first ? Search{0, 0, 0} : search;  // before others of the block change it
     Total counts[kBins], sum = 0;
