@@ -379,7 +379,11 @@ def taken_apart(stats: Tensor, shape: torch.Size, want: int) -> Sequence[Tensor]
     """
     if not stats.requires_grad and _eager():
         return apart(stats, shape)
-    found: Any = torch.unbind_copy(stats if len(shape) == 1 else stats.view(stats.shape[0], *shape))  # type: ignore[func-returns-value]
+    rows = stats if len(shape) == 1 else stats.view(stats.shape[0], *shape)
+    if not torch.compiler.is_compiling() and in_transform():  # torch 2.11 cannot map the other
+        found: Any = [row.clone() for row in rows.unbind()]
+    else:
+        found = torch.unbind_copy(rows)  # type: ignore[func-returns-value]
     if stats.requires_grad:
         found = [row if x.differentiable else row.detach() for row, x in zip(found, wanted(want), strict=True)]
     return found
