@@ -227,6 +227,7 @@ struct SelectionOperators {
     m.impl("token_covariance", TORCH_BOX(&token_covariance));
     m.impl("clip_cov_mask", TORCH_BOX(&clip_cov_mask));
     m.impl("kl_cov_mask", TORCH_BOX(&kl_cov_mask));
+    m.impl("budget_mask", TORCH_BOX(&budget_mask));
     m.impl("covariance_extremes", TORCH_BOX(&covariance_extremes));
     m.impl("covariance_sums", TORCH_BOX(&covariance_sums));
     m.impl("covariance_apply", TORCH_BOX(&covariance_apply));

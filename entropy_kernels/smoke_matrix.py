@@ -362,8 +362,7 @@ def _cuda() -> Iterable[tuple[str, tuple[str, ...], Callable[[], list[Call]]]]:
     yield "covariance", ("token_covariance",), lambda: [covariance(n) for n in (*_TOKENS, _GRID)]
     yield "selection-small", _SELECTION, lambda: _selections(*_TOKENS)
     yield "selection-grid", _SELECTION, lambda: _selections(_GRID)
-    yield "budget-clusters", _BUDGET, lambda: [by_budget(n) for n in _TOKENS]
-    yield "budget-grid", _BUDGET, lambda: [by_budget(_GRID)]
+    yield "budget", _BUDGET, lambda: [by_budget(n) for n in (*_TOKENS, _GRID)]
     yield "selection-steps", (*_SELECTION, *_BUDGET, "token_covariance"), lambda: [selection_steps(5000)]
 
 

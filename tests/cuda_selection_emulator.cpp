@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/budget_kernels.h"
 #include "cuda/covariance_kernels.h"
 #include "cuda/selection_kernels.h"
 #include "cuda_fibers.h"
@@ -92,6 +93,10 @@ class EmulatedThread {
   void add(uint32_t* shared, uint32_t value) {
     require_own(shared);
     *shared += value;
+  }
+  uint32_t fetch_add(uint32_t* shared, uint32_t value) {
+    add(shared, value);
+    return *shared - value;
   }
   void add_global(uint64_t* to, uint64_t value) { *to += value; }
   uint32_t fetch_add(uint32_t* shared, uint32_t value) {
@@ -212,6 +217,15 @@ void select(const Call& call) {
   });
 }
 
+void select_by_budget(const Call& call) {
+  std::vector<uint64_t> exchange(budget_exchange(call.blocks), ~uint64_t{0});
+  const BudgetArguments a = {selection_of(call).selection.view, {0, 0, 0, static_cast<const double*>(call.numbers)}, call.chunk,
+                             static_cast<uint8_t*>(call.out), exchange.data()};
+  run(call.blocks, sizeof(BudgetShared), call.order, [&](EmulatedThread& thread, unsigned char* memory) {
+    BudgetSelector<EmulatedThread>(thread, *reinterpret_cast<BudgetShared*>(memory), a).run();
+  });
+}
+
 template <class T>
 void covariance(const Call& call) {
   std::vector<uint64_t> exchange(kSumSlots * call.blocks, ~uint64_t{0});
@@ -237,6 +251,9 @@ void covariance(const Call& call) {
 // They return null, or what went wrong.
 extern "C" const char* emulate_selection(const entropy_kernels::cuda::Call* call) {
   return entropy_kernels::cuda::guarded([&] { entropy_kernels::cuda::select(*call); });
+}
+extern "C" const char* emulate_budget(const entropy_kernels::cuda::Call* call) {
+  return entropy_kernels::cuda::guarded([&] { entropy_kernels::cuda::select_by_budget(*call); });
 }
 extern "C" const char* emulate_covariance(const entropy_kernels::cuda::Call* call) {
   return entropy_kernels::cuda::guarded([&] {

@@ -37,7 +37,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     source = HERE / "cuda_selection_emulator.cpp"
     subprocess.run([COMPILER, *flags, f"-I{HERE.parent / 'csrc'}", str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    for function in (loaded.emulate_selection, loaded.emulate_covariance):
+    for function in (loaded.emulate_selection, loaded.emulate_budget, loaded.emulate_covariance):
         function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_char_p
     return loaded
 
@@ -91,16 +91,24 @@ class Emulated:
         call.quantile, call.closed = band.quantile, band.closed
 
     def _select(self, call: _Call, covariance, exclude, token_index, count: Count) -> Tensor:
-        out = torch.full(covariance.shape, 77, dtype=torch.uint8)
-        call.exclude, call.index, call.first = _pointer(exclude), _pointer(token_index), covariance.data_ptr()
         self._set_count(call, count)
+        return self._mask(self.library.emulate_selection, call, covariance, exclude, token_index)
+
+    def _mask(self, function, call: _Call, values, exclude, token_index) -> Tensor:
+        out = torch.full(values.shape, 77, dtype=torch.uint8)
+        call.exclude, call.index, call.first = _pointer(exclude), _pointer(token_index), values.data_ptr()
         call.out = out.data_ptr()
-        self._run(self.library.emulate_selection, call)
+        self._run(function, call)
         assert bool((out <= 1).all()), "not every token was written, or not with a bool"
         return out.view(torch.bool)
 
     def kl_cov_mask(self, covariance, mask, exclude, token_index, count: Count) -> Tensor:
         return self._select(self._call(covariance.numel(), mask), covariance, exclude, token_index, count)
+
+    def budget_mask(self, score, mask, exclude, token_index, numbers: Tensor) -> Tensor:
+        call = self._call(score.numel(), mask)
+        call.numbers = numbers.data_ptr()
+        return self._mask(self.library.emulate_budget, call, score, exclude, token_index)
 
     def clip_cov_mask(self, covariance, mask, exclude, token_index, seed, count: Count, band: Band) -> Tensor:
         call = self._call(covariance.numel(), mask)

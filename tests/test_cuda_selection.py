@@ -23,7 +23,7 @@ from entropy_kernels.backends.radix_select import Band, Count
 
 REASON = ek.backends()["clip_cov_mask"]["cuda"]
 hardware = [
-    on_gpu("cuda", "token_covariance", "clip_cov_mask", "kl_cov_mask"),
+    on_gpu("cuda", "token_covariance", "clip_cov_mask", "kl_cov_mask", "budget_mask"),
     pytest.mark.skipif(REASON != "available", reason=f"backend cuda: {REASON}"),
 ]
 emulated = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -135,6 +135,39 @@ def test_numbers_in_memory(kernels: emulator.Emulated, tokens: int) -> None:
 
 
 @emulated
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("levels", [None, 1])
+@pytest.mark.parametrize("blocks", [1, 3, 16])
+def test_budgets(library: Any, tokens: int, levels: int | None, blocks: int) -> None:
+    data = batch(tokens, levels, seed=tokens + blocks)
+    score, *masks = data.values()
+    gain = float(score.double().nan_to_num(0.0, 0.0, 0.0).clamp(min=0).sum())
+    amounts = [(0.1, 0), (0.9, 0), (INF, 0), (NAN, 0), (-0.3, 1), (-INF, 1), (0.2, 2), (1.0, 2), (1e-300, 2)]
+    selected = 0
+    for number, (amount, place) in enumerate(amounts):
+        numbers = torch.full((3,), NAN, dtype=torch.float64)
+        numbers[place] = amount if place == 2 else amount * gain
+        kernels = emulator.Emulated(library, False, blocks, number)
+        for given in ((score, *masks), (score, masks[0], None, None), (score * 1e-42, None, None, None))[number % 2 :]:
+            expected = eager.budget_mask(*given, numbers, "")
+            assert torch.equal(kernels.budget_mask(*given, numbers), expected), (amount, place)
+            selected += int(expected.sum())
+    assert selected >= tokens or tokens == 1
+
+
+@emulated
+def test_ties_of_a_budget(library: Any) -> None:
+    score, numbers = torch.full((3000,), 0.5), torch.full((3,), NAN, dtype=torch.float64)
+    for index in (None, torch.randperm(3000) * 2**41 - 2**50):
+        for count in (1, 1234, 2999, 3000):
+            numbers[0] = 0.5 * count - 0.1
+            got = emulator.Emulated(library, False, 3).budget_mask(score, None, None, index, numbers)
+            assert int(got.sum()) == count and torch.equal(
+                got, eager.budget_mask(score, None, None, index, numbers, "")
+            )
+
+
+@emulated
 def test_the_order_of_threads_does_not_matter(library: Any) -> None:
     data = tuple(batch(700, 2, seed=9).values())
     expected = eager.clip_cov_mask(*data, torch.tensor(4), COUNTS[0], BANDS[4], "")
@@ -186,6 +219,17 @@ class TestOnHardware:
                     arguments: dict[str, Any] = {**options, **count, **more}
                     assert torch.equal(function(**arguments, backend="cuda"), function(**arguments, backend="torch"))
 
+    @pytest.mark.parametrize("tokens", [1, 4096, 4097, 65_536, 524_289, 4_000_003])
+    @pytest.mark.parametrize("levels", [None, 1])
+    def test_budgets(self, tokens: int, levels: int | None) -> None:
+        data = {name: value.cuda() for name, value in batch(tokens, levels, seed=tokens).items()}
+        data["score"] = data.pop("covariance")
+        for options in (data, {"score": data["score"]}, {**data, "token_index": None}):
+            for amount in ({"budget": tokens / 50}, {"limit": -tokens / 9}, {"share": 0.3}, {"share": 1.0}):
+                arguments: dict[str, Any] = {**options, **amount}
+                expected = ek.budget_tokens(**arguments, backend="torch")
+                assert torch.equal(ek.budget_tokens(**arguments, backend="cuda"), expected)
+
     @pytest.mark.parametrize("tokens", [1, 5000, 65_536, 524_289, 4_000_003])
     def test_covariance(self, tokens: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -206,6 +250,9 @@ class TestOnHardware:
             for band in BANDS:
                 clip = (*everything, torch.tensor(3, device="cuda"), count, band, "")
                 assert torch.equal(radix_select.clip_cov_mask(native._steps, *clip), eager.clip_cov_mask(*clip))
+        for numbers in ([tokens / 50, NAN, NAN], [NAN, -tokens / 9, NAN], [NAN, NAN, 0.3]):
+            given = (*everything, torch.tensor(numbers, dtype=torch.float64, device="cuda"), "")
+            assert torch.equal(radix_select.budget_mask(native._steps, *given), eager.budget_mask(*given))
         finite = data["covariance"].nan_to_num(posinf=9.0, neginf=-9.0)
         for values in (finite, finite.double(), data["covariance"]):
             pair = (values, values.flip(0), data["mask"], "")
@@ -225,7 +272,8 @@ class TestOnHardware:
             quantile = ek.random_tokens(
                 data["covariance"], seed=seed, k=9, low=least, high=0.99, band="quantile", backend="cuda"
             )
-            return covariance, clip, quantile, ek.kl_cov_mask(data["covariance"], data["mask"], backend="cuda")
+            budget = ek.budget_tokens(data["covariance"], data["mask"], share=share, backend="cuda")
+            return covariance, clip, quantile, budget, ek.kl_cov_mask(data["covariance"], data["mask"], backend="cuda")
 
         step()
         torch.cuda.synchronize()

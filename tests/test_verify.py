@@ -223,7 +223,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful
         "cuda/covariance": ("raised", "CUDA out of memory"),
         "cuda/selection-grid": ("wrong", "3 of 7 differ"),
         "cuda/linear": ("not run", "no time left"),
-        "cuda/budget-grid": ("not run", "no time left"),
+        "cuda/budget": ("not run", "no time left"),
         "cuda/fp64": ("died", "signal 6, Aborted after its calls"),
     }
     ran: list[tuple[str, ...]] = []

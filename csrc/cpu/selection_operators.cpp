@@ -53,7 +53,6 @@ struct CpuHalf {
 
 STABLE_TORCH_LIBRARY_IMPL(entropy_kernels_native, CompositeExplicitAutograd, m) {
   SelectionOperators<CpuHalf>::implement(m);
-  m.impl("budget_mask", TORCH_BOX(&SelectionOperators<CpuHalf>::budget_mask));
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ EK_EXPORT const char* entropy_kernels_cuda_kernels() {
   return report([] {
     std::string text;
     for (const auto& kernels :
-         {forward_kernels(), backward_kernels(), selection_kernels(), selection_step_kernels()}) {
+         {forward_kernels(), backward_kernels(), selection_kernels(), selection_step_kernels(), budget_kernels()}) {
       for (const Kernel& kernel : kernels) {
         cudaFuncAttributes a;
         check(cudaFuncGetAttributes(&a, kernel.function), "cudaFuncGetAttributes");

@@ -15,5 +15,6 @@ std::vector<Kernel> forward_kernels();
 std::vector<Kernel> backward_kernels();
 std::vector<Kernel> selection_kernels();
 std::vector<Kernel> selection_step_kernels();
+std::vector<Kernel> budget_kernels();
 
 }  // namespace entropy_kernels::cuda

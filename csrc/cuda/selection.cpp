@@ -34,6 +34,12 @@ struct CudaHalf {
     launch_selection(plan, arguments, stream);
   }
 
+  void select(const TokenView& view, const Budget& budget, uint8_t* out) const {
+    const BudgetPlan plan = plan_budget(view.tokens, device);
+    const Tensor exchange = words(like, budget_exchange(plan.blocks));
+    launch_budget(plan, {view, budget, plan.chunk, out, mutable_data<uint64_t>(exchange)}, stream);
+  }
+
   template <class T>
   void covariance(const TokenPairs<T>& pairs, float* out) const {
     const GroupPlan plan = plan_covariance(pairs.tokens, sizeof(T) == 8, device);

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/selection_steps.h"
+#include "cuda/budget_kernels.h"
 #include "cuda/covariance_kernels.h"
 #include "cuda/launch_plan.h"
 #include "cuda/selection_kernels.h"
@@ -20,6 +21,13 @@ GroupPlan plan_covariance(int64_t tokens, bool float64, int device);
 void launch_selection(const GroupPlan& plan, SelectionArguments arguments, cudaStream_t stream);
 template <class T>
 void launch_covariance(const GroupPlan& plan, CovarianceArguments<T> arguments, cudaStream_t stream);
+
+struct BudgetPlan {
+  int blocks, chunk;
+};
+BudgetPlan plan_budget(int64_t tokens, int device);
+// `arguments` has the plan's chunk.
+void launch_budget(const BudgetPlan& plan, BudgetArguments arguments, cudaStream_t stream);
 
 // The single steps, for batches spread over ranks; at least one token.
 template <class Step>
