@@ -99,10 +99,6 @@ class EmulatedThread {
     return *shared - value;
   }
   void add_global(uint64_t* to, uint64_t value) { *to += value; }
-  uint32_t fetch_add(uint32_t* shared, uint32_t value) {
-    add(shared, value);
-    return *shared - value;
-  }
   uint64_t fetch_add_global(uint64_t* to, uint64_t value) {
     *to += value;
     return *to - value;

@@ -147,7 +147,7 @@ def test_budgets(library: Any, tokens: int, levels: int | None, blocks: int) -> 
     for number, (amount, place) in enumerate(amounts):
         numbers = torch.full((3,), NAN, dtype=torch.float64)
         numbers[place] = amount if place == 2 else amount * gain
-        kernels = emulator.Emulated(library, False, blocks, number)
+        kernels = emulator.Emulated(library, blocks, number)
         for given in ((score, *masks), (score, masks[0], None, None), (score * 1e-42, None, None, None))[number % 2 :]:
             expected = eager.budget_mask(*given, numbers, "")
             assert torch.equal(kernels.budget_mask(*given, numbers), expected), (amount, place)
@@ -161,7 +161,7 @@ def test_ties_of_a_budget(library: Any) -> None:
     for index in (None, torch.randperm(3000) * 2**41 - 2**50):
         for count in (1, 1234, 2999, 3000):
             numbers[0] = 0.5 * count - 0.1
-            got = emulator.Emulated(library, False, 3).budget_mask(score, None, None, index, numbers)
+            got = emulator.Emulated(library, 3).budget_mask(score, None, None, index, numbers)
             assert int(got.sum()) == count and torch.equal(
                 got, eager.budget_mask(score, None, None, index, numbers, "")
             )

@@ -1,7 +1,7 @@
 // A mask by a budget in one launch: the rounds of backends/radix_select.py, with sums of 64 bits in the place of counts.
 // Blocks that are resident together add them in global memory and meet once per round; all know the same search state, so
 // they branch alike. A token is read again in every round, from L2 where the batch fits it. Nothing here depends on how
-// tokens are spread over blocks. Thread: as in block_group.h.
+// tokens are spread over blocks. Thread: as in block_sums.h.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include "common/budget.h"
 #include "common/radix_select.h"
 #include "common/selection.h"
-#include "cuda/block_group.h"
+#include "cuda/token_quads.h"
 
 namespace entropy_kernels::cuda {
 
