@@ -219,7 +219,7 @@ def test_coefficients_have_the_gradients_of_what_they_multiply(surrogate: str, i
 
 def test_a_coefficient_changed_before_the_backward_pass_is_told() -> None:
     lp, old, adv, mask = batch()
-    coefficient = torch.tensor(0.1)
+    coefficient = torch.tensor(0.1, device=ek.device)  # else the loss would have a copy of it
     loss = ek.policy_loss(leaf(lp), old, adv, mask, entropy=leaf(lp), entropy_coef=coefficient).loss
     coefficient.fill_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
