@@ -332,12 +332,17 @@ class Controller:
         self._seeds = SeedCounter(seed)
         self._group, self._backend = batch_group, backend
         group_name(batch_group)
-        _checked(method, self._row, options, torch.device("cpu"))
+        #: all options of the method, those that are given and the others' defaults.
+        self.options = _checked(method, self._row, options, torch.device("cpu"))
         #: name -> 0-d float64 tensor: what the method remembers; empty before the first step and without memory.
         self.memory: dict[str, Tensor] = {}
 
-    def step(self, batch: TokenBatch | SelectionBatch) -> Any:
-        """The control of this step: a :class:`Control`; for a :class:`SelectionBatch` one per micro-batch."""
+    def step(self, batch: TokenBatch | SelectionBatch, *, seed: int | Tensor | None = None) -> Any:
+        """The control of this step: a :class:`Control`; for a :class:`SelectionBatch` one per micro-batch.
+
+        Args:
+            seed: of a method that draws, in the place of the one that is counted here.
+        """
         if isinstance(batch, SelectionBatch):
             whole = batch.whole
         elif isinstance(batch, TokenBatch):
@@ -346,7 +351,10 @@ class Controller:
             raise TypeError(f"batch: expected an ek.TokenBatch or ek.SelectionBatch, got {type(batch).__name__}")
         options = _checked(self._method, self._row, self._options, whole.device)
         options.update({name: x.to(whole.device, non_blocking=True) for name, x in self.memory.items()})
-        seed = self._seeds() if self._row.draws else None
+        if not self._row.draws:
+            seed = None
+        elif seed is None:
+            seed = self._seeds()
         found, kept = _decided(self._row, whole, options, seed)
         self.memory = {**self.memory, **kept}
         return found if isinstance(batch, SelectionBatch) else found[0]

@@ -5,6 +5,7 @@ One run is ppo.py; several, with their report, sweep.py.
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
@@ -85,11 +86,43 @@ def _parse(kind: type, arguments: list[str], command: str = "", **options: Any) 
         import tyro
     except ImportError as error:
         raise ImportError("the trainer's command line needs tyro: pip install 'entropy_kernels[train]'") from error
-    parsed = tyro.cli(kind, args=arguments, prog=f"python -m entropy_kernels.trainer{command}", **options)
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_method_options)
+    prog = f"python -m entropy_kernels.trainer{command}"
+    parsed = tyro.cli(kind, args=arguments, prog=prog, registry=registry, **options)
     for name, value in vars(parsed).items():
         if isinstance(value, Path):
             setattr(parsed, name, value.expanduser())  # a shell leaves the ~ of --out=~/runs as it is
     return parsed
+
+
+def _method_options(field: Any) -> Any:
+    """How tyro reads options of a method: OPTION=VALUE, the value as in JSON, or a word."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    from entropy_kernels.trainer.config import MethodOptions
+
+    if field.type != MethodOptions:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="OPTION=VALUE ...",
+        instance_from_str=lambda words: dict(map(_option, words)),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={json.dumps(x).strip(chr(34))}" for name, x in value.items()],
+    )
+
+
+def _option(word: str) -> tuple[str, Any]:
+    name, equals, value = word.partition("=")
+    if not (name and equals):
+        raise ValueError(f"method_options: expected OPTION=VALUE, got {word!r}")
+    if value in ("inf", "-inf"):
+        return name, float(value)
+    try:
+        return name, json.loads({"None": "null", "True": "true", "False": "false"}.get(value, value))
+    except ValueError:
+        return name, value
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, read_json, write_atomic
 
@@ -58,6 +59,7 @@ def save_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     generators: dict[str, torch.Generator],
+    controller: ek.Controller | None = None,
     row: dict[str, Any] | None = None,
 ) -> None:
     """Write everything that the rest of the run depends on. What `path` held becomes :func:`previous_of` it.
@@ -74,6 +76,7 @@ def save_checkpoint(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "generators": {name: generator.get_state() for name, generator in generators.items()},
+        "controller": None if controller is None else controller.state_dict(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -195,10 +198,11 @@ def restore(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     generators: dict[str, torch.Generator],
+    controller: ek.Controller | None = None,
 ) -> int:
     """Put the checkpoint that was loaded from `path` back in place; returns the number of finished steps.
 
-    ValueError, with the way out, for one that is of another model, or whose optimizer or generators are.
+    ValueError, with the way out, for one that is of another model, or whose optimizer, generators or method are.
     """
     part = "model"
     try:
@@ -211,6 +215,9 @@ def restore(
         part = "generator"
         for name, generator in generators.items():
             generator.set_state(state["generators"][name])
+        part = "method"
+        if controller is not None and state.get("controller") is not None:  # of a version before it: no memory
+            controller.load_state_dict(state["controller"])
         torch.set_rng_state(state["torch_rng"])
         if torch.cuda.is_available() and state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -7,6 +7,7 @@ effect of Clip-Cov and KL-Cov show on two CPU cores (docs/trainer.md tells how t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ import torch
 
 from entropy_kernels.trainer import model
 from entropy_kernels.trainer.files import read_json
-from entropy_kernels.trainer.methods import BASELINE, METHODS
+from entropy_kernels.trainer.methods import BASELINE, METHODS, check_options, options_of
 from entropy_kernels.trainer.start import check_model
 
 HEADS = tuple(model.HEADS)
+#: The command line reads it as OPTION=VALUE.
+MethodOptions: TypeAlias = dict[str, Any]
 
 if TYPE_CHECKING:
     MethodName: TypeAlias = str
@@ -45,12 +48,14 @@ WARM_START_FIELDS = (
 )  # fmt: skip
 
 #: Annotation of a field -> what its value in a JSON file may be.
-_JSON_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_JSON_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)} | {
+    "MethodOptions": (dict,)
+}
 
 
 @dataclass
 class TrainerConfig:
-    """PPO on a causal language model with verifiable rewards, under GRPO, Clip-Cov or KL-Cov."""
+    """PPO on a causal language model with verifiable rewards, under any method of control."""
 
     # --- the run -----------------------------------------------------------------------------------------------------
     out: Path = Path("runs/single")
@@ -160,10 +165,13 @@ class TrainerConfig:
 
     # --- loss and selection ------------------------------------------------------------------------------------------
     method: MethodName = BASELINE
-    """A row of methods.py: PPO's surrogate alone, the paper's two, or their controls, which treat as many tokens,
-    chosen at random."""
+    """What may be done to a token's gradient: nothing (grpo), a method of ek.methods(), or a control, which treats as
+    many tokens as Clip-Cov or KL-Cov, chosen at random. docs/control.md says what each computes, and when it helps."""
+    method_options: MethodOptions = dataclasses.field(default_factory=dict)
+    """Options of the method, as OPTION=VALUE: --method exact_cov --method-options budget=1e-4 effect=detached.
+    They go before all that follows here."""
     clip_low: float = 0.2
-    """PPO clip below 1. KL-Cov (and its control) has no PPO clip."""
+    """PPO clip below 1, of methods that have one. KL-Cov (and its control) has no PPO clip."""
     clip_high: float = 0.2
     """PPO clip above 1; 0.28 gives clip-higher."""
     loss_agg_mode: Literal[
@@ -173,7 +181,8 @@ class TrainerConfig:
     entropy_coef: float = 0.0
     """Entropy bonus, with its true gradient."""
     cov_ratio: float | None = None
-    """Fraction of a minibatch to select. None: the method's at this scale, 0.03 or 0.07 (paper: 2e-4, 2e-3)."""
+    """Fraction of a minibatch to select, of methods that have a ratio. None: the method's at this scale, for Clip-Cov
+    and KL-Cov 0.03 and 0.07 (paper: 2e-4, 2e-3)."""
     cov_low: float = 1.0
     """Lower end of Clip-Cov's covariance range: a covariance, or a quantile in [0, 1] when cov_band is quantile."""
     cov_high: float = 5.0
@@ -183,9 +192,10 @@ class TrainerConfig:
     kl_coef: float = 2.0
     """KL-Cov's penalty coefficient beta (paper: 1)."""
     selection_logprob: Literal["new", "old"] = "new"
-    """Log-probs that selection uses: new (those of the update; one more forward without gradient if micro_batches > 1)
-    or old (the rollout's; no extra forward). With new and one micro-batch head = linear has its log-probs first and its
-    gradients later, by linear_logprob_entropy: a fourth product where the logits exceed memory_budget."""
+    """Statistics that the method decides by: new (those of the update; one more forward without gradient if
+    micro_batches > 1) or old (the rollout's; no extra forward). With new and one micro-batch head = linear has its
+    log-probs first and its gradients later, by linear_logprob_entropy: a fourth product where the logits exceed
+    memory_budget."""
 
     # --- evaluation and measurements ---------------------------------------------------------------------------------
     eval_every: int = 8
@@ -216,7 +226,9 @@ class TrainerConfig:
         choices = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
         choices["method"] = tuple(METHODS)  # some may come from outside
         for name, allowed in choices.items():
-            _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", getattr(self, name))
+            near = difflib.get_close_matches(str(getattr(self, name)), allowed, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}{hint}", getattr(self, name))
         why = (
             " (which keeps float32 weights and makes its products in bfloat16: weights in bfloat16 are rounded to 3 "
             "digits, and an update of 5e-6 is lost for nearly all of them)"
@@ -240,18 +252,23 @@ class TrainerConfig:
             f"{self.minibatches} * {self.micro_batches} = {parts}",
         )
         _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
+        check_options(self)
 
     @property
-    def selects_late(self) -> bool:
-        """Whether the selection needs the log-probs of the very forward that the loss is taken of."""
-        selects = METHODS[self.method].select is not None
-        return selects and self.selection_logprob == "new" and self.micro_batches == 1
+    def decides_late(self) -> bool:
+        """Whether the method needs the statistics of the very forward that the loss is taken of."""
+        decides = METHODS[self.method].control is not None
+        return decides and self.selection_logprob == "new" and self.micro_batches == 1
 
     @property
     def selection_ratio(self) -> float:
-        """Fraction of tokens that the method selects; 0 for one that selects none."""
-        method = METHODS[self.method]
-        return method.ratio if method.select is None or self.cov_ratio is None else self.cov_ratio
+        """Fraction of tokens that the method selects; 0 for one whose own numbers say how many."""
+        return float(options_of(self).get("ratio") or 0.0)
+
+    def under(self, method: str) -> TrainerConfig:
+        """With another method; the options are kept if they are that one's, or of the one that it is a control of."""
+        kept = self.method in (method, METHODS[method].control_of)
+        return dataclasses.replace(self, method=method, method_options=self.method_options if kept else {})
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""

@@ -41,6 +41,11 @@ DEFINITIONS = {
     "tokens_in_band": "tokens of the rollout with covariance in the range 1 < cov < 5 (or the configured absolute one)",
     "tokens_dropped": "tokens whose gradient was removed, over all updates of the step",
     "tokens_penalized": "tokens that got the KL penalty, over all updates of the step",
+    "tokens_touched": "tokens that the method drops, detaches, penalises or weighs, or whose advantage it changes, "
+    "over all updates of the step",
+    "decrease_share": "share of the predicted entropy decrease, sum of c F over F > 0, that these tokens carry, mean "
+    "over updates; F = A r C/T^2, c the token's weight in the loss",
+    "entropy_coef": "coefficient of the entropy bonus, where the method sets it, mean over updates",
     "loss": "loss of an update, mean over updates",
     "pg_loss": "policy-gradient part of the loss, mean over updates",
     "clipfrac": "share of tokens where the PPO clip binds, mean over updates",
@@ -53,6 +58,10 @@ DEFINITIONS = {
     "measured_dh": "entropy change of the step on its own tokens: mean after the updates minus mean before, nats; with "
     "the rounding of dtype = mixed",
     "predicted_dh": "mean over tokens of -(A/T^2) C: change for a unit step in the logits, were they free parameters",
+    "control_dh": "predicted entropy change of the step under the method: -lr x epochs x mean of c F over an update's "
+    "tokens, mean over updates, nats; for steps of lr times the loss's gradient in logits that are free parameters",
+    "free_dh": "the same if the method did nothing",
+    "own_update_dh": "entropy change of the step's first update on that update's own tokens, nats",
     "first_order_dh": "gradient of the mean entropy in the weights, times their change in the first update, nats",
     "first_update_dh": "entropy change of the step's first update on the rollout's tokens, nats",
     "small_update_dh": "ten times the entropy change of a tenth of that update, nats",

@@ -1,137 +1,88 @@
-"""The methods, in one table: the loss of each, the tokens that it treats, and what reports call it.
+"""The methods, in one table: the trainer's view of :func:`entropy_kernels.methods`, which decide what a token may do.
 
-No other file of the trainer names a method. A new one is a row of :data:`METHODS`; it can be added from outside.
+No other file of the trainer names a method. A row says what is the trainer's own: what reports call the method, and
+which options it has at this scale. A new method of :func:`entropy_kernels.methods` is here by itself; one from outside
+is a row of :data:`METHODS` with an ``ek.Method``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels.methods import CLIPS, find
 
 if TYPE_CHECKING:
+    from entropy_kernels.batch import WholeBatch
     from entropy_kernels.trainer.config import TrainerConfig
-
-
-@dataclass
-class Part:
-    """A micro-batch as selection sees it; all (B, L). `logprob` carries no gradient."""
-
-    logprob: Tensor
-    old_logprob: Tensor
-    advantages: Tensor
-    mask: Tensor
-    token_index: Tensor  # int64: position in the rollout, which makes the draw independent of the split
-
-
-#: (config, parts, seed, backend) -> one mask (B, L) bool per part. Means, counts and ranks are those of all parts.
-Select = Callable[["TrainerConfig", list[Part], int, str], list[Tensor]]
-#: (config, mask, backend) -> arguments of the loss beyond those that all losses take.
-Options = Callable[["TrainerConfig", Tensor | None, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row: how updates are made, and how the method is compared with the others."""
+    """One row: what decides about the tokens, and how the method is compared with the others."""
 
     label: str
     """In plots, tables and sentences."""
-    loss: str
-    """The `method` of :func:`entropy_kernels.linear_policy_loss`."""
-    options: Options
-    select: Select | None = None
-    """The tokens that the loss treats; None for none."""
-    treats: Literal["dropped", "penalized"] | None = None
-    """What the loss does to them: removes their gradient, or adds a penalty."""
-    ratio: float = 0.0
-    """Fraction of a minibatch to select, at this scale."""
+    control: str | ek.Method | None = None
+    """As :class:`entropy_kernels.Controller` takes it; None: every token has its gradient."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """At this scale, where the source's would not do."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Option -> the field of the configuration that gives it."""
     paper_ratio: float = 0.0
-    """The paper's fraction."""
+    """The paper's fraction of tokens, of the methods that a reproduction compares."""
     control_of: str | None = None
-    """The method of which this one selects as many tokens, at random."""
+    """The method of which this one treats as many tokens, at random."""
     entropy_factor: float | None = None
     """What a reproduction on the embedded task claims: it ends with this many times the baseline's entropy."""
 
+    @property
+    def ratio(self) -> float:
+        """Fraction of a minibatch to select, at this scale; 0 for one that has none of its own."""
+        return float(self.options.get("ratio", 0.0))
 
-def in_covariance_range(config: TrainerConfig, parts: list[Part], seed: int, backend: str) -> list[Tensor]:
-    """Clip-Cov's tokens: drawn among those whose covariance lies in the range, PPO-clipped ones left out."""
-    batch = ek.SelectionBatch(backend=backend)
-    for part in parts:
-        exclude = ppo_clipped(part, config)
-        batch.add(part.logprob, part.advantages, part.mask, part.token_index, exclude=exclude)
-    return batch.clip_cov(
-        seed=seed, ratio=config.selection_ratio, low=config.cov_low, high=config.cov_high, band=config.cov_band
-    )
+    @property
+    def effect(self) -> str | None:
+        """What it does to a token, a name of ``entropy_kernels.methods.EFFECTS``; None: nothing."""
+        return None if self.control is None else find(self.control).effects[0]
 
-
-def largest_covariance(config: TrainerConfig, parts: list[Part], seed: int, backend: str) -> list[Tensor]:
-    """KL-Cov's tokens."""
-    batch = ek.SelectionBatch(backend=backend)
-    for part in parts:
-        batch.add(part.logprob, part.advantages, part.mask, part.token_index)
-    return batch.kl_cov(ratio=config.selection_ratio)
+    def needs(self, *statistics: str) -> bool:
+        """Whether it decides by one of these statistics."""
+        return self.control is not None and not {*statistics}.isdisjoint(find(self.control).needs)
 
 
-def as_many_at_random(select: Select) -> Select:
-    """As many valid tokens as `select` gives, drawn with a key of their own."""
+def as_many_at_random(name: str) -> ek.Method:
+    """The method `name`, but as many of all tokens, drawn with a key of their own."""
+    row = find(name)
 
-    def drawn(config: TrainerConfig, parts: list[Part], seed: int, backend: str) -> list[Tensor]:
-        chosen = select(config, parts, seed, backend)
-        count = int(sum(int(mask.sum()) for mask in chosen))
-        if count == 0:
-            return chosen
-        uniform = ek.SelectionBatch(backend=backend)
-        for part in parts:
-            # equal advantages make every covariance 0, so that every valid token is in the range
-            uniform.add(part.logprob, torch.zeros_like(part.advantages), part.mask, part.token_index)
-        return uniform.clip_cov(seed=seed + 1, k=count, low=-1.0, high=1.0)
+    def drawn(batch: WholeBatch, score: Tensor, options: Any) -> Tensor:
+        (count,) = batch.totals((row.rule(batch, score, options) & batch.mask).double())
+        return batch.random(torch.zeros_like(score, dtype=torch.float32), seed=options.seed + 1, k=count)
 
-    return drawn
-
-
-def ppo_clipped(part: Part, config: TrainerConfig) -> Tensor:
-    """(B, L) bool: tokens whose gradient the PPO clip already removes. They are no candidates of Clip-Cov."""
-    ratio = torch.exp(part.logprob - part.old_logprob)
-    clamped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    return (-part.advantages * clamped > -part.advantages * ratio) & part.mask
-
-
-def _ppo(config: TrainerConfig, selected: Tensor | None, backend: str) -> dict[str, Any]:
-    return {"clip_low": config.clip_low, "clip_high": config.clip_high}
-
-
-def _clip_cov(config: TrainerConfig, selected: Tensor | None, backend: str) -> dict[str, Any]:
-    return {"preset": "verl", "backend": backend, **_ppo(config, selected, backend), "dropped": selected}
-
-
-def _kl_cov(config: TrainerConfig, selected: Tensor | None, backend: str) -> dict[str, Any]:
-    return {"preset": "verl", "backend": backend, "kl_coef": config.kl_coef, "penalized": selected}
+    return dataclasses.replace(row, rule=drawn, draws=True, formula=f"as many tokens as {name} selects, drawn")
 
 
 def _control(method: str, label: str) -> Method:
     """The row of a method with its tokens chosen at random."""
-    row = METHODS[method]
-    assert row.select is not None
     return dataclasses.replace(
-        row, label=label, select=as_many_at_random(row.select), control_of=method, entropy_factor=None
+        METHODS[method], label=label, control=as_many_at_random(method), control_of=method, entropy_factor=None
     )
 
 
 METHODS: dict[str, Method] = {
-    "grpo": Method("GRPO", "ppo", _ppo),
+    "grpo": Method("GRPO"),
     "clip_cov": Method(
-        "Clip-Cov", "clip_cov", _clip_cov, in_covariance_range, "dropped",
-        ratio=0.03, paper_ratio=2e-4, entropy_factor=2.0,
+        "Clip-Cov", "clip_cov", {"ratio": 0.03}, {"low": "cov_low", "high": "cov_high", "band": "cov_band"},
+        paper_ratio=2e-4, entropy_factor=2.0,
     ),
     "kl_cov": Method(
-        "KL-Cov", "kl_cov", _kl_cov, largest_covariance, "penalized",
-        ratio=0.07, paper_ratio=2e-3, entropy_factor=1.6,
+        "KL-Cov", "kl_cov", {"ratio": 0.07}, {"kl_coef": "kl_coef"}, paper_ratio=2e-3, entropy_factor=1.6,
     ),
 }  # fmt: skip
 METHODS["random_dropped"] = _control("clip_cov", "Random tokens dropped")
@@ -139,11 +90,78 @@ METHODS["random_penalized"] = _control("kl_cov", "Random tokens penalised")
 
 #: What the others are compared with.
 BASELINE = next(iter(METHODS))
+#: What a reproduction of the paper runs: the baseline, the paper's methods, and as many tokens at random.
+PAPER = tuple(METHODS)
+
+_LABELS = {
+    "exact_cov": "Exact covariance", "random": "Random tokens", "clip_b": "Clip-B", "clip_v": "Clip-V",
+    "steer": "STEER", "top_entropy": "Top entropy", "erc": "ERC", "entropy_advantage": "Entropy advantage",
+    "repo": "REPO", "adaptive_entropy": "Adaptive entropy", "entrocraft": "EntroCraft",
+}  # fmt: skip
+_SCALE = {"random": {"ratio": METHODS["clip_cov"].ratio}}
+METHODS |= {
+    name: Method(_LABELS.get(name, name), name, _SCALE.get(name, {})) for name in ek.methods() if name not in METHODS
+}
 
 
-def select(config: TrainerConfig, parts: list[Part], *, seed: int, backend: str = "auto") -> list[Tensor]:
-    """Masks (B, L) bool, one per part, of the tokens that the configuration's method treats."""
+def options_of(config: TrainerConfig) -> dict[str, Any]:
+    """The options that the configuration gives its method: the row's, then the fields', then ``method_options``."""
     method = METHODS[config.method]
-    if method.select is None:
-        raise ValueError(f"config.method: expected one that selects tokens, got {config.method!r}")
-    return method.select(config, parts, seed, backend)
+    if method.control is None:
+        return {}
+    row, asked = find(method.control), config.method_options
+    usual = {**row.options, **row.presets.get(asked.get("preset", ""), {})}
+    given = {name: getattr(config, name) for name in ("clip_low", "clip_high") if usual[name] is not None}
+    given |= {**method.options, **{option: getattr(config, name) for option, name in method.fields.items()}}
+    if config.cov_ratio is not None and "ratio" in usual:
+        given["ratio"] = config.cov_ratio
+    if asked.get("k") is not None:
+        given.pop("ratio", None)  # it takes the ratio's place
+    return {**given, **asked}
+
+
+def controller_of(config: TrainerConfig) -> ek.Controller | None:
+    """What decides about the tokens of a run; None where nothing does.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option that the method does not have, or that cannot be what it is.
+    """
+    method = METHODS[config.method]
+    return None if method.control is None else ek.Controller(method.control, **options_of(config))
+
+
+def clips_of(config: TrainerConfig, controller: ek.Controller | None) -> dict[str, Any]:
+    """PPO's clip of the loss: the one that the method counts with."""
+    if controller is None:
+        return {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    return {name: controller.options[name] for name in CLIPS}
+
+
+def without_control(batch: ek.SelectionBatch, config: TrainerConfig) -> ek.Control:
+    """Of the baseline, for its metrics: no token is treated."""
+    return batch.control("random", k=0, seed=0, **clips_of(config, None))[0]
+
+
+def check_options(config: TrainerConfig) -> None:
+    """Try the method's options on a few tokens.
+
+    Raises
+    ------
+    ValueError
+        Naming the option, what was expected, and what came.
+    """
+    if METHODS[config.method].control is None and config.method_options:
+        raise ValueError(f"method_options: expected none for {config.method}, got {config.method_options}")
+    tokens, known = torch.linspace(-2.0, -0.1, 8).view(2, 4), ("entropy", "old_entropy", "collision")
+    batch = ek.TokenBatch(
+        tokens, tokens, tokens + 1, None, vocab_covariance=tokens, **{name: tokens.exp() for name in known}
+    )
+    try:
+        controller = controller_of(config)
+        decided = ek.Control() if controller is None else controller.step(batch)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"method_options: {error}") from error
+    if decided.entropy_coef is not None and config.entropy_coef != 0:
+        raise ValueError(f"entropy_coef: expected 0 for {config.method}, which sets it, got {config.entropy_coef}")

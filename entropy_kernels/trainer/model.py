@@ -317,7 +317,7 @@ def _target(ids: Tensor, mask: Tensor) -> Tensor:
     return ids.masked_fill(~mask, IGNORE)
 
 
-def loss_of_stats(stats: ek.LogprobEntropy, method: str, **options: Any) -> ek.PolicyLoss:
+def loss_of_stats(stats: ek.LogprobEntropy | ek.TokenStats, method: str, **options: Any) -> ek.PolicyLoss:
     """The loss named as in :func:`entropy_kernels.linear_policy_loss`, of statistics that are there already."""
     return LOSSES[method](stats.logprob, entropy=stats.entropy, **options)
 

@@ -1,8 +1,8 @@
-"""PPO with verifiable rewards under GRPO, Clip-Cov or KL-Cov. One file, top to bottom: :func:`train` is the loop.
+"""PPO with verifiable rewards, under any method of control. One file, top to bottom: :func:`train` is the loop.
 
-A step: sample completions, score them, make advantages (:func:`collect`), then for every minibatch select tokens and
-update (:func:`update`). What is measured hangs on the loop as probes and changes nothing.
-Read on in this order: methods.py (the losses and what they select, one table), rollout.py (sampling, old log-probs),
+A step: sample completions, score them, make advantages (:func:`collect`), then for every minibatch decide about
+its tokens and update (:func:`update`). What is measured hangs on the loop as probes and changes nothing.
+Read on in this order: methods.py (what may be done to tokens, one table), rollout.py (sampling, old log-probs),
 advantages.py, model.py (the policy and its head), probes.py (what is measured), tasks.py, start.py (where RL starts),
 checkpoint.py and files.py (what is written), config.py (every setting). sweep.py runs methods × seeds for report.py.
 
@@ -46,18 +46,26 @@ from entropy_kernels.trainer.advantages import group_advantages
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.log import MetricsLog
-from entropy_kernels.trainer.methods import METHODS, Part, select
+from entropy_kernels.trainer.methods import clips_of, controller_of
 from entropy_kernels.trainer.model import Policy, loss_of_stats
 from entropy_kernels.trainer.probes import Probe, Step, Update, default_probes
-from entropy_kernels.trainer.rollout import Rollout, fresh_logprob, sample_groups, score
+from entropy_kernels.trainer.rollout import (
+    Rollout,
+    Stats,
+    fresh_stats,
+    known_tokens,
+    sample_groups,
+    score,
+    stats_for,
+)
 from entropy_kernels.trainer.start import build_policy, load_policy, warm_start
 from entropy_kernels.trainer.tasks import Task, Unscored, make_task, verify_all
 
 Report = Callable[[str, int, int, dict[str, Any]], None]
 
-#: The mask (b, L) of the tokens that a micro-batch's loss treats, None for no treatment; or a function that gives it
-#: from their log-probs, where the forward of the update has to be run first.
-Selection = Tensor | Callable[[Tensor], Tensor | None] | None
+#: What a micro-batch's loss does to its tokens, None for nothing; or a function that says it from their statistics,
+#: where the forward of the update has to be run first.
+Decision = ek.Control | Callable[[Stats], ek.Control] | None
 
 
 def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequence[Probe] | None = None) -> Path:
@@ -121,7 +129,9 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
         if not step.last:
             for rows in minibatches(config, policy.device, run.generators["shuffler"]):
                 seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
-                step.updates.append(update(policy, run.optimizer, step.rollout, rows, config, seed=seed))
+                step.updates.append(
+                    update(policy, run.optimizer, step.rollout, rows, config, run.controller, seed=seed)
+                )
                 for probe in probes:
                     probe.after_update(step)
             for probe in probes:
@@ -159,9 +169,9 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
     rewards = rewards.to(policy.device)
     advantages = group_advantages(rewards, estimator=config.advantage, normalize_std=config.normalize_std)
 
-    # old log-probs, entropies and covariances
-    logprob, entropy, covariance = score(policy, config, encoded, completions.ids, completions.mask)
-    gap = float((logprob - completions.logprob).abs().max())
+    # old log-probs, and the other statistics
+    stats = score(policy, config, encoded, completions.ids, completions.mask)
+    gap = float((stats.logprob - completions.logprob).abs().max())
     times.append(time.perf_counter())
     return Rollout(
         prompts=encoded,
@@ -169,9 +179,10 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
         mask=completions.mask,
         rewards=rewards,
         advantages=advantages.reshape(-1, 1).expand(completions.ids.shape).contiguous(),
-        old_logprob=logprob,
-        entropy=entropy,
-        vocab_covariance=covariance,
+        old_logprob=stats.logprob,
+        entropy=stats.entropy,
+        collision=stats.collision,
+        vocab_covariance=stats.vocab_covariance,
         sampling_gap=gap,
         seconds={name: times[i + 1] - times[i] for i, name in enumerate(("sample", "verify", "score"))},
         unscored=[
@@ -195,60 +206,59 @@ def update(
     rollout: Rollout,
     rows: Tensor,
     config: TrainerConfig,
+    controller: ek.Controller | None,
     *,
     seed: int,
 ) -> Update:
     """One optimizer step on the rollout's `rows` (a minibatch), in micro-batches.
 
-    Selection and normalisation are those of the whole minibatch.
+    Control and normalisation are those of the whole minibatch.
     """
     started = time.perf_counter()
     parts = list(rows.chunk(config.micro_batches))
-    selections = select_tokens(policy, rollout, parts, config, seed=seed)
+    decisions = decide(policy, rollout, parts, config, controller, seed=seed)
     optimizer.zero_grad(set_to_none=True)
     tokens = int(rollout.mask[rows].sum())
-    losses, selected = [], []
-    for part, selection in zip(parts, selections, strict=True):
-        result, chosen = backward(policy, rollout, part, config, selection, tokens=tokens, sequences=len(rows))
+    losses, controls = [], []
+    for part, decision in zip(parts, decisions, strict=True):
+        result, control = backward(
+            policy, rollout, part, config, decision, clips_of(config, controller), tokens=tokens, sequences=len(rows)
+        )
         losses.append(ek.PolicyLoss(result.loss.detach(), result.metrics))
-        selected.append(chosen)
+        controls.append(control)
     norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.grad_clip or float("inf"))
     optimizer.step()
-    return Update(parts, losses, selected, float(norm), time.perf_counter() - started)
+    return Update(parts, losses, controls, float(norm), time.perf_counter() - started)
 
 
-def select_tokens(
-    policy: Policy, rollout: Rollout, parts: list[Tensor], config: TrainerConfig, *, seed: int
-) -> Sequence[Selection]:
-    """The tokens that the method treats, of all micro-batches before the first loss.
+def decide(
+    policy: Policy,
+    rollout: Rollout,
+    parts: list[Tensor],
+    config: TrainerConfig,
+    controller: ek.Controller | None,
+    *,
+    seed: int,
+) -> Sequence[Decision]:
+    """What may be done to the tokens of all micro-batches, before the first loss.
 
-    Selection takes the rollout's log-probs ("old") or those of one more forward without gradient. Only where there is
+    The method has the rollout's statistics ("old") or those of one more forward without gradient. Only where there is
     one micro-batch does the forward of the update itself give them.
     """
-    length = rollout.ids.shape[1]
-
-    def choose(logprobs: list[Tensor]) -> list[Tensor]:
-        batch = [
-            Part(
-                logprob,
-                rollout.old_logprob[rows],
-                rollout.advantages[rows],
-                rollout.mask[rows],
-                token_index=rows[:, None] * length + torch.arange(length, device=rows.device),
-            )
-            for rows, logprob in zip(parts, logprobs, strict=True)
-        ]
-        with policy.clock:
-            return select(config, batch, seed=seed, backend=policy.backend)
-
-    if METHODS[config.method].select is None:
+    if controller is None:
         return [None] * len(parts)
-    if config.selects_late:
-        return [lambda logprob: choose([logprob])[0]]
+
+    def control(fresh: Sequence[Stats] | None) -> list[ek.Control]:
+        with policy.clock:
+            batch = known_tokens(rollout, parts, config, fresh=fresh, backend=policy.backend)
+            found: list[ek.Control] = controller.step(batch, seed=seed)
+        return found
+
+    if config.decides_late:
+        return [lambda stats: control([stats])[0]]
     if config.selection_logprob == "old":
-        return choose([rollout.old_logprob[rows] for rows in parts])
-    with torch.no_grad():
-        return choose([fresh_logprob(policy, rollout, rows, config) for rows in parts])
+        return control(None)
+    return control([fresh_stats(policy, rollout, rows, config) for rows in parts])
 
 
 def backward(
@@ -256,48 +266,49 @@ def backward(
     rollout: Rollout,
     rows: Tensor,
     config: TrainerConfig,
-    selection: Selection,
+    decision: Decision,
+    clips: dict[str, Any],
     *,
     tokens: int,
     sequences: int,
-) -> tuple[ek.PolicyLoss, Tensor | None]:
+) -> tuple[ek.PolicyLoss, ek.Control | None]:
     """Forward, loss and backward of a micro-batch; its gradient is added to the weights'.
 
-    `tokens` and `sequences` are those of the minibatch, which the loss is normalised by: micro-batch losses add up to
-    one. Returns the loss and the mask of the selected tokens.
+    `clips` are PPO's. `tokens` and `sequences` are those of the minibatch, which the loss is normalised by: micro-batch
+    losses add up to one. Returns the loss and what was done to the tokens.
     """
-    method = METHODS[config.method]
     ids, mask = rollout.ids[rows], rollout.mask[rows]
     outputs = policy.outputs(rollout.prompts[rows], ids, mask)
     # The graph is cut at the model's outputs: our backward and the network's run one after the other, so that the time
     # spent in our ops is measured.
     leaf = outputs.detach().requires_grad_()
 
-    def options(selected: Tensor | None) -> dict[str, Any]:
+    def options(control: ek.Control | None) -> dict[str, Any]:  # made anew, so that nothing holds it until the backward
         return {
-            "method": method.loss,
+            "method": "ppo",
             "old_logprob": rollout.old_logprob[rows],
             "advantages": rollout.advantages[rows],
             "entropy_coef": config.entropy_coef,
             "loss_agg_mode": config.loss_agg_mode,
             "batch_num_tokens": tokens,
             "global_batch_size": sequences,
-            **method.options(config, selected, policy.backend),
+            "control": control,
+            **clips,
         }
 
-    selected: Tensor | None
-    if callable(selection):
-        stats = policy.logprob_entropy(leaf, ids, mask, temperature=config.temperature)
-        selected = selection(stats.logprob.detach())
+    control: ek.Control | None
+    if callable(decision):
+        stats = stats_for(config)(policy, leaf, ids, mask, temperature=config.temperature)
+        control = decision(stats)
         with policy.clock:
-            result = loss_of_stats(stats, mask=mask, **options(selected))
+            result = loss_of_stats(stats, mask=mask, **options(control))
     else:
-        selected = selection
-        result = policy.policy_loss(leaf, ids, mask, temperature=config.temperature, **options(selected))
+        control = decision
+        result = policy.policy_loss(leaf, ids, mask, temperature=config.temperature, **options(control))
     with policy.clock:
         result.loss.backward()
     outputs.backward(leaf.grad)
-    return result, selected
+    return result, control
 
 
 @dataclass
@@ -307,6 +318,7 @@ class Run:
     policy: Policy
     optimizer: torch.optim.Optimizer
     generators: dict[str, torch.Generator]  # sampler and shuffler
+    controller: ek.Controller | None  # of the method, with what it remembers
     log: MetricsLog
     first: int  # step
 
@@ -319,6 +331,7 @@ class Run:
             model=self.policy.model,
             optimizer=self.optimizer,
             generators=self.generators,
+            controller=self.controller,
             row=self.log.last,
         )
 
@@ -350,9 +363,12 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     generators = {"sampler": torch.Generator(policy.device), "shuffler": torch.Generator()}
     for generator in generators.values():
         generator.manual_seed(config.seed)
+    controller = controller_of(config)
     first = 0
     if saved is not None:
-        first = checkpoint.restore(saved, path, model=policy.model, optimizer=optimizer, generators=generators)
+        first = checkpoint.restore(
+            saved, path, model=policy.model, optimizer=optimizer, generators=generators, controller=controller
+        )
     elif config.overwrite:
         checkpoint.remove_run(files)
     # before anything is changed: another run's log is refused
@@ -361,7 +377,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "overwrite": False}
     write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
-    return Run(policy, optimizer, generators, log, first)
+    return Run(policy, optimizer, generators, controller, log, first)
 
 
 def versions() -> dict[str, str]:

@@ -21,9 +21,9 @@ from entropy_kernels._memory import peak_allocated
 from entropy_kernels.trainer.checkpoint import note_unscored
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS
-from entropy_kernels.trainer.methods import METHODS
+from entropy_kernels.trainer.methods import clips_of, controller_of, without_control
 from entropy_kernels.trainer.model import Policy
-from entropy_kernels.trainer.rollout import Rollout, evaluate, fresh_logprob, mean_over, row_slices, score
+from entropy_kernels.trainer.rollout import Rollout, evaluate, fresh_stats, known_tokens, mean_over, row_slices, score
 from entropy_kernels.trainer.tasks import Task
 
 #: Fraction of an update at which the network's first order must hold: the rest is the step's curvature.
@@ -42,7 +42,7 @@ class Update:
 
     rows: list[Tensor]  # of the rollout
     losses: list[ek.PolicyLoss]  # without graph
-    selected: list[Tensor | None]  # (rows, L) bool: the tokens that the method treats
+    controls: list[ek.Control | None]  # what was done to the tokens
     grad_norm: float  # before clipping
     seconds: float
 
@@ -171,9 +171,18 @@ def update_metrics(update: Update, rollout: Rollout, config: TrainerConfig) -> d
     merged["pg_loss"] = sum(float(loss.metrics["pg_loss"]) for loss in update.losses)
     merged["loss"] = sum(float(loss.loss) for loss in update.losses)
     merged["grad_norm"] = update.grad_norm
-    selected = sum(int(mask.sum()) for mask in update.selected if mask is not None)
-    for treatment in ("dropped", "penalized"):
-        merged[f"tokens_{treatment}"] = selected if METHODS[config.method].treats == treatment else 0
+    controls = [control for control in update.controls if control is not None]
+    for name, effects in (("dropped", ("dropped", "detached")), ("penalized", ("penalized",))):
+        masks = [getattr(control, effect) for control in controls for effect in effects]
+        merged[f"tokens_{name}"] = sum(int(mask.sum()) for mask in masks if mask is not None)
+    # of all micro-batches
+    found = (controls or [without_control(known_tokens(rollout, update.rows, config), config)])[0].metrics
+    merged["tokens_touched"] = int(found["touched"])
+    merged["decrease_share"] = float(found["decrease_share"])
+    if "entropy_coef" in found:
+        merged["entropy_coef"] = float(found["entropy_coef"])
+    for name, of in (("control_dh", "predicted_change"), ("free_dh", "predicted_change_free")):
+        merged[name] = config.lr * config.epochs * float(found[of])  # a token takes part in an update per epoch
     return merged
 
 
@@ -238,44 +247,52 @@ class EntropyChange(Probe):
             return
         step.row["first_order_dh"] = self._first_order.change()
         with step.policy.full_precision():
-            step.row["first_update_dh"] = entropy_now(step) - self._before
+            rollout, now = step.sampled, entropy_now(step)
+            step.row["first_update_dh"] = mean_over(now, rollout.mask) - mean_over(self._before, rollout.mask)
+            own = torch.cat(step.updates[0].rows)
+            step.row["own_update_dh"] = mean_over((now.double() - self._before)[own], rollout.mask[own])
             with self._first_order.fraction(SMALL):
-                step.row["small_update_dh"] = (entropy_now(step) - self._before) / SMALL
+                small = mean_over(entropy_now(step), rollout.mask) - mean_over(self._before, rollout.mask)
+                step.row["small_update_dh"] = small / SMALL
 
     def after_step(self, step: Step) -> None:
         step.row["predicted_dh"] = predicted_change(step)
         if step.config.measure_entropy_change:
-            step.row["measured_dh"] = entropy_now(step) - mean_over(step.sampled.entropy, step.sampled.mask)
+            rollout = step.sampled
+            before = mean_over(rollout.entropy, rollout.mask)
+            step.row["measured_dh"] = mean_over(entropy_now(step), rollout.mask) - before
         if self._first_order is not None:
             step.row["first_order_step_dh"] = self._first_order.change()
             self._first_order = None  # as large as the model three times
 
 
-def entropy_now(step: Step) -> float:
-    """Mean entropy of the current policy over the rollout's tokens, nats."""
+def entropy_now(step: Step) -> Tensor:
+    """Entropy of the current policy at the rollout's tokens, (B, L), nats."""
     rollout = step.sampled
-    _, entropy, _ = score(step.policy, step.config, rollout.prompts, rollout.ids, rollout.mask)
-    return mean_over(entropy, rollout.mask)
+    return score(step.policy, step.config, rollout.prompts, rollout.ids, rollout.mask).entropy
 
 
 def predicted_change(step: Step) -> float:
     """Entropy change of a unit policy-gradient step, if every row of logits were free: the mean over tokens, nats.
 
     Its size means nothing here (AdamW's step in the weights is no step in the logits); its sign and its course over the
-    steps can be compared with the measured change.
+    steps can be compared with the measured change. Of what is done to a token in several epochs, all counts.
     """
     rollout = step.sampled
-    dropped = torch.zeros_like(rollout.mask)
-    if METHODS[step.config.method].treats == "dropped":
-        for update in step.updates:
-            for rows, mask in zip(update.rows, update.selected, strict=True):
-                if mask is not None:
-                    dropped[rows] |= mask
+    advantages, kept = rollout.advantages.clone(), torch.ones_like(rollout.advantages)
+    for update in step.updates:
+        for rows, control in zip(update.rows, update.controls, strict=True):
+            if control is None:
+                continue
+            if control.advantages is not None:
+                advantages[rows] = control.advantages.to(advantages.dtype)
+            if control.token_weight is not None:
+                kept[rows] *= control.token_weight
+            for stopped in (control.dropped, control.detached):
+                if stopped is not None:
+                    kept[rows] *= ~stopped
     change = ek.predicted_entropy_change(
-        rollout.vocab_covariance,
-        rollout.advantages.masked_fill(dropped, 0.0),
-        step_size=1.0,
-        temperature=step.config.temperature,
+        rollout.vocab_covariance, advantages * kept, step_size=1.0, temperature=step.config.temperature
     )
     return mean_over(change, rollout.mask)
 
@@ -368,7 +385,8 @@ class HeadMemory(Probe):
 
 def compare_heads(policy: Policy, rollout: Rollout, config: TrainerConfig, backward: Backward) -> dict[str, float]:
     """Peak memory of forward, loss and backward of the rollout's first rows, as many as a micro-batch has, by head;
-    and how far the linear head is from the logits. Nothing is selected, and no gradient is left.
+    and how far the linear head is from the logits. The method decides by the rollout's statistics, and remembers
+    nothing of it; no gradient is left.
 
     Returns
     -------
@@ -383,12 +401,14 @@ def compare_heads(policy: Policy, rollout: Rollout, config: TrainerConfig, backw
     """
     rows = torch.arange(rollout.ids.shape[0] // (config.minibatches * config.micro_batches), device=rollout.ids.device)
     mask = rollout.mask[rows]
-    none = None if METHODS[config.method].select is None else torch.zeros_like(mask)
-    selection = (lambda logprob: none) if config.selects_late else none
+    controller = controller_of(config)
+    clips, known = clips_of(config, controller), known_tokens(rollout, [rows], config, backend=policy.backend)
+    control = None if controller is None else controller.step(known, seed=0)[0]
+    decision = (lambda stats: control) if config.decides_late else control
 
     def peak(head: str) -> float:
         def run() -> None:
-            backward(under, rollout, rows, config, selection, tokens=int(mask.sum()), sequences=len(rows))
+            backward(under, rollout, rows, config, decision, clips, tokens=int(mask.sum()), sequences=len(rows))
 
         under = policy.with_head(head)
         if policy.device.type == "cuda":
@@ -415,8 +435,8 @@ def compare_heads(policy: Policy, rollout: Rollout, config: TrainerConfig, backw
             row[f"memory/{head}"] = math.inf
     if not linear or math.isinf(max(row["memory/linear"], row["memory/logits"])):
         return row
-    ours, others = (fresh_logprob(policy.with_head(head), rollout, rows, config)[mask] for head in ("linear", "logits"))
-    gap = float((ours - others).abs().mean())
+    ours, others = (fresh_stats(policy.with_head(head), rollout, rows, config) for head in ("linear", "logits"))
+    gap = float((ours.logprob - others.logprob)[mask].abs().mean())
     if mine == "linear" and not gap <= ROUNDING[torch.bfloat16 if policy.mixed else policy.model.dtype]:
         raise ValueError(
             "head: expected, for linear, a model whose logits come from a linear head, with a scale and a softcap that "

@@ -7,7 +7,6 @@ Read :func:`write_report` first; then the numbers: end values of runs, and the c
 from __future__ import annotations
 
 import base64
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -21,7 +20,7 @@ from entropy_kernels.analysis import plots
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, write_bytes, write_json, write_text
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, describe_memory
-from entropy_kernels.trainer.methods import BASELINE, METHODS
+from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER
 from entropy_kernels.trainer.ppo import versions
 from entropy_kernels.trainer.start import resolve_device
 
@@ -48,7 +47,8 @@ FIGURES = {
 KEPT_COLUMNS = (
     *("step", "entropy", "reward", "tokens", "val_pass1", "val_pass8", "val_distinct"),
     *("final_pass1", "final_pass8", "final_pass32", "final_distinct", "cov_mean", "tokens_in_band"),
-    *("tokens_dropped", "tokens_penalized", "clipfrac", "ppo_kl_abs", "predicted_dh", "measured_dh"),
+    *("tokens_dropped", "tokens_penalized", "tokens_touched", "decrease_share", "clipfrac", "ppo_kl_abs"),
+    *("predicted_dh", "control_dh", "free_dh", "measured_dh"),
     *("first_order_dh", "first_update_dh", "small_update_dh", "first_order_step_dh"),
 )
 
@@ -67,6 +67,14 @@ END_COLUMNS = (
     ("tokens_per_s", "tokens/s", 1, 0),
     ("ops_share", "share of ops", 1, 2),
 )
+#: What is done to tokens, means over the steps.
+CONTROL_COLUMNS = (
+    ("tokens_touched", "tokens touched", 1, 1),
+    ("decrease_share", "share of the decrease", 1, 3),
+    ("free_dh", "predicted without it, 1e-9 nats", 1e-9, 1),
+    ("control_dh", "predicted, 1e-9 nats", 1e-9, 1),
+    ("measured_dh", "measured, 1e-3 nats", 1e-3, 2),
+)
 #: What a step costs.
 COST_COLUMNS = (
     ("tokens_per_s", "tokens/s", 1, 0),
@@ -82,6 +90,11 @@ COST_COLUMNS = (
     ("memory_torch", "torch, GB", 1e9, 3),
     ("memory_peak", "GPU peak, GB", 1e9, 2),
 )
+#: Effect of a method -> what it does to tokens, in a sentence.
+TREATMENTS = {
+    "dropped": "lose their gradient", "detached": "lose their gradient", "penalized": "get a penalty",
+    "token_weight": "are weighted", "advantages": "get another advantage", "entropy_coef": "get an entropy bonus",
+}  # fmt: skip
 COSTS = (
     "Seconds, medians over the steps. Measure: what the entropy change of a step is measured with. Statistics and "
     "losses: in all parts of the step, forward and backward, from hidden states with the head's matrix products."
@@ -232,8 +245,8 @@ def end_values(log: DataFrame) -> dict[str, float]:
     for head in HEADS:
         if len(peak := measured(f"memory/{head}")):
             values[f"memory_{head}"] = float(peak.iloc[0])
-    if "tokens" in log:
-        values["tokens"] = float(log["tokens"].mean())
+    means = ("tokens", *(name for name, *_ in CONTROL_COLUMNS))
+    values |= {name: float(found.mean()) for name in means if len(found := measured(name))}
     # medians: first steps compile, measure and wait for files
     columns = {f"seconds_{name}": f"time/{name}" for name in PHASES} | {"memory_peak": "memory/peak"}
     values |= {name: float(found.median()) for name, column in columns.items() if len(found := measured(column))}
@@ -434,7 +447,7 @@ def limits(summary: Summary, base: TrainerConfig) -> list[str]:
     """What does not show at this scale, with the figures of these very runs."""
     lines = []
     first, walk = summary[BASELINE], base.task == "walk"
-    treating = {name: method for name, method in METHODS.items() if method.treats and method.control_of is None}
+    treating = {name: METHODS[name] for name in PAPER if METHODS[name].effect and not METHODS[name].control_of}
     for name, method in treating.items():
         if name in summary and "final_pass1" in summary[name]:
             gap, noise = difference(summary[name]["final_pass1"], first["final_pass1"])
@@ -457,7 +470,7 @@ def limits(summary: Summary, base: TrainerConfig) -> list[str]:
     if "tokens" in first:
         tokens = first["tokens"]["mean"] / base.minibatches
         for name, method in treating.items():
-            times = dataclasses.replace(base, method=name).selection_ratio / method.paper_ratio
+            times = base.under(name).selection_ratio / method.paper_ratio
             lines.append(
                 f"{method.label}: the paper's fraction, {method.paper_ratio:g} of a minibatch of {tokens:.0f} tokens, "
                 f"is {method.paper_ratio * tokens:.1f} tokens. That of these runs is {times:.0f} times larger."
@@ -479,10 +492,12 @@ def sections(record: Mapping[str, Any], shown: Mapping[str, str]) -> list[tuple[
     """Headings and blocks of page and note, of what summary.json holds; `shown` has the page's figures as HTML."""
     summary, workers, walk = record["methods"], record["workers"], record["task"] == "walk"
     about = f"{record['model']} learns {record['task']} by PPO. Its verifier gives the reward."
-    treats = {
-        how: ", ".join(m.label for m in METHODS.values() if m.treats == how and m.control_of is None)
-        for how in ("dropped", "penalized")
-    }
+    treated: dict[str, list[str]] = {}
+    for run in summary:
+        method = METHODS[run.removesuffix(TORCH_OPS)]
+        if method.effect is not None and not is_beside(run):
+            treated.setdefault(TREATMENTS[method.effect], []).append(method.label)
+    differ = "".join(f"{what} ({', '.join(names)}), " for what, names in treated.items())
     memory = memory_line(summary)
     costs = COSTS + (f" {workers} runs at the same time." if workers > 1 else "")
     if memory:
@@ -493,10 +508,9 @@ def sections(record: Mapping[str, Any], shown: Mapping[str, str]) -> list[tuple[
     ]
     figures = {name: Html(shown.get(name, "")) for name in FIGURES}
     start = (
-        f"{WALK if walk else about} All runs start from the same model; they differ in which tokens lose their "
-        f"gradient ({treats['dropped']}), get a penalty ({treats['penalized']}), or neither (baseline). Dashed are "
-        "controls, which treat as many tokens, chosen at random, and runs that take torch's own operations in place of "
-        "this library's."
+        f"{WALK if walk else about} All runs start from the same model; they differ in which tokens {differ}or nothing "
+        "of the kind (baseline). Dashed are controls, which treat as many tokens, chosen at random, and runs that take "
+        "torch's own operations in place of this library's."
     )
     about_panels = Html(f"<p>{escape(WHY)}</p>" if shown else "")  # the note has no panels
     one = len(record["seeds"]) == 1
@@ -504,6 +518,7 @@ def sections(record: Mapping[str, Any], shown: Mapping[str, str]) -> list[tuple[
     return [
         ("", [start]),
         ("Where the runs end", [table(summary, END_COLUMNS, spread=True), ends]),
+        ("What a step does to the entropy", [table(summary, CONTROL_COLUMNS), TOUCHED]),
         ("What a step costs", [table(summary, COST_COLUMNS), costs]),
         ("Entropy", [figures["entropy"], CAUSE]),
         ("pass@1 and pass@k", [figures["performance"]]),
@@ -580,6 +595,12 @@ ENDS = (
     "H: policy entropy in nats per token, mean of the last rollouts. pass@k: chance that one of k samples is right, "
     "on held-out prompts, unbiased. Distinct right: different right answers among the samples of a prompt. Share of "
     "ops: time in this library's ops, by default with the head's matrix products, over the time of a step."
+)
+TOUCHED = (
+    "Means over the steps. Touched: dropped, penalised, weighted, or given another advantage. Share of the decrease: "
+    "what these tokens carry of what the step is predicted to take from the entropy, to first order. The prediction is "
+    "for a step of the learning rate times the loss's gradient in logits that are free; AdamW's steps are far larger, "
+    "so only its sign and its course can be compared with the measured change."
 )
 HEADS_NOTE = (
     "Linear: from hidden states; logits: materialised; torch: materialised, and torch's own operations. Weights and "

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+import entropy_kernels as ek
 from entropy_kernels.trainer.advantages import pass_at_k
 from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.methods import METHODS
 from entropy_kernels.trainer.model import Completions, Encoded, Policy
 from entropy_kernels.trainer.tasks import Prompt, Task, verify_all
 
 #: Validation uses the same held-out prompts at every step, so that its curve shows the policy and not the prompts.
 VALIDATION_SEED = 0
+
+#: Statistics of tokens, a field each.
+Stats = ek.LogprobEntropy | ek.TokenStats
 
 
 @dataclass
@@ -27,6 +33,7 @@ class Rollout:
     advantages: Tensor  # (B, L) float32, one value per row
     old_logprob: Tensor  # (B, L) float32, of the policy that sampled
     entropy: Tensor  # (B, L) float32, nats
+    collision: Tensor  # (B, L) float32
     vocab_covariance: Tensor  # (B, L) float32
     sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
     seconds: dict[str, float] = field(default_factory=dict)  # of sample, verify, score
@@ -65,25 +72,71 @@ def row_slices(config: TrainerConfig, rows: int) -> list[slice]:
 
 
 @torch.no_grad()
-def score(
-    policy: Policy, config: TrainerConfig, prompts: Encoded, ids: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob, entropy, vocabulary covariance), each (B, L) float32, of completions under the current policy."""
+def score(policy: Policy, config: TrainerConfig, prompts: Encoded, ids: Tensor, mask: Tensor) -> ek.TokenStats:
+    """All statistics, each (B, L) float32, of completions under the current policy."""
     parts = []
     for rows in row_slices(config, ids.shape[0]):
         outputs = policy.outputs(prompts[rows], ids[rows], mask[rows])
-        stats = policy.token_stats(outputs, ids[rows], mask[rows], temperature=config.temperature)
-        parts.append((stats.logprob, stats.entropy, stats.vocab_covariance))
-    logprob, entropy, covariance = (torch.cat(values) for values in zip(*parts, strict=True))
-    return logprob, entropy, covariance
+        parts.append(policy.token_stats(outputs, ids[rows], mask[rows], temperature=config.temperature))
+    return ek.TokenStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
-def fresh_logprob(policy: Policy, rollout: Rollout, rows: Tensor, config: TrainerConfig) -> Tensor:
-    """Log-probs of the rollout's `rows` under the current weights, (b, L)."""
+def fresh_stats(policy: Policy, rollout: Rollout, rows: Tensor, config: TrainerConfig) -> Stats:
+    """Statistics of the rollout's `rows` under the current weights, each (b, L): those that the method decides by."""
     ids, mask = rollout.ids[rows], rollout.mask[rows]
-    outputs = policy.outputs(rollout.prompts[rows], ids, mask)
-    return policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).logprob
+    return stats_for(config)(
+        policy, policy.outputs(rollout.prompts[rows], ids, mask), ids, mask, temperature=config.temperature
+    )
+
+
+def stats_for(config: TrainerConfig) -> Callable[..., Stats]:
+    """The op of a policy that gives what the configuration's method decides by."""
+    more = METHODS[config.method].needs("collision", "vocab_covariance")
+    return Policy.token_stats if more else Policy.logprob_entropy
+
+
+def known_tokens(
+    rollout: Rollout,
+    parts: Sequence[Tensor],
+    config: TrainerConfig,
+    *,
+    fresh: Sequence[Stats] | None = None,
+    backend: str = "auto",
+) -> ek.SelectionBatch:
+    """A minibatch as a method sees it, one entry of `parts` (rows of the rollout) for each of its micro-batches.
+
+    Statistics are those of the policy of now as far as they are in `fresh`, an entry per micro-batch, and of the one
+    that sampled otherwise. A token's index is its place in the rollout, which makes draws independent of the split.
+    """
+    batch, length = ek.SelectionBatch(backend=backend), rollout.ids.shape[1]
+    for i, rows in enumerate(parts):
+        known = {"logprob": rollout.old_logprob[rows]}
+        known |= {name: getattr(rollout, name)[rows] for name in ("entropy", "collision", "vocab_covariance")}
+        if fresh is not None:
+            known |= {name: value.detach() for name, value in fresh[i]._asdict().items()}
+        batch.add(
+            known.pop("logprob"),
+            rollout.advantages[rows],
+            rollout.mask[rows],
+            rows[:, None] * length + torch.arange(length, device=rows.device),
+            old_logprob=rollout.old_logprob[rows],
+            old_entropy=rollout.entropy[rows],
+            coefficient=_coefficient(rollout.mask[rows], config, sum(map(len, parts))),
+            temperature=config.temperature,
+            **known,
+        )
+    return batch
+
+
+def _coefficient(mask: Tensor, config: TrainerConfig, sequences: int) -> Tensor | None:
+    """The weight of each token in the loss, (b, L); None for 1/tokens."""
+    if config.loss_agg_mode == "token-mean":
+        return None
+    with torch.enable_grad():
+        ones = torch.ones(mask.shape, device=mask.device, requires_grad=True)
+        total = ek.aggregate(ones, mask, loss_agg_mode=config.loss_agg_mode, global_batch_size=sequences)
+        return torch.autograd.grad(total, ones)[0]
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ Read :data:`SWEEPS` first, what the commands are; then :func:`run_sweep`, what t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import gc
 import os
 import shlex
@@ -26,7 +27,7 @@ from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
 from entropy_kernels.trainer.log import ProgressBoard, describe_row, read_rows
-from entropy_kernels.trainer.methods import BASELINE, METHODS
+from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER
 from entropy_kernels.trainer.report import TORCH_OPS, memory_line, report_names, write_report
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy, warm_start
 from entropy_kernels.trainer.tasks import make_task
@@ -36,8 +37,8 @@ _POLL = 0.5
 #: Of float64 logits in the experiment with logits as parameters, which holds a few such tensors.
 _EXPERIMENT_BYTES = 512 << 20
 
-_CONTROLS = tuple(name for name, method in METHODS.items() if method.control_of is not None)
-_MAIN = tuple(name for name in METHODS if name not in _CONTROLS)
+_CONTROLS = tuple(name for name in PAPER if METHODS[name].control_of is not None)
+_MAIN = tuple(name for name in PAPER if name not in _CONTROLS)
 _LABELS = ", ".join(METHODS[name].label for name in _MAIN)
 
 
@@ -59,7 +60,7 @@ class Flags:
     """JSON file with fields of a run's configuration, what all runs have in common; those left out have their defaults.
     The config.json of a run is one."""
     methods: tuple[str, ...] = _MAIN
-    """Methods to run; the baseline must be among them."""
+    """Methods to run, any of those that --method of a single run knows; the baseline must be among them."""
     control: bool = True
     """Run also those of the methods that are controls: as many tokens, chosen at random."""
     torch_ops: str | None = None
@@ -108,7 +109,7 @@ SWEEPS = {
         about=f"{_LABELS} and the random-token controls over several seeds, and the claims checked (exit code 1 if one "
         "does not hold): about 25 minutes on two cores.",
         title="Entropy collapse and two cures over {seeds} seeds, with random-token controls",
-        flags=Flags(Path("runs/reproduce-toy"), methods=tuple(METHODS), seeds=(0, 1, 2), eval_every=16, workers=2),
+        flags=Flags(Path("runs/reproduce-toy"), methods=PAPER, seeds=(0, 1, 2), eval_every=16, workers=2),
         picture="toy.png",
         changes={"tensorboard": False},
         # measuring entropy changes takes a fifth of a step: on the first seed's methods, not on all fifteen
@@ -189,10 +190,12 @@ def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int
 
 def configurations(sweep: Sweep, flags: Flags, base: TrainerConfig) -> dict[str, list[TrainerConfig]]:
     """The configuration of every run: row of the report (method, or method with TORCH_OPS) -> one per seed."""
-    if BASELINE not in flags.methods or {*flags.methods, flags.torch_ops or BASELINE} - set(METHODS):
+    unknown = {*flags.methods, flags.torch_ops or BASELINE} - set(METHODS)
+    if BASELINE not in flags.methods or unknown:
+        near = [near for name in sorted(unknown) for near in difflib.get_close_matches(name, METHODS, 1)]
         raise ValueError(
             f"methods, torch_ops: expected {BASELINE!r} and others of {', '.join(METHODS)}, got "
-            f"{', '.join(flags.methods)} and {flags.torch_ops}"
+            f"{', '.join(flags.methods)} and {flags.torch_ops}" + (f"; did you mean {near[0]}?" if near else "")
         )
     if flags.workers < 1:
         raise ValueError(f"workers: expected an integer >= 1, got {flags.workers}")
@@ -210,7 +213,10 @@ def configurations(sweep: Sweep, flags: Flags, base: TrainerConfig) -> dict[str,
         repeats = sweep.repeats if seed != seeds[0] or rows[row]["method"] in _CONTROLS else {}
         out = flags.out / (f"{row}-{seed}" if numbered else row)
         changes = {**sweep.changes, **repeats, **rows[row]}
-        return dataclasses.replace(base, seed=seed, out=out, warm_start_from=flags.out / "warm_start", **changes)
+        start = flags.out / "warm_start"
+        return dataclasses.replace(
+            base.under(rows[row]["method"]), seed=seed, out=out, warm_start_from=start, **changes
+        )
 
     return {row: [configuration(row, seed) for seed in seeds] for row in rows}
 
