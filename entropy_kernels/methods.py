@@ -282,7 +282,7 @@ def weighted_down(batch: WholeBatch, score: Tensor, options: Options) -> Tensor:
 def next_coefficient(batch: WholeBatch, options: Options) -> dict[str, Tensor]:
     """One delta up while H <= target, else down, within its bounds; a batch without tokens changes nothing."""
     found = batch.moments(batch["entropy"])
-    step = torch.where(found.mean <= options.target, 1.0, -1.0) * options.delta
+    step = torch.where(found.mean <= options.target, torch.ones_like(found.mean), -1.0) * options.delta
     after = torch.minimum(
         torch.maximum(options.coef + step, _like(options.coef_min, step)), _like(options.coef_max, step)
     )
