@@ -17,7 +17,7 @@ from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, MetricsLog, defined, read_rows
-from entropy_kernels.trainer.methods import Part, ppo_clipped, select
+from entropy_kernels.trainer.methods import controller_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.ppo import collect
 from entropy_kernels.trainer.probes import FirstOrder, logits_as_parameters
@@ -88,11 +88,11 @@ def test_padding_and_early_ends_do_not_change_the_scores() -> None:
         n = int(lengths[i])
         assert end not in drawn.ids[i, : n - 1]
         assert n == drawn.ids.shape[1] or drawn.ids[i, n - 1] == end
-    logprob, _, _ = score(policy, TINY, repeated, drawn.ids, drawn.mask)
+    logprob = score(policy, TINY, repeated, drawn.ids, drawn.mask).logprob
     torch.testing.assert_close(logprob, drawn.logprob, rtol=0, atol=1e-5)
     for i in (0, 1, 2):
         alone = policy.encode([policy.tokenizer.decode(encoded.ids[i][encoded.mask[i].bool()][1:])])
-        single, _, _ = score(policy, TINY, alone, drawn.ids[i : i + 1], drawn.mask[i : i + 1])
+        single = score(policy, TINY, alone, drawn.ids[i : i + 1], drawn.mask[i : i + 1]).logprob
         torch.testing.assert_close(single[0], logprob[i], rtol=0, atol=1e-5)
     assert torch.equal(logprob == 0, ~drawn.mask)
 
@@ -126,54 +126,6 @@ def test_pass_at_k() -> None:
         assert pass_at_k(torch.tensor(counts), 8, k) == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match=r"k: expected 1 <= k <= samples = 8, got 9"):
         pass_at_k(torch.tensor(counts), 8, 9)
-
-
-# --- selection -------------------------------------------------------------------------------------------------------
-
-
-def parts_of(n: int = 1) -> list[Part]:
-    generator = torch.Generator().manual_seed(0)
-    shape = (16, 50)
-    logprob = -torch.rand(shape, generator=generator) * 3
-    old = logprob + 0.3 * torch.randn(shape, generator=generator)
-    advantages = torch.randn((16, 1), generator=generator).expand(shape) * 2
-    mask = torch.rand(shape, generator=generator) < 0.9
-    index = torch.arange(16 * 50).view(shape)
-    return [
-        Part(*parts)
-        for parts in zip(*(tensor.chunk(n) for tensor in (logprob, old, advantages, mask, index)), strict=True)
-    ]
-
-
-@pytest.mark.parametrize("method", ["clip_cov", "kl_cov", "random_dropped", "random_penalized"])
-def test_selection_is_that_of_the_whole_minibatch(method: str) -> None:
-    settings = dataclasses.replace(TINY, method=method)  # type: ignore[arg-type]
-    whole = select(settings, parts_of(), seed=3)
-    split = select(settings, parts_of(4), seed=3)
-    assert torch.equal(torch.cat(split), whole[0])
-    part = parts_of()[0]
-    assert not (whole[0] & ~part.mask).any()
-    expected = int(settings.selection_ratio * int(part.mask.sum()))
-    assert int(whole[0].sum()) == expected > 0
-
-
-def test_controls_draw_as_many_tokens_elsewhere() -> None:
-    part = parts_of()[0]
-    chosen, control, other_seed = (
-        select(dataclasses.replace(TINY, method=method, cov_ratio=0.05), [part], seed=seed)[0]  # type: ignore
-        for method, seed in (("clip_cov", 3), ("random_dropped", 3), ("random_dropped", 5))
-    )
-    assert chosen.sum() == control.sum() == other_seed.sum()
-    assert not torch.equal(control, other_seed)
-    covariance = (part.logprob - part.logprob[part.mask].mean()) * (part.advantages - part.advantages[part.mask].mean())
-    assert (covariance[chosen] > 1).all()
-    assert (covariance[control] < 1).any(), "the control kept to the range"
-    assert not (chosen & ppo_clipped(part, TINY)).any()
-
-
-def test_grpo_selects_nothing() -> None:
-    with pytest.raises(ValueError, match=r"config\.method: expected one that selects tokens, got 'grpo'"):
-        select(TINY, parts_of(), seed=0)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -274,13 +226,13 @@ def test_micro_batches_share_a_trajectory(tmp_path: Path, method: str, mode: str
 
 def test_selection_with_old_logprobs_needs_no_extra_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"n": 0}
-    original = ppo.fresh_logprob
+    original = ppo.fresh_stats
 
-    def counted(*args: object) -> torch.Tensor:
+    def counted(*args: object) -> object:
         calls["n"] += 1
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ppo, "fresh_logprob", counted)
+    monkeypatch.setattr(ppo, "fresh_stats", counted)
     options = {"steps": 1, "method": "kl_cov", "micro_batches": 2, "measure_memory": False}
     ppo.train(config(tmp_path / "new", **options))
     assert calls["n"] == 4
@@ -293,11 +245,24 @@ def test_rows_have_every_promised_number(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     promised = {
         *("entropy", "reward", "val_pass1", "val_pass2", "val_distinct", "cov_mean", *COVARIANCE_COLUMNS.values()),
-        *("tokens_in_band", "tokens_dropped", "tokens_penalized", "clipfrac", "ppo_kl", "ppo_kl_abs", "measured_dh"),
+        *(
+            "tokens_in_band",
+            "tokens_dropped",
+            "tokens_penalized",
+            "tokens_touched",
+            "decrease_share",
+            "control_dh",
+            "free_dh",
+            "clipfrac",
+            "ppo_kl",
+            "ppo_kl_abs",
+            "measured_dh",
+        ),
         *(
             "predicted_dh",
             "first_order_dh",
             "first_update_dh",
+            "own_update_dh",
             "small_update_dh",
             "first_order_step_dh",
             "grad_norm",
@@ -366,7 +331,7 @@ def test_first_order_of_the_network() -> None:
         for parameter in policy.model.parameters():
             if parameter.grad is not None:
                 parameter += 1e-6 * parameter.grad
-    _, entropy, _ = score(policy, TINY, rollout.prompts, rollout.ids, rollout.mask)
+    entropy = score(policy, TINY, rollout.prompts, rollout.ids, rollout.mask).entropy
     measured = float(entropy.double()[rollout.mask].mean() - before)
     assert abs(measured) > 1e-7
     assert first_order.change() == pytest.approx(measured, rel=0.05)
@@ -404,7 +369,7 @@ def test_weights_and_updates_are_float32_whatever_was_saved(tmp_path: Path) -> N
     optimizer = torch.optim.AdamW(loaded.model.parameters(), lr=5e-6, weight_decay=0.0)
     rollout = collect(loaded, EasyTask(), settings, step=0, generator=torch.Generator().manual_seed(0))
     rows = torch.arange(len(rollout.ids))
-    ppo.update(loaded, optimizer, rollout, rows, settings, seed=0)
+    ppo.update(loaded, optimizer, rollout, rows, settings, controller_of(settings), seed=0)
     moved = [(value != before[name])[value.grad != 0] for name, value in loaded.model.named_parameters()]
     assert torch.cat(moved).float().mean() > 0.95
 

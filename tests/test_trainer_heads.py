@@ -17,6 +17,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, model, ppo, probes
 from entropy_kernels.trainer.config import HEADS, METHODS, TrainerConfig
 from entropy_kernels.trainer.log import describe_memory
+from entropy_kernels.trainer.methods import PAPER, clips_of, controller_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
@@ -43,11 +44,11 @@ def rollout_of(policy: Policy, rows: int = 6, padded: bool = True) -> Rollout:
     prompt = prompt.expand(rows, 4)
     mask = torch.arange(5) < 2 + torch.arange(rows)[:, None] % 4
     prompts, completions = Encoded(ids(4).masked_fill(~prompt, 0), prompt.long()), ids(5).masked_fill(~mask, 0)
-    logprob, entropy, covariance = score(policy, SETTINGS, prompts, completions, mask)
+    stats = score(policy, SETTINGS, prompts, completions, mask)
     noise = 0.2 * torch.randn(mask.shape, generator=generator)
     advantages = torch.randn((rows, 1), generator=generator).expand(mask.shape)
     return Rollout(
-        prompts, completions, mask, torch.zeros(rows, 1), advantages, (logprob + noise) * mask, entropy, covariance, 0.0
+        prompts, completions, mask, torch.zeros(rows, 1), advantages, (stats.logprob + noise) * mask, *stats[1:], 0.0
     )
 
 
@@ -56,12 +57,14 @@ def step(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Loss, metrics and gradients of one micro-batch, with every fifth token selected."""
     policy.model.zero_grad()
-    selected = None
-    if settings.method != "grpo":
+    method, control = METHODS[settings.method], None
+    if method.effect is not None:
         selected = rollout.mask & (torch.arange(rollout.mask.numel()).view(rollout.mask.shape) % 5 == 0)
+        control = ek.Control(**{method.effect: selected}, penalty_coef=settings.kl_coef)
+    clips = clips_of(settings, controller_of(settings))
     rows = torch.arange(len(rollout.ids))
     tokens = int(rollout.mask.sum())
-    result, _ = ppo.backward(policy, rollout, rows, settings, selected, tokens=tokens, sequences=len(rows))
+    result, _ = ppo.backward(policy, rollout, rows, settings, control, clips, tokens=tokens, sequences=len(rows))
     gradients = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(policy.model.parameters()))
     return result.loss.detach(), result.metrics, gradients
@@ -153,7 +156,7 @@ FEW_BYTES = {1: 84_000, 3: 42_000}
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Calls that build a gradient, by op."""
-    calls = {"linear_policy_loss": 0, "linear_logprob_entropy": 0}
+    calls = {"linear_policy_loss": 0, "linear_logprob_entropy": 0, "linear_token_stats": 0}
 
     def count(name: str) -> None:
         original = getattr(model.ek, name)
@@ -176,10 +179,11 @@ def updated(
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     rows = torch.arange(len(rollout.ids)).flip(0)
     settings = dataclasses.replace(settings, head=head)  # type: ignore[arg-type]
-    made = ppo.update(policy.with_head(head), optimizer, rollout, rows, settings, seed=5)
+    made = ppo.update(policy.with_head(head), optimizer, rollout, rows, settings, controller_of(settings), seed=5)
     selected = torch.zeros_like(rollout.mask)
-    for part, mask in zip(made.rows, made.selected, strict=True):
-        selected[part] = False if mask is None else mask
+    for part, control in zip(made.rows, made.controls, strict=True):
+        for mask in () if control is None else (control.dropped, control.penalized):
+            selected[part] |= False if mask is None else mask
     return (
         probes.update_metrics(made, rollout, settings),
         selected,
@@ -215,14 +219,16 @@ UPDATE = dataclasses.replace(SETTINGS, cov_ratio=0.2, cov_low=-9.0, cov_high=9.0
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("selection_logprob", ["old", "new"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [*PAPER, "exact_cov", "steer", "repo", "adaptive_entropy"])  # each effect
 def test_an_update_is_the_same_and_takes_three_products_where_it_can(
     method: str, selection_logprob: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, rollout = in_float64("gemma2", micro_batches)
     settings = dataclasses.replace(
-        UPDATE, method=method, selection_logprob=selection_logprob, micro_batches=micro_batches
-    )  # type: ignore[arg-type]
+        UPDATE, method=method, selection_logprob=selection_logprob, micro_batches=micro_batches,
+        entropy_coef=0.0 if METHODS[method].effect == "entropy_coef" else UPDATE.entropy_coef,
+        method_options={"target": 9.0, "coef": 0.1} if METHODS[method].effect == "entropy_coef" else {},
+    )  # type: ignore[arg-type]  # fmt: skip
     tokens = policy.outputs(rollout.prompts, rollout.ids, rollout.mask)[rollout.mask][: 84 // micro_batches]
     for policy_loss in (True, False):
         head, budget = policy.model.lm_head.weight, FEW_BYTES[micro_batches]
@@ -232,9 +238,12 @@ def test_an_update_is_the_same_and_takes_three_products_where_it_can(
     assert_same_update(policy, rollout, settings)
     late = method != "grpo" and selection_logprob == "new" and micro_batches == 1
     assert calls["linear_policy_loss"] == (0 if late else micro_batches)
-    assert calls["linear_logprob_entropy"] == (1 if late else 0)
+    exact = METHODS[method].needs("vocab_covariance")
+    assert calls["linear_logprob_entropy"] == (1 if late and not exact else 0)
+    assert calls["linear_token_stats"] == (1 if late and exact else 0)
     metrics = updated(policy, rollout, settings, "linear")[0]
-    assert (metrics["tokens_dropped"] + metrics["tokens_penalized"] > 0) == (method != "grpo")
+    if METHODS[method].paper_ratio:
+        assert metrics["tokens_touched"] == metrics["tokens_dropped"] + metrics["tokens_penalized"] > 0
 
 
 @pytest.mark.parametrize("mode", ["seq-mean-token-mean", "seq-mean-token-sum", "token-sum"])
@@ -246,15 +255,13 @@ def test_an_update_in_other_sums_and_families(family: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"entropy_coef": 0.0}, {"dropped": None}, {"batch_num_tokens": 1}, {"clip_low": 0.5}]
+    "change", [{"entropy_coef": 0.0}, {"control": None}, {"batch_num_tokens": 1}, {"clip_low": 0.5}]
 )
 def test_an_update_with_another_loss_would_show(change: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     policy, rollout = in_float64("llama", 3)
     original = model.ek.linear_policy_loss
 
     def other(*args: object, **options: object) -> object:
-        if change.keys() == {"dropped"}:
-            change["dropped"] = torch.zeros_like(options["mask"])  # type: ignore[call-overload]
         return original(*args, **{**options, **change})  # type: ignore[arg-type]
 
     monkeypatch.setattr(model.ek, "linear_policy_loss", other)
@@ -294,7 +301,7 @@ def test_what_is_measured_is_the_step_as_it_runs(
     calls = counted(monkeypatch)
     settings = dataclasses.replace(SETTINGS, method="kl_cov", selection_logprob=selection_logprob)  # type: ignore
     compared(policy, rollout, settings)
-    assert calls == {"linear_policy_loss": 1 - late, "linear_logprob_entropy": late}
+    assert calls == {"linear_policy_loss": 1 - late, "linear_logprob_entropy": late, "linear_token_stats": 0}
 
 
 def test_measuring_leaves_the_run_as_it_is(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import write_json
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, ProgressBoard, read_rows
-from entropy_kernels.trainer.methods import METHODS
+from entropy_kernels.trainer.methods import METHODS, PAPER
 from entropy_kernels.trainer.report import PHASES, criteria, label, markdown, write_report
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 
@@ -264,7 +264,7 @@ def test_sweeps_are_rows_of_a_table(tmp_path: Path) -> None:
     reproduce = sweep.SWEEPS["reproduce"]
     flags = dataclasses.replace(reproduce.flags, out=tmp_path, seeds=(0, 7), torch_ops="kl_cov")
     rows = sweep.configurations(reproduce, flags, TINY)
-    assert list(rows) == [*METHODS, "kl_cov_torch_ops"]
+    assert list(rows) == [*PAPER, "kl_cov_torch_ops"]
     assert [config.out.name for config in rows["clip_cov"]] == ["clip_cov-0", "clip_cov-7"]
     for name, (first, second) in rows.items():
         control = name in METHODS and METHODS[name].control_of is not None

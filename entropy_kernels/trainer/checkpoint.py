@@ -212,12 +212,12 @@ def restore(
         for parameter, values in optimizer.state.items():  # torch looks at shapes in its first step
             if any(v.dim() and v.shape != parameter.shape for v in values.values() if isinstance(v, torch.Tensor)):
                 raise ValueError
-        part = "generator"
-        for name, generator in generators.items():
-            generator.set_state(state["generators"][name])
         part = "method"
         if controller is not None and state.get("controller") is not None:  # of a version before it: no memory
             controller.load_state_dict(state["controller"])
+        part = "generator"
+        for name, generator in generators.items():
+            generator.set_state(state["generators"][name])
         torch.set_rng_state(state["torch_rng"])
         if torch.cuda.is_available() and state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])

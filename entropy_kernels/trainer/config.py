@@ -168,8 +168,8 @@ class TrainerConfig:
     """What may be done to a token's gradient: nothing (grpo), a method of ek.methods(), or a control, which treats as
     many tokens as Clip-Cov or KL-Cov, chosen at random. docs/control.md says what each computes, and when it helps."""
     method_options: MethodOptions = dataclasses.field(default_factory=dict)
-    """Options of the method, as OPTION=VALUE: --method exact_cov --method-options budget=1e-4 effect=detached.
-    They go before all that follows here."""
+    """Options of the method, as OPTION=VALUE: --method exact_cov --method-options share=0.4 effect=detached. They go
+    before the fields that follow here."""
     clip_low: float = 0.2
     """PPO clip below 1, of methods that have one. KL-Cov (and its control) has no PPO clip."""
     clip_high: float = 0.2

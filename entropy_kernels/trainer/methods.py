@@ -135,7 +135,7 @@ def controller_of(config: TrainerConfig) -> ek.Controller | None:
 def clips_of(config: TrainerConfig, controller: ek.Controller | None) -> dict[str, Any]:
     """PPO's clip of the loss: the one that the method counts with."""
     if controller is None:
-        return {"clip_low": config.clip_low, "clip_high": config.clip_high}
+        return {**CLIPS, "clip_low": config.clip_low, "clip_high": config.clip_high}
     return {name: controller.options[name] for name in CLIPS}
 
 
