@@ -129,6 +129,7 @@ class WholeBatch:
         self._batches, self._group, self._backend = batches, group, backend
         self.device = batches[0].logprob.device if batches else _device(group)
         self._known: dict[str, Tensor] = {}
+        self.decrease: tuple[Any, Tensor] | None = None  # with the options it was computed under
         self._mask, self._exclude = self._flat("mask", True), self._flat("exclude", False)
         count = sum(batch.logprob.numel() for batch in batches)
         self.mask = torch.ones(count, dtype=torch.bool, device=self.device) if self._mask is None else self._mask

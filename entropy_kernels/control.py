@@ -16,7 +16,7 @@ from torch import Tensor
 from entropy_kernels._arguments import Options, check_scalar, group_name, number, scalar_tensor
 from entropy_kernels._selection_request import SeedCounter, seed_tensor
 from entropy_kernels.batch import TokenBatch, WholeBatch
-from entropy_kernels.methods import Method, decrease_of, find
+from entropy_kernels.methods import Method, decrease_of, entropy_decrease, find
 from entropy_kernels.selection import clip_cov_mask, kl_cov_mask
 
 
@@ -199,7 +199,7 @@ def _metrics(
     """``weight``: what is left of a token's gradient; ``advantages``: what goes in the place of the batch's."""
     sums = [touched.double(), batch.mask.double()]
     if batch.has("vocab_covariance"):
-        free = decrease_of(batch, batch["advantages"], options)
+        free = entropy_decrease(batch, options)
         kept = free if advantages is None else decrease_of(batch, advantages, options)
         kept = kept if weight is None else kept * weight
         positive = free.clamp(min=0)

@@ -117,7 +117,9 @@ def entropy_decrease(batch: WholeBatch, options: Options) -> Tensor:
 
     0 where PPO's clip leaves the token no gradient.
     """
-    return decrease_of(batch, batch["advantages"], options)
+    if batch.decrease is None or batch.decrease[0] is not options:  # score and metrics of a control ask for it
+        batch.decrease = options, decrease_of(batch, batch["advantages"], options)
+    return batch.decrease[1]
 
 
 def decrease_of(batch: WholeBatch, advantages: Tensor, options: Options) -> Tensor:

@@ -110,7 +110,9 @@ def known_tokens(
     that sampled otherwise. A token's index is its place in the rollout, which makes draws independent of the split.
     """
     batch, length = ek.SelectionBatch(backend=backend), rollout.ids.shape[1]
-    for i, rows in enumerate(parts):
+    masks = [rollout.mask[rows] for rows in parts]
+    tokens = torch.stack([mask.sum() for mask in masks]).sum()
+    for i, (rows, mask) in enumerate(zip(parts, masks, strict=True)):
         known = {"logprob": rollout.old_logprob[rows]}
         known |= {name: getattr(rollout, name)[rows] for name in ("entropy", "collision", "vocab_covariance")}
         if fresh is not None:
@@ -118,21 +120,21 @@ def known_tokens(
         batch.add(
             known.pop("logprob"),
             rollout.advantages[rows],
-            rollout.mask[rows],
+            mask,
             rows[:, None] * length + torch.arange(length, device=rows.device),
             old_logprob=rollout.old_logprob[rows],
             old_entropy=rollout.entropy[rows],
-            coefficient=_coefficient(rollout.mask[rows], config, sum(map(len, parts))),
+            coefficient=_coefficient(mask, config, tokens, sum(map(len, parts))),
             temperature=config.temperature,
             **known,
         )
     return batch
 
 
-def _coefficient(mask: Tensor, config: TrainerConfig, sequences: int) -> Tensor | None:
-    """The weight of each token in the loss, (b, L); None for 1/tokens."""
+def _coefficient(mask: Tensor, config: TrainerConfig, tokens: Tensor, sequences: int) -> Tensor:
+    """The weight of each token in the loss, (b, L), or (b,) where it is that of all tokens of a sequence."""
     if config.loss_agg_mode == "token-mean":
-        return None
+        return (1 / tokens.clamp(min=1).double()).expand(len(mask))
     with torch.enable_grad():
         ones = torch.ones(mask.shape, device=mask.device, requires_grad=True)
         total = ek.aggregate(ones, mask, loss_agg_mode=config.loss_agg_mode, global_batch_size=sequences)
