@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels.methods import CLIPS, find
 
 if TYPE_CHECKING:
     from entropy_kernels.batch import WholeBatch
@@ -48,18 +47,23 @@ class Method:
         return float(self.options.get("ratio", 0.0))
 
     @property
+    def decides(self) -> ek.Method | None:
+        """The row of :func:`entropy_kernels.methods`, or the method from outside; None: nothing decides."""
+        return ek.methods()[self.control] if isinstance(self.control, str) else self.control
+
+    @property
     def effect(self) -> str | None:
         """What it does to a token, a name of ``entropy_kernels.methods.EFFECTS``; None: nothing."""
-        return None if self.control is None else find(self.control).effects[0]
+        return None if self.decides is None else self.decides.effects[0]
 
     def needs(self, *statistics: str) -> bool:
         """Whether it decides by one of these statistics."""
-        return self.control is not None and not {*statistics}.isdisjoint(find(self.control).needs)
+        return self.decides is not None and not {*statistics}.isdisjoint(self.decides.needs)
 
 
 def as_many_at_random(name: str) -> ek.Method:
     """The method `name`, but as many of all tokens, drawn with a key of their own."""
-    row = find(name)
+    row = ek.methods()[name]
 
     def drawn(batch: WholeBatch, score: Tensor, options: Any) -> Tensor:
         (count,) = batch.totals((row.rule(batch, score, options) & batch.mask).double())
@@ -106,10 +110,10 @@ METHODS |= {
 
 def options_of(config: TrainerConfig) -> dict[str, Any]:
     """The options that the configuration gives its method: the row's, then the fields', then ``method_options``."""
-    method = METHODS[config.method]
-    if method.control is None:
+    method, asked = METHODS[config.method], config.method_options
+    row = method.decides
+    if row is None:
         return {}
-    row, asked = find(method.control), config.method_options
     usual = {**row.options, **row.presets.get(asked.get("preset", ""), {})}
     given = {name: getattr(config, name) for name in ("clip_low", "clip_high") if usual[name] is not None}
     given |= {**method.options, **{option: getattr(config, name) for option, name in method.fields.items()}}
@@ -135,8 +139,8 @@ def controller_of(config: TrainerConfig) -> ek.Controller | None:
 def clips_of(config: TrainerConfig, controller: ek.Controller | None) -> dict[str, Any]:
     """PPO's clip of the loss: the one that the method counts with."""
     if controller is None:
-        return {**CLIPS, "clip_low": config.clip_low, "clip_high": config.clip_high}
-    return {name: controller.options[name] for name in CLIPS}
+        return {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": None}
+    return {name: controller.options[name] for name in ("clip_low", "clip_high", "dual_clip")}
 
 
 def without_control(batch: ek.SelectionBatch, config: TrainerConfig) -> ek.Control:
