@@ -20,7 +20,7 @@ from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.methods import METHODS, PAPER, clips_of, controller_of, options_of
 from entropy_kernels.trainer.model import Encoded
-from entropy_kernels.trainer.probes import Probe, Step
+from entropy_kernels.trainer.probes import Probe, Step, UpdateMetrics
 from entropy_kernels.trainer.rollout import Rollout, known_tokens
 from trainer_setup import SHORT, TINY, config, easy, rows_without_times  # noqa: F401
 
@@ -301,8 +301,6 @@ def test_the_row_is_the_mean_over_updates_times_lr(tmp_path: Path) -> None:
             assert control is not None
             seen.append(control)
 
-    from entropy_kernels.trainer.probes import UpdateMetrics
-
     ppo.train(config(tmp_path / "run", **SHORT, method="exact_cov", epochs=2), probes=[Watch(), UpdateMetrics()])
     (row, _) = rows_without_times(tmp_path / "run")
     assert len(seen) == 4
@@ -312,3 +310,11 @@ def test_the_row_is_the_mean_over_updates_times_lr(tmp_path: Path) -> None:
     for name, of in (("control_dh", "predicted_change"), ("free_dh", "predicted_change_free")):
         mean = sum(float(control.metrics[of]) for control in seen) / 4
         assert row[name] == pytest.approx(TINY.lr * 2 * mean, rel=1e-12)
+
+
+def test_a_share_of_the_decrease_is_what_is_asked_for(tmp_path: Path) -> None:
+    settings = {**SHORT, "method": "exact_cov", "method_options": {"share": 0.4, "effect": "detached"}}
+    ppo.train(config(tmp_path / "run", **settings), probes=[UpdateMetrics()])
+    (row, _) = rows_without_times(tmp_path / "run")
+    assert 0.4 <= row["decrease_share"] < 0.6  # type: ignore[operator]
+    assert 0 < row["tokens_touched"] == row["tokens_dropped"]  # type: ignore[operator]
