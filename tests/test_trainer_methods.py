@@ -187,6 +187,11 @@ def test_options_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "expected OPTION=VALUE, got 'k'" in capsys.readouterr().err
 
 
+def test_options_of_a_file_are_an_object() -> None:
+    with pytest.raises(ValueError, match=r"config: method_options: expected dict\[str, Any\], got 'k=3'"):
+        TrainerConfig.from_dict({"method_options": "k=3"})
+
+
 def test_options_stay_with_their_method() -> None:
     base = under("clip_cov", method_options={"low": 0.5})
     kept = {name: base.under(name).method_options for name in ("grpo", "clip_cov", "random_dropped", "kl_cov")}

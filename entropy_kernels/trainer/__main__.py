@@ -100,9 +100,7 @@ def _method_options(field: Any) -> Any:
     """How tyro reads options of a method: OPTION=VALUE, the value as in JSON, or a word."""
     from tyro.constructors import PrimitiveConstructorSpec
 
-    from entropy_kernels.trainer.config import MethodOptions
-
-    if field.type != MethodOptions:
+    if field.type != dict[str, Any]:
         return None
     return PrimitiveConstructorSpec(
         nargs="*",

@@ -22,8 +22,6 @@ from entropy_kernels.trainer.methods import BASELINE, METHODS, check_options, op
 from entropy_kernels.trainer.start import check_model
 
 HEADS = tuple(model.HEADS)
-#: The command line reads it as OPTION=VALUE.
-MethodOptions: TypeAlias = dict[str, Any]
 
 if TYPE_CHECKING:
     MethodName: TypeAlias = str
@@ -48,9 +46,9 @@ WARM_START_FIELDS = (
 )  # fmt: skip
 
 #: Annotation of a field -> what its value in a JSON file may be.
-_JSON_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)} | {
-    "MethodOptions": (dict,)
-}
+_JSON_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict[str, Any]": (dict,),
+}  # fmt: skip
 
 
 @dataclass
@@ -167,7 +165,7 @@ class TrainerConfig:
     method: MethodName = BASELINE
     """What may be done to a token's gradient: nothing (grpo), a method of ek.methods(), or a control, which treats as
     many tokens as Clip-Cov or KL-Cov, chosen at random. docs/control.md says what each computes, and when it helps."""
-    method_options: MethodOptions = dataclasses.field(default_factory=dict)
+    method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the method, as OPTION=VALUE: --method exact_cov --method-options share=0.4 effect=detached. They go
     before the fields that follow here."""
     clip_low: float = 0.2

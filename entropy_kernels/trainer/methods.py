@@ -102,7 +102,10 @@ _LABELS = {
     "steer": "STEER", "top_entropy": "Top entropy", "erc": "ERC", "entropy_advantage": "Entropy advantage",
     "repo": "REPO", "adaptive_entropy": "Adaptive entropy", "entrocraft": "EntroCraft",
 }  # fmt: skip
-_SCALE = {"random": {"ratio": METHODS["clip_cov"].ratio}}
+#: With the papers' numbers Clip-B and Clip-V treat no token of the embedded task.
+_SCALE = {
+    "random": {"ratio": METHODS["clip_cov"].ratio}, "clip_b": {"mu": 1.0}, "clip_v": {"mu": 2.0, "ratio": 0.03},
+}  # fmt: skip
 METHODS |= {
     name: Method(_LABELS.get(name, name), name, _SCALE.get(name, {})) for name in ek.methods() if name not in METHODS
 }
