@@ -50,7 +50,7 @@ class TokenBatch:
             batch; then advantages may be (S,).
         token_index: int64, ``logprob``'s shape, distinct over the batch: makes a draw, and who wins a tie, independent
             of padding and order; :func:`entropy_kernels.random_tokens`.
-        exclude: like mask; True = counts, but is never selected.
+        exclude: like mask; True = counts in means and shares, but is left as it is.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
@@ -122,17 +122,21 @@ class WholeBatch:
 
     Attributes:
         mask: bool (N,), which tokens count.
+        free: bool (N,), which of them may be treated.
+        shared: whether there is a group of ranks.
         device: of the tensors.
     """
 
     def __init__(self, batches: Sequence[TokenBatch], group: Any, backend: str) -> None:
         self._batches, self._group, self._backend = batches, group, backend
         self.device = batches[0].logprob.device if batches else _device(group)
+        self.shared = group is not None
         self._known: dict[str, Tensor] = {}
         self.decrease: tuple[Any, Tensor] | None = None  # with the options it was computed under
         self._mask, self._exclude = self._flat("mask", True), self._flat("exclude", False)
         count = sum(batch.logprob.numel() for batch in batches)
         self.mask = torch.ones(count, dtype=torch.bool, device=self.device) if self._mask is None else self._mask
+        self.free = self.mask if self._exclude is None else self.mask & ~self._exclude
 
     def has(self, name: str) -> bool:
         """Whether all micro-batches have the field; a rank without any has everything."""
@@ -158,19 +162,24 @@ class WholeBatch:
         found = self._flat(name)
         return torch.zeros(0, device=self.device) if found is None else found
 
-    def _flat(self, name: str, default: bool | None = None) -> Any:
+    def _flat(self, name: str, default: bool | Tensor | None = None) -> Any:
         """(N,) of all micro-batches; None where none of them has it, ``default`` where only some have."""
         parts = [getattr(batch, name) for batch in self._batches]
         if all(part is None for part in parts):
             return None
         filled = []
         for part, batch in zip(parts, self._batches, strict=True):
-            if not isinstance(part, Tensor):
-                value: Any = default if part is None else part
+            value: Any = default if part is None else part
+            if not isinstance(value, Tensor):
                 dtype = torch.bool if part is None else torch.float64
-                part = torch.full_like(batch.logprob, value, dtype=dtype)
-            filled.append(part.reshape(-1))
+                value = torch.full_like(batch.logprob, value, dtype=dtype)
+            filled.append(value.expand(batch.logprob.shape).reshape(-1))
         return filled[0] if len(filled) == 1 else torch.cat(filled)
+
+    def _each(self, function: Callable[..., Tensor], *flat: Sequence[Tensor]) -> Tensor:
+        """(N,) of ``function(micro-batch, ...)``."""
+        parts = [function(*given).reshape(-1) for given in zip(self._batches, *flat, strict=True)]
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -214,32 +223,54 @@ class WholeBatch:
         excluded = self._exclude if exclude is None or self._exclude is None else self._exclude | exclude
         return {
             "mask": self._mask, "exclude": exclude if self._exclude is None else excluded,
-            "token_index": self._flat("token_index"), "batch_group": self._group,
+            "token_index": self._index(), "batch_group": self._group,
         }  # fmt: skip
 
-    def clipped(self, clip_low: Any, clip_high: Any, dual_clip: Any = None) -> Tensor:
-        """Bool: PPO's clip stops the token's gradient, in the losses' own arithmetic; None: no clip on that side."""
-        logprob = self._raw("logprob")
-        dtype = torch.float64 if logprob.dtype == torch.float64 else torch.float32
-        advantages = self._raw("advantages").to(dtype)
-        old = logprob if not self.has("old_logprob") else self._raw("old_logprob")
-        ratio = (logprob.to(dtype) - old.to(dtype)).exp()
-        clamped = ratio if clip_low is None else ratio.clamp(min=1 - clip_low)
-        clamped = clamped if clip_high is None else clamped.clamp(max=1 + clip_high)
-        stopped = -advantages * clamped > -advantages * ratio
-        if dual_clip is not None:
-            stopped = stopped | ((advantages < 0) & (ratio > dual_clip))
-        return stopped & self.mask
+    def _index(self) -> Tensor | None:
+        """(N,) token index; None for the position, which over ranks is made here.
+
+        A rank without any micro-batch cannot know which of the two the others have, and takes part in both.
+        """
+        index = self._flat("token_index")
+        if not self.shared:
+            return index
+        ranks, rank = self._group.size(), self._group.rank()
+        counts = torch.zeros(ranks, 1, dtype=torch.float64, device=self.device)
+        counts[rank] = len(self.mask)
+        counts = torch.stack(list(selection.totals_of(counts, None, group_name(self._group))))
+        if index is not None:
+            return index
+        return torch.arange(len(self.mask), device=self.device) + counts[:rank].sum().long()
+
+    def clipped(self, clip_low: Any, clip_high: Any, dual_clip: Any = None, advantages: Tensor | None = None) -> Tensor:
+        """Bool: PPO's clip stops the token's gradient, in the losses' own arithmetic; None: no clip on that side.
+
+        ``advantages`` (N,): in the place of the batch's.
+        """
+
+        def stopped(batch: TokenBatch, advantages: Tensor) -> Tensor:
+            dtype = torch.float64 if batch.logprob.dtype == torch.float64 else torch.float32
+            gain, ratio = -advantages.to(dtype), _log_ratio(batch, dtype).exp()
+            clamped = ratio if clip_low is None else ratio.clamp(min=1 - clip_low)
+            clamped = clamped if clip_high is None else clamped.clamp(max=1 + clip_high)
+            stops = gain * clamped > gain * ratio
+            return stops if dual_clip is None else stops | ((gain > 0) & (ratio > dual_clip))
+
+        own = [batch.advantages for batch in self._batches] if advantages is None else self.advantages(advantages)
+        return self._each(stopped, own).bool() & self.mask
 
 
 def _device(group: Any) -> torch.device:
     return torch.device("cpu") if group is None else _torch.default_device(group)
 
 
+def _log_ratio(batch: TokenBatch, dtype: torch.dtype = torch.float64) -> Tensor:
+    logprob = batch.logprob.to(dtype)
+    return torch.zeros_like(logprob) if batch.old_logprob is None else logprob - batch.old_logprob.to(dtype)
+
+
 def _ratio(batch: WholeBatch) -> Tensor:
-    if not batch.has("old_logprob"):
-        return torch.ones_like(batch["logprob"])
-    return (batch["logprob"] - batch["old_logprob"]).exp()
+    return torch.where(batch.mask, batch._each(_log_ratio).double().exp(), 0.0)
 
 
 def _self_information(batch: WholeBatch) -> Tensor:
@@ -255,9 +286,10 @@ def _covariance(batch: WholeBatch) -> Tensor:
 
 
 def _coefficient(batch: WholeBatch) -> Tensor:
-    if batch._batches and batch.has("coefficient"):
-        return batch._field("coefficient")
-    return torch.where(batch.mask, 1 / batch.moments(batch["logprob"]).tokens.clamp(min=1), 0.0)
+    # the tokens are counted also where all have one: a rank without micro-batches cannot know that
+    default = 1 / batch.moments(batch["logprob"]).tokens.clamp(min=1)
+    found = batch._flat("coefficient", default)
+    return torch.where(batch.mask, default if found is None else found.double(), 0.0)
 
 
 _MADE: dict[str, Callable[[WholeBatch], Tensor]] = {

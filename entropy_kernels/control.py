@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import Options, check_scalar, group_name, number, scalar_tensor
+from entropy_kernels._arguments import Options, check_scalar, group_name, integer, number, scalar_tensor
 from entropy_kernels._selection_request import SeedCounter, seed_tensor
 from entropy_kernels.batch import TokenBatch, WholeBatch
 from entropy_kernels.methods import Method, decrease_of, entropy_decrease, find
@@ -33,7 +33,9 @@ class Control(NamedTuple):
     metrics: dict[str, Tensor] = {}  # noqa: RUF012  (never written to); 0-d, of the whole batch, on the device
 
 
-_COUNTED = ("ratio", "k", "budget", "limit", "share", "low", "high")
+_COUNTED = ("ratio", "k", "budget", "limit", "share")
+_MASKS = ("dropped", "detached", "penalized", "token_weight")  # effects whose rule may return a mask
+_ORDERED = (("low", "high"), ("low_end", "high_end"), ("coef_min", "coef_max"), ("zeta_min", "zeta_max"))
 _OPTIONAL = ("ratio", "clip_low", "clip_high")  # whose None means something where the default is a number
 
 #: The metrics of a control, of the whole batch.
@@ -93,8 +95,8 @@ def control(
     return _decided(row, WholeBatch([batch], batch_group, backend), checked, drawn)[0][0]
 
 
-def _checked(method: str | Method, row: Method, given: dict[str, Any], device: torch.device) -> Options:
-    """The row's options with those that are given."""
+def _checked(method: str | Method, row: Method, given: dict[str, Any], device: torch.device | None) -> Options:
+    """The row's options with those that are given; without a ``device`` tensors may be anywhere."""
     known = row.options
     name = method if isinstance(method, str) else "this method"
     for option in given:
@@ -108,27 +110,33 @@ def _checked(method: str | Method, row: Method, given: dict[str, Any], device: t
     if given.get("k") is not None and "ratio" not in given:
         chosen["ratio"] = None  # k takes the place of its default
     chosen |= given
+    for least, most in _ORDERED:
+        low, high = chosen.get(least), chosen.get(most)
+        if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
+            raise ValueError(f"{least}: expected <= {most}, got {least}={low}, {most}={high}")
     for option, value in chosen.items():
         chosen[option] = _checked_option(option, value, known[option], row, device)
     chosen.setdefault("effect", row.effects[0])
     return Options(chosen)
 
 
-def _checked_option(name: str, value: Any, default: Any, row: Method, device: torch.device) -> Any:
+def _checked_option(name: str, value: Any, default: Any, row: Method, device: torch.device | None) -> Any:
+    words = row.effects if name == "effect" else tuple(row.presets) if name == "preset" else row.words.get(name, ())
+    if isinstance(default, str) or (isinstance(value, str) and words):
+        if not isinstance(value, str) or value not in words:
+            got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, words))}, got {got}")
+        return value
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+        return value
     if isinstance(value, Tensor):
+        device = value.device if device is None else device
         check_scalar(name, value, device)
         if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got {value.dtype} of {tuple(value.shape)}")
         return value.detach().to(device=device, dtype=torch.float64, non_blocking=True)
-    words = row.effects if name == "effect" else tuple(row.presets) if name == "preset" else row.words.get(name, ())
-    if isinstance(value, str) or isinstance(default, str):
-        if value not in words:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, words)) or 'no words'}, got {value!r}")
-        return value
-    if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected a bool, got {value!r}")
-        return value
     if value is None:
         if default is not None and name not in _OPTIONAL:
             raise TypeError(f"{name}: expected a number, got None")
@@ -140,7 +148,9 @@ def _checked_option(name: str, value: Any, default: Any, row: Method, device: to
     if not least <= value <= most:
         raise ValueError(f"{name}: expected a number within [{least}, {most}], got {value}")
     # a compiler would take a number for a constant
-    return scalar_tensor(value, torch.float64, device) if torch.compiler.is_compiling() else value
+    if torch.compiler.is_compiling() and device is not None:
+        return scalar_tensor(value, torch.float64, device)
+    return value
 
 
 def _seeded(method: str | Method, row: Method, seed: Any) -> Any:
@@ -160,24 +170,24 @@ def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tup
         batch.expect(name)
     if row.draws:
         options["seed"] = seed_tensor(seed, batch.device)
-    value = row.rule(batch, row.score(batch, options), options)
     effect = options.effect
+    value = _checked_value(effect, row.rule(batch, row.score(batch, options), options), batch)
     told: dict[str, Any] = {}
     touched, weight, advantages = torch.zeros_like(batch.mask), None, None
     if effect == "entropy_coef":
         told["entropy_coef"] = value
     elif effect == "advantages":
-        advantages = torch.where(batch.mask, value, 0.0)
-        touched = batch.mask & (advantages != batch["advantages"])
+        advantages = torch.where(batch.free, value, batch["advantages"])
+        touched = batch.free & (advantages != batch["advantages"])
         told[effect] = advantages
     elif effect == "token_weight":
         if value.dtype == torch.bool:
             value = torch.where(value, options.weight, 1.0)
-        weight = torch.where(batch.mask, value.double(), 1.0)
+        weight = torch.where(batch.free, value.double(), 1.0)
         touched = weight != 1
         told[effect] = weight.float()
     else:
-        told[effect] = touched = value & batch.mask
+        told[effect] = touched = value & batch.free
         if effect == "penalized":
             told["penalty_coef"] = options.kl_coef
         else:
@@ -193,22 +203,39 @@ def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tup
     return found, {} if row.remember is None else row.remember(batch, options)
 
 
+def _checked_value(effect: str, value: Any, batch: WholeBatch) -> Tensor:
+    """What a rule returned."""
+    shape = () if effect == "entropy_coef" else batch.mask.shape
+    floats = effect in ("token_weight", "advantages", "entropy_coef")
+    right = isinstance(value, Tensor) and value.shape == shape
+    right = right and ((floats and value.is_floating_point()) or (effect in _MASKS and value.dtype == torch.bool))
+    if not right:
+        got = f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        kind = "floating point" if floats else "bool"
+        raise TypeError(f"rule: expected to return {kind} of {tuple(shape)} for the effect {effect!r}, got {got}")
+    return value
+
+
 def _metrics(
     batch: WholeBatch, options: Options, touched: Tensor, weight: Tensor | None, advantages: Tensor | None
 ) -> dict[str, Tensor]:
     """``weight``: what is left of a token's gradient; ``advantages``: what goes in the place of the batch's."""
-    sums = [touched.double(), batch.mask.double()]
-    if batch.has("vocab_covariance"):
+    predicted = batch.has("vocab_covariance")
+    count = touched.double()
+    # the same reductions on every rank, also where one has no micro-batch, or not the same fields
+    if batch.shared:
+        batch["coefficient"]
+    sums = [torch.full_like(count, math.nan)] * 4
+    if predicted:
         free = entropy_decrease(batch, options)
         kept = free if advantages is None else decrease_of(batch, advantages, options)
-        kept = kept if weight is None else kept * weight
+        kept = kept if weight is None else torch.where(weight == 0, 0.0, kept * weight)
         positive = free.clamp(min=0)
-        sums += [positive * touched, positive, kept, free]
-    count, valid, *totals = batch.totals(*sums)
+        sums = [torch.where(touched, positive, 0.0), positive, kept, free]
+    count, valid, carried, every, kept, free = batch.totals(count, batch.mask.double(), *sums)
     found = {"touched": count, "touched_frac": count / valid.clamp(min=1)}
-    if totals:
-        carried, every, kept, free = totals
-        found["decrease_share"] = torch.where(every > 0, carried / every, 0.0)
+    if predicted:
+        found["decrease_share"] = torch.where(every == 0, 0.0, carried / every)
         found["predicted_change"], found["predicted_change_free"] = (-x / valid.clamp(min=1) for x in (kept, free))
     return found
 
@@ -276,14 +303,18 @@ class SelectionBatch:
 
     @property
     def whole(self) -> WholeBatch:
-        """All micro-batches; a rank without any still takes part in the reductions."""
-        if self._whole is None:
+        """All micro-batches; a rank without any still takes part in the reductions.
+
+        What is known of them is kept, but not over ranks, of which another one may have added to its own.
+        """
+        if self._whole is None or self._group is not None:
             self._whole = WholeBatch(self._added, self._group, self._backend)
         return self._whole
 
     def covariance(self) -> list[Tensor]:
         """:func:`token_covariance` over the whole batch: one fp32 tensor per micro-batch, of its shape."""
-        return self.whole.split(self.whole["covariance"])
+        whole = self.whole
+        return whole.split(whole["covariance"])
 
     def clip_cov(self, *, seed: int | Tensor, **options: Any) -> list[Tensor]:
         """One mask per micro-batch added; ``options`` as in :func:`clip_cov_mask` (ratio, k, low, high, band, ...)."""
@@ -297,17 +328,15 @@ class SelectionBatch:
         self, method: str | Method, *, seed: int | Tensor | SeedCounter | None = None, **options: Any
     ) -> list[Control]:
         """:func:`entropy_kernels.control` of the whole batch: one :class:`Control` per micro-batch added."""
-        row = find(method)
-        checked = _checked(method, row, options, self.whole.device)
-        return _decided(row, self.whole, checked, _seeded(method, row, seed))[0]
+        row, whole = find(method), self.whole
+        return _decided(row, whole, _checked(method, row, options, whole.device), _seeded(method, row, seed))[0]
 
     def _select(self, function: Any, options: dict[str, Any]) -> list[Tensor]:
         for name in ("mask", "exclude", "token_index", "batch_group"):
             if name in options:
                 raise TypeError(f"{name}: expected in add() or SelectionBatch(), got it as an option of the selection")
-        return self.whole.split(
-            function(self.whole["covariance"], **self.whole.candidates(), **{"backend": self._backend, **options})
-        )
+        whole = self.whole
+        return whole.split(function(whole["covariance"], **whole.candidates(), **{"backend": self._backend, **options}))
 
 
 class Controller:
@@ -333,7 +362,7 @@ class Controller:
         self._group, self._backend = batch_group, backend
         group_name(batch_group)
         #: all options of the method, those that are given and the others' defaults.
-        self.options = _checked(method, self._row, options, torch.device("cpu"))
+        self.options = _checked(method, self._row, options, None)
         #: name -> 0-d float64 tensor: what the method remembers; empty before the first step and without memory.
         self.memory: dict[str, Tensor] = {}
 
@@ -345,6 +374,8 @@ class Controller:
         """
         if isinstance(batch, SelectionBatch):
             whole = batch.whole
+            if self._group is not None and batch._group is not self._group:
+                raise ValueError("batch_group: expected that of the SelectionBatch (or None), got another one")
         elif isinstance(batch, TokenBatch):
             whole = WholeBatch([batch], self._group, self._backend)
         else:
@@ -356,7 +387,7 @@ class Controller:
         elif seed is None:
             seed = self._seeds()
         found, kept = _decided(self._row, whole, options, seed)
-        self.memory = {**self.memory, **kept}
+        self.memory = {**self.memory, **_of_options(self._row, "remember", kept)}
         return found if isinstance(batch, SelectionBatch) else found[0]
 
     def state_dict(self) -> dict[str, Any]:
@@ -367,9 +398,25 @@ class Controller:
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: what is not the state of a controller.
+            TypeError, ValueError: what is not the state of a controller of this method.
         """
-        if not isinstance(state, dict) or {*state} != {"calls", "memory"}:
-            raise ValueError(f"state: expected a dict of calls and memory, got {sorted(state) if state else state}")
-        self._seeds.calls.fill_(int(state["calls"]))
-        self.memory = {name: torch.tensor(float(x), dtype=torch.float64) for name, x in state["memory"].items()}
+        if not isinstance(state, dict) or {*state} != {"calls", "memory"} or not isinstance(state["memory"], dict):
+            got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state: expected a dict of calls (an int) and memory (a dict of numbers), got {got}")
+        calls = integer("calls", state["calls"])
+        if self._row.remember is None and state["memory"]:
+            raise ValueError(f"memory: expected none of a method without memory, got {', '.join(state['memory'])}")
+        memory = _of_options(self._row, "memory", state["memory"])
+        found = {
+            name: torch.tensor(float(number(name, x, torch.float64)), dtype=torch.float64) for name, x in memory.items()
+        }
+        self._seeds.calls.fill_(calls)
+        self.memory = found
+
+
+def _of_options(row: Method, what: str, memory: dict[str, Any]) -> dict[str, Any]:
+    """What is remembered, if it has the names of options."""
+    for name in memory:
+        if name not in row.options:
+            raise ValueError(f"{what}: expected names of options ({', '.join(row.options)}), got {name}")
+    return memory

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from entropy_kernels._arguments import Options
 from entropy_kernels.batch import WholeBatch
+from entropy_kernels.selection import TokenMoments
 
 #: What a method may do to a token, and what its rule returns for that.
 EFFECTS = {
@@ -31,6 +32,7 @@ EFFECTS = {
 }
 #: Options of every method: PPO's clip as the loss has it, for the tokens whose gradient it stops.
 CLIPS = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
+ALIKE = 1e-12  # a standard deviation below it is none, as in Trinity-RFT
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +75,13 @@ class Method:
         for name in ("score", "rule"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name}: expected a function, got {type(getattr(self, name)).__name__}")
-        if not self.effects or any(effect not in EFFECTS for effect in self.effects):
-            raise ValueError(f"effects: expected some of {', '.join(EFFECTS)}, got {self.effects}")
+        if not isinstance(self.effects, tuple) or not self.effects or any(name not in EFFECTS for name in self.effects):
+            raise ValueError(f"effects: expected a tuple of some of {', '.join(EFFECTS)}, got {self.effects!r}")
+        for name in self.options:
+            if name in ("method", "batch", "seed", "batch_group", "backend"):
+                raise ValueError(f"defaults: expected options that are no arguments of ek.control, got {name}")
+        if "penalized" in self.effects and "kl_coef" not in self.options:
+            raise ValueError("defaults: expected kl_coef beside the effect 'penalized', got none")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -125,8 +132,8 @@ def entropy_decrease(batch: WholeBatch, options: Options) -> Tensor:
 def decrease_of(batch: WholeBatch, advantages: Tensor, options: Options) -> Tensor:
     """:func:`entropy_decrease` with other advantages."""
     change = advantages * batch["ratio"] * batch["vocab_covariance"] / batch["temperature"].square()
-    clipped = batch.clipped(options.clip_low, options.clip_high, options.dual_clip)
-    return torch.where(batch.mask & ~clipped, change * batch["coefficient"], 0.0)
+    clipped = batch.clipped(options.clip_low, options.clip_high, options.dual_clip, advantages)
+    return torch.where(batch.mask & ~clipped & (advantages != 0), change * batch["coefficient"], 0.0)
 
 
 def decline(batch: WholeBatch, options: Options) -> Tensor:
@@ -140,13 +147,16 @@ def exact_decline(batch: WholeBatch, options: Options) -> Tensor:
 
 
 def steer_change(batch: WholeBatch, options: Options) -> Tensor:
-    """Ω = |A/p_old · p(1-p)(log p + H)|; "theorem": one factor p more, and 0 where PPO's clip stops the gradient."""
+    """Ω = |A/p_old · p(1-p)(log p + H)|; "theorem": one factor p more, and 0 where PPO's clip stops the gradient.
+
+    As in the authors' code 0 where that is not finite.
+    """
     logprob = batch["logprob"]
     p = logprob.exp()
     change = batch["advantages"] * batch["ratio"] * (1 - p) * torch.where(p > 0, logprob + batch["entropy"], 0.0)
     if options.form == "theorem":
         change = torch.where(batch.clipped(options.clip_low, options.clip_high), 0.0, change * p)
-    return change.abs()
+    return torch.where(change.isfinite(), change.abs(), 0.0)
 
 
 def entropy(batch: WholeBatch, options: Options) -> Tensor:
@@ -239,19 +249,20 @@ def largest_positive(batch: WholeBatch, score: Tensor, options: Options) -> Tens
 
 
 def far_below(batch: WholeBatch, score: Tensor, options: Options) -> Tensor:
-    """A < 0, and the score more than mu standard deviations below its mean."""
+    """A < 0, and the score more than mu standard deviations below its mean; none of scores that are all alike."""
     moments = batch.moments(score, std=True)
-    return (batch["advantages"] < 0) & (score - moments.mean < -options.mu * moments.std)
+    return (batch["advantages"] < 0) & (score - moments.mean < -options.mu * moments.std) & (moments.std >= ALIKE)
 
 
 def far_above(batch: WholeBatch, score: Tensor, options: Options) -> Tensor:
-    """A < 0, and the score above mu standard deviations; of these the largest."""
-    beyond = (batch["advantages"] < 0) & (score > options.mu * batch.moments(score, std=True).std)
+    """A < 0, and the score above mu standard deviations; of these the largest, none of scores that are all alike."""
+    std = batch.moments(score, std=True).std
+    beyond = (batch["advantages"] < 0) & (score > options.mu * std) & (std >= ALIKE)
     return batch.top(score.float(), exclude=~beyond, **_count(options))
 
 
 def below_quantile(batch: WholeBatch, score: Tensor, options: Options) -> Tensor:
-    """Below the batch's 1 - rho quantile (between two order statistics: the upper one)."""
+    """Below the batch's 1 - rho quantile (between two order statistics: the upper one), or NaN."""
     # the largest scores down to number floor(rho · (N - 1)), which are all drawn
     everything: dict[str, Any] = {"seed": 0, "k": 1 << 53, "band": "quantile", "closed": True}
     return batch.mask & ~batch.random(-score.float(), low=0.0, high=options.rho, **everything)
@@ -282,13 +293,13 @@ def weighted_down(batch: WholeBatch, score: Tensor, options: Options) -> Tensor:
 
 
 def next_coefficient(batch: WholeBatch, options: Options) -> dict[str, Tensor]:
-    """One delta up while H <= target, else down, within its bounds; a batch without tokens changes nothing."""
+    """One delta up while H <= target, else down, within its bounds; a batch without a finite H changes nothing."""
     found = batch.moments(batch["entropy"])
     step = torch.where(found.mean <= options.target, torch.ones_like(found.mean), -1.0) * options.delta
     after = torch.minimum(
         torch.maximum(options.coef + step, _like(options.coef_min, step)), _like(options.coef_max, step)
     )
-    return {"coef": torch.where(found.tokens > 0, after, options.coef)}
+    return {"coef": torch.where(_known(found), after, options.coef)}
 
 
 def next_zeta(batch: WholeBatch, options: Options) -> dict[str, Tensor]:
@@ -296,19 +307,25 @@ def next_zeta(batch: WholeBatch, options: Options) -> dict[str, Tensor]:
     zeta = _like(options.zeta, batch["logprob"].new_zeros(()))
     if options.target is None:
         return {"zeta": zeta}
-    found = batch.moments(batch["entropy"])
-    if isinstance(options.target, str):  # "initial"
-        return {"zeta": zeta, "target": found.mean}
+    found, kept, target = batch.moments(batch["entropy"]), {}, options.target
+    if isinstance(target, str):  # "initial"; NaN until there is one
+        target = _like(math.nan if options.initial_entropy is None else options.initial_entropy, zeta)
+        target = kept["initial_entropy"] = torch.where(target.isnan() & _known(found), found.mean, target)
     least, most = _like(options.zeta_min, zeta), _like(options.zeta_max, zeta)
     raised = torch.where(zeta > 0, torch.minimum(2 * zeta, most), torch.where(zeta / 2 > -least, least, zeta / 2))
     raised = torch.where(zeta == 0, least, raised)
     lowered = torch.where(zeta < 0, torch.maximum(2 * zeta, -most), torch.where(zeta / 2 < least, -least, zeta / 2))
-    after = torch.where(found.mean < options.target, raised, torch.where(found.mean > options.target, lowered, zeta))
-    return {"zeta": torch.where(found.tokens > 0, after, zeta), "target": _like(options.target, zeta)}
+    after = torch.where(found.mean < target, raised, torch.where(found.mean > target, lowered, zeta))
+    return {"zeta": torch.where(_known(found), after, zeta), **kept}
 
 
 def next_step(batch: WholeBatch, options: Options) -> dict[str, Tensor]:
     return {"step": _like(options.step, batch["logprob"].new_zeros(())) + 1}
+
+
+def _known(found: TokenMoments) -> Tensor:
+    """Whether there is a mean to go by."""
+    return (found.tokens > 0) & found.mean.isfinite()
 
 
 def _like(value: Any, like: Tensor) -> Tensor:
@@ -420,7 +437,8 @@ METHODS: dict[str, Method] = {
     "repo": Method(
         shaped_by_logprob, as_it_is, ("advantages",),
         defaults={
-            "zeta": 1e-3, "target": None, "center": False, "floor": -20.0, "zeta_min": 1e-4, "zeta_max": 0.05,
+            "zeta": 1e-3, "target": None, "initial_entropy": None, "center": False, "floor": -20.0, "zeta_min": 1e-4,
+            "zeta_max": 0.05,
         },
         bounds={"zeta_min": (1e-12, math.inf), "zeta_max": (1e-12, math.inf)}, words={"target": ("initial",)},
         remember=next_zeta,

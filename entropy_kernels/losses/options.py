@@ -18,6 +18,8 @@ from torch import Tensor
 from entropy_kernels._arguments import (
     FLOAT32_MAX,
     INT64,
+    check_float,
+    check_place,
     check_scalar,
     divisor_range,
     group_name,
@@ -26,6 +28,7 @@ from entropy_kernels._arguments import (
     scalar_tensor,
 )
 from entropy_kernels._selection_request import IN_COMMON, Request, SeedCounter, request
+from entropy_kernels._sequences import packed_sequences, per_token_or_sequence
 from entropy_kernels.control import Control
 from entropy_kernels.losses import surrogates
 from entropy_kernels.losses.aggregation import AGG_MODES, COUNTS, Aggregation
@@ -263,13 +266,20 @@ def controlled(method: str, given: dict[str, Any]) -> dict[str, Any]:
             f"policy_loss(control=ek.control({method!r}, ...)) treats the tokens of a control"
         )
     for name in ("dropped", "detached", "penalized"):
-        own, beside = getattr(control, name), given.get(name)
-        found[name] = own if beside is None else beside if own is None else (beside != 0) | own
+        own = getattr(control, name)
+        if own is not None and given.get(name) is not None:
+            raise ValueError(f"{name}: expected None beside a control that has such tokens, got another mask")
+        found[name] = given.get(name) if own is None else own
     if control.penalty_coef is not None:
         found["kl_coef"] = control.penalty_coef
     if control.token_weight is not None:
-        weight = given["token_weight"]
-        found["token_weight"] = control.token_weight if weight is None else weight * control.token_weight
+        weight, logprob = given["token_weight"], given["logprob"]
+        if weight is not None:
+            check_float("logprob", logprob)
+            check_place("token_weight of control", control.token_weight, "logprob", logprob)
+            sequences = packed_sequences(given["cu_seqlens"], logprob)
+            weight = per_token_or_sequence("token_weight", weight, logprob, sequences) * control.token_weight
+        found["token_weight"] = control.token_weight if weight is None else weight
     if control.advantages is not None:
         found["advantages"] = control.advantages
         if given["covariance_advantages"] is None:
