@@ -186,9 +186,9 @@ class WholeBatch:
         return len(self._batches)
 
     def advantages(self, flat: Tensor) -> list[Tensor]:
-        """:meth:`split`, in the dtype in which the micro-batches came with theirs."""
+        """:meth:`split`, in the dtype in which the micro-batches came with theirs, at least fp32: shifts are small."""
         pairs = zip(self.split(flat), self._batches, strict=True)
-        return [x.to(batch.advantages.dtype) for x, batch in pairs]
+        return [x.to(torch.promote_types(batch.advantages.dtype, torch.float32)) for x, batch in pairs]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """(N,) as one tensor per micro-batch, of its shape."""
