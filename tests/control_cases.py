@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -74,10 +73,7 @@ def tokens_of(micros: list[Micro]) -> list[Token]:
             if name in ("advantages", "coefficient") and value.shape != logprob.shape and value.dim():
                 ends = given.get("cu_seqlens")
                 if ends is not None:
-                    return [
-                        x for x, (a, b) in zip(value.reshape(-1).tolist(), itertools.pairwise(ends.tolist()), strict=True)
-                        for _ in range(b - a)
-                    ]  # fmt: skip
+                    return value.reshape(-1).repeat_interleave(ends.diff()).tolist()
                 value = value.reshape(-1, 1)
             return value.expand(logprob.shape).reshape(-1).tolist()
 

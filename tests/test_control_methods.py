@@ -205,7 +205,7 @@ def test_everything_that_a_batch_may_have(method: str, options: dict[str, Any], 
 
 @every_row
 def test_impossible_tokens_and_overflowing_ratios(method: str, options: dict[str, Any], expected: Any) -> None:
-    """lp = -inf beside an old log-prob; ratios of e^±100 and e^±800, of A > 0 (clipped), A = 0 and A < 0 (the low one)."""
+    """lp = -inf beside an old log-prob; ratios of e^±100 and e^±800: A > 0 is clipped, A = 0."""
     given = micro(4, 10, 2)
     given["mask"] = torch.ones(4, 10, dtype=torch.bool)
     given = {**given, **{n: micro(4, 10, 5)[n].nan_to_num(-0.3).abs() for n in ("entropy", "old_entropy")}}
