@@ -42,9 +42,10 @@ def _moments(values: Tensor, mask: Tensor | None, deviation: bool, group: str) -
     mean = total / count.clamp(min=1)
     std = torch.zeros_like(mean)
     if deviation:
-        squares = (values - mean[:, None]).square()
+        unit = power_of_two(fixed_point_exponent(size, torch.ones_like(size)))  # or squares could overflow
+        squares = (values * unit[:, None] - (mean * unit)[:, None]).square()
         size = ranks.gather(_size(squares, valid)).amax(0)
-        std = (_sum(squares, valid, size, count, ranks) / count.clamp(min=1)).sqrt()
+        std = (_sum(squares, valid, size, count, ranks) / count.clamp(min=1)).sqrt() / unit
     largest = torch.where(count > 0, largest, 0)
     return torch.stack([count.expand_as(mean), total, mean, std, largest], 1)
 
