@@ -11,7 +11,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from control_cases import Micro, added, micro, one
-from linear_policy_cases import B, BUDGETS, H, L, V, VALID, counted_products, make
+from linear_policy_cases import BUDGETS, VALID, B, H, L, V, counted_products, make
 from linear_policy_cases import gradients as gradients_of
 from loss_cases import assert_same, differentiated, leaf
 
