@@ -182,7 +182,7 @@ def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tup
         told[effect] = advantages
     elif effect == "token_weight":
         if value.dtype == torch.bool:
-            value = torch.where(value, options.weight, 1.0)
+            value = torch.where(value, torch.ones_like(value, dtype=torch.float64) * options.weight, 1.0)
         weight = torch.where(batch.free, value.double(), 1.0)
         touched = weight != 1
         told[effect] = weight.float()
