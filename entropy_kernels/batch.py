@@ -107,6 +107,8 @@ def _temperature(value: Any, logprob: Tensor) -> float | Tensor:
             raise ValueError(f"temperature: expected > 0, got {value}")
         return value
     check_tensor("temperature", value)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"temperature: expected a floating-point dtype, got {value.dtype}")
     if value.dim() == 0:
         check_scalar("temperature", value, logprob.device)
         return value.detach().to(logprob.device, non_blocking=True).expand(logprob.shape)

@@ -42,6 +42,8 @@ def tensors() -> dict[str, Tensor]:
         "term": normal(B, L), "vocab_covariance": normal(B, L), "step_size": torch.tensor(0.01),
         "input_ids": torch.randint(0, V, (B, L), generator=g), "attention_mask": torch.ones(B, L, dtype=torch.int64),
         "position_ids": torch.arange(L).expand(B, L).contiguous(),
+        "old_entropy": torch.rand(B, L, generator=g), "collision": torch.rand(B, L, generator=g),
+        "coefficient": torch.rand(B, L, generator=g), "values": normal(B, L),
     }  # fmt: skip
 
 
@@ -147,6 +149,28 @@ def batched(exclude: Tensor, **rest: Tensor) -> tuple[list[Tensor], list[Tensor]
     return [], [*batch.covariance(), *batch.clip_cov(**rest), *batch.kl_cov(**kl)]
 
 
+def controlled(ratio: Tensor, **given: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    decided = ek.control("exact_cov", ek.TokenBatch(**given), ratio=ratio, effect="token_weight")
+    return [], [decided.token_weight, *decided.metrics.values()]
+
+
+def drawn(seed: Tensor, **given: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    decided = ek.control("clip_cov", ek.TokenBatch(**given), seed=seed, low=-9.0, high=9.0, ratio=0.5)
+    return [], [decided.dropped, *decided.metrics.values()]
+
+
+def under_control(**given: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    batch = ek.TokenBatch(**{name: given[name] for name in ("logprob", "old_logprob", "advantages", "mask", "entropy")})
+    out = ek.policy_loss(**given, control=ek.control("top_entropy", batch, rho=0.5))
+    return [out.loss], [*out.metrics.values()]
+
+
+def stepped(**given: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    controller = ek.Controller("adaptive_entropy", target=2.0, coef=0.1)
+    decided = [controller.step(ek.TokenBatch(**given)) for _ in range(2)]
+    return [], [x.entropy_coef for x in decided]
+
+
 _HEAD = ("hidden", "weight", "bias")
 _ROWS = ("target", "temperature")
 _LOSS = ("old_logprob", "advantages", "mask", "ref_logprob", "token_weight", "covariance_advantages", "token_index")
@@ -154,6 +178,8 @@ _COEFFICIENTS = ("entropy_coef", "ref_kl_coef")
 _TRACKED = ("logprob", "entropy", *_COEFFICIENTS)
 _PLAIN_LOSS = tuple(name for name in _LOSS if name != "token_index")
 _BAND = ("seed", "ratio", "low", "high")
+_TOKENS = ("logprob", "old_logprob", "advantages", "mask")
+_KNOWN = ("entropy", "old_entropy", "collision", "token_index", "exclude")
 _CLIPS = ("clip_low", "clip_high")
 
 ENTRIES: dict[str, Entry] = {
@@ -220,6 +246,13 @@ ENTRIES: dict[str, Entry] = {
     "budget_tokens": Entry(plain(ek.budget_tokens), ("score", "mask", "share", "exclude", "token_index")),
     "random_tokens": Entry(
         plain(ek.random_tokens), ("score", "mask", "seed", "k", "low", "high", "exclude", "token_index")
+    ),
+    "token_moments": Entry(lambda **given: ([], [*ek.token_moments(**given, std=True)]), ("values", "mask")),
+    "control": Entry(controlled, (*_TOKENS, *_KNOWN, "vocab_covariance", "coefficient", "temperature", "ratio")),
+    "control, drawn": Entry(drawn, (*_TOKENS, "token_index", "exclude", "seed")),
+    "Controller": Entry(stepped, (*_TOKENS, "entropy")),
+    "policy_loss, control": Entry(
+        under_control, (*_TRACKED[:2], *_PLAIN_LOSS, "clip_low"), _TRACKED[:1]
     ),
     "SelectionBatch": Entry(
         batched, ("logprob", "advantages", "mask", "token_index", "exclude", *_BAND)
