@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from reference_selection import random_key
+from reference_selection import budget, random_key
 
 INF = math.inf
 
@@ -138,12 +139,19 @@ def kl_cov(tokens: Tokens, *, ratio: Any = None, k: Any = None, paper: bool = Fa
 
 def exact_cov(
     tokens: Tokens, *, ratio: Any = None, k: Any = None, at_least_one: bool = True, clip_low: Any = 0.2,
-    clip_high: Any = 0.2, dual_clip: Any = None, every: bool = False,
+    clip_high: Any = 0.2, dual_clip: Any = None, every: bool = False, **bounds: float,
 ) -> list[bool]:  # fmt: skip
     score = [t.decrease(clip_low, clip_high, dual_clip) for t in tokens]
     allowed = [in_fp32(x) > 0 for x in score]
     if every:
         return [x and not t.excluded for t, x in zip(tokens, allowed, strict=True)]
+    if bounds:
+        numbers = [torch.tensor([getattr(t, name) for t in tokens]) for name in ("excluded", "index")]
+        exclude, index = numbers[0].bool(), numbers[1].long()
+        enough = budget(torch.tensor(score, dtype=torch.float64), exclude=exclude, token_index=index, **bounds).tolist()
+        if ratio is k is None:
+            return enough
+        allowed = [a and b for a, b in zip(allowed, enough, strict=True)]
     return largest(tokens, score, many(tokens, 0.02 if ratio is None else ratio, k, at_least_one), allowed)
 
 

@@ -26,7 +26,7 @@ SEEDED = {name: {"seed": torch.tensor(5)} for name, row in ek.methods().items() 
 NUMBERS: dict[str, dict[str, tuple[float, float]]] = {
     "clip_cov": {"ratio": (0.1, 0.2), "low": (0.05, 0.3), "high": (3.0, 0.9), "clip_low": (0.1, 0.3)},
     "kl_cov": {"ratio": (0.1, 0.3), "kl_coef": (0.5, 0.7)},
-    "exact_cov": {"ratio": (0.1, 0.3), "clip_high": (0.1, 0.3), "dual_clip": (3.0, 1.1)},
+    "exact_cov": {"share": (0.1, 0.9), "ratio": (0.1, 0.3), "clip_high": (0.1, 0.3), "dual_clip": (3.0, 1.1)},
     "random": {"ratio": (0.1, 0.3)},
     "clip_b": {"mu": (0.5, 1.0)},
     "clip_v": {"mu": (0.5, 1.0), "ratio": (0.01, 0.1)},

@@ -343,6 +343,9 @@ NUMBERS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
      "seed": 1}),
     ("clip_cov", ValueError, r"high: expected a share in \[0, 1\]", {"band": "quantile", "low": 0.5, "seed": 1}),
     ("random", ValueError, "seed: ", {}),
+    ("exact_cov", ValueError, "budget, limit, share: expected one of them", {"budget": 0.1, "share": 0.5}),
+    ("exact_cov", ValueError, "share: ", {"share": 1.5}),
+    ("exact_cov", TypeError, "limit: expected a number, got str", {"limit": "0"}),
     ("erc", TypeError, "low: expected a number, got str", {"low": "a"}),
     ("erc", TypeError, "low: expected a number, got list", {"low": [1]}),
     ("erc", ValueError, "low: .* got nan", {"low": NAN}),
@@ -373,7 +376,7 @@ def test_option_errors(method: str, error: type[Exception], message: str, option
     known = dict(given)
     batch.add(known.pop("logprob"), known.pop("advantages"), known.pop("mask"), **known)
     fails(error, message, batch.control, method, **options)
-    if not message.startswith(("ratio", "k:", "seed", "high", "mu: expected on")):
+    if not message.startswith(("ratio", "k:", "seed", "high", "mu: expected on", "budget", "share", "limit")):
         options = {name: x for name, x in options.items() if name != "seed"}
         fails(error, message, ek.Controller, method, **options)
 

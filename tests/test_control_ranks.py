@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kl_cov": ("kl_cov", {"preset": "paper", "ratio": 0.04}),
     "exact_cov": ("exact_cov", {}),
     "exact_cov, weight": ("exact_cov", {"effect": "token_weight", "weight": 0.3}),
+    "exact_cov, budget": ("exact_cov", {"limit": 0.0}),
     "random": ("random", {"seed": -7, "k": 30}),
     "clip_b": ("clip_b", {"mu": 1.0}),
     "clip_v": ("clip_v", {"mu": 0.7, "k": 11}),
@@ -87,7 +88,7 @@ def test_any_split_into_micro_batches(sizes: list[int], ties: bool, indexed: boo
     assert_same(decide(parts(given, sizes)), expected)
     masks = {name: int(found[key].sum()) for name, found in expected.items()
              for key in ("dropped", "detached", "penalized") if key in found}  # fmt: skip
-    assert len(masks) == 9 and all(masks.values())
+    assert len(masks) == 10 and all(masks.values())
 
 
 def test_any_order_with_token_indices() -> None:
