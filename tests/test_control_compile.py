@@ -21,6 +21,7 @@ from stub_gpu import HERE, run_on_fake_gpu
 from test_control_ranks import CASES
 from test_losses_scope import NoHostSync
 
+pytestmark = pytest.mark.filterwarnings("ignore:entropy. expected a tensor that requires grad")
 SEEDED = {name: {"seed": torch.tensor(5)} for name, row in ek.methods().items() if row.draws}
 # method -> (options that may be numbers, two values of each)
 NUMBERS: dict[str, dict[str, tuple[float, float]]] = {

@@ -21,7 +21,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kl_cov": ("kl_cov", {"preset": "paper", "ratio": 0.04}),
     "exact_cov": ("exact_cov", {}),
     "exact_cov, weight": ("exact_cov", {"effect": "token_weight", "weight": 0.3}),
-    "exact_cov, budget": ("exact_cov", {"limit": 0.0}),
+    "exact_cov, budget": ("exact_cov", {"limit": -0.1}),
     "random": ("random", {"seed": -7, "k": 30}),
     "clip_b": ("clip_b", {"mu": 1.0}),
     "clip_v": ("clip_v", {"mu": 0.7, "k": 11}),
