@@ -80,7 +80,7 @@ constexpr ScanKernels kernels{candidates, random_keys, compress_above, totals};
 }  // namespace portable
 
 #if defined(__x86_64__)
-EK_TARGET_BEGIN("avx2,popcnt")
+EK_TARGET_BEGIN("avx2,fma,popcnt")
 namespace avx2 {
 
 // byte b -> the positions of its set bits, in ascending order, as eight bytes
@@ -271,7 +271,8 @@ ScoreTotals totals_of(const TokenView& view, int64_t begin, int64_t end, double 
       }
       const __m256 score = _mm256_castsi256_ps(_mm256_and_si256(bits, finite));
       for (const __m128 half : {_mm256_castps256_ps128(score), _mm256_extractf128_ps(score, 1)}) {
-        const __m256d shifted = _mm256_add_pd(_mm256_mul_pd(_mm256_cvtps_pd(half), scales), magic);
+        // the product is exact: there is one rounding
+        const __m256d shifted = _mm256_fmadd_pd(_mm256_cvtps_pd(half), scales, magic);
         sum = _mm256_add_epi64(sum, _mm256_castpd_si256(shifted));
       }
     }
