@@ -83,7 +83,7 @@ gpu-prebuilt: ## build both libraries for one GPU architecture against TORCH=FOL
 gpu-smoke: ## on a GPU: is every kernel right, and how fast? at most 3 minutes
 	@$(PYTHON) tools/gpu_smoke.py smoke $(GPU_ARGS)
 
-gpu-verify: ## on a GPU: all GPU tests and a search for data races; decides what backend="auto" may use; at most 3 minutes
+gpu-verify: ## on a GPU: all GPU tests and a search for data races; decides what backend="auto" may use; at most 4 minutes
 	@$(PYTHON) tools/gpu_smoke.py verify $(GPU_ARGS)
 
 gpu-bench: ## on a GPU: the benchmark with its peers, the other backends' tests, more sanitizers; at most 9 minutes

@@ -16,7 +16,7 @@ from calls import same_bits
 from conftest import BackendDevice, gpu_backend_devices, needs_fake_gpu
 from control_cases import Micro, micro, one
 from entropy_kernels import _arguments, _selection_request, _sequences
-from entropy_kernels.backends import radix_select, registry
+from entropy_kernels.backends import radix_select
 from stub_gpu import HERE, run_on_fake_gpu
 from test_control_ranks import CASES
 from test_losses_scope import NoHostSync
@@ -224,7 +224,7 @@ def test_no_value_is_read_back_by_the_host(name: str, monkeypatch: pytest.Monkey
 SELECTION = ("token_covariance", "clip_cov_mask", "kl_cov_mask")
 
 
-@pytest.mark.parametrize("on", gpu_backend_devices(*SELECTION, needs=registry.OPS))
+@pytest.mark.parametrize("on", gpu_backend_devices(*SELECTION))
 @pytest.mark.parametrize("rows", (4, 3000))
 def test_masks_are_those_of_the_cpu(on: BackendDevice, rows: int) -> None:
     """Bit-equal masks, means and counts; values, which exp and log round differently, to 1e-6."""
@@ -249,7 +249,7 @@ def test_masks_are_those_of_the_cpu(on: BackendDevice, rows: int) -> None:
         assert all(same_bits(a, b.cpu()) for a, b in zip(*pair, strict=True))
 
 
-@pytest.mark.parametrize("on", gpu_backend_devices(*SELECTION, needs=registry.OPS))
+@pytest.mark.parametrize("on", gpu_backend_devices(*SELECTION))
 def test_no_sync(on: BackendDevice) -> None:
     given = {name: x.to(on.device) for name, x in micro(40, 60, 5).items()}
 

@@ -428,7 +428,7 @@ def smoke(course: Course) -> None:
 
 def verification(course: Course) -> None:
     outcomes = families(course, 75)
-    log = tests(course, "cuda,none", 120)
+    log = tests(course, "cuda,none", 150)
     kinds = ("forward-bulk", "forward-clusters", "forward-parts", "selection", "covariance")
     sanitize(course, "racecheck", 60, outcomes, lambda name: name.startswith(tuple(f"cuda/{kind}" for kind in kinds)))
     conclude(course, outcomes, log)
@@ -444,7 +444,7 @@ def bench(course: Course) -> None:
     tests(course, "triton,torch", 120)
 
 
-COURSES = {"smoke": (smoke, 180.0), "verify": (verification, 180.0), "bench": (bench, 540.0)}
+COURSES = {"smoke": (smoke, 180.0), "verify": (verification, 240.0), "bench": (bench, 540.0)}
 
 
 def find_gpu() -> Gpu | str:
