@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,12 @@ class OnDevice:
     @functools.cache  # noqa: B019  (one object; a function has to stay the same one)
     def __getattr__(self, name: str) -> Any:
         function = getattr(entropy_kernels, name)
-        if not isinstance(function, types.FunctionType):
-            return function
+        return self.moved(function) if isinstance(function, types.FunctionType) else function
 
-        @functools.wraps(function)
+    def moved(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function, or a module that is called, on the device."""
+
+        @functools.wraps(function, updated=())
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.device == "cpu":
                 return function(*args, **kwargs)

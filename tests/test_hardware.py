@@ -5,6 +5,8 @@ Tests that CPUs run as well have the fixture `on`, and run there too; test_cuda_
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -200,6 +202,8 @@ def test_no_path_waits_for_the_device(calls: dict[str, Callable[[], tuple[Tensor
                 raise AssertionError(f"{name}: {error}") from error
 
 
+# a thousand replays of torch's hundred small kernels, on a device that other processes share
+@pytest.mark.timeout(120, method="thread")
 @every_kind
 def test_replays_of_a_graph_equal_the_call_bit_for_bit(calls: dict[str, Callable[[], tuple[Tensor, ...]]]) -> None:
     """A thousand replays, back to back, of all calls in one graph; outputs are overwritten in between now and then."""
@@ -394,3 +398,27 @@ def test_triton_takes_the_tilings_that_were_measured(
     assert all(same_bits(a, b) for a, b in zip(tuned, again, strict=True))
     for a, b in zip(plain, tuned, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-5)
+
+
+_WRONG_BOUNDARIES = """
+import sys, torch, entropy_kernels as ek
+lp, old, adv = (torch.zeros(12, device="cuda") for _ in range(3))
+ends = torch.tensor(eval(sys.argv[1]), dtype=torch.int32, device="cuda")
+ek.policy_loss(lp, old, adv, None, cu_seqlens=ends, surrogate="gspo", loss_agg_mode="seq-mean-token-mean")
+print("launched", flush=True)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "ends", ("[0, 3, 10, 10, 12]", "[0, 30, 10, 10, 12]", "[5, 3, 10, 10, 12]", "[0, -7, 10, 10, 12]")
+)
+def test_boundaries_are_asserted_on_the_device(ends: str) -> None:
+    """No value is read back for it; in a process of its own, because a failed assertion is the last thing of one."""
+    done = subprocess.run([sys.executable, "-c", _WRONG_BOUNDARIES, ends], capture_output=True, text=True, timeout=100)
+    if ends == "[0, 3, 10, 10, 12]":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0 and "launched" in done.stdout and "assert" in done.stderr, done.stderr

@@ -249,13 +249,14 @@ def machine(course: Course) -> bool:
     """What the libraries and the device say of themselves, in a process of its own: they may not even load.
 
     Returns:
-        Whether they said it. Then the others can be tried, even if the CUDA half cannot.
+        Whether they said it. Then the others can be tried, even if the CUDA half cannot; unless it was to be in place,
+        where a run without it would only take time.
     """
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         text = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20, env={"PATH": PATH}).stdout
         (course.logs / "nvidia-smi.txt").write_text(text)
-    course.run("machine", (sys.executable, "-c", _MACHINE), 45)
-    return "machine" in course.recorded
+    right = course.run("machine", (sys.executable, "-c", _MACHINE), 45)
+    return "machine" in course.recorded and (right or course.arguments.build)
 
 
 def families(course: Course, limit: float) -> list[Any]:
