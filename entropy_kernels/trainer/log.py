@@ -264,7 +264,7 @@ class ProgressBoard:
     def say(self, text: str) -> None:
         """A line above the bars."""
         if self._enabled:
-            self._bars.console.print(text, highlight=False)
+            self._bars.console.print(text, highlight=False, soft_wrap=True)
 
     def add(self, name: str, total: int) -> None:
         """A bar that waits for its first update."""

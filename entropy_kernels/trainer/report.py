@@ -607,8 +607,8 @@ HEADS_NOTE = (
     "optimizer state, the same under all, are not counted."
 )
 CAUSE = (
-    "Without intervention the policy spends its entropy early. The tokens that spend it are few: those whose log- "
-    "probability and advantage are both high. Taking their gradient, or holding them back, keeps the entropy; doing "
+    "Without intervention the policy spends its entropy early. The tokens that spend it are few: those whose "
+    "log-probability and advantage are both high. Taking their gradient, or holding them back, keeps the entropy; doing "
     "the same to random tokens does not."
 )
 WHY = (
