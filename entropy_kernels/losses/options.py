@@ -272,10 +272,13 @@ def controlled(method: str, given: dict[str, Any]) -> dict[str, Any]:
         found[name] = given.get(name) if own is None else own
     if control.penalty_coef is not None:
         found["kl_coef"] = control.penalty_coef
+    elif control.penalized is not None and "kl_coef" not in given:
+        raise ValueError("penalty_coef: expected a number in a control with penalized tokens, got None")
     if control.token_weight is not None:
         weight, logprob = given["token_weight"], given["logprob"]
         if weight is not None:
             check_float("logprob", logprob)
+            check_float("token_weight of control", control.token_weight)
             check_place("token_weight of control", control.token_weight, "logprob", logprob)
             sequences = packed_sequences(given["cu_seqlens"], logprob)
             weight = per_token_or_sequence("token_weight", weight, logprob, sequences) * control.token_weight
