@@ -144,6 +144,8 @@ def test_the_loss_clips_as_the_method_counts(method: str, options: dict[str, obj
     [
         ("exact_cof", {}, r"method: expected one of grpo, .* \(did you mean exact_cov\?\), got 'exact_cof'"),
         ("exact_cov", {"method_options": {"budet": 1}}, r"method_options: budet: expected an option of exact_cov \("),
+        ("exact_cov", {"method_options": {"seed": 3}}, r"method_options: seed: expected an option of exact_cov \("),
+        ("entrocraft", {"method_options": {"total_steps": 0}}, r"method_options: total_steps: expected .*got 0"),
         ("exact_cov", {"method_options": {"ratio": 2}}, r"method_options: ratio: expected .*got 2"),
         (
             "exact_cov",

@@ -117,6 +117,9 @@ def options_of(config: TrainerConfig) -> dict[str, Any]:
     row = method.decides
     if row is None:
         return {}
+    for option in asked:
+        if option not in row.options:  # some are arguments of a Controller
+            raise TypeError(f"{option}: expected an option of {config.method} ({', '.join(row.options)}), got {option}")
     usual = {**row.options, **row.presets.get(asked.get("preset", ""), {})}
     given = {name: getattr(config, name) for name in ("clip_low", "clip_high") if usual[name] is not None}
     given |= {**method.options, **{option: getattr(config, name) for option, name in method.fields.items()}}
