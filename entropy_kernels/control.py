@@ -16,7 +16,7 @@ from torch import Tensor
 from entropy_kernels._arguments import Options, check_scalar, group_name, integer, number, scalar_tensor
 from entropy_kernels._selection_request import SeedCounter, seed_tensor
 from entropy_kernels.batch import TokenBatch, WholeBatch
-from entropy_kernels.methods import Method, decrease_of, entropy_decrease, find
+from entropy_kernels.methods import CLIP_BOUNDS, Method, decrease_of, entropy_decrease, find
 from entropy_kernels.selection import clip_cov_mask, kl_cov_mask
 
 
@@ -35,7 +35,9 @@ class Control(NamedTuple):
 
 _COUNTED = ("ratio", "k", "budget", "limit", "share")
 _MASKS = ("dropped", "detached", "penalized", "token_weight")  # effects whose rule may return a mask
-_ORDERED = (("low", "high"), ("low_end", "high_end"), ("coef_min", "coef_max"), ("zeta_min", "zeta_max"))
+_ORDERED = (
+    ("low", "high"), ("low_end", "high_end"), ("coef_min", "coef_max"), ("zeta_min", "zeta_max"), ("w_min", "w_max"),
+)  # fmt: skip
 _OPTIONAL = ("ratio", "clip_low", "clip_high")  # whose None means something where the default is a number
 
 #: The metrics of a control, of the whole batch.
@@ -44,7 +46,7 @@ METRICS = {
     "touched_frac": "their share of the tokens that count",
     "decrease_share": "share of the predicted entropy decrease, Σ c·F over F > 0, that they carry (vocab_covariance)",
     "predicted_change": "Σ -c·F / N of the update as controlled: mean entropy change per unit learning rate, nats, to "
-    "first order in each token's own logits (with vocab_covariance)",
+    "first order in each token's own logits; a penalty and a bonus of entropy are not in it (with vocab_covariance)",
     "predicted_change_free": "the same without the control (with vocab_covariance)",
     "entropy_coef": "the coefficient of the entropy bonus (methods that set it)",
 }
@@ -68,8 +70,8 @@ def control(
 
     Means, counts, quantiles, budgets and draws are those of the whole batch, on all ranks of ``batch_group``, and the
     same bit for bit for every split over ranks (:class:`SelectionBatch`: and micro-batches). No value is read back by
-    the host, no gradient flows; under ``torch.compile(fullgraph=True)`` another number compiles nothing again. A method
-    with memory (:class:`Controller`) makes its first step.
+    the host, no gradient flows; under ``torch.compile(fullgraph=True)`` another 0-d tensor compiles nothing again,
+    another Python number once. A method with memory (:class:`Controller`) makes its first step.
 
     Args:
         method: a name, or an ``ek.Method`` of your own.
@@ -110,14 +112,13 @@ def _checked(method: str | Method, row: Method, given: dict[str, Any], device: t
     if given.get("k") is not None and "ratio" not in given:
         chosen["ratio"] = None  # k takes the place of its default
     chosen |= given
+    checked = {option: _checked_option(option, value, known[option], row, device) for option, value in chosen.items()}
     for least, most in _ORDERED:
         low, high = chosen.get(least), chosen.get(most)
         if isinstance(low, (int, float)) and isinstance(high, (int, float)) and low > high:
             raise ValueError(f"{least}: expected <= {most}, got {least}={low}, {most}={high}")
-    for option, value in chosen.items():
-        chosen[option] = _checked_option(option, value, known[option], row, device)
-    chosen.setdefault("effect", row.effects[0])
-    return Options(chosen)
+    checked.setdefault("effect", row.effects[0])
+    return Options(checked)
 
 
 def _checked_option(name: str, value: Any, default: Any, row: Method, device: torch.device | None) -> Any:
@@ -144,7 +145,7 @@ def _checked_option(name: str, value: Any, default: Any, row: Method, device: to
     if name in _COUNTED:  # the selection checks them
         return value
     value = number(name, value, torch.float64)
-    least, most = row.bounds.get(name, (-math.inf, math.inf))
+    least, most = {**CLIP_BOUNDS, **row.bounds}.get(name, (-math.inf, math.inf))
     if not least <= value <= most:
         raise ValueError(f"{name}: expected a number within [{least}, {most}], got {value}")
     # a compiler would take a number for a constant
@@ -382,11 +383,8 @@ class Controller:
             raise TypeError(f"batch: expected an ek.TokenBatch or ek.SelectionBatch, got {type(batch).__name__}")
         options = _checked(self._method, self._row, self._options, whole.device)
         options.update({name: x.to(whole.device, non_blocking=True) for name, x in self.memory.items()})
-        if not self._row.draws:
-            seed = None
-        elif seed is None:
-            seed = self._seeds()
-        found, kept = _decided(self._row, whole, options, seed)
+        # the counter is asked where the call is known to be right
+        found, kept = _decided(self._row, whole, options, self._seeds if seed is None else seed)
         self.memory = {**self.memory, **_of_options(self._row, "remember", kept)}
         return found if isinstance(batch, SelectionBatch) else found[0]
 

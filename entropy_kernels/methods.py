@@ -32,6 +32,7 @@ EFFECTS = {
 }
 #: Options of every method: PPO's clip as the loss has it, for the tokens whose gradient it stops.
 CLIPS = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
+CLIP_BOUNDS = {"clip_low": (0.0, math.inf), "clip_high": (0.0, math.inf), "dual_clip": (1.0, math.inf)}
 ALIKE = 1e-12  # a standard deviation below it is none, as in Trinity-RFT
 
 
@@ -440,8 +441,8 @@ METHODS: dict[str, Method] = {
             "zeta": 1e-3, "target": None, "initial_entropy": None, "center": False, "floor": -20.0, "zeta_min": 1e-4,
             "zeta_max": 0.05,
         },
-        bounds={"zeta_min": (1e-12, math.inf), "zeta_max": (1e-12, math.inf)}, words={"target": ("initial",)},
-        remember=next_zeta,
+        bounds={"floor": (-math.inf, 0.0), "zeta_min": (1e-12, math.inf), "zeta_max": (1e-12, math.inf)},
+        words={"target": ("initial",)}, remember=next_zeta,
         formula="A > 0: max(A(1 - zeta·lp), 0); A < 0: min(A(1 + zeta·lp), 0); center: lp + H for lp; "
         "with a target zeta doubles or halves each step",
         source="2603.11682, REPO-R; numbers of SkyRL#1896 (target 'initial': the paper's)",
@@ -463,7 +464,8 @@ METHODS: dict[str, Method] = {
             "low": 0.6, "high": 0.7, "low_end": 0.1, "high_end": 0.2, "total_steps": None, "step": 0.0,
             "schedule": "linear",
         },
-        words={"schedule": ("linear", "cosine", "constant")}, remember=next_step,
+        {"total_steps": (1e-9, math.inf), "step": (0.0, 2.0**53)},
+        {"schedule": ("linear", "cosine", "constant")}, remember=next_step,
         formula="mean H > high: A >= 0 only, < low: A <= 0 only; moves to [low_end, high_end] in total_steps",
         source="2604.26326, Alg. 1",
         users="its authors",

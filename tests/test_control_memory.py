@@ -148,6 +148,18 @@ def test_a_batch_without_a_finite_entropy_changes_no_memory(
     assert controller.state_dict()["memory"] != before
 
 
+def test_a_step_that_fails_counts_no_seed() -> None:
+    controller = ek.Controller("clip_cov")
+    unknown = ek.Controller(own(needs=("entropy",), draws=True))
+    given = micro(2, 5)
+    lacking = {name: x for name, x in given.items() if name != "entropy"}
+    fails(ValueError, "entropy: expected a tensor in the TokenBatch", unknown.step, one(lacking))
+    assert unknown.state_dict()["calls"] == 0
+    unknown.step(one(given))
+    controller.step(one(given))
+    assert unknown.state_dict()["calls"] == controller.state_dict()["calls"] == 1
+
+
 def test_seeds_are_counted() -> None:
     """Each step draws with the next seed; the same as ek.control with it."""
     given = micro(4, 30, 1)
@@ -364,6 +376,14 @@ NUMBERS: list[tuple[str, type[Exception], str, dict[str, Any]]] = [
     ("entrocraft", ValueError, "low: expected <= high, got low=0.8, high=0.7", {"low": 0.8}),
     ("entrocraft", ValueError, "schedule: expected one of 'linear', 'cosine', 'constant'", {"schedule": "step"}),
     ("entropy_advantage", ValueError, "kappa: .* got 0", {"kappa": 0}),
+    ("entrocraft", ValueError, "total_steps: expected a number within .* got 0", {"total_steps": 0}),
+    ("entrocraft", ValueError, "total_steps: .* got -5", {"total_steps": -5}),
+    ("entrocraft", ValueError, "step: .* got inf", {"step": math.inf, "total_steps": 9}),
+    ("steer", ValueError, "w_min: expected <= w_max, got w_min=0.8, w_max=0.5", {"w_max": 0.5, "map": "linear"}),
+    ("repo", ValueError, "floor: .* got 1.0", {"floor": 1.0}),
+    ("exact_cov", ValueError, "clip_low: .* got -1", {"clip_low": -1}),
+    ("clip_b", ValueError, "clip_high: .* got -0.1", {"clip_high": -0.1}),
+    ("steer", ValueError, "dual_clip: .* got 0.5", {"dual_clip": 0.5}),
 ]  # fmt: skip
 
 
