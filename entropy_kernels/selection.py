@@ -99,6 +99,8 @@ def token_moments(
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
     """
     check_float("values", values)
+    if not isinstance(std, bool):
+        raise TypeError(f"std: expected a bool, got {type(std).__name__}")
     mask, wrong = boolean_of("mask", mask, "values", values)
     flat = poisoned(values.detach(), wrong).double().reshape(1, -1)
     found = moments_op(flat, None if mask is None else mask.reshape(-1), std, group_name(batch_group))
@@ -136,7 +138,7 @@ def random_tokens(
 
     A schedule gives ratio, k, low and high as 0-d tensors of a float or int dtype, on the score's device or the CPU:
     their values are never read by the host, a CUDA graph reads those on its device anew at each replay, and under
-    torch.compile a new value, of a tensor or a number, compiles nothing again. ENTROPY_KERNELS_DEBUG=1 checks them in
+    torch.compile a new value compiles nothing again, another Python number once. ENTROPY_KERNELS_DEBUG=1 checks them in
     eager mode, at the price of a sync. Unchecked, a ratio and the shares of a range are clamped to [0, 1], k to >= 0
     and rounded down (NaN is 0), and a range whose low is not below its high is empty.
 

@@ -165,6 +165,7 @@ ERRORS: list[tuple[type[Exception], str, tuple, dict[str, Any]]] = [
     (ValueError, r"mask: expected values's shape \(3,\).*got \(2,\)", (torch.ones(3), torch.ones(2)), {}),
     (ValueError, "mask: expected a mask of 0 and 1, got 0.5", (torch.ones(2), torch.tensor([1.0, 0.5])), {}),
     (ValueError, "mask: expected on the device of values", (torch.ones(2), torch.ones(2, device="meta")), {}),
+    (TypeError, "std: expected a bool, got str", (torch.ones(2),), {"std": "yes"}),
     (TypeError, "batch_group: expected a torch.distributed process group", (torch.ones(2),), {"batch_group": 1}),
 ]
 
