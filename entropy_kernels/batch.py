@@ -27,6 +27,13 @@ from entropy_kernels._sequences import packed_sequences, per_token_or_sequence
 from entropy_kernels.selection import TokenMoments
 
 
+#: What may be asked of a batch by name.
+FIELDS = (
+    "logprob", "old_logprob", "advantages", "entropy", "old_entropy", "collision", "vocab_covariance", "coefficient",
+    "temperature",
+)  # fmt: skip
+
+
 class TokenBatch:
     """A batch of tokens, or one of its micro-batches, with what is known of each token: what control is decided from.
 
@@ -145,7 +152,10 @@ class WholeBatch:
         return all(getattr(batch, name) is not None for batch in self._batches)
 
     def expect(self, name: str) -> None:
-        """Raise ValueError unless all micro-batches have the field."""
+        """Raise ValueError unless all micro-batches have the field, KeyError where there is none of the name."""
+        if name not in FIELDS:
+            known = ", ".join(dict.fromkeys((*FIELDS, *_MADE)))
+            raise KeyError(f"{name}: expected one of {known}, got {name}")
         if not self.has(name):
             raise ValueError(f"{name}: expected a tensor in the TokenBatch, which this method needs, got None")
 

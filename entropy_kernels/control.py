@@ -183,6 +183,8 @@ def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tup
         told[effect] = advantages
     elif effect == "token_weight":
         if value.dtype == torch.bool:
+            if "weight" not in options:
+                raise TypeError("rule: expected numbers, or a bool beside an option weight, got a bool without one")
             value = torch.where(value, torch.ones_like(value, dtype=torch.float64) * options.weight, 1.0)
         weight = torch.where(batch.free, value.double(), 1.0)
         touched = weight != 1
@@ -200,7 +202,9 @@ def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tup
     for name, x in told.items():
         if isinstance(x, Tensor) and x.dim():
             parts[name] = batch.advantages(x) if name == "advantages" else batch.split(x)
-    found = [Control(**{name: part[i] for name, part in parts.items()}, metrics=metrics) for i in range(len(batch))]
+    found = [
+        Control(**{name: part[i] for name, part in parts.items()}, metrics=dict(metrics)) for i in range(len(batch))
+    ]
     return found, {} if row.remember is None else row.remember(batch, options)
 
 

@@ -148,6 +148,16 @@ def test_a_batch_without_a_finite_entropy_changes_no_memory(
     assert controller.state_dict()["memory"] != before
 
 
+def test_a_metric_added_to_one_control_is_not_in_the_next() -> None:
+    batch = ek.SelectionBatch()
+    for _ in range(2):
+        known = micro(2, 5)
+        batch.add(known.pop("logprob"), known.pop("advantages"), known.pop("mask"), **known)
+    first, second = batch.control("clip_b")
+    first.metrics["loss"] = torch.zeros(())
+    assert "loss" not in second.metrics
+
+
 def test_a_step_that_fails_counts_no_seed() -> None:
     controller = ek.Controller("clip_cov")
     unknown = ek.Controller(own(needs=("entropy",), draws=True))
@@ -318,6 +328,10 @@ def test_bad_rows() -> None:
           shift, batch)  # fmt: skip
     coef = own(effects=("entropy_coef",), rule=lambda b, s, o: s)
     fails(TypeError, r"rule: .* floating point of \(\) for the effect 'entropy_coef'", ek.control, coef, batch)
+    fails(TypeError, "rule: expected numbers, or a bool beside an option weight", ek.control,
+          own(effects=("token_weight",), rule=lambda b, s, o: s > 0, defaults={}), batch)  # fmt: skip
+    for row in (own(needs=("entrop",)), own(score=lambda b, o: b["entrop"])):
+        fails(KeyError, "entrop: expected one of logprob, .*entropy, .*ratio, .*, got entrop", ek.control, row, batch)
     forgets = ek.Controller(own(remember=lambda b, o: {"colour": torch.zeros(())}))
     fails(ValueError, "remember: expected names of options .*, got colour", forgets.step, batch)
 
