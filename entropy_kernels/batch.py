@@ -26,7 +26,6 @@ from entropy_kernels._selection_request import boolean_of, broadcast, check_toke
 from entropy_kernels._sequences import packed_sequences, per_token_or_sequence
 from entropy_kernels.selection import TokenMoments
 
-
 #: What may be asked of a batch by name.
 FIELDS = (
     "logprob", "old_logprob", "advantages", "entropy", "old_entropy", "collision", "vocab_covariance", "coefficient",

@@ -213,7 +213,8 @@ class TrainerConfig:
     measure_entropy_change: bool = True
     """Run the rollout through the updated model once more, to measure the entropy change of each step."""
     measure_memory: bool = True
-    """Before the first update, run one micro-batch with each head: their peak memory, and whether linear and logits agree."""
+    """Before the first update, run one micro-batch with each head: their peak memory, and whether linear and logits
+    agree."""
 
     def validate(self) -> None:
         """Raise ValueError, naming the field, what was expected and what came, if a value cannot work."""

@@ -608,8 +608,8 @@ HEADS_NOTE = (
 )
 CAUSE = (
     "Without intervention the policy spends its entropy early. The tokens that spend it are few: those whose "
-    "log-probability and advantage are both high. Taking their gradient, or holding them back, keeps the entropy; doing "
-    "the same to random tokens does not."
+    "log-probability and advantage are both high. Taking their gradient, or holding them back, keeps the entropy; "
+    "doing the same to random tokens does not."
 )
 WHY = (
     "Why the three differ. The theory takes each row of logits as its own parameter: there, for a small step, "
