@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_kernels._arguments import all_gather, debugging, traced
+
 UNKNOWN = math.nan
 _NONE, _NAN = -math.inf, math.inf
 _ROOM = 64  # options; those beyond it count as one
@@ -46,6 +48,22 @@ def sent(in_common: dict[str, Any], device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.tensor(found, dtype=torch.float64)
     return torch.cat([torch.full((1,), x, dtype=torch.float64, device=device) for x in found])
+
+
+def expect(in_common: dict[str, Any], group: Any, device: torch.device) -> None:
+    """Raise the same on all ranks of ``group`` where they have not alike what they should; one small collective.
+
+    On a GPU only with ENTROPY_KERNELS_DEBUG=1, as it waits for the device; in compiled code never.
+    """
+    if traced() or (device.type != "cpu" and not debugging()):
+        return
+    own = sent(in_common, device)
+    gathered = own.new_empty(group.size(), own.numel())
+    all_gather(gathered.view(-1), own, group=group)
+    for column, values in enumerate(gathered.t().tolist()):
+        known = [x for x in values if not math.isnan(x)]
+        if known and min(known) < max(known):
+            refuse(in_common, column, values, "batch_group")
 
 
 def refuse(in_common: dict[str, Any], column: int, values: list[float], group: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entropy_kernels import _agreement as agreement
 from entropy_kernels import _torch, selection
 from entropy_kernels._arguments import (
     check_float,
@@ -157,6 +158,11 @@ class WholeBatch:
             raise KeyError(f"{name}: expected one of {known}, got {name}")
         if not self.has(name):
             raise ValueError(f"{name}: expected a tensor in the TokenBatch, which this method needs, got None")
+
+    def agree(self, in_common: dict[str, Any]) -> None:
+        """Raise the same on all ranks where they have not ``in_common`` what they should."""
+        if self._group is not None:
+            agreement.expect(in_common, self._group, self.device)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._known:

@@ -169,6 +169,7 @@ def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tup
     """A control per micro-batch, and what a method with memory keeps."""
     for name in row.needs:
         batch.expect(name)
+    batch.agree({"method": (row.formula, *row.effects), **options})
     if row.draws:
         options["seed"] = seed_tensor(seed, batch.device)
     effect = options.effect
@@ -283,16 +284,24 @@ class SelectionBatch:
         token_index: Tensor | None = None,
         *,
         old_logprob: Tensor | None = None,
-        **known: Any,
+        entropy: Tensor | None = None,
+        old_entropy: Tensor | None = None,
+        collision: Tensor | None = None,
+        vocab_covariance: Tensor | None = None,
+        coefficient: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        cu_seqlens: Tensor | None = None,
+        exclude: Tensor | None = None,
     ) -> None:
-        """Add a micro-batch.
+        """Add a micro-batch: arguments as in :class:`entropy_kernels.TokenBatch`.
 
         ``token_index`` is given for all micro-batches or for none; the default continues where the last one ended.
-
-        Args:
-            known: keywords of :class:`entropy_kernels.TokenBatch` (entropy, vocab_covariance, exclude, ...).
         """
-        added = TokenBatch(logprob, old_logprob, advantages, mask, token_index=token_index, **known)
+        added = TokenBatch(
+            logprob, old_logprob, advantages, mask, entropy=entropy, old_entropy=old_entropy, collision=collision,
+            vocab_covariance=vocab_covariance, coefficient=coefficient, temperature=temperature,
+            cu_seqlens=cu_seqlens, token_index=token_index, exclude=exclude,
+        )  # fmt: skip
         if self._added and logprob.device != (device := self._added[0].logprob.device):
             raise ValueError(
                 f"logprob: expected on the device of the earlier micro-batches, {device}, got {logprob.device}"

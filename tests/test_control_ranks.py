@@ -68,7 +68,7 @@ def decide(micros: list[Micro], group: Any = None) -> Found:
         if decided and decided[0].entropy_coef is not None:
             numbers.append(decided[0].entropy_coef)
         found[name]["numbers"] = torch.stack(numbers) if numbers else torch.zeros(0)
-        assert all(each.metrics is decided[0].metrics for each in decided)
+        assert all(x is decided[0].metrics[name] for each in decided for name, x in each.metrics.items())
     return found
 
 
@@ -224,3 +224,32 @@ def with_one_controlled(rank: int, world: int) -> str:
     except ValueError as error:
         return str(error)
     return "nothing was raised"
+
+
+OTHER_ON_ONE_RANK = {
+    "mu": ("clip_b", {"mu": 1.0}, {"mu": 1.5}),
+    "weight": ("exact_cov", {"effect": "token_weight"}, {"weight": 0.25}),
+    "target": ("adaptive_entropy", {}, {"target": 0.3}),
+    "map": ("steer", {}, {"map": "linear"}),
+    "method": ("clip_b", {}, {}),
+}
+
+
+def with_other_options(rank: int, world: int) -> dict[str, str]:
+    """Of each case the error, and whether the next call goes on."""
+    group, found = dist.group.WORLD, {}
+    given = parts(whole(), [12] * 2)[rank]
+    positional = [given.pop(name) for name in ("logprob", "old_logprob", "advantages", "mask")]
+    batch = ek.TokenBatch(*positional, **given)
+    for name, (method, options, other) in OTHER_ON_ONE_RANK.items():
+        chosen = "clip_v" if name == "method" and rank else method
+        with pytest.raises(ValueError, match=rf"^{name}: expected the same on all ranks of the batch_group") as caught:
+            ek.control(chosen, batch, batch_group=group, **(options | other if rank else options))
+        found[name] = str(caught.value)
+        ek.control(method, batch, batch_group=group, **options)
+    return found
+
+
+def test_ranks_that_ask_for_other_things_all_hear_of_it() -> None:
+    found = one_result(2, with_other_options)
+    assert "got [1.0, 1.5]" in found["mu"]
