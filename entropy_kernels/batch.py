@@ -137,6 +137,7 @@ class WholeBatch:
     """
 
     def __init__(self, batches: Sequence[TokenBatch], group: Any, backend: str) -> None:
+        group_name(group)
         self._batches, self._group, self._backend = batches, group, backend
         self.device = batches[0].logprob.device if batches else _device(group)
         self.shared = group is not None
