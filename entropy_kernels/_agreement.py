@@ -60,10 +60,22 @@ def expect(in_common: dict[str, Any], group: Any, device: torch.device) -> None:
     own = sent(in_common, device)
     gathered = own.new_empty(group.size(), own.numel())
     all_gather(gathered.view(-1), own, group=group)
-    for column, values in enumerate(gathered.t().tolist()):
-        known = [x for x in values if not math.isnan(x)]
-        if known and min(known) < max(known):
-            refuse(in_common, column, values, "batch_group")
+    check(in_common, gathered)
+
+
+def differing(gathered: Tensor) -> Tensor:
+    """(C,) bool: of what the ranks have :func:`sent`, (ranks, C), where two know other numbers."""
+    known = ~gathered.isnan()
+    least, most = (torch.where(known, gathered, x) for x in (math.inf, -math.inf))
+    return least.amin(0) < most.amax(0)
+
+
+def check(in_common: dict[str, Any], gathered: Tensor) -> None:
+    """Raise for the first of them."""
+    differ = differing(gathered)
+    if differ.any():
+        column = int(differ.nonzero()[0])
+        refuse(in_common, column, gathered[:, column].tolist(), "batch_group")
 
 
 def refuse(in_common: dict[str, Any], column: int, values: list[float], group: str) -> None:

@@ -162,7 +162,7 @@ class WholeBatch:
 
     def agree(self, in_common: dict[str, Any]) -> None:
         """Raise the same on all ranks where they have not ``in_common`` what they should."""
-        if self._group is not None:
+        if self.shared:
             agreement.expect(in_common, self._group, self.device)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import Options
+from entropy_kernels.backends.radix_select import ALL_TOKENS
 from entropy_kernels.batch import WholeBatch
 from entropy_kernels.selection import TokenMoments
 
@@ -265,7 +266,7 @@ def far_above(batch: WholeBatch, score: Tensor, options: Options) -> Tensor:
 def below_quantile(batch: WholeBatch, score: Tensor, options: Options) -> Tensor:
     """Below the batch's 1 - rho quantile (between two order statistics: the upper one), or NaN."""
     # the largest scores down to number floor(rho · (N - 1)), which are all drawn
-    everything: dict[str, Any] = {"seed": 0, "k": 1 << 53, "band": "quantile", "closed": True}
+    everything: dict[str, Any] = {"seed": 0, "k": ALL_TOKENS, "band": "quantile", "closed": True}
     return batch.mask & ~batch.random(-score.float(), low=0.0, high=options.rho, **everything)
 
 

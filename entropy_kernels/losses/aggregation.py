@@ -141,11 +141,7 @@ def over_group(
     all_gather(gathered.view(-1), torch.cat([local, common]), group=group)
     gathered, common = gathered.split([local.numel(), common.numel()], 1)
     totals = torch.cat([gathered[:, : len(_SUMS)].sum(0), gathered[:, len(_SUMS) :].amax(0)])
-    known = ~common.isnan()
-    least, most = (torch.where(known, common, x) for x in (math.inf, -math.inf))
-    differ = least.amin(0) < most.amax(0)
-    if not compiled and device.type == "cpu" and differ.any():
-        column = int(differ.nonzero()[0])
-        agreement.refuse(in_common, column, common[:, column].tolist(), "batch_group")
-    totals = torch.where(differ.any(), math.nan, totals)
+    if not compiled and device.type == "cpu":
+        agreement.check(in_common, common)
+    totals = torch.where(agreement.differing(common).any(), math.nan, totals)
     return {name: total for name, total in zip(names, totals.unbind(), strict=True) if name in merged}
