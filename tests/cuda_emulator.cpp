@@ -186,15 +186,17 @@ void launch(int blocks, int together, int threads, std::size_t shared_bytes, std
   }
 }
 
-template <class E, bool kSecondMoments, bool kSoftcap, bool kBulk>
+template <class E, bool kSecondMoments, bool kSoftcap, class Source>
 void forward(const ForwardArguments<typename E::Accumulator>& arguments, int threads, std::uint64_t seed) {
   using Shared = ForwardShared<typename E::Accumulator>;
-  using Stages = typename BulkSource<E, HostThread>::Shared;
   constexpr std::size_t kOffset = (sizeof(Shared) + 15) / 16 * 16;
-  launch(arguments.problem.rows * arguments.parts, kBulk ? arguments.parts : 1, threads,
-         kOffset + (kBulk ? sizeof(Stages) : 0), seed, [&](HostThread& thread, unsigned char* memory) {
-           forward_block<E, kSecondMoments, kSoftcap, kBulk>(thread, arguments, *reinterpret_cast<Shared*>(memory),
-                                                             reinterpret_cast<Stages*>(memory + kOffset));
+  std::size_t bytes = kOffset;
+  if constexpr (Source::kBulk) bytes += sizeof(typename Source::Shared);
+  launch(arguments.problem.rows * arguments.parts, Source::kBulk ? arguments.parts : 1, threads, bytes, seed,
+         [&](HostThread& thread, unsigned char* memory) {
+           forward_block<E, kSecondMoments, kSoftcap, Source>(
+               thread, arguments, *reinterpret_cast<Shared*>(memory),
+               reinterpret_cast<typename Source::Shared*>(memory + kOffset));
          });
 }
 
@@ -237,8 +239,8 @@ void forward_call(const Call& c) {
   const ForwardArguments<T> arguments = {problem_of<T>(c), outputs,           c.parts, c.vectors != 0,
                                          part_states.data(), counters.data()};
   const auto run = [&]<bool kSecondMoments, bool kSoftcap>() {
-    c.bulk ? forward<E, kSecondMoments, kSoftcap, true>(arguments, c.threads, c.seed)
-           : forward<E, kSecondMoments, kSoftcap, false>(arguments, c.threads, c.seed);
+    c.bulk ? forward<E, kSecondMoments, kSoftcap, BulkSource<E, HostThread>>(arguments, c.threads, c.seed)
+           : forward<E, kSecondMoments, kSoftcap, DirectSource<E, HostThread>>(arguments, c.threads, c.seed);
   };
   if (outputs.second_order()) {
     c.options.softcap > 0 ? run.template operator()<true, true>() : run.template operator()<true, false>();

@@ -19,7 +19,7 @@ from entropy_kernels._rows import RowOptions, state_rows
 
 HERE = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "g++")
-WARP, VECTORS, MAX_WARPS = 32, 4, 8
+WARP, VECTORS, MAX_WARPS, BULK_WARPS, BACKWARD_WARPS = 32, 4, 8, 4, 4  # of csrc/cuda/problem.h
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _P, _I, _L = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -103,7 +103,7 @@ class Emulated:
         call.number = temperature.dim() == 0
         call.options, call.want = _Options(*options), want
         per_warp = WARP * VECTORS * 16 // logits.element_size()
-        warps = MAX_WARPS if self.bulk else max(1, min(self.most_warps, -(-call.columns // per_warp)))
+        warps = BULK_WARPS if self.bulk else max(1, min(self.most_warps, -(-call.columns // per_warp)))
         call.threads = WARP * warps
         return call
 
@@ -134,6 +134,7 @@ class Emulated:
         if logits.numel():
             call = self._common(logits, target, temperature, options, want)
             call.vectors, call.reversed = _equally_aligned(logits, dlogits), self.reversed
+            call.threads = min(call.threads, WARP * BACKWARD_WARPS)
             call.blocks = call.rows * call.parts if self.blocks is None else self.blocks
             call.grad_stats, (call.statistic_stride, call.grad_row_stride) = grad_stats.data_ptr(), grad_stats.stride()
             call.state, (call.field_stride, call.row_stride) = state.data_ptr(), state.stride()

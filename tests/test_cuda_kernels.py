@@ -326,6 +326,32 @@ def test_nan_and_inf_are_found(value: float, others: float, where: int, kernels:
         assert gradient[0, 0].isnan().all() and gradient[0, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [0.37, 1.0, 1e-34])
+@pytest.mark.parametrize("maximum", [0.0, 3.70703125, -1234.5, 3e6, 1e30])
+def test_one_finite_entry_has_no_entropy(maximum: float, temperature: float, kernels: Emulated) -> None:
+    """Exactly, though its exponent is the rounding error of maximum / temperature, and not 0."""
+    logits = torch.full((1, 2, 9001), -math.inf)
+    logits[0, 0, 8500] = logits[0, 1, 3] = maximum
+    logits[0, 1, 4] = maximum - 200 * max(1.0, temperature, abs(maximum) / 1e5)  # whose probability is 0
+    arguments = logits, torch.tensor([8500, 3]), torch.full((1,), temperature)
+    stats, state = kernels.token_stats_forward(*arguments, RowOptions(0.0, -100, 0, 9001), ALL)
+    for name, value in (("logprob", 0), ("entropy", 0), ("collision", 1), ("vocab_covariance", 0), ("p_max", 1)):
+        assert (stats[NAMES.index(name)] == value).all(), name
+    assert (state[1] == 1).all() and (state[2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("kept", [1, 40, 20_000, 29_990])
+def test_masked_rows(kept: int, offset: float, dtype: torch.dtype, on: BackendDevice) -> None:
+    """-inf in all tiles, in some, and in one: threads leave the short way to an exponent where they meet it."""
+    sample = plain(dtype, "cpu", rows=2, vocab=30_001, temperature=0.8)
+    logits = sample.logits.detach() + offset
+    masked = torch.randperm(30_001)[kept:]
+    logits[..., masked] = -math.inf
+    check(dataclasses.replace(sample, logits=logits), on, "logprob", "entropy", "collision")
+
+
 def test_shards_merge_to_the_whole(kernels: Emulated) -> None:
     """States of column shards, also empty and padded ones: what a vocabulary-parallel group gathers."""
     from entropy_kernels.backends.eager import softmax_state

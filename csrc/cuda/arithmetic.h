@@ -65,21 +65,35 @@ struct Softcap {
   }
 };
 
-// The running state of one thread: w and w2 are in bits until `state` restates them. Sums of a tile are added among
+// A product up to here is off by half a bit at most, and the exponents that contain it are too.
+template <typename T>
+inline constexpr T kFoldable = sizeof(T) == 8 ? T(1LL << 40) : T(1 << 22);
+
+// The running state of one thread. Until `state` restates them, w and w2 are in bits, and exponents count from `scaled`,
+// the rounded m * bits, which lets one multiply-add yield one: t = z * bits - scaled. Sums of a tile are added among
 // themselves first, so that no term is lost in a long row.
 template <typename T, bool kSecondMoments>
 struct Lane {
   SoftmaxState<T> running = SoftmaxState<T>::identity();
   T bits;
-  T base = 0;  // what is subtracted from a logit: m, once there is a finite one
+  T base = 0;            // what is subtracted from a logit: m, once there is a finite one
+  T scaled = 0;          // base * bits, rounded; NaN where that is too large to be subtracted
+  T offset = 0;          // base * bits - scaled, exactly: the exponent of the maximum
+  bool careful = false;  // a tile of this row held -inf or NaN, or the exponents need the difference of logits
 
   explicit EK_HOST_DEVICE Lane(T temperature) : bits(bits_per_logit(temperature)) {}
 
   struct Sums {
     T s = 0, w = 0, s2 = 0, w2 = 0;
 
-    EK_HOST_DEVICE void add(T z, T base, T bits) {
-      const T t = exponent(z, base, bits);
+    // Careless of -inf, which makes w NaN.
+    EK_HOST_DEVICE void add(T z, const Lane& lane) { add_power(std::fma(z, lane.bits, -lane.scaled)); }
+    EK_HOST_DEVICE void add_carefully(T z, const Lane& lane) {
+      add_power(exponent(z, lane.base, lane.bits) + lane.offset);
+    }
+
+   private:
+    EK_HOST_DEVICE void add_power(T t) {
       const T e = exp2_of(t);
       s += e;
       w = std::fma(-t, e, w);
@@ -94,10 +108,19 @@ struct Lane {
   // To be called with the largest of some logits before they are added; it may have skipped NaN among them.
   EK_HOST_DEVICE void raise(T top) {
     if (!(top > running.m)) return;
-    const T delta = (top - running.m) * bits;  // inf for the first one: the sums are 0, or NaN
+    const T before = offset;
+    count_from(top);
+    const T delta = (top - running.m) * bits + (before - offset);  // inf for the first one: the sums are 0, or NaN
     rescale(running, delta, exp2_of(-delta));
     if constexpr (!kSecondMoments) running.s2 = running.w2 = 0;
-    running.m = base = top;
+    running.m = top;
+  }
+
+  // Goes on with the running state of another lane of the same row.
+  EK_HOST_DEVICE void resume(const SoftmaxState<T>& other) {
+    running = other;
+    base = scaled = offset = 0;
+    if (other.m > -kInfinity<T>) count_from(other.m);
   }
 
   EK_HOST_DEVICE void add(const Sums& sums) {
@@ -110,10 +133,27 @@ struct Lane {
   }
 
   EK_HOST_DEVICE SoftmaxState<T> state() const {
+    // Divided by what the maximum has added: where there is nothing else, s is exactly 1 and w exactly 0.
+    const T unit = exp2_of(offset);
     SoftmaxState<T> state = running;
-    state.w *= kLn2<T>;
-    state.w2 *= kLn2<T>;
+    state.w = larger_or_nan(running.w + offset * running.s, T(0)) / unit * kLn2<T>;  // rounding may leave less than 0
+    state.s = running.s / unit;
+    if constexpr (kSecondMoments) {
+      state.w2 = larger_or_nan(running.w2 + offset * running.s2, T(0)) / (unit * unit) * kLn2<T>;
+      state.s2 = running.s2 / (unit * unit);
+    }
     return state;
+  }
+
+ private:
+  EK_HOST_DEVICE void count_from(T m) {
+    base = m;
+    scaled = m * bits;
+    offset = std::fma(m, bits, -scaled);
+    if (!(std::fabs(scaled) < kFoldable<T>)) {
+      scaled = kNaN<T>;
+      offset = 0;
+    }
   }
 };
 

@@ -29,10 +29,10 @@ struct DeviceThread {
   }
   // Logits that this launch may overwrite, and gradients: each of them is touched once.
   __device__ __forceinline__ Words read_once(const Words* p) const {
-    return bits_as<Words>(__ldcs(reinterpret_cast<const uint4*>(p)));
+    return bits_as<Words>(*reinterpret_cast<const uint4*>(p));
   }
   __device__ __forceinline__ void write(Words* p, Words v) const {
-    __stcs(reinterpret_cast<uint4*>(p), bits_as<uint4>(v));
+    *reinterpret_cast<uint4*>(p) = bits_as<uint4>(v);
   }
   // What other blocks of this launch have written: not from this multiprocessor's L1.
   template <typename T>

@@ -14,6 +14,9 @@ constexpr int kMaxThreads = 256;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kVectors = 4;                                   // 16-byte loads that a thread has in flight per tile
 constexpr int kTileBytes = kMaxThreads * kVectors * 16;       // what a full block reads at a time
+constexpr int kBulkThreads = 128;                             // of a block that reads by bulk copies
+constexpr int kBackwardThreads = 128;                         // at most
+constexpr int kLineVectors = 128 / 16;                        // of a cache line
 constexpr int kTailElements = 8;                              // the same for loads of one element
 constexpr int kMaxParts = kWarp;                              // one warp merges the parts of a row
 
@@ -91,12 +94,13 @@ struct RowCut {
   EK_HOST_DEVICE int vector_column(int vector) const { return head + vector * E::kPerVector; }
 };
 
-// A contiguous share of `count` things for one of `parts` blocks.
+// A contiguous share of `count` vectors for one of `parts` blocks: a multiple of `unit`, so that where rows begin on whole
+// cache lines shares do too. Half a sector written is a sector read.
 struct Share {
   int begin, end;
 
-  EK_HOST_DEVICE Share(int count, int part, int parts) {
-    const int each = (count + parts - 1) / parts;
+  EK_HOST_DEVICE Share(int count, int part, int parts, int unit = kLineVectors) {
+    const int each = ((count + parts - 1) / parts + unit - 1) / unit * unit;
     begin = part * each < count ? part * each : count;
     end = begin + each < count ? begin + each : count;
   }

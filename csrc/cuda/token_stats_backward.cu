@@ -1,6 +1,6 @@
 // The gradient of token_stats on NVIDIA GPUs: one read of the logits and one write, which may go to the same place.
 //
-// A block has a stretch of one row: four 16-byte vectors per thread and step, the next step's loads in flight.
+// A block has a stretch of one row: four 16-byte vectors per thread and step. Other blocks' loads are in flight meanwhile.
 #include <algorithm>
 
 #include "device_thread.h"
@@ -13,15 +13,15 @@
 namespace entropy_kernels::cuda {
 namespace {
 
-// Of logits, per block: enough to hide where a block starts, few enough for an even end. Less where rows are few.
-constexpr int kBlockBytes = 4 * kTileBytes;
+// Of logits, per block: few enough for an even end, and enough to pay for its start.
+constexpr std::int64_t kBlockBytes = 16 * 1024;
 
-// Blocks that have to fit on a multiprocessor together; doubles need more registers than three leave them.
-template <class E>
-constexpr int kBlocks = sizeof(typename E::Accumulator) == 8 ? 2 : 3;
+// Blocks of kMaxThreads that a multiprocessor has registers for.
+template <class E, bool kSoftcap>
+constexpr int kBlocks = sizeof(typename E::Accumulator) == 8 ? 2 : kSoftcap ? 3 : 4;
 
 template <class E, bool kSoftcap>
-__global__ void __launch_bounds__(kMaxThreads, kBlocks<E>)
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<E, kSoftcap>)
     token_stats_backward(const __grid_constant__ BackwardArguments<typename E::Accumulator> arguments) {
   DeviceThread thread;
   backward_block<E, kSoftcap>(thread, arguments);
@@ -54,12 +54,14 @@ void launch_backward(Element element, BackwardArguments<T> arguments, cudaStream
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, current_device()),
         "cudaDeviceGetAttribute");
   const std::int64_t enough = (2 * multiprocessors + problem.rows - 1) / problem.rows;
-  const std::int64_t large = (bytes + kBlockBytes - 1) / kBlockBytes, small = (bytes + kTileBytes - 1) / kTileBytes;
+  const int threads = std::min(threads_for(problem.vocab, element), kBackwardThreads);
+  const std::int64_t tile = std::int64_t{threads} * kVectors * 16, block = std::max(tile, kBlockBytes);
+  const std::int64_t large = (bytes + block - 1) / block, small = (bytes + tile - 1) / tile;
   arguments.parts = static_cast<int>(std::max(large, std::min(enough, small)));
   const void* function = for_element<T>(element, [&]<class E>(E) { return kernel<E>(problem.options.softcap > 0); });
   cudaLaunchConfig_t config = {};
   config.gridDim = grid(problem.rows, arguments.parts);
-  config.blockDim = dim3(static_cast<unsigned>(threads_for(problem.vocab, element)));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   void* pointers[] = {&arguments};
   check(cudaLaunchKernelExC(&config, function, pointers), "token_stats_backward");

@@ -26,23 +26,24 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<E>)
     token_stats_forward(const __grid_constant__ ForwardArguments<typename E::Accumulator> arguments) {
   __shared__ ForwardShared<typename E::Accumulator> shared;
   DeviceThread thread;
-  forward_block<E, kSecondMoments, kSoftcap, false>(thread, arguments, shared, nullptr);
+  forward_block<E, kSecondMoments, kSoftcap, DirectSource<E, DeviceThread>>(thread, arguments, shared, nullptr);
 }
 
-// Four blocks of bulk copies: while one starts or ends, three have copies in flight. The hyperbolic tangent needs more
-// registers than four leave it.
+// Eight blocks of bulk copies: while one starts or ends, the others have copies in flight. The hyperbolic tangent needs
+// more registers than eight leave it.
 template <bool kSoftcap>
-constexpr int kBulkBlocks = kSoftcap ? 3 : 4;
+constexpr int kBulkBlocks = kSoftcap ? 6 : 8;
 
 template <class E, bool kSecondMoments, bool kSoftcap>
-__global__ void __launch_bounds__(kMaxThreads, kBulkBlocks<kSoftcap>)
+__global__ void __launch_bounds__(kBulkThreads, kBulkBlocks<kSoftcap>)
     token_stats_forward_bulk(const __grid_constant__ ForwardArguments<typename E::Accumulator> arguments) {
 #if __CUDA_ARCH__ >= 900
-  using Stages = typename BulkSource<E, DeviceThread>::Shared;
+  using Source = BulkSource<E, DeviceThread>;
   __shared__ ForwardShared<typename E::Accumulator> shared;
   extern __shared__ __align__(128) unsigned char dynamic[];
   DeviceThread thread;
-  forward_block<E, kSecondMoments, kSoftcap, true>(thread, arguments, shared, reinterpret_cast<Stages*>(dynamic));
+  forward_block<E, kSecondMoments, kSoftcap, Source>(thread, arguments, shared,
+                                                     reinterpret_cast<typename Source::Shared*>(dynamic));
 #endif
 }
 
@@ -96,7 +97,7 @@ ForwardPlan plan_forward(Element element, const Problem<T>& problem, bool vector
   // So many blocks keep as many bytes in flight as the memory's latency asks for, and enough warps busy with them.
   const std::int64_t enough = 2 * multiprocessors;
   const int parts = forward_parts(problem.rows, bytes, enough, bulk ? kMaxCluster : kMaxParts, kTileBytes / 2);
-  ForwardPlan plan = {bulk, bulk ? kMaxThreads : threads_for(problem.columns, element), parts, 0, 0};
+  ForwardPlan plan = {bulk, bulk ? kBulkThreads : threads_for(problem.columns, element), parts, 0, 0};
   if (!bulk && parts > 1) {
     plan.counter_offset = sizeof(SoftmaxState<T>) * problem.rows * parts;
     plan.scratch_bytes = plan.counter_offset + sizeof(unsigned) * problem.rows;

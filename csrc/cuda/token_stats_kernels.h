@@ -2,20 +2,20 @@
 // barriers, shuffles, copies (device_thread.h). Tests run the same functions on the CPU with a Thread of their own.
 #pragma once
 
-#include <type_traits>
-
 #include "problem.h"
 
 namespace entropy_kernels::cuda {
 
-// The states of a warp's lanes merged into one, in every lane: raise all to the largest maximum, then add. The tree of
-// sums is the same each time, and so are the bits.
-template <typename T, bool kSecondMoments, class Thread>
-EK_HOST_DEVICE void merge_warp(Thread& thread, SoftmaxState<T>& state, T temperature) {
-  T m = state.m;
+template <typename T, class Thread>
+EK_HOST_DEVICE T largest_of_warp(Thread& thread, T m) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) m = larger(m, thread.shuffle_xor(m, mask));
-  raise_maximum(state, m, temperature);
+  return m;
+}
+
+// The sums of a warp's lanes, in every lane. The tree is the same each time, and so are the bits.
+template <typename T, bool kSecondMoments, class Thread>
+EK_HOST_DEVICE void add_warp(Thread& thread, SoftmaxState<T>& state) {
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) {
     state.s += thread.shuffle_xor(state.s, mask);
@@ -28,6 +28,13 @@ EK_HOST_DEVICE void merge_warp(Thread& thread, SoftmaxState<T>& state, T tempera
   if constexpr (!kSecondMoments) state.s2 = state.w2 = 0;
 }
 
+// The states of a warp's lanes merged into one, in every lane: raise all to the largest maximum, then add.
+template <typename T, bool kSecondMoments, class Thread>
+EK_HOST_DEVICE void merge_warp(Thread& thread, SoftmaxState<T>& state, T temperature) {
+  raise_maximum(state, largest_of_warp(thread, state.m), temperature);
+  add_warp<T, kSecondMoments>(thread, state);
+}
+
 // Shared memory of a forward block beside its stages.
 template <typename T>
 struct ForwardShared {
@@ -38,26 +45,48 @@ struct ForwardShared {
 
 // The block's state, in every lane of the first warp.
 template <typename T, bool kSecondMoments, class Thread>
-EK_HOST_DEVICE SoftmaxState<T> merge_block(Thread& thread, ForwardShared<T>& shared, SoftmaxState<T> state,
-                                           T temperature) {
+EK_HOST_DEVICE SoftmaxState<T> merge_block(Thread& thread, ForwardShared<T>& shared,
+                                           Lane<T, kSecondMoments>& own) {
   const int warp = thread.index() / kWarp, lane = thread.index() % kWarp;
-  merge_warp<T, kSecondMoments>(thread, state, temperature);
-  if (thread.count() == kWarp) return state;
-  if (lane == 0) shared.warps[warp] = state;
-  thread.barrier();
-  if (warp == 0) {
-    state = lane < thread.count() / kWarp ? shared.warps[lane] : SoftmaxState<T>::identity();
-    merge_warp<T, kSecondMoments>(thread, state, temperature);
+  const auto merge = [&] {
+    own.raise(largest_of_warp(thread, own.running.m));
+    add_warp<T, kSecondMoments>(thread, own.running);
+  };
+  merge();
+  if (thread.count() > kWarp) {
+    if (lane == 0) shared.warps[warp] = own.running;
+    thread.barrier();
+    if (warp > 0) return own.running;  // which nobody looks at
+    own.resume(lane < thread.count() / kWarp ? shared.warps[lane] : SoftmaxState<T>::identity());
+    merge();
   }
-  return state;
+  return own.state();
 }
 
 // Adds a tile of vectors to the thread's state. Those from `valid` on are padding, all of it -inf.
 template <class E, bool kSecondMoments, bool kSoftcap, typename T>
 EK_HOST_DEVICE void add_tile(Lane<T, kSecondMoments>& lane, const Words (&words)[kVectors], const bool (&valid)[kVectors],
                              T softcap) {
-  if constexpr (!kSoftcap) lane.raise(E::top(words));
-  typename Lane<T, kSecondMoments>::Sums sums;
+  using Sums = typename Lane<T, kSecondMoments>::Sums;
+  if constexpr (!kSoftcap) {
+    lane.raise(E::top(words));
+    if (valid[kVectors - 1] && !lane.careful) {  // all of the tile
+      Sums sums;
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        T z[E::kPerVector];
+        E::unpack(words[k], z);
+#pragma unroll
+        for (int i = 0; i < E::kPerVector; ++i) sums.add(z[i], lane);
+      }
+      if (!is_nan(sums.w)) {
+        lane.add(sums);
+        return;
+      }
+      lane.careful = true;  // a row with one -inf may well have more
+    }
+  }
+  Sums sums;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
     T z[E::kPerVector];
@@ -72,7 +101,7 @@ EK_HOST_DEVICE void add_tile(Lane<T, kSecondMoments>& lane, const Words (&words)
       sums = {};
     }
 #pragma unroll
-    for (int i = 0; i < E::kPerVector; ++i) sums.add(z[i], lane.base, lane.bits);
+    for (int i = 0; i < E::kPerVector; ++i) sums.add_carefully(z[i], lane);
     if constexpr (kSoftcap) lane.add(sums);
   }
   if constexpr (!kSoftcap) lane.add(sums);
@@ -98,7 +127,7 @@ EK_HOST_DEVICE void add_tail_elements(Lane<T, kSecondMoments>& lane, const typen
     lane.raise(top);
     typename Lane<T, kSecondMoments>::Sums sums;
 #pragma unroll
-    for (int k = 0; k < kTailElements; ++k) sums.add(z[k], lane.base, lane.bits);
+    for (int k = 0; k < kTailElements; ++k) sums.add_carefully(z[k], lane);
     lane.add(sums);
   }
 }
@@ -106,12 +135,15 @@ EK_HOST_DEVICE void add_tail_elements(Lane<T, kSecondMoments>& lane, const typen
 // Vectors straight from global memory, the next tile's loads in flight while one is added.
 template <class E, class Thread>
 struct DirectSource {
+  static constexpr bool kBulk = false;
+  struct Shared;
+
   Thread& thread;
   const Words* row;
   int end;
   Words next[kVectors];
 
-  EK_HOST_DEVICE DirectSource(Thread& thread_, void*, const Words* row_, Share share)
+  EK_HOST_DEVICE DirectSource(Thread& thread_, Shared*, const Words* row_, Share share)
       : thread(thread_), row(row_), end(share.end) {
     load(share.begin);
   }
@@ -129,12 +161,13 @@ struct DirectSource {
   }
 };
 
-// Vectors through shared memory: one thread has several tiles of kMaxThreads threads in flight, the copy engine moves
+// Vectors through shared memory: one thread has several tiles in flight, the copy engine moves
 // them. `full` says that a stage has arrived, `empty` that every warp has taken its vectors out of it.
 template <class E, class Thread>
 struct BulkSource {
-  static constexpr int kStages = 3;                     // four blocks of them fit on a multiprocessor
-  static constexpr int kTile = kVectors * kMaxThreads;  // vectors
+  static constexpr bool kBulk = true;
+  static constexpr int kStages = 3;
+  static constexpr int kTile = kVectors * kBulkThreads;  // vectors
   using Barrier = typename Thread::Barrier;
 
   struct Shared {
@@ -154,7 +187,7 @@ struct BulkSource {
     if (thread.index() != 0) return;
     for (int i = 0; i < kStages; ++i) {
       thread.initialise(shared.full[i], 1);
-      thread.initialise(shared.empty[i], kMaxWarps);
+      thread.initialise(shared.empty[i], kBulkThreads / kWarp);
     }
     thread.publish_barriers();
   }
@@ -181,11 +214,11 @@ struct BulkSource {
     thread.wait(shared.full[stage], phase);
     if (tile_begin + kTile <= share.end) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) words[k] = shared.stage[stage][k * kMaxThreads + thread.index()];
+      for (int k = 0; k < kVectors; ++k) words[k] = shared.stage[stage][k * kBulkThreads + thread.index()];
     } else {
 #pragma unroll
       for (int k = 0; k < kVectors; ++k) {
-        const int vector = k * kMaxThreads + thread.index();
+        const int vector = k * kBulkThreads + thread.index();
         words[k] = tile_begin + vector < share.end ? shared.stage[stage][vector] : E::minus_infinity();
       }
     }
@@ -200,10 +233,11 @@ struct BulkSource {
 };
 
 // One block's part of one row. Whole = all `parts` of a row, whichever way they find each other.
-template <class E, bool kSecondMoments, bool kSoftcap, bool kBulk, class Thread>
+template <class E, bool kSecondMoments, bool kSoftcap, class Source, class Thread>
 EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typename E::Accumulator>& arguments,
                                   ForwardShared<typename E::Accumulator>& shared,
-                                  typename BulkSource<E, Thread>::Shared* stages) {
+                                  typename Source::Shared* stages) {
+  constexpr bool kBulk = Source::kBulk;
   using T = typename E::Accumulator;
   using Storage = typename E::Storage;
   const Problem<T>& problem = arguments.problem;
@@ -211,7 +245,7 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
   const int row = thread.block() / parts, part = thread.block() % parts;
   const std::int64_t label = problem.labels[row];
   if constexpr (kBulk) {  // while the label is on its way
-    BulkSource<E, Thread>::prepare(thread, *stages);
+    Source::prepare(thread, *stages);
     thread.barrier();
   }
   if (label == problem.options.ignore_index) {  // not read
@@ -227,7 +261,7 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
   const Share share(cut.vectors, part, parts);
 
   // The row's first bytes are on their way before anything is waited for.
-  std::conditional_t<kBulk, BulkSource<E, Thread>, DirectSource<E, Thread>> source(thread, stages, vectors, share);
+  Source source(thread, stages, vectors, share);
   if constexpr (kBulk) {
     if (parts > 1) thread.cluster_arrive_relaxed();
   }
@@ -251,7 +285,7 @@ EK_HOST_DEVICE void forward_block(Thread& thread, const ForwardArguments<typenam
     add_tile<E, kSecondMoments, kSoftcap>(lane, words, valid, softcap);
   }
 
-  SoftmaxState<T> state = merge_block<T, kSecondMoments>(thread, shared, lane.state(), temperature);
+  SoftmaxState<T> state = merge_block<T, kSecondMoments>(thread, shared, lane);
   if (parts > 1) {
     // Part i goes to lane i, whoever is done first: the order of the sums, and so their bits, are always the same.
     if constexpr (kBulk) {
@@ -310,8 +344,8 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
   const std::int64_t stride = problem.logits.column_stride, out_stride = arguments.dlogits.column_stride;
   const RowCut<E> cut(dlogits, problem.columns, arguments.vectors);
   auto* out = reinterpret_cast<Words*>(dlogits + cut.head);
-  const Share share(cut.vectors, part, parts);
   const int step = kVectors * thread.count();
+  const Share share(cut.vectors, part, parts, step);
   const int first_tail = part * thread.count() + thread.index(), tail_step = parts * thread.count();
   for (int j = problem.columns + first_tail; j < problem.vocab; j += tail_step) {
     dlogits[j * out_stride] = E::round(T(0));
@@ -332,25 +366,21 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
 
   // Loads of a tile come before its stores, and each element is read and written by one thread: dlogits may be logits.
   const auto* in = reinterpret_cast<const Words*>(logits + cut.head);
-  const auto load = [&](int tile, Words(&words)[kVectors]) {
+  Words words[kVectors];
+  const auto load = [&](int tile) {
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int vector = tile + k * thread.count() + thread.index();
       if (vector < share.end) words[k] = thread.read_once(in + vector);
     }
   };
-  Words next[kVectors];
-  load(share.begin, next);  // before anything is waited for
+  load(share.begin);  // before anything is waited for
 
   const SoftmaxState<T> state = arguments.state.template at<T>(row, arguments.upstream.second_order());
   const LogitGradient<T> gradient(state, problem.temperature_of(row), problem.softcap(), grads);
   const int column = problem.label_column(label);
 
   for (int tile = share.begin; tile < share.end; tile += step) {
-    Words words[kVectors];
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) words[k] = next[k];
-    load(tile + step, next);
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
       const int vector = tile + k * thread.count() + thread.index();
@@ -371,6 +401,7 @@ EK_HOST_DEVICE void backward_block(Thread& thread, const BackwardArguments<typen
       }
       thread.write(out + vector, E::pack(dz));
     }
+    load(tile + step);
   }
   for (int begin = first_tail; begin < cut.tail_elements; begin += kTailElements * tail_step) {
     T z[kTailElements];
