@@ -46,10 +46,11 @@ struct SelectionOperators {
                        const Optional& token_index, Count count, const Tensor* seed, Band band,
                        const Optional& numbers) {
     Tensor out = empty_as(covariance, ScalarType::Bool);
-    count.numbers = band.numbers = data<double>(numbers);
+    count.numbers = data<double>(numbers);
+    if (seed != nullptr) band.numbers = count.numbers;
     if (numbers.has_value() && numbers->is_cpu()) {
-      if (seed != nullptr) band = band.read();
       count = count.read();
+      band = band.read();
     }
     Seed given = {};
     if (seed != nullptr) given = seed->is_cpu() ? Seed{*data<int64_t>(*seed), nullptr} : Seed{0, data<int64_t>(*seed)};

@@ -193,8 +193,10 @@ SelectionArguments selection_of(const Call& call) {
                           static_cast<const uint8_t*>(call.exclude), static_cast<const int64_t*>(call.index),
                           call.tokens};
   const Count count = {call.ratio, call.k, call.at_least_one != 0, numbers};
-  const Band band = {call.low, call.high, call.quantile != 0, call.closed != 0, numbers};
   const auto* seed = static_cast<const int64_t*>(call.seed);
+  // without a seed there are no bounds, and whoever reads them shall notice
+  const auto* bounds = seed != nullptr ? numbers : reinterpret_cast<const double*>(8);
+  const Band band = {call.low, call.high, call.quantile != 0, call.closed != 0, bounds};
   const Seed given = seed != nullptr && call.seed_number != 0 ? Seed{*seed, nullptr} : Seed{0, seed};
   const Selection selection = {view, count, seed != nullptr, given, band};
   return {selection, call.chunk, kKept, static_cast<uint8_t*>(call.out), nullptr, nullptr};

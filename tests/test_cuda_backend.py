@@ -64,8 +64,8 @@ class TestOnHardware:
         names = [kernel.name for kernel in kernels]
         assert len(set(names)) == len(names)
         assert {name.split()[0] for name in names} >= {
-            "token_stats_forward", "token_stats_forward_bulk", "token_stats_backward", "selection_cluster",
-            "selection_grid", "covariance_cluster", "covariance_grid", "budget_grid", "step",
+            "token_stats_forward", "token_stats_forward_bulk", "token_stats_backward", "selection_grid",
+            "covariance_cluster", "covariance_grid", "budget_grid", "step",
         }  # fmt: skip
         assert [kernel for kernel in kernels if kernel.local] == []
 

@@ -403,8 +403,13 @@ def test_triton_takes_the_tilings_that_were_measured(
 _WRONG_BOUNDARIES = """
 import sys, torch, entropy_kernels as ek
 lp, old, adv = (torch.zeros(12, device="cuda") for _ in range(3))
-ends = torch.tensor(eval(sys.argv[1]), dtype=torch.int32, device="cuda")
-ek.policy_loss(lp, old, adv, None, cu_seqlens=ends, surrogate="gspo", loss_agg_mode="seq-mean-token-mean")
+def call(ends):
+    ek.policy_loss(lp, old, adv, None, cu_seqlens=ends, surrogate="gspo", loss_agg_mode="seq-mean-token-mean")
+
+right, given = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 3, 10, 10, 12], eval(sys.argv[1])))
+call(right)  # loads the kernels, for which CUDA may wait
+torch.cuda._sleep(2_000_000_000)  # a second, in which the next call is launched to its end
+call(given)
 print("launched", flush=True)
 torch.cuda.synchronize()
 """

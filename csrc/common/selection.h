@@ -65,6 +65,7 @@ struct Band {
   bool quantile, closed;
   const double* numbers;
 
+  // As of Count.
   EK_HOST_DEVICE Band read() const { return {lower(), upper(), quantile, closed, nullptr}; }
   EK_HOST_DEVICE double lower() const { return numbers != nullptr ? numbers[2] : low; }
   EK_HOST_DEVICE double upper() const { return numbers != nullptr ? numbers[3] : high; }

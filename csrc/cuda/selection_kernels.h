@@ -107,7 +107,9 @@ class Selector {
   EK_HOST_DEVICE void run() {
     const bool random = selection_.drawn, of_quantiles = random && selection_.band.quantile;
     const uint64_t seed = random ? selection_.seed.read() : 0;
-    take_tokens(random && !of_quantiles, selection_.band.keys(), seed);
+    // a selection that is not drawn has no band to be read
+    const bool of_bounds = random && !of_quantiles;
+    take_tokens(of_bounds, of_bounds ? selection_.band.keys() : KeyBand{}, seed);
     if (of_quantiles) {
       rekey(quantile_band(), seed);
     }

@@ -14,7 +14,7 @@ namespace entropy_kernels::cuda {
 namespace {
 
 // Of logits, per block: few enough for an even end, and enough to pay for its start.
-constexpr std::int64_t kBlockBytes = 16 * 1024;
+constexpr std::int64_t kBlockBytes = 8 * 1024;
 
 // Blocks of kMaxThreads that a multiprocessor has registers for.
 template <class E, bool kSoftcap>
