@@ -33,6 +33,7 @@ from entropy_kernels.selection import (
     top_tokens,
 )
 from entropy_kernels.statistics import LogprobEntropy, TokenStats, entropy, logprob_entropy, token_stats
+from entropy_kernels.target_entropy import TargetEntropy
 
 __all__ = [
     "STATISTICS",
@@ -49,6 +50,7 @@ __all__ = [
     "SeedCounter",
     "SelectionBatch",
     "Surrogate",
+    "TargetEntropy",
     "TokenBatch",
     "TokenMoments",
     "TokenStats",

@@ -2,7 +2,8 @@
 
 Read in this order: batch.py (what is known of the tokens), methods.py (the table: a score, a rule, an effect), then
 here :func:`control` (a method's decision for a batch), :class:`SelectionBatch` (for one that comes in micro-batches)
-and :class:`Controller` (over the steps of a run). The losses take the :class:`Control` as ``control=``.
+and :class:`Controller` (over the steps of a run); target_entropy.py closes the loop. The losses take the
+:class:`Control` as ``control=``.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def control(
         raise TypeError(f"batch: expected an ek.TokenBatch, got {type(batch).__name__}")
     row = find(method)
     checked, drawn = _checked(method, row, options, batch.logprob.device), _seeded(method, row, seed)
-    return _decided(row, WholeBatch([batch], batch_group, backend), checked, drawn)[0][0]
+    return _decided(row, WholeBatch([batch], batch_group, backend), checked, drawn).controls[0]
 
 
 def _checked(method: str | Method, row: Method, given: dict[str, Any], device: torch.device | None) -> Options:
@@ -165,8 +166,13 @@ def _seeded(method: str | Method, row: Method, seed: Any) -> Any:
     return seed
 
 
-def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tuple[list[Control], dict[str, Tensor]]:
-    """A control per micro-batch, and what a method with memory keeps."""
+class _Decided(NamedTuple):
+    controls: list[Control]  # of each micro-batch
+    metrics: dict[str, Tensor]  # a rank without micro-batches has them, too
+    kept: dict[str, Tensor]  # of a method with memory
+
+
+def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> _Decided:
     for name in row.needs:
         batch.expect(name)
     batch.agree({"method": (row.formula, *row.effects), **options})
@@ -206,7 +212,7 @@ def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> tup
     found = [
         Control(**{name: part[i] for name, part in parts.items()}, metrics=dict(metrics)) for i in range(len(batch))
     ]
-    return found, {} if row.remember is None else row.remember(batch, options)
+    return _Decided(found, metrics, {} if row.remember is None else row.remember(batch, options))
 
 
 def _checked_value(effect: str, value: Any, batch: WholeBatch) -> Tensor:
@@ -315,6 +321,10 @@ class SelectionBatch:
         self._added.append(added)
         self._whole = None
 
+    def __repr__(self) -> str:
+        positions = sum(batch.logprob.numel() for batch in self._added)
+        return f"SelectionBatch({len(self)} micro-batches, {positions} positions{_shown_group(self._group)})"
+
     @property
     def whole(self) -> WholeBatch:
         """All micro-batches; a rank without any still takes part in the reductions.
@@ -343,7 +353,7 @@ class SelectionBatch:
     ) -> list[Control]:
         """:func:`entropy_kernels.control` of the whole batch: one :class:`Control` per micro-batch added."""
         row, whole = find(method), self.whole
-        return _decided(row, whole, _checked(method, row, options, whole.device), _seeded(method, row, seed))[0]
+        return _decided(row, whole, _checked(method, row, options, whole.device), _seeded(method, row, seed)).controls
 
     def _select(self, function: Any, options: dict[str, Any]) -> list[Tensor]:
         for name in ("mask", "exclude", "token_index", "batch_group"):
@@ -380,26 +390,38 @@ class Controller:
         #: name -> 0-d float64 tensor: what the method remembers; empty before the first step and without memory.
         self.memory: dict[str, Tensor] = {}
 
+    def __repr__(self) -> str:
+        method = repr(self._method) if isinstance(self._method, str) else "ek.Method"
+        given = "".join(f", {name}={value!r}" for name, value in self._options.items())
+        return f"{type(self).__name__}({method}{given}{_shown_group(self._group)})"
+
     def step(self, batch: TokenBatch | SelectionBatch, *, seed: int | Tensor | None = None) -> Any:
         """The control of this step: a :class:`Control`; for a :class:`SelectionBatch` one per micro-batch.
 
         Args:
             seed: of a method that draws, in the place of the one that is counted here.
         """
+        whole = self._whole(batch)
+        options = self._with_memory(whole.device)
+        # the counter is asked where the call is known to be right
+        found, _, kept = _decided(self._row, whole, options, self._seeds if seed is None else seed)
+        self.memory = {**self.memory, **self._known("remember", kept)}
+        return found if isinstance(batch, SelectionBatch) else found[0]
+
+    def _whole(self, batch: TokenBatch | SelectionBatch) -> WholeBatch:
         if isinstance(batch, SelectionBatch):
-            whole = batch.whole
             if self._group is not None and batch._group is not self._group:
                 raise ValueError("batch_group: expected that of the SelectionBatch (or None), got another one")
-        elif isinstance(batch, TokenBatch):
-            whole = WholeBatch([batch], self._group, self._backend)
-        else:
+            return batch.whole
+        if not isinstance(batch, TokenBatch):
             raise TypeError(f"batch: expected an ek.TokenBatch or ek.SelectionBatch, got {type(batch).__name__}")
-        options = _checked(self._method, self._row, self._options, whole.device)
-        options.update({name: x.to(whole.device, non_blocking=True) for name, x in self.memory.items()})
-        # the counter is asked where the call is known to be right
-        found, kept = _decided(self._row, whole, options, self._seeds if seed is None else seed)
-        self.memory = {**self.memory, **_of_options(self._row, "remember", kept)}
-        return found if isinstance(batch, SelectionBatch) else found[0]
+        return WholeBatch([batch], self._group, self._backend)
+
+    def _with_memory(self, device: torch.device) -> Options:
+        """The options of a step on ``device``, what is remembered in the place of those of its name."""
+        options = _checked(self._method, self._row, self._options, device)
+        options.update({name: x.to(device, non_blocking=True) for name, x in self.memory.items()})
+        return options
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers: how many seeds were drawn, and the memory."""
@@ -414,20 +436,20 @@ class Controller:
         if not isinstance(state, dict) or {*state} != {"calls", "memory"} or not isinstance(state["memory"], dict):
             got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state: expected a dict of calls (an int) and memory (a dict of numbers), got {got}")
-        calls = integer("calls", state["calls"])
-        if self._row.remember is None and state["memory"]:
-            raise ValueError(f"memory: expected none of a method without memory, got {', '.join(state['memory'])}")
-        memory = _of_options(self._row, "memory", state["memory"])
-        found = {
-            name: torch.tensor(float(number(name, x, torch.float64)), dtype=torch.float64) for name, x in memory.items()
-        }
+        calls, memory = integer("calls", state["calls"]), self._known("memory", state["memory"])
+        numbers = {name: float(number(name, x, torch.float64)) for name, x in memory.items()}
         self._seeds.calls.fill_(calls)
-        self.memory = found
+        self.memory = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}
+
+    def _known(self, what: str, memory: dict[str, Any]) -> dict[str, Any]:
+        """What is remembered, if it has the names of options."""
+        if self._row.remember is None and memory:
+            raise ValueError(f"{what}: expected none of a method without memory, got {', '.join(memory)}")
+        for name in memory:
+            if name not in self._row.options:
+                raise ValueError(f"{what}: expected names of options ({', '.join(self._row.options)}), got {name}")
+        return memory
 
 
-def _of_options(row: Method, what: str, memory: dict[str, Any]) -> dict[str, Any]:
-    """What is remembered, if it has the names of options."""
-    for name in memory:
-        if name not in row.options:
-            raise ValueError(f"{what}: expected names of options ({', '.join(row.options)}), got {name}")
-    return memory
+def _shown_group(group: Any) -> str:
+    return "" if group is None else f", batch_group={group_name(group)!r}"

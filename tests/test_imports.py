@@ -40,6 +40,7 @@ ROOMS = {
     "batch": 2,
     "methods": 2,
     "control": 2,
+    "target_entropy": 2,
     "losses": 3,
     "analysis": 3,
     "trainer": 4,
