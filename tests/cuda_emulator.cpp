@@ -85,12 +85,11 @@ class HostThread {
   int block() const { return block_index_; }
 
   void barrier() { meet(block_.rendezvous); }
-  void warp_barrier() { meet(warp().rendezvous); }
   template <typename T>
   T shuffle_xor(T value, int mask) {
     double* slots = warp().slots[shuffles_++ % 2];
     slots[index_ % kWarp] = value;
-    warp_barrier();
+    meet(warp().rendezvous);
     return static_cast<T>(slots[index_ % kWarp ^ mask]);
   }
 

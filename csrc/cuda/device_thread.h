@@ -13,7 +13,6 @@ struct DeviceThread {
   __device__ __forceinline__ int block() const { return static_cast<int>(blockIdx.x); }
 
   __device__ __forceinline__ void barrier() const { __syncthreads(); }
-  __device__ __forceinline__ void warp_barrier() const { __syncwarp(); }
   template <typename T>
   __device__ __forceinline__ T shuffle_xor(T value, int mask) const {
     return __shfl_xor_sync(0xffffffffu, value, mask);

@@ -162,7 +162,7 @@ struct DirectSource {
 };
 
 // Vectors through shared memory: one thread has several tiles in flight, the copy engine moves
-// them. `full` says that a stage has arrived, `empty` that every warp has taken its vectors out of it.
+// them. `full` says that a stage has arrived, `empty` that every thread has taken its vectors out of it.
 template <class E, class Thread>
 struct BulkSource {
   static constexpr bool kBulk = true;
@@ -179,7 +179,6 @@ struct BulkSource {
   Shared& shared;
   const Words* row;
   Share share;
-  int tiles, taken = 0;
   int stage = 0, phase = 0;  // of the next tile that is taken
 
   // Every thread of the block has to pass a barrier between `prepare` and the constructor.
@@ -187,25 +186,25 @@ struct BulkSource {
     if (thread.index() != 0) return;
     for (int i = 0; i < kStages; ++i) {
       thread.initialise(shared.full[i], 1);
-      thread.initialise(shared.empty[i], kBulkThreads / kWarp);
+      thread.initialise(shared.empty[i], kBulkThreads);
     }
     thread.publish_barriers();
   }
 
   EK_HOST_DEVICE BulkSource(Thread& thread_, Shared* shared_, const Words* row_, Share share_)
-      : thread(thread_), shared(*shared_), row(row_), share(share_), tiles((share.end - share.begin + kTile - 1) / kTile) {
+      : thread(thread_), shared(*shared_), row(row_), share(share_) {
     if (thread.index() == 0) {
-      for (int i = 0; i < kStages && i < tiles; ++i) request(i, i);
+      for (int i = 0; i < kStages && share.begin + i * kTile < share.end; ++i) request(share.begin + i * kTile, i);
     }
   }
-  EK_HOST_DEVICE void request(int tile, int to) {
-    const int begin = share.begin + tile * kTile, rest = share.end - begin;
+  EK_HOST_DEVICE void request(int begin, int to) {
+    const int rest = share.end - begin;
     thread.copy(shared.stage[to], row + begin, (rest < kTile ? rest : kTile) * int(sizeof(Words)), shared.full[to]);
   }
   EK_HOST_DEVICE void take(int tile_begin, Words (&words)[kVectors]) {
     // The stage of the tile before this one is refilled now: the other warps have had time to empty it.
-    const int refill = taken - 1 + kStages;
-    if (thread.index() == 0 && taken > 0 && refill < tiles) {
+    const int refill = tile_begin + (kStages - 1) * kTile;
+    if (thread.index() == 0 && tile_begin > share.begin && refill < share.end) {
       const int before = stage == 0 ? kStages - 1 : stage - 1;
       thread.wait(shared.empty[before], stage == 0 ? phase ^ 1 : phase);
       thread.reads_before_copies();
@@ -222,9 +221,7 @@ struct BulkSource {
         words[k] = tile_begin + vector < share.end ? shared.stage[stage][vector] : E::minus_infinity();
       }
     }
-    thread.warp_barrier();
-    if (thread.index() % kWarp == 0) thread.arrive(shared.empty[stage]);
-    ++taken;
+    thread.arrive(shared.empty[stage]);
     if (++stage == kStages) {
       stage = 0;
       phase ^= 1;
