@@ -18,16 +18,18 @@ import torch
 
 from entropy_kernels.trainer import model
 from entropy_kernels.trainer.files import read_json
-from entropy_kernels.trainer.methods import BASELINE, METHODS, check_options, options_of
+from entropy_kernels.trainer.methods import BASELINE, METHODS, TARGETS, check_options, options_of
+from entropy_kernels.trainer.schedule import Schedule
 from entropy_kernels.trainer.start import check_model
 
 HEADS = tuple(model.HEADS)
 
 if TYPE_CHECKING:
     MethodName: TypeAlias = str
+    TargetName: TypeAlias = str
     HeadName: TypeAlias = str
 else:  # --help lists the choices
-    MethodName, HeadName = Literal[tuple(METHODS)], Literal[HEADS]
+    MethodName, TargetName, HeadName = Literal[tuple(METHODS)], Literal[tuple(TARGETS)], Literal[HEADS]
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
@@ -151,7 +153,10 @@ class TrainerConfig:
     micro_batches: int = 1
     """Parts in which a minibatch goes through the model. Selection and normalisation see the whole minibatch."""
     lr: float = 3e-4
-    """Learning rate of AdamW, constant."""
+    """Learning rate of AdamW."""
+    lr_schedule: str | None = None
+    """Factor of lr over the steps, as points STEP:FACTOR with straight lines between: 0:0.1,20:1 warms up,
+    0:1,120:1,120:2 doubles at step 120. None: constant."""
     weight_decay: float = 0.0
     """AdamW weight decay in RL."""
     adam_beta1: float = 0.9
@@ -167,7 +172,15 @@ class TrainerConfig:
     many tokens as Clip-Cov or KL-Cov, chosen at random. docs/control.md says what each computes, and when it helps."""
     method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Options of the method, as OPTION=VALUE: --method exact_cov --method-options share=0.4 effect=detached. They go
-    before the fields that follow here."""
+    before the fields that follow here. With a target_entropy they are those of ek.TargetEntropy: kp=0.3."""
+    target_entropy: str | None = None
+    """Hold the policy's entropy at so many nats, in place of a method: 0.4, or a course over the steps as points
+    STEP:NATS with straight lines between, 0:0.8,200:0.3. Each rollout's updates are planned from its statistics; the
+    entropy at its tokens is measured once more after them. It is a brake on decline: a course cannot fall faster than
+    the entropy does by itself, and a target above the start's holds entropy at the price of accuracy."""
+    target_method: TargetName = next(iter(TARGETS))
+    """What holds it: exact_cov (the fewest tokens, of largest exact covariance, lose their gradient), weight (all
+    tokens that take entropy keep the same share of theirs), bonus (the coefficient of an entropy bonus)."""
     clip_low: float = 0.2
     """PPO clip below 1, of methods that have one. KL-Cov (and its control) has no PPO clip."""
     clip_high: float = 0.2
@@ -251,6 +264,9 @@ class TrainerConfig:
             f"{self.minibatches} * {self.micro_batches} = {parts}",
         )
         _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
+        if self.lr_schedule is not None:
+            factors = [factor for _, factor in Schedule.parse("lr_schedule", self.lr_schedule).points]
+            _expect(min(factors) >= 0, "lr_schedule", "factors >= 0", self.lr_schedule)
         check_options(self)
 
     @property
@@ -259,15 +275,26 @@ class TrainerConfig:
         decides = METHODS[self.method].control is not None
         return decides and self.selection_logprob == "new" and self.micro_batches == 1
 
+    def target_at(self, step: int) -> float:
+        """The target entropy of a step, nats; NaN without one."""
+        target = self.target_entropy
+        return math.nan if target is None else Schedule.parse("target_entropy", target)(step)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.lr * (1.0 if self.lr_schedule is None else Schedule.parse("lr_schedule", self.lr_schedule)(step))
+
     @property
     def selection_ratio(self) -> float:
         """Fraction of tokens that the method selects; 0 for one whose own numbers say how many."""
         return float(options_of(self).get("ratio") or 0.0)
 
     def under(self, method: str) -> TrainerConfig:
-        """With another method; the options are kept if they are that one's, or of the one that it is a control of."""
+        """With another method, and no target; the options are kept if they are that one's, or of the one that it is a
+        control of."""
         kept = self.method in (method, METHODS[method].control_of)
-        return dataclasses.replace(self, method=method, method_options=self.method_options if kept else {})
+        options = self.method_options if kept and self.target_entropy is None else {}
+        return dataclasses.replace(self, method=method, method_options=options, target_entropy=None)
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""
@@ -289,6 +316,9 @@ class TrainerConfig:
         for name in ("out", "warm_start_from"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
+        for name in ("target_entropy", "lr_schedule"):  # a constant is a number in a file
+            if isinstance(values.get(name), (int, float)):
+                values[name] = str(values[name])
         return cls(**values)
 
     @classmethod

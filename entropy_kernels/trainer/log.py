@@ -25,6 +25,7 @@ COVARIANCE_COLUMNS = {fraction: f"cov_top_{fraction:g}" for fraction in (0.0002,
 DEFINITIONS = {
     "step": "finished RL steps when the row's policy was measured",
     "entropy": "policy entropy, nats: mean over the tokens of the rollout, before the step's updates",
+    "target_entropy": "the entropy that the step aims at, nats",
     "reward": "mean reward of the rollout",
     "unscored": "answers of the rollout that their verifier could not judge (reward 0); the first in unscored.jsonl",
     "groups_mixed": "share of prompts whose completions got different rewards (the others have advantage 0)",
@@ -61,6 +62,12 @@ DEFINITIONS = {
     "control_dh": "predicted entropy change of the step under the method: -lr x epochs x mean of c F over an update's "
     "tokens, mean over updates, nats; for steps of lr times the loss's gradient in logits that are free parameters",
     "free_dh": "the same if the method did nothing",
+    "wanted_dh": "entropy change that the target asks of the step, nats",
+    "planned_dh": "entropy change that the step's plan is predicted to have, by the learned gain, nats; to compare with "
+    "measured_dh",
+    "target_gain": "measured over predicted entropy change, as learned so far; see docs/control.md",
+    "target_saturated": "1: no plan could bring the entropy higher, -1: none lower, 0: neither",
+    "lr": "learning rate of the step, under lr_schedule",
     "own_update_dh": "entropy change of the step's first update on that update's own tokens, nats",
     "first_order_dh": "gradient of the mean entropy in the weights, times their change in the first update, nats",
     "first_update_dh": "entropy change of the step's first update on the rollout's tokens, nats",
@@ -293,7 +300,10 @@ class ProgressBoard:
 
 def describe_row(row: Mapping[str, Any]) -> str:
     """The few numbers of a row that fit beside a bar."""
-    shown = (("loss", "loss"), ("entropy", "H"), ("reward", "reward"), ("val_pass1", "pass@1"), ("val_pass8", "pass@8"))
+    shown = (
+        ("loss", "loss"), ("entropy", "H"), ("target_entropy", "target"), ("reward", "reward"),
+        ("val_pass1", "pass@1"), ("val_pass8", "pass@8"),
+    )  # fmt: skip
     keep = shown[1:] if "entropy" in row else shown[:1]
     return "  ".join(f"{label} {row[name]:.3f}" for name, label in keep if isinstance(row.get(name), float))
 

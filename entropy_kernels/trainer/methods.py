@@ -2,13 +2,14 @@
 
 No other file of the trainer names a method. A row says what is the trainer's own: what reports call the method, and
 which options it has at this scale. A new method of :func:`entropy_kernels.methods` is here by itself; one from outside
-is a row of :data:`METHODS` with an ``ek.Method``.
+is a row of :data:`METHODS` with an ``ek.Method``. In the place of a method there may be a target entropy
+(:func:`target_of`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels.trainer.schedule import Schedule
 
 if TYPE_CHECKING:
     from entropy_kernels.batch import WholeBatch
@@ -155,13 +157,16 @@ def without_control(batch: ek.SelectionBatch, config: TrainerConfig) -> ek.Contr
 
 
 def check_options(config: TrainerConfig) -> None:
-    """Try the method's options on a few tokens.
+    """Try the method's options, or the target's, on a few tokens.
 
     Raises
     ------
     ValueError
         Naming the option, what was expected, and what came.
     """
+    if config.target_entropy is not None:
+        _check_target(config)
+        return
     if METHODS[config.method].control is None and config.method_options:
         raise ValueError(f"method_options: expected none for {config.method}, got {config.method_options}")
     tokens, known = torch.linspace(-2.0, -0.1, 8).view(2, 4), ("entropy", "old_entropy", "collision")
@@ -175,3 +180,59 @@ def check_options(config: TrainerConfig) -> None:
         raise ValueError(f"method_options: {error}") from error
     if decided.entropy_coef is not None and config.entropy_coef != 0:
         raise ValueError(f"entropy_coef: expected 0 for {config.method}, which sets it, got {config.entropy_coef}")
+
+
+# --- a target entropy ------------------------------------------------------------------------------------------------
+
+#: What may hold the entropy at a target, by the names of :class:`entropy_kernels.TargetEntropy`, with its effect on
+#: tokens; the first is the default.
+TARGETS = {"exact_cov": "dropped", "weight": "token_weight", "bonus": "entropy_coef"}
+
+
+def target_of(config: TrainerConfig, *, vocab_size: int | None = None) -> ek.TargetEntropy | None:
+    """What plans a step's updates so that the entropy goes to ``target_entropy``; None without one.
+
+    Raises
+    ------
+    ValueError
+        A target below 0, or above the logarithm of `vocab_size`; an option that there is not, or that cannot be.
+    """
+    if config.target_entropy is None:
+        return None
+    schedule = Schedule.parse("target_entropy", config.target_entropy)
+    options = {"method": config.target_method, "vocab_size": vocab_size, **clips_of(config, None)}
+    try:
+        for _, nats in schedule.points:  # what a function returns is checked step by step
+            ek.TargetEntropy(nats, **options, **config.method_options)
+        return ek.TargetEntropy(schedule, **options, **config.method_options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"target_entropy, target_method, method_options: {error}") from error
+
+
+def part_of(plan: ek.Control, parts: Sequence[Tensor]) -> list[ek.Control]:
+    """A plan for a whole rollout, for the micro-batches of one of its minibatches, rows each.
+
+    Of the metrics `touched` is the minibatch's; the others are the rollout's, as each of its updates has them.
+    """
+    treated = [value for value in (plan.dropped, plan.detached) if value is not None]
+    treated += [] if plan.token_weight is None else [plan.token_weight != 1]
+    touched = sum((value[rows].sum() for value in treated for rows in parts), torch.zeros(()))
+    found = []
+    for rows in parts:
+        own = {name: value[rows] for name, value in plan._asdict().items() if isinstance(value, Tensor) and value.dim()}
+        found.append(plan._replace(**own, metrics={**plan.metrics, "touched": touched}))
+    return found
+
+
+def _check_target(config: TrainerConfig) -> None:
+    if config.method != BASELINE:
+        raise ValueError(
+            f"method: expected {BASELINE} beside target_entropy, which decides about the tokens itself (target_method: "
+            f"{', '.join(TARGETS)}), got {config.method}; leave one of the two out"
+        )
+    target_of(config)
+    if TARGETS[config.target_method] == "entropy_coef" and config.entropy_coef != 0:
+        raise ValueError(
+            f"entropy_coef: expected 0 for target_method {config.target_method}, which sets it, got "
+            f"{config.entropy_coef}"
+        )

@@ -1,7 +1,8 @@
 """PPO with verifiable rewards, under any method of control. One file, top to bottom: :func:`train` is the loop.
 
 A step: sample completions, score them, make advantages (:func:`collect`), then for every minibatch decide about
-its tokens and update (:func:`update`). What is measured hangs on the loop as probes and changes nothing.
+its tokens and update (:func:`update`); with a target entropy all updates of the step are planned before the first.
+What is measured hangs on the loop as probes and changes nothing.
 Read on in this order: methods.py (what may be done to tokens, one table), rollout.py (sampling, old log-probs),
 advantages.py, model.py (the policy and its head), probes.py (what is measured), tasks.py, start.py (where RL starts),
 checkpoint.py and files.py (what is written), config.py (every setting). sweep.py runs methods × seeds for report.py.
@@ -46,12 +47,13 @@ from entropy_kernels.trainer.advantages import group_advantages
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.log import MetricsLog
-from entropy_kernels.trainer.methods import clips_of, controller_of
+from entropy_kernels.trainer.methods import clips_of, controller_of, part_of, target_of
 from entropy_kernels.trainer.model import Policy, loss_of_stats
 from entropy_kernels.trainer.probes import Probe, Step, Update, default_probes
 from entropy_kernels.trainer.rollout import (
     Rollout,
     Stats,
+    all_tokens,
     fresh_stats,
     known_tokens,
     sample_groups,
@@ -125,15 +127,32 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
         for probe in probes:
             probe.after_rollout(step)
 
-        # 2. several updates per rollout: from the second on, log-probs differ from the old ones
         if not step.last:
-            for rows in minibatches(config, policy.device, run.generators["shuffler"]):
+            lr, order = config.lr_at(number), list(minibatches(config, policy.device, run.generators["shuffler"]))
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
+
+            # 2. with a target entropy: what all updates may do, by the statistics of the policy that sampled
+            if run.target is not None:
+                with policy.clock:
+                    tokens = all_tokens(step.rollout, order, config)
+                    plan = run.target.step(tokens, lr=lr, updates=config.epochs)
+                assert isinstance(plan, ek.Control)  # of one batch
+                step.plan = plan
+
+            # 3. several updates per rollout: from the second on, log-probs differ from the old ones
+            for rows in order:
                 seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
-                step.updates.append(
-                    update(policy, run.optimizer, step.rollout, rows, config, run.controller, seed=seed)
+                made = update(
+                    policy, run.optimizer, step.rollout, rows, config, run.controller, seed=seed, plan=step.plan
                 )
+                step.updates.append(made)
                 for probe in probes:
                     probe.after_update(step)
+
+            # 4. the target learns what its plan has done to the entropy
+            if run.target is not None:
+                run.target.observe(step.entropy_after())
             for probe in probes:
                 probe.after_step(step)
 
@@ -209,14 +228,15 @@ def update(
     controller: ek.Controller | None,
     *,
     seed: int,
+    plan: ek.Control | None = None,
 ) -> Update:
     """One optimizer step on the rollout's `rows` (a minibatch), in micro-batches.
 
-    Control and normalisation are those of the whole minibatch.
+    Normalisation is that of the whole minibatch, and so is control; or it follows a `plan` of the whole rollout.
     """
     started = time.perf_counter()
     parts = list(rows.chunk(config.micro_batches))
-    decisions = decide(policy, rollout, parts, config, controller, seed=seed)
+    decisions = decide(policy, rollout, parts, config, controller, seed=seed) if plan is None else part_of(plan, parts)
     optimizer.zero_grad(set_to_none=True)
     tokens = int(rollout.mask[rows].sum())
     losses, controls = [], []
@@ -319,6 +339,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     generators: dict[str, torch.Generator]  # sampler and shuffler
     controller: ek.Controller | None  # of the method, with what it remembers
+    target: ek.TargetEntropy | None  # in its place
     log: MetricsLog
     first: int  # step
 
@@ -331,7 +352,7 @@ class Run:
             model=self.policy.model,
             optimizer=self.optimizer,
             generators=self.generators,
-            controller=self.controller,
+            controller=self.target or self.controller,
             row=self.log.last,
         )
 
@@ -349,11 +370,12 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         policy = load_policy(config.warm_start_from, config, task)
     else:
         policy = build_policy(config, task)
-        if saved is None:
-            warm_start(
-                policy, task, config,
-                on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
-            )  # fmt: skip
+    target = target_of(config, vocab_size=policy.model.config.vocab_size)
+    if config.warm_start_from is None and saved is None:
+        warm_start(
+            policy, task, config,
+            on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
+        )  # fmt: skip
     optimizer = torch.optim.AdamW(
         policy.model.parameters(),
         lr=config.lr,
@@ -367,7 +389,12 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     first = 0
     if saved is not None:
         first = checkpoint.restore(
-            saved, path, model=policy.model, optimizer=optimizer, generators=generators, controller=controller
+            saved,
+            path,
+            model=policy.model,
+            optimizer=optimizer,
+            generators=generators,
+            controller=target or controller,
         )
     elif config.overwrite:
         checkpoint.remove_run(files)
@@ -377,7 +404,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "overwrite": False}
     write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
-    return Run(policy, optimizer, generators, controller, log, first)
+    return Run(policy, optimizer, generators, controller, target, log, first)
 
 
 def versions() -> dict[str, str]:

@@ -57,14 +57,22 @@ class Step:
     task: Task
     config: TrainerConfig
     rollout: Rollout | None = None
+    plan: ek.Control | None = None  # for all tokens of the rollout, in all updates; with a target entropy
     updates: list[Update] = field(default_factory=list)
     row: dict[str, Any] = field(default_factory=dict)
+    _after: Tensor | None = None
 
     @property
     def sampled(self) -> Rollout:
         """The rollout, where there must be one."""
         assert self.rollout is not None
         return self.rollout
+
+    def entropy_after(self) -> Tensor:
+        """Entropy at the rollout's tokens after all updates, (B, L), nats: one more forward, made once."""
+        if self._after is None:
+            self._after = entropy_now(self)
+        return self._after
 
 
 class Probe:
@@ -132,6 +140,7 @@ class RolloutMetrics(Probe):
         low, high = (config.cov_low, config.cov_high) if config.cov_band == "absolute" else (1.0, 5.0)
         step.row |= {
             "entropy": mean_over(rollout.entropy, rollout.mask),
+            **({} if config.target_entropy is None else {"target_entropy": config.target_at(step.number)}),
             "reward": float(rollout.rewards.mean()),
             "unscored": len(rollout.unscored),
             "groups_mixed": float((rollout.rewards != rollout.rewards[:, :1]).any(dim=1).float().mean()),
@@ -151,16 +160,26 @@ class UpdateMetrics(Probe):
     """Loss, gradient norm and the loss's own metrics, over all updates of the step."""
 
     def after_step(self, step: Step) -> None:
-        updates = [update_metrics(update, step.sampled, step.config) for update in step.updates]
+        lr = step.config.lr_at(step.number)
+        updates = [update_metrics(update, step.sampled, step.config, lr) for update in step.updates]
         for name in updates[0]:
             step.row[name] = combined(name, [metrics[name] for metrics in updates])
+        if step.plan is not None:
+            step.row |= {name: float(step.plan.metrics[of]) for name, of in _PLAN_METRICS.items()}
+        if step.config.lr_schedule is not None:
+            step.row["lr"] = lr
 
 
 #: Metrics of the losses that the log keeps.
 _LOSS_METRICS = ("clipfrac", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens")
+#: Column -> the metric of a plan. What it measured is the column measured_dh.
+_PLAN_METRICS = {
+    "wanted_dh": "wanted_change", "planned_dh": "planned_change", "target_gain": "gain",
+    "target_saturated": "saturated",
+}  # fmt: skip
 
 
-def update_metrics(update: Update, rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
+def update_metrics(update: Update, rollout: Rollout, config: TrainerConfig, lr: float) -> dict[str, float]:
     """Metrics of a minibatch from those of its micro-batches, whose means are weighted by tokens."""
     tokens = [int(rollout.mask[rows].sum()) for rows in update.rows]
     merged: dict[str, float] = {}
@@ -182,7 +201,7 @@ def update_metrics(update: Update, rollout: Rollout, config: TrainerConfig) -> d
     if "entropy_coef" in found:
         merged["entropy_coef"] = float(found["entropy_coef"])
     for name, of in (("control_dh", "predicted_change"), ("free_dh", "predicted_change_free")):
-        merged[name] = config.lr * config.epochs * float(found[of])  # a token takes part in an update per epoch
+        merged[name] = lr * config.epochs * float(found[of])  # a token takes part in an update per epoch
     return merged
 
 
@@ -257,10 +276,10 @@ class EntropyChange(Probe):
 
     def after_step(self, step: Step) -> None:
         step.row["predicted_dh"] = predicted_change(step)
-        if step.config.measure_entropy_change:
+        if step.config.measure_entropy_change or step.plan is not None:
             rollout = step.sampled
             before = mean_over(rollout.entropy, rollout.mask)
-            step.row["measured_dh"] = mean_over(entropy_now(step), rollout.mask) - before
+            step.row["measured_dh"] = mean_over(step.entropy_after(), rollout.mask) - before
         if self._first_order is not None:
             step.row["first_order_step_dh"] = self._first_order.change()
             self._first_order = None  # as large as the model three times

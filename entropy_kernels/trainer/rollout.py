@@ -131,6 +131,29 @@ def known_tokens(
     return batch
 
 
+def all_tokens(rollout: Rollout, order: Sequence[Tensor], config: TrainerConfig) -> ek.TokenBatch:
+    """The whole rollout as the policy that sampled it sees it, for a plan of all updates: `order` has their rows.
+
+    A token's coefficient is its weight in the loss of its minibatch, the mean over the epochs.
+    """
+    coefficient = torch.zeros(rollout.mask.shape, dtype=torch.float64, device=rollout.mask.device)
+    for rows in order:
+        mask = rollout.mask[rows]
+        weight = _coefficient(mask, config, mask.sum(), len(rows))
+        coefficient[rows] += weight.view(len(rows), -1) / config.epochs
+    return ek.TokenBatch(
+        rollout.old_logprob,
+        None,
+        rollout.advantages,
+        rollout.mask,
+        entropy=rollout.entropy,
+        collision=rollout.collision,
+        vocab_covariance=rollout.vocab_covariance,
+        coefficient=coefficient,
+        temperature=config.temperature,
+    )
+
+
 def _coefficient(mask: Tensor, config: TrainerConfig, tokens: Tensor, sequences: int) -> Tensor:
     """The weight of each token in the loss, (b, L), or (b,) where it is that of all tokens of a sequence."""
     if config.loss_agg_mode == "token-mean":
