@@ -1,4 +1,4 @@
-"""A target entropy in the trainer: planned once per rollout, measured once after it, kept over checkpoints; schedules."""
+"""A target entropy in the trainer: planned once per rollout, measured after it, kept in checkpoints; schedules."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import torch
 
 from entropy_kernels.trainer import model
 from entropy_kernels.trainer.files import read_json
-from entropy_kernels.trainer.methods import BASELINE, METHODS, TARGETS, check_options, options_of
+from entropy_kernels.trainer.methods import BASELINE, METHODS, TARGET, TARGETS, check_options, options_of
 from entropy_kernels.trainer.schedule import Schedule
 from entropy_kernels.trainer.start import check_model
 
@@ -178,7 +178,7 @@ class TrainerConfig:
     STEP:NATS with straight lines between, 0:0.8,200:0.3. Each rollout's updates are planned from its statistics; the
     entropy at its tokens is measured once more after them. It is a brake on decline: a course cannot fall faster than
     the entropy does by itself, and a target above the start's holds entropy at the price of accuracy."""
-    target_method: TargetName = next(iter(TARGETS))
+    target_method: TargetName = TARGET
     """What holds it: exact_cov (the fewest tokens, of largest exact covariance, lose their gradient), weight (all
     tokens that take entropy keep the same share of theirs), bonus (the coefficient of an entropy bonus)."""
     clip_low: float = 0.2

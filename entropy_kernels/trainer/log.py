@@ -63,8 +63,8 @@ DEFINITIONS = {
     "tokens, mean over updates, nats; for steps of lr times the loss's gradient in logits that are free parameters",
     "free_dh": "the same if the method did nothing",
     "wanted_dh": "entropy change that the target asks of the step, nats",
-    "planned_dh": "entropy change that the step's plan is predicted to have, by the learned gain, nats; to compare with "
-    "measured_dh",
+    "planned_dh": "entropy change that the step's plan is predicted to have, by the learned gain, nats; measured_dh is "
+    "what it had",
     "target_gain": "measured over predicted entropy change, as learned so far; see docs/control.md",
     "target_saturated": "1: no plan could bring the entropy higher, -1: none lower, 0: neither",
     "lr": "learning rate of the step, under lr_schedule",

@@ -187,6 +187,7 @@ def check_options(config: TrainerConfig) -> None:
 #: What may hold the entropy at a target, by the names of :class:`entropy_kernels.TargetEntropy`, with its effect on
 #: tokens; the first is the default.
 TARGETS = {"exact_cov": "dropped", "weight": "token_weight", "bonus": "entropy_coef"}
+TARGET = next(iter(TARGETS))
 
 
 def target_of(config: TrainerConfig, *, vocab_size: int | None = None) -> ek.TargetEntropy | None:
