@@ -226,6 +226,43 @@ def test_a_resumed_run_keeps_its_target(tmp_path: Path) -> None:
             ppo.train(config(tmp_path / "run", **{**TARGET, "steps": 6, **changes}, resume=True))
 
 
+def test_a_run_goes_on_as_another_experiment_where_that_is_said(tmp_path: Path) -> None:
+    ppo.train(config(tmp_path / "run", **{**TARGET, "target_entropy": None, "steps": 2, "weight_decay": 0.1}))
+    changes = {"lr": 1e-3, "target_entropy": "0:9,2:4.58,6:4.5", "weight_decay": 0.0, "task": "walk?goals=0-49"}
+    changed = config(tmp_path / "run", **{**TARGET, **changes}, resume=True)
+    with pytest.raises(ValueError, match=r"resume: .*target_entropy: expected None \(as saved\), got '0:9"):
+        ppo.train(dataclasses.replace(changed, resume_changes=("lr", "task", "weight_decay")))
+    with pytest.raises(ValueError, match=r"target_entropy.*at most log\(vocab_size\).* got 9"):
+        ppo.train(dataclasses.replace(changed, resume_changes=tuple(changes)))
+    changed.target_entropy = "0:4.0,2:4.58,6:4.5"
+    ppo.train(dataclasses.replace(changed, resume_changes=tuple(changes), save_every=1))
+    rows = rows_without_times(tmp_path / "run")
+    # the course is over the steps of the run, not from where the target came in
+    assert [row.get("target_entropy") for row in rows] == [None, None, 4.58, pytest.approx(4.56), pytest.approx(4.54)]
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    group = state["optimizer"]["param_groups"][0]
+    assert (group["lr"], group["weight_decay"], state["controller"]["calls"]) == (1e-3, 0.0, 4)
+    # once changed it is resumed as ever, and remembers what it was
+    ppo.train(dataclasses.replace(changed, steps=5))
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    expected = {"lr": [3e-3, 1e-3], "target_entropy": [None, changed.target_entropy], "weight_decay": [0.1, 0.0]}
+    assert about["changes"] == [{"step": 2, "task": ["walk", "walk?goals=0-49"], **expected}]
+    assert TrainerConfig.from_json(tmp_path / "run" / "config.json").resume_changes == ()
+    # another method of holding begins anew
+    ppo.train(dataclasses.replace(changed, steps=6, target_method="bonus", resume_changes=("target_method",)))
+    about = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [change["step"] for change in about["changes"]] == [2, 5]
+
+
+def test_a_change_that_nobody_made_changes_nothing(tmp_path: Path) -> None:
+    ppo.train(config(tmp_path / "whole", **TARGET))
+    ppo.train(config(tmp_path / "halves", **{**TARGET, "steps": 2}))
+    ppo.train(config(tmp_path / "halves", **TARGET, resume=True, resume_changes=("lr", "task")))
+    assert rows_without_times(tmp_path / "whole") == rows_without_times(tmp_path / "halves")
+    assert_same_weights(tmp_path / "whole", tmp_path / "halves")
+    assert "changes" not in json.loads((tmp_path / "halves" / "config.json").read_text())
+
+
 def test_what_is_logged(tmp_path: Path) -> None:
     ppo.train(config(tmp_path / "run", **{**TARGET, "target_entropy": "0:4.6,4:4.56", "eval_every": 0}))
     rows = rows_without_times(tmp_path / "run")
@@ -260,6 +297,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
             r"entropy_coef: expected 0 for target_method bonus, which sets it, got 0\.1",
         ),
         ({"lr_schedule": "0:1,5:-1"}, r"lr_schedule: expected factors >= 0, got "),
+        ({"resume_changes": ("lr", "lrr", "model")}, r"resume_changes: expected fields .*, got 'lrr, model'"),
     ],
 )
 def test_what_cannot_be_is_said_before_any_training(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -78,6 +78,48 @@ def test_walk_demonstrations_are_right_except_for_the_share_asked() -> None:
     assert 0.6 < share_right(0.3) < 0.8
 
 
+def test_walks_with_other_goals_and_fewer_moves() -> None:
+    task = make_task("walk?goals=50-60&without=x2,+15,-6")
+    assert isinstance(task, WalkTask) and task.words() == WalkTask().words()
+    for split in ("train", "validation"):
+        assert all(50 <= prompt.data[1] <= 60 for prompt in task.prompts(40, seed=0, split=split))  # type: ignore
+    for text, words in task.demonstrations(60, seed=0, wrong_fraction=0.0):
+        start, goal = map(int, text.split())
+        assert 50 <= goal <= 60 and task.verify(Prompt(text, (start, goal)), words) == 1
+        assert not {"x2", "+15", "-6"} & {*words.split()}
+    right = "x2 24 x2 48 +8 56 +1"
+    assert (task.verify(Prompt("12 57", (12, 57)), right), WalkTask().verify(Prompt("12 57", (12, 57)), right)) == (
+        0,
+        1,
+    )
+
+
+def test_walk_without_options_is_the_walk() -> None:
+    plain, spelled = WalkTask(), make_task("walk?goals=0-99")
+    assert plain.prompts(50, seed=3, split="train") == spelled.prompts(50, seed=3, split="train")
+    assert plain.demonstrations(50, seed=3, wrong_fraction=0.3) == spelled.demonstrations(
+        50, seed=3, wrong_fraction=0.3
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("walk?goals=50", r"task: expected goals=LOW-HIGH within 0-99 .*got goals=50$"),
+        ("walk?goals=70-60", r"got goals=70-60"),
+        ("walk?goals=100-120", r"got goals=100-120"),
+        ("walk?without=x4", r"task: expected without=MOVES, some of \+1,\+3,.*got without=x4"),
+        ("walk?without=-2,-6,%2B1", r"so that every value keeps one, got without=-2,-6,\+1"),
+        ("walk?moves=3", r"task: expected walk\?goals=LOW-HIGH&without=MOVES.*got 'walk\?moves=3'"),
+        ("walk?goals", r"task: expected options as key=value&key=value after the \?, got 'goals'"),
+        ("walking", r"task: expected walk or reasoning_gym:NAME, got 'walking'"),
+    ],
+)
+def test_walks_that_cannot_be(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_task(name)
+
+
 def test_extract_answer() -> None:
     assert extract_answer("so <answer> 42 </answer> done") == "42"
     assert extract_answer("<answer>42") == "42"

@@ -61,18 +61,20 @@ def save_checkpoint(
     generators: dict[str, torch.Generator],
     controller: ek.Controller | None = None,
     row: dict[str, Any] | None = None,
+    changes: list[dict[str, Any]] | None = None,
 ) -> None:
     """Write everything that the rest of the run depends on. What `path` held becomes :func:`previous_of` it.
 
-    `step` is the number of finished steps; `row` the last one of the log, which tells whose log it is. Besides the
-    named generators, torch's global ones are saved, for models that use them. OSError where it cannot be written:
-    `path` is as it was then.
+    `step` is the number of finished steps; `row` the last one of the log, which tells whose log it is; `changes` of the
+    configuration are those under which the run was resumed. Besides the named generators, torch's global ones are
+    saved, for models that use them. OSError where it cannot be written: `path` is as it was then.
     """
     state = {
         "format": FORMAT,
         "step": step,
         "config": config,
         "row": row,
+        "changes": changes or [],
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "generators": {name: generator.get_state() for name, generator in generators.items()},

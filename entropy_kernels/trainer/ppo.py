@@ -342,6 +342,7 @@ class Run:
     target: ek.TargetEntropy | None  # in its place
     log: MetricsLog
     first: int  # step
+    changes: list[dict[str, Any]]  # of the configuration, with the steps at which it was resumed under them
 
     def save(self, step: int, config: TrainerConfig) -> None:
         """Write the checkpoint after `step` steps."""
@@ -354,6 +355,7 @@ class Run:
             generators=self.generators,
             controller=self.target or self.controller,
             row=self.log.last,
+            changes=self.changes,
         )
 
 
@@ -361,8 +363,12 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     """The policy where RL starts, optimizer and generators, all from a checkpoint if the run goes on; and the log."""
     path = config.out / "checkpoint.pt"
     saved = checkpoint.load_checkpoint(path) if config.resume else None
+    changes: list[dict[str, Any]] = []
     if saved is not None:
-        check_resumable(saved["config"], config, finished=saved["step"])
+        different = check_resumable(saved["config"], config, finished=saved["step"])
+        changes = saved.get("changes", []) + ([{"step": saved["step"], **different}] if different else [])
+        if {"method", "method_options", "target_method"} & different.keys():
+            saved["controller"] = None  # what another method remembers
     files = checkpoint.prepare_directory(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -376,12 +382,12 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
             policy, task, config,
             on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
         )  # fmt: skip
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(),
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay,
-    )
+    adam: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.weight_decay,
+    }
+    optimizer = torch.optim.AdamW(policy.model.parameters(), **adam)
     generators = {"sampler": torch.Generator(policy.device), "shuffler": torch.Generator()}
     for generator in generators.values():
         generator.manual_seed(config.seed)
@@ -396,15 +402,20 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
             generators=generators,
             controller=target or controller,
         )
+        for group in optimizer.param_groups:
+            group.update(adam)  # which may have changed
+        if target is not None:  # its course is over the steps of the run, wherever it begins
+            target.load_state_dict({**target.state_dict(), "calls": first})
     elif config.overwrite:
         checkpoint.remove_run(files)
     # before anything is changed: another run's log is refused
     last = None if saved is None else saved.get("row")
     log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
     # how the run was started is not part of what it is: from-config starts another one
-    again = {**config.to_dict(), "resume": False, "overwrite": False}
-    write_json(config.out / "config.json", {**again, "command": sys.argv, "versions": versions()})
-    return Run(policy, optimizer, generators, controller, target, log, first)
+    again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
+    about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
+    write_json(config.out / "config.json", {**again, **about})
+    return Run(policy, optimizer, generators, controller, target, log, first, changes)
 
 
 def versions() -> dict[str, str]:

@@ -76,6 +76,13 @@ class WalkTask:
     (dozens, typically), so a policy that keeps one of them keeps its pass@1 and loses its pass@k.
 
     Pairs (S, T) are split by a hash of the pair; 1/8 of them are held out for validation.
+
+    Parameters
+    ----------
+    goals : str
+        ``LOW-HIGH``: the values that T may have.
+    without : str
+        Moves that are not allowed, ``x2,x3``. Words, and with them model and tokenizer, are those of all moves.
     """
 
     name = "walk"
@@ -86,12 +93,34 @@ class WalkTask:
     limit = 100
     held_out = 8
 
-    def __init__(self) -> None:
+    def __init__(self, *, goals: str = "0-99", without: str = "") -> None:
+        banned = [move for move in without.split(",") if move]
+        self.allowed = tuple(move for move in self.moves if move not in banned)
         # successors[v]: the legal moves from v, with the values they lead to
         self.successors: list[list[tuple[str, int]]] = [
-            [(move, after) for move in self.moves if 0 <= (after := self.apply(value, move)) < self.limit]
+            [(move, after) for move in self.allowed if 0 <= (after := self.apply(value, move)) < self.limit]
             for value in range(self.limit)
         ]
+        if not {*banned} <= {*self.moves} or not all(self.successors):
+            raise ValueError(
+                f"task: expected without=MOVES, some of {','.join(self.moves)} but so that every value keeps one, got "
+                f"without={without}"
+            )
+        low, _, high = goals.partition("-")
+        self.goals = range(int(low), int(high) + 1) if low.isdecimal() and high.isdecimal() else range(0)
+        if len({split for split, pair in self._pairs()}) < 2:
+            raise ValueError(
+                f"task: expected goals=LOW-HIGH within 0-{self.limit - 1} that walks lead to, in training and in "
+                f"validation, got goals={goals}"
+            )
+
+    def _pairs(self) -> Iterator[tuple[Split, tuple[int, int]]]:
+        """All pairs of a start and a goal that four moves lead to, with their splits."""
+        for start in range(self.limit):
+            ends = {start}
+            for _ in range(4):
+                ends = {after for value in ends for _, after in self.successors[value]}
+            yield from ((self.split_of(start, goal), (start, goal)) for goal in sorted(ends) if goal in self.goals)
 
     @staticmethod
     def apply(value: int, move: str) -> int:
@@ -110,7 +139,7 @@ class WalkTask:
         while len(found) < count:
             start = rng.randrange(self.limit)
             _, goal = self._walk(rng, start)
-            if self.split_of(start, goal) == split:
+            if goal in self.goals and self.split_of(start, goal) == split:
                 found.append(Prompt(f"{start} {goal}", (start, goal)))
         return found
 
@@ -122,7 +151,7 @@ class WalkTask:
             return 0.0
         for position in range(0, 7, 2):
             move = words[position]
-            if move not in self.moves:
+            if move not in self.allowed:
                 return 0.0
             value = self.apply(value, move)
             if not 0 <= value < self.limit:
@@ -138,7 +167,7 @@ class WalkTask:
         while len(rows) < count:
             start = rng.randrange(self.limit)
             words, goal = self._walk(rng, start)
-            if self.split_of(start, goal) == "train":
+            if goal in self.goals and self.split_of(start, goal) == "train":
                 rows.append((start, goal, words))
         wrong = [i for i in range(count) if rng.random() < wrong_fraction]
         goals = [goal for _, goal, _ in rows]
@@ -281,10 +310,14 @@ def make_task(name: str, *, max_new_tokens: int | None = None) -> Task:
 
     Raises ValueError for a name that is none, ImportError (naming the extra) where reasoning-gym is missing.
     """
-    if name == "walk":
+    walk, _, query = name.partition("?")
+    if walk == "walk":
         if max_new_tokens not in (None, WalkTask.max_new_tokens):
             raise ValueError(f"max_new_tokens: expected 7 (or none) for the task walk, got {max_new_tokens}")
-        return WalkTask()
+        options = {key: str(value) for key, value in _pairs_of(query.replace("+", "%2B"))}
+        if not options.keys() <= {"goals", "without"}:
+            raise ValueError(f"task: expected walk?goals=LOW-HIGH&without=MOVES, or one of the two, got {name!r}")
+        return WalkTask(**options)
     kind, _, dataset = name.partition(":")
     dataset, _, query = dataset.partition("?")
     if kind == "reasoning_gym" and dataset:
@@ -294,17 +327,20 @@ def make_task(name: str, *, max_new_tokens: int | None = None) -> Task:
 
 def task_options(query: str) -> dict[str, Any]:
     """``key=value&key=value``; a value that is no Python literal is a string."""
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError as error:
-        raise ValueError(f"task: expected options as key=value&key=value after the ?, got {query!r}") from error
     options = {}
-    for key, value in pairs:
+    for key, value in _pairs_of(query):
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             options[key] = value
     return options
+
+
+def _pairs_of(query: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ValueError(f"task: expected options as key=value&key=value after the ?, got {query!r}") from error
 
 
 def verify_all(task: Task, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
