@@ -1,0 +1,417 @@
+"""What the runs of control.py show: curves of reference, paired differences at equal entropy, set points; report.md.
+
+A run's entropy is that of its last validation, on held-out prompts. It is held against curves of the same seed and
+start, :data:`CURVES`, read where they have that entropy: between two points of a curve linearly, beyond its ends not at
+all (:data:`SLACK` apart). A difference per seed, and Student's t interval over the seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from entropy_kernels.analysis import plot_style as style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from benchmarks.control import Loop, Method, Spec
+
+#: column of a validation -> what it is called
+METRICS = {"pass1": "pass@1", "pass8": "pass@8", "pass32": "pass@32", "distinct": "distinct right answers of 32"}
+#: Nats beyond the end of a curve at which its end still counts.
+SLACK = 0.01
+#: Steps of a mean: the entropy of one rollout has a noise of 0.013 to 0.018 nats.
+WINDOW = 8
+#: What is asked of the 8-step means of H - target: on average, and at worst.
+ON_AVERAGE, AT_WORST = 0.02, 0.04
+
+Validation = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the table that is there."""
+
+    spec: Spec
+    record: Mapping[str, Any]
+
+    @property
+    def validations(self) -> list[Validation]:
+        """At the temperature of training, by step."""
+        return [v for v in self.record["validations"] if v["temperature"] == self.spec.settings["temperature"]]
+
+    @property
+    def last(self) -> Validation:
+        """The policy at the end."""
+        return self.validations[-1]
+
+    @property
+    def touched(self) -> float:
+        """Share of the tokens that the method treated, mean over steps."""
+        return statistics.fmean(self.record["steps"]["touched"])
+
+
+# --- at equal entropy -------------------------------------------------------------------------------------------------
+
+
+def on_its_way(runs: Sequence[Run]) -> list[Validation]:
+    """GRPO's policies from the start to the end."""
+    return [v for run in runs if run.spec.name == "grpo" for v in run.validations]
+
+
+def heated(runs: Sequence[Run]) -> list[Validation]:
+    """GRPO's last policy at temperatures from that of training up."""
+    return [
+        v for run in runs if run.spec.name == "grpo" for v in run.record["validations"] if v["step"] == run.last["step"]
+    ]
+
+
+def clip_cov(runs: Sequence[Run]) -> list[Validation]:
+    """Clip-Cov's last policies at its strengths."""
+    return [run.last for run in runs if run.spec.name == "clip_cov"]
+
+
+#: The curves that methods are held against, made of the runs of one seed.
+CURVES: dict[str, Callable[[Sequence[Run]], list[Validation]]] = {
+    "GRPO on its way": on_its_way,
+    "GRPO heated": heated,
+    "Clip-Cov": clip_cov,
+}
+
+
+def read_at(curve: Sequence[Validation], entropy: float, metric: str) -> float | None:
+    """A metric of a curve where it has an entropy; None where it does not reach it."""
+    points = sorted((point["entropy"], point[metric]) for point in curve)
+    if len(points) < 2 or not points[0][0] - SLACK <= entropy <= points[-1][0] + SLACK:
+        return None
+    return float(np.interp(entropy, *zip(*points, strict=True)))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean and t interval of 95 % of one value per seed; NaN without or with one."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        if not self.seeds:
+            return "–"
+        if self.seeds == 1:
+            return f"{self.mean:+.3f} (1 seed)"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Of a value per seed."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return Interval(values[0] if values else math.nan, math.nan, math.nan, len(values))
+    found = stats.ttest_1samp(values, 0.0).confidence_interval(0.95) if np.ptp(values) else (values[0], values[0])
+    return Interval(statistics.fmean(values), float(found[0]), float(found[1]), len(values))
+
+
+def by_seed(runs: Iterable[Run]) -> dict[int, list[Run]]:
+    """Runs of each seed."""
+    found: dict[int, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.spec.seed, []).append(run)
+    return found
+
+
+def differences(runs: Sequence[Run], curve: str, metric: str, name: str, strength: str | None = None) -> list[float]:
+    """A method's metric minus that of a curve of its seed at its entropy: a number for each seed that has one.
+
+    Without a strength the mean over those that the seed has.
+    """
+    found = []
+    for mine in by_seed(runs).values():
+        points = CURVES[curve](mine)
+        values = [
+            run.last[metric] - other
+            for run in mine
+            if run.spec.name == name and strength in (None, run.spec.strength)
+            for other in [read_at(points, run.last["entropy"], metric)]
+            if other is not None
+        ]
+        if values:
+            found.append(statistics.fmean(values))
+    return found
+
+
+# --- the closed loop --------------------------------------------------------------------------------------------------
+
+
+def target_at(points: str, step: int) -> float:
+    """Of ``"0.4"`` or ``"0:0.8,200:0.3"``: linear between the points, constant outside."""
+    if ":" not in points:
+        return float(points)
+    known = [tuple(map(float, point.split(":"))) for point in points.split(",")]
+    return float(np.interp(step, *zip(*known, strict=True)))
+
+
+def errors(run: Run) -> np.ndarray:
+    """H - target of each step, as means of :data:`WINDOW` steps, over the second half."""
+    entropy = run.record["steps"]["entropy"]
+    wrong = [h - target_at(run.spec.settings["target_entropy"], step) for step, h in enumerate(entropy)]
+    return np.convolve(wrong[len(wrong) // 2 :], np.full(WINDOW, 1 / WINDOW), "valid")
+
+
+# --- report.md --------------------------------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def _spread(values: Sequence[float], digits: int = 3) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _strengths(runs: Iterable[Run]) -> list[tuple[str, str]]:
+    """Methods and strengths that are there."""
+    return list(dict.fromkeys((run.spec.name, run.spec.strength) for run in runs))
+
+
+def ends_table(runs: Sequence[Run], methods: Mapping[str, Method]) -> str:
+    """Where every method ends."""
+    rows = []
+    for name, strength in _strengths(runs):
+        mine = [run for run in runs if (run.spec.name, run.spec.strength) == (name, strength)]
+        cells = [_spread([run.last[column] for run in mine]) for column in ("entropy", *METRICS)]
+        touched = 100 * statistics.fmean(run.touched for run in mine)
+        rows.append([methods[name].label, strength, f"{len(mine)}", *cells, f"{touched:.2f} %" if touched else ""])
+    return _table(["method", "strength", "seeds", "entropy", *METRICS.values(), "tokens touched"], rows)
+
+
+def differences_table(runs: Sequence[Run], methods: Mapping[str, Method], curve: str, *, by_strength: bool) -> str:
+    """Paired differences to a curve: a row per method, or per strength."""
+    rows = []
+    for name, strength in _strengths(runs) if by_strength else [(name, None) for name in methods]:
+        if name == "grpo" or methods[name].label == curve:
+            continue
+        found = [interval(differences(runs, curve, metric, name, strength)) for metric in METRICS]
+        if any(run.spec.name == name for run in runs):
+            cells = [methods[name].label, *([strength] if strength is not None else []), f"{found[0].seeds}"]
+            rows.append([*cells, *map(str, found)])
+    return _table(["method", *(["strength"] if by_strength else []), "seeds", *METRICS.values()], rows)
+
+
+def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
+    """How well each target is held, and what comes of it."""
+    rows = []
+    for name, loop in loops.items():
+        mine = [run for run in runs if run.spec.name == name]
+        if not mine:
+            continue
+        means = [float(np.abs(errors(run)).mean()) for run in mine]
+        worst = [float(np.abs(errors(run)).max()) for run in mine]
+        held = sum(m <= ON_AVERAGE and w <= AT_WORST for m, w in zip(means, worst, strict=True))
+        cells = [_spread([run.last[column] for run in mine]) for column in ("entropy", "pass1", "pass8")]
+        touched = f"{100 * statistics.fmean(run.touched for run in mine):.2f} %"
+        rows.append([loop.label, f"{len(mine)}", _spread(means), f"{max(worst):.3f}", f"{held}", *cells, touched])
+    header = ["run", "seeds", "mean", "worst", "held", "entropy at the end", "pass@1", "pass@8", "tokens touched"]
+    return _table(header, rows)
+
+
+def _origin(runs: Sequence[Run]) -> str:
+    """Machines, versions and commits of the runs."""
+    said = []
+    for label, of in (
+        ("machine", lambda record: record["machine"]),
+        ("commit", lambda record: str(record["commit"])[:10] + (" (changed)" if record["dirty"] else "")),
+        ("versions", lambda record: ", ".join(f"{k} {v}" for k, v in record["versions"].items())),
+    ):
+        values = list(dict.fromkeys(of(run.record) for run in runs))
+        said.append(f"{label}{'s' * (len(values) > 1 and label != 'versions')}: {'; '.join(values)}")
+    hours = sum(run.record["cpu_seconds"] for run in runs) / 3600
+    return "; ".join(said) + f"; one thread per run, {hours:.1f} hours of CPU in all"
+
+
+def write_report(
+    out: Path,
+    specs: Sequence[Spec],
+    records: Mapping[str, Mapping[str, Any]],
+    methods: Mapping[str, Method],
+    loops: Mapping[str, Loop],
+    *,
+    quick: bool = False,
+) -> Path:
+    """report.md and its pictures, from the runs that are there; returns the report's path."""
+    runs = [Run(spec, records[spec.key]) for spec in specs if spec.key in records]
+    if not runs:
+        raise FileNotFoundError(f"out: expected runs in {out}, got none; run python -m benchmarks.control first")
+    equal, loop = ([run for run in runs if run.spec.part == part] for part in ("equal", "loop"))
+    missing = len(specs) - len(runs)
+    parts = ["# Control: what it is worth at equal entropy, and how well a set point holds"]
+    if quick:
+        parts.append("**A rehearsal** with few steps, seeds and prompts: it shows that all works, and no result.")
+    parts.append(
+        f"{len(runs)} of {len(specs)} runs"
+        + (f"; **{missing} are missing**, so rows have fewer seeds or strengths than planned." if missing else ".")
+        + f" `python -m benchmarks.control`; {_origin(runs)}."
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    if equal:
+        _figure(out / "entropy.png", frontier_figure(equal, methods))
+        _figure(out / "differences.png", differences_figure(equal, methods))
+        parts += _equal_parts(equal, methods)
+    if loop:
+        _figure(out / "loop.png", loop_figure(loop, loops))
+        parts += [
+            "## A set point",
+            f"Means of {WINDOW} steps of H - target over the second half of a run: their mean size, the largest of all "
+            f"seeds, and in how many seeds they are within {ON_AVERAGE} on average and {AT_WORST} at worst.",
+            loop_table(loop, loops),
+            "![entropy under a target](loop.png)",
+        ]
+    path = out / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _equal_parts(runs: Sequence[Run], methods: Mapping[str, Method]) -> list[str]:
+    parts = [
+        "## At equal entropy",
+        "Where each method ends, mean ± standard deviation over seeds with a supervised start each:",
+        ends_table(runs, methods),
+        "![pass@k and distinct answers against entropy](entropy.png)",
+        "### Paired differences",
+        "The method minus a curve of the same seed and start at the same entropy: a mean over the method's strengths "
+        "for each seed, then mean and t interval of 95 % over seeds. Entropies that a curve does not reach are left "
+        "out. Intervals are for one comparison each: of twenty without any effect, one misses zero. Clip-Cov's curve "
+        "and its strengths are one and the same runs, so it has no row there.",
+    ]
+    for curve in CURVES:
+        parts += [f"**Against {curve}**", differences_table(runs, methods, curve, by_strength=False)]
+    parts.append("![paired differences](differences.png)")
+    for curve in CURVES:
+        parts += [
+            f"<details><summary>Each strength against {curve}</summary>",
+            differences_table(runs, methods, curve, by_strength=True),
+            "</details>",
+        ]
+    return parts
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+_MARKERS = "osD^vP*XhdpH<>"
+
+
+def _figure(path: Path, figure: Figure) -> None:
+    figure.savefig(path, format="png", dpi=130)
+
+
+def _mean_curve(runs: Sequence[Run], curve: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """A curve's mean over seeds, on the entropies that it reaches in all of them."""
+    points = [CURVES[curve](mine) for mine in by_seed(runs).values()]
+    points = [found for found in points if len(found) > 1]
+    if not points:
+        return np.empty(0), np.empty(0)
+    low = max(min(point["entropy"] for point in found) for found in points)
+    high = min(max(point["entropy"] for point in found) for found in points)
+    grid = np.linspace(low, high, 60) if low < high else np.empty(0)
+    values = [[read_at(found, h, metric) for h in grid] for found in points]
+    return grid, np.mean(np.array(values, float), axis=0)
+
+
+def frontier_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Figure:
+    """A panel per metric: the ends of methods against entropy, strengths joined, and GRPO's curves."""
+    names = [name for name in methods if any(run.spec.name == name for run in runs)]
+    looks = style.styles([methods[name].label for name in names])
+    fig, axes = style.figure(2, 2, (11.5, 9.6))
+    for ax, (metric, label) in zip(axes.flat, METRICS.items(), strict=True):
+        for curve, dashes in (("GRPO on its way", "-"), ("GRPO heated", (0, (2, 2)))):
+            ax.plot(
+                *_mean_curve(runs, curve, metric), color=style.MUTED, linewidth=5 if dashes == "-" else 2.2,
+                alpha=0.45 if dashes == "-" else 0.9, linestyle=dashes, label=curve, zorder=1,
+            )  # fmt: skip
+        for marker, name in zip(_MARKERS, names, strict=False):
+            look = looks[methods[name].label]
+            mine = [
+                [r.last for r in runs if (r.spec.name, r.spec.strength) == cell]
+                for cell in _strengths(runs)
+                if cell[0] == name
+            ]
+            x, y = ([statistics.fmean(v[column] for v in cell) for cell in mine] for column in ("entropy", metric))
+            ax.plot(
+                x,
+                y,
+                **{**look.line(), "linewidth": 1.3, "label": methods[name].label},
+                marker=marker,
+                markersize=6,
+                zorder=3,
+            )
+        ax.set(xlabel="policy entropy H at the end (nats per token)", ylabel=label)
+        style.title(ax, label)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    style.legend(fig, handles=handles, labels=labels, loc="outside lower center", ncols=5)
+    return fig
+
+
+def differences_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Figure:
+    """A panel per curve and metric: the paired difference of each method with its t interval."""
+    names = [name for name in methods if name != "grpo" and any(run.spec.name == name for run in runs)]
+    looks = style.styles([methods[name].label for name in names])
+    fig, axes = style.figure(
+        len(CURVES), len(METRICS), (13.5, 1.1 + len(CURVES) * (0.9 + 0.24 * len(names))), sharey=True
+    )
+    for row, curve in zip(axes, CURVES, strict=True):
+        for ax, (metric, label) in zip(row, METRICS.items(), strict=True):
+            ax.axvline(0, color=style.MUTED, linewidth=1.0)
+            for y, name in enumerate(names):
+                if methods[name].label == curve:
+                    continue
+                found = interval(differences(runs, curve, metric, name))
+                reach = None if found.seeds < 2 else [[found.mean - found.low], [found.high - found.mean]]
+                ax.errorbar(
+                    [found.mean], [y], xerr=reach, fmt="o", color=looks[methods[name].label].color, markersize=5,
+                    capsize=3, linewidth=1.6,
+                )  # fmt: skip
+            style.title(ax, label, f"minus {curve}")
+        row[0].set_yticks(range(len(names)), [methods[name].label for name in names])
+        row[0].set_ylim(len(names) - 0.5, -0.5)
+    return fig
+
+
+def loop_figure(runs: Sequence[Run], loops: Mapping[str, Loop]) -> Figure:
+    """A panel per row of the table: the entropy of each seed, and the target."""
+    names = [name for name in loops if any(run.spec.name == name for run in runs)]
+    columns = min(4, len(names))
+    lines = math.ceil(len(names) / columns)
+    fig, axes = style.figure(lines, columns, (3.4 * columns, 2.7 * lines))
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    for ax, name in zip(axes.flat, names, strict=False):
+        mine = [run for run in runs if run.spec.name == name]
+        _course(ax, mine)
+        style.title(ax, loops[name].label, f"{len(mine)} seed{'s' * (len(mine) > 1)}, means of {WINDOW} steps")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("entropy (nats)")
+    return fig
+
+
+def _course(ax: Axes, runs: Sequence[Run]) -> None:
+    for run in runs:
+        entropy = run.record["steps"]["entropy"]
+        smooth = np.convolve(entropy, np.full(WINDOW, 1 / WINDOW), "valid")
+        ax.plot(np.arange(len(smooth)) + (WINDOW - 1) / 2, smooth, color="#0072b2", linewidth=1.1, alpha=0.7)
+    steps = range(len(runs[0].record["steps"]["entropy"]))
+    target = [target_at(runs[0].spec.settings["target_entropy"], step) for step in steps]
+    ax.plot(steps, target, color="#d55e00", linewidth=1.4, linestyle=(0, (4, 2)))
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("step")

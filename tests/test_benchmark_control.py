@@ -1,0 +1,202 @@
+"""The harness of benchmarks/control.py: its table, runs that go on, and a report on made-up runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+from benchmarks import control, control_report
+from benchmarks.control import EQUAL, LOOP, PARTS, Spec, table
+from benchmarks.control_report import Run, differences, interval, read_at, target_at
+from entropy_kernels.trainer.config import TrainerConfig
+
+TINY = {
+    "steps": 2, "warm_steps": 1, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2,
+    "prompts_per_step": 4, "samples_per_prompt": 4, "minibatches": 2, "eval_prompts": 4,
+}  # fmt: skip
+
+
+def some(*names: str, seeds: tuple[int, ...] = (7,)) -> list[Spec]:
+    return [spec for spec in control.equal_specs(seeds, TINY, all_strengths=False) if spec.name in names]
+
+
+def run_all(specs: list[Spec], folder: Path) -> list[str]:
+    (folder / "work").mkdir(exist_ok=True)
+    return control.run_all(specs, out=folder / "out", work=folder / "work", workers=1)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_every_run_of_the_table_is_one_that_the_trainer_takes(tmp_path: Path) -> None:
+    specs = {json.dumps(spec.settings): spec for spec in table([*PARTS], quick=False)}
+    for spec in specs.values():
+        control.config_of(spec, tmp_path / "run", tmp_path).validate()
+
+
+def test_common_settings_name_what_the_trainer_would_do_anyway() -> None:
+    """So that a later default changes no run, and no key."""
+    defaults = TrainerConfig().to_dict()
+    own = {"eval_prompts", "eval_samples", "device"}
+    assert {k: v for k, v in control.COMMON.items() if defaults[k] != v and k not in own} == {}
+
+
+def test_keys_tell_settings_and_seeds_apart_and_names_do_not() -> None:
+    specs = table([*PARTS], quick=False)
+    by_settings = {(spec.seed, json.dumps(spec.settings, sort_keys=True), spec.validate_at) for spec in specs}
+    assert len({spec.key for spec in specs}) == len(by_settings)
+    shared = {s.key for s in specs if s.name == "target"} & {s.key for s in specs if s.part == "loop"}
+    assert len(shared) == 15, "targets of the comparison are runs of the closed loop"
+
+
+def test_what_is_there_at_any_time_is_a_fair_comparison() -> None:
+    specs = [spec for spec in table(["equal"], quick=False)]
+    first = specs[: sum(spec.rank == 0 for spec in specs)]
+    assert {(spec.name, spec.seed) for spec in first} == {(name, seed) for name in EQUAL for seed in control.SEEDS}
+    middle = {name: str(method.strengths[len(method.strengths) // 2]) for name, method in EQUAL.items()}
+    assert {s.strength for s in first if s.name not in control.REFERENCES} <= {*middle.values()}
+    assert {s.strength for s in first if s.name == "clip_cov"} == {str(s) for s in EQUAL["clip_cov"].strengths}
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("control")
+    assert run_all(some("grpo", "exact_cov"), folder) == []
+    return folder
+
+
+def test_a_run_is_a_line_with_its_course_and_validations(ran: Path) -> None:
+    grpo, exact = (control.read(ran / "out" / "runs.jsonl")[spec.key] for spec in some("grpo", "exact_cov"))
+    assert len(grpo["steps"]["entropy"]) == 3 and grpo["steps"]["touched"] == [0.0, 0.0]
+    assert [v["temperature"] for v in grpo["validations"] if v["step"] == 2] == [1.0, *control.HEATED]
+    assert {v["step"] for v in grpo["validations"]} == {0, 1, 2}
+    assert {*control_report.METRICS, "entropy"} <= {*exact["validations"][0]}
+    assert exact["settings"]["method_options"] == {"ratio": EQUAL["exact_cov"].strengths[1]}
+    assert [path.name for path in (ran / "work").glob("run-*")] == [], "what a run wrote is gone"
+
+
+def test_what_is_there_is_not_run_again_and_what_is_missing_is(
+    ran: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (ran / "out" / "runs.jsonl").read_text()
+    assert run_all(some("grpo", "exact_cov"), ran) == []
+    assert "2 of 2 runs are there" in capsys.readouterr().out
+    assert (ran / "out" / "runs.jsonl").read_text() == before
+    lines = before.splitlines()
+    (ran / "out" / "runs.jsonl").write_text(lines[0] + "\n")  # the second was interrupted
+    assert run_all(some("grpo", "exact_cov"), ran) == []
+    again = (ran / "out" / "runs.jsonl").read_text().splitlines()
+    assert again[0] == lines[0]
+    kept = ("key", "validations", "steps")
+    assert all(json.loads(again[1])[name] == json.loads(lines[1])[name] for name in kept), "the same bits"
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    good, bad = some("clip_higher", "steer")
+    broken = Spec(**{**vars(bad), "settings": {**bad.settings, "method_options": {"no": 1}}})
+    (failure,) = run_all([broken, good], tmp_path)
+    assert "steer" in failure and "no" in failure
+    assert [*control.read(tmp_path / "out" / "runs.jsonl")] == [good.key]
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def made_up(spec: Spec, end: Callable[[Spec], dict[str, float]]) -> dict[str, Any]:
+    """A record in which a validation's metrics are functions of its entropy."""
+    final, steps = end(spec), spec.settings["steps"]
+    validations = [
+        {"step": step, "temperature": 1.0, **metrics_at(0.9 - 0.7 * step / steps, spec.seed)}
+        for step in spec.validate_at
+    ]
+    validations.append({"step": steps, "temperature": 1.0, **final})
+    heated = [{"step": steps, "temperature": t, **metrics_at(0.2 * t, spec.seed, -0.1)} for t in spec.heated]
+    course = [0.9 + (final["entropy"] - 0.9) * min(1.0, 3 * step / steps) for step in range(steps + 1)]
+    return {
+        "key": spec.key, "machine": "m", "commit": "c" * 40, "dirty": False, "versions": {"torch": "2"},
+        "cpu_seconds": 36.0, "validations": validations + heated,
+        "steps": {"entropy": course, "reward": [0.0] * (steps + 1), "touched": [0.01] * steps},
+    }  # fmt: skip
+
+
+def metrics_at(entropy: float, seed: int, above: float = 0.0) -> dict[str, float]:
+    return {
+        "entropy": entropy, "pass1": 0.4 - 0.2 * entropy + 0.01 * seed + above, "pass8": 0.5 + 0.4 * entropy + above,
+        "pass32": 0.6 + 0.4 * entropy + above, "distinct": 1 + 6 * entropy + above,
+    }  # fmt: skip
+
+
+def end_of(spec: Spec) -> dict[str, float]:
+    if spec.part == "loop":
+        return metrics_at(target_at(spec.settings["target_entropy"], spec.settings["steps"]), spec.seed)
+    if spec.name == "grpo":
+        return metrics_at(0.2, spec.seed)
+    place = [str(s) for s in EQUAL[spec.name].strengths].index(spec.strength)
+    # seeds differ in how much the method is worth: 0.03, 0.04, ...
+    return metrics_at(0.25 + 0.15 * place, spec.seed, above=0.03 + 0.01 * spec.seed)
+
+
+def runs_of(specs: list[Spec]) -> list[Run]:
+    return [Run(spec, made_up(spec, end_of)) for spec in specs]
+
+
+def test_a_paired_difference_is_the_one_computed_by_hand() -> None:
+    specs = [s for s in table(["equal"], quick=False) if s.name in ("grpo", "exact_cov", "clip_cov") and s.seed < 3]
+    runs = runs_of(specs)
+    for metric in control_report.METRICS:
+        for strength in (None, str(EQUAL["exact_cov"].strengths[0])):
+            found = differences(runs, "GRPO on its way", metric, "exact_cov", strength)
+            assert found == pytest.approx([0.03, 0.04, 0.05], abs=1e-9)
+        assert differences(runs, "Clip-Cov", metric, "exact_cov") == pytest.approx([0, 0, 0], abs=1e-9)
+        # 0.03 above GRPO's way, and the heated one is 0.1 below it, from T = 1.25 on
+        strong = differences(runs, "GRPO heated", metric, "exact_cov", str(EQUAL["exact_cov"].strengths[1]))
+        assert strong == pytest.approx([0.13, 0.14, 0.15], abs=1e-9)
+    # mean 0.04, standard deviation 0.01, Student's t of 2 degrees of freedom at 97.5 %: 4.302653
+    reach = 4.302653 * 0.01 / math.sqrt(3)
+    got = interval([0.03, 0.04, 0.05])
+    assert (got.mean, got.low, got.high) == pytest.approx((0.04, 0.04 - reach, 0.04 + reach), abs=1e-6)
+
+
+def test_a_curve_is_read_between_its_points_and_not_beyond_its_ends() -> None:
+    curve = [{"entropy": 0.6, "x": 3.0}, {"entropy": 0.2, "x": 1.0}]
+    assert read_at(curve, 0.4, "x") == pytest.approx(2.0)
+    assert read_at(curve, 0.195, "x") == 1.0
+    assert read_at(curve, 0.1, "x") is None and read_at(curve, 0.7, "x") is None
+    assert read_at(curve[:1], 0.6, "x") is None
+
+
+def test_the_error_under_a_target_is_that_of_eight_step_means_over_the_second_half() -> None:
+    assert [target_at("0:0.8,10:0.3", step) for step in (0, 5, 20)] == pytest.approx([0.8, 0.55, 0.3])
+    assert [target_at("0:1,5:1,5:2", step) for step in (4, 6)] == [1.0, 2.0]
+    spec = next(s for s in table(["loop"], quick=False) if s.name == "0.45")
+    record = made_up(spec, end_of)
+    course = [0.9] * 120 + [0.45] * 120 + [0.45 + 0.08]  # only the last step is off: a mean of eight is 0.01 off
+    found = control_report.errors(Run(spec, {**record, "steps": {**record["steps"], "entropy": course}}))
+    assert len(found) == 121 - 7
+    assert found[-1] == pytest.approx(0.01) and abs(found[:-1]).max() < 1e-12
+
+
+def test_a_report_says_how_much_of_it_is_there(tmp_path: Path) -> None:
+    specs = table([*PARTS], quick=False)
+    with pytest.raises(FileNotFoundError, match="expected runs"):
+        control_report.write_report(tmp_path, specs, {}, EQUAL, LOOP)
+    for there in (specs[:17], specs):
+        records = {spec.key: made_up(spec, end_of) for spec in there}
+        text = control_report.write_report(tmp_path, specs, records, EQUAL, LOOP).read_text()
+        distinct = len({spec.key for spec in specs})
+        assert ("are missing" in text) == (len(records) < distinct)
+    assert "| Exact covariance | 5 | +0.050 [+0.030, +0.070] |" in text
+    assert "| 0.45 | 5 | 0.000 ± 0.000 | 0.000 | 5 | 0.450 ± 0.000 |" in text
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "entropy.png", "differences.png", "loop.png"}
