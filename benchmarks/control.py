@@ -184,10 +184,10 @@ LOOP: dict[str, Loop] = {
     "0.45-long": Loop("0.45, 720 steps", "0.45", _LONG, rank=2),
     "0.6-long": Loop("0.6, 720 steps", "0.6", _LONG, rank=2),
     "falling-long": Loop("0.8 to 0.3, 720 steps", _FALLING, _LONG, rank=2),
-    # what breaks it
+    # what breaks it: above the start, faster than GRPO falls, below where it ends, a rate that damages, few tokens
     "above": Loop("1.2, above the start", "1.2", seeds=2, rank=3),
-    "fast": Loop("0.8 to 0.1 in a quarter: faster than GRPO", "0:0.8,{quarter}:0.1", seeds=2, rank=3),
-    "low": Loop("0.1, below what GRPO reaches", "0.1", seeds=2, rank=3),
+    "fast": Loop("0.8 to 0.1 in 60 steps", "0:0.8,{quarter}:0.1", seeds=2, rank=3),
+    "low": Loop("0.1", "0.1", seeds=2, rank=3),
     "lr": Loop("0.45, lr 6e-4", "0.45", {"lr": 6e-4}, seeds=2, rank=3),
     "few": Loop("0.45, 64 answers a step", "0.45", {"prompts_per_step": 8}, seeds=2, rank=3),
 }
@@ -235,7 +235,7 @@ class Course(Probe):
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.steps: dict[str, list[float]] = {"entropy": [], "reward": [], "touched": []}
+        self.steps: dict[str, list[Any]] = {"entropy": [], "reward": [], "touched": []}
         self.validations: list[dict[str, float]] = []
 
     def before_step(self, step: Step) -> None:

@@ -92,7 +92,8 @@ def read_at(curve: Sequence[Validation], entropy: float, metric: str) -> float |
     points = sorted((point["entropy"], point[metric]) for point in curve)
     if len(points) < 2 or not points[0][0] - SLACK <= entropy <= points[-1][0] + SLACK:
         return None
-    return float(np.interp(entropy, *zip(*points, strict=True)))
+    entropies, values = zip(*points, strict=True)
+    return float(np.interp(entropy, entropies, values))
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ def target_at(points: str, step: int) -> float:
     """Of ``"0.4"`` or ``"0:0.8,200:0.3"``: linear between the points, constant outside."""
     if ":" not in points:
         return float(points)
-    known = [tuple(map(float, point.split(":"))) for point in points.split(",")]
-    return float(np.interp(step, *zip(*known, strict=True)))
+    steps, nats = zip(*[map(float, point.split(":")) for point in points.split(",")], strict=True)
+    return float(np.interp(step, steps, nats))
 
 
 def errors(run: Run) -> np.ndarray:
@@ -181,16 +182,19 @@ def _spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def _strengths(runs: Iterable[Run]) -> list[tuple[str, str]]:
-    """Methods and strengths that are there."""
-    return list(dict.fromkeys((run.spec.name, run.spec.strength) for run in runs))
+def _cells(runs: Sequence[Run], methods: Mapping[str, Method]) -> dict[tuple[str, str], list[Run]]:
+    """Runs of each method and strength that is there, in the order of the table."""
+    found: dict[tuple[str, str], list[Run]]
+    found = {(name, str(strength)): [] for name, method in methods.items() for strength in method.strengths}
+    for run in runs:
+        found[run.spec.name, run.spec.strength].append(run)
+    return {cell: mine for cell, mine in found.items() if mine}
 
 
 def ends_table(runs: Sequence[Run], methods: Mapping[str, Method]) -> str:
     """Where every method ends."""
     rows = []
-    for name, strength in _strengths(runs):
-        mine = [run for run in runs if (run.spec.name, run.spec.strength) == (name, strength)]
+    for (name, strength), mine in _cells(runs, methods).items():
         cells = [_spread([run.last[column] for run in mine]) for column in ("entropy", *METRICS)]
         touched = 100 * statistics.fmean(run.touched for run in mine)
         rows.append([methods[name].label, strength, f"{len(mine)}", *cells, f"{touched:.2f} %" if touched else ""])
@@ -200,7 +204,7 @@ def ends_table(runs: Sequence[Run], methods: Mapping[str, Method]) -> str:
 def differences_table(runs: Sequence[Run], methods: Mapping[str, Method], curve: str, *, by_strength: bool) -> str:
     """Paired differences to a curve: a row per method, or per strength."""
     rows = []
-    for name, strength in _strengths(runs) if by_strength else [(name, None) for name in methods]:
+    for name, strength in _cells(runs, methods) if by_strength else [(name, None) for name in methods]:
         if name == "grpo" or methods[name].label == curve:
             continue
         found = [interval(differences(runs, curve, metric, name, strength)) for metric in METRICS]
@@ -237,7 +241,7 @@ def _origin(runs: Sequence[Run]) -> str:
     ):
         values = list(dict.fromkeys(of(run.record) for run in runs))
         said.append(f"{label}{'s' * (len(values) > 1 and label != 'versions')}: {'; '.join(values)}")
-    hours = sum(run.record["cpu_seconds"] for run in runs) / 3600
+    hours = sum({run.spec.key: run.record["cpu_seconds"] for run in runs}.values()) / 3600
     return "; ".join(said) + f"; one thread per run, {hours:.1f} hours of CPU in all"
 
 
@@ -255,12 +259,13 @@ def write_report(
     if not runs:
         raise FileNotFoundError(f"out: expected runs in {out}, got none; run python -m benchmarks.control first")
     equal, loop = ([run for run in runs if run.spec.part == part] for part in ("equal", "loop"))
-    missing = len(specs) - len(runs)
+    there, asked = ({spec.key for spec in of} for of in ([run.spec for run in runs], specs))
+    missing = len(asked) - len(there)
     parts = ["# Control: what it is worth at equal entropy, and how well a set point holds"]
     if quick:
         parts.append("**A rehearsal** with few steps, seeds and prompts: it shows that all works, and no result.")
     parts.append(
-        f"{len(runs)} of {len(specs)} runs"
+        f"{len(there)} of {len(asked)} runs"
         + (f"; **{missing} are missing**, so rows have fewer seeds or strengths than planned." if missing else ".")
         + f" `python -m benchmarks.control`; {_origin(runs)}."
     )
@@ -341,21 +346,12 @@ def frontier_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Figur
                 alpha=0.45 if dashes == "-" else 0.9, linestyle=dashes, label=curve, zorder=1,
             )  # fmt: skip
         for marker, name in zip(_MARKERS, names, strict=False):
-            look = looks[methods[name].label]
-            mine = [
-                [r.last for r in runs if (r.spec.name, r.spec.strength) == cell]
-                for cell in _strengths(runs)
-                if cell[0] == name
-            ]
-            x, y = ([statistics.fmean(v[column] for v in cell) for cell in mine] for column in ("entropy", metric))
-            ax.plot(
-                x,
-                y,
-                **{**look.line(), "linewidth": 1.3, "label": methods[name].label},
-                marker=marker,
-                markersize=6,
-                zorder=3,
+            mine = [cell for (of, _), cell in _cells(runs, methods).items() if of == name]
+            x, y = (
+                [statistics.fmean(run.last[column] for run in cell) for cell in mine] for column in ("entropy", metric)
             )
+            line = {**looks[methods[name].label].line(), "linewidth": 1.2, "label": methods[name].label}
+            ax.plot(x, y, marker=marker, markersize=6, zorder=3, **line)
         ax.set(xlabel="policy entropy H at the end (nats per token)", ylabel=label)
         style.title(ax, label)
     handles, labels = axes[0, 0].get_legend_handles_labels()

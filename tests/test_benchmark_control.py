@@ -59,7 +59,7 @@ def test_keys_tell_settings_and_seeds_apart_and_names_do_not() -> None:
 
 
 def test_what_is_there_at_any_time_is_a_fair_comparison() -> None:
-    specs = [spec for spec in table(["equal"], quick=False)]
+    specs = table(["equal"], quick=False)
     first = specs[: sum(spec.rank == 0 for spec in specs)]
     assert {(spec.name, spec.seed) for spec in first} == {(name, seed) for name in EQUAL for seed in control.SEEDS}
     middle = {name: str(method.strengths[len(method.strengths) // 2]) for name, method in EQUAL.items()}
