@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test test-peers bench bench-readme bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format clean
+.PHONY: help setup train reproduce-toy test test-peers bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -72,6 +72,12 @@ bench-compare: setup ## time the regression set; fails if a minimum is 25 % abov
 
 bench-readme: setup ## write the README's figures and plots from the result files
 	$(BIN)/python -m benchmarks.report --readme
+
+# Not ?=, as below.
+QUICK =
+
+control: setup ## methods at equal entropy, and entropy as a set point; some two hours on two cores, QUICK=1 ten minutes
+	$(BIN)/python -m benchmarks.control $(if $(QUICK),--quick) $(CONTROL_ARGS)
 
 # Not ?=: an environment's ARCH or OUT means something else.
 ARCH = 9.0a

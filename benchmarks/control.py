@@ -13,8 +13,8 @@ curves of the same seed and start (control_report.py says which). **Closed loop.
 The settings stand in :data:`COMMON`, :data:`EQUAL` and :data:`LOOP`. They were found on other seeds (100 and up) and
 then frozen. A run's settings make its key: a changed setting is another run, and results under other keys are left
 alone, and out of the report. Each run that ends is a line of ``runs.jsonl``, which is replaced atomically; one that is
-interrupted begins anew. The order is such that what is there at any time is a fair comparison: GRPO, Clip-Cov and the
-middle strength of the others on all seeds, then the other strengths.
+interrupted begins anew. The order is such that what is there at any time is a fair comparison, seed by seed: GRPO,
+Clip-Cov, the middle strength of the others, the targets; then the other strengths, longer runs, and what breaks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from benchmarks.results import RESULTS, ROOT, describe
 from entropy_kernels._console import print_table
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import locked, write_text
-from entropy_kernels.trainer.log import ProgressBoard, read_rows
+from entropy_kernels.trainer.log import ProgressBoard
 from entropy_kernels.trainer.ppo import train
 from entropy_kernels.trainer.probes import Probe, Step
 from entropy_kernels.trainer.rollout import evaluate, mean_over
@@ -221,7 +221,7 @@ def table(parts: Sequence[str], *, quick: bool) -> list[Spec]:
             specs += PARTS[part](QUICK_SEEDS, QUICK, all_strengths=False)
         else:
             specs += PARTS[part](SEEDS, {})
-    return sorted(specs, key=lambda spec: (spec.rank, [*PARTS].index(spec.part), spec.seed))
+    return sorted(specs, key=lambda spec: (spec.rank, spec.seed))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ def table(parts: Sequence[str], *, quick: bool) -> list[Spec]:
 class Course(Probe):
     """What is kept of a run: numbers of each step, and validations."""
 
-    #: Columns that a run under a target adds.
-    COLUMNS = ("target_entropy", "gain", "saturated", "wanted_change", "planned_change", "measured_change")
+    #: Of the plan of a step, where there is one: what is kept beside the rest.
+    PLAN = ("gain", "saturated", "wanted_change", "planned_change")
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -264,6 +264,9 @@ class Course(Probe):
         controls = [control for update in step.updates for control in update.controls if control is not None]
         touched = [float(control.metrics["touched_frac"]) for control in controls]
         self.steps["touched"].append(round(sum(touched) / max(1, len(touched)), 6))
+        if step.plan is not None:
+            for name in self.PLAN:
+                self.steps.setdefault(name, []).append(round(float(step.plan.metrics[name]), 6))
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
@@ -300,11 +303,6 @@ def perform(spec: Spec, work: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=work, prefix="run-") as folder:
         config = config_of(spec, Path(folder) / "run", work)
         train(config, probes=[course])
-        columns = read_rows(config.out / "metrics.jsonl")
-    steps = {**course.steps}
-    for name in Course.COLUMNS:
-        if name in columns[0]:
-            steps[name] = [row.get(name) for row in columns]
     machine = describe(torch.device("cpu"))
     return {
         "key": spec.key, "title": spec.title, "seed": spec.seed,
@@ -312,7 +310,7 @@ def perform(spec: Spec, work: Path) -> dict[str, Any]:
         "machine": machine["machine"], "commit": machine["commit"], "dirty": machine["dirty"],
         "versions": {"python": machine["python"], **machine["versions"]},
         "cpu_seconds": round(time.process_time() - began[0], 1), "seconds": round(time.time() - began[1], 1),
-        "validations": course.validations, "steps": steps,
+        "validations": course.validations, "steps": course.steps,
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from entropy_kernels.analysis import plot_style as style
+from entropy_kernels.trainer.schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,18 +155,15 @@ def differences(runs: Sequence[Run], curve: str, metric: str, name: str, strengt
 # --- the closed loop --------------------------------------------------------------------------------------------------
 
 
-def target_at(points: str, step: int) -> float:
-    """Of ``"0.4"`` or ``"0:0.8,200:0.3"``: linear between the points, constant outside."""
-    if ":" not in points:
-        return float(points)
-    steps, nats = zip(*[map(float, point.split(":")) for point in points.split(",")], strict=True)
-    return float(np.interp(step, steps, nats))
+def targets(run: Run) -> np.ndarray:
+    """The target of each step."""
+    at = Schedule.parse("target_entropy", run.spec.settings["target_entropy"])
+    return np.array([at(step) for step in range(len(run.record["steps"]["entropy"]))])
 
 
 def errors(run: Run) -> np.ndarray:
     """H - target of each step, as means of :data:`WINDOW` steps, over the second half."""
-    entropy = run.record["steps"]["entropy"]
-    wrong = [h - target_at(run.spec.settings["target_entropy"], step) for step, h in enumerate(entropy)]
+    wrong = np.array(run.record["steps"]["entropy"]) - targets(run)
     return np.convolve(wrong[len(wrong) // 2 :], np.full(WINDOW, 1 / WINDOW), "valid")
 
 
@@ -214,6 +212,12 @@ def differences_table(runs: Sequence[Run], methods: Mapping[str, Method], curve:
     return _table(["method", *(["strength"] if by_strength else []), "seeds", *METRICS.values()], rows)
 
 
+def _actuator(run: Run) -> tuple[float, float]:
+    """Share of the tokens touched, and of the steps in which no control would have held the entropy high enough."""
+    saturated = run.record["steps"]["saturated"]
+    return run.touched, statistics.fmean(value > 0 for value in saturated)
+
+
 def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
     """How well each target is held, and what comes of it."""
     rows = []
@@ -225,9 +229,20 @@ def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
         worst = [float(np.abs(errors(run)).max()) for run in mine]
         held = sum(m <= ON_AVERAGE and w <= AT_WORST for m, w in zip(means, worst, strict=True))
         cells = [_spread([run.last[column] for run in mine]) for column in ("entropy", "pass1", "pass8")]
-        touched = f"{100 * statistics.fmean(run.touched for run in mine):.2f} %"
-        rows.append([loop.label, f"{len(mine)}", _spread(means), f"{max(worst):.3f}", f"{held}", *cells, touched])
-    header = ["run", "seeds", "mean", "worst", "held", "entropy at the end", "pass@1", "pass@8", "tokens touched"]
+        shares = [100 * statistics.fmean(values) for values in zip(*map(_actuator, mine), strict=True)]
+        held_in = f"{held} of {len(mine)}"
+        rows.append([loop.label, _spread(means), f"{max(worst):.3f}", held_in, *cells, *(f"{s:.1f} %" for s in shares)])
+    header = [
+        "run",
+        "mean",
+        "worst",
+        "held in",
+        "entropy at the end",
+        "pass@1",
+        "pass@8",
+        "tokens touched",
+        "at its limit",
+    ]
     return _table(header, rows)
 
 
@@ -279,7 +294,9 @@ def write_report(
         parts += [
             "## A set point",
             f"Means of {WINDOW} steps of H - target over the second half of a run: their mean size, the largest of all "
-            f"seeds, and in how many seeds they are within {ON_AVERAGE} on average and {AT_WORST} at worst.",
+            f"seeds, and in how many seeds they are within {ON_AVERAGE} on average and {AT_WORST} at worst. At its "
+            "limit: share of all steps in which no control that the method can give would have raised the entropy "
+            "enough.",
             loop_table(loop, loops),
             "![entropy under a target](loop.png)",
         ]
@@ -406,8 +423,6 @@ def _course(ax: Axes, runs: Sequence[Run]) -> None:
         entropy = run.record["steps"]["entropy"]
         smooth = np.convolve(entropy, np.full(WINDOW, 1 / WINDOW), "valid")
         ax.plot(np.arange(len(smooth)) + (WINDOW - 1) / 2, smooth, color="#0072b2", linewidth=1.1, alpha=0.7)
-    steps = range(len(runs[0].record["steps"]["entropy"]))
-    target = [target_at(runs[0].spec.settings["target_entropy"], step) for step in steps]
-    ax.plot(steps, target, color="#d55e00", linewidth=1.4, linestyle=(0, (4, 2)))
+    ax.plot(targets(runs[0]), color="#d55e00", linewidth=1.4, linestyle=(0, (4, 2)))
     ax.set_ylim(bottom=0)
     ax.set_xlabel("step")

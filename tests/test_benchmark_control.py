@@ -16,7 +16,7 @@ pytest.importorskip("scipy")
 
 from benchmarks import control, control_report
 from benchmarks.control import EQUAL, LOOP, PARTS, Spec, table
-from benchmarks.control_report import Run, differences, interval, read_at, target_at
+from benchmarks.control_report import Run, differences, interval, read_at, targets
 from entropy_kernels.trainer.config import TrainerConfig
 
 TINY = {
@@ -73,36 +73,40 @@ def test_what_is_there_at_any_time_is_a_fair_comparison() -> None:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("control")
-    assert run_all(some("grpo", "exact_cov"), folder) == []
+    assert run_all(some("grpo", "exact_cov", "target"), folder) == []
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_a_line_with_its_course_and_validations(ran: Path) -> None:
-    grpo, exact = (control.read(ran / "out" / "runs.jsonl")[spec.key] for spec in some("grpo", "exact_cov"))
+    records = control.read(ran / "out" / "runs.jsonl")
+    grpo, exact, target = (records[spec.key] for spec in some("grpo", "exact_cov", "target"))
     assert len(grpo["steps"]["entropy"]) == 3 and grpo["steps"]["touched"] == [0.0, 0.0]
     assert [v["temperature"] for v in grpo["validations"] if v["step"] == 2] == [1.0, *control.HEATED]
     assert {v["step"] for v in grpo["validations"]} == {0, 1, 2}
     assert {*control_report.METRICS, "entropy"} <= {*exact["validations"][0]}
     assert exact["settings"]["method_options"] == {"ratio": EQUAL["exact_cov"].strengths[1]}
+    assert {name: len(target["steps"][name]) for name in control.Course.PLAN} == dict.fromkeys(control.Course.PLAN, 2)
     assert [path.name for path in (ran / "work").glob("run-*")] == [], "what a run wrote is gone"
 
 
-def test_what_is_there_is_not_run_again_and_what_is_missing_is(
-    ran: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = (ran / "out" / "runs.jsonl").read_text()
-    assert run_all(some("grpo", "exact_cov"), ran) == []
-    assert "2 of 2 runs are there" in capsys.readouterr().out
-    assert (ran / "out" / "runs.jsonl").read_text() == before
-    lines = before.splitlines()
-    (ran / "out" / "runs.jsonl").write_text(lines[0] + "\n")  # the second was interrupted
-    assert run_all(some("grpo", "exact_cov"), ran) == []
-    again = (ran / "out" / "runs.jsonl").read_text().splitlines()
-    assert again[0] == lines[0]
+@pytest.mark.slow
+def test_what_is_there_is_not_run_again_and_what_is_missing_is(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, specs = ran / "out" / "runs.jsonl", some("grpo", "exact_cov", "target")
+    before = path.read_text()
+    assert run_all(specs, ran) == []
+    assert "3 of 3 runs are there" in capsys.readouterr().out
+    assert path.read_text() == before
+    lines = before.splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))  # the third was interrupted
+    assert run_all(specs, ran) == []
+    again = path.read_text().splitlines(keepends=True)
+    assert again[:2] == lines[:2]
     kept = ("key", "validations", "steps")
-    assert all(json.loads(again[1])[name] == json.loads(lines[1])[name] for name in kept), "the same bits"
+    assert all(json.loads(again[2])[name] == json.loads(lines[2])[name] for name in kept), "the same bits"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     good, bad = some("clip_higher", "steer")
     broken = Spec(**{**vars(bad), "settings": {**bad.settings, "method_options": {"no": 1}}})
@@ -127,7 +131,8 @@ def made_up(spec: Spec, end: Callable[[Spec], dict[str, float]]) -> dict[str, An
     return {
         "key": spec.key, "machine": "m", "commit": "c" * 40, "dirty": False, "versions": {"torch": "2"},
         "cpu_seconds": 36.0, "validations": validations + heated,
-        "steps": {"entropy": course, "reward": [0.0] * (steps + 1), "touched": [0.01] * steps},
+        "steps": {"entropy": course, "reward": [0.0] * (steps + 1), "touched": [0.01] * steps,
+              "saturated": [1.0, 0.0] * (steps // 2)},
     }  # fmt: skip
 
 
@@ -140,7 +145,7 @@ def metrics_at(entropy: float, seed: int, above: float = 0.0) -> dict[str, float
 
 def end_of(spec: Spec) -> dict[str, float]:
     if spec.part == "loop":
-        return metrics_at(target_at(spec.settings["target_entropy"], spec.settings["steps"]), spec.seed)
+        return metrics_at(float(spec.settings["target_entropy"].rpartition(":")[2]), spec.seed)
     if spec.name == "grpo":
         return metrics_at(0.2, spec.seed)
     place = [str(s) for s in EQUAL[spec.name].strengths].index(spec.strength)
@@ -178,8 +183,8 @@ def test_a_curve_is_read_between_its_points_and_not_beyond_its_ends() -> None:
 
 
 def test_the_error_under_a_target_is_that_of_eight_step_means_over_the_second_half() -> None:
-    assert [target_at("0:0.8,10:0.3", step) for step in (0, 5, 20)] == pytest.approx([0.8, 0.55, 0.3])
-    assert [target_at("0:1,5:1,5:2", step) for step in (4, 6)] == [1.0, 2.0]
+    falling = next(s for s in table(["loop"], quick=False) if s.name == "falling")
+    assert targets(Run(falling, made_up(falling, end_of)))[[0, 120, 240]] == pytest.approx([0.8, 0.55, 0.3])
     spec = next(s for s in table(["loop"], quick=False) if s.name == "0.45")
     record = made_up(spec, end_of)
     course = [0.9] * 120 + [0.45] * 120 + [0.45 + 0.08]  # only the last step is off: a mean of eight is 0.01 off
@@ -198,5 +203,6 @@ def test_a_report_says_how_much_of_it_is_there(tmp_path: Path) -> None:
         distinct = len({spec.key for spec in specs})
         assert ("are missing" in text) == (len(records) < distinct)
     assert "| Exact covariance | 5 | +0.050 [+0.030, +0.070] |" in text
-    assert "| 0.45 | 5 | 0.000 ± 0.000 | 0.000 | 5 | 0.450 ± 0.000 |" in text
+    assert "| 0.45 | 0.000 ± 0.000 | 0.000 | 5 of 5 | 0.450 ± 0.000 |" in text
+    assert "1.0 % | 50.0 % |" in text
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "entropy.png", "differences.png", "loop.png"}
