@@ -44,10 +44,13 @@ METRICS = {
     "-1: even without control it would not fall enough; 0: neither",
 }
 
-PRIOR = 0.005  # nats: what the first step is taken to take from the entropy without control
-PRIOR_WEIGHT = 4 * PRIOR**2
+# What a prediction is worth is learned in the unit of a step: without observations the decrease that a step could take
+# away, Σ c·F over F > 0, is taken for so many nats.
+STEP = 0.02
+UNIT_FALLS, UNIT_RISES = 0.5, 1.02  # per step at most, so that one odd batch does not set it
+PRIOR_WEIGHT = 1e-4  # nats²: that of a gain of 1
 FORGETTING = 0.98
-GAIN = (0.25, 8.0)
+GAIN = (0.05, 20.0)
 ROUNDING = 1e-6  # of Σ |c·F|: below what a selection by fp32 scores can tell
 
 
@@ -74,6 +77,9 @@ _ACTUATORS: dict[str, tuple[Method, dict[str, Any], tuple[str, ...]]] = {
 _Planned = tuple[list[Control], dict[str, Tensor], dict[str, Tensor], Tensor]  # controls, metrics, memory, predicted
 
 
+_POSITIVE = ("unit", "squares", "coef")  # of the memory
+
+
 class _Tokens(NamedTuple):
     """The tokens of the last step, until they are observed."""
 
@@ -82,7 +88,7 @@ class _Tokens(NamedTuple):
     mask: Tensor | None
     group: Any
     entropy: Tensor
-    predicted: Tensor  # change of it at gain 1, nats
+    predicted: Tensor  # change of it, lr·updates·predicted_change
 
 
 class TargetEntropy(Controller):
@@ -158,7 +164,7 @@ class TargetEntropy(Controller):
         if method == "bonus":
             start["coef"] = float(self.options["coef"])
         else:
-            start |= {"integral": 0.0, "unit": math.nan, "gain": 1.0, "weight": PRIOR_WEIGHT}
+            start |= {"integral": 0.0, "unit": math.nan, "squares": 0.0, "products": 0.0}
         self.memory = {name: torch.tensor(x, dtype=torch.float64) for name, x in start.items()}
         self._awaited: _Tokens | None = None
         self._first: Any = None  # target and entropy of the first batch on their way to the host, and the event
@@ -277,13 +283,18 @@ class TargetEntropy(Controller):
         score = entropy_decrease(whole, options)
         score = torch.where(score.isfinite(), score, 0.0)
         above = score.clamp(min=0)
-        mine, positive, free, size = whole.totals(torch.where(whole.free, above, 0.0), above, score, score.abs())
+        mine, positive, free, every = whole.totals(torch.where(whole.free, above, 0.0), above, score, score.abs())
 
-        # nats per Σ c·F
-        first = options.unit.isnan() & (positive * rate > 0)
-        unit = torch.where(first, PRIOR * tokens / (positive * rate), options.unit)
-        per_sum = unit.nan_to_num(0.0) * rate / tokens.clamp(min=1)
-        limit = -wanted / (options.gain * per_sum).clamp(min=1e-200)
+        # the unit: nats per change that is predicted from the tokens' own logits; the gain: how many of these it is
+        size = rate * positive / tokens.clamp(min=1)
+        now, before = STEP / size, options.unit
+        followed = torch.where(before.isnan(), now, torch.clamp(now, UNIT_FALLS * before, UNIT_RISES * before))
+        unit = torch.where(size > 0, followed, before)
+        nats = unit.nan_to_num(0.0)
+        gain = (nats * options.products + PRIOR_WEIGHT) / (nats.square() * options.squares + PRIOR_WEIGHT)
+        gain = gain.clamp(*GAIN)
+
+        limit = -wanted * tokens / (gain * nats * rate).clamp(min=1e-200)
         if self._actuator == "weight":
             weight = ((limit - (free - mine)) / mine).clamp(0, 1)
             options["weight"] = torch.where(mine > 0, weight, 1.0)
@@ -291,17 +302,15 @@ class TargetEntropy(Controller):
             options["limit"] = limit
         found, metrics, _ = _decided(self._row, whole, options, None)
 
-        left = -metrics["predicted_change"] * tokens
-        predicted = -per_sum * left
-        rounding = ROUNDING * size
+        left, predicted = -metrics["predicted_change"] * tokens, metrics["predicted_change"] * rate
+        rounding = ROUNDING * every
         saturated = torch.where(
             (raw > most) | (left > limit + rounding), 1.0,
             torch.where((raw < -most) | (free < limit - rounding), -1.0, 0.0),
         )  # fmt: skip
         integral = torch.where(saturated * error > 0, options.integral, options.integral + error)
         told = {
-            "wanted_change": wanted, "planned_change": options.gain * predicted, "gain": options.gain,
-            "saturated": saturated,
+            "wanted_change": wanted, "planned_change": gain * nats * predicted, "gain": gain, "saturated": saturated,
         }  # fmt: skip
         return found, told, {"integral": integral, "unit": unit}, predicted
 
@@ -350,14 +359,12 @@ class TargetEntropy(Controller):
         measured = token_moments(after, mask, batch_group=group).mean - before
         memory = {"measured_change": measured}
         if self._actuator != "bonus":
-            # recursive least squares through the origin; its weight does not fall below that of the prior, else a loop
-            # that has nothing to do would forget, and take noise for the gain
-            gain, weight = (self.memory[name].to(device, non_blocking=True) for name in ("gain", "weight"))
-            weight = (FORGETTING * weight).clamp(min=PRIOR_WEIGHT)
-            learned = (weight * gain + predicted * measured) / (weight + predicted.square())
-            good = learned.isfinite()
-            memory["gain"] = torch.where(good, learned.clamp(*GAIN), gain)
-            memory["weight"] = torch.where(good, weight + predicted.square(), weight)
+            # least squares through the origin, where older steps count less
+            sums = {"squares": predicted.square(), "products": predicted * measured}
+            old = {name: self.memory[name].to(device, non_blocking=True) for name in sums}
+            new = {name: FORGETTING * old[name] + x for name, x in sums.items()}
+            known = new["squares"].isfinite() & new["products"].isfinite()
+            memory |= {name: torch.where(known, new[name], old[name]) for name in sums}
         self.memory = {**self.memory, **memory}
         self._awaited = None
 
@@ -392,6 +399,8 @@ class TargetEntropy(Controller):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken: after a step was observed, or before the next one."""
+        if isinstance(state, dict) and "calls" in state and integer("calls", state["calls"]) < 0:
+            raise ValueError(f"calls: expected >= 0, got {state['calls']}")
         super().load_state_dict(state)
         self._awaited = self._first = None
 
@@ -404,8 +413,8 @@ class TargetEntropy(Controller):
         for name, x in memory.items():
             x = number(name, x, torch.float64)
             unknown = math.isnan(x) and name in ("measured_change", "unit")
-            if not (unknown or math.isfinite(x)) or (name in ("unit", "gain", "weight") and x <= 0):
-                raise ValueError(f"{name}: expected a finite number{'' if name == 'integral' else ' > 0'}, got {x}")
+            if not (unknown or math.isfinite(x)) or (name in _POSITIVE and x < 0):
+                raise ValueError(f"{name}: expected a finite number{' >= 0' * (name in _POSITIVE)}, got {x}")
         return memory
 
 

@@ -43,8 +43,8 @@ class Loop:
     calls: int = 0
     integral: float = 0.0
     unit: float = NAN
-    gain: float = 1.0
-    weight: float = 4 * 0.005**2
+    squares: float = 0.0
+    products: float = 0.0
     coef: float = 0.0
     measured: float = NAN
 
@@ -68,10 +68,12 @@ class Loop:
         scores = [t.decrease(**clips) for t in tokens]
         known = [x if math.isfinite(x) else 0.0 for x in scores]
         positive, free = math.fsum(max(x, 0) for x in known), math.fsum(known)
-        if self.unit != self.unit and positive * lr > 0:
-            self.unit = 0.005 * n / (positive * lr * updates)
-        per_sum = 0.0 if self.unit != self.unit else self.unit * lr * updates / max(n, 1)
-        limit = -wanted / max(self.gain * per_sum, 1e-200)
+        size = positive * lr * updates / max(n, 1)
+        if size > 0:
+            self.unit = 0.02 / size if self.unit != self.unit else clamp(0.02 / size, self.unit / 2, 1.02 * self.unit)
+        unit = 0.0 if self.unit != self.unit else self.unit
+        self.gain = clamp((unit * self.products + 1e-4) / (unit**2 * self.squares + 1e-4), 0.05, 20.0)
+        limit = -wanted * n / max(self.gain * unit * lr * updates, 1e-200)
         if self.method == "weight":
             mine = math.fsum(max(x, 0) for x, t in zip(known, tokens, strict=True) if not t.excluded)
             w = clamp((limit - (free - mine)) / mine, 0.0, 1.0) if mine > 0 else 1.0
@@ -89,14 +91,14 @@ class Loop:
             self.treated = dropped
             left = math.fsum(x for x, gone in zip(scores, dropped, strict=True) if not gone)
             touched = sum(dropped)
-        self.predicted = -per_sum * left
+        self.predicted = -left / max(n, 1) * lr * updates
         close = 1e-6 * math.fsum(map(abs, known))
         saturated = 0.0
         if raw > self.max_change or left > limit + close:
             saturated = 1.0
         elif raw < -self.max_change or free < limit - close:
             saturated = -1.0
-        told |= {"planned_change": self.gain * self.predicted, "gain": self.gain, "saturated": saturated}
+        told |= {"planned_change": self.gain * unit * self.predicted, "gain": self.gain, "saturated": saturated}
         if saturated * error <= 0:
             self.integral += error
         return {**told, "wanted_change": wanted, "touched": float(touched)}
@@ -105,6 +107,5 @@ class Loop:
         self.measured = mean(entropies) - self.entropy
         if self.method == "bonus" or not (math.isfinite(self.measured) and math.isfinite(self.predicted)):
             return
-        weight = max(0.98 * self.weight, 4 * 0.005**2)
-        self.weight = weight + self.predicted**2
-        self.gain = clamp((weight * self.gain + self.predicted * self.measured) / self.weight, 0.25, 8.0)
+        self.squares = 0.98 * self.squares + self.predicted**2
+        self.products = 0.98 * self.products + self.predicted * self.measured

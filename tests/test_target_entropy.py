@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import entropy_kernels as ek
-from control_cases import added, micro, one, tokens_of, valid
+from control_cases import Micro, added, micro, one, tokens_of, valid
+from gloo import one_result, run_ranks
 from reference_target import Loop
 
 NAN = math.nan
@@ -66,8 +68,9 @@ def test_the_loop_of_the_reference(method: str, options: dict[str, Any], known: 
         ours.observe(after)
         right.observe(valid(after, micros))
         memory = ours.state_dict()["memory"]
-        for name, x in (("integral", right.integral), ("gain", right.gain), ("coef", right.coef)):
-            assert memory.get(name, x) == pytest.approx(x, rel=1e-9, abs=1e-13)
+        for name, x in memory.items():
+            there = right.measured if name == "measured_change" else getattr(right, name)
+            assert x == pytest.approx(there, rel=1e-9, abs=1e-30, nan_ok=True), name
     assert len(seen) > 1, seen
 
 
@@ -94,3 +97,252 @@ def test_a_run_goes_on_from_its_state(method: str) -> None:
         found += run(second, stop, 7)
         assert str(found) == str(expected)
     assert second.state_dict() == whole.state_dict()
+
+
+# ---- splits and ranks ------------------------------------------------------------------------------------------------
+
+ROWS = 12
+SPLITS = {1: [[5, 0, 7]], 2: [[4, 3], [5]], 4: [[2], [], [1, 3], [6]]}
+LOOPS: dict[str, dict[str, Any]] = {
+    "exact_cov": {"ratio": 0.2}, "weight": {}, "bonus": {},
+}  # fmt: skip
+
+
+def parts(given: Micro, sizes: list[int]) -> list[Micro]:
+    split = {name: x.split(sizes) for name, x in given.items()}
+    return [{name: x[i] for name, x in split.items()} for i in range(len(sizes))]
+
+
+def course(sizes: list[int], own: slice, group: Any = None) -> dict[str, list[Any]]:
+    """Of each loop what it says in a few steps: of the micro-batches of ``own``, and what is the same on all ranks."""
+    found: dict[str, list[Any]] = {}
+    for method, options in LOOPS.items():
+        controller = ek.TargetEntropy([(0, 0.7), (4, 0.9)], method=method, batch_group=group, **options)
+        treated, numbers = [], []
+        for step in range(4):
+            given = micro(ROWS, 20, 50 + step)
+            given["coefficient"] = torch.rand(ROWS, generator=torch.Generator().manual_seed(step))
+            after = given["entropy"] * (0.98 - 0.01 * step)
+            micros = parts(given, sizes)[own]
+            decided = controller.step(added(micros, group), lr=1e-3, updates=2)
+            controller.observe([x for x, _ in zip(after.split(sizes)[own], micros, strict=True)])
+            whole = [x.dropped if x.dropped is not None else x.token_weight for x in decided]
+            treated += [x.reshape(-1) for x in whole if x is not None]
+            metrics = [[float(y) for y in x.metrics.values()] for x in decided]
+            assert all(str(x) == str(metrics[0]) for x in metrics)
+            numbers.append((metrics[:1], controller.state_dict()))
+        found[method] = [treated, numbers]
+    return found
+
+
+def on_rank(rank: int, world: int) -> dict[str, list[Any]]:
+    sizes = SPLITS[world]
+    before = sum(map(len, sizes[:rank]))
+    return course([x for of_rank in sizes for x in of_rank], slice(before, before + len(sizes[rank])), dist.group.WORLD)
+
+
+@pytest.mark.parametrize("world", SPLITS)
+def test_any_split_and_any_ranks(world: int) -> None:
+    """Bit-equal: what is done to the tokens, metrics, memory; also on a rank without micro-batches."""
+    expected = course([ROWS], slice(None))
+    by_rank = run_ranks(world, on_rank) if world > 1 else [course(SPLITS[1][0], slice(None))]
+    for method, (treated, numbers) in expected.items():
+        for own in by_rank:
+            for (metrics, state), (right, right_state) in zip(own[method][1], numbers, strict=True):
+                assert str(state) == str(right_state)
+                assert not metrics or str(metrics) == str(right)
+        # step after step, of the ranks in their order
+        count = len(treated) and len(treated) // 4
+        for step in range(4 if treated else 0):
+            pieces = []
+            for own in by_rank:
+                each = len(own[method][0]) // 4
+                pieces += own[method][0][step * each : (step + 1) * each]
+            assert torch.equal(torch.cat(pieces), torch.cat(treated[step * count : (step + 1) * count]))
+    assert any(x.any() for x in expected["exact_cov"][0]) and any((x < 1).any() for x in expected["weight"][0])
+
+
+def with_another_target(rank: int, world: int) -> list[str]:
+    given, found = parts(micro(4, 9, 1), [2, 2])[rank], []
+    for name, target, lr, updates in (("target", 0.4 + 0.1 * rank, 1e-3, 1), ("lr", 0.4, 1e-3 * (rank + 1), 1),
+                                      ("updates", 0.4, 1e-3, 1 + rank)):  # fmt: skip
+        controller = ek.TargetEntropy(target, batch_group=dist.group.WORLD)
+        with pytest.raises(ValueError, match=rf"^{name}: expected the same on all ranks of the batch_group") as caught:
+            controller.step(one(given), lr=lr, updates=updates)
+        found.append(str(caught.value))
+    controller = ek.TargetEntropy(0.4, batch_group=dist.group.WORLD)
+    state = controller.state_dict()
+    state["memory"]["integral"] = 2.0 + rank
+    controller.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"integral: expected the same on all ranks"):
+        controller.step(one(given), lr=1e-3)
+    return found
+
+
+def test_ranks_that_want_other_things_all_hear_of_it() -> None:
+    one_result(2, with_another_target)
+
+
+# ---- errors and the warning ------------------------------------------------------------------------------------------
+
+TARGETS: list[tuple[Any, type[Exception], str]] = [
+    (-0.1, ValueError, "target: expected an entropy >= 0 in nats, got -0.1"),
+    (NAN, ValueError, "target: .* got nan"),
+    (math.inf, ValueError, "target: .* got inf"),
+    (2.4, ValueError, r"target: expected at most log\(vocab_size\) = 2.30259, the largest entropy there is, got 2.4"),
+    (True, TypeError, "target: expected a number, got bool"),
+    ("0.4", TypeError, "target: expected a number, got str"),
+    (None, TypeError, "target: expected a number, got NoneType"),
+    (torch.ones(2), TypeError, r"target: expected a number or a 0-d tensor, got torch.float32 of \(2,\)"),
+    (torch.tensor(1), TypeError, "target: .* got torch.int64"),
+    (torch.tensor(-1.0), ValueError, "target: expected an entropy >= 0"),
+    ([], ValueError, r"target: expected at least one point \(step, nats\), got none"),
+    ([0.4, 0.3], TypeError, r"target: expected points \(step, nats\), got 0.4 for number 0"),
+    ([(0, 0.4, 1)], TypeError, "target: expected points"),
+    (["01"], TypeError, "target: expected points"),
+    ([(0, 0.4), (0, 0.3)], ValueError, "target: expected points whose steps are finite and rise"),
+    ([(5, 0.4), (2, 0.3)], ValueError, "target: expected points whose steps are finite and rise"),
+    ([(NAN, 0.4)], ValueError, "target: expected points whose steps are finite"),
+    ([(0, 0.4), ("9", 0.3)], TypeError, r"target\[1\]: expected a number, got str"),
+    ([(0, 0.4), (9, -0.3)], ValueError, r"target\[1\]: expected an entropy >= 0 in nats, got -0.3"),
+    ([(0, 2.4)], ValueError, r"target\[0\]: expected at most log\(vocab_size\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "error", "message"), TARGETS)
+def test_target_errors(target: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ek.TargetEntropy(target, vocab_size=10)
+
+
+@pytest.mark.parametrize("value", (-1.0, NAN, math.inf, 2.4, "a", True, None, torch.tensor(-1.0)))
+def test_what_a_function_of_the_step_gives_is_checked(value: Any) -> None:
+    """Where it is called; the step that failed was none."""
+    controller = ek.TargetEntropy(lambda step: 0.5 if step < 1 else value, vocab_size=10)
+    controller.step(one(micro(2, 5)), lr=1e-3)
+    before = controller.state_dict()
+    with pytest.raises((ValueError, TypeError), match=r"target\(1\): expected"):
+        controller.step(one(micro(2, 5)), lr=1e-3)
+    assert str(controller.state_dict()) == str(before)
+
+
+MADE: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (ValueError, "method: expected one of 'exact_cov', 'weight', 'bonus', got 'clip_cov'", {"method": "clip_cov"}),
+    (ValueError, "method: .* got None", {"method": None}),
+    (ValueError, "vocab_size: expected >= 1, got 0", {"vocab_size": 0}),
+    (TypeError, "vocab_size: expected an int, got float", {"vocab_size": 1.5}),
+    (ValueError, "kp: expected a finite number >= 0, got -1", {"kp": -1}),
+    (ValueError, "ki: .* got nan", {"ki": NAN}),
+    (TypeError, "max_change: expected a number, got str", {"max_change": "0"}),
+    (TypeError, r"limit: expected an option of TargetEntropy's 'exact_cov' \(ratio, .*\)", {"limit": 0.1}),
+    (TypeError, "ratio: expected an option of TargetEntropy's 'weight'", {"method": "weight", "ratio": 0.1}),
+    (TypeError, "ratio: expected an option of TargetEntropy's 'bonus'", {"method": "bonus", "ratio": 0.1}),
+    (ValueError, "effect: expected 'dropped' or 'detached', got 'token_weight'", {"effect": "token_weight"}),
+    (ValueError, "delta: expected a number within", {"method": "bonus", "delta": -1.0}),
+    (ValueError, "coef_min: expected <= coef_max", {"method": "bonus", "coef_min": 2.0}),
+    (TypeError, "batch_group: expected a torch.distributed", {"batch_group": "world"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "message", "options"), MADE)
+def test_option_errors(error: type[Exception], message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        ek.TargetEntropy(0.4, **options)
+
+
+STEPS: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (ValueError, "lr: expected a finite number >= 0, got -1", {"lr": -1.0}),
+    (ValueError, "lr: .* got nan", {"lr": NAN}),
+    (TypeError, "lr: expected a number, got str", {"lr": "1e-3"}),
+    (TypeError, r"lr: expected a number or a 0-d tensor, got torch.float32 of \(1,\)", {"lr": torch.ones(1)}),
+    (ValueError, "lr: expected on cpu or the CPU, got meta", {"lr": torch.ones((), device="meta")}),
+    (ValueError, "updates: expected >= 1, got 0", {"lr": 1e-3, "updates": 0}),
+    (TypeError, "updates: expected an int, got float", {"lr": 1e-3, "updates": 1.5}),
+]  # fmt: skip
+
+
+def test_errors_of_a_step_and_of_an_observation() -> None:
+    given = micro(2, 5)
+    controller = ek.TargetEntropy(0.4)
+    for error, message, options in STEPS:
+        with pytest.raises(error, match=message):
+            controller.step(one(given), **options)
+    with pytest.raises(TypeError, match=r"batch: expected an ek.TokenBatch or ek.SelectionBatch, got dict"):
+        controller.step(given, lr=1e-3)  # type: ignore[arg-type]
+    for missing in ("entropy", "vocab_covariance"):
+        lacking = {name: x for name, x in given.items() if name != missing}
+        with pytest.raises(ValueError, match=f"{missing}: expected a tensor in the TokenBatch"):
+            controller.step(one(lacking), lr=1e-3)
+    ek.TargetEntropy(0.4, method="bonus").step(one(lacking), lr=1e-3)
+    with pytest.raises(RuntimeError, match=r"observe: expected a step\(\) before"):
+        controller.observe(given["entropy"])
+    assert controller.state_dict() == ek.TargetEntropy(0.4).state_dict() or controller.state_dict()["calls"] == 0
+    controller.step(one(given), lr=1e-3)
+    wrong: list[tuple[type[Exception], str, Any]] = [
+        (ValueError, r"entropy\[0\]: expected \(2, 5\) on cpu, as the step's tokens, got \(5, 2\) on cpu",
+         given["entropy"].t()),
+        (ValueError, r"entropy: expected a tensor for each of 1 micro-batches, got 2", [given["entropy"]] * 2),
+        (TypeError, r"entropy\[0\]: expected a floating-point dtype", given["mask"]),
+        (TypeError, r"entropy\[0\]: expected a torch.Tensor, got float", [0.3]),
+        (ValueError, r"entropy\[0\]: .* on meta", given["entropy"].to("meta")),
+    ]  # fmt: skip
+    for error, message, entropy in wrong:
+        with pytest.raises(error, match=message):
+            controller.observe(entropy)
+    controller.observe(given["entropy"])  # an error left it to be observed
+    with pytest.raises(RuntimeError, match="observe: "):
+        controller.observe(given["entropy"])
+
+
+def test_wrong_states_are_named_and_change_nothing() -> None:
+    controller, bonus = ek.TargetEntropy(0.4), ek.TargetEntropy(0.4, method="bonus")
+    good = controller.state_dict()
+    states: list[tuple[Any, str]] = [
+        (None, "state: expected a dict of calls"),
+        ({**good, "more": 1}, "state: expected"),
+        (bonus.state_dict(), "memory: expected integral, .*, as TargetEntropy's 'exact_cov' has, got coef, .*"),
+        (ek.Controller("clip_b").state_dict(), "memory: expected integral, .* got nothing"),
+        ({**good, "calls": -1}, "calls: expected >= 0"),
+        ({**good, "memory": {**good["memory"], "squares": NAN}}, "squares: expected a finite number >= 0, got nan"),
+        ({**good, "memory": {**good["memory"], "unit": -1.0}}, "unit: expected a finite number >= 0, got -1"),
+        ({**good, "memory": {**good["memory"], "integral": math.inf}}, "integral: expected a finite number, got inf"),
+        ({**good, "memory": {**good["memory"], "products": "1"}}, "products: expected a number, got str"),
+    ]  # fmt: skip
+    for state, message in states:
+        with pytest.raises((ValueError, TypeError), match=message):
+            controller.load_state_dict(state)
+        assert str(controller.state_dict()) == str(good)
+    with pytest.raises(ValueError, match="memory: expected coef, measured_change"):
+        bonus.load_state_dict(good)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_target_above_the_entropy_is_said_once() -> None:
+    given = micro(3, 20, 1)
+    level = float(given["entropy"][given["mask"]].mean())
+    above = ek.TargetEntropy(level + 0.1)
+    with pytest.warns(
+        UserWarning, match="target: .* is above the entropy of the first batch, .*only resists"
+    ) as caught:
+        above.step(one(given), lr=1e-3)
+    assert caught[0].filename == __file__
+    for _ in range(2):
+        above.step(one(given), lr=1e-3)
+    for target in (level - 0.1, [(0, level - 0.1), (1, level + 0.1)]):
+        later = ek.TargetEntropy(target)
+        for _ in range(3):
+            later.step(one(given), lr=1e-3)
+    again = ek.TargetEntropy(level + 0.1)
+    again.load_state_dict(above.state_dict())
+    again.step(one(given), lr=1e-3)
+
+
+def test_what_they_look_like() -> None:
+    assert repr(ek.TargetEntropy(0.4, ratio=0.1)) == (
+        "TargetEntropy(0.4, method='exact_cov', kp=0.2, ki=0.02, max_change=0.03, ratio=0.1)"
+    )
+    assert repr(ek.TargetEntropy([(0, 0.8), (9, 0.3)], method="weight")).startswith(
+        "TargetEntropy(((0.0, 0.8), (9.0, 0.3)), method='weight'"
+    )
+    assert repr(ek.Controller("clip_b", mu=2)) == "Controller('clip_b', mu=2)"
+    assert repr(added([micro(2, 3), micro(1, 4)])) == "SelectionBatch(2 micro-batches, 10 positions)"
