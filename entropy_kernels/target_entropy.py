@@ -50,6 +50,7 @@ STEP = 0.02
 UNIT_FALLS, UNIT_RISES = 0.5, 1.02  # per step at most, so that one odd batch does not set it
 PRIOR_WEIGHT = 1e-4  # nats²: that of a gain of 1
 FORGETTING = 0.98
+ODD = 16 * STEP  # nats: nothing is learned from a step of which more is predicted at a gain of 1
 GAIN = (0.05, 20.0)
 ROUNDING = 1e-6  # of Σ |c·F|: below what a selection by fp32 scores can tell
 
@@ -77,9 +78,6 @@ _ACTUATORS: dict[str, tuple[Method, dict[str, Any], tuple[str, ...]]] = {
 _Planned = tuple[list[Control], dict[str, Tensor], dict[str, Tensor], Tensor]  # controls, metrics, memory, predicted
 
 
-_POSITIVE = ("unit", "squares", "coef")  # of the memory
-
-
 class _Tokens(NamedTuple):
     """The tokens of the last step, until they are observed."""
 
@@ -88,7 +86,7 @@ class _Tokens(NamedTuple):
     mask: Tensor | None
     group: Any
     entropy: Tensor
-    predicted: Tensor  # change of it, lr·updates·predicted_change
+    predicted: Tensor  # change of it, lr·updates·predicted_change; NaN: nothing to learn from
 
 
 class TargetEntropy(Controller):
@@ -312,6 +310,7 @@ class TargetEntropy(Controller):
         told = {
             "wanted_change": wanted, "planned_change": gain * nats * predicted, "gain": gain, "saturated": saturated,
         }  # fmt: skip
+        predicted = torch.where(nats * predicted.abs() <= ODD, predicted, math.nan)
         return found, told, {"integral": integral, "unit": unit}, predicted
 
     def _plan_bonus(self, whole: WholeBatch, options: Options, error: Tensor, rate: Any, tokens: Any) -> _Planned:
@@ -413,8 +412,9 @@ class TargetEntropy(Controller):
         for name, x in memory.items():
             x = number(name, x, torch.float64)
             unknown = math.isnan(x) and name in ("measured_change", "unit")
-            if not (unknown or math.isfinite(x)) or (name in _POSITIVE and x < 0):
-                raise ValueError(f"{name}: expected a finite number{' >= 0' * (name in _POSITIVE)}, got {x}")
+            least = {"unit": math.ulp(0.0), "squares": 0.0, "coef": 0.0}.get(name, -math.inf)
+            if not (unknown or (math.isfinite(x) and x >= least)):
+                raise ValueError(f"{name}: expected a finite number >= {least}, got {x}")
         return memory
 
 

@@ -105,7 +105,8 @@ class Loop:
 
     def observe(self, entropies: list[float]) -> None:
         self.measured = mean(entropies) - self.entropy
-        if self.method == "bonus" or not (math.isfinite(self.measured) and math.isfinite(self.predicted)):
+        odd = self.method == "bonus" or abs(self.predicted) * self.unit > 16 * 0.02
+        if odd or not (math.isfinite(self.measured) and math.isfinite(self.predicted)):
             return
         self.squares = 0.98 * self.squares + self.predicted**2
         self.products = 0.98 * self.products + self.predicted * self.measured

@@ -350,6 +350,9 @@ class Event:
 
     def wait(self, stream: Any = None) -> None: ...
 
+    def query(self) -> bool:
+        return True
+
     def elapsed_time(self, end: Event) -> float:
         return 1e3 * max(end.at - self.at, 1e-6)
 
