@@ -25,6 +25,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -128,11 +129,12 @@ class Spec:
     settings: Mapping[str, Any]  # of the configuration, COMMON included
     validate_at: tuple[int, ...] = ()  # steps, beside the last
     heated: tuple[float, ...] = ()  # temperatures of further validations at the end
+    second: Mapping[str, Any] = field(default_factory=dict)  # settings from half-time on
 
     @property
     def key(self) -> str:
         """Names the settings; a cell of both parts is one run."""
-        said = [self.seed, self.settings, self.validate_at, self.heated]
+        said = [self.seed, self.settings, self.validate_at, self.heated, *([self.second] if self.second else [])]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -165,6 +167,7 @@ class Loop:
     label: str
     target: str  # nats, or points STEP:NATS; {half} and {end} are steps
     settings: Mapping[str, Any] = field(default_factory=dict)
+    second: Mapping[str, Any] = field(default_factory=dict)  # from half-time on
     seeds: int = len(SEEDS)  # so many; fewer where it is only to be shown that it breaks
     rank: int = 0
 
@@ -178,6 +181,7 @@ LOOP: dict[str, Loop] = {
     "falling": Loop("0.8 to 0.3", _FALLING),
     "lr-up": Loop("0.45, lr x 2 at half-time", "0.45", {"lr_schedule": "0:1,{half}:1,{half}:2"}),
     "lr-down": Loop("0.45, lr x 0.5 at half-time", "0.45", {"lr_schedule": "0:1,{half}:1,{half}:0.5"}),
+    "task": Loop("0.45, no x2, x3 from half-time on", "0.45", second={"task": "walk?without=x2,x3"}),
     "weight": Loop("0.45, by weight", "0.45", {"target_method": "weight"}),
     "bonus": Loop("0.45, by bonus", "0.45", {"target_method": "bonus"}),
     "0.3-long": Loop("0.3, 720 steps", "0.3", _LONG, rank=2),
@@ -204,7 +208,7 @@ def loop_specs(seeds: Sequence[int], changes: Mapping[str, Any], *, all_strength
             if isinstance(value, str):
                 settings[key] = value.format(quarter=end // 4, half=end // 2, end=end)
         for seed in seeds[: loop.seeds]:
-            yield Spec("loop", name, "", seed, loop.rank, settings)
+            yield Spec("loop", name, "", seed, loop.rank, settings, second=loop.second)
 
 
 PARTS = {"equal": equal_specs, "loop": loop_specs}
@@ -302,6 +306,11 @@ def perform(spec: Spec, work: Path) -> dict[str, Any]:
     began, course = (time.process_time(), time.time()), Course(spec)
     with tempfile.TemporaryDirectory(dir=work, prefix="run-") as folder:
         config = config_of(spec, Path(folder) / "run", work)
+        if spec.second:  # up to half-time, and on from there under another configuration
+            half = config.steps // 2
+            train(dataclasses.replace(config, steps=half), probes=[course])
+            course.steps = {name: values[:half] for name, values in course.steps.items()}
+            config = dataclasses.replace(config, resume=True, resume_changes=tuple(spec.second), **spec.second)
         train(config, probes=[course])
     machine = describe(torch.device("cpu"))
     return {
@@ -350,6 +359,8 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
         locked(work),
         ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool,
     ):
+        for left in work.glob("run-*"):  # of a call that was cut off
+            shutil.rmtree(left, ignore_errors=True)
         try:
             began, weight, done = time.time(), sum(spec.settings["steps"] for spec in todo), 0
             futures = {pool.submit(perform, spec, work): spec for spec in todo}

@@ -107,6 +107,17 @@ def test_what_is_there_is_not_run_again_and_what_is_missing_is(ran: Path, capsys
 
 
 @pytest.mark.slow
+def test_a_change_at_half_time_is_one_run(tmp_path: Path) -> None:
+    (spec,) = (s for s in control.loop_specs((7,), TINY) if s.name == "task")
+    (tmp_path / "work" / "run-cut-off").mkdir(parents=True)
+    assert run_all([spec], tmp_path) == []
+    assert not (tmp_path / "work" / "run-cut-off").exists()
+    (record,) = control.read(tmp_path / "out" / "runs.jsonl").values()
+    assert len(record["steps"]["entropy"]) == 3 and len(record["steps"]["gain"]) == 2
+    assert [v["step"] for v in record["validations"]] == [1, 2]
+
+
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
     good, bad = some("clip_higher", "steer")
     broken = Spec(**{**vars(bad), "settings": {**bad.settings, "method_options": {"no": 1}}})
