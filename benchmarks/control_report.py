@@ -314,8 +314,9 @@ def _equal_parts(runs: Sequence[Run], methods: Mapping[str, Method]) -> list[str
         "### Paired differences",
         "The method minus a curve of the same seed and start at the same entropy: a mean over the method's strengths "
         "for each seed, then mean and t interval of 95 % over seeds. Entropies that a curve does not reach are left "
-        "out. Intervals are for one comparison each: of twenty without any effect, one misses zero. Clip-Cov's curve "
-        "and its strengths are one and the same runs, so it has no row there.",
+        "out. GRPO has an entropy on its way after fewer steps than the method; heated it has had as many. Intervals "
+        "are for one comparison each: of twenty without any effect, one misses zero. Clip-Cov makes its curve itself and "
+        "has no row there.",
     ]
     for curve in CURVES:
         parts += [f"**Against {curve}**", differences_table(runs, methods, curve, by_strength=False)]
@@ -356,20 +357,21 @@ def frontier_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Figur
     names = [name for name in methods if any(run.spec.name == name for run in runs)]
     looks = style.styles([methods[name].label for name in names])
     fig, axes = style.figure(2, 2, (11.5, 9.6))
+    right = max(point["entropy"] for run in runs for point in run.validations)
     for ax, (metric, label) in zip(axes.flat, METRICS.items(), strict=True):
         for curve, dashes in (("GRPO on its way", "-"), ("GRPO heated", (0, (2, 2)))):
+            x, y = _mean_curve(runs, curve, metric)
             ax.plot(
-                *_mean_curve(runs, curve, metric), color=style.MUTED, linewidth=5 if dashes == "-" else 2.2,
+                x[x <= right], y[x <= right], color=style.MUTED, linewidth=5 if dashes == "-" else 2.2,
                 alpha=0.45 if dashes == "-" else 0.9, linestyle=dashes, label=curve, zorder=1,
             )  # fmt: skip
         for marker, name in zip(_MARKERS, names, strict=False):
             mine = [cell for (of, _), cell in _cells(runs, methods).items() if of == name]
-            x, y = (
-                [statistics.fmean(run.last[column] for run in cell) for cell in mine] for column in ("entropy", metric)
-            )
+            ends = [[statistics.fmean(run.last[of] for run in cell) for cell in mine] for of in ("entropy", metric)]
             line = {**looks[methods[name].label].line(), "linewidth": 1.2, "label": methods[name].label}
-            ax.plot(x, y, marker=marker, markersize=6, zorder=3, **line)
-        ax.set(xlabel="policy entropy H at the end (nats per token)", ylabel=label)
+            ax.plot(*ends, marker=marker, markersize=6, zorder=3, **line)
+        ax.set(xlabel="policy entropy H (nats per token)", ylabel=label)
+        ax.set_xlim(0, 1.05 * right)
         style.title(ax, label)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     style.legend(fig, handles=handles, labels=labels, loc="outside lower center", ncols=5)
