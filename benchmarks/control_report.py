@@ -315,8 +315,8 @@ def _equal_parts(runs: Sequence[Run], methods: Mapping[str, Method]) -> list[str
         "The method minus a curve of the same seed and start at the same entropy: a mean over the method's strengths "
         "for each seed, then mean and t interval of 95 % over seeds. Entropies that a curve does not reach are left "
         "out. GRPO has an entropy on its way after fewer steps than the method; heated it has had as many. Intervals "
-        "are for one comparison each: of twenty without any effect, one misses zero. Clip-Cov makes its curve itself and "
-        "has no row there.",
+        "are for one comparison each: of twenty without any effect, one misses zero. Clip-Cov makes its curve itself: "
+        "it has no row there.",
     ]
     for curve in CURVES:
         parts += [f"**Against {curve}**", differences_table(runs, methods, curve, by_strength=False)]
