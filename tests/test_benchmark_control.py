@@ -52,7 +52,7 @@ def test_common_settings_name_what_the_trainer_would_do_anyway() -> None:
 
 def test_keys_tell_settings_and_seeds_apart_and_names_do_not() -> None:
     specs = table([*PARTS], quick=False)
-    by_settings = {(spec.seed, json.dumps(spec.settings, sort_keys=True), spec.validate_at) for spec in specs}
+    by_settings = {(s.seed, json.dumps([s.settings, s.second], sort_keys=True), s.validate_at) for s in specs}
     assert len({spec.key for spec in specs}) == len(by_settings)
     shared = {s.key for s in specs if s.name == "target"} & {s.key for s in specs if s.part == "loop"}
     assert len(shared) == 15, "targets of the comparison are runs of the closed loop"
