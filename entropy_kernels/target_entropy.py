@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_kernels import _torch
 from entropy_kernels._arguments import (
     Options,
     check_float,
@@ -52,6 +53,7 @@ PRIOR_WEIGHT = 1e-4  # nats²: that of a gain of 1
 FORGETTING = 0.98
 ODD = 16 * STEP  # nats: nothing is learned from a step of which more is predicted at a gain of 1
 GAIN = (0.05, 20.0)
+SIGNAL = (1e-100, 1e100)  # outside, a step has none
 ROUNDING = 1e-6  # of Σ |c·F|: below what a selection by fp32 scores can tell
 
 
@@ -232,7 +234,7 @@ class TargetEntropy(Controller):
 
     def step(  # type: ignore[override]  # a plan needs the learning rate, and draws nothing
         self, batch: TokenBatch | SelectionBatch, *, lr: float | Tensor, updates: int = 1
-    ) -> Control | list[Control]:
+    ) -> Any:
         """The controls of a rollout's updates: a :class:`Control`; for a :class:`SelectionBatch` one per micro-batch.
 
         Args:
@@ -287,7 +289,7 @@ class TargetEntropy(Controller):
         size = rate * positive / tokens.clamp(min=1)
         now, before = STEP / size, options.unit
         followed = torch.where(before.isnan(), now, torch.clamp(now, UNIT_FALLS * before, UNIT_RISES * before))
-        unit = torch.where(size > 0, followed, before)
+        unit = torch.where((size > SIGNAL[0]) & (size < SIGNAL[1]), followed, before)
         nats = unit.nan_to_num(0.0)
         gain = (nats * options.products + PRIOR_WEIGHT) / (nats.square() * options.squares + PRIOR_WEIGHT)
         gain = gain.clamp(*GAIN)
@@ -369,7 +371,7 @@ class TargetEntropy(Controller):
 
     def _warn_of_a_high_target(self, target: Tensor, entropy: Tensor) -> None:
         """Once, of the first batch: when its figures have reached the host, which does not wait for them."""
-        if traced() or target.device.type not in ("cpu", "cuda"):
+        if traced() or _torch.in_transform() or target.device.type not in ("cpu", "cuda"):
             return
         on_gpu = target.device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
@@ -411,7 +413,7 @@ class TargetEntropy(Controller):
             )
         for name, x in memory.items():
             x = number(name, x, torch.float64)
-            unknown = math.isnan(x) and name in ("measured_change", "unit")
+            unknown = name == "measured_change" or (name == "unit" and math.isnan(x))
             least = {"unit": math.ulp(0.0), "squares": 0.0, "coef": 0.0}.get(name, -math.inf)
             if not (unknown or (math.isfinite(x) and x >= least)):
                 raise ValueError(f"{name}: expected a finite number >= {least}, got {x}")

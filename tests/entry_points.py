@@ -40,7 +40,7 @@ def tensors() -> dict[str, Tensor]:
         "exclude": torch.rand(B, L, generator=g) < 0.2, "dropped": torch.rand(B, L, generator=g) < 0.3,
         "penalized": torch.rand(B, L, generator=g) < 0.3, "score": normal(B, L), "covariance": normal(B, L),
         "term": normal(B, L), "vocab_covariance": normal(B, L), "step_size": torch.tensor(0.01),
-        "input_ids": torch.randint(0, V, (B, L), generator=g), "attention_mask": torch.ones(B, L, dtype=torch.int64),
+        "lr": torch.tensor(0.02), "input_ids": torch.randint(0, V, (B, L), generator=g), "attention_mask": torch.ones(B, L, dtype=torch.int64),
         "position_ids": torch.arange(L).expand(B, L).contiguous(),
         "old_entropy": torch.rand(B, L, generator=g), "collision": torch.rand(B, L, generator=g),
         "coefficient": torch.rand(B, L, generator=g), "values": normal(B, L),
@@ -171,6 +171,15 @@ def stepped(**given: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return [], [x.entropy_coef for x in decided]
 
 
+def held(lr: Tensor, **given: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    controller, found = ek.TargetEntropy(0.1), []
+    for _ in range(2):
+        decided = controller.step(ek.TokenBatch(**given), lr=lr)
+        controller.observe(given["entropy"] * 0.9)
+        found += [decided.dropped, *decided.metrics.values()]
+    return [], [*found, *controller.memory.values()]
+
+
 _HEAD = ("hidden", "weight", "bias")
 _ROWS = ("target", "temperature")
 _LOSS = ("old_logprob", "advantages", "mask", "ref_logprob", "token_weight", "covariance_advantages", "token_index")
@@ -251,6 +260,7 @@ ENTRIES: dict[str, Entry] = {
     "control": Entry(controlled, (*_TOKENS, *_KNOWN, "vocab_covariance", "coefficient", "temperature", "ratio")),
     "control, drawn": Entry(drawn, (*_TOKENS, "token_index", "exclude", "seed")),
     "Controller": Entry(stepped, (*_TOKENS, "entropy")),
+    "TargetEntropy": Entry(held, (*_TOKENS, "entropy", "vocab_covariance", "coefficient", "lr")),
     "policy_loss, control": Entry(
         under_control, (*_TRACKED[:2], *_PLAIN_LOSS, "clip_low"), _TRACKED[:1]
     ),

@@ -366,7 +366,6 @@ def test_in_a_graph(method: str) -> None:
     def step(controller: ek.TargetEntropy, given: Micro, lr: Any) -> list[torch.Tensor]:
         decided = controller.step(one(given), lr=lr)
         controller.observe(given["entropy"] * 0.97)
-        assert isinstance(decided, ek.Control)
         return [*(x for x in decided[:-1] if isinstance(x, torch.Tensor)), *decided.metrics.values()]
 
     counter = CompileCounterWithBackend("eager")
@@ -462,7 +461,6 @@ class Plant:
         batch = ek.TokenBatch(torch.full((n,), -1.0), None, torch.ones(n), None, entropy=entropy,
                               vocab_covariance=decrease)  # fmt: skip
         decided = self.controller.step(batch, lr=self.lr)
-        assert isinstance(decided, ek.Control)
         found = told(decided)
         change = found["predicted_change"] * n / 0.13 * self.gain - 0.0015
         change = change * self.lr / 3e-4 + 0.003 * float(torch.randn((), generator=g))
@@ -543,7 +541,8 @@ def test_odd_batches_do_not_spoil_the_state() -> None:
     nothing = {**micro(4, 20, 3), "mask": torch.zeros(4, 20, dtype=torch.bool)}
     flat = {**micro(4, 20, 3), "advantages": torch.zeros(4, 20)}
     huge = {**micro(4, 20, 3), "advantages": torch.full((4, 20), 1e30)}
-    odd = [changed("entropy", NAN), changed("entropy", math.inf), changed("vocab_covariance", NAN),
+    tiny = {**micro(4, 20, 3), "advantages": torch.full((4, 20), 1e-307, dtype=torch.float64)}
+    odd = [tiny, changed("entropy", NAN), changed("entropy", math.inf), changed("vocab_covariance", NAN),
            changed("vocab_covariance", -math.inf), nothing, flat, huge]  # fmt: skip
     for first in (False, True):
         for method in ("exact_cov", "weight"):
@@ -554,7 +553,6 @@ def test_odd_batches_do_not_spoil_the_state() -> None:
             for given in odd:
                 before = controller.state_dict()["memory"]
                 decided = controller.step(one(given), lr=3e-4)
-                assert isinstance(decided, ek.Control)
                 assert decided.token_weight is None or decided.token_weight.isfinite().all()
                 controller.observe(given["entropy"] * 0.9)
                 after = controller.state_dict()["memory"]
@@ -562,6 +560,7 @@ def test_odd_batches_do_not_spoil_the_state() -> None:
                     assert all(after[name] == before[name] for name in ("integral", "squares", "products"))
                 if given is huge and not first:
                     assert after["squares"] == before["squares"] and after["unit"] == before["unit"] / 2
+                ek.TargetEntropy(0.45, method=method).load_state_dict(controller.state_dict())
             controller.step(one(micro(4, 20, 3)), lr=0.0)
             controller.observe(micro(4, 20, 3)["entropy"])
             course = [plant.step() for _ in range(100 if first else 70)]
@@ -578,7 +577,6 @@ def test_padding_reaches_nothing_and_nothing_requires_grad() -> None:
         controller.step(one(given), lr=1e-3)
         controller.observe(given["entropy"] * 0.98)
         decided = controller.step(one(given), lr=1e-3)
-        assert isinstance(decided, ek.Control)
         assert not any(x.requires_grad for x in (*decided.metrics.values(), *controller.memory.values()))
         found.append((told(decided), controller.state_dict()))
     assert found[0] == found[1]
