@@ -40,8 +40,8 @@ def tensors() -> dict[str, Tensor]:
         "exclude": torch.rand(B, L, generator=g) < 0.2, "dropped": torch.rand(B, L, generator=g) < 0.3,
         "penalized": torch.rand(B, L, generator=g) < 0.3, "score": normal(B, L), "covariance": normal(B, L),
         "term": normal(B, L), "vocab_covariance": normal(B, L), "step_size": torch.tensor(0.01),
-        "lr": torch.tensor(0.02), "input_ids": torch.randint(0, V, (B, L), generator=g), "attention_mask": torch.ones(B, L, dtype=torch.int64),
-        "position_ids": torch.arange(L).expand(B, L).contiguous(),
+        "input_ids": torch.randint(0, V, (B, L), generator=g), "attention_mask": torch.ones(B, L, dtype=torch.int64),
+        "lr": torch.tensor(0.02), "position_ids": torch.arange(L).expand(B, L).contiguous(),
         "old_entropy": torch.rand(B, L, generator=g), "collision": torch.rand(B, L, generator=g),
         "coefficient": torch.rand(B, L, generator=g), "values": normal(B, L),
     }  # fmt: skip
