@@ -24,7 +24,7 @@ $(VENV)/.built: $(VENV)/.installed $(CSRC)
 
 setup: $(VENV)/.built ## create .venv and build the C++ extension
 
-train: setup ## train a tiny model under GRPO, Clip-Cov and KL-Cov; writes runs/quickstart/report.html
+train: setup ## train a tiny model under GRPO, Clip-Cov, KL-Cov and a target entropy; writes runs/quickstart/report.html
 	$(BIN)/python -m entropy_kernels.trainer quickstart --out runs/quickstart
 
 reproduce-toy: setup ## three seeds with the random-token controls (8 to 25 minutes)

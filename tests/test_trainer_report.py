@@ -146,6 +146,32 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     assert "by head: linear" in text and "# Walk, with random-token controls, 1 seed" in text and "tokens/s" in text
 
 
+def test_a_target_is_drawn_and_judged(tmp_path: Path) -> None:
+    for name, target in (("grpo", None), ("target", "0:4.6,20:4.56")):
+        changes = {"steps": 20, "eval_every": 10, "first_order_every": 0, "target_entropy": target}
+        ppo.train(config(tmp_path / name, **changes, measure_memory=False))
+    logs = sweep.load_runs({name: tmp_path / name for name in ("grpo", "target")})
+    nothing: dict[str, list[float]] = {"predicted": [], "measured": []}
+    record = write_report(
+        tmp_path / "report", {name: [log] for name, log in logs.items()}, base=TINY, experiment=nothing, command="",
+        seeds=[0], seconds=1.0, workers=1, title="", kept=logs,
+    )  # fmt: skip
+    gap = (logs["target"]["entropy"] - logs["target"]["target_entropy"]).to_numpy()[10:]
+    means = [abs(gap[i : i + 8].mean()) for i in range(4)]
+    values = {name: value["mean"] for name, value in record["methods"]["target"].items()}
+    assert [values[name] for name in ("target_end", "target_off", "target_worst")] == pytest.approx(
+        [4.56, sum(means) / 4, max(means)]
+    )
+    claims = [check for check in record["criteria"] if "target entropy" in check["claim"]]
+    assert [check["figure"] for check in claims] == [f"{sum(means) / 4:.3f}", f"{max(means):.3f}"]
+    page, note = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
+    for text in (page, note):
+        assert "lose their gradient (Target entropy)" in text
+        assert re.search(r"Target entropy: the run was given a number, 4\.56 nats .* of the tokens dropped", text)
+    assert "target_entropy" in (tmp_path / "report" / "csv" / "target.csv").read_text()
+    assert label("target") == "Target entropy" and "target_off" not in record["methods"]["grpo"]
+
+
 def test_report_needs_the_baseline(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"runs: expected the baseline 'grpo' among them, got kl_cov"):
         write_report(
@@ -275,10 +301,11 @@ def test_sweeps_are_rows_of_a_table(tmp_path: Path) -> None:
     quick = sweep.SWEEPS["quickstart"]
     flags = dataclasses.replace(quick.flags, out=tmp_path, control=False)
     rows = sweep.configurations(quick, flags, TINY)
-    assert [config.out.name for row in rows.values() for config in row] == ["grpo", "clip_cov", "kl_cov"]
+    assert [config.out.name for row in rows.values() for config in row] == ["grpo", "clip_cov", "kl_cov", "target"]
+    assert [config.target_entropy for row in rows.values() for config in row] == [None, None, None, "0.4"]
     assert sweep.command_line("quickstart", flags, dataclasses.replace(TINY, seed=5)) == (
         f"python -m entropy_kernels.trainer quickstart --out {tmp_path} --methods grpo clip_cov kl_cov random_dropped "
-        "--no-control --seed 5 --steps 3 --warm-steps 0 --eval-every 2 --workers 2"
+        "--target-entropy 0.4 --no-control --seed 5 --steps 3 --warm-steps 0 --eval-every 2 --workers 2"
     )
     compare = dataclasses.replace(sweep.SWEEPS["compare"].flags, out=tmp_path, torch_ops=None, reuse=True)
     assert " --torch-ops None " in sweep.command_line("compare", compare, TINY)
@@ -287,6 +314,12 @@ def test_sweeps_are_rows_of_a_table(tmp_path: Path) -> None:
         "kl_cov_torch_ops": "KL-Cov, torch ops",
         "random_dropped": "Random tokens dropped",
     }
+    # the configuration's target is the run's of that name and no other's, with its options; None leaves it out
+    held = dataclasses.replace(TINY, target_entropy="0:0.6,9:0.3", target_method="weight", method_options={"kp": 0.3})
+    rows = sweep.configurations(quick, dataclasses.replace(flags, target_entropy=None), held)
+    assert (rows["target"][0].target_entropy, rows["target"][0].method_options) == ("0:0.6,9:0.3", {"kp": 0.3})
+    assert {rows[name][0].target_entropy for name in ("grpo", "clip_cov", "kl_cov")} == {None}
+    assert "target" not in sweep.configurations(quick, dataclasses.replace(flags, target_entropy=None), TINY)
     for changes in ({"methods": ("kl_cov",)}, {"workers": 0}, {"torch_ops": "nosuch"}, {"seeds": (0, 1, 0)}):
         with pytest.raises(ValueError, match=r"^(methods, torch_ops|workers|seeds): expected "):
             sweep.configurations(quick, dataclasses.replace(flags, **changes), TINY)

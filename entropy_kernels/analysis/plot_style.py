@@ -20,11 +20,13 @@ GRID = "#e4e4e4"
 
 # Okabe-Ito, which stays apart under the three common colour deficiencies and in grey-scale print.
 _BASELINE, _BLUE, _VERMILION, _GREEN, _PURPLE = "#3b3b3b", "#0072b2", "#d55e00", "#009e73", "#aa4499"
-_SPARE = ("#56b4e9", "#b8860b", "#882255", "#44aa99", "#999933")
+_SKY = "#56b4e9"
+_SPARE = ("#b8860b", "#882255", "#44aa99", "#999933", "#cc6677")
 
 # (pattern on the lower-cased name with - and space as _, colour, label). First match wins.
 _METHODS = (
-    (r"clip_?higher", _GREEN, "Clip-higher"),
+    (r"^target", _GREEN, "Target"),
+    (r"clip_?higher", _SKY, "Clip-higher"),
     (r"clip_?cov", _BLUE, "Clip-Cov"),
     (r"kl_?cov", _VERMILION, "KL-Cov"),
     (r"entropy_?(bonus|coef|reg)", _PURPLE, "Entropy bonus"),

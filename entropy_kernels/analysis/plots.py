@@ -1,7 +1,8 @@
 """Figures of the entropy analysis: functions from DataFrames to a matplotlib Figure.
 
 ``runs`` is everywhere a mapping from a run's name to its log, a DataFrame with a ``step`` column, or to a list of logs,
-one per seed (drawn as their mean with the band of smallest to largest). Names choose the colours: see
+one per seed (drawn as their mean with the band of smallest to largest). What a log has as ``target_entropy`` is drawn
+dashed beside its ``entropy``. Names choose the colours: see
 :func:`entropy_kernels.analysis.plot_style.method_style`. Figures are made without pyplot, so they need no display, and
 belong to the caller: ``figure.savefig(path)`` or :func:`png`.
 
@@ -81,7 +82,7 @@ def performance_figure(
         _curves(ax, runs, column)
         ax.set(xlabel="training step", ylabel=name)
         style.title(ax, f"{title}: {name}", _seed_note(runs))
-    _shared_legend(fig, axes[0, 0], len(runs))
+    _shared_legend(fig, axes[0, 0])
     return fig
 
 
@@ -301,6 +302,13 @@ def _curves(ax: Axes, runs: Mapping[str, Run], column: str) -> None:
         steps = line.index.to_numpy(float)
         dots = "o" if len(line) <= 60 else ""
         ax.plot(steps, line["mean"], marker=dots, markersize=3, **looks[name].line())
+        target = style.curve(run, f"target_{column}")
+        if len(target):
+            named = any(other.get_label() == "target" for other in ax.get_lines())
+            ax.plot(
+                target.index.to_numpy(float), target["mean"], color=looks[name].color, linewidth=1.2,
+                linestyle=(0, (6, 3)), label="_nolegend_" if named else "target",
+            )  # fmt: skip
         if len(style.seeds(run)) > 1:
             ax.fill_between(steps, line["low"], line["high"], color=looks[name].color, alpha=0.13, linewidth=0)
 
@@ -324,9 +332,10 @@ def _law_lines(ax: Axes, law: EntropyLaw, color: str) -> None:
     )  # fmt: skip
 
 
-def _shared_legend(fig: Figure, ax: Axes, entries: int) -> None:
+def _shared_legend(fig: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    style.legend(fig, handles=handles, labels=labels, loc="outside lower center", ncols=min(entries, 5))
+    columns = min(len(handles), max(3, int(fig.get_figwidth() / 1.9)))
+    style.legend(fig, handles=handles, labels=labels, loc="outside lower center", ncols=columns)
 
 
 def _seed_note(runs: Mapping[str, Run]) -> str | None:

@@ -188,6 +188,9 @@ def check_options(config: TrainerConfig) -> None:
 #: tokens; the first is the default.
 TARGETS = {"exact_cov": "dropped", "weight": "token_weight", "bonus": "entropy_coef"}
 TARGET = next(iter(TARGETS))
+#: What a run under a target is called beside those of methods, and its row in reports.
+TARGET_RUN = "target"
+TARGET_ROW = Method("Target entropy")
 
 
 def target_of(config: TrainerConfig, *, vocab_size: int | None = None) -> ek.TargetEntropy | None:

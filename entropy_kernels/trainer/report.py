@@ -20,7 +20,7 @@ from entropy_kernels.analysis import plots
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, write_bytes, write_json, write_text
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, describe_memory
-from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER
+from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_ROW, TARGET_RUN, TARGETS, Method
 from entropy_kernels.trainer.ppo import versions
 from entropy_kernels.trainer.start import resolve_device
 
@@ -47,6 +47,7 @@ FIGURES = {
 KEPT_COLUMNS = (
     *("step", "entropy", "reward", "tokens", "val_pass1", "val_pass8", "val_distinct"),
     *("final_pass1", "final_pass8", "final_pass32", "final_distinct", "cov_mean", "tokens_in_band"),
+    *("target_entropy", "wanted_dh", "planned_dh", "target_gain", "target_saturated"),
     *("tokens_dropped", "tokens_penalized", "tokens_touched", "decrease_share", "clipfrac", "ppo_kl_abs"),
     *("predicted_dh", "control_dh", "free_dh", "measured_dh"),
     *("first_order_dh", "first_update_dh", "small_update_dh", "first_order_step_dh"),
@@ -56,6 +57,7 @@ KEPT_COLUMNS = (
 END_COLUMNS = (
     ("entropy_start", "H start", 1, 3),
     ("entropy_end", "H end", 1, 3),
+    ("target_end", "target", 1, 2),
     ("entropy_fall", "fall", 1, 2),
     ("final_pass1", "pass@1", 1, 3),
     ("final_pass8", "pass@8", 1, 3),
@@ -133,7 +135,7 @@ def write_report(
     Parameters
     ----------
     runs : mapping
-        Method (or method + TORCH_OPS) to logs, one DataFrame per seed. The baseline must be among them.
+        Method, method + TORCH_OPS, or TARGET_RUN to logs, one DataFrame per seed. The baseline must be among them.
     base : TrainerConfig
         What the runs have in common.
     experiment : mapping
@@ -163,6 +165,7 @@ def write_report(
         "versions": versions(),
         "criteria": criteria(summary, experiment, walk=base.task == "walk"),
         "logits_as_parameters": fit,
+        "target_method": base.target_method,
         "limits": limits(summary, base),
         "methods": summary,
     }
@@ -237,7 +240,7 @@ def end_values(log: DataFrame) -> dict[str, float]:
     if len(validated):
         ends = [name for name in validated.columns if name.startswith(("val_", "final_"))]
         values |= {name: float(validated[name].iloc[-1]) for name in ends}
-    values |= law_values(validated)
+    values |= law_values(validated) | held_values(log)
     for name, (predicted, change) in CHANGES.items():
         if {predicted, change} <= set(log.columns):
             pairs = log[[predicted, change]].dropna().to_numpy(float)
@@ -255,6 +258,18 @@ def end_values(log: DataFrame) -> dict[str, float]:
         values["ops_share"] = float((log["time/ops"] / log["time/step"]).median())
         values["tokens_per_s"] = float((log["tokens"] / log["time/step"]).median())
     return values
+
+
+def held_values(log: DataFrame) -> dict[str, float]:
+    """How well a target entropy was held over the second half of a run, in means of END_ROLLOUTS, which one rollout's
+    sampling moves little: mean and largest distance, nats. {} without a target, or of a run that is too short."""
+    if "target_entropy" not in log or not log["target_entropy"].notna().any():
+        return {}
+    gap = (log["entropy"] - log["target_entropy"]).iloc[len(log) // 2 :].rolling(END_ROLLOUTS).mean().dropna().abs()
+    if not len(gap):
+        return {}
+    end = float(log["target_entropy"].iloc[-1])
+    return {"target_end": end, "target_off": float(gap.mean()), "target_worst": float(gap.max())}
 
 
 def law_values(validated: DataFrame) -> dict[str, float]:
@@ -339,6 +354,12 @@ def criteria(
                 gap > noise and min(mine["seeds"]) > max(theirs["seeds"]),
                 f"{mine['mean']:.3f} against {theirs['mean']:.3f}, gap {gap:+.3f}, spread {noise:.3f}",
             )
+    held = summary.get(TARGET_RUN, {}) if walk else {}
+    for name, text, most in (("target_off", "on average", 0.02), ("target_worst", "at worst", 0.04)):
+        if name in held:
+            figure = max(held[name]["seeds"])
+            claim = f"the target entropy is held within {most:g} nats {text}, by means of {END_ROLLOUTS} rollouts"
+            check(claim, figure <= most, f"{figure:.3f}")
     fit = agreement(experiment["predicted"], experiment["measured"])
     claim = "logits as parameters: measured and predicted entropy change correlate at 0.999 or better"
     # a start that is never right, or always, has no advantages to step along
@@ -362,15 +383,19 @@ def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[floa
 # --- tables and sentences --------------------------------------------------------------------------------------------
 
 
+def method_of(run: str) -> Method:
+    """The row of what a run is under."""
+    return TARGET_ROW if run == TARGET_RUN else METHODS[run.removesuffix(TORCH_OPS)]
+
+
 def label(run: str) -> str:
     """What a run is called: its method's label, and that it is by torch's own operations."""
-    method = run.removesuffix(TORCH_OPS)
-    return METHODS[method].label + (", torch ops" if method != run else "")
+    return method_of(run).label + (", torch ops" if run.endswith(TORCH_OPS) else "")
 
 
 def is_beside(run: str) -> bool:
     """Whether it is there to compare a method with: a control, or the method by torch's own operations."""
-    return run.endswith(TORCH_OPS) or METHODS[run].control_of is not None
+    return run.endswith(TORCH_OPS) or method_of(run).control_of is not None
 
 
 def heading(record: Mapping[str, Any]) -> str:
@@ -406,6 +431,25 @@ def law_lines(summary: Summary) -> list[str]:
         for run, v in summary.items()
         if "law_a" in v
     ]
+
+
+def held_line(record: Mapping[str, Any]) -> str:
+    """What the run under a target entropy shows; empty without one."""
+    held = record["methods"].get(TARGET_RUN, {})
+    if "target_off" not in held:
+        return ""
+    off, worst = held["target_off"]["mean"], max(held["target_worst"]["seeds"])
+    touched = held["tokens_touched"]["mean"] / held["tokens"]["mean"]
+    did = {
+        "dropped": f", with {touched:.1%} of the tokens dropped over the run",
+        "token_weight": f", with {touched:.0%} of the tokens weighted over the run",
+    }
+    return (
+        f"{TARGET_ROW.label}: the run was given a number, {held['target_end']['mean']:g} nats (dashed), and finds by "
+        f"feedback what to do. Over the second half the means of {END_ROLLOUTS} rollouts are {off:.3f} nats off on "
+        f"average and {worst:.3f} at worst{did.get(TARGETS[record['target_method']], '')}. It is a brake: above the "
+        "target nothing is done, and the entropy falls as the baseline's."
+    )
 
 
 def memory_line(summary: Summary) -> str | None:
@@ -448,7 +492,7 @@ def limits(summary: Summary, base: TrainerConfig) -> list[str]:
     lines = []
     first, walk = summary[BASELINE], base.task == "walk"
     treating = {name: METHODS[name] for name in PAPER if METHODS[name].effect and not METHODS[name].control_of}
-    for name, method in treating.items():
+    for name, method in {**treating, TARGET_RUN: TARGET_ROW}.items():
         if name in summary and "final_pass1" in summary[name]:
             gap, noise = difference(summary[name]["final_pass1"], first["final_pass1"])
             one = "seeds spread by 0.01 to 0.03, and this is one" if walk else "this is one seed"
@@ -494,9 +538,9 @@ def sections(record: Mapping[str, Any], shown: Mapping[str, str]) -> list[tuple[
     about = f"{record['model']} learns {record['task']} by PPO. Its verifier gives the reward."
     treated: dict[str, list[str]] = {}
     for run in summary:
-        method = METHODS[run.removesuffix(TORCH_OPS)]
-        if method.effect is not None and not is_beside(run):
-            treated.setdefault(TREATMENTS[method.effect], []).append(method.label)
+        effect = TARGETS[record["target_method"]] if run == TARGET_RUN else method_of(run).effect
+        if effect is not None and not is_beside(run):
+            treated.setdefault(TREATMENTS[effect], []).append(label(run))
     differ = "".join(f"{what} ({', '.join(names)}), " for what, names in treated.items())
     memory = memory_line(summary)
     costs = COSTS + (f" {workers} runs at the same time." if workers > 1 else "")
@@ -509,8 +553,8 @@ def sections(record: Mapping[str, Any], shown: Mapping[str, str]) -> list[tuple[
     figures = {name: Html(shown.get(name, "")) for name in FIGURES}
     start = (
         f"{WALK if walk else about} All runs start from the same model; they differ in which tokens {differ}or nothing "
-        "of the kind (baseline). Dashed are controls, which treat as many tokens, chosen at random, and runs that take "
-        "torch's own operations in place of this library's."
+        "of the kind (baseline). Dashed are controls, which treat as many tokens, chosen at random, runs that take "
+        "torch's own operations in place of this library's, and the entropy that a run is to hold."
     )
     about_panels = Html(f"<p>{escape(WHY)}</p>" if shown else "")  # the note has no panels
     one = len(record["seeds"]) == 1
@@ -520,7 +564,7 @@ def sections(record: Mapping[str, Any], shown: Mapping[str, str]) -> list[tuple[
         ("Where the runs end", [table(summary, END_COLUMNS, spread=True), ends]),
         ("What a step does to the entropy", [table(summary, CONTROL_COLUMNS), TOUCHED]),
         ("What a step costs", [table(summary, COST_COLUMNS), costs]),
-        ("Entropy", [figures["entropy"], CAUSE]),
+        ("Entropy", [figures["entropy"], CAUSE, held_line(record)]),
         ("pass@1 and pass@k", [figures["performance"]]),
         ("The law R = -a e^H + b", [figures["law"], law_lines(summary)]),
         (

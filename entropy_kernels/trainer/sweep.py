@@ -27,7 +27,7 @@ from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
 from entropy_kernels.trainer.log import ProgressBoard, describe_row, read_rows
-from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER
+from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_RUN
 from entropy_kernels.trainer.report import TORCH_OPS, memory_line, report_names, write_report
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy, warm_start
 from entropy_kernels.trainer.tasks import make_task
@@ -61,6 +61,8 @@ class Flags:
     The config.json of a run is one."""
     methods: tuple[str, ...] = _MAIN
     """Methods to run, any of those that --method of a single run knows; the baseline must be among them."""
+    target_entropy: str | None = None
+    """One more run, under this target entropy, as single runs have it; none takes the configuration's, if any."""
     control: bool = True
     """Run also those of the methods that are controls: as many tokens, chosen at random."""
     torch_ops: str | None = None
@@ -101,9 +103,10 @@ class Sweep:
 #: The commands by their names.
 SWEEPS = {
     "quickstart": Sweep(
-        about=f"A tiny model under {_LABELS} and a control, and report.html: three to six minutes on two cores.",
-        title="Entropy collapse and two cures, on a task that fits into a minute",
-        flags=Flags(Path("runs/quickstart"), methods=(*_MAIN, _CONTROLS[0]), workers=2),
+        about=f"A tiny model under {_LABELS}, a target entropy and a control, and report.html: three to six minutes on "
+        "two cores.",
+        title="Entropy collapse, two cures, and entropy as a set point, on a task that fits into a minute",
+        flags=Flags(Path("runs/quickstart"), methods=(*_MAIN, _CONTROLS[0]), target_entropy="0.4", workers=2),
     ),
     "reproduce": Sweep(
         about=f"{_LABELS} and the random-token controls over several seeds, and the claims checked (exit code 1 if one "
@@ -158,6 +161,8 @@ def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int
     rows = configurations(sweep, flags, base)
     base.validate()
     runs = {config.out.name: config for configs in zip(*rows.values(), strict=True) for config in configs}
+    for config in runs.values():
+        config.validate()
     with (
         experiment(flags.out, name, {} if flags.reuse else runs, *report_names(sweep.picture, runs)),
         ProgressBoard(enabled=flags.progress) as board,
@@ -189,7 +194,7 @@ def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int
 
 
 def configurations(sweep: Sweep, flags: Flags, base: TrainerConfig) -> dict[str, list[TrainerConfig]]:
-    """The configuration of every run: row of the report (method, or method with TORCH_OPS) -> one per seed."""
+    """The configuration of every run: row of the report (method, method + TORCH_OPS, TARGET_RUN) -> one per seed."""
     unknown = {*flags.methods, flags.torch_ops or BASELINE} - set(METHODS)
     if BASELINE not in flags.methods or unknown:
         near = [near for name in sorted(unknown) for near in difflib.get_close_matches(name, METHODS, 1)]
@@ -200,8 +205,14 @@ def configurations(sweep: Sweep, flags: Flags, base: TrainerConfig) -> dict[str,
     if flags.workers < 1:
         raise ValueError(f"workers: expected an integer >= 1, got {flags.workers}")
     rows: dict[str, dict[str, Any]] = {
-        method: {"method": method} for method in flags.methods if flags.control or method not in _CONTROLS
+        method: {"method": method} for method in flags.methods if method not in _CONTROLS
     }
+    target = flags.target_entropy or base.target_entropy
+    if target is not None:
+        options = {} if base.target_entropy is None else base.method_options
+        rows[TARGET_RUN] = {"method": BASELINE, "target_entropy": target, "method_options": options}
+    if flags.control:
+        rows |= {method: {"method": method} for method in flags.methods if method in _CONTROLS}
     if flags.torch_ops is not None:
         rows[flags.torch_ops + TORCH_OPS] = {"method": flags.torch_ops, "head": "torch"}
     seeds = flags.seeds or (base.seed,)
