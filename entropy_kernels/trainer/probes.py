@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -352,9 +352,19 @@ class FirstOrder:
     @torch.no_grad()
     def change(self) -> float:
         """∇H·Δθ in nats, summed in float64."""
+        return self.along(p.double() - before.double() for p, before in zip(self._parameters, self._before, strict=True))
+
+    @torch.no_grad()
+    def of_gradient(self) -> float:
+        """∇H·(-∇L) in nats per unit learning rate, L the loss of the last update: a plain gradient step, with the
+        gradient as the update left it in the weights (clipped by its norm)."""
+        return -self.along(p.grad for p in self._parameters)
+
+    def along(self, direction: Iterable[Tensor]) -> float:
+        """∇H·d in nats, summed in float64, for a `direction` d with a tensor per trained weight."""
         return sum(
-            float((gradient.double() * (now.double() - before.double())).sum())
-            for gradient, now, before in zip(self._gradient, self._parameters, self._before, strict=True)
+            float((gradient.double() * d.double()).sum())
+            for gradient, d in zip(self._gradient, direction, strict=True)
         )
 
 
