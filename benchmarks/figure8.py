@@ -1,4 +1,4 @@
-"""Figure 8 of arXiv 2505.22617 on the embedded task: what the entropy loses in a step beside what covariances say of it.
+"""Figure 8 of arXiv 2505.22617 on the embedded task: what a step takes from the entropy, beside covariances.
 
     python -m benchmarks.figure8            # five seeds, a start each; one that is done is not run again
     python -m benchmarks.figure8 --quick    # two short runs into runs/figure8-quick, to see that all of it works
@@ -21,6 +21,7 @@ Covariances divide by the number of completions; prompts whose completions all g
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import tempfile
@@ -138,7 +139,9 @@ def accuracy_sums(prompts: Mapping[str, Tensor], samples: int) -> dict[str, Tens
 def in_blocks(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, list[list[float | None]]]:
     """The means over blocks of so many steps, blocks x accuracies; None where there was no such prompt."""
     blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
-    sums = {name: torch.stack([sum(row[name] for row in block) for block in blocks]) for name in rows[0]}
+    sums = {
+        name: torch.stack([torch.stack([row[name] for row in block]).sum(0) for block in blocks]) for name in rows[0]
+    }
     count = sums.pop("prompts")
     means = {name: (values / count).tolist() for name, values in sums.items()}
     short = {name: [[None if v != v else _short(v) for v in row] for row in table] for name, table in means.items()}
@@ -160,7 +163,7 @@ def measure(variant: str, seed: int, changes: Mapping[str, Any]) -> dict[str, An
         train(config, probes=[probe], report=tell)
     entropy, rows = [row["entropy"] for row in probe.rows], probe.rows[:-1]
     columns = {name: [_short(row[name]) for row in rows] for name in rows[0]}
-    columns["next"] = [_short(before - after) for before, after in zip(entropy, entropy[1:], strict=False)]
+    columns["next"] = [_short(before - after) for before, after in itertools.pairwise(entropy)]
     return {
         "variant": variant,
         "seed": seed,
@@ -200,3 +203,295 @@ def as_text(document: Mapping[str, Any]) -> str:
     """JSON with a line for each list of numbers."""
     text = json.dumps(document, indent=1)
     return re.sub(r"\[[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
+
+
+# --- what comes of it -------------------------------------------------------------------------------------------------
+
+Run = Mapping[str, Any]
+
+#: What is set against the measured change, and how it is called.
+PREDICTORS = {
+    "group": "paper: Cov of completions",
+    "literal": "paper's Eq. 8, literal",
+    "exact": "A·C of tokens, exact",
+    "gradient": "plain gradient step",
+    "first order": "first order of the step taken",
+}
+WINDOWS = (1, 5, 10, 20, 40)  # steps; both series are averaged, and only full windows count
+COURSE = 20  # window of the courses in the figure, and of the comparison between seeds
+EARLY = 60  # steps
+Interval = tuple[float, float, float]  # mean, lower and upper end
+
+
+def column(run: Run, name: str) -> np.ndarray:
+    return np.asarray(run["columns"][name], float)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Means of `window` neighbours, full windows only."""
+    return np.convolve(values, np.full(window, 1 / window), "valid")
+
+
+def correlation(x: np.ndarray, y: np.ndarray, window: int = 1) -> float:
+    with np.errstate(invalid="ignore"):  # NaN where one of them never changes
+        return float(np.corrcoef(smooth(x, window), smooth(y, window))[0, 1])
+
+
+def stepped(run: Run, name: str) -> np.ndarray:
+    """A column as AdamW makes a step of gradients: clipped as they are, averaged by its first beta, over the root of
+    the average of the squared gradient norm by its second; bias corrected. One number stands for all weights."""
+    config = TrainerConfig(**run["settings"])
+    norm = column(run, "grad_norm")
+    kept = np.minimum(1.0, config.grad_clip / (norm + 1e-6)) if config.grad_clip else np.ones_like(norm)
+    first = running_mean(column(run, name) * kept, config.adam_beta1)
+    return first / np.sqrt(running_mean((norm * kept) ** 2, config.adam_beta2))
+
+
+def running_mean(values: np.ndarray, beta: float) -> np.ndarray:
+    """Exponential, without the bias of its start."""
+    powers = np.tril(beta ** np.maximum(np.subtract.outer(np.arange(len(values)), np.arange(len(values))), 0))
+    return np.asarray(powers @ values / powers.sum(1))
+
+
+def interval(values: Sequence[float], *, fisher: bool = False) -> Interval:
+    """Mean and 95 % t interval over the seeds; of correlations through Fisher's z = artanh r. NaN ends for one seed."""
+    from scipy.stats import t
+
+    numbers = np.asarray(values, float)
+    numbers = np.arctanh(np.clip(numbers, -1 + 1e-12, 1 - 1e-12)) if fisher else numbers
+    n = len(numbers)
+    half = t.ppf(0.975, n - 1) * numbers.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    ends = (float(numbers.mean() + distance) for distance in (0.0, -half, half))
+    mean, low, high = (float(np.tanh(end)) if fisher else end for end in ends)
+    return mean, low, high
+
+
+def correlations(runs: Sequence[Run], target: str, name: str) -> dict[str, list[float]]:
+    """Those of a predictor with the measured change, a number per seed, by how it is looked at."""
+    found = {
+        "raw" if w == 1 else f"mean of {w}": [correlation(column(r, name), column(r, target), w) for r in runs]
+        for w in WINDOWS
+    }
+    found[f"raw, first {EARLY}"] = [correlation(column(r, name)[:EARLY], column(r, target)[:EARLY]) for r in runs]
+    if name in ("group", "literal", "exact", "gradient"):
+        found["raw, as AdamW steps"] = [correlation(stepped(r, name), column(r, target)) for r in runs]
+    if len(runs) > 1:  # what is owed to a course that all runs share
+        found[f"another seed's, mean of {COURSE}"] = [
+            float(np.mean([correlation(column(r, name), column(q, target), COURSE) for q in runs if q is not r]))
+            for r in runs
+        ]
+    return found
+
+
+def differences(one: Mapping[str, list[float]], other: Mapping[str, list[float]]) -> dict[str, Interval]:
+    """Of two predictors, seed by seed."""
+    return {
+        view: interval([a - b for a, b in zip(one[view], other[view], strict=True)]) for view in one if view in other
+    }
+
+
+def correlation_table(runs: Sequence[Run], target: str, predictors: Mapping[str, str]) -> str:
+    found = {label: correlations(runs, target, name) for name, label in predictors.items()}
+    views = list(next(iter(found.values())))
+    cells = {
+        label: [_interval(interval(mine[view], fisher=True)) if view in mine else "" for view in views]
+        for label, mine in found.items()
+    }
+    if "exact" in predictors and len(runs) > 1:
+        gained = differences(found[predictors["exact"]], found[predictors["group"]])
+        cells["*exact less paper's*"] = [_interval(gained[view]) for view in views]
+    return markdown(["correlation with -ΔH", *views], [[label, *row] for label, row in cells.items()])
+
+
+def by_accuracy(run: Run, name: str) -> np.ndarray:
+    """Of each number of right answers: the mean over blocks of steps of the means over its prompts. Blocks count alike:
+    early and late, when right answers are rare and frequent."""
+    table = np.array(run["by_accuracy"][name], float)
+    with np.errstate(invalid="ignore"):  # NaN where there was no such prompt at all
+        return np.asarray(np.nansum(table, axis=0) / np.sum(~np.isnan(table), axis=0))
+
+
+def accuracy_table(runs: Sequence[Run]) -> str:
+    samples = len(runs[0]["by_accuracy"]["prompts"][0]) - 1
+    counts = np.array([np.sum(run["by_accuracy"]["prompts"], axis=0) for run in runs])
+    shares = 100 * (counts / counts.sum(1, keepdims=True)).mean(0)
+    names = {"group": "Cov of completions", "exact": "A·C", "measured": "measured -ΔH", "entropy": "entropy"}
+    rows = []
+    for right in range(samples + 1):
+        values = [interval([by_accuracy(run, name)[right] for run in runs]) for name in names]
+        cells = [_interval(v, 3 if name in ("group", "entropy") else 5) for name, v in zip(names, values, strict=True)]
+        rows.append([f"{right} of {samples}", f"{shares[right]:.0f} %", *cells])
+    return markdown(["right answers", "of all prompts", *names.values()], rows)
+
+
+def report(runs: Mapping[str, Sequence[Run]]) -> str:
+    """Markdown, from the runs of each variant."""
+    first = next(iter(runs.values()))
+    steps, seeds = len(first[0]["columns"]["same"]), len(first)
+    apart = max(
+        float(np.abs(column(run, "group") - column(run, "batch")).max() / np.abs(column(run, "group")).max())
+        for run in first
+    )
+    parts = [
+        "# Figure 8 on the embedded task\n\n"
+        f"GRPO, one update per rollout, {steps} steps, {seeds} seeds with a supervised start each. Correlations "
+        "are of one run's steps, then mean and 95 % t interval over seeds, through Fisher's z (differences: plain). "
+        "What each quantity is stands in the head of `python -m benchmarks.figure8`, which makes this page.\n\n"
+        "![courses, correlations, accuracy](figure8.png)\n\n"
+        f"The token-level covariance of the batch is the paper's, up to {apart:.0e} of its largest value: all "
+        "answers have one length, and advantages are centred in each group. Length normalisation is a constant factor."
+    ]
+    beside = {**PREDICTORS, "same": "measured on the same tokens"}
+    for variant, mine in runs.items():
+        what = "AdamW as usual (momentum 0.9)" if variant == "adamw" else f"{variant} (`adam_beta1` 0)"
+        parts.append(f"## {what}: -ΔH on the rollout's own tokens\n\n{correlation_table(mine, 'same', PREDICTORS)}")
+        parts.append(f"## {what}: -ΔH from one rollout to the next\n\n{correlation_table(mine, 'next', beside)}")
+    parts.append(
+        "## By the accuracy of the prompt\n\n"
+        f"AdamW as usual. Means over blocks of {BLOCK} steps that count alike, 95 % t intervals over the seeds. "
+        "Prompts with no or only right answers have advantage 0: what they lose, other prompts' updates take.\n\n"
+        + accuracy_table(first)
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def _interval(value: Interval, digits: int = 2) -> str:
+    mean, low, high = (0.0 if abs(v) < 0.5 * 10**-digits else v for v in value)
+    if digits == 2 and abs(mean) > 0.95:
+        digits = 3
+    return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+# --- the figure -------------------------------------------------------------------------------------------------------
+
+_COLORS = {"same": style.INK, "group": "#0072b2", "literal": "#56b4e9", "exact": "#d55e00", "gradient": "#009e73",
+           "first order": "#aa4499"}  # fmt: skip
+_HARD_TO_EASY = ("#d55e00", "#b8860b", "#009e73")
+
+
+def figure(runs: Sequence[Run]) -> Any:
+    """Courses, correlations, and the paper's right half twice: as courses and over all accuracies."""
+    fig, axes = style.figure(2, 2, (12.0, 8.6))
+    _courses(axes[0, 0], runs)
+    _correlations(axes[0, 1], runs)
+    _accuracy_courses(axes[1, 0], runs)
+    _accuracies(axes[1, 1], runs)
+    return fig
+
+
+def _band(ax: Any, x: np.ndarray, table: np.ndarray, color: str, label: str, **line: Any) -> None:
+    """`table`: seeds x points; mean and 95 % t interval."""
+    mean, low, high = np.array([interval(values) for values in table.T]).T
+    ax.plot(x, mean, color=color, label=label, **{"linewidth": 1.9, **line})
+    if len(table) > 1:
+        ax.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
+
+
+def _courses(ax: Any, runs: Sequence[Run]) -> None:
+    for name, label in (("same", "measured -ΔH"), ("group", PREDICTORS["group"]), ("exact", PREDICTORS["exact"])):
+        table = np.array([smooth(column(run, name), min(COURSE, len(column(run, name)))) for run in runs])
+        x = np.arange(table.shape[1]) + (COURSE - 1) / 2
+        _band(ax, x, table / abs(table.mean()), _COLORS[name], label)
+    ax.axhline(0, color=style.MUTED, linewidth=0.8)
+    ax.set(xlabel="training step", ylabel="over its mean of all steps and seeds")
+    style.title(
+        ax, "Entropy decrease of a step, and covariances", f"means of {COURSE} steps; 95 % band over {len(runs)} seeds"
+    )
+    style.legend(ax)
+
+
+def _correlations(ax: Any, runs: Sequence[Run]) -> None:
+    windows = ["raw" if w == 1 else f"mean of {w}" for w in WINDOWS]
+    views = [*windows, "raw, as AdamW steps"]
+    for i, (name, label) in enumerate(PREDICTORS.items()):
+        found = correlations(runs, "same", name)
+        shown = [view for view in views if view in found]
+        mean, low, high = np.array([interval(found[view], fisher=True) for view in shown]).T
+        x = np.array([views.index(view) for view in shown]) + 0.08 * (i - 2)
+        ends = np.nan_to_num([mean - low, high - mean])
+        ax.errorbar(
+            x, mean, yerr=ends, color=_COLORS[name], fmt="o", markersize=4, capsize=2.5, linewidth=1.3, label=label
+        )
+        ax.plot(x[: len(windows)], mean[: len(windows)], color=_COLORS[name], linewidth=0.9, alpha=0.6)
+    ax.axhline(0, color=style.MUTED, linewidth=0.8)
+    ax.set_xticks(range(len(views)), ["1 step", *(f"mean\nof {w}" for w in WINDOWS[1:]), "1 step, as\nAdamW steps"])
+    ax.set(ylabel="correlation over the steps of a run", xlim=(-0.5, len(views) - 0.4))
+    style.title(ax, "Correlation with the measured -ΔH", "on the rollout's own tokens; 95 % intervals over seeds")
+    style.legend(ax, loc="lower left")
+
+
+def _accuracy_courses(ax: Any, runs: Sequence[Run]) -> None:
+    samples = len(runs[0]["by_accuracy"]["prompts"][0]) - 1
+    # 1, 4 and 7 of 8, as in the paper
+    for right, color in zip((1, samples // 2, samples - 1), _HARD_TO_EASY, strict=True):
+        table = np.array([np.array(run["by_accuracy"]["group"], float)[:, right] for run in runs])
+        _band(ax, (np.arange(table.shape[1]) + 0.5) * BLOCK, table, color, f"{right} of {samples} right")
+    ax.axhline(0, color=style.MUTED, linewidth=0.8)
+    ax.set(xlabel="training step", ylabel="Cov(log p(y)/|y|, A) of a prompt")
+    style.title(ax, "The paper's covariance by the prompt's accuracy", f"means of {BLOCK} steps; 95 % band over seeds")
+    style.legend(ax)
+
+
+def _accuracies(ax: Any, runs: Sequence[Run]) -> None:
+    for i, (name, key, label) in enumerate(
+        (
+            ("measured", "same", "measured -ΔH"),
+            ("group", "group", PREDICTORS["group"]),
+            ("exact", "exact", PREDICTORS["exact"]),
+        )
+    ):
+        table = np.array([by_accuracy(run, name) for run in runs])
+        mean, low, high = np.array([interval(values) for values in table.T]).T / abs(np.nanmean(table))
+        ax.errorbar(
+            np.arange(len(mean)) + 0.1 * (i - 1), mean, yerr=np.nan_to_num([mean - low, high - mean]), label=label,
+            color=_COLORS[key], fmt="o-", markersize=4, capsize=2.5, linewidth=1.3,
+        )  # fmt: skip
+    ax.axhline(0, color=style.MUTED, linewidth=0.8)
+    ax.set(xlabel=f"right answers of {table.shape[1] - 1}", ylabel="over its mean of all accuracies")
+    style.title(ax, "By the prompt's accuracy", "none and all right: advantage 0; 95 % intervals over seeds")
+    style.legend(ax)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def load(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The runs that are there, by variant, in the order of the seeds."""
+    found = {
+        variant: sorted(
+            (json.loads(path.read_text()) for path in out.glob(f"{variant}-*.json")), key=lambda run: int(run["seed"])
+        )
+        for variant in VARIANTS
+    }
+    return {variant: runs for variant, runs in found.items() if runs}
+
+
+def write_report(out: Path) -> None:
+    runs = load(out)
+    if not runs:
+        raise ValueError(f"{out}: expected runs, got none; run without --report first")
+    write_text(out / "figure8.md", report(runs))
+    save(figure(next(iter(runs.values()))), out / "figure8.png")
+    print(f"{out / 'figure8.md'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="figure8", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two short runs, seeds 100 and 101")
+    parser.add_argument("--report", action="store_true", help="from the runs that are there; nothing is run")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/figure8, with --quick runs/figure8-quick")
+    given = parser.parse_args(argv)
+    out = given.out or (ROOT / "runs" / "figure8-quick" if given.quick else OUT)
+    if not given.report:
+        quick = {variant: {**changes, **QUICK} for variant, changes in VARIANTS.items()}
+        run(out, quick if given.quick else VARIANTS, (100, 101) if given.quick else SEEDS)
+    write_report(out)
+
+
+if __name__ == "__main__":
+    main()

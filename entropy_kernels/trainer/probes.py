@@ -352,7 +352,8 @@ class FirstOrder:
     @torch.no_grad()
     def change(self) -> float:
         """∇H·Δθ in nats, summed in float64."""
-        return self.along(p.double() - before.double() for p, before in zip(self._parameters, self._before, strict=True))
+        moved = zip(self._parameters, self._before, strict=True)
+        return self.along(p.double() - before.double() for p, before in moved)
 
     @torch.no_grad()
     def of_gradient(self) -> float:
@@ -363,8 +364,7 @@ class FirstOrder:
     def along(self, direction: Iterable[Tensor]) -> float:
         """∇H·d in nats, summed in float64, for a `direction` d with a tensor per trained weight."""
         return sum(
-            float((gradient.double() * d.double()).sum())
-            for gradient, d in zip(self._gradient, direction, strict=True)
+            float((gradient.double() * d.double()).sum()) for gradient, d in zip(self._gradient, direction, strict=True)
         )
 
 
