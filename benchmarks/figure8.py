@@ -169,7 +169,7 @@ def measure(variant: str, seed: int, changes: Mapping[str, Any]) -> dict[str, An
         "seed": seed,
         "settings": dict(changes),
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": describe(torch.device("cpu")),
+        "machine": {name: value for name, value in describe(torch.device("cpu")).items() if name != "variables"},
         "columns": columns,
         "by_accuracy": in_blocks(probe.by_accuracy),
     }
@@ -218,8 +218,24 @@ PREDICTORS = {
     "first order": "first order of the step taken",
 }
 WINDOWS = (1, 5, 10, 20, 40)  # steps; both series are averaged, and only full windows count
-COURSE = 20  # window of the courses in the figure, and of the comparison between seeds
+COURSE = 20  # steps: window of the courses in the figure, of what is taken away, and of the comparison between seeds
+AS_STEPS = "raw, as AdamW steps"
+#: Columns of the table that the documentation shows.
+SHORT = (
+    "raw",
+    f"mean of {COURSE}",
+    f"another seed's, mean of {COURSE}",
+    "raw, without course",
+    f"{AS_STEPS}, without course",
+)
 EARLY = 60  # steps
+#: What the columns of the tables are.
+VIEWS = f"""*Mean of W*: of W neighbouring steps, both series. *Without course*: less the mean of the {COURSE} steps
+around; what is left is from step to step. *As AdamW steps*: clipped with the gradient, averaged by the first beta,
+over the root of the averaged squared gradient norm, as AdamW makes its step. *Another seed's*: one run's quantity
+with the change of every other run, which is owed to the course that all runs share. Settings were frozen before these
+seeds were run; the views without course and as AdamW steps were chosen after looking at another seed (100) and at
+three of these."""
 Interval = tuple[float, float, float]  # mean, lower and upper end
 
 
@@ -235,6 +251,12 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def correlation(x: np.ndarray, y: np.ndarray, window: int = 1) -> float:
     with np.errstate(invalid="ignore"):  # NaN where one of them never changes
         return float(np.corrcoef(smooth(x, window), smooth(y, window))[0, 1])
+
+
+def without_course(values: np.ndarray) -> np.ndarray:
+    """Less the mean of the COURSE steps around: what is left is from step to step."""
+    near = np.full(2 * (COURSE // 2) + 1, 1.0)
+    return values - np.convolve(values, near, "same") / np.convolve(np.ones_like(values), near, "same")
 
 
 def stepped(run: Run, name: str) -> np.ndarray:
@@ -268,13 +290,14 @@ def interval(values: Sequence[float], *, fisher: bool = False) -> Interval:
 
 def correlations(runs: Sequence[Run], target: str, name: str) -> dict[str, list[float]]:
     """Those of a predictor with the measured change, a number per seed, by how it is looked at."""
-    found = {
-        "raw" if w == 1 else f"mean of {w}": [correlation(column(r, name), column(r, target), w) for r in runs]
-        for w in WINDOWS
-    }
-    found[f"raw, first {EARLY}"] = [correlation(column(r, name)[:EARLY], column(r, target)[:EARLY]) for r in runs]
+    pairs = [(column(run, name), column(run, target)) for run in runs]
+    found = {_view(w): [correlation(x, y, w) for x, y in pairs] for w in WINDOWS}
+    found["raw, without course"] = [correlation(without_course(x), without_course(y)) for x, y in pairs]
+    found[f"raw, first {EARLY}"] = [correlation(x[:EARLY], y[:EARLY]) for x, y in pairs]
     if name in ("group", "literal", "exact", "gradient"):
-        found["raw, as AdamW steps"] = [correlation(stepped(r, name), column(r, target)) for r in runs]
+        pairs = [(stepped(run, name), column(run, target)) for run in runs]
+        found[AS_STEPS] = [correlation(x, y) for x, y in pairs]
+        found[f"{AS_STEPS}, without course"] = [correlation(without_course(x), without_course(y)) for x, y in pairs]
     if len(runs) > 1:  # what is owed to a course that all runs share
         found[f"another seed's, mean of {COURSE}"] = [
             float(np.mean([correlation(column(r, name), column(q, target), COURSE) for q in runs if q is not r]))
@@ -290,17 +313,24 @@ def differences(one: Mapping[str, list[float]], other: Mapping[str, list[float]]
     }
 
 
-def correlation_table(runs: Sequence[Run], target: str, predictors: Mapping[str, str]) -> str:
+def _view(window: int) -> str:
+    return "raw" if window == 1 else f"mean of {window}"
+
+
+def correlation_table(
+    runs: Sequence[Run], target: str, predictors: Mapping[str, str], views: Sequence[str] | None = None
+) -> str:
+    """A line per predictor; `views` are columns, None for all."""
     found = {label: correlations(runs, target, name) for name, label in predictors.items()}
-    views = list(next(iter(found.values())))
-    cells = {
-        label: [_interval(interval(mine[view], fisher=True)) if view in mine else "" for view in views]
+    views = list(found[PREDICTORS["exact"]]) if views is None else [v for v in views if v in found[PREDICTORS["exact"]]]
+    rows = [
+        [label, *(_interval(interval(mine[view], fisher=True)) if view in mine else "" for view in views)]
         for label, mine in found.items()
-    }
-    if "exact" in predictors and len(runs) > 1:
-        gained = differences(found[predictors["exact"]], found[predictors["group"]])
-        cells["*exact less paper's*"] = [_interval(gained[view]) for view in views]
-    return markdown(["correlation with -ΔH", *views], [[label, *row] for label, row in cells.items()])
+    ]
+    if len(runs) > 1:
+        gained = differences(found[PREDICTORS["exact"]], found[PREDICTORS["group"]])
+        rows.append(["*A·C less paper's*", *(_interval(gained[view]) for view in views)])
+    return markdown(["correlation with -ΔH", *views], rows)
 
 
 def by_accuracy(run: Run, name: str) -> np.ndarray:
@@ -338,8 +368,11 @@ def report(runs: Mapping[str, Sequence[Run]]) -> str:
         "are of one run's steps, then mean and 95 % t interval over seeds, through Fisher's z (differences: plain). "
         "What each quantity is stands in the head of `python -m benchmarks.figure8`, which makes this page.\n\n"
         "![courses, correlations, accuracy](figure8.png)\n\n"
-        f"The token-level covariance of the batch is the paper's, up to {apart:.0e} of its largest value: all "
-        "answers have one length, and advantages are centred in each group. Length normalisation is a constant factor."
+        "In short, with AdamW as usual, on the rollout's own tokens:\n\n"
+        f"{correlation_table(first, 'same', PREDICTORS, SHORT)}\n\n"
+        f"The token-level covariance of the batch is the paper's, up to {apart:.0e} of its largest value: all answers "
+        "have one length, and advantages are centred in each group. Length normalisation is a constant factor.\n\n"
+        + VIEWS
     ]
     beside = {**PREDICTORS, "same": "measured on the same tokens"}
     for variant, mine in runs.items():
@@ -406,8 +439,8 @@ def _courses(ax: Any, runs: Sequence[Run]) -> None:
 
 
 def _correlations(ax: Any, runs: Sequence[Run]) -> None:
-    windows = ["raw" if w == 1 else f"mean of {w}" for w in WINDOWS]
-    views = [*windows, "raw, as AdamW steps"]
+    windows = [_view(w) for w in WINDOWS]
+    views = [*windows, "raw, without course", AS_STEPS, f"{AS_STEPS}, without course"]
     for i, (name, label) in enumerate(PREDICTORS.items()):
         found = correlations(runs, "same", name)
         shown = [view for view in views if view in found]
@@ -419,10 +452,11 @@ def _correlations(ax: Any, runs: Sequence[Run]) -> None:
         )
         ax.plot(x[: len(windows)], mean[: len(windows)], color=_COLORS[name], linewidth=0.9, alpha=0.6)
     ax.axhline(0, color=style.MUTED, linewidth=0.8)
-    ax.set_xticks(range(len(views)), ["1 step", *(f"mean\nof {w}" for w in WINDOWS[1:]), "1 step, as\nAdamW steps"])
+    ends_of = ("raw,\nwithout\ncourse", "as\nAdamW\nsteps", "as AdamW\nsteps, with-\nout course")
+    ax.set_xticks(range(len(views)), ["raw", *(f"mean\nof {w}" for w in WINDOWS[1:]), *ends_of], fontsize=7.5)
     ax.set(ylabel="correlation over the steps of a run", xlim=(-0.5, len(views) - 0.4))
     style.title(ax, "Correlation with the measured -ΔH", "on the rollout's own tokens; 95 % intervals over seeds")
-    style.legend(ax, loc="lower left")
+    style.legend(ax, loc="lower right")
 
 
 def _accuracy_courses(ax: Any, runs: Sequence[Run]) -> None:
