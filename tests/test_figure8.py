@@ -106,6 +106,13 @@ def test_statistics() -> None:
     assert math.isnan(figure8.interval([1.0])[1])
 
 
+def test_without_course_a_straight_line_is_nothing() -> None:
+    values = np.linspace(3.0, 5.0, 100)
+    assert figure8.without_course(values)[10:-10] == pytest.approx(np.zeros(80), abs=1e-12)
+    values[50] += 1.0
+    assert figure8.without_course(values)[50] == pytest.approx(20 / 21)
+
+
 def test_a_step_of_adamw() -> None:
     run = {
         "settings": {"adam_beta1": 0.5, "adam_beta2": 0.0, "grad_clip": 1.0},
@@ -140,7 +147,7 @@ def test_report_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
             (tmp_path / f"{variant}-{seed}.json").write_text(figure8.as_text(made_up(variant, seed)))
     figure8.main(["--report", "--out", str(tmp_path)])
     text = (tmp_path / "figure8.md").read_text()
-    assert text.count("| A·C of tokens, exact | 1.000 [1.000, 1.000] |") == 2  # of each variant, on the same tokens
+    assert text.count("| A·C of tokens, exact | 1.000 [1.000, 1.000] |") == 3  # in short, and of each variant
     assert (tmp_path / "figure8.png").read_bytes().startswith(b"\x89PNG")
     runs = figure8.load(tmp_path)["adamw"]
     assert [run["seed"] for run in runs] == [0, 1, 2]
@@ -184,3 +191,5 @@ def test_committed_report_is_that_of_the_committed_runs() -> None:
     assert all(run["settings"] == figure8.VARIANTS[variant] for variant, mine in runs.items() for run in mine)
     assert (figure8.OUT / "figure8.md").read_text() == figure8.report(runs)
     json.dumps(runs, allow_nan=False)
+    table = figure8.correlation_table(runs["adamw"], "same", figure8.PREDICTORS, figure8.SHORT)
+    assert f"<!-- figure8 -->\n{table}\n<!-- /figure8 -->" in (figure8.ROOT / "docs" / "control.md").read_text()
