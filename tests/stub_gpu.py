@@ -34,7 +34,10 @@ def run_on_fake_gpu(
 def add_stub_gpu(
     monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], gpu: bool = True, kernels: str = "token_stats"
 ) -> None:
-    """A CUDA half that loads, with kernels whose names begin with ``kernels``, and GPUs (one of sm_90) or none."""
+    """A CUDA half that loads, with kernels whose names begin with ``kernels``, and GPUs (one of sm_90) or none.
+
+    The project has verified nothing on them: :func:`verify`.
+    """
     gpus = capabilities or ((9, 0),)
 
     def capability(device: torch.device | None = None) -> tuple[int, int]:
@@ -44,6 +47,7 @@ def add_stub_gpu(
         major, minor = capability(device)
         return SimpleNamespace(name=f"Stub {major}{minor}", major=major, minor=minor, total_memory=80 << 30)
 
+    monkeypatch.setattr(registry, "VERIFIED", {})
     monkeypatch.setattr(native, "cuda_load_error", None)
     monkeypatch.setattr(native, "has_cuda_kernel", lambda name: name.startswith(kernels))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)

@@ -80,6 +80,14 @@ def test_a_verified_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("token_stats") == "triton"
 
 
+def test_what_was_found_here_comes_before_the_projects(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    add_stub_gpu(monkeypatch)
+    keep(monkeypatch, tmp_path, Pair("token_stats", "cuda", 3, {"cuda/forward-plain": "wrong, off by 1"}))
+    monkeypatch.setattr(registry, "VERIFIED", {(op, "cuda", "sm_90"): "" for op in ("token_stats", "kl_cov_mask")})
+    assert (chosen("token_stats"), registry.unverified("kl_cov_mask", "cuda", GPU)) == ("torch", None)
+    assert "cuda/forward-plain: wrong, off by 1" in (registry.unverified("token_stats", "cuda", GPU) or "")
+
+
 def test_two_gpus_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU that holds the tensor decides, whichever was asked about first and whichever is the current one."""
     add_stub_gpu(monkeypatch, (9, 0), (8, 0), (7, 5), (9, 0))
