@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -165,8 +165,10 @@ class TargetEntropy(Controller):
             start["coef"] = float(self.options["coef"])
         else:
             start |= {"integral": 0.0, "unit": math.nan, "squares": 0.0, "products": 0.0}
+        self._start = start
         self.memory = {name: torch.tensor(x, dtype=torch.float64) for name, x in start.items()}
         self._awaited: _Tokens | None = None
+        self._begins = True  # no batch was seen yet
         self._first: Any = None  # target and entropy of the first batch on their way to the host, and the event
 
     def __repr__(self) -> str:
@@ -198,7 +200,7 @@ class TargetEntropy(Controller):
             check_scalar(name, value, value.device)
             if value.dim() or not value.is_floating_point():
                 raise TypeError(f"{name}: expected a number or a 0-d tensor, got {value.dtype} of {tuple(value.shape)}")
-            if traced() or (value.device.type != "cpu" and not debugging()):
+            if not _readable(value):
                 return value
         checked = float(value) if isinstance(value, Tensor) else number(name, value, torch.float64)
         if not 0 <= checked < math.inf:
@@ -241,7 +243,7 @@ class TargetEntropy(Controller):
             batch: *all* tokens of the rollout, with ``entropy`` and (but for "bonus") ``vocab_covariance``;
                 ``coefficient`` is the weight that the loss gives a token in its update: 1/N of its minibatch in
                 token-mean. None: 1/N of all, as where the rollout is one minibatch.
-            lr: of these updates, a number >= 0 or a 0-d tensor.
+            lr: of these updates, a number >= 0 or a 0-d tensor (which on a GPU is not checked).
             updates: in how many of them each token takes part: the number of epochs.
 
         Returns:
@@ -260,12 +262,13 @@ class TargetEntropy(Controller):
         target, options = self._target_now(whole.device), self._with_memory(whole.device)
         whole.agree({"target": target, "lr": lr, "updates": updates, **self._constants, **self.memory})
         entropy = whole.moments(whole["entropy"])
-        # a batch without a finite entropy is planned as one on its target
-        error = torch.where((entropy.tokens > 0) & entropy.mean.isfinite(), target - entropy.mean, 0.0)
+        # a batch without a finite entropy, or target, is planned as one on its target
+        error = target - entropy.mean
+        error = torch.where((entropy.tokens > 0) & error.isfinite(), error, 0.0)
         plan = self._plan_bonus if self._actuator == "bonus" else self._plan
         found, told, kept, predicted = plan(whole, options, error, lr * updates, entropy.tokens)
         told = {"target_entropy": target, "entropy": entropy.mean, **told, "measured_change": options.measured_change}
-        self._warn_of_a_high_target(target, entropy.mean)
+        self._warn_of_a_high_target(target, torch.where(entropy.tokens > 0, entropy.mean, math.nan))
         self.memory = {**self.memory, **kept}
         shapes = [x.shape for x in whole.split(whole.mask)]
         self._awaited = _Tokens(shapes, whole.device, whole._mask, whole._group, entropy.mean, predicted)
@@ -345,6 +348,8 @@ class TargetEntropy(Controller):
         if self._awaited is None:
             raise RuntimeError("observe: expected a step() before, whose tokens are not observed yet, got none")
         shapes, device, mask, group, before, predicted = self._awaited
+        if not isinstance(entropy, Iterable):
+            raise TypeError(f"entropy: expected a tensor, or one per micro-batch, got {type(entropy).__name__}")
         given = [entropy] if isinstance(entropy, Tensor) else list(entropy)
         if len(given) != len(shapes):
             raise ValueError(f"entropy: expected a tensor for each of {len(shapes)} micro-batches, got {len(given)}")
@@ -376,7 +381,8 @@ class TargetEntropy(Controller):
         on_gpu = target.device.type == "cuda"
         if on_gpu and torch.cuda.is_current_stream_capturing():
             return
-        if int(self._seeds.calls) == 0:
+        if self._begins:
+            self._begins = False
             self._first = (
                 torch.stack([target, entropy]).to("cpu", non_blocking=True),
                 torch.cuda.Event() if on_gpu else None,
@@ -388,6 +394,7 @@ class TargetEntropy(Controller):
             return
         high, low = self._first[0].tolist()
         self._first = None
+        self._begins = math.isnan(low)  # of no tokens: the next batch is the first
         if high > low:
             warnings.warn(
                 f"target: {high:.4g} is above the entropy of the first batch, {low:.4g}. Control only resists the "
@@ -404,6 +411,7 @@ class TargetEntropy(Controller):
             raise ValueError(f"calls: expected >= 0, got {state['calls']}")
         super().load_state_dict(state)
         self._awaited = self._first = None
+        self._begins = all(x == self._start[name] or math.isnan(x) for name, x in state["memory"].items())
 
     def _known(self, what: str, memory: dict[str, Any]) -> dict[str, Any]:
         if {*memory} != {*self.memory}:
@@ -435,13 +443,19 @@ def _not_negative(name: str, value: Any) -> float:
     return float(value)
 
 
+def _readable(value: Tensor) -> bool:
+    """Whether a tensor's value may be looked at."""
+    return not traced() and (value.device.type == "cpu" or debugging())
+
+
 def _learning_rate(lr: Any, device: torch.device) -> Tensor:
     if isinstance(lr, Tensor):
         check_scalar("lr", lr, device)
         if lr.dim() or not lr.is_floating_point():
             raise TypeError(f"lr: expected a number or a 0-d tensor, got {lr.dtype} of {tuple(lr.shape)}")
-        return lr.detach().to(device=device, dtype=torch.float64, non_blocking=True)
-    value = number("lr", lr, torch.float64)
+        if not _readable(lr):
+            return lr.detach().to(device=device, dtype=torch.float64, non_blocking=True)
+    value = float(lr) if isinstance(lr, Tensor) else number("lr", lr, torch.float64)
     if not 0 <= value < math.inf:
         raise ValueError(f"lr: expected a finite number >= 0, got {value}")
     return scalar_tensor(value, torch.float64, device)

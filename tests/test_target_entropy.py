@@ -259,6 +259,8 @@ STEPS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "lr: expected a number, got str", {"lr": "1e-3"}),
     (TypeError, r"lr: expected a number or a 0-d tensor, got torch.float32 of \(1,\)", {"lr": torch.ones(1)}),
     (ValueError, "lr: expected on cpu or the CPU, got meta", {"lr": torch.ones((), device="meta")}),
+    (ValueError, "lr: expected a finite number >= 0, got -1", {"lr": torch.tensor(-1.0)}),
+    (ValueError, "lr: expected a finite number >= 0, got nan", {"lr": torch.tensor(NAN)}),
     (ValueError, "updates: expected >= 1, got 0", {"lr": 1e-3, "updates": 0}),
     (TypeError, "updates: expected an int, got float", {"lr": 1e-3, "updates": 1.5}),
 ]  # fmt: skip
@@ -287,6 +289,8 @@ def test_errors_of_a_step_and_of_an_observation() -> None:
         (ValueError, r"entropy: expected a tensor for each of 1 micro-batches, got 2", [given["entropy"]] * 2),
         (TypeError, r"entropy\[0\]: expected a floating-point dtype", given["mask"]),
         (TypeError, r"entropy\[0\]: expected a torch.Tensor, got float", [0.3]),
+        (TypeError, "entropy: expected a tensor, or one per micro-batch, got NoneType", None),
+        (TypeError, "entropy: expected a tensor, or one per micro-batch, got float", 0.3),
         (ValueError, r"entropy\[0\]: .* on meta", given["entropy"].to("meta")),
     ]  # fmt: skip
     for error, message, entropy in wrong:
@@ -338,6 +342,15 @@ def test_a_target_above_the_entropy_is_said_once() -> None:
     again = ek.TargetEntropy(level + 0.1)
     again.load_state_dict(above.state_dict())
     again.step(one(given), lr=1e-3)
+    # of no tokens there is no entropy; and a state that has seen none, as of a run that a target came to later
+    empty = {**given, "mask": torch.zeros_like(given["mask"])}
+    for calls in (0, 7):
+        later = ek.TargetEntropy(level + 0.1)
+        later.load_state_dict({**later.state_dict(), "calls": calls})
+        later.step(one(empty), lr=1e-3)
+        with pytest.warns(UserWarning, match=f"is above the entropy of the first batch, {level:.4g}"):
+            later.step(one(given), lr=1e-3)
+        later.step(one(given), lr=1e-3)
 
 
 def test_what_they_look_like() -> None:
@@ -565,6 +578,18 @@ def test_odd_batches_do_not_spoil_the_state() -> None:
             controller.observe(micro(4, 20, 3)["entropy"])
             course = [plant.step() for _ in range(100 if first else 70)]
             assert windows(course[-30:])[0] < 0.012, (method, first)
+
+
+def test_a_target_that_cannot_be_checked_does_not_spoil_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where nothing reads a tensor back: a NaN is planned as no error, and forgotten."""
+    monkeypatch.setattr("entropy_kernels.target_entropy._readable", lambda value: False)
+    target = torch.tensor(0.45)
+    plant = Plant(ek.TargetEntropy(target))
+    for value in (0.45, NAN, math.inf, 0.45):
+        target.fill_(value)
+        for _ in range(3):
+            plant.step()
+        assert all(map(math.isfinite, plant.controller.state_dict()["memory"].values()))
 
 
 def test_padding_reaches_nothing_and_nothing_requires_grad() -> None:

@@ -284,6 +284,11 @@ def test_what_is_logged(tmp_path: Path) -> None:
     [
         ({"target_entropy": "-0.1"}, r"target_entropy.*expected an entropy >= 0 in nats, got -0\.1"),
         ({"target_entropy": "0:1,5:-2"}, r"target_entropy.*expected an entropy >= 0 in nats, got -2"),
+        (
+            {"target_entropy": [[0, 0.8]]},
+            r"target_entropy: expected a number, or points STEP:VALUE .*got \[\[0, 0\.8\]\]",
+        ),
+        ({"target_entropy": True}, r"target_entropy: expected a number, or points STEP:VALUE .*got True"),
         ({"target_entropy": "high"}, r"target_entropy: expected a number, or points STEP:VALUE .*got 'high'"),
         ({"target_entropy": "0.4", "method": "clip_cov"}, r"method: expected grpo beside target_entropy.*got clip_cov"),
         (
@@ -291,6 +296,15 @@ def test_what_is_logged(tmp_path: Path) -> None:
             r"target_method: expected one of exact_cov, weight, bonus",
         ),
         ({"target_entropy": "0.4", "method_options": {"kq": 1}}, r"target_entropy.*kq: expected an option of "),
+        ({"target_entropy": "0.4", "method_options": {"ratio": 7}}, r"method_options: ratio: expected .*got 7"),
+        (
+            {"target_entropy": "0.4", "method_options": {"method": "weight"}},
+            r"method_options: .*got method; target_entr",
+        ),
+        (
+            {"target_entropy": "0.4", "method_options": {"target": 1}},
+            r"method_options: expected options of .*got target",
+        ),
         ({"target_entropy": "0.4", "method_options": {"kp": -1}}, r"target_entropy.*kp: expected a finite number >= 0"),
         (
             {"target_entropy": "0.4", "target_method": "bonus", "entropy_coef": 0.1},
@@ -325,6 +339,25 @@ def test_options_and_numbers_from_files(tmp_path: Path) -> None:
     again = ["--out", str(tmp_path / "again"), "--target-entropy", "0:4.6,9:4.5", "--target-method", "weight"]
     assert main(["from-config", str(tmp_path / "run" / "config.json"), *again]) == 0
     assert rows_without_times(tmp_path / "again")[0]["target_entropy"] == 4.6
+
+
+def test_numbers_are_courses_too() -> None:
+    settings = dataclasses.replace(TINY, target_entropy=0.4, lr_schedule=2)  # type: ignore[arg-type]
+    settings.validate()
+    assert (settings.target_entropy, settings.target_at(3), settings.lr_at(3)) == ("0.4", 0.4, 2 * TINY.lr)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_clip_of_a_target_is_that_of_its_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given as options of the method, as other methods have them; and the head without our kernels selects without."""
+    seen, made = [], ppo.backward
+    monkeypatch.setattr(ppo, "backward", lambda *args, **more: seen.append(args[5]) or made(*args, **more))
+    options = {"clip_low": 0.05, "dual_clip": 3.0}
+    settings = config(tmp_path, **{**SHORT, "steps": 1}, target_entropy="0.1", head="torch", method_options=options)
+    ppo.train(settings, probes=[])
+    assert seen and all(clips == {"clip_low": 0.05, "clip_high": 0.2, "dual_clip": 3.0} for clips in seen)
+    target = target_of(settings, backend="torch")
+    assert target is not None and target._backend == "torch"
 
 
 def test_a_target_stays_with_its_run() -> None:

@@ -236,6 +236,12 @@ class TrainerConfig:
     """Before the first update, run one micro-batch with each head: their peak memory, and whether linear and logits
     agree."""
 
+    def __post_init__(self) -> None:
+        for name in ("target_entropy", "lr_schedule"):  # a constant may be a number, as in a file
+            value: Any = getattr(self, name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                setattr(self, name, str(value))
+
     def validate(self) -> None:
         """Raise ValueError, naming the field, what was expected and what came, if a value cannot work."""
         for names, expected, holds in _RULES:
@@ -334,9 +340,6 @@ class TrainerConfig:
             if values.get(name) is not None:
                 values[name] = Path(values[name])
         values["resume_changes"] = tuple(values.get("resume_changes", ()))
-        for name in ("target_entropy", "lr_schedule"):  # a constant is a number in a file
-            if isinstance(values.get(name), (int, float)):
-                values[name] = str(values[name])
         return cls(**values)
 
     @classmethod

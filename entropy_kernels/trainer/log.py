@@ -66,7 +66,8 @@ DEFINITIONS = {
     "planned_dh": "entropy change that the step's plan is predicted to have, by the learned gain, nats; measured_dh is "
     "what it had",
     "target_gain": "measured over predicted entropy change, as learned so far; see docs/control.md",
-    "target_saturated": "1: no plan could bring the entropy higher, -1: none lower, 0: neither",
+    "target_saturated": "1: no plan could bring the entropy as high as wanted, or max_change holds it back; -1: none "
+    "as low; 0: neither",
     "lr": "learning rate of the step, under lr_schedule",
     "own_update_dh": "entropy change of the step's first update on that update's own tokens, nats",
     "first_order_dh": "gradient of the mean entropy in the weights, times their change in the first update, nats",

@@ -9,6 +9,7 @@ is a row of :data:`METHODS` with an ``ek.Method``. In the place of a method ther
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -164,15 +165,15 @@ def check_options(config: TrainerConfig) -> None:
     ValueError
         Naming the option, what was expected, and what came.
     """
-    if config.target_entropy is not None:
-        _check_target(config)
-        return
-    if METHODS[config.method].control is None and config.method_options:
+    if config.target_entropy is None and METHODS[config.method].control is None and config.method_options:
         raise ValueError(f"method_options: expected none for {config.method}, got {config.method_options}")
     tokens, known = torch.linspace(-2.0, -0.1, 8).view(2, 4), ("entropy", "old_entropy", "collision")
     batch = ek.TokenBatch(
         tokens, tokens, tokens + 1, None, vocab_covariance=tokens, **{name: tokens.exp() for name in known}
     )
+    if config.target_entropy is not None:
+        _check_target(config, batch)
+        return
     try:
         controller = controller_of(config)
         decided = ek.Control() if controller is None else controller.step(batch)
@@ -191,9 +192,12 @@ TARGET = next(iter(TARGETS))
 #: What a run under a target is called beside those of methods, and its row in reports.
 TARGET_RUN = "target"
 TARGET_ROW = Method("Target entropy")
+_INSTEAD = "target_entropy and target_method are fields of their own, and the rest is the policy's"
 
 
-def target_of(config: TrainerConfig, *, vocab_size: int | None = None) -> ek.TargetEntropy | None:
+def target_of(
+    config: TrainerConfig, *, vocab_size: int | None = None, backend: str = "auto"
+) -> ek.TargetEntropy | None:
     """What plans a step's updates so that the entropy goes to ``target_entropy``; None without one.
 
     Raises
@@ -204,11 +208,14 @@ def target_of(config: TrainerConfig, *, vocab_size: int | None = None) -> ek.Tar
     if config.target_entropy is None:
         return None
     schedule = Schedule.parse("target_entropy", config.target_entropy)
-    options = {"method": config.target_method, "vocab_size": vocab_size, **clips_of(config, None)}
+    for option in {"target", "method", "vocab_size", "batch_group", "backend"} & config.method_options.keys():
+        raise ValueError(f"method_options: expected options of a target's method, got {option}; {_INSTEAD}")
+    options = {**clips_of(config, None), **config.method_options}
+    options |= {"method": config.target_method, "vocab_size": vocab_size, "backend": backend}
     try:
         for _, nats in schedule.points:  # what a function returns is checked step by step
-            ek.TargetEntropy(nats, **options, **config.method_options)
-        return ek.TargetEntropy(schedule, **options, **config.method_options)
+            ek.TargetEntropy(nats, **options)
+        return ek.TargetEntropy(schedule, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"target_entropy, target_method, method_options: {error}") from error
 
@@ -228,13 +235,20 @@ def part_of(plan: ek.Control, parts: Sequence[Tensor]) -> list[ek.Control]:
     return found
 
 
-def _check_target(config: TrainerConfig) -> None:
+def _check_target(config: TrainerConfig, batch: ek.TokenBatch) -> None:
     if config.method != BASELINE:
         raise ValueError(
             f"method: expected {BASELINE} beside target_entropy, which decides about the tokens itself (target_method: "
             f"{', '.join(TARGETS)}), got {config.method}; leave one of the two out"
         )
-    target_of(config)
+    target = target_of(config)
+    assert target is not None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # these tokens' entropy is not the policy's
+            target.step(batch, lr=config.lr)
+    except (TypeError, ValueError) as error:  # numbers that the selection checks
+        raise ValueError(f"method_options: {error}") from error
     if TARGETS[config.target_method] == "entropy_coef" and config.entropy_coef != 0:
         raise ValueError(
             f"entropy_coef: expected 0 for target_method {config.target_method}, which sets it, got "

@@ -143,9 +143,8 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             # 3. several updates per rollout: from the second on, log-probs differ from the old ones
             for rows in order:
                 seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
-                made = update(
-                    policy, run.optimizer, step.rollout, rows, config, run.controller, seed=seed, plan=step.plan
-                )
+                decides = run.target or run.controller
+                made = update(policy, run.optimizer, step.rollout, rows, config, decides, seed=seed, plan=step.plan)
                 step.updates.append(made)
                 for probe in probes:
                     probe.after_update(step)
@@ -376,7 +375,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         policy = load_policy(config.warm_start_from, config, task)
     else:
         policy = build_policy(config, task)
-    target = target_of(config, vocab_size=policy.model.config.vocab_size)
+    target = target_of(config, vocab_size=policy.model.config.vocab_size, backend=policy.backend)
     if config.warm_start_from is None and saved is None:
         warm_start(
             policy, task, config,

@@ -19,7 +19,7 @@ class Schedule:
     def parse(cls, name: str, text: str) -> Schedule:
         """Of the field `name`. ValueError for what is neither a number nor points of steps that do not fall."""
         points = []
-        for part in text.split(","):
+        for part in text.split(",") if isinstance(text, str) else [""]:
             step, colon, value = part.rpartition(":")
             try:
                 points.append((int(step) if colon else 0, float(value)))
@@ -27,7 +27,7 @@ class Schedule:
                 points.append((-1, math.nan))
         steps = [step for step, _ in points]
         right = all(step >= 0 and math.isfinite(value) for step, value in points) and steps == sorted(steps)
-        if not right or (":" not in text and len(points) > 1) or any(steps.count(step) > 2 for step in steps):
+        if not right or (len(points) > 1 and ":" not in text) or any(steps.count(step) > 2 for step in steps):
             raise ValueError(
                 f"{name}: expected a number, or points STEP:VALUE of rising steps such as 0:0.8,200:0.3, got {text!r}"
             )
