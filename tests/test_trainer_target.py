@@ -269,7 +269,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert [row["target_entropy"] for row in rows] == pytest.approx([4.6, 4.59, 4.58, 4.57, 4.56])
     for row in rows[:-1]:
         assert all(math.isfinite(row[name]) for name in ("wanted_dh", "planned_dh", "measured_dh"))  # type: ignore
-        assert row["target_saturated"] in (-1, 0, 1) and 0.25 <= row["target_gain"] <= 8  # type: ignore[operator]
+        assert row["target_saturated"] in (-1, 0, 1) and row["target_gain"] > 0  # type: ignore[operator]
         assert abs(row["wanted_dh"]) <= 0.03  # type: ignore[arg-type]
         assert row["tokens_touched"] == row["tokens_dropped"] <= row["tokens"]  # type: ignore[operator]
     assert not {"wanted_dh", "planned_dh", "target_gain"} & rows[-1].keys()

@@ -136,9 +136,7 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             if run.target is not None:
                 with policy.clock:
                     tokens = all_tokens(step.rollout, order, config)
-                    plan = run.target.step(tokens, lr=lr, updates=config.epochs)
-                assert isinstance(plan, ek.Control)  # of one batch
-                step.plan = plan
+                    step.plan = run.target.step(tokens, lr=lr, updates=config.epochs)
 
             # 3. several updates per rollout: from the second on, log-probs differ from the old ones
             for rows in order:
