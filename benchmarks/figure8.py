@@ -249,6 +249,9 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def correlation(x: np.ndarray, y: np.ndarray, window: int = 1) -> float:
+    """Of means of `window` neighbours; NaN where fewer than three are left."""
+    if len(x) < window + 2:
+        return float("nan")
     with np.errstate(invalid="ignore"):  # NaN where one of them never changes
         return float(np.corrcoef(smooth(x, window), smooth(y, window))[0, 1])
 
@@ -384,7 +387,8 @@ def report(runs: Mapping[str, Sequence[Run]]) -> str:
     ]
     beside = {**PREDICTORS, "same": "measured on the same tokens"}
     for variant, mine in runs.items():
-        what = "AdamW as usual (momentum 0.9)" if variant == "adamw" else f"{variant} (`adam_beta1` 0)"
+        what = "AdamW as usual (momentum 0.9)" if variant == "adamw" else "AdamW without momentum (`adam_beta1` 0)"
+        what += f", {len(mine)} seeds"
         parts.append(f"## {what}: -ΔH on the rollout's own tokens\n\n{correlation_table(mine, 'same', PREDICTORS)}")
         parts.append(f"## {what}: -ΔH from one rollout to the next\n\n{correlation_table(mine, 'next', beside)}")
     parts.append(
@@ -403,6 +407,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _interval(value: Interval, digits: int = 2) -> str:
     mean, low, high = (0.0 if abs(v) < 0.5 * 10**-digits else v for v in value)
+    if np.isnan(mean):
+        return ""
     if digits == 2 and abs(mean) > 0.95:
         digits = 3
     return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
