@@ -389,7 +389,11 @@ def report(runs: Mapping[str, Sequence[Run]]) -> str:
     for variant, mine in runs.items():
         what = "AdamW as usual (momentum 0.9)" if variant == "adamw" else "AdamW without momentum (`adam_beta1` 0)"
         what += f", {len(mine)} seeds"
-        parts.append(f"## {what}: -ΔH on the rollout's own tokens\n\n{correlation_table(mine, 'same', PREDICTORS)}")
+        own, between = (_interval(interval([column(run, name).sum() for run in mine])) for name in ("same", "next"))
+        parts.append(
+            f"## {what}: -ΔH on the rollout's own tokens\n\n{correlation_table(mine, 'same', PREDICTORS)}\n\n"
+            f"All steps together take {own} nats from their own tokens; from first to last rollout it is {between}."
+        )
         parts.append(f"## {what}: -ΔH from one rollout to the next\n\n{correlation_table(mine, 'next', beside)}")
     parts.append(
         "## By the accuracy of the prompt\n\n"
