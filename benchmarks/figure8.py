@@ -413,7 +413,7 @@ def _interval(value: Interval, digits: int = 2) -> str:
     mean, low, high = (0.0 if abs(v) < 0.5 * 10**-digits else v for v in value)
     if np.isnan(mean):
         return ""
-    if digits == 2 and abs(mean) > 0.95:
+    if digits == 2 and 0.95 < abs(mean) <= 1:
         digits = 3
     return f"{mean:.{digits}f}" + ("" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
