@@ -235,20 +235,25 @@ class ProgressBoard:
             return
         try:
             from rich import console, progress
+            from rich.table import Column
         except ImportError as error:
             raise ImportError(
                 "the progress bar needs rich: pip install 'entropy_kernels[train]', or --no-progress"
             ) from error
         screen = console.Console()
         self._live = screen.is_terminal
+
+        def kept(width: int) -> Column:  # a narrow terminal cuts off the note alone
+            return Column(no_wrap=True, min_width=width)
+
+        wide = screen.width >= 120
         self._bars = progress.Progress(
-            "{task.description:<18}",
-            progress.BarColumn(bar_width=28),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            "left",
-            progress.TimeRemainingColumn(),
-            "{task.fields[note]}",
+            progress.TextColumn("{task.description:<18}", table_column=kept(18)),
+            *([progress.BarColumn(bar_width=28)] if wide else []),
+            progress.MofNCompleteColumn(table_column=kept(7)),
+            *([progress.TimeElapsedColumn(table_column=kept(7))] if wide else []),
+            progress.TimeRemainingColumn(table_column=kept(7)),
+            "left  {task.fields[note]}",
             console=screen,
             disable=not self._live,
         )
