@@ -177,17 +177,6 @@ def test_entropy_of_a_large_vocabulary_to_1e_6_nats(backend: str, dtype: torch.d
             assert error <= most, f"{name}, {rows} rows: entropy off by {error:.1e}"
 
 
-def test_halving_adds_up_rows_whatever_their_number() -> None:
-    """What sums on a GPU with torch's own kernels."""
-    for n in (1, 2, 3, 8, 1000, 1025):
-        terms = torch.rand(5, n)
-        whole = softmax_state._halved(terms)
-        torch.testing.assert_close(whole, terms.sum(-1))
-        for i in range(5):
-            assert same_bits(softmax_state._halved(terms[i : i + 1]), whole[i : i + 1])
-    assert softmax_state._halved(torch.empty(3, 0)).eq(0).all()
-
-
 def test_states_of_ranks_merge_alike_for_any_number_of_rows() -> None:
     for parts in (2, 5, 9, 33):
         states = torch.rand(parts, 6, 40)

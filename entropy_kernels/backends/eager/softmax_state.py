@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropy_kernels._rows import SECOND_ORDER, wanted
+from entropy_kernels._rows import SECOND_ORDER, RowOptions, wanted
 
 # The first exp of a process that runs on several threads is now and then off by 1e-4 in the second thread's half
 # (seen with torch 2.13 and MKL on a Xeon, in a third of fresh processes, in torch alone). One on one thread cures it.
@@ -21,11 +21,12 @@ def row_sums(terms: Tensor) -> Tensor:
     """Sums (rows,) of contiguous ``terms`` (rows, n); a row's have the same bits for any number of rows and threads.
 
     On the CPU torch adds up a contiguous row in an order that depends on n alone, unless there is no other row: then
-    threads share it. On a GPU the number of rows decides how many threads a row has, so there rows are halved. Sums of
-    64 terms are added in fp64: in fp32 a large term would round all that is added to it in one direction.
+    threads share it. Sums of 64 terms are added in fp64: in fp32 a large term would round all that is added to it in
+    one direction. On a GPU the number of rows decides how many threads a contiguous row has, so there one half of each
+    row is added to the other, over ``terms``, until a column is left: first see :func:`fold`.
     """
     if not terms.is_cpu:
-        return _halved(terms)
+        return _halved(fold(terms))
     whole = terms.shape[1] // 64 * 64
     sums = [terms[:, :whole].unflatten(1, (-1, 64)).sum(-1)] if whole else []
     parts = torch.cat([*sums, terms[:, whole:].sum(-1, keepdim=True)], 1).double()
@@ -33,13 +34,25 @@ def row_sums(terms: Tensor) -> Tensor:
     return (parts.expand(2, -1).sum(-1)[:1] if shared else parts.sum(-1)).to(terms.dtype)
 
 
+def fold(terms: Tensor) -> Tensor:
+    """Contiguous ``terms`` (..., n) with 64 columns, far from each other, added up into one, if there are 128 or more.
+
+    One launch, one read. torch gives each of its threads whole columns then, and how it does so depends on n alone. Of
+    the 64 it adds up few one after the other, so in fp32 no large term rounds many.
+    """
+    whole = terms.shape[-1] // 64 * 64
+    if whole < 128:
+        return terms
+    sums = terms[..., :whole].unflatten(-1, (64, -1)).sum(-2)
+    return sums if whole == terms.shape[-1] else torch.cat([sums, terms[..., whole:]], -1)
+
+
 def _halved(terms: Tensor) -> Tensor:
-    """Row sums by adding one half of each row to the other until a column is left."""
-    while (half := terms.shape[1] // 2) > 0:
-        rest = terms[:, 2 * half :]  # the last column of an odd number
-        terms = terms[:, :half] + terms[:, half : 2 * half]
-        if rest.shape[1]:
-            terms[:, :1] += rest
+    """Row sums, made over ``terms``."""
+    while (columns := terms.shape[-1]) > 1:
+        half = columns // 2
+        terms[..., :half] += terms[..., columns - half :]
+        terms = terms[..., : columns - half]
     return terms.sum(-1)
 
 
@@ -90,6 +103,23 @@ def finalize(state: Tensor, temperature: Tensor, want: int, ignored: Tensor, inv
     found = [formulas[statistic.name]() for statistic in wanted(want)]
     stats = torch.stack(found) if found else state.new_empty((0, state.shape[1]))
     return torch.where(ignored, 0, torch.where(bad, torch.nan, stats)).to(dtype)
+
+
+def finished(
+    state: Tensor, temperature: Tensor, want: int, target: Tensor, options: RowOptions
+) -> tuple[Tensor, Tensor]:
+    """The statistics that ``want`` names, and the state, in which ignored rows are the state of one entry of 0."""
+    ignored, invalid = options.ignored_invalid(target)
+    neutral = state.new_zeros((state.shape[0], 1))  # filled there: a list would be copied from the host, a sync
+    neutral[1::3] = 1  # s and s2
+    state = torch.where(ignored, neutral, state)
+    return finalize(state, temperature, want, ignored, invalid), state
+
+
+def own_columns(target: Tensor, columns: int, options: RowOptions) -> tuple[Tensor, Tensor]:
+    """Each label's column of these ``columns``, and whether it has one: it is not ignored, and of this shard."""
+    local = target.long() - options.vocab_start
+    return local, (local >= 0) & (local < columns) & (target != options.ignore_index)
 
 
 def no_gradient(grad_stats: Tensor, want: int) -> Tensor:

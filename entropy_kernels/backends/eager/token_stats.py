@@ -1,5 +1,7 @@
 """Statistics of softmax rows in plain torch, a chunk of rows at a time (no V-sized fp32 copy of the whole batch).
 
+Here, for a CPU: chunks stay in its caches. token_stats_gpu.py has the same for a GPU, where launches and passes count.
+
 A row's bits do not depend on the number of rows, on the threads or on the layout: beside sums (``row_sums``) and
 maxima, which are exact, everything is done per element of contiguous tensors.
 """
@@ -11,9 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import beside
 from entropy_kernels._rows import SECOND_ORDER, RowOptions, state_rows, wanted
-from entropy_kernels.backends.eager.softmax_state import finalize, no_gradient, row_sums
+from entropy_kernels.backends.eager import token_stats_gpu
+from entropy_kernels.backends.eager.softmax_state import finished, no_gradient, own_columns, row_sums
 
 _CHUNK_ELEMENTS = 1 << 22  # 16 MB of fp32 per temporary
 
@@ -57,15 +59,17 @@ def token_stats_forward(
     want: int,
 ) -> tuple[Tensor, Tensor]:
     """The statistics (S, N) that ``want`` names, in the order of the table, and the state (K, N)."""
+    if not logits.is_cpu:
+        return token_stats_gpu.token_stats_forward(logits, target, temperature, options, want)
     rows, vocab = target.numel(), logits.shape[2]
-    dtype, temperature = temperature.dtype, beside(temperature, logits.device)
+    dtype = temperature.dtype
     columns = options.columns(vocab)
     state = logits.new_empty((state_rows(want), rows), dtype=dtype)
-    ignored, invalid = options.ignored_invalid(target)
-    local, here = _own_columns(target, columns, options)
+    ignored = target == options.ignore_index
+    local, here = own_columns(target, columns, options)
     for part in _chunks(rows, vocab):
-        if state.device.type == "cpu" and ignored[part].all():
-            continue  # not read; on a GPU to ask would be a sync
+        if ignored[part].all():
+            continue  # not read
         z, _ = _capped(_rows(logits, part, dtype, columns), options.softcap)
         minus_inf = torch.full((z.shape[0], 1), -torch.inf, dtype=dtype, device=z.device)
         m = z.amax(-1, keepdim=True) if columns else minus_inf
@@ -85,16 +89,7 @@ def token_stats_forward(
             e.square_()
             state[4, part] = row_sums(e)
             state[5, part] = -row_sums(d * e)
-    neutral = state.new_zeros((state.shape[0], 1))  # filled there: a list would be copied from the host, a sync
-    neutral[1::3] = 1  # s and s2
-    state = torch.where(ignored, neutral, state)
-    return finalize(state, temperature, want, ignored, invalid), state
-
-
-def _own_columns(target: Tensor, columns: int, options: RowOptions) -> tuple[Tensor, Tensor]:
-    """Each label's column of these ``columns``, and whether it has one: it is not ignored, and of this shard."""
-    local = target.long() - options.vocab_start
-    return local, (local >= 0) & (local < columns) & (target != options.ignore_index)
+    return finished(state, temperature, want, target, options)
 
 
 def token_stats_backward(
@@ -113,8 +108,12 @@ def token_stats_backward(
     what nobody differentiates, and its factor, such as the entropy of a row of overflowing moments, may be NaN or inf.
     A row with gradients of 0 alone, or an ignored one, gets 0.
     """
+    if not logits.is_cpu:
+        return token_stats_gpu.token_stats_backward(
+            grad_stats, logits, target, temperature, state, options, want, inplace
+        )
     length, vocab = logits.shape[1:]
-    dtype, temperature = temperature.dtype, beside(temperature, logits.device)
+    dtype = temperature.dtype
     columns = options.columns(vocab)
     dlogits = logits if inplace else torch.empty_like(logits, memory_format=torch.contiguous_format)
     m, s, w = state[:3]
@@ -124,7 +123,7 @@ def token_stats_backward(
         entropy = torch.where(grads["entropy"] == 0, 0, log_s + w / s)
     if "collision" in grads:
         collision = torch.where(grads["collision"] == 0, 0, state[4] / (s * s))
-    local, here = _own_columns(target, columns, options)
+    local, here = own_columns(target, columns, options)
     silent = (target == options.ignore_index) | no_gradient(grad_stats, want)
 
     for part in _chunks(target.numel(), vocab):
