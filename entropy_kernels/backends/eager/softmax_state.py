@@ -7,6 +7,8 @@ exact; the sums are over ``x = (z - m) / T``. Parts merge by rescaling to the la
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def row_sums(terms: Tensor) -> Tensor:
     return (parts.expand(2, -1).sum(-1)[:1] if shared else parts.sum(-1)).to(terms.dtype)
 
 
-def fold(terms: Tensor) -> Tensor:
+def fold(terms: Tensor, add: Callable[..., Tensor] = torch.sum) -> Tensor:
     """Contiguous ``terms`` (..., n) with 64 columns, far from each other, added up into one, if there are 128 or more.
 
     One launch, one read. torch gives each of its threads whole columns then, and how it does so depends on n alone. Of
@@ -43,7 +45,7 @@ def fold(terms: Tensor) -> Tensor:
     whole = terms.shape[-1] // 64 * 64
     if whole < 128:
         return terms
-    sums = terms[..., :whole].unflatten(-1, (64, -1)).sum(-2)
+    sums = add(terms[..., :whole].unflatten(-1, (64, -1)), -2)
     return sums if whole == terms.shape[-1] else torch.cat([sums, terms[..., whole:]], -1)
 
 

@@ -54,7 +54,7 @@ def token_stats_forward(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`..token_stats.token_stats_forward`."""
     batch, length, vocab = logits.shape
-    device, dtype, columns = logits.device, temperature.dtype, options.columns(vocab)
+    device, dtype, columns, softcap = logits.device, temperature.dtype, options.columns(vocab), options.softcap
     state = torch.zeros((state_rows(want), target.numel()), dtype=dtype, device=device)
     state[::3] = -torch.inf  # m and x_y of a shard of no columns
     z = logits[..., :columns]
@@ -62,36 +62,41 @@ def token_stats_forward(
     if tiles:
         local, here = own_columns(target, columns, options)
         index = local.clamp(0, columns - 1).view(batch, length, 1)
-        m = _capped(z.amax(-1), options.softcap, dtype)
+        m = _capped(z.amax(-1), softcap, dtype)
         state[0] = m.reshape(-1)
-        picked = _capped(z.gather(-1, index), options.softcap, dtype)
+        picked = _capped(z.gather(-1, index), softcap, dtype)
         state[3] = torch.where(here, picked.reshape(-1), -torch.inf)
         # All -inf: keep the differences at -inf, so that every sum is 0 (the identity state)
         m = torch.where(m == -torch.inf, 0, m).unsqueeze(-1)
     t = _divisor(temperature, logits.shape, device)
     temporaries = _temporaries(2, z, dtype)
     for part in tiles:
-        e, product = _shaped(temporaries, z[part])
-        if options.softcap:
-            _cap(e.copy_(z[part]), options.softcap).sub_(m[part])
+        d, e = _shaped(temporaries, z[part])
+        if softcap:
+            _cap(d.copy_(z[part]), softcap).sub_(m[part])
         else:
-            torch.sub(z[part], m[part], out=e)
+            torch.sub(z[part], m[part], out=d)
         if t is not None:
-            e.div_(_of(t, part))
-        e.exp_()
-        torch.xlogy(e, e, out=product)  # e log e, 0 where e is 0
-        sums = torch.stack([fold(e), fold(product)])
+            d.div_(_of(t, part))
+        torch.exp(d, out=e)
+        sums = torch.stack([fold(e), _without_nan(d.mul_(e))])
         if want & SECOND_ORDER:
-            product.mul_(e)
-            e.square_()
-            sums = torch.cat([sums, torch.stack([fold(e), fold(product)])])
+            d.mul_(e)
+            sums = torch.cat([sums, torch.stack([fold(e.square_()), _without_nan(d)])])
         row = part[0].start * length + part[1].start
         rows = slice(row, row + e.shape[0] * e.shape[1])
         added = row_sums(sums.flatten(0, 2).double()).view(-1, rows.stop - rows.start)
-        state[1, rows], state[2, rows] = added[0], -added[1]
+        state[1, rows] = added[0]
+        state[2, rows] = added[0] - added[0] - added[1]  # NaN if the first is
         if want & SECOND_ORDER:
-            state[4, rows], state[5, rows] = added[2], -added[3]
+            state[4, rows] = added[2]
+            state[5, rows] = -added[3]
     return finished(state, beside(temperature, device), want, target, options)
+
+
+def _without_nan(products: Tensor) -> Tensor:
+    """As ``fold``, but NaN adds nothing: those of impossible entries, which are -inf * 0."""
+    return fold(products, torch.nansum).nan_to_num_(0.0)  # there is NaN in columns that are left
 
 
 def _of(per_row: Tensor, part: tuple[slice, slice]) -> Tensor:
@@ -154,6 +159,7 @@ def token_stats_backward(
     if tiles and "logprob" in grads:
         local, here = own_columns(target, columns, options)
         index = local.clamp(0, columns - 1).view(batch, length, 1)
+        own_term = here & ~silent & (grads["logprob"] != 0)
         x_y = state[3].double()
         u = (x_y - centre) / t
         q = torch.exp(u)
@@ -186,7 +192,7 @@ def token_stats_backward(
             u.mul_(torch.fmax(tanh, nothing, out=tanh))  # NaN of a row without a gradient is 0
         torch.mul(u, q, out=written[part])
     if tiles and "logprob" in grads:
-        own = torch.where(here & ~silent, own.to(dlogits.dtype), written.gather(-1, index).view(-1))
+        own = torch.where(own_term, own.to(dlogits.dtype), written.gather(-1, index).view(-1))
         written.scatter_(-1, index, own.view(batch, length, 1))
     dlogits[..., columns:] = 0
     return dlogits
