@@ -84,6 +84,7 @@ class _SelectionSteps:
     """The C++ steps of :mod:`..radix_select`; finding a digit in 2048 bins is left to torch."""
 
     find_digit = staticmethod(radix_select.find_digit)
+    largest_first = staticmethod(lambda keys: None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_ops, name)

@@ -221,6 +221,10 @@ class Steps(Protocol):
     ) -> Tensor:
         """(N,) Philox keys of the tokens whose value key lies in the (2,) inclusive band, -1 for the others."""
 
+    def largest_first(self, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(N,) keys from the largest on, equal ones in their order, and their positions; None where a search by digits
+        is quicker. What one process selects alone is read off from there."""
+
     def selection_key_histogram(self, keys: Tensor, state: Tensor, shift: int, bits: int) -> Tensor:
         """(rows, 2048) int64: digits of the keys that share each row's prefix."""
 
@@ -327,8 +331,8 @@ def ordered_key(value: float) -> int:
 
 def ordered_keys(values: Tensor) -> Tensor:
     """:func:`ordered_key` of a fp32 tensor, as int64; NaN has no place in it."""
-    bits = (values + 0.0).view(torch.int32).long() & 0xFFFFFFFF  # + 0.0 turns -0 into +0
-    return torch.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0 into +0
+    return ((bits >> 31 | -0x80000000) ^ bits).long() & 0xFFFFFFFF
 
 
 def key_weights(keys: Tensor, scale: Tensor) -> Tensor:
@@ -430,6 +434,11 @@ def budget_mask(
     keys = steps.selection_value_keys(score, finite, exclude)
     keys = torch.where(keys > ZERO_KEY, keys, -1)
     total = steps.covariance_sums(score, score, finite, scale.repeat(2))[:1]
+    if (ordered := _ordered(steps, ranks, keys, token_index)) is not None:
+        weights = key_weights(ordered[0], scale)
+        up_to = weights.cumsum(0)
+        need = torch.minimum(budget.of(exponent, total, up_to[-1:]), up_to[-1:]).clamp(min=0)
+        return _first(steps, keys, token_index, offset, ordered, (up_to - weights < need).sum())
     weigh = functools.partial(_weigh, steps, keys, scale.view(()))
     histogram = weigh(_start(keys, total), *KEY_DIGITS[0])
     # The sum over all that counts travels with the first histogram
@@ -482,6 +491,8 @@ def _quantiles(steps: Steps, ranks: Group, values: Tensor, band: Band) -> Tensor
         bounds = (torch.full((), q, dtype=torch.float64, device=values.device) for q in (band.low, band.high))
         shares = torch.stack(list(bounds))
     need = (total - (shares * (total - 1)).floor().long()).clamp(min=0)
+    if ranks.group is None and (ordered := steps.largest_first(values)) is not None:
+        return ordered[0][(need - 1).clamp(min=0)]
     state = _start(values, need)
     count = functools.partial(steps.selection_key_histogram, values)
     histogram = ranks.sum(count(state, *KEY_DIGITS[0]))
@@ -518,6 +529,9 @@ def _largest(
     count: Count,
 ) -> Tensor:
     """(N,) bool: the group's n largest keys, ties to the lower token index."""
+    if (ordered := _ordered(steps, ranks, keys, token_index)) is not None:
+        need = torch.minimum(count.of(valid), (keys >= 0).sum())
+        return _first(steps, keys, token_index, offset, ordered, need)
     histogram_of = functools.partial(steps.selection_key_histogram, keys)
     histogram = histogram_of(_start(keys, valid.new_zeros(1)), *KEY_DIGITS[0])
     # The number of tokens that count, from which n follows, travels with the first histogram.
@@ -530,6 +544,38 @@ def _largest(
         need = torch.where(ranks.agree, need, 0)
     key_state = _finish(steps, ranks, histogram_of, histogram, _start(keys, need))
     return _selected(steps, ranks, keys, token_index, offset, key_state)
+
+
+def _ordered(
+    steps: Steps, ranks: Group, keys: Tensor, token_index: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Keys from the largest on, ties by token index, and their positions, if this process selects alone and so."""
+    if ranks.group is not None:
+        return None
+    if token_index is None:
+        return steps.largest_first(keys)
+    by_index = steps.largest_first(~token_index)  # the lowest first
+    if by_index is None:
+        return None
+    ordered = steps.largest_first(keys[by_index[1]])
+    assert ordered is not None
+    return ordered[0], by_index[1][ordered[1]]
+
+
+def _first(
+    steps: Steps,
+    keys: Tensor,
+    token_index: Tensor | None,
+    offset: Tensor,
+    ordered: tuple[Tensor, Tensor],
+    need: Tensor,
+) -> Tensor:
+    """(N,) bool: the first ``need``, () int64, of the ordered keys."""
+    last = (need - 1).clamp(min=0)
+    key, position = (x.index_select(0, last.view(1)).view(()) for x in ordered)
+    threshold = torch.where(need > 0, key, NO_KEY)
+    last_index = position if token_index is None else token_index.index_select(0, position.view(1)).view(())
+    return steps.selection_mask(keys, token_index, offset, threshold, last_index)
 
 
 def _selected(

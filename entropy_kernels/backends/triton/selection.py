@@ -413,6 +413,10 @@ def selection_mask(
     return selected
 
 
+def largest_first(keys: Tensor) -> None:
+    """Digits are quicker."""
+
+
 STEPS = cast(radix_select.Steps, sys.modules[__name__])
 # The kernels of the contract: the shared driver over the steps of this module.
 token_covariance = functools.partial(radix_select.token_covariance, STEPS)
