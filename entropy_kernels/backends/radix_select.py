@@ -546,9 +546,7 @@ def _largest(
     return _selected(steps, ranks, keys, token_index, offset, key_state)
 
 
-def _ordered(
-    steps: Steps, ranks: Group, keys: Tensor, token_index: Tensor | None
-) -> tuple[Tensor, Tensor] | None:
+def _ordered(steps: Steps, ranks: Group, keys: Tensor, token_index: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """Keys from the largest on, ties by token index, and their positions, if this process selects alone and so."""
     if ranks.group is not None:
         return None

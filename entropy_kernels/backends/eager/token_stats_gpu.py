@@ -1,8 +1,8 @@
 """Statistics of softmax rows on a GPU in torch's operations: a few passes over large tiles of rows.
 
-A call is some dozens of launches and 8 to 25 more for each tile of ``TILE_BYTES`` (docs/gpu.md, "Plain torch"), whatever the
-rows; a temporary has the size of a tile, and there are two, three with a softcap. Operations take tensors of two dtypes
-where that saves a pass: on a GPU torch converts as it loads and stores.
+Launches are a constant, and another one for each tile of ``TILE_BYTES``; temporaries are two tiles, three with a softcap
+(docs/gpu.md, "Plain torch"). Operations take tensors of two dtypes where that saves a pass: on a GPU torch converts as
+it loads and stores.
 
 A row's bits do not depend on the other rows: beside sums (``row_sums``) and maxima, which are exact, everything is done
 per element.
