@@ -1,6 +1,6 @@
 """Statistics of softmax rows on a GPU in torch's operations: a few passes over large tiles of rows.
 
-Launches are a constant, and another one for each tile of ``TILE_BYTES``; temporaries are two tiles, three with a softcap
+Launches are a constant, and another for each tile of ``TILE_BYTES``; temporaries are two tiles, three with a softcap
 (docs/gpu.md, "Plain torch"). Operations take tensors of two dtypes where that saves a pass: on a GPU torch converts as
 it loads and stores.
 
