@@ -73,7 +73,7 @@ def test_launches_and_memory_do_not_grow_with_rows(softcap: float) -> None:
     assert launches(500, 128_256, softcap).count == one.count <= 250
     many = launches(8192, 128_256, softcap)
     tiles = -(-8192 // (token_stats_gpu.TILE_BYTES // (4 * 128_256)))
-    assert many.count <= one.count + (tiles - 1) * 55
+    assert many.count <= one.count + (tiles - 1) * 56
     # a temporary is a tile; larger are the gradient and what is a view of the logits alone
     assert launches(400, 128_256, softcap).largest <= token_stats_gpu.TILE_BYTES // 4
 
