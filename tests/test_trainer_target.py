@@ -134,6 +134,9 @@ def test_all_updates_of_a_rollout_follow_one_plan(tmp_path: Path, method: str) -
         treated = torch.zeros_like(mask) if plan.dropped is None else plan.dropped
         treated = treated if plan.token_weight is None else plan.token_weight != 1
         assert row["tokens_touched"] == 2 * int(treated.sum()) and not (treated & ~mask).any()
+        kept = ~treated if plan.token_weight is None else plan.token_weight
+        change = -(step.sampled.advantages * kept * step.sampled.vocab_covariance)  # not once more for each epoch
+        assert probes.predicted_change(step) == pytest.approx(probes.mean_over(change, mask), rel=1e-5, abs=1e-12)
         touched += int(treated.sum())
     assert (touched > 0) == (method != "bonus")
     before, after = (probes.mean_over(x, step.sampled.mask) for x in (step.sampled.entropy, step.entropy_after()))

@@ -295,21 +295,24 @@ def predicted_change(step: Step) -> float:
     """Entropy change of a unit policy-gradient step, if every row of logits were free: the mean over tokens, nats.
 
     Its size means nothing here (AdamW's step in the weights is no step in the logits); its sign and its course over the
-    steps can be compared with the measured change. Of what is done to a token in several epochs, all counts.
+    steps can be compared with the measured change. Of what is done to a token in several epochs, all counts; what a
+    plan does in each of them, once.
     """
     rollout = step.sampled
     advantages, kept = rollout.advantages.clone(), torch.ones_like(rollout.advantages)
-    for update in step.updates:
-        for rows, control in zip(update.rows, update.controls, strict=True):
-            if control is None:
-                continue
-            if control.advantages is not None:
-                advantages[rows] = control.advantages.to(advantages.dtype)
-            if control.token_weight is not None:
-                kept[rows] *= control.token_weight
-            for stopped in (control.dropped, control.detached):
-                if stopped is not None:
-                    kept[rows] *= ~stopped
+    done: list[tuple[Any, ek.Control | None]] = [(slice(None), step.plan)]
+    if step.plan is None:
+        done = [pair for update in step.updates for pair in zip(update.rows, update.controls, strict=True)]
+    for rows, control in done:
+        if control is None:
+            continue
+        if control.advantages is not None:
+            advantages[rows] = control.advantages.to(advantages.dtype)
+        if control.token_weight is not None:
+            kept[rows] *= control.token_weight
+        for stopped in (control.dropped, control.detached):
+            if stopped is not None:
+                kept[rows] *= ~stopped
     change = ek.predicted_entropy_change(
         rollout.vocab_covariance, advantages * kept, step_size=1.0, temperature=step.config.temperature
     )
