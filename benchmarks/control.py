@@ -251,13 +251,9 @@ class Course(Probe):
         config = dataclasses.replace(step.config, temperature=temperature)
         generator = torch.Generator(step.policy.device).manual_seed(config.seed * 1_000_003 + step.number)
         found = evaluate(
-            step.policy,
-            step.task,
-            config,
-            prompts=config.eval_prompts,
-            samples=config.eval_samples,
-            generator=generator,
-        )
+            step.policy, step.task, config,
+            prompts=config.eval_prompts, samples=config.eval_samples, generator=generator,
+        )  # fmt: skip
         self.validations.append({"step": step.number, "temperature": temperature, **_rounded(found)})
 
     def after_rollout(self, step: Step) -> None:
@@ -359,8 +355,8 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
         locked(work),
         ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool,
     ):
-        for left in work.glob("run-*"):  # of a call that was cut off
-            shutil.rmtree(left, ignore_errors=True)
+        for folder in work.glob("run-*"):  # of a call that was cut off
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             began, weight, done = time.time(), sum(spec.settings["steps"] for spec in todo), 0
             futures = {pool.submit(perform, spec, work): spec for spec in todo}
