@@ -296,7 +296,8 @@ def write_report(
             f"Means of {WINDOW} steps of H - target over the second half of a run: their mean size, the largest of all "
             f"seeds, and in how many seeds they are within {ON_AVERAGE} on average and {AT_WORST} at worst. At its "
             "limit: share of all steps in which no control that the method can give would have raised the entropy "
-            "enough.",
+            "enough. The target is for the tokens of the rollouts; entropy and pass@k at the end are those of held-out "
+            "prompts, where the policy is a little less sure.",
             loop_table(loop, loops),
             "![entropy under a target](loop.png)",
         ]
@@ -397,6 +398,7 @@ def differences_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Fi
                     [found.mean], [y], xerr=reach, fmt="o", color=looks[methods[name].label].color, markersize=5,
                     capsize=3, linewidth=1.6,
                 )  # fmt: skip
+            ax.locator_params(axis="x", nbins=4)
             style.title(ax, label, f"minus {curve}")
         row[0].set_yticks(range(len(names)), [methods[name].label for name in names])
         row[0].set_ylim(len(names) - 0.5, -0.5)
