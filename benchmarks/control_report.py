@@ -297,7 +297,7 @@ def write_report(
             f"seeds, and in how many seeds they are within {ON_AVERAGE} on average and {AT_WORST} at worst. At its "
             "limit: share of all steps in which no control that the method can give would have raised the entropy "
             "enough. The target is for the tokens of the rollouts; entropy and pass@k at the end are those of held-out "
-            "prompts, where the policy is a little less sure.",
+            "prompts, where it differs a little.",
             loop_table(loop, loops),
             "![entropy under a target](loop.png)",
         ]
