@@ -296,9 +296,20 @@ def make_start(spec: Spec, work: Path) -> None:
             time.sleep(1.0)
 
 
-def perform(spec: Spec, work: Path) -> dict[str, Any]:
-    """Train; the record of a run, ready for JSON."""
+def fingerprint(start: Path) -> str:
+    """Of its weights: another machine makes other ones from the same seed."""
+    return hashlib.sha256((start / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def perform(spec: Spec, work: Path, start: str | None = None) -> dict[str, Any]:
+    """Train; the record of a run, ready for JSON. ``start``: the fingerprint that the seed's other runs have."""
     make_start(spec, work)
+    mine = fingerprint(_start_of(spec, work))
+    if start not in (None, mine):
+        raise ValueError(
+            f"{_start_of(spec, work)}: expected the start that the runs of seed {spec.seed} have in common, {start}, "
+            f"got {mine}, made here: bring back the folder from where these runs were made, or take them out of runs.jsonl"
+        )
     began, course = (time.process_time(), time.time()), Course(spec)
     with tempfile.TemporaryDirectory(dir=work, prefix="run-") as folder:
         config = config_of(spec, Path(folder) / "run", work)
@@ -310,7 +321,7 @@ def perform(spec: Spec, work: Path) -> dict[str, Any]:
         train(config, probes=[course])
     machine = describe(torch.device("cpu"))
     return {
-        "key": spec.key, "title": spec.title, "seed": spec.seed,
+        "key": spec.key, "title": spec.title, "seed": spec.seed, "start": mine,
         "settings": {name: value for name, value in spec.settings.items() if COMMON.get(name) != value},
         "machine": machine["machine"], "commit": machine["commit"], "dirty": machine["dirty"],
         "versions": {"python": machine["python"], **machine["versions"]},
@@ -345,6 +356,7 @@ def finished(specs: Sequence[Spec], out: Path) -> dict[str, dict[str, Any]]:
 def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> list[str]:
     """Run what is missing; returns what failed, a line each. Interrupted, it ends its processes and raises."""
     unique, there = {spec.key: spec for spec in specs}, finished(specs, out)
+    starts = {record["seed"]: record["start"] for record in read(out / "runs.jsonl").values()}
     todo = [spec for key, spec in unique.items() if key not in there]
     print(f"{len(there)} of {len(unique)} runs are there; {len(todo)} to do, {workers} at a time", flush=True)
     if not todo:
@@ -359,7 +371,7 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
             shutil.rmtree(folder, ignore_errors=True)
         try:
             began, weight, done = time.time(), sum(spec.settings["steps"] for spec in todo), 0
-            futures = {pool.submit(perform, spec, work): spec for spec in todo}
+            futures = {pool.submit(perform, spec, work, starts.get(spec.seed)): spec for spec in todo}
             for number, future in enumerate(as_completed(futures), start=1):
                 spec = futures[future]
                 done += spec.settings["steps"]

@@ -107,6 +107,19 @@ def test_what_is_there_is_not_run_again_and_what_is_missing_is(ran: Path, capsys
 
 
 @pytest.mark.slow
+def test_runs_of_another_start_are_not_put_beside(ran: Path) -> None:
+    """Pairs share their start; another machine makes another one."""
+    path, specs = ran / "out" / "runs.jsonl", some("grpo", "exact_cov", "target")
+    before = path.read_text()
+    records = [json.loads(line) for line in before.splitlines()]
+    assert len({record["start"] for record in records}) == 1
+    path.write_text("".join(json.dumps({**record, "start": "elsewhere"}) + "\n" for record in records[:2]))
+    (failure,) = run_all(specs, ran)
+    assert "expected the start that the runs of seed 7 have in common, elsewhere, got " in failure
+    path.write_text(before)
+
+
+@pytest.mark.slow
 def test_a_change_at_half_time_is_one_run(tmp_path: Path) -> None:
     (spec,) = (s for s in control.loop_specs((7,), TINY) if s.name == "task")
     (tmp_path / "work" / "run-cut-off").mkdir(parents=True)
