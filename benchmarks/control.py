@@ -308,7 +308,7 @@ def perform(spec: Spec, work: Path, start: str | None = None) -> dict[str, Any]:
     if start not in (None, mine):
         raise ValueError(
             f"{_start_of(spec, work)}: expected the start that the runs of seed {spec.seed} have in common, {start}, "
-            f"got {mine}, made here: bring back the folder from where these runs were made, or take them out of runs.jsonl"
+            f"got {mine}, made here: bring back the folder from where they were made, or take them out of runs.jsonl"
         )
     began, course = (time.process_time(), time.time()), Course(spec)
     with tempfile.TemporaryDirectory(dir=work, prefix="run-") as folder:
