@@ -445,7 +445,7 @@ def _not_negative(name: str, value: Any) -> float:
 
 def _readable(value: Tensor) -> bool:
     """Whether a tensor's value may be looked at."""
-    return not traced() and (value.device.type == "cpu" or debugging())
+    return not traced() and not _torch.mapped(value) and (value.device.type == "cpu" or debugging())
 
 
 def _learning_rate(lr: Any, device: torch.device) -> Tensor:

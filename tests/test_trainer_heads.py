@@ -185,7 +185,7 @@ def updated(
         for mask in () if control is None else (control.dropped, control.penalized):
             selected[part] |= False if mask is None else mask
     return (
-        probes.update_metrics(made, rollout, settings),
+        probes.update_metrics(made, rollout, settings, settings.lr),
         selected,
         {name: p.grad.clone() for name, p in policy.model.named_parameters()},
     )
