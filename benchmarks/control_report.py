@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.plots import save
+from benchmarks.seeds import markdown, t_interval, window_means
 from entropy_kernels.analysis import plot_style as style
 from entropy_kernels.trainer.schedule import Schedule
 
@@ -116,12 +118,7 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Of a value per seed."""
-    from scipy import stats
-
-    if len(values) < 2:
-        return Interval(values[0] if values else math.nan, math.nan, math.nan, len(values))
-    found = stats.ttest_1samp(values, 0.0).confidence_interval(0.95) if np.ptp(values) else (values[0], values[0])
-    return Interval(statistics.fmean(values), float(found[0]), float(found[1]), len(values))
+    return Interval(*t_interval(values), len(values))
 
 
 def by_seed(runs: Iterable[Run]) -> dict[int, list[Run]]:
@@ -164,15 +161,10 @@ def targets(run: Run) -> np.ndarray:
 def errors(run: Run) -> np.ndarray:
     """H - target of each step, as means of :data:`WINDOW` steps, over the second half."""
     wrong = np.array(run.record["steps"]["entropy"]) - targets(run)
-    return np.convolve(wrong[len(wrong) // 2 :], np.full(WINDOW, 1 / WINDOW), "valid")
+    return window_means(wrong[len(wrong) // 2 :], WINDOW)
 
 
 # --- report.md --------------------------------------------------------------------------------------------------------
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def _spread(values: Sequence[float], digits: int = 3) -> str:
@@ -196,7 +188,7 @@ def ends_table(runs: Sequence[Run], methods: Mapping[str, Method]) -> str:
         cells = [_spread([run.last[column] for run in mine]) for column in ("entropy", *METRICS)]
         touched = 100 * statistics.fmean(run.touched for run in mine)
         rows.append([methods[name].label, strength, f"{len(mine)}", *cells, f"{touched:.2f} %" if touched else ""])
-    return _table(["method", "strength", "seeds", "entropy", *METRICS.values(), "tokens touched"], rows)
+    return markdown(["method", "strength", "seeds", "entropy", *METRICS.values(), "tokens touched"], rows)
 
 
 def differences_table(runs: Sequence[Run], methods: Mapping[str, Method], curve: str, *, by_strength: bool) -> str:
@@ -209,7 +201,7 @@ def differences_table(runs: Sequence[Run], methods: Mapping[str, Method], curve:
         if any(run.spec.name == name for run in runs):
             cells = [methods[name].label, *([strength] if strength is not None else []), f"{found[0].seeds}"]
             rows.append([*cells, *map(str, found)])
-    return _table(["method", *(["strength"] if by_strength else []), "seeds", *METRICS.values()], rows)
+    return markdown(["method", *(["strength"] if by_strength else []), "seeds", *METRICS.values()], rows)
 
 
 def _actuator(run: Run) -> tuple[float, float]:
@@ -243,7 +235,7 @@ def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
         "tokens touched",
         "at its limit",
     ]
-    return _table(header, rows)
+    return markdown(header, rows)
 
 
 def _origin(runs: Sequence[Run]) -> str:
@@ -286,11 +278,11 @@ def write_report(
     )
     out.mkdir(parents=True, exist_ok=True)
     if equal:
-        _figure(out / "entropy.png", frontier_figure(equal, methods))
-        _figure(out / "differences.png", differences_figure(equal, methods))
+        save(frontier_figure(equal, methods), out / "entropy.png")
+        save(differences_figure(equal, methods), out / "differences.png")
         parts += _equal_parts(equal, methods)
     if loop:
-        _figure(out / "loop.png", loop_figure(loop, loops))
+        save(loop_figure(loop, loops), out / "loop.png")
         parts += [
             "## A set point",
             f"Means of {WINDOW} steps of H - target over the second half of a run: their mean size, the largest of all "
@@ -334,10 +326,6 @@ def _equal_parts(runs: Sequence[Run], methods: Mapping[str, Method]) -> list[str
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 _MARKERS = "osD^vP*XhdpH<>"
-
-
-def _figure(path: Path, figure: Figure) -> None:
-    figure.savefig(path, format="png", dpi=130)
 
 
 def _mean_curve(runs: Sequence[Run], curve: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -425,7 +413,7 @@ def loop_figure(runs: Sequence[Run], loops: Mapping[str, Loop]) -> Figure:
 def _course(ax: Axes, runs: Sequence[Run]) -> None:
     for run in runs:
         entropy = run.record["steps"]["entropy"]
-        smooth = np.convolve(entropy, np.full(WINDOW, 1 / WINDOW), "valid")
+        smooth = window_means(entropy, WINDOW)
         ax.plot(np.arange(len(smooth)) + (WINDOW - 1) / 2, smooth, color="#0072b2", linewidth=1.1, alpha=0.7)
     ax.plot(targets(runs[0]), color="#d55e00", linewidth=1.4, linestyle=(0, (4, 2)))
     ax.set_ylim(bottom=0)

@@ -24,6 +24,7 @@ import torch
 
 import entropy_kernels as ek
 from benchmarks.results import RESULTS, describe
+from benchmarks.seeds import markdown
 from entropy_kernels._console import print_table
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.ppo import collect, train
@@ -125,12 +126,11 @@ def report(files: Sequence[Path]) -> str:
     """Markdown."""
     runs = [json.loads(path.read_text()) for path in files]
     header = ("policy", "entropy", "tokens", *RULES)
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(cells) + " |" for run in runs for cells in table(run["rows"])]
+    rows = [cells for run in runs for cells in table(run["rows"])]
     counts = {sum(row["where"] == where for row in run["rows"]) for run in runs for where in [run["rows"][0]["where"]]}
     return (
         f"# Share of the predicted entropy decrease that {100 * RATIO:.0f} % of the tokens carry, by rule\n\n"
-        + "\n".join(lines)
+        + markdown(header, rows)
         + f"\n\nMean ± standard deviation over {'/'.join(map(str, sorted(counts)))} rollouts of each policy. "
         "`python -m benchmarks.entropy_shares` (its head says how).\n"
     )

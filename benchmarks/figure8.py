@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import re
 import tempfile
 import time
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from benchmarks.plots import save
 from benchmarks.results import RESULTS, ROOT, describe
+from benchmarks.seeds import markdown, t_interval, window_means
 from entropy_kernels.analysis import plot_style as style
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import write_text
@@ -243,17 +245,12 @@ def column(run: Run, name: str) -> np.ndarray:
     return np.asarray(run["columns"][name], float)
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Means of `window` neighbours, full windows only."""
-    return np.convolve(values, np.full(window, 1 / window), "valid")
-
-
 def correlation(x: np.ndarray, y: np.ndarray, window: int = 1) -> float:
     """Of means of `window` neighbours; NaN where fewer than three are left."""
     if len(x) < window + 2:
         return float("nan")
     with np.errstate(invalid="ignore"):  # NaN where one of them never changes
-        return float(np.corrcoef(smooth(x, window), smooth(y, window))[0, 1])
+        return float(np.corrcoef(window_means(x, window), window_means(y, window))[0, 1])
 
 
 def without_course(values: np.ndarray) -> np.ndarray:
@@ -280,15 +277,10 @@ def running_mean(values: np.ndarray, beta: float) -> np.ndarray:
 
 def interval(values: Sequence[float], *, fisher: bool = False) -> Interval:
     """Mean and 95 % t interval over the seeds; of correlations through Fisher's z = artanh r. NaN ends for one seed."""
-    from scipy.stats import t
-
-    numbers = np.asarray(values, float)
-    numbers = np.arctanh(np.clip(numbers, -1 + 1e-12, 1 - 1e-12)) if fisher else numbers
-    n = len(numbers)
-    half = t.ppf(0.975, n - 1) * numbers.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
-    ends = (float(numbers.mean() + distance) for distance in (0.0, -half, half))
-    mean, low, high = (float(np.tanh(end)) if fisher else end for end in ends)
-    return mean, low, high
+    if not fisher:
+        return t_interval(values)
+    mean, low, high = t_interval(np.arctanh(np.clip(values, -1 + 1e-12, 1 - 1e-12)).tolist())
+    return math.tanh(mean), math.tanh(low), math.tanh(high)
 
 
 def correlations(runs: Sequence[Run], target: str, name: str) -> dict[str, list[float]]:
@@ -404,11 +396,6 @@ def report(runs: Mapping[str, Sequence[Run]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
-
-
 def _interval(value: Interval, digits: int = 2) -> str:
     mean, low, high = (0.0 if abs(v) < 0.5 * 10**-digits else v for v in value)
     if np.isnan(mean):
@@ -445,7 +432,7 @@ def _band(ax: Any, x: np.ndarray, table: np.ndarray, color: str, label: str, **l
 
 def _courses(ax: Any, runs: Sequence[Run]) -> None:
     for name, label in (("same", "measured -ΔH"), ("group", PREDICTORS["group"]), ("exact", PREDICTORS["exact"])):
-        table = np.array([smooth(column(run, name), min(COURSE, len(column(run, name)))) for run in runs])
+        table = np.array([window_means(column(run, name), min(COURSE, len(column(run, name)))) for run in runs])
         x = np.arange(table.shape[1]) + (COURSE - 1) / 2
         _band(ax, x, table / abs(table.mean()), _COLORS[name], label)
     ax.axhline(0, color=style.MUTED, linewidth=0.8)

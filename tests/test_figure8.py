@@ -96,7 +96,7 @@ def test_plain_gradient_is_what_sgd_does(tmp_path: Path) -> None:
 
 
 def test_statistics() -> None:
-    assert figure8.smooth(np.array([1.0, 2, 3, 6]), 2).tolist() == [1.5, 2.5, 4.5]
+    assert figure8.window_means(np.array([1.0, 2, 3, 6]), 2).tolist() == [1.5, 2.5, 4.5]
     assert figure8.running_mean(np.array([2.0, 4.0]), 0.5) == pytest.approx([2.0, (4 + 0.5 * 2) / 1.5])
     assert figure8.running_mean(np.array([2.0, 4.0]), 0.0).tolist() == [2.0, 4.0]
     # t of 0.975 with two degrees of freedom is 4.302653

@@ -277,10 +277,8 @@ class TrainerConfig:
             f"{self.minibatches} * {self.micro_batches} = {parts}",
         )
         _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
-        known = {f.name for f in dataclasses.fields(self)} - {*WARM_START_FIELDS, "warm_start_from"} | {
-            "task",
-            "chat_template",
-        }
+        fixed = {*WARM_START_FIELDS, "warm_start_from"} - {"task", "chat_template"}
+        known = {f.name for f in dataclasses.fields(self)} - fixed
         strange = [name for name in self.resume_changes if name not in known]
         _expect(not strange, "resume_changes", "fields that are not those of model and start", ", ".join(strange))
         if self.lr_schedule is not None:

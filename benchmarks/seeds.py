@@ -1,0 +1,32 @@
+"""What the experiments on the trainer share: means over seeds with intervals, means over steps, Markdown tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of a value per seed, and the ends of Student's 95 % interval: NaN for one value, all three for none."""
+    from scipy.stats import t
+
+    n = len(values)
+    if n < 2:
+        return values[0] if n else math.nan, math.nan, math.nan
+    mean = statistics.fmean(values)
+    reach = float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return mean, mean - reach, mean + reach
+
+
+def window_means(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
+    """Of `window` neighbouring steps, full windows only."""
+    return np.convolve(values, np.full(window, 1 / window), "valid")
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; its columns, of which there may be many, are not padded."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
