@@ -114,8 +114,8 @@ class TargetEntropy(Controller):
 
     Args:
         target: nats: a number (or a 0-d tensor, which you may move and which is not checked on a GPU), a function of
-            the step (0 at first) that returns one, or points ``[(step, nats), ...]``, linear between them and constant
-            outside. Under torch.compile no function.
+            the step (0 at first) that returns one, or points ``[(step, nats), ...]``, linear between them, constant
+            outside, and of two at one step the second counts from there on. Under torch.compile no function.
         method: "exact_cov": the fewest tokens whose removal leaves no more decrease than is wanted. "weight": one
             weight in [0, 1] on the policy term of all tokens with F > 0. "bonus": the coefficient of the loss's entropy
             bonus, which moves by ``delta`` a step; it needs neither vocab_covariance nor :meth:`observe`.
@@ -128,8 +128,8 @@ class TargetEntropy(Controller):
             ``coef_max`` (1.0); for all PPO's clip as the loss has it.
 
     Raises:
-        TypeError, ValueError: a target that is negative, not finite or above log(vocab_size), points whose steps do not
-            rise, another method, or an option that it does not have.
+        TypeError, ValueError: a target that is negative, not finite or above log(vocab_size), points whose steps fall,
+            another method, or an option that it does not have.
     """
 
     def __init__(
@@ -187,10 +187,14 @@ class TargetEntropy(Controller):
         for i, point in enumerate(target):
             if not isinstance(point, Sequence) or isinstance(point, str) or len(point) != 2:
                 raise TypeError(f"target: expected points (step, nats), got {point!r} for number {i}")
-            step = number(f"target[{i}]", point[0], torch.float64)
-            if not math.isfinite(step) or (points and step <= points[-1][0]):
-                raise ValueError(f"target: expected points whose steps are finite and rise, got {list(target)!r}")
-            points.append((float(step), self._checked_entropy(f"target[{i}]", point[1])))
+            step = float(number(f"target[{i}]", point[0], torch.float64))
+            before = [at for at, _ in points[-2:]]
+            if not math.isfinite(step) or step < max(before, default=step) or before == [step, step]:
+                raise ValueError(
+                    "target: expected points whose steps are finite and do not fall, at most two of them at one step, "
+                    f"got {list(target)!r}"
+                )
+            points.append((step, self._checked_entropy(f"target[{i}]", point[1])))
         if not points:
             raise ValueError("target: expected at least one point (step, nats), got none")
         return tuple(points)
@@ -225,7 +229,8 @@ class TargetEntropy(Controller):
             step = step.double()
             target = torch.full_like(step, self._target[0][1])
             for (low, before), (high, after) in itertools.pairwise(self._target):
-                target = target + (after - before) * ((step - low) / (high - low)).clamp(0, 1)
+                between = before + (after - before) * (step - low) / (high - low)
+                target = torch.where(step >= high, after, torch.where(step >= low, between, target))
         else:
             target = self._checked_entropy("target", target)
         if isinstance(target, Tensor):

@@ -21,13 +21,13 @@ def clamp(x: float, least: float, most: float) -> float:
 
 
 def between(points: list[tuple[float, float]], step: float) -> float:
-    """Linear between points, constant outside."""
-    if step <= points[0][0]:
-        return points[0][1]
-    for (x, y), (next_x, next_y) in itertools.pairwise(points):
-        if step <= next_x:
+    """Linear between points, constant outside; of two at one step the second counts from there on."""
+    for (x, y), (next_x, next_y) in reversed([*itertools.pairwise(points)]):
+        if step >= next_x:
+            return next_y
+        if step >= x:
             return y + (next_y - y) * (step - x) / (next_x - x)
-    return points[-1][1]
+    return points[0][1]
 
 
 @dataclass

@@ -207,15 +207,13 @@ def target_of(
     """
     if config.target_entropy is None:
         return None
-    schedule = Schedule.parse("target_entropy", config.target_entropy)
+    points = Schedule.parse("target_entropy", config.target_entropy).points
     for option in {"target", "method", "vocab_size", "batch_group", "backend"} & config.method_options.keys():
         raise ValueError(f"method_options: expected options of a target's method, got {option}; {_INSTEAD}")
     options = {**clips_of(config, None), **config.method_options}
     options |= {"method": config.target_method, "vocab_size": vocab_size, "backend": backend}
     try:
-        for _, nats in schedule.points:  # what a function returns is checked step by step
-            ek.TargetEntropy(nats, **options)
-        return ek.TargetEntropy(schedule, **options)
+        return ek.TargetEntropy(points, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"target_entropy, target_method, method_options: {error}") from error
 
