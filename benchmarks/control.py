@@ -54,7 +54,7 @@ WORK = ROOT / "runs" / "control"  # supervised starts, and what a run writes whi
 
 # --- the settings, frozen ---------------------------------------------------------------------------------------------
 
-SEEDS = (0, 1, 2, 3, 4)  # of start and run; in no trial
+SEEDS = (1, 2, 3, 4, 5)  # of start and run; no trial, and no other experiment, has these starts
 #: What all runs have in common, the trainer's defaults included: they are part of the key.
 COMMON: dict[str, Any] = {
     "task": "walk", "model": "tiny", "hidden_size": 64, "intermediate_size": 172, "num_layers": 2, "num_heads": 4,
@@ -165,7 +165,7 @@ class Loop:
     """A row of the closed loop."""
 
     label: str
-    target: str  # nats, or points STEP:NATS; {half} and {end} are steps
+    target: str | None  # nats, or points STEP:NATS; {half} and {end} are steps; None: without feedback
     settings: Mapping[str, Any] = field(default_factory=dict)
     second: Mapping[str, Any] = field(default_factory=dict)  # from half-time on
     seeds: int = len(SEEDS)  # so many; fewer where it is only to be shown that it breaks
@@ -174,20 +174,38 @@ class Loop:
 
 _FALLING = "0:0.8,{end}:0.3"
 _LONG = {"steps": 720}
+#: What changes at half-time: label, settings, settings of the second half.
+_DISTURBED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
+    "lr-up": ("lr x 2 at half-time", {"lr_schedule": "0:1,{half}:1,{half}:2"}, {}),
+    "lr-down": ("lr x 0.5 at half-time", {"lr_schedule": "0:1,{half}:1,{half}:0.5"}, {}),
+    "task": ("no x2, x3 from half-time on", {}, {"task": "walk?without=x2,x3"}),
+}
+#: The same disturbances without feedback: a method and strength that ends near 0.45.
+WITHOUT_FEEDBACK = ("clip_cov", 0.02)
+_free = EQUAL[WITHOUT_FEEDBACK[0]]
 LOOP: dict[str, Loop] = {
     "0.3": Loop("0.3", "0.3"),
     "0.45": Loop("0.45", "0.45"),
     "0.6": Loop("0.6", "0.6"),
     "falling": Loop("0.8 to 0.3", _FALLING),
-    "lr-up": Loop("0.45, lr x 2 at half-time", "0.45", {"lr_schedule": "0:1,{half}:1,{half}:2"}),
-    "lr-down": Loop("0.45, lr x 0.5 at half-time", "0.45", {"lr_schedule": "0:1,{half}:1,{half}:0.5"}),
-    "task": Loop("0.45, no x2, x3 from half-time on", "0.45", second={"task": "walk?without=x2,x3"}),
+    **{name: Loop(f"0.45, {label}", "0.45", changes, then) for name, (label, changes, then) in _DISTURBED.items()},
     "weight": Loop("0.45, by weight", "0.45", {"target_method": "weight"}),
     "bonus": Loop("0.45, by bonus", "0.45", {"target_method": "bonus"}),
     "0.3-long": Loop("0.3, 720 steps", "0.3", _LONG, rank=2),
     "0.45-long": Loop("0.45, 720 steps", "0.45", _LONG, rank=2),
     "0.6-long": Loop("0.6, 720 steps", "0.6", _LONG, rank=2),
     "falling-long": Loop("0.8 to 0.3, 720 steps", _FALLING, _LONG, rank=2),
+    **{
+        f"{name}-free": Loop(
+            f"{_free.label} {WITHOUT_FEEDBACK[1]}, {label}",
+            None,
+            {**_free.settings(WITHOUT_FEEDBACK[1]), **changes},
+            then,
+            seeds=3,
+            rank=1,
+        )
+        for name, (label, changes, then) in _DISTURBED.items()
+    },
     # what breaks it: above the start, faster than GRPO falls, below where it ends, a rate that damages, few tokens
     "above": Loop("1.2, above the start", "1.2", seeds=2, rank=3),
     "fast": Loop("0.8 to 0.1 in 60 steps", "0:0.8,{quarter}:0.1", seeds=2, rank=3),
@@ -202,7 +220,8 @@ def loop_specs(seeds: Sequence[int], changes: Mapping[str, Any], *, all_strength
     for name, loop in LOOP.items():
         if loop.rank and not all_strengths:
             continue
-        settings = {**COMMON, "method": "grpo", "target_entropy": loop.target, **loop.settings, **changes}
+        held = {} if loop.target is None else {"target_entropy": loop.target}
+        settings = {**COMMON, "method": "grpo", **held, **loop.settings, **changes}
         end = settings["steps"]
         for key, value in settings.items():
             if isinstance(value, str):
