@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.control_report import write_report
+from benchmarks.control_report import FREE, write_report
 from benchmarks.results import RESULTS, ROOT, describe
 from entropy_kernels._console import print_table
 from entropy_kernels.trainer.config import TrainerConfig
@@ -174,11 +174,11 @@ class Loop:
 
 _FALLING = "0:0.8,{end}:0.3"
 _LONG = {"steps": 720}
-#: What changes at half-time: label, settings, settings of the second half.
+#: What changes at half-time: label, settings, settings of the second half. The task loses two of its eight moves.
 _DISTURBED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "lr-up": ("lr x 2 at half-time", {"lr_schedule": "0:1,{half}:1,{half}:2"}, {}),
     "lr-down": ("lr x 0.5 at half-time", {"lr_schedule": "0:1,{half}:1,{half}:0.5"}, {}),
-    "task": ("no x2, x3 from half-time on", {}, {"task": "walk?without=x2,x3"}),
+    "task": ("task changed at half-time", {}, {"task": "walk?without=x2,x3"}),
 }
 #: The same disturbances without feedback: a method and strength that ends near 0.45.
 WITHOUT_FEEDBACK = ("clip_cov", 0.02)
@@ -196,7 +196,7 @@ LOOP: dict[str, Loop] = {
     "0.6-long": Loop("0.6, 720 steps", "0.6", _LONG, rank=2),
     "falling-long": Loop("0.8 to 0.3, 720 steps", _FALLING, _LONG, rank=2),
     **{
-        f"{name}-free": Loop(
+        f"{name}{FREE}": Loop(
             f"{_free.label} {WITHOUT_FEEDBACK[1]}, {label}",
             None,
             {**_free.settings(WITHOUT_FEEDBACK[1]), **changes},
@@ -320,14 +320,17 @@ def fingerprint(start: Path) -> str:
     return hashlib.sha256((start / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def perform(spec: Spec, work: Path, start: str | None = None) -> dict[str, Any]:
-    """Train; the record of a run, ready for JSON. ``start``: the fingerprint that the seed's other runs have."""
+def perform(spec: Spec, work: Path, machine: Mapping[str, Any], start: str | None = None) -> dict[str, Any]:
+    """Train; the record of a run, ready for JSON.
+
+    ``machine``: as :func:`benchmarks.results.describe` has it. ``start``: the fingerprint of the seed's other runs.
+    """
     make_start(spec, work)
     mine = fingerprint(_start_of(spec, work))
     if start not in (None, mine):
         raise ValueError(
             f"{_start_of(spec, work)}: expected the start that the runs of seed {spec.seed} have in common, {start}, "
-            f"got {mine}, made here: bring back the folder from where they were made, or take them out of runs.jsonl"
+            f"got {mine}, made here: bring back the folder from where they were made, or give another --out"
         )
     began, course = (time.process_time(), time.time()), Course(spec)
     with tempfile.TemporaryDirectory(dir=work, prefix="run-") as folder:
@@ -338,7 +341,6 @@ def perform(spec: Spec, work: Path, start: str | None = None) -> dict[str, Any]:
             course.steps = {name: values[:half] for name, values in course.steps.items()}
             config = dataclasses.replace(config, resume=True, resume_changes=tuple(spec.second), **spec.second)
         train(config, probes=[course])
-    machine = describe(torch.device("cpu"))
     return {
         "key": spec.key, "title": spec.title, "seed": spec.seed, "start": mine,
         "settings": {name: value for name, value in spec.settings.items() if COMMON.get(name) != value},
@@ -375,7 +377,8 @@ def finished(specs: Sequence[Spec], out: Path) -> dict[str, dict[str, Any]]:
 def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> list[str]:
     """Run what is missing; returns what failed, a line each. Interrupted, it ends its processes and raises."""
     unique, there = {spec.key: spec for spec in specs}, finished(specs, out)
-    starts = {record["seed"]: record["start"] for record in read(out / "runs.jsonl").values()}
+    starts = {record["seed"]: record["start"] for record in there.values()}
+    machine = describe(torch.device("cpu"))  # before any run, as HEAD may move meanwhile
     todo = [spec for key, spec in unique.items() if key not in there]
     print(f"{len(there)} of {len(unique)} runs are there; {len(todo)} to do, {workers} at a time", flush=True)
     if not todo:
@@ -390,7 +393,7 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
             shutil.rmtree(folder, ignore_errors=True)
         try:
             began, weight, done = time.time(), sum(spec.settings["steps"] for spec in todo), 0
-            futures = {pool.submit(perform, spec, work, starts.get(spec.seed)): spec for spec in todo}
+            futures = {pool.submit(perform, spec, work, machine, starts.get(spec.seed)): spec for spec in todo}
             for number, future in enumerate(as_completed(futures), start=1):
                 spec = futures[future]
                 done += spec.settings["steps"]
@@ -438,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if "report" in given.what:
-        print(write_report(out, specs, finished(specs, out), EQUAL, LOOP, quick=given.quick))
+        print(write_report(out, specs, finished(specs, out), EQUAL, LOOP, WITHOUT_FEEDBACK, quick=given.quick))
     return 1 if failed else 0
 
 

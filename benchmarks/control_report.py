@@ -1,25 +1,39 @@
-"""What the runs of control.py show: curves of reference, paired differences at equal entropy, set points; report.md.
-
-A run's entropy is that of its last validation, on held-out prompts. It is held against curves of the same seed and
-start, :data:`CURVES`, read where they have that entropy: between two points of a curve linearly, beyond its ends not at
-all (:data:`SLACK` apart). A difference per seed, and Student's t interval over the seeds.
-"""
+"""report.md of control.py, and its pictures: control_numbers.py says what the numbers are."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.control_numbers import (
+    AT_WORST,
+    CURVES,
+    METRICS,
+    ON_AVERAGE,
+    ON_THE_WAY,
+    SLACK,
+    WINDOW,
+    Run,
+    after_as_many_steps,
+    beside,
+    by_seed,
+    errors,
+    heated,
+    interval,
+    judged,
+    limits,
+    moved,
+    noise,
+    targets,
+)
 from benchmarks.plots import save
-from benchmarks.seeds import markdown, t_interval, window_means
+from benchmarks.seeds import holm, markdown, window_means
 from entropy_kernels.analysis import plot_style as style
-from entropy_kernels.trainer.schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,142 +41,8 @@ if TYPE_CHECKING:
 
     from benchmarks.control import Loop, Method, Spec
 
-#: column of a validation -> what it is called
-METRICS = {"pass1": "pass@1", "pass8": "pass@8", "pass32": "pass@32", "distinct": "distinct right answers of 32"}
-#: Nats beyond the end of a curve at which its end still counts.
-SLACK = 0.01
-#: Steps of a mean: the entropy of one rollout has a noise of 0.013 to 0.018 nats.
-WINDOW = 8
-#: What is asked of the 8-step means of H - target: on average, and at worst.
-ON_AVERAGE, AT_WORST = 0.02, 0.04
-
-Validation = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of the table that is there."""
-
-    spec: Spec
-    record: Mapping[str, Any]
-
-    @property
-    def validations(self) -> list[Validation]:
-        """At the temperature of training, by step."""
-        return [v for v in self.record["validations"] if v["temperature"] == self.spec.settings["temperature"]]
-
-    @property
-    def last(self) -> Validation:
-        """The policy at the end."""
-        return self.validations[-1]
-
-    @property
-    def touched(self) -> float:
-        """Share of the tokens that the method treated, mean over steps."""
-        return statistics.fmean(self.record["steps"]["touched"])
-
-
-# --- at equal entropy -------------------------------------------------------------------------------------------------
-
-
-def on_its_way(runs: Sequence[Run]) -> list[Validation]:
-    """GRPO's policies from the start to the end."""
-    return [v for run in runs if run.spec.name == "grpo" for v in run.validations]
-
-
-def heated(runs: Sequence[Run]) -> list[Validation]:
-    """GRPO's last policy at temperatures from that of training up."""
-    return [
-        v for run in runs if run.spec.name == "grpo" for v in run.record["validations"] if v["step"] == run.last["step"]
-    ]
-
-
-def clip_cov(runs: Sequence[Run]) -> list[Validation]:
-    """Clip-Cov's last policies at its strengths."""
-    return [run.last for run in runs if run.spec.name == "clip_cov"]
-
-
-#: The curves that methods are held against, made of the runs of one seed.
-CURVES: dict[str, Callable[[Sequence[Run]], list[Validation]]] = {
-    "GRPO on its way": on_its_way,
-    "GRPO heated": heated,
-    "Clip-Cov": clip_cov,
-}
-
-
-def read_at(curve: Sequence[Validation], entropy: float, metric: str) -> float | None:
-    """A metric of a curve where it has an entropy; None where it does not reach it."""
-    points = sorted((point["entropy"], point[metric]) for point in curve)
-    if len(points) < 2 or not points[0][0] - SLACK <= entropy <= points[-1][0] + SLACK:
-        return None
-    entropies, values = zip(*points, strict=True)
-    return float(np.interp(entropy, entropies, values))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean and t interval of 95 % of one value per seed; NaN without or with one."""
-
-    mean: float
-    low: float
-    high: float
-    seeds: int
-
-    def __str__(self) -> str:
-        if not self.seeds:
-            return "–"
-        if self.seeds == 1:
-            return f"{self.mean:+.3f} (1 seed)"
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Of a value per seed."""
-    return Interval(*t_interval(values), len(values))
-
-
-def by_seed(runs: Iterable[Run]) -> dict[int, list[Run]]:
-    """Runs of each seed."""
-    found: dict[int, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.spec.seed, []).append(run)
-    return found
-
-
-def differences(runs: Sequence[Run], curve: str, metric: str, name: str, strength: str | None = None) -> list[float]:
-    """A method's metric minus that of a curve of its seed at its entropy: a number for each seed that has one.
-
-    Without a strength the mean over those that the seed has.
-    """
-    found = []
-    for mine in by_seed(runs).values():
-        points = CURVES[curve](mine)
-        values = [
-            run.last[metric] - other
-            for run in mine
-            if run.spec.name == name and strength in (None, run.spec.strength)
-            for other in [read_at(points, run.last["entropy"], metric)]
-            if other is not None
-        ]
-        if values:
-            found.append(statistics.fmean(values))
-    return found
-
-
-# --- the closed loop --------------------------------------------------------------------------------------------------
-
-
-def targets(run: Run) -> np.ndarray:
-    """The target of each step."""
-    at = Schedule.parse("target_entropy", run.spec.settings["target_entropy"])
-    return np.array([at(step) for step in range(len(run.record["steps"]["entropy"]))])
-
-
-def errors(run: Run) -> np.ndarray:
-    """H - target of each step, as means of :data:`WINDOW` steps, over the second half."""
-    wrong = np.array(run.record["steps"]["entropy"]) - targets(run)
-    return window_means(wrong[len(wrong) // 2 :], WINDOW)
-
+#: What the name of a run without feedback ends with; before it stands that of the run under a target.
+FREE = "-free"
 
 # --- report.md --------------------------------------------------------------------------------------------------------
 
@@ -182,32 +62,68 @@ def _cells(runs: Sequence[Run], methods: Mapping[str, Method]) -> dict[tuple[str
 
 
 def ends_table(runs: Sequence[Run], methods: Mapping[str, Method]) -> str:
-    """Where every method ends."""
-    rows = []
+    """Where every method ends, and GRPO's policy at other temperatures."""
+    columns, rows = ("entropy", *METRICS), []
     for (name, strength), mine in _cells(runs, methods).items():
-        cells = [_spread([run.last[column] for run in mine]) for column in ("entropy", *METRICS)]
+        cells = [_spread([run.last[column] for run in mine]) for column in columns]
         touched = 100 * statistics.fmean(run.touched for run in mine)
         rows.append([methods[name].label, strength, f"{len(mine)}", *cells, f"{touched:.2f} %" if touched else ""])
+        if name == "grpo":
+            ends = [heated([run]) for run in mine]
+            for points in zip(*ends, strict=True):
+                if (t := points[0]["temperature"]) != mine[0].spec.settings["temperature"]:
+                    cells = [_spread([point[column] for point in points]) for column in columns]
+                    rows.append([f"GRPO heated to T {t:g}", "", f"{len(points)}", *cells, ""])
     return markdown(["method", "strength", "seeds", "entropy", *METRICS.values(), "tokens touched"], rows)
 
 
+_Row = tuple[list[str], list[list[float]]]  # its first cells, and of each further column a value per seed
+
+
+def _table(header: Sequence[str], rows: Sequence[_Row], *, mark: bool) -> str:
+    """Of intervals, those in bold that Holm's correction leaves, if asked for."""
+    kept = iter(holm([sample for _, samples in rows for sample in samples])) if mark else None
+    text = []
+    for cells, samples in rows:
+        found = [str(interval(sample)) for sample in samples]
+        text.append([*cells, *(f"**{one}**" if kept is not None and next(kept) else one for one in found)])
+    return markdown(header, text)
+
+
 def differences_table(runs: Sequence[Run], methods: Mapping[str, Method], curve: str, *, by_strength: bool) -> str:
-    """Paired differences to a curve: a row per method, or per strength."""
-    rows = []
+    """Paired differences to a curve at equal entropy: a row per method, or per strength."""
+    on_the_way, rows = curve == ON_THE_WAY, []
     for name, strength in _cells(runs, methods) if by_strength else [(name, None) for name in methods]:
-        if name == "grpo" or methods[name].label == curve:
+        if name == "grpo" or methods[name].label == curve or not any(run.spec.name == name for run in runs):
             continue
-        found = [interval(differences(runs, curve, metric, name, strength)) for metric in METRICS]
-        if any(run.spec.name == name for run in runs):
-            cells = [methods[name].label, *([strength] if strength is not None else []), f"{found[0].seeds}"]
-            rows.append([*cells, *map(str, found)])
-    return markdown(["method", *(["strength"] if by_strength else []), "seeds", *METRICS.values()], rows)
+        found = beside(runs, curve, name, strength)
+        there = [own for of, own in _cells(runs, methods) if of == name]
+        cells = [methods[name].label, strength or f"{len(found.strengths)} of {len(there)}"]
+        if not found.runs:
+            rows.append(([*cells, "", "not on the curve", *([""] if on_the_way else [])], [[]] * len(METRICS)))
+            continue
+        means = [
+            statistics.fmean(r.last["entropy"] for r in found.runs if r.spec.strength == s) for s in found.strengths
+        ]
+        low, high = f"{min(means):.2f}", f"{max(means):.2f}"
+        cells += [f"{len(by_seed(found.runs))}", low if low == high else f"{low} to {high}"]
+        if on_the_way:
+            steps = [found.read(run, "step") for run in found.runs]
+            cells.append(f"{min(steps):.0f} to {max(steps):.0f}")
+        rows.append((cells, [found.differences(metric) for metric in METRICS]))
+    header = ["method", "strength" if by_strength else "strengths", "seeds", "entropy"]
+    header += ["GRPO's step there"] if on_the_way else []
+    return _table([*header, *METRICS.values()], rows, mark=not by_strength)
 
 
-def _actuator(run: Run) -> tuple[float, float]:
-    """Share of the tokens touched, and of the steps in which no control would have held the entropy high enough."""
-    saturated = run.record["steps"]["saturated"]
-    return run.touched, statistics.fmean(value > 0 for value in saturated)
+def steps_table(runs: Sequence[Run], methods: Mapping[str, Method]) -> str:
+    """Differences to GRPO's end after as many steps."""
+    rows = []
+    for name, strength in _cells(runs, methods):
+        samples = [after_as_many_steps(runs, metric, name, strength) for metric in ("entropy", *METRICS)]
+        if name != "grpo" and samples[0]:
+            rows.append(([methods[name].label, strength, f"{len(samples[0])}"], samples))
+    return _table(["method", "strength", "seeds", "entropy", *METRICS.values()], rows, mark=True)
 
 
 def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
@@ -215,27 +131,55 @@ def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
     rows = []
     for name, loop in loops.items():
         mine = [run for run in runs if run.spec.name == name]
-        if not mine:
+        if not mine or loop.target is None:
             continue
-        means = [float(np.abs(errors(run)).mean()) for run in mine]
-        worst = [float(np.abs(errors(run)).max()) for run in mine]
+        means = [float(np.abs(judged(run)).mean()) for run in mine]
+        worst = [float(np.abs(judged(run)).max()) for run in mine]
         held = sum(m <= ON_AVERAGE and w <= AT_WORST for m, w in zip(means, worst, strict=True))
-        cells = [_spread([run.last[column] for run in mine]) for column in ("entropy", "pass1", "pass8")]
-        shares = [100 * statistics.fmean(values) for values in zip(*map(_actuator, mine), strict=True)]
-        held_in = f"{held} of {len(mine)}"
-        rows.append([loop.label, _spread(means), f"{max(worst):.3f}", held_in, *cells, *(f"{s:.1f} %" for s in shares)])
+        apart = [run.last["entropy"] - targets(run)[-1] for run in mine]
+        touched = 100 * statistics.fmean(run.touched for run in mine)
+        shares = [100 * statistics.fmean(values) for values in zip(*map(limits, mine), strict=True)]
+        rows.append([
+            loop.label, _spread(means), f"{max(worst):.3f}", f"{held} of {len(mine)}",
+            f"{statistics.fmean(map(noise, mine)):.3f}", f"{statistics.fmean(apart):+.3f}, {max(apart, key=abs):+.3f}",
+            *(_spread([run.last[column] for run in mine]) for column in ("pass1", "pass8")),
+            f"{touched:.1f} %" if touched else "", *(f"{share:.0f} %" for share in shares),
+        ])  # fmt: skip
     header = [
-        "run",
+        "target",
         "mean",
         "worst",
         "held in",
-        "entropy at the end",
+        "noise alone",
+        "held-out H - target: mean, worst",
         "pass@1",
         "pass@8",
-        "tokens touched",
-        "at its limit",
     ]
-    return markdown(header, rows)
+    return markdown([*header, "tokens touched", "could not rise", "could not fall"], rows)
+
+
+def disturbed_table(runs: Sequence[Run], loops: Mapping[str, Loop], free: tuple[str, str, str]) -> str:
+    """What each disturbance does under a target, and to `free`, a cell of the comparison, without feedback."""
+    rows: list[_Row] = []
+    for name, loop in loops.items():
+        held = name.removesuffix(FREE)
+        if loop.target is not None or not any(run.spec.name == name for run in runs):
+            continue
+        cells: list[list[float]] = []
+        for metric in ("entropy", "pass1"):
+            if metric == "pass1" and loop.second:  # other prompts
+                cells += [[], []]
+                continue
+            cells += [moved(runs, held, ("loop", "0.45", ""), metric), moved(runs, name, free, metric)]
+        rows.append(([loop.label.partition(", ")[2]], cells))
+    if not rows:
+        return ""
+    without = f"without feedback ({loops[name].label.partition(', ')[0]})"
+    return _table(
+        ["change", "H under the target", f"H {without}", "pass@1 under the target", f"pass@1 {without}"],
+        rows,
+        mark=False,
+    )
 
 
 def _origin(runs: Sequence[Run]) -> str:
@@ -258,10 +202,14 @@ def write_report(
     records: Mapping[str, Mapping[str, Any]],
     methods: Mapping[str, Method],
     loops: Mapping[str, Loop],
+    free: tuple[str, Any],
     *,
     quick: bool = False,
 ) -> Path:
-    """report.md and its pictures, from the runs that are there; returns the report's path."""
+    """report.md and its pictures, from the runs that are there; returns the report's path.
+
+    `free`: method and strength of the runs without feedback.
+    """
     runs = [Run(spec, records[spec.key]) for spec in specs if spec.key in records]
     if not runs:
         raise FileNotFoundError(f"out: expected runs in {out}, got none; run python -m benchmarks.control first")
@@ -282,17 +230,8 @@ def write_report(
         save(differences_figure(equal, methods), out / "differences.png")
         parts += _equal_parts(equal, methods)
     if loop:
-        save(loop_figure(loop, loops), out / "loop.png")
-        parts += [
-            "## A set point",
-            f"Means of {WINDOW} steps of H - target over the second half of a run: their mean size, the largest of all "
-            f"seeds, and in how many seeds they are within {ON_AVERAGE} on average and {AT_WORST} at worst. At its "
-            "limit: share of all steps in which no control that the method can give would have raised the entropy "
-            "enough. The target is for the tokens of the rollouts; entropy and pass@k at the end are those of held-out "
-            "prompts, where it differs a little.",
-            loop_table(loop, loops),
-            "![entropy under a target](loop.png)",
-        ]
+        save(loop_figure(runs, loops), out / "loop.png")
+        parts += _loop_parts(runs, loops, ("equal", free[0], str(free[1])))
     path = out / "report.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -301,15 +240,24 @@ def write_report(
 def _equal_parts(runs: Sequence[Run], methods: Mapping[str, Method]) -> list[str]:
     parts = [
         "## At equal entropy",
-        "Where each method ends, mean ± standard deviation over seeds with a supervised start each:",
+        "Where each method ends, mean ± standard deviation over seeds with a supervised start each, at strengths from "
+        "weak to strong; and GRPO's last policy sampled at other temperatures:",
         ends_table(runs, methods),
         "![pass@k and distinct answers against entropy](entropy.png)",
-        "### Paired differences",
-        "The method minus a curve of the same seed and start at the same entropy: a mean over the method's strengths "
-        "for each seed, then mean and t interval of 95 % over seeds. Entropies that a curve does not reach are left "
-        "out. GRPO has an entropy on its way after fewer steps than the method; heated it has had as many. Intervals "
-        "are for one comparison each: of twenty without any effect, one misses zero. Clip-Cov makes its curve itself: "
-        "it has no row there.",
+        "### After as many steps",
+        "The end of a run minus the end of GRPO's run of the same seed and start, after as many steps, at whatever "
+        "entropy each has: mean and t interval of 95 % over seeds. Bold here and below: what Holm's correction for all "
+        "intervals of a table leaves, on a level of 5 %. They are not independent: all of a seed share GRPO's run, and "
+        "the metrics are those of one policy.",
+        steps_table(runs, methods),
+        "### At the same entropy",
+        "The end of a run minus a curve of the same seed and start where it has the same entropy, mean over a method's "
+        "strengths for each seed. A strength that ends where the curve of some seed does not reach "
+        f"({SLACK} nats apart) is left out for all, so that no seeds are chosen by what came of them; most of these "
+        "end at GRPO's entropy, for which the table above is right. GRPO on its way has an entropy after a part of "
+        "the steps, which stand beside it: this is what a method makes of steps that GRPO does not have left there, "
+        "and says nothing against GRPO's last policy. Heated, GRPO has had all steps. Clip-Cov's curve is made of "
+        "straight lines through its three strengths, a little below a smooth one; it has no row there.",
     ]
     for curve in CURVES:
         parts += [f"**Against {curve}**", differences_table(runs, methods, curve, by_strength=False)]
@@ -320,6 +268,33 @@ def _equal_parts(runs: Sequence[Run], methods: Mapping[str, Method]) -> list[str
             differences_table(runs, methods, curve, by_strength=True),
             "</details>",
         ]
+    parts.append(
+        "All seeds are validated on one set of prompts, with samples of their own: the intervals cover other starts "
+        "and runs, not other prompts."
+    )
+    return parts
+
+
+def _loop_parts(runs: Sequence[Run], loops: Mapping[str, Loop], free: tuple[str, str, str]) -> list[str]:
+    parts = [
+        "## A set point",
+        f"Means of {WINDOW} steps of H - target over the second half of a run: their mean size, the largest of all "
+        f"seeds, and in how many seeds they are within {ON_AVERAGE} on average and {AT_WORST} at worst. Noise alone: "
+        "the mean size that they would have if H were on its target, since a rollout measures H with a noise (taken "
+        "from the differences of neighbouring rollouts). H is that of the rollouts, at which the loop aims; held-out "
+        "is that of the validation's prompts at the end. Could not rise: share of the second half's steps in which "
+        "more was wanted than is left when all decrease is taken away, or than max_change allows; could not fall: in "
+        "which less was wanted than the step gives as it is. By weight, tokens are weighted and not dropped.",
+        loop_table([run for run in runs if run.spec.part == "loop"], loops),
+        "![entropy under a target](loop.png)",
+    ]
+    if disturbed := disturbed_table(runs, loops, free):
+        parts += [
+            "### Disturbances, with feedback and without",
+            "What a change at half-time moves, against the same seed without it: H, mean of the last quarter of the "
+            "rollouts, and pass@1 at the end (where the prompts are the same). Mean and t interval of 95 % over seeds.",
+            disturbed,
+        ]
     return parts
 
 
@@ -329,16 +304,12 @@ _MARKERS = "osD^vP*XhdpH<>"
 
 
 def _mean_curve(runs: Sequence[Run], curve: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """A curve's mean over seeds, on the entropies that it reaches in all of them."""
+    """Entropies and metric of a curve's points, means over seeds."""
     points = [CURVES[curve](mine) for mine in by_seed(runs).values()]
-    points = [found for found in points if len(found) > 1]
-    if not points:
-        return np.empty(0), np.empty(0)
-    low = max(min(point["entropy"] for point in found) for found in points)
-    high = min(max(point["entropy"] for point in found) for found in points)
-    grid = np.linspace(low, high, 60) if low < high else np.empty(0)
-    values = [[read_at(found, h, metric) for h in grid] for found in points]
-    return grid, np.mean(np.array(values, float), axis=0)
+    full = max(map(len, points))
+    points = [found for found in points if len(found) == full]  # runs that are there
+    values = np.array([[[point["entropy"], point[metric]] for point in found] for found in points]).mean(0)
+    return values[:, 0], values[:, 1]
 
 
 def frontier_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Figure:
@@ -348,8 +319,8 @@ def frontier_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Figur
     fig, axes = style.figure(2, 2, (11.5, 9.6))
     right = max(point["entropy"] for run in runs for point in run.validations)
     for ax, (metric, label) in zip(axes.flat, METRICS.items(), strict=True):
-        for curve, dashes in (("GRPO on its way", "-"), ("GRPO heated", (0, (2, 2)))):
-            x, y = _mean_curve(runs, curve, metric)
+        for curve, dashes in ((ON_THE_WAY, "-"), ("GRPO heated", (0, (2, 2)))):
+            x, y = _mean_curve(runs, curve, metric) if "grpo" in names else (np.empty(0), np.empty(0))
             ax.plot(
                 x[x <= right], y[x <= right], color=style.MUTED, linewidth=5 if dashes == "-" else 2.2,
                 alpha=0.45 if dashes == "-" else 0.9, linestyle=dashes, label=curve, zorder=1,
@@ -380,7 +351,11 @@ def differences_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Fi
             for y, name in enumerate(names):
                 if methods[name].label == curve:
                     continue
-                found = interval(differences(runs, curve, metric, name))
+                found = interval(beside(runs, curve, name).differences(metric))
+                if not found.seeds:
+                    ax.annotate("not on the curve", (0, y), xycoords=("axes fraction", "data"), xytext=(3, 0),
+                                textcoords="offset points", va="center", fontsize=7, color=style.MUTED)  # fmt: skip
+                    continue
                 reach = None if found.seeds < 2 else [[found.mean - found.low], [found.high - found.mean]]
                 ax.errorbar(
                     [found.mean], [y], xerr=reach, fmt="o", color=looks[methods[name].label].color, markersize=5,
@@ -394,27 +369,49 @@ def differences_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Fi
 
 
 def loop_figure(runs: Sequence[Run], loops: Mapping[str, Loop]) -> Figure:
-    """A panel per row of the table: the entropy of each seed, and the target."""
-    names = [name for name in loops if any(run.spec.name == name for run in runs)]
-    columns = min(4, len(names))
-    lines = math.ceil(len(names) / columns)
+    """First H under the targets and without; then a panel per row of the table, with each seed's H - target."""
+    held = [run for run in runs if run.spec.part == "loop" and loops[run.spec.name].target is not None]
+    names = [name for name in loops if any(run.spec.name == name for run in held)]
+    columns = min(4, len(names) + 1)
+    lines = math.ceil((len(names) + 1) / columns)
     fig, axes = style.figure(lines, columns, (3.4 * columns, 2.7 * lines))
-    for ax in axes.flat[len(names) :]:
+    for ax in axes.flat[len(names) + 1 :]:
         ax.set_visible(False)
-    for ax, name in zip(axes.flat, names, strict=False):
-        mine = [run for run in runs if run.spec.name == name]
-        _course(ax, mine)
-        style.title(ax, loops[name].label, f"{len(mine)} seed{'s' * (len(mine) > 1)}, means of {WINDOW} steps")
+    _courses(axes.flat[0], runs, [name for name in names if not loops[name].settings and not loops[name].rank])
+    for ax, name in zip(axes.flat[1:], names, strict=False):
+        mine = [run for run in held if run.spec.name == name]
+        _errors(ax, mine)
+        style.title(ax, loops[name].label, f"H - target, {len(mine)} seed{'s' * (len(mine) > 1)}")
     for ax in axes[:, 0]:
-        ax.set_ylabel("entropy (nats)")
+        ax.set_ylabel("nats per token")
     return fig
 
 
-def _course(ax: Axes, runs: Sequence[Run]) -> None:
+def _smooth(values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of the means over :data:`WINDOW` steps."""
+    means = window_means(values, WINDOW)
+    return np.arange(len(means)) + (WINDOW - 1) / 2, means
+
+
+def _courses(ax: Axes, runs: Sequence[Run], names: Sequence[str]) -> None:
     for run in runs:
-        entropy = run.record["steps"]["entropy"]
-        smooth = window_means(entropy, WINDOW)
-        ax.plot(np.arange(len(smooth)) + (WINDOW - 1) / 2, smooth, color="#0072b2", linewidth=1.1, alpha=0.7)
-    ax.plot(targets(runs[0]), color="#d55e00", linewidth=1.4, linestyle=(0, (4, 2)))
+        if run.spec.part == "equal" and run.spec.name == "grpo":
+            ax.plot(*_smooth(run.record["steps"]["entropy"]), color=style.MUTED, linewidth=0.8, alpha=0.6)
+        elif run.spec.part == "loop" and run.spec.name in names and not run.spec.second:
+            ax.plot(*_smooth(run.record["steps"]["entropy"]), color="#0072b2", linewidth=0.8, alpha=0.6)
+            ax.plot(targets(run), color="#d55e00", linewidth=1.2, linestyle=(0, (4, 2)))
     ax.set_ylim(bottom=0)
+    style.title(ax, "Entropy", f"targets dashed, GRPO grey, means of {WINDOW}")
+    ax.set_xlabel("step")
+
+
+def _errors(ax: Axes, runs: Sequence[Run]) -> None:
+    for bound, alpha in ((AT_WORST, 0.12), (ON_AVERAGE, 0.18)):
+        ax.axhspan(-bound, bound, color=style.MUTED, alpha=alpha, linewidth=0)
+    ax.axhline(0, color="#d55e00", linewidth=1.2, linestyle=(0, (4, 2)))
+    for run in runs:
+        ax.plot(*_smooth(errors(run)), color="#0072b2", linewidth=1.0, alpha=0.7)
+    ax.axvline(runs[0].spec.settings["steps"] / 2, color=style.MUTED, linewidth=0.8, linestyle=":")
+    reach = [1.15 * float(of(judged(run))) for run in runs for of in (np.min, np.max)]
+    ax.set_ylim(min(-0.1, *reach), max(0.1, *reach))
     ax.set_xlabel("step")

@@ -21,6 +21,22 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - reach, mean + reach
 
 
+def holm(samples: Sequence[Sequence[float]]) -> list[bool]:
+    """Which means differ from zero at 5 % for all samples together: t tests, p values after Holm."""
+    from scipy.stats import t
+    from statsmodels.stats.multitest import multipletests
+
+    known = {i: np.std(sample, ddof=1) for i, sample in enumerate(samples) if len(sample) > 1}
+    known = {i: spread for i, spread in known.items() if spread > 0}
+    found = [False] * len(samples)
+    if known:
+        size = {i: abs(statistics.fmean(samples[i])) * math.sqrt(len(samples[i])) / known[i] for i in known}
+        p = [2 * float(t.sf(size[i], len(samples[i]) - 1)) for i in known]
+        for i, rejected in zip(known, multipletests(p, alpha=0.05, method="holm")[0], strict=True):
+            found[i] = bool(rejected)
+    return found
+
+
 def window_means(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
     """Of `window` neighbouring steps, full windows only."""
     return np.convolve(values, np.full(window, 1 / window), "valid")

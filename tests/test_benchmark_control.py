@@ -8,15 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+import entropy_kernels as ek
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
-from benchmarks import control, control_report
-from benchmarks.control import EQUAL, LOOP, PARTS, Spec, table
-from benchmarks.control_report import Run, differences, interval, read_at, targets
+from benchmarks import control, control_numbers, control_report
+from benchmarks.control import EQUAL, LOOP, PARTS, WITHOUT_FEEDBACK, Spec, table
+from benchmarks.control_numbers import Run, beside, interval, read_at, targets
+from benchmarks.control_report import FREE
+from benchmarks.seeds import holm
 from entropy_kernels.trainer.config import TrainerConfig
 
 TINY = {
@@ -48,6 +53,15 @@ def test_common_settings_name_what_the_trainer_would_do_anyway() -> None:
     defaults = TrainerConfig().to_dict()
     own = {"eval_prompts", "eval_samples", "device"}
     assert {k: v for k, v in control.COMMON.items() if defaults[k] != v and k not in own} == {}
+    # what stands in no key: whoever changes such a default gives COMMON the old value
+    assumed = {
+        "chat_template": True, "gradient_checkpointing": False, "partial_credit": False, "max_new_tokens": None,
+        "micro_batches": 1, "lr_schedule": None, "adam_beta1": 0.9, "adam_beta2": 0.999, "target_method": "exact_cov",
+        "entropy_coef": 0.0, "cov_ratio": None, "cov_band": "absolute",
+    }  # fmt: skip
+    assert {name: defaults[name] for name in assumed} == assumed
+    loop = ek.TargetEntropy(0.4)
+    assert (loop._constants, control_numbers.WINDOW) == ({"kp": 0.2, "ki": 0.02, "max_change": 0.03}, 8)
 
 
 def test_keys_tell_settings_and_seeds_apart_and_names_do_not() -> None:
@@ -84,7 +98,7 @@ def test_a_run_is_a_line_with_its_course_and_validations(ran: Path) -> None:
     assert len(grpo["steps"]["entropy"]) == 3 and grpo["steps"]["touched"] == [0.0, 0.0]
     assert [v["temperature"] for v in grpo["validations"] if v["step"] == 2] == [1.0, *control.HEATED]
     assert {v["step"] for v in grpo["validations"]} == {0, 1, 2}
-    assert {*control_report.METRICS, "entropy"} <= {*exact["validations"][0]}
+    assert {*control_numbers.METRICS, "entropy"} <= {*exact["validations"][0]}
     assert exact["settings"]["method_options"] == {"ratio": EQUAL["exact_cov"].strengths[1]}
     assert {name: len(target["steps"][name]) for name in control.Course.PLAN} == dict.fromkeys(control.Course.PLAN, 2)
     assert [path.name for path in (ran / "work").glob("run-*")] == [], "what a run wrote is gone"
@@ -116,6 +130,9 @@ def test_runs_of_another_start_are_not_put_beside(ran: Path) -> None:
     path.write_text("".join(json.dumps({**record, "start": "elsewhere"}) + "\n" for record in records[:2]))
     (failure,) = run_all(specs, ran)
     assert "expected the start that the runs of seed 7 have in common, elsewhere, got " in failure
+    other = {**records[0], "key": "of other settings", "start": "elsewhere"}  # which have another start, too
+    path.write_text("".join(json.dumps(record) + "\n" for record in (other, *records[:2])))
+    assert run_all(specs, ran) == []
     path.write_text(before)
 
 
@@ -168,6 +185,8 @@ def metrics_at(entropy: float, seed: int, above: float = 0.0) -> dict[str, float
 
 
 def end_of(spec: Spec) -> dict[str, float]:
+    if spec.part == "loop" and spec.name.endswith(FREE):
+        return metrics_at(0.3 - 0.01 * spec.seed, spec.seed)
     if spec.part == "loop":
         return metrics_at(float(spec.settings["target_entropy"].rpartition(":")[2]), spec.seed)
     if spec.name == "grpo":
@@ -182,20 +201,51 @@ def runs_of(specs: list[Spec]) -> list[Run]:
 
 
 def test_a_paired_difference_is_the_one_computed_by_hand() -> None:
-    specs = [s for s in table(["equal"], quick=False) if s.name in ("grpo", "exact_cov", "clip_cov") and s.seed < 3]
+    specs = [s for s in table(["equal"], quick=False) if s.name in ("grpo", "exact_cov", "clip_cov") and s.seed < 4]
     runs = runs_of(specs)
-    for metric in control_report.METRICS:
-        for strength in (None, str(EQUAL["exact_cov"].strengths[0])):
-            found = differences(runs, "GRPO on its way", metric, "exact_cov", strength)
-            assert found == pytest.approx([0.03, 0.04, 0.05], abs=1e-9)
-        assert differences(runs, "Clip-Cov", metric, "exact_cov") == pytest.approx([0, 0, 0], abs=1e-9)
-        # 0.03 above GRPO's way, and the heated one is 0.1 below it, from T = 1.25 on
-        strong = differences(runs, "GRPO heated", metric, "exact_cov", str(EQUAL["exact_cov"].strengths[1]))
-        assert strong == pytest.approx([0.13, 0.14, 0.15], abs=1e-9)
+    first, second, _ = map(str, EQUAL["exact_cov"].strengths)
+    for metric in control_numbers.METRICS:
+        for strength in (None, first):
+            found = beside(runs, "GRPO on its way", "exact_cov", strength)
+            assert found.differences(metric) == pytest.approx([0.04, 0.05, 0.06], abs=1e-9)
+            assert len(found.runs) == (9 if strength is None else 3)
+        assert beside(runs, "Clip-Cov", "exact_cov").differences(metric) == pytest.approx([0, 0, 0], abs=1e-9)
+        # 0.04 above GRPO's way, and the heated one is 0.1 below it, from T = 1.25 on
+        strong = beside(runs, "GRPO heated", "exact_cov", second)
+        assert strong.differences(metric) == pytest.approx([0.14, 0.15, 0.16], abs=1e-9)
+    # GRPO falls from 0.9 by 0.7 in 240 steps, and ends at 0.2; the first strength ends at 0.25, the second at 0.4
+    found = beside(runs, "GRPO on its way", "exact_cov", second)
+    assert [found.read(run, "step") for run in found.runs] == pytest.approx([0.5 / 0.7 * 240] * 3)
+    ends = control_numbers.after_as_many_steps(runs, "pass8", "exact_cov", first)
+    assert ends == pytest.approx([0.4 * 0.05 + above for above in (0.04, 0.05, 0.06)])
     # mean 0.04, standard deviation 0.01, Student's t of 2 degrees of freedom at 97.5 %: 4.302653
     reach = 4.302653 * 0.01 / math.sqrt(3)
     got = interval([0.03, 0.04, 0.05])
     assert (got.mean, got.low, got.high) == pytest.approx((0.04, 0.04 - reach, 0.04 + reach), abs=1e-6)
+
+
+def test_a_strength_that_a_curve_does_not_reach_in_one_seed_is_left_out_in_all() -> None:
+    specs = [s for s in table(["equal"], quick=False) if s.name in ("grpo", "exact_cov") and s.seed < 4]
+    low, *_ = map(str, EQUAL["exact_cov"].strengths)
+
+    def end(spec: Spec) -> dict[str, float]:
+        return metrics_at(0.1, spec.seed) if (spec.strength, spec.seed) == (low, 2) else end_of(spec)
+
+    runs = [Run(spec, made_up(spec, end)) for spec in specs]
+    found = beside(runs, "GRPO on its way", "exact_cov")
+    assert low not in found.strengths and len(found.strengths) == 2 and len(found.runs) == 6
+    table_of = control_report.differences_table(runs, EQUAL, "GRPO on its way", by_strength=False)
+    assert "| Exact covariance | 2 of 3 | 3 | 0.40 to 0.55 | 120 to 171 |" in table_of
+    assert f"| Exact covariance | {low} |  | not on the curve |" in control_report.differences_table(
+        runs, EQUAL, "GRPO on its way", by_strength=True
+    )
+
+
+def test_what_the_correction_for_many_comparisons_leaves() -> None:
+    clear, likely, nothing = [1.0, 1.01, 0.99, 1.0], [1.0, 1.6, 1.3, 0.4], [1.0, -1.1, 0.9, -0.8]
+    assert holm([clear, likely, nothing]) == [True, True, False]  # p 1e-7, 0.031 and 1.0
+    assert holm([clear, likely, *[nothing] * 9]) == [True, *[False] * 10]
+    assert holm([[], [1.0], clear, [2.0, 2.0]]) == [False, False, True, False]
 
 
 def test_a_curve_is_read_between_its_points_and_not_beyond_its_ends() -> None:
@@ -212,21 +262,42 @@ def test_the_error_under_a_target_is_that_of_eight_step_means_over_the_second_ha
     spec = next(s for s in table(["loop"], quick=False) if s.name == "0.45")
     record = made_up(spec, end_of)
     course = [0.9] * 120 + [0.45] * 120 + [0.45 + 0.08]  # only the last step is off: a mean of eight is 0.01 off
-    found = control_report.errors(Run(spec, {**record, "steps": {**record["steps"], "entropy": course}}))
+    found = control_numbers.judged(Run(spec, {**record, "steps": {**record["steps"], "entropy": course}}))
     assert len(found) == 121 - 7
     assert found[-1] == pytest.approx(0.01) and abs(found[:-1]).max() < 1e-12
+
+
+def test_the_noise_alone_of_a_run_that_is_on_its_target() -> None:
+    spec = next(s for s in table(["loop"], quick=False) if s.name == "0.45-long")
+    course = (0.45 + 0.016 * np.random.default_rng(0).normal(size=721)).tolist()
+    run = Run(spec, {"steps": {"entropy": course}})
+    assert control_numbers.noise(run) == pytest.approx(0.016 / math.sqrt(8) * math.sqrt(2 / math.pi), rel=0.1)
+    assert abs(control_numbers.judged(run)).mean() == pytest.approx(control_numbers.noise(run), rel=0.15)
+
+
+def test_a_disturbance_is_what_it_moved_against_the_same_seed_without() -> None:
+    wanted = {"lr-up", "lr-up" + FREE, "0.45", "clip_cov"}
+    runs = runs_of([s for s in table([*PARTS], quick=False) if s.name in wanted])
+    free = ("equal", WITHOUT_FEEDBACK[0], str(WITHOUT_FEEDBACK[1]))
+    assert control_numbers.moved(runs, "lr-up", ("loop", "0.45", ""), "entropy") == pytest.approx([0] * 5)
+    # Clip-Cov's second strength ends at 0.4, disturbed at 0.29, 0.28, 0.27
+    assert control_numbers.moved(runs, "lr-up" + FREE, free, "entropy") == pytest.approx([-0.11, -0.12, -0.13])
+    text = control_report.disturbed_table(runs, LOOP, free)
+    assert "| lr x 2 at half-time | +0.000 [+0.000, +0.000] | -0.120 [-0.145, -0.095] |" in text
 
 
 def test_a_report_says_how_much_of_it_is_there(tmp_path: Path) -> None:
     specs = table([*PARTS], quick=False)
     with pytest.raises(FileNotFoundError, match="expected runs"):
-        control_report.write_report(tmp_path, specs, {}, EQUAL, LOOP)
+        control_report.write_report(tmp_path, specs, {}, EQUAL, LOOP, WITHOUT_FEEDBACK)
     for there in (specs[:17], specs):
         records = {spec.key: made_up(spec, end_of) for spec in there}
-        text = control_report.write_report(tmp_path, specs, records, EQUAL, LOOP).read_text()
+        path = control_report.write_report(tmp_path, specs, records, EQUAL, LOOP, WITHOUT_FEEDBACK)
+        text = path.read_text()
         distinct = len({spec.key for spec in specs})
         assert ("are missing" in text) == (len(records) < distinct)
-    assert "| Exact covariance | 5 | +0.050 [+0.030, +0.070] |" in text
-    assert "| 0.45 | 0.000 ± 0.000 | 0.000 | 5 of 5 | 0.450 ± 0.000 |" in text
-    assert "1.0 % | 50.0 % |" in text
+    assert "| Exact covariance | 3 of 3 | 5 | 0.25 to 0.55 | 120 to 223 | +0.060 [+0.040, +0.080] |" in text
+    assert "| GRPO heated to T 1.5 |  | 5 | 0.300 ± 0.000 |" in text
+    assert "| 0.45 | 0.000 ± 0.000 | 0.000 | 5 of 5 | 0.000 | +0.000, +0.000 |" in text
+    assert "| 1.0 % | 50 % | 0 % |" in text and "| task changed at half-time | +0.000" in text
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "entropy.png", "differences.png", "loop.png"}
