@@ -8,10 +8,11 @@
 
 **Equal entropy.** A method that keeps more entropy keeps more diversity, whatever else it does. So methods are compared
 where they end at the same entropy: every one at three strengths, on five seeds with a supervised start each, against
-curves of the same seed and start (control_report.py says which). **Closed loop.** The same runs under a target.
+curves of the same seed and start (control_numbers.py says which). **Closed loop.** The same runs under a target.
+Read on in control_numbers.py, then control_report.py.
 
-The settings stand in :data:`COMMON`, :data:`EQUAL` and :data:`LOOP`. They were found on other seeds (100 and up) and
-then frozen. A run's settings make its key: a changed setting is another run, and results under other keys are left
+The settings stand in :data:`COMMON`, :data:`EQUAL` and :data:`LOOP`. They were chosen on another seed (100) and then
+frozen; benchmarks/README.md says with how many trials. A run's settings make its key: a changed setting is another run, and results under other keys are left
 alone, and out of the report. Each run that ends is a line of ``runs.jsonl``, which is replaced atomically; one that is
 interrupted begins anew. The order is such that what is there at any time is a fair comparison, seed by seed: GRPO,
 Clip-Cov, the middle strength of the others, the targets; then the other strengths, longer runs, and what breaks.
