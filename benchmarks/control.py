@@ -12,10 +12,11 @@ curves of the same seed and start (control_numbers.py says which). **Closed loop
 Read on in control_numbers.py, then control_report.py.
 
 The settings stand in :data:`COMMON`, :data:`EQUAL` and :data:`LOOP`. They were chosen on another seed (100) and then
-frozen; benchmarks/README.md says with how many trials. A run's settings make its key: a changed setting is another run, and results under other keys are left
-alone, and out of the report. Each run that ends is a line of ``runs.jsonl``, which is replaced atomically; one that is
-interrupted begins anew. The order is such that what is there at any time is a fair comparison, seed by seed: GRPO,
-Clip-Cov, the middle strength of the others, the targets; then the other strengths, longer runs, and what breaks.
+frozen; benchmarks/README.md says with how many trials. A run's settings make its key: a changed setting is another run,
+and results under other keys are left alone, and out of the report. Each run that ends is a line of ``runs.jsonl``,
+which is replaced atomically; one that is interrupted begins anew. The order is such that what is there at any time is a
+fair comparison, seed by seed: GRPO, Clip-Cov, the middle strength of the others, the targets; then the other strengths,
+longer runs, and what breaks.
 """
 
 from __future__ import annotations

@@ -196,6 +196,40 @@ def _origin(runs: Sequence[Run]) -> str:
     return "; ".join(said) + f"; one thread per run, {hours:.1f} hours of CPU in all"
 
 
+def runs_of(specs: Sequence[Spec], records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Run]]:
+    """What is there, of each part."""
+    return {
+        part: [Run(spec, records[spec.key]) for spec in specs if spec.part == part and spec.key in records]
+        for part in ("equal", "loop")
+    }
+
+
+def report(
+    specs: Sequence[Spec],
+    records: Mapping[str, Mapping[str, Any]],
+    methods: Mapping[str, Method],
+    loops: Mapping[str, Loop],
+    free: tuple[str, Any],
+    *,
+    quick: bool = False,
+) -> str:
+    """The text of report.md; `free`: method and strength of the runs without feedback."""
+    equal, loop = runs_of(specs, records).values()
+    there, asked = {run.spec.key for run in (*equal, *loop)}, {spec.key for spec in specs}
+    missing = len(asked) - len(there)
+    parts = ["# Control: what it is worth at equal entropy, and how well a set point holds"]
+    if quick:
+        parts.append("**A rehearsal** with few steps, seeds and prompts: it shows that all works, and no result.")
+    parts.append(
+        f"{len(there)} of {len(asked)} runs"
+        + (f"; **{missing} are missing**, so rows have fewer seeds or strengths than planned." if missing else ".")
+        + f" `python -m benchmarks.control`; {_origin([*equal, *loop])}."
+    )
+    parts += _equal_parts(equal, methods) if equal else []
+    parts += _loop_parts([*equal, *loop], loops, ("equal", free[0], str(free[1]))) if loop else []
+    return "\n\n".join(parts) + "\n"
+
+
 def write_report(
     out: Path,
     specs: Sequence[Spec],
@@ -206,34 +240,18 @@ def write_report(
     *,
     quick: bool = False,
 ) -> Path:
-    """report.md and its pictures, from the runs that are there; returns the report's path.
-
-    `free`: method and strength of the runs without feedback.
-    """
-    runs = [Run(spec, records[spec.key]) for spec in specs if spec.key in records]
-    if not runs:
+    """report.md and its pictures, from the runs that are there; returns the report's path."""
+    equal, loop = runs_of(specs, records).values()
+    if not equal and not loop:
         raise FileNotFoundError(f"out: expected runs in {out}, got none; run python -m benchmarks.control first")
-    equal, loop = ([run for run in runs if run.spec.part == part] for part in ("equal", "loop"))
-    there, asked = ({spec.key for spec in of} for of in ([run.spec for run in runs], specs))
-    missing = len(asked) - len(there)
-    parts = ["# Control: what it is worth at equal entropy, and how well a set point holds"]
-    if quick:
-        parts.append("**A rehearsal** with few steps, seeds and prompts: it shows that all works, and no result.")
-    parts.append(
-        f"{len(there)} of {len(asked)} runs"
-        + (f"; **{missing} are missing**, so rows have fewer seeds or strengths than planned." if missing else ".")
-        + f" `python -m benchmarks.control`; {_origin(runs)}."
-    )
     out.mkdir(parents=True, exist_ok=True)
     if equal:
         save(frontier_figure(equal, methods), out / "entropy.png")
         save(differences_figure(equal, methods), out / "differences.png")
-        parts += _equal_parts(equal, methods)
     if loop:
-        save(loop_figure(runs, loops), out / "loop.png")
-        parts += _loop_parts(runs, loops, ("equal", free[0], str(free[1])))
+        save(loop_figure([*equal, *loop], loops), out / "loop.png")
     path = out / "report.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    path.write_text(report(specs, records, methods, loops, free, quick=quick), encoding="utf-8")
     return path
 
 

@@ -301,3 +301,15 @@ def test_a_report_says_how_much_of_it_is_there(tmp_path: Path) -> None:
     assert "| 0.45 | 0.000 ± 0.000 | 0.000 | 5 of 5 | 0.000 | +0.000, +0.000 |" in text
     assert "| 1.0 % | 50 % | 0 % |" in text and "| task changed at half-time | +0.000" in text
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "entropy.png", "differences.png", "loop.png"}
+
+
+def test_what_is_committed_is_made_of_the_runs_that_are_committed() -> None:
+    specs = table([*PARTS], quick=False)
+    records = control.finished(specs, control.OUT)
+    assert (control.OUT / "report.md").read_text() == control_report.report(
+        specs, records, EQUAL, LOOP, WITHOUT_FEEDBACK
+    )
+    runs, docs = control_report.runs_of(specs, records), (control.ROOT / "docs" / "control.md").read_text()
+    equal = control_report.differences_table(runs["equal"], EQUAL, control_numbers.ON_THE_WAY, by_strength=False)
+    for name, text in (("loop", control_report.loop_table(runs["loop"], LOOP)), ("equal entropy", equal)):
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in docs, name
