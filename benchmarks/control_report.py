@@ -92,7 +92,8 @@ def _table(header: Sequence[str], rows: Sequence[_Row], *, mark: bool) -> str:
 
 def differences_table(runs: Sequence[Run], methods: Mapping[str, Method], curve: str, *, by_strength: bool) -> str:
     """Paired differences to a curve at equal entropy: a row per method, or per strength."""
-    on_the_way, rows = curve == ON_THE_WAY, []
+    on_the_way = curve == ON_THE_WAY
+    rows: list[_Row] = []
     for name, strength in _cells(runs, methods) if by_strength else [(name, None) for name in methods]:
         if name == "grpo" or methods[name].label == curve or not any(run.spec.name == name for run in runs):
             continue
