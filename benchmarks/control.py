@@ -172,6 +172,7 @@ class Loop:
     second: Mapping[str, Any] = field(default_factory=dict)  # from half-time on
     seeds: int = len(SEEDS)  # so many; fewer where it is only to be shown that it breaks
     rank: int = 0
+    course: bool = False  # the picture has its entropy, beside H - target
 
 
 _FALLING = "0:0.8,{end}:0.3"
@@ -186,17 +187,25 @@ _DISTURBED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
 WITHOUT_FEEDBACK = ("clip_cov", 0.02)
 _free = EQUAL[WITHOUT_FEEDBACK[0]]
 LOOP: dict[str, Loop] = {
-    "0.3": Loop("0.3", "0.3"),
-    "0.45": Loop("0.45", "0.45"),
-    "0.6": Loop("0.6", "0.6"),
-    "falling": Loop("0.8 to 0.3", _FALLING),
+    "0.3": Loop("0.3", "0.3", course=True),
+    "0.45": Loop("0.45", "0.45", course=True),
+    "0.6": Loop("0.6", "0.6", course=True),
+    "falling": Loop("0.8 to 0.3", _FALLING, course=True),
     **{name: Loop(f"0.45, {label}", "0.45", changes, then) for name, (label, changes, then) in _DISTURBED.items()},
     "weight": Loop("0.45, by weight", "0.45", {"target_method": "weight"}),
     "bonus": Loop("0.45, by bonus", "0.45", {"target_method": "bonus"}),
-    "0.3-long": Loop("0.3, 720 steps", "0.3", _LONG, rank=2),
-    "0.45-long": Loop("0.45, 720 steps", "0.45", _LONG, rank=2),
-    "0.6-long": Loop("0.6, 720 steps", "0.6", _LONG, rank=2),
-    "falling-long": Loop("0.8 to 0.3, 720 steps", _FALLING, _LONG, rank=2),
+    "0.3-long": Loop("0.3, 720 steps", "0.3", _LONG, rank=2, course=True),
+    "0.45-long": Loop("0.45, 720 steps", "0.45", _LONG, rank=2, course=True),
+    "0.6-long": Loop("0.6, 720 steps", "0.6", _LONG, rank=2, course=True),
+    "falling-long": Loop("0.8 to 0.3, 720 steps", _FALLING, _LONG, rank=2, course=True),
+    "long": Loop(
+        f"{_free.label} {WITHOUT_FEEDBACK[1]}, 720 steps",
+        None,
+        {**_free.settings(WITHOUT_FEEDBACK[1]), **_LONG},
+        seeds=2,
+        rank=2,
+        course=True,
+    ),
     **{
         f"{name}{FREE}": Loop(
             f"{_free.label} {WITHOUT_FEEDBACK[1]}, {label}",

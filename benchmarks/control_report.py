@@ -159,12 +159,31 @@ def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
     return markdown([*header, "tokens touched", "could not rise", "could not fall"], rows)
 
 
+def long_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
+    """H of the rollouts at three times of the runs with the most steps, and their ends; empty if all have as many."""
+    least, most = (of(run.spec.settings["steps"] for run in runs) for of in (min, max))
+    if least == most:
+        return ""
+    parts = [slice(end - 40, end) for end in (most // 3, 2 * most // 3, most)]
+    rows = []
+    for name, loop in loops.items():
+        mine = [run for run in runs if run.spec.name == name and run.spec.settings["steps"] == most]
+        if mine:
+            courses = [run.record["steps"]["entropy"] for run in mine]
+            at = [_spread([statistics.fmean(course[part]) for course in courses]) for part in parts]
+            ends = [_spread([run.last[metric] for run in mine]) for metric in ("pass1", "pass8")]
+            rows.append([loop.label, f"{len(mine)}", *at, *ends])
+    header = [f"H, steps {part.start + 1} to {part.stop}" for part in parts]
+    return markdown(["run", "seeds", *header, "pass@1", "pass@8"], rows)
+
+
 def disturbed_table(runs: Sequence[Run], loops: Mapping[str, Loop], free: tuple[str, str, str]) -> str:
     """What each disturbance does under a target, and to `free`, a cell of the comparison, without feedback."""
     rows: list[_Row] = []
+    without = ""
     for name, loop in loops.items():
         held = name.removesuffix(FREE)
-        if loop.target is not None or not any(run.spec.name == name for run in runs):
+        if not name.endswith(FREE) or not any(run.spec.name == name for run in runs):
             continue
         cells: list[list[float]] = []
         for metric in ("entropy", "pass1"):
@@ -172,10 +191,11 @@ def disturbed_table(runs: Sequence[Run], loops: Mapping[str, Loop], free: tuple[
                 cells += [[], []]
                 continue
             cells += [moved(runs, held, ("loop", "0.45", ""), metric), moved(runs, name, free, metric)]
-        rows.append(([loop.label.partition(", ")[2]], cells))
+        label, _, change = loop.label.partition(", ")
+        without = f"without feedback ({label})"
+        rows.append(([change], cells))
     if not rows:
         return ""
-    without = f"without feedback ({loops[name].label.partition(', ')[0]})"
     return _table(
         ["change", "H under the target", f"H {without}", "pass@1 under the target", f"pass@1 {without}"],
         rows,
@@ -307,6 +327,8 @@ def _loop_parts(runs: Sequence[Run], loops: Mapping[str, Loop], free: tuple[str,
         loop_table([run for run in runs if run.spec.part == "loop"], loops),
         "![entropy under a target](loop.png)",
     ]
+    if longest := long_table(runs, loops):
+        parts += ["### Over more steps", "The longest runs, under targets and without:", longest]
     if disturbed := disturbed_table(runs, loops, free):
         parts += [
             "### Disturbances, with feedback and without",
@@ -388,16 +410,22 @@ def differences_figure(runs: Sequence[Run], methods: Mapping[str, Method]) -> Fi
 
 
 def loop_figure(runs: Sequence[Run], loops: Mapping[str, Loop]) -> Figure:
-    """First H under the targets and without; then a panel per row of the table, with each seed's H - target."""
+    """H with targets and without, in short and long runs; then a panel per row of the table, each seed's H - target."""
     held = [run for run in runs if run.spec.part == "loop" and loops[run.spec.name].target is not None]
     names = [name for name in loops if any(run.spec.name == name for run in held)]
-    columns = min(4, len(names) + 1)
-    lines = math.ceil((len(names) + 1) / columns)
+    drawn = [
+        run for run in runs if run.spec.name == "grpo" or (run.spec.part == "loop" and loops[run.spec.name].course)
+    ]
+    courses = sorted({run.spec.settings["steps"] for run in drawn})
+    columns = min(4, len(names) + len(courses))
+    lines = math.ceil((len(names) + len(courses)) / columns)
     fig, axes = style.figure(lines, columns, (3.4 * columns, 2.7 * lines))
-    for ax in axes.flat[len(names) + 1 :]:
+    for ax in axes.flat[len(names) + len(courses) :]:
         ax.set_visible(False)
-    _courses(axes.flat[0], runs, [name for name in names if not loops[name].settings and not loops[name].rank])
-    for ax, name in zip(axes.flat[1:], names, strict=False):
+    for ax, steps in zip(axes.flat, courses, strict=False):
+        _courses(ax, [run for run in drawn if run.spec.settings["steps"] == steps])
+        style.title(ax, "Entropy", f"targets dashed, without one grey, means of {WINDOW}")
+    for ax, name in zip(axes.flat[len(courses) :], names, strict=False):
         mine = [run for run in held if run.spec.name == name]
         _errors(ax, mine)
         style.title(ax, loops[name].label, f"H - target, {len(mine)} seed{'s' * (len(mine) > 1)}")
@@ -412,15 +440,14 @@ def _smooth(values: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.arange(len(means)) + (WINDOW - 1) / 2, means
 
 
-def _courses(ax: Axes, runs: Sequence[Run], names: Sequence[str]) -> None:
+def _courses(ax: Axes, runs: Sequence[Run]) -> None:
     for run in runs:
-        if run.spec.part == "equal" and run.spec.name == "grpo":
-            ax.plot(*_smooth(run.record["steps"]["entropy"]), color=style.MUTED, linewidth=0.8, alpha=0.6)
-        elif run.spec.part == "loop" and run.spec.name in names and not run.spec.second:
-            ax.plot(*_smooth(run.record["steps"]["entropy"]), color="#0072b2", linewidth=0.8, alpha=0.6)
+        held = "target_entropy" in run.spec.settings
+        color = "#0072b2" if held else style.MUTED
+        ax.plot(*_smooth(run.record["steps"]["entropy"]), color=color, linewidth=0.8, alpha=0.6)
+        if held:
             ax.plot(targets(run), color="#d55e00", linewidth=1.2, linestyle=(0, (4, 2)))
     ax.set_ylim(bottom=0)
-    style.title(ax, "Entropy", f"targets dashed, GRPO grey, means of {WINDOW}")
     ax.set_xlabel("step")
 
 

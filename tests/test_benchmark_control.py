@@ -185,7 +185,7 @@ def metrics_at(entropy: float, seed: int, above: float = 0.0) -> dict[str, float
 
 
 def end_of(spec: Spec) -> dict[str, float]:
-    if spec.part == "loop" and spec.name.endswith(FREE):
+    if spec.part == "loop" and LOOP[spec.name].target is None:
         return metrics_at(0.3 - 0.01 * spec.seed, spec.seed)
     if spec.part == "loop":
         return metrics_at(float(spec.settings["target_entropy"].rpartition(":")[2]), spec.seed)
@@ -283,6 +283,7 @@ def test_a_disturbance_is_what_it_moved_against_the_same_seed_without() -> None:
     # Clip-Cov's second strength ends at 0.4, disturbed at 0.29, 0.28, 0.27
     assert control_numbers.moved(runs, "lr-up" + FREE, free, "entropy") == pytest.approx([-0.11, -0.12, -0.13])
     text = control_report.disturbed_table(runs, LOOP, free)
+    assert "| H without feedback (Clip-Cov 0.02) |" in text
     assert "| lr x 2 at half-time | +0.000 [+0.000, +0.000] | -0.120 [-0.145, -0.095] |" in text
 
 
@@ -299,6 +300,7 @@ def test_a_report_says_how_much_of_it_is_there(tmp_path: Path) -> None:
     assert "| Exact covariance | 3 of 3 | 5 | 0.25 to 0.55 | 120 to 223 | +0.060 [+0.040, +0.080] |" in text
     assert "| GRPO heated to T 1.5 |  | 5 | 0.300 ± 0.000 |" in text
     assert "| 0.45 | 0.000 ± 0.000 | 0.000 | 5 of 5 | 0.000 | +0.000, +0.000 |" in text
+    assert "| 0.45, 720 steps | 5 | 0.450 ± 0.000 | 0.450 ± 0.000 | 0.450 ± 0.000 |" in text
     assert "| 1.0 % | 50 % | 0 % |" in text and "| task changed at half-time | +0.000" in text
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "entropy.png", "differences.png", "loop.png"}
 
