@@ -107,7 +107,8 @@ class TargetEntropy(Controller):
     depends on model, optimizer and loss; this gain is learned from the steps that are observed.
 
     It only lets fewer tokens bring the entropy down: a target that falls faster than the entropy falls without control
-    is followed late, one above the entropy that the policy starts with is not reached, and costs accuracy.
+    is followed late. One above the entropy that the policy starts with is reached, if at all, by what else the gradient
+    does, with most of what would be learned taken away: it costs accuracy.
 
     Everything is in 0-d tensors on the batch's device, nothing is read back by the host; equal, bit for bit, on all
     ranks and for every split into micro-batches.
@@ -403,8 +404,8 @@ class TargetEntropy(Controller):
         if high > low:
             warnings.warn(
                 f"target: {high:.4g} is above the entropy of the first batch, {low:.4g}. Control only resists the "
-                "decline of the entropy, by what it takes away from learning: expect it not to be reached, and lower "
-                "accuracy than at a target below",
+                "decline of the entropy, by what it takes away from learning: expect much lower accuracy than at a "
+                "target below, and perhaps not the target",
                 stacklevel=3,
             )
 

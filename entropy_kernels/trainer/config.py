@@ -184,7 +184,7 @@ class TrainerConfig:
     """Hold the policy's entropy at so many nats, in place of a method: 0.4, or a course over the steps as points
     STEP:NATS with straight lines between, 0:0.8,200:0.3. Each rollout's updates are planned from its statistics; the
     entropy at its tokens is measured once more after them. It is a brake on decline: a course cannot fall faster than
-    the entropy does by itself, and a target above the start's holds entropy at the price of accuracy."""
+    the entropy does by itself, and a target above the start's entropy costs accuracy."""
     target_method: TargetName = TARGET
     """What holds it: exact_cov (the fewest tokens, of largest exact covariance, lose their gradient), weight (all
     tokens that take entropy keep the same share of theirs), bonus (the coefficient of an entropy bonus)."""
