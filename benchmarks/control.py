@@ -430,13 +430,14 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="control", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", nargs="*", choices=(*PARTS, "list", "report"), default=[*PARTS, "report"])
+    parser.add_argument("what", nargs="*", choices=("all", *PARTS, "list", "report"), default="all")
     parser.add_argument("--quick", action="store_true", help="a rehearsal of about ten minutes")
     parser.add_argument("--methods", nargs="+", choices=(*EQUAL, *LOOP), metavar="NAME", help="only these rows")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time; default: %(default)s")
     parser.add_argument("--out", type=Path, help=f"results; default: {OUT.relative_to(ROOT)}")
     parser.add_argument("--work", type=Path, default=WORK, help=f"scratch; default: {WORK.relative_to(ROOT)}")
     given = parser.parse_args(argv)
+    given.what = [*PARTS, "report"] if "all" in given.what else given.what
     out = given.out or (WORK.with_name("control-quick") if given.quick else OUT)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # processes end with this one
     specs = table([part for part in PARTS if part in given.what] or [*PARTS], quick=given.quick)

@@ -144,7 +144,8 @@ def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
             loop.label, _spread(means), f"{max(worst):.3f}", f"{held} of {len(mine)}",
             f"{statistics.fmean(map(noise, mine)):.3f}", f"{statistics.fmean(apart):+.3f}, {max(apart, key=abs):+.3f}",
             *(_spread([run.last[column] for run in mine]) for column in ("pass1", "pass8")),
-            f"{touched:.1f} %" if touched else "", *(f"{share:.0f} %" for share in shares),
+            "" if loop.settings.get("target_method") == "bonus" else f"{touched:.1f} %",
+            *(f"{share:.0f} %" for share in shares),
         ])  # fmt: skip
     header = [
         "target",

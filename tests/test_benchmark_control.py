@@ -136,6 +136,16 @@ def test_runs_of_another_start_are_not_put_beside(ran: Path) -> None:
     path.write_text(before)
 
 
+def test_what_a_call_without_words_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make control`: both questions, and the report."""
+    asked: list[Any] = []
+    monkeypatch.setattr(control, "run_all", lambda specs, **_: asked.append({spec.part for spec in specs}) or [])
+    monkeypatch.setattr(control, "write_report", lambda out, *_, **more: asked.append((out, more["quick"])))
+    places = ["--out", str(tmp_path), "--work", str(tmp_path)]
+    assert control.main(places) == control.main(["--quick", *places]) == control.main(["loop", *places]) == 0
+    assert asked == [{"equal", "loop"}, (tmp_path, False), {"equal", "loop"}, (tmp_path, True), {"loop"}]
+
+
 @pytest.mark.slow
 def test_a_change_at_half_time_is_one_run(tmp_path: Path) -> None:
     (spec,) = (s for s in control.loop_specs((7,), TINY) if s.name == "task")

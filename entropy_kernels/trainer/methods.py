@@ -213,7 +213,7 @@ def target_of(
     options = {**clips_of(config, None), **config.method_options}
     options |= {"method": config.target_method, "vocab_size": vocab_size, "backend": backend}
     try:
-        return ek.TargetEntropy(points, **options)
+        return ek.TargetEntropy(points if len(points) > 1 else points[0][1], **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"target_entropy, target_method, method_options: {error}") from error
 

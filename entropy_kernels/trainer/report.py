@@ -553,8 +553,9 @@ def sections(record: Mapping[str, Any], shown: Mapping[str, str]) -> list[tuple[
     figures = {name: Html(shown.get(name, "")) for name in FIGURES}
     start = (
         f"{WALK if walk else about} All runs start from the same model; they differ in which tokens {differ}or nothing "
-        "of the kind (baseline). Dashed are controls, which treat as many tokens, chosen at random, runs that take "
-        "torch's own operations in place of this library's, and the entropy that a run is to hold."
+        "of the kind (baseline). Dashed are controls, which treat at random as many tokens as their method would "
+        "select in the same batch, runs that take torch's own operations in place of this library's, and the entropy "
+        "that a run is to hold."
     )
     about_panels = Html(f"<p>{escape(WHY)}</p>" if shown else "")  # the note has no panels
     one = len(record["seeds"]) == 1
@@ -637,8 +638,9 @@ def markdown(record: Mapping[str, Any], *, picture: str) -> str:
 
 ENDS = (
     "H: policy entropy in nats per token, mean of the last rollouts. pass@k: chance that one of k samples is right, "
-    "on held-out prompts, unbiased. Distinct right: different right answers among the samples of a prompt. Share of "
-    "ops: time in this library's ops, by default with the head's matrix products, over the time of a step."
+    "on held-out prompts, unbiased, in a larger validation at the end than those of the curves. Distinct right: "
+    "different right answers among the samples of a prompt. Share of ops: time in this library's ops, by default with "
+    "the head's matrix products, over the time of a step."
 )
 TOUCHED = (
     "Means over the steps. Touched: dropped, penalised, weighted, or given another advantage. Share of the decrease: "

@@ -29,7 +29,7 @@ class Schedule:
         right = all(step >= 0 and math.isfinite(value) for step, value in points) and steps == sorted(steps)
         if not right or (len(points) > 1 and ":" not in text) or any(steps.count(step) > 2 for step in steps):
             raise ValueError(
-                f"{name}: expected a number, or points STEP:VALUE of rising steps such as 0:0.8,200:0.3, got {text!r}"
+                f"{name}: expected a number, or points STEP:VALUE by their steps, such as 0:0.8,200:0.3, got {text!r}"
             )
         return cls(tuple(points))
 

@@ -105,7 +105,7 @@ SWEEPS = {
     "quickstart": Sweep(
         about=f"A tiny model under {_LABELS}, a target entropy and a control, and report.html: three to six minutes on "
         "two cores.",
-        title="Entropy collapse, two cures, and entropy as a set point, on a task that fits into a minute",
+        title="Entropy collapse, two cures, and entropy as a set point, on a task for two cores",
         flags=Flags(Path("runs/quickstart"), methods=(*_MAIN, _CONTROLS[0]), target_entropy="0.4", workers=2),
     ),
     "reproduce": Sweep(
