@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.control_report import FREE, write_report
+from benchmarks.control_report import Experiment, write_report
 from benchmarks.results import RESULTS, ROOT, describe
 from entropy_kernels._console import print_table
 from entropy_kernels.trainer.config import TrainerConfig
@@ -173,6 +173,8 @@ class Loop:
     seeds: int = len(SEEDS)  # so many; fewer where it is only to be shown that it breaks
     rank: int = 0
     course: bool = False  # the picture has its entropy, beside H - target
+    change: str = ""  # what disturbs it at half-time
+    against: tuple[str, str, str] = ("", "", "")  # part, name and strength of the same without that
 
 
 _FALLING = "0:0.8,{end}:0.3"
@@ -183,37 +185,41 @@ _DISTURBED: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {
     "lr-down": ("lr x 0.5 at half-time", {"lr_schedule": "0:1,{half}:1,{half}:0.5"}, {}),
     "task": ("task changed at half-time", {}, {"task": "walk?without=x2,x3"}),
 }
-#: The same disturbances without feedback: a method and strength that ends near 0.45.
-WITHOUT_FEEDBACK = ("clip_cov", 0.02)
-_free = EQUAL[WITHOUT_FEEDBACK[0]]
+#: Without feedback: a method and strength that ends near 0.45.
+_METHOD, _STRENGTH = "clip_cov", 0.02
+WITHOUT_FEEDBACK = f"{EQUAL[_METHOD].label} {_STRENGTH}"
+
+
+def _free(label: str, settings: Mapping[str, Any], **more: Any) -> Loop:
+    given = {**EQUAL[_METHOD].settings(_STRENGTH), **settings}
+    return Loop(f"{WITHOUT_FEEDBACK}, {label}", None, given, **more)
+
+
 LOOP: dict[str, Loop] = {
     "0.3": Loop("0.3", "0.3", course=True),
     "0.45": Loop("0.45", "0.45", course=True),
     "0.6": Loop("0.6", "0.6", course=True),
     "falling": Loop("0.8 to 0.3", _FALLING, course=True),
-    **{name: Loop(f"0.45, {label}", "0.45", changes, then) for name, (label, changes, then) in _DISTURBED.items()},
+    **{
+        name: Loop(f"0.45, {label}", "0.45", changes, then, change=label, against=("loop", "0.45", ""))
+        for name, (label, changes, then) in _DISTURBED.items()
+    },
     "weight": Loop("0.45, by weight", "0.45", {"target_method": "weight"}),
     "bonus": Loop("0.45, by bonus", "0.45", {"target_method": "bonus"}),
     "0.3-long": Loop("0.3, 720 steps", "0.3", _LONG, rank=2, course=True),
     "0.45-long": Loop("0.45, 720 steps", "0.45", _LONG, rank=2, course=True),
     "0.6-long": Loop("0.6, 720 steps", "0.6", _LONG, rank=2, course=True),
     "falling-long": Loop("0.8 to 0.3, 720 steps", _FALLING, _LONG, rank=2, course=True),
-    "long": Loop(
-        f"{_free.label} {WITHOUT_FEEDBACK[1]}, 720 steps",
-        None,
-        {**_free.settings(WITHOUT_FEEDBACK[1]), **_LONG},
-        seeds=2,
-        rank=2,
-        course=True,
-    ),
+    "long": _free("720 steps", _LONG, seeds=2, rank=2, course=True),
     **{
-        f"{name}{FREE}": Loop(
-            f"{_free.label} {WITHOUT_FEEDBACK[1]}, {label}",
-            None,
-            {**_free.settings(WITHOUT_FEEDBACK[1]), **changes},
-            then,
+        f"{name}-free": _free(
+            label,
+            changes,
+            second=then,
             seeds=3,
             rank=1,
+            change=label,
+            against=("equal", _METHOD, str(_STRENGTH)),
         )
         for name, (label, changes, then) in _DISTURBED.items()
     },
@@ -385,15 +391,20 @@ def finished(specs: Sequence[Spec], out: Path) -> dict[str, dict[str, Any]]:
     return {spec.key: found[spec.key] for spec in specs if spec.key in found}
 
 
+def experiment(specs: Sequence[Spec], out: Path) -> Experiment:
+    """These runs, and what is there of them."""
+    return Experiment(specs, finished(specs, out), EQUAL, LOOP, WITHOUT_FEEDBACK)
+
+
 def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> list[str]:
     """Run what is missing; returns what failed, a line each. Interrupted, it ends its processes and raises."""
     unique, there = {spec.key: spec for spec in specs}, finished(specs, out)
-    starts = {record["seed"]: record["start"] for record in there.values()}
-    machine = describe(torch.device("cpu"))  # before any run, as HEAD may move meanwhile
     todo = [spec for key, spec in unique.items() if key not in there]
     print(f"{len(there)} of {len(unique)} runs are there; {len(todo)} to do, {workers} at a time", flush=True)
     if not todo:
         return []
+    starts = {record["seed"]: record["start"] for record in there.values()}
+    machine = describe(torch.device("cpu"))  # before any run, as HEAD may move meanwhile
     failed = []
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that follow
     with (
@@ -453,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if "report" in given.what:
-        print(write_report(out, specs, finished(specs, out), EQUAL, LOOP, WITHOUT_FEEDBACK, quick=given.quick))
+        print(write_report(out, experiment(specs, out), quick=given.quick))
     return 1 if failed else 0
 
 

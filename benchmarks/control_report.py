@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,22 @@ if TYPE_CHECKING:
 
     from benchmarks.control import Loop, Method, Spec
 
-#: What the name of a run without feedback ends with; before it stands that of the run under a target.
-FREE = "-free"
+
+@dataclass(frozen=True)
+class Experiment:
+    """The table of runs, and the records of those that are there."""
+
+    specs: Sequence[Spec]
+    records: Mapping[str, Mapping[str, Any]]  # by key
+    methods: Mapping[str, Method]
+    loops: Mapping[str, Loop]
+    without: str  # what the runs without feedback are
+
+    def runs(self, *parts: str) -> list[Run]:
+        """Those that are there, of one part after the other."""
+        there = [spec for part in parts for spec in self.specs if spec.part == part and spec.key in self.records]
+        return [Run(spec, self.records[spec.key]) for spec in there]
+
 
 # --- report.md --------------------------------------------------------------------------------------------------------
 
@@ -94,12 +109,13 @@ def differences_table(runs: Sequence[Run], methods: Mapping[str, Method], curve:
     """Paired differences to a curve at equal entropy: a row per method, or per strength."""
     on_the_way = curve == ON_THE_WAY
     rows: list[_Row] = []
-    for name, strength in _cells(runs, methods) if by_strength else [(name, None) for name in methods]:
+    there = _cells(runs, methods)
+    for name, strength in there if by_strength else [(name, None) for name in methods]:
         if name == "grpo" or methods[name].label == curve or not any(run.spec.name == name for run in runs):
             continue
         found = beside(runs, curve, name, strength)
-        there = [own for of, own in _cells(runs, methods) if of == name]
-        cells = [methods[name].label, strength or f"{len(found.strengths)} of {len(there)}"]
+        strengths = [own for of, own in there if of == name]
+        cells = [methods[name].label, strength or f"{len(found.strengths)} of {len(strengths)}"]
         if not found.runs:
             rows.append(([*cells, "", "not on the curve", *([""] if on_the_way else [])], [[]] * len(METRICS)))
             continue
@@ -148,16 +164,10 @@ def loop_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
             *(f"{share:.0f} %" for share in shares),
         ])  # fmt: skip
     header = [
-        "target",
-        "mean",
-        "worst",
-        "held in",
-        "noise alone",
-        "held-out H - target: mean, worst",
-        "pass@1",
-        "pass@8",
-    ]
-    return markdown([*header, "tokens touched", "could not rise", "could not fall"], rows)
+        "target", "mean size", "worst", "held in", "noise alone", "held-out H - target: mean, worst",
+        "pass@1", "pass@8", "tokens touched", "could not rise", "could not fall",
+    ]  # fmt: skip
+    return markdown(header, rows)
 
 
 def long_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
@@ -178,30 +188,22 @@ def long_table(runs: Sequence[Run], loops: Mapping[str, Loop]) -> str:
     return markdown(["run", "seeds", *header, "pass@1", "pass@8"], rows)
 
 
-def disturbed_table(runs: Sequence[Run], loops: Mapping[str, Loop], free: tuple[str, str, str]) -> str:
-    """What each disturbance does under a target, and to `free`, a cell of the comparison, without feedback."""
+def disturbed_table(runs: Sequence[Run], loops: Mapping[str, Loop], without: str) -> str:
+    """What each disturbance does under a target, and without feedback; empty if there is none of these runs."""
     rows: list[_Row] = []
-    without = ""
-    for name, loop in loops.items():
-        held = name.removesuffix(FREE)
-        if not name.endswith(FREE) or not any(run.spec.name == name for run in runs):
-            continue
-        cells: list[list[float]] = []
-        for metric in ("entropy", "pass1"):
-            if metric == "pass1" and loop.second:  # other prompts
-                cells += [[], []]
-                continue
-            cells += [moved(runs, held, ("loop", "0.45", ""), metric), moved(runs, name, free, metric)]
-        label, _, change = loop.label.partition(", ")
-        without = f"without feedback ({label})"
-        rows.append(([change], cells))
-    if not rows:
-        return ""
-    return _table(
-        ["change", "H under the target", f"H {without}", "pass@1 under the target", f"pass@1 {without}"],
-        rows,
-        mark=False,
-    )
+    for change in dict.fromkeys(loop.change for loop in loops.values() if loop.change):
+        both = [(name, loop) for name, loop in loops.items() if loop.change == change]  # under a target, and without
+        samples = [
+            [] if metric == "pass1" and loop.second else moved(runs, name, loop.against, metric)  # other prompts
+            for metric in ("entropy", "pass1")
+            for name, loop in both
+        ]
+        if samples[1]:
+            rows.append(([change], samples))
+    columns = [
+        f"{what} {how}" for what in ("H", "pass@1") for how in ("under the target", f"without feedback ({without})")
+    ]
+    return _table(["change", *columns], rows, mark=False) if rows else ""
 
 
 def _origin(runs: Sequence[Run]) -> str:
@@ -218,26 +220,10 @@ def _origin(runs: Sequence[Run]) -> str:
     return "; ".join(said) + f"; one thread per run, {hours:.1f} hours of CPU in all"
 
 
-def runs_of(specs: Sequence[Spec], records: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Run]]:
-    """What is there, of each part."""
-    return {
-        part: [Run(spec, records[spec.key]) for spec in specs if spec.part == part and spec.key in records]
-        for part in ("equal", "loop")
-    }
-
-
-def report(
-    specs: Sequence[Spec],
-    records: Mapping[str, Mapping[str, Any]],
-    methods: Mapping[str, Method],
-    loops: Mapping[str, Loop],
-    free: tuple[str, Any],
-    *,
-    quick: bool = False,
-) -> str:
-    """The text of report.md; `free`: method and strength of the runs without feedback."""
-    equal, loop = runs_of(specs, records).values()
-    there, asked = {run.spec.key for run in (*equal, *loop)}, {spec.key for spec in specs}
+def report(found: Experiment, *, quick: bool = False) -> str:
+    """The text of report.md."""
+    equal, loop = found.runs("equal"), found.runs("loop")
+    there, asked = {run.spec.key for run in (*equal, *loop)}, {spec.key for spec in found.specs}
     missing = len(asked) - len(there)
     parts = ["# Control: what it is worth at equal entropy, and how well a set point holds"]
     if quick:
@@ -247,33 +233,24 @@ def report(
         + (f"; **{missing} are missing**, so rows have fewer seeds or strengths than planned." if missing else ".")
         + f" `python -m benchmarks.control`; {_origin([*equal, *loop])}."
     )
-    parts += _equal_parts(equal, methods) if equal else []
-    parts += _loop_parts([*equal, *loop], loops, ("equal", free[0], str(free[1]))) if loop else []
+    parts += _equal_parts(equal, found.methods) if equal else []
+    parts += _loop_parts(found) if loop else []
     return "\n\n".join(parts) + "\n"
 
 
-def write_report(
-    out: Path,
-    specs: Sequence[Spec],
-    records: Mapping[str, Mapping[str, Any]],
-    methods: Mapping[str, Method],
-    loops: Mapping[str, Loop],
-    free: tuple[str, Any],
-    *,
-    quick: bool = False,
-) -> Path:
+def write_report(out: Path, found: Experiment, *, quick: bool = False) -> Path:
     """report.md and its pictures, from the runs that are there; returns the report's path."""
-    equal, loop = runs_of(specs, records).values()
+    equal, loop = found.runs("equal"), found.runs("loop")
     if not equal and not loop:
         raise FileNotFoundError(f"out: expected runs in {out}, got none; run python -m benchmarks.control first")
     out.mkdir(parents=True, exist_ok=True)
     if equal:
-        save(frontier_figure(equal, methods), out / "entropy.png")
-        save(differences_figure(equal, methods), out / "differences.png")
+        save(frontier_figure(equal, found.methods), out / "entropy.png")
+        save(differences_figure(equal, found.methods), out / "differences.png")
     if loop:
-        save(loop_figure([*equal, *loop], loops), out / "loop.png")
+        save(loop_figure([*equal, *loop], found.loops), out / "loop.png")
     path = out / "report.md"
-    path.write_text(report(specs, records, methods, loops, free, quick=quick), encoding="utf-8")
+    path.write_text(report(found, quick=quick), encoding="utf-8")
     return path
 
 
@@ -315,7 +292,8 @@ def _equal_parts(runs: Sequence[Run], methods: Mapping[str, Method]) -> list[str
     return parts
 
 
-def _loop_parts(runs: Sequence[Run], loops: Mapping[str, Loop], free: tuple[str, str, str]) -> list[str]:
+def _loop_parts(found: Experiment) -> list[str]:
+    runs = found.runs("equal", "loop")
     parts = [
         "## A set point",
         f"Means of {WINDOW} steps of H - target over the second half of a run: their mean size, the largest of all "
@@ -325,12 +303,12 @@ def _loop_parts(runs: Sequence[Run], loops: Mapping[str, Loop], free: tuple[str,
         "is that of the validation's prompts at the end. Could not rise: share of the second half's steps in which "
         "more was wanted than is left when all decrease is taken away, or than max_change allows; could not fall: in "
         "which less was wanted than the step gives as it is. By weight, tokens are weighted and not dropped.",
-        loop_table([run for run in runs if run.spec.part == "loop"], loops),
+        loop_table(found.runs("loop"), found.loops),
         "![entropy under a target](loop.png)",
     ]
-    if longest := long_table(runs, loops):
+    if longest := long_table(runs, found.loops):
         parts += ["### Over more steps", "The longest runs, under targets and without:", longest]
-    if disturbed := disturbed_table(runs, loops, free):
+    if disturbed := disturbed_table(runs, found.loops, found.without):
         parts += [
             "### Disturbances, with feedback and without",
             "What a change at half-time moves, against the same seed without it: H, mean of the last quarter of the "

@@ -26,15 +26,13 @@ def holm(samples: Sequence[Sequence[float]]) -> list[bool]:
     from scipy.stats import t
     from statsmodels.stats.multitest import multipletests
 
-    known = {i: np.std(sample, ddof=1) for i, sample in enumerate(samples) if len(sample) > 1}
-    known = {i: spread for i, spread in known.items() if spread > 0}
-    found = [False] * len(samples)
-    if known:
-        size = {i: abs(statistics.fmean(samples[i])) * math.sqrt(len(samples[i])) / known[i] for i in known}
-        p = [2 * float(t.sf(size[i], len(samples[i]) - 1)) for i in known]
-        for i, rejected in zip(known, multipletests(p, alpha=0.05, method="holm")[0], strict=True):
-            found[i] = bool(rejected)
-    return found
+    p = {}
+    for i, sample in enumerate(samples):
+        if len({*sample}) > 1:
+            size = abs(statistics.fmean(sample)) / (statistics.stdev(sample) / math.sqrt(len(sample)))
+            p[i] = 2 * float(t.sf(size, len(sample) - 1))
+    differs = dict(zip(p, multipletests([*p.values()], alpha=0.05, method="holm")[0], strict=True)) if p else {}
+    return [bool(differs.get(i, False)) for i in range(len(samples))]
 
 
 def window_means(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:

@@ -190,7 +190,7 @@ class TargetEntropy(Controller):
                 raise TypeError(f"target: expected points (step, nats), got {point!r} for number {i}")
             step = float(number(f"target[{i}]", point[0], torch.float64))
             before = [at for at, _ in points[-2:]]
-            if not math.isfinite(step) or step < max(before, default=step) or before == [step, step]:
+            if not math.isfinite(step) or (before and step < before[-1]) or before == [step, step]:
                 raise ValueError(
                     "target: expected points whose steps are finite and do not fall, at most two of them at one step, "
                     f"got {list(target)!r}"

@@ -20,7 +20,7 @@ pytest.importorskip("scipy")
 from benchmarks import control, control_numbers, control_report
 from benchmarks.control import EQUAL, LOOP, PARTS, WITHOUT_FEEDBACK, Spec, table
 from benchmarks.control_numbers import Run, beside, interval, read_at, targets
-from benchmarks.control_report import FREE
+from benchmarks.control_report import Experiment
 from benchmarks.seeds import holm
 from entropy_kernels.trainer.config import TrainerConfig
 
@@ -286,13 +286,14 @@ def test_the_noise_alone_of_a_run_that_is_on_its_target() -> None:
 
 
 def test_a_disturbance_is_what_it_moved_against_the_same_seed_without() -> None:
-    wanted = {"lr-up", "lr-up" + FREE, "0.45", "clip_cov"}
+    wanted = {"lr-up", "lr-up-free", "0.45", "clip_cov"}
     runs = runs_of([s for s in table([*PARTS], quick=False) if s.name in wanted])
-    free = ("equal", WITHOUT_FEEDBACK[0], str(WITHOUT_FEEDBACK[1]))
     assert control_numbers.moved(runs, "lr-up", ("loop", "0.45", ""), "entropy") == pytest.approx([0] * 5)
     # Clip-Cov's second strength ends at 0.4, disturbed at 0.29, 0.28, 0.27
-    assert control_numbers.moved(runs, "lr-up" + FREE, free, "entropy") == pytest.approx([-0.11, -0.12, -0.13])
-    text = control_report.disturbed_table(runs, LOOP, free)
+    assert control_numbers.moved(runs, "lr-up-free", ("equal", "clip_cov", "0.02"), "entropy") == pytest.approx(
+        [-0.11, -0.12, -0.13]
+    )
+    text = control_report.disturbed_table(runs, LOOP, WITHOUT_FEEDBACK)
     assert "| H without feedback (Clip-Cov 0.02) |" in text
     assert "| lr x 2 at half-time | +0.000 [+0.000, +0.000] | -0.120 [-0.145, -0.095] |" in text
 
@@ -300,10 +301,10 @@ def test_a_disturbance_is_what_it_moved_against_the_same_seed_without() -> None:
 def test_a_report_says_how_much_of_it_is_there(tmp_path: Path) -> None:
     specs = table([*PARTS], quick=False)
     with pytest.raises(FileNotFoundError, match="expected runs"):
-        control_report.write_report(tmp_path, specs, {}, EQUAL, LOOP, WITHOUT_FEEDBACK)
+        control_report.write_report(tmp_path, Experiment(specs, {}, EQUAL, LOOP, WITHOUT_FEEDBACK))
     for there in (specs[:17], specs):
         records = {spec.key: made_up(spec, end_of) for spec in there}
-        path = control_report.write_report(tmp_path, specs, records, EQUAL, LOOP, WITHOUT_FEEDBACK)
+        path = control_report.write_report(tmp_path, Experiment(specs, records, EQUAL, LOOP, WITHOUT_FEEDBACK))
         text = path.read_text()
         distinct = len({spec.key for spec in specs})
         assert ("are missing" in text) == (len(records) < distinct)
@@ -316,12 +317,8 @@ def test_a_report_says_how_much_of_it_is_there(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_is_made_of_the_runs_that_are_committed() -> None:
-    specs = table([*PARTS], quick=False)
-    records = control.finished(specs, control.OUT)
-    assert (control.OUT / "report.md").read_text() == control_report.report(
-        specs, records, EQUAL, LOOP, WITHOUT_FEEDBACK
-    )
-    runs, docs = control_report.runs_of(specs, records), (control.ROOT / "docs" / "control.md").read_text()
-    equal = control_report.differences_table(runs["equal"], EQUAL, control_numbers.ON_THE_WAY, by_strength=False)
-    for name, text in (("loop", control_report.loop_table(runs["loop"], LOOP)), ("equal entropy", equal)):
-        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in docs, name
+    found, docs = control.experiment(table([*PARTS], quick=False), control.OUT), control.ROOT / "docs" / "control.md"
+    assert (control.OUT / "report.md").read_text() == control_report.report(found)
+    equal = control_report.differences_table(found.runs("equal"), EQUAL, control_numbers.ON_THE_WAY, by_strength=False)
+    for name, text in (("loop", control_report.loop_table(found.runs("loop"), LOOP)), ("equal entropy", equal)):
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in docs.read_text(), name
