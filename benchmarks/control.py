@@ -43,9 +43,9 @@ import torch
 from benchmarks.control_report import Experiment, write_report
 from benchmarks.results import RESULTS, ROOT, describe
 from entropy_kernels._console import print_table
+from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import locked, write_text
-from entropy_kernels.trainer.log import ProgressBoard
 from entropy_kernels.trainer.ppo import train
 from entropy_kernels.trainer.probes import Probe, Step
 from entropy_kernels.trainer.rollout import evaluate, mean_over

@@ -20,11 +20,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
 import trainer_setup
+from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer import checkpoint, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import LOCK, OwnFiles
-from entropy_kernels.trainer.log import MetricsLog, ProgressBoard, read_rows
+from entropy_kernels.trainer.log import MetricsLog, read_rows
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy
 from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times  # noqa: F401
 

@@ -16,11 +16,12 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
+from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import write_json
-from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, ProgressBoard, read_rows
+from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, read_rows
 from entropy_kernels.trainer.methods import METHODS, PAPER
 from entropy_kernels.trainer.report import PHASES, criteria, label, markdown, write_report
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401

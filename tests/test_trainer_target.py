@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
 import json
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo, probes
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.log import ProgressBoard, describe_row
+from entropy_kernels.trainer.log import describe_row
 from entropy_kernels.trainer.methods import TARGETS, target_of
 from entropy_kernels.trainer.probes import Probe, Step
 from entropy_kernels.trainer.rollout import all_tokens
@@ -280,17 +277,6 @@ def test_what_is_logged(tmp_path: Path) -> None:
         assert row["tokens_touched"] == row["tokens_dropped"] <= row["tokens"]  # type: ignore[operator]
     assert not {"wanted_dh", "planned_dh", "target_gain"} & rows[-1].keys()
     assert f"H {rows[2]['entropy']:.3f}  target 4.580" in describe_row(rows[2])
-
-
-def test_a_terminal_of_80_columns_shows_the_step_and_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    rich, written = pytest.importorskip("rich.console"), io.StringIO()
-    screen = functools.partial(rich.Console, file=written, force_terminal=True, width=80)
-    monkeypatch.setattr(rich, "Console", screen)
-    row = {"entropy": 0.523, "target_entropy": 0.4, "reward": 0.412, "val_pass1": 0.345, "val_pass8": 0.633}
-    with ProgressBoard() as board:
-        board.report("train", 102, 240, row)
-    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.getvalue()).replace("\r", "\n").strip().split("\n")[-1]
-    assert re.match(r"train +102/240 \S+ left  H 0\.523  target 0\.400  reward 0\.412", last) and len(last) <= 80, last
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

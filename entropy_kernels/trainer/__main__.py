@@ -71,12 +71,16 @@ def _main(arguments: list[str]) -> int:
 
 
 def _train(config: Any) -> int:
-    from entropy_kernels.trainer.log import ProgressBoard
+    from entropy_kernels._progress import ProgressBoard
+    from entropy_kernels.trainer.log import RunProgress
     from entropy_kernels.trainer.ppo import train
 
     with ProgressBoard(enabled=config.progress) as board:
-        out = train(config, report=board.report)
+        progress = RunProgress(board)
+        out = train(config, report=progress)
     if config.progress:
+        if progress.memory is not None:
+            print(progress.memory)
         print(f"run: {out}")
     return 0
 

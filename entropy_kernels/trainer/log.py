@@ -1,4 +1,4 @@
-"""What a run tells: a JSON object per step in metrics.jsonl, the same as TensorBoard scalars, a few on the terminal.
+"""What a run tells: a JSON object per step in metrics.jsonl, the same as TensorBoard scalars, a few beside its bar.
 
 Names are defined here once (`DEFINITIONS`), and a name that is not defined cannot be logged. Numbers that describe an
 update are averaged over all updates of a step. Names under ``time/`` are the only ones that may differ between two
@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer.checkpoint import BROKEN
 from entropy_kernels.trainer.config import HEADS
 from entropy_kernels.trainer.files import OwnFiles, write_text
@@ -218,100 +218,45 @@ def _summary_writer(directory: Path, *, purge_step: int) -> Any:
     return writer
 
 
-# --- the terminal: rich bars with the time left where there is one, plain lines where there is none -------------------
-
-#: Seconds between plain lines of one run, where no terminal is there to redraw.
-PLAIN_INTERVAL = 20.0
+# --- the terminal: what is shown of a row beside a bar of _progress.py ------------------------------------------------
 
 
-class ProgressBoard:
-    """One bar per piece of work. Use as a context manager; call :meth:`update` as often as you like."""
+class RunProgress:
+    """A run on a board, as :func:`entropy_kernels.trainer.ppo.train` reports it."""
 
-    def __init__(self, *, enabled: bool = True) -> None:
-        self._enabled = enabled
-        self._tasks: dict[str, Any] = {}
-        self._last: dict[str, float] = {}
-        if not enabled:
-            return
-        try:
-            from rich import console, progress
-            from rich.table import Column
-        except ImportError as error:
-            raise ImportError(
-                "the progress bar needs rich: pip install 'entropy_kernels[train]', or --no-progress"
-            ) from error
-        screen = console.Console()
-        self._live = screen.is_terminal
+    def __init__(self, board: ProgressBoard) -> None:
+        self._board = board
+        self._validated: Mapping[str, Any] = {}
+        #: The measured peak memory with either head, as a sentence, once it is known.
+        self.memory: str | None = None
 
-        def kept(width: int) -> Column:  # a narrow terminal cuts off the note alone
-            return Column(no_wrap=True, min_width=width)
-
-        wide = screen.width >= 120
-        self._bars = progress.Progress(
-            progress.TextColumn("{task.description:<18}", table_column=kept(18)),
-            *([progress.BarColumn(bar_width=28)] if wide else []),
-            progress.MofNCompleteColumn(table_column=kept(7)),
-            *([progress.TimeElapsedColumn(table_column=kept(7))] if wide else []),
-            progress.TimeRemainingColumn(table_column=kept(7)),
-            "left  {task.fields[note]}",
-            console=screen,
-            disable=not self._live,
-        )
-
-    def __enter__(self) -> ProgressBoard:
-        if self._enabled:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._enabled:
-            self._bars.stop()
-
-    def report(self, phase: str, done: int, total: int, row: Mapping[str, Any]) -> None:
-        """A step of a run, as :func:`entropy_kernels.trainer.ppo.train` reports it."""
-        self.update(phase, done, total, describe_row(row))
-        memory = describe_memory(row)
-        if memory is not None:
-            self.say(memory)
-
-    def say(self, text: str) -> None:
-        """A line above the bars."""
-        if self._enabled:
-            self._bars.console.print(text, highlight=False, soft_wrap=True)
-
-    def add(self, name: str, total: int) -> None:
-        """A bar that waits for its first update."""
-        if self._enabled and name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=total, start=False, note="")
-
-    def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Set a bar; without a terminal, print a line when `PLAIN_INTERVAL` has passed or the work is done."""
-        if not self._enabled:
-            return
-        self.add(name, total)
-        task = self._tasks[name]
-        if self._bars.tasks[task].start_time is None:
-            self._bars.start_task(task)
-        before = self._bars.tasks[task].completed
-        self._bars.update(task, completed=done, total=total, note=note)
-        if self._live or done == before:
-            return
-        now = time.monotonic()
-        if done >= total or now - self._last.get(name, 0.0) >= PLAIN_INTERVAL:
-            self._last[name] = now
-            remaining = self._bars.tasks[task].time_remaining
-            left = f", about {remaining:.0f} s left" if remaining and done < total else ""
-            self.say(f"{name}: {done}/{total}{left}  {note}")
+    def __call__(self, phase: str, done: int, total: int, row: Mapping[str, Any]) -> None:
+        if "val_pass1" in row:
+            self._validated = row
+        self.memory = describe_memory(row) or self.memory
+        self._board.update(phase, done, total, describe_row(row, self._validated))
 
 
-def describe_row(row: Mapping[str, Any]) -> str:
-    """The few numbers of a row that fit beside a bar."""
-    shown = (
-        ("loss", "loss"), ("entropy", "H"), ("target_entropy", "target"), ("reward", "reward"),
-        ("val_pass1", "pass@1"), ("val_pass8", "pass@8"),
-    )  # fmt: skip
-    keep = shown[1:] if "entropy" in row else shown[:1]
-    return "  ".join(f"{label} {row[name]:.3f}" for name, label in keep if isinstance(row.get(name), float))
+def describe_row(row: Mapping[str, Any], validated: Mapping[str, Any] | None = None) -> str:
+    """The few numbers of a row that fit beside a bar; of the last row, the larger validation's.
+
+    `validated` is the latest row with a validation, whose step is named if it is another one's.
+    """
+    if "entropy" not in row:  # the supervised start
+        return _numbers(row, ("loss", "loss"))
+    final = {f"val_{name[6:]}": value for name, value in row.items() if name.startswith("final_pass")}
+    from_row = final or (row if "val_pass1" in row else validated or {})
+    passes = sorted((name for name in from_row if name.startswith("val_pass")), key=lambda name: int(name[8:]))
+    parts = [
+        _numbers(row, ("entropy", "H"), ("target_entropy", "target"), ("reward", "reward")),
+        _numbers(from_row, *((name, f"pass@{name[8:]}") for name in passes)),
+        "" if final or not passes or from_row["step"] == row["step"] else f"(step {from_row['step']})",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _numbers(row: Mapping[str, Any], *shown: tuple[str, str]) -> str:
+    return "  ".join(f"{label} {row[name]:.3f}" for name, label in shown if isinstance(row.get(name), float))
 
 
 def describe_memory(row: Mapping[str, Any]) -> str | None:

@@ -77,7 +77,8 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
     ----------
     config : TrainerConfig
     report : callable, optional
-        ``report(phase, done, total, row)`` after each piece of work; phase is ``"supervised start"`` or ``"train"``.
+        ``report(phase, done, total, row)`` after each piece of work; phase is ``"supervised start"`` or ``"train"``,
+        where `row` is the log's, of the policy after `done` steps.
     probes : sequence of Probe, optional
         What is measured; None for what the configuration asks for.
 
@@ -154,7 +155,7 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
                 probe.after_step(step)
 
         run.log.write(step.row)
-        tell("train", min(number + 1, config.steps), config.steps, step.row)
+        tell("train", number, config.steps, step.row)
     run.log.close()
     return config.out
 

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
+from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
-from entropy_kernels.trainer.log import ProgressBoard, describe_row, read_rows
+from entropy_kernels.trainer.log import describe_row, read_rows
 from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_RUN
 from entropy_kernels.trainer.report import TORCH_OPS, memory_line, report_names, write_report
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy, warm_start
@@ -390,8 +391,8 @@ def _show(name: str, config: TrainerConfig, board: ProgressBoard) -> None:
     rows = read_rows(path) if path.exists() else []
     if rows:
         validated = [row for row in rows if "val_pass1" in row]
-        note = describe_row({**(validated[-1] if validated else {}), **rows[-1]})
-        board.update(name, min(len(rows), config.steps), config.steps, note)
+        note = describe_row(rows[-1], validated[-1] if validated else None)
+        board.update(name, rows[-1]["step"], config.steps, note)
 
 
 def unfinished(runs: Mapping[str, TrainerConfig]) -> dict[str, TrainerConfig]:
