@@ -1,5 +1,8 @@
-"""Build of the native half: ``_ops`` and ``_ops_cuda`` (torch's stable ABI, one binary for every torch >= 2.10) and
-``_C`` (pybind11). ``_ops_cuda`` is built where torch is a CUDA build and its toolkit is there; no GPU is needed.
+"""Build of the native half: ``_ops`` and ``_ops_cuda``, and in place ``_C`` (pybind11: primitives for the tests).
+
+The former hold no symbol of Python's, and of torch's only those of its stable ABI: one wheel, tagged cp310-abi3, serves
+every Python and torch of the support window (docs/install.md). ``_C`` is of one Python and stays out of wheels.
+``_ops_cuda`` is built where torch is a CUDA build and its toolkit is there; no GPU is needed.
 
 Switches: ENTROPY_KERNELS_SKIP_CPP=1 builds no C++, CXX names the compiler, MAX_JOBS limits parallelism; those of CUDA
 and the flags are in tools/cuda_build.py.
@@ -8,10 +11,12 @@ tools/build_backend.py stops.
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -40,11 +45,24 @@ def build_cuda() -> bool:
     return reason is None
 
 
+class CleanBuild(build):
+    """What goes into a wheel is collected anew: setuptools would add what an earlier build has left there."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 def native_build() -> dict:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
+        def run(self) -> None:
+            if not (self.inplace or self.editable_mode):
+                self.extensions = [extension for extension in self.extensions if extension is not test_primitives]
+            super().run()
+
         def get_ext_filename(self, fullname: str) -> str:
             # _ops and _ops_cuda hold no Python symbols: their names carry no Python version.
             if fullname.split(".")[-1].startswith("_ops"):
@@ -52,6 +70,10 @@ def native_build() -> dict:
             return super().get_ext_filename(fullname)
 
         def build_extension(self, ext: Extension) -> None:
+            if ext is test_primitives:
+                import pybind11  # here, as a wheel needs none
+
+                ext.include_dirs.append(pybind11.get_include())
             if not ext.name.endswith("_ops_cuda"):
                 super().build_extension(ext)
                 return
@@ -63,37 +85,37 @@ def native_build() -> dict:
         def get_export_symbols(self, ext: object) -> list[str]:
             return []  # _ops has no PyInit; it registers its operators when loaded
 
-    import pybind11
-
     headers = sources("csrc/**/*.h")
     flags = list(cuda_build.CXX_FLAGS)
+    csrc = str(ROOT / "csrc")
+    test_primitives = CppExtension(
+        "entropy_kernels._C", ["csrc/bindings.cpp"], include_dirs=[csrc], depends=headers, extra_compile_args=flags
+    )
     extensions = [
         CppExtension(
             "entropy_kernels._ops",
             sources(*cuda_build.OPERATOR_SOURCES),
-            include_dirs=[str(ROOT / "csrc")],
+            include_dirs=[csrc],
             depends=headers,
             extra_compile_args=[*flags, cuda_build.STABLE_ABI_FLAG],
             py_limited_api=True,
         ),
-        CppExtension(
-            "entropy_kernels._C",
-            ["csrc/bindings.cpp"],
-            include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-            depends=headers,
-            extra_compile_args=flags,
-        ),
+        test_primitives,
     ]
     if build_cuda():
         # no sources: torch would want to compile them itself
         depends = [*headers, *sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp"), "tools/cuda_build.py"]
         extensions.append(Extension("entropy_kernels._ops_cuda", [], depends=depends))
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build}}
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build": CleanBuild, "build_ext": Build},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
 reason = skip_reason() or (None if torch_is_there() else "torch is not installed")
 if reason:
     print(f"entropy_kernels: building without C++: {reason}", file=sys.stderr)
-    setup()
+    setup(cmdclass={"build": CleanBuild})
 else:
     setup(**native_build())

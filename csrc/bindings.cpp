@@ -1,4 +1,5 @@
-// The pybind11 module _C: what Python asks of the native half beside its operators.
+// The pybind11 module _C: primitives of csrc/common for tests. Built in place only (make, pip install -e), never
+// into a wheel: it is of one Python version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +13,6 @@
 
 #include "common/philox.h"
 #include "common/softmax_state.h"
-#include "cpu/capability.h"
 
 namespace py = pybind11;
 
@@ -20,25 +20,6 @@ namespace {
 
 using entropy_kernels::SoftmaxState;
 using State = std::array<double, 6>;  // m, s, w, x_y, s2, w2
-
-py::dict build_info() {
-  py::dict info;
-  info["compiler"] = std::string(__VERSION__);
-  info["cplusplus"] = static_cast<long>(__cplusplus);
-  return info;
-}
-
-py::dict cpu_capability() {
-  using namespace entropy_kernels::cpu;
-  const Capability detected = detected_capability();
-  std::vector<std::string> available;
-  for (int i = 0; i <= static_cast<int>(detected); ++i) available.emplace_back(kCapabilityNames[i]);
-  py::dict info;
-  info["detected"] = std::string(capability_name(detected));
-  info["selected"] = std::string(capability_name(selected_capability()));
-  info["available"] = available;
-  return info;
-}
 
 template <typename T>
 SoftmaxState<T> unpack(const State& f) {
@@ -87,12 +68,7 @@ std::array<uint32_t, 4> philox4x32_10(const std::array<uint32_t, 4>& counter, co
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and test primitives of entropy_kernels' native half.";
-  m.def("build_info", &build_info, "Compiler and language version of this build.");
-  m.def("cpu_capability", &cpu_capability,
-        "Instruction sets of the CPU kernels: 'detected' (the best this CPU has), 'available' (all it has), and "
-        "'selected': detected, unless ENTROPY_KERNELS_CPU_CAPABILITY names another. Raises RuntimeError if that names "
-        "one which is not available.");
+  m.doc() = "Primitives of entropy_kernels' native half, for its tests.";
   m.def("statistics", &statistics, "Per statistic, in the order of the bits: name, second_order, differentiable.");
   // The primitives of csrc/common/softmax_state.h in double and in float, for tests; states are (m, s, w, x_y, s2, w2).
   m.def("merge", &merge<double>, py::arg("a"), py::arg("b"), py::arg("temperature"));

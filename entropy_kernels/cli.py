@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from entropy_kernels._require import missing
+
 _EPILOG = "entropy-kernels COMMAND --help explains the options of a command."
 
 # Commands whose options belong to another program: command -> (module, extra with its dependencies).
-_DISPATCH = {"train": ("entropy_kernels.trainer.__main__", "train"), "bench": ("benchmarks.run", "bench")}
+_DISPATCH = {"train": ("entropy_kernels.trainer.__main__", "train"), "bench": ("benchmarks.run", "analysis")}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -233,7 +235,7 @@ def _dispatch(command: str, argv: list[str]) -> int:
             if command == "bench":
                 reason += ": run this in the root of a source checkout"
         else:
-            reason = f"{error.name} is not installed: pip install 'entropy_kernels[{extra}]'"
+            reason = str(missing(error.name or module, command, extra))
         print(f"entropy-kernels {command}: error: {reason}", file=sys.stderr)
         return 2
     return entry(argv) or 0

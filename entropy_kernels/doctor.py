@@ -19,7 +19,7 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels._console import print_table
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
-from entropy_kernels.backends import registry, switches, verdict
+from entropy_kernels.backends import native, registry, switches, verdict
 from entropy_kernels.smoke_matrix import DOCTOR, Call, compare
 
 _PACKAGES = (
@@ -148,11 +148,10 @@ def versions() -> list[tuple[str, str]]:
             rows.append((package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
             rows.append((package, "not installed"))
-    native = _native()
-    if isinstance(native, str):
-        rows.append(("native build", native))
-    else:
-        rows += [(f"native build, {key}", str(value)) for key, value in native.build_info().items()]
+    try:
+        rows += [(f"native build, {key}", value) for key, value in native.cpu_build().items()]
+    except RuntimeError as error:
+        rows.append(("native build", str(error)))
     return rows
 
 
@@ -249,22 +248,10 @@ def _print_checks(checks: list[Check]) -> None:
     print(f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed")
 
 
-def _native() -> Any:
-    """The module _C, or the reason why it is not there."""
-    try:
-        return importlib.import_module("entropy_kernels._C")
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        return "not built (no compiler, or ENTROPY_KERNELS_SKIP_CPP was set at install)" if missing else str(error)
-
-
 def _capability() -> str:
     """The instruction set that the C++ kernels use, and those that they could."""
-    native = _native()
-    if isinstance(native, str):
-        return native
     try:
         found = native.cpu_capability()
-    except RuntimeError as error:  # ENTROPY_KERNELS_CPU_CAPABILITY asks for one that this CPU lacks
-        return f"error: {error}"
-    return f"{found['selected']} (available: {', '.join(found['available'])})"
+    except RuntimeError as error:  # not built, or ENTROPY_KERNELS_CPU_CAPABILITY asks for one that this CPU lacks
+        return str(error)
+    return f"{found.selected} (available: {', '.join(found.available)})"

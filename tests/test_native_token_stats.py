@@ -30,7 +30,7 @@ if native.load_error is not None:
 from entropy_kernels import _C  # type: ignore[attr-defined]
 
 VARIABLE = "ENTROPY_KERNELS_CPU_CAPABILITY"
-AVAILABLE = _C.cpu_capability()["available"]
+AVAILABLE = native.cpu_capability().available
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ALL = bits(*NAMES)
 
@@ -375,11 +375,11 @@ def test_capability_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = problem(1, 2, 20, torch.float32)
     for name in AVAILABLE:
         monkeypatch.setenv(VARIABLE, name)
-        assert _C.cpu_capability()["selected"] == name
+        assert native.cpu_capability() == (name, AVAILABLE)
     monkeypatch.delenv(VARIABLE)
-    assert _C.cpu_capability()["selected"] == _C.cpu_capability()["detected"] == AVAILABLE[-1]
+    assert native.cpu_capability().selected == AVAILABLE[-1]
     monkeypatch.setenv(VARIABLE, "mmx")
-    for call in (_C.cpu_capability, lambda: forward(native, *arguments)):
+    for call in (native.cpu_capability, lambda: forward(native, *arguments)):
         with pytest.raises(RuntimeError, match=rf"{VARIABLE}: expected one of default.*got mmx"):
             call()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from calls import same_bits
+from entropy_kernels.backends import native
 from entropy_kernels.backends.eager import softmax_state
 from sample import labels, normal
 
@@ -28,9 +29,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if (reason := ek.backends()["token_stats"][name]) != "available":
         pytest.skip(reason)
     if capability:
-        from entropy_kernels import _C  # type: ignore[attr-defined]
-
-        if capability not in _C.cpu_capability()["available"]:
+        if capability not in native.cpu_capability().available:
             pytest.skip(f"this CPU has no {capability}")
         monkeypatch.setenv("ENTROPY_KERNELS_CPU_CAPABILITY", capability)
     return name

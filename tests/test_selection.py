@@ -16,14 +16,9 @@ import entropy_kernels as ek
 import reference_selection as reference
 from calls import moved, same_bits
 from conftest import BackendDevice
+from entropy_kernels.backends import native
 from entropy_kernels.backends.eager import selection as eager
 from entropy_kernels.backends.radix_select import Band, Count
-
-_C: Any
-try:
-    from entropy_kernels import _C
-except ImportError:
-    _C = None
 
 INF, NAN = math.inf, math.nan
 
@@ -311,7 +306,7 @@ def test_count_is_that_of_python(ratio: float) -> None:
 
 def capabilities() -> list[str]:
     """The instruction sets that this CPU can run."""
-    return _C.cpu_capability()["available"]
+    return native.cpu_capability().available
 
 
 @pytest.fixture
@@ -325,8 +320,8 @@ def threads_restored() -> Iterator[None]:
 @pytest.mark.parametrize("levels", [None, 1, 1000])
 def test_large_batches(levels: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 16 K tokens on, the C++ backend samples a threshold: the same masks as torch's plain rounds."""
-    if _C is None:
-        pytest.skip("the C++ extension was not built")
+    if native.load_error is not None:
+        pytest.skip(native.load_error)
     covariance, mask = covariances((50, 1001), levels=levels)
     exclude = covariances((50, 1001), seed=1)[0] > 3
     index = torch.randperm(50 * 1001, generator=torch.Generator().manual_seed(4)).view(50, 1001) - 5000
@@ -429,8 +424,8 @@ def test_covariance_does_not_depend_on_the_threads(threads_restored: None) -> No
 
 
 def test_unknown_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    if _C is None:
-        pytest.skip("the C++ extension was not built")
+    if native.load_error is not None:
+        pytest.skip(native.load_error)
     monkeypatch.setenv("ENTROPY_KERNELS_CPU_CAPABILITY", "sse9")
     with pytest.raises(RuntimeError, match=r"ENTROPY_KERNELS_CPU_CAPABILITY: expected one of .* got sse9"):
         ek.kl_cov_mask(torch.zeros(3), backend="cpu")

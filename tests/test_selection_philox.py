@@ -11,6 +11,7 @@ import torch
 import entropy_kernels as ek
 import reference_selection as reference
 from conftest import BackendDevice
+from entropy_kernels.backends import native
 from entropy_kernels.backends.eager import philox
 
 # Known answers of Random123 1.14 (kat_vectors, "philox4x32 10"): counter, key, output
@@ -45,8 +46,8 @@ def test_random123_known_answers(counter: list[int], key: list[int], expected: l
     c = tuple(torch.tensor(word) for word in counter)
     k = (torch.tensor(key[0]), torch.tensor(key[1]))
     assert [int(word) for word in philox.philox4x32_10(c, k)] == expected
-    native_module = pytest.importorskip("entropy_kernels._C", reason="the C++ extension was not built")
-    assert native_module.philox4x32_10(counter, key) == expected
+    primitives = pytest.importorskip("entropy_kernels._C", reason="built in place only")
+    assert primitives.philox4x32_10(counter, key) == expected
 
 
 @pytest.mark.parametrize(("index", "seed", "expected"), TOKEN_KEYS)
@@ -60,7 +61,7 @@ def _steps(backend: str) -> Any:
         return importlib.import_module("entropy_kernels.backends.eager.selection")
     if backend == "triton":
         return importlib.import_module("entropy_kernels.backends.triton.selection")
-    return importlib.import_module("entropy_kernels.backends.native")._steps
+    return native._steps
 
 
 def test_random_keys_step(selection_on: BackendDevice) -> None:
@@ -79,8 +80,9 @@ def test_random_keys_step(selection_on: BackendDevice) -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_fused_keys(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The C++ vector loops show their keys through which token wins: the whole ranking, one k at a time."""
-    native = pytest.importorskip("entropy_kernels._C", reason="the C++ extension was not built")
-    if capability not in native.cpu_capability()["available"]:
+    if native.load_error is not None:
+        pytest.skip(native.load_error)
+    if capability not in native.cpu_capability().available:
         pytest.skip(f"this CPU has no {capability}")
     monkeypatch.setenv("ENTROPY_KERNELS_CPU_CAPABILITY", capability)
     index = torch.tensor(INDICES)

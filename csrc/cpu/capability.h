@@ -1,6 +1,5 @@
 // Which instruction set the CPU kernels use: the best that this CPU has, unless ENTROPY_KERNELS_CPU_CAPABILITY names
-// another. The variable is read at every call, so one process can compare them. Header-only and torch-free: the
-// operators (_ops) and the Python module (_C) are separate binaries and answer alike.
+// another. The variable is read at every call, so one process can compare them. Header-only and torch-free.
 #pragma once
 
 #include <cstdlib>

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from entropy_kernels._arguments import number
-from entropy_kernels.analysis._require import require
+from entropy_kernels._require import require
 
 MIN_POINTS = 3
 # A token's entropy is at most log V (12.5 nats at V = 262144). Beyond this the column is something else (a sum over a

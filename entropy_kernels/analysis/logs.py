@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from entropy_kernels.analysis._require import require
+from entropy_kernels._require import require
 from entropy_kernels.analysis.metric_names import LogError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from entropy_kernels.analysis._require import require
+from entropy_kernels._require import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

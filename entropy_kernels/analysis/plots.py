@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from entropy_kernels._require import require
 from entropy_kernels.analysis import plot_style as style
-from entropy_kernels.analysis._require import require
 from entropy_kernels.analysis.entropy_law import EntropyLaw, fit_entropy_law
 from entropy_kernels.analysis.logs import pairs
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ from entropy_kernels.backends import radix_select, reused_memory, switches
 from entropy_kernels.backends.radix_select import Band, Count
 
 _FOLDER = Path(__file__).parent.parent
+_LIBRARY = _FOLDER / "_ops.so"
 _CUDA_LIBRARY = _FOLDER / "_ops_cuda.so"
 
 
 def _load() -> str | None:
     """Load the extension; None, or the reason why it is not there."""
-    library = _FOLDER / "_ops.so"
-    if not library.exists():
+    if not _LIBRARY.exists():
         return "the C++ extension was not built (no compiler, or ENTROPY_KERNELS_SKIP_CPP was set at install)"
-    return _load_library(library)
+    return _load_library(_LIBRARY)
 
 
 def _load_cuda() -> str | None:
@@ -142,6 +142,43 @@ def budget_mask(
     if group:
         return radix_select.budget_mask(_steps, score, mask, exclude, token_index, numbers, group)
     return _ops.budget_mask(score, mask, exclude, token_index, numbers)
+
+
+class CpuCapability(NamedTuple):
+    """Instruction sets of the C++ kernels: what they use, and all that this CPU has, the best last."""
+
+    selected: str
+    available: list[str]
+
+
+def cpu_capability() -> CpuCapability:
+    """The best that this CPU has, unless ENTROPY_KERNELS_CPU_CAPABILITY names another.
+
+    Raises:
+        RuntimeError: without the C++ extension, or if the variable names an instruction set that is not there.
+    """
+    selected, *available = _cpu_answer("capability")
+    if not selected:
+        raise RuntimeError(*available)
+    return CpuCapability(selected, available)
+
+
+def cpu_build() -> dict[str, str]:
+    """Compiler and C++ standard of the C++ extension.
+
+    Raises:
+        RuntimeError: without it.
+    """
+    return dict(zip(("compiler", "cplusplus"), _cpu_answer("build"), strict=True))
+
+
+def _cpu_answer(name: str) -> list[str]:
+    """``entropy_kernels_cpu_<name>`` of the C++ extension (csrc/cpu/build.cpp)."""
+    if load_error is not None:
+        raise RuntimeError(load_error)
+    function = getattr(ctypes.CDLL(str(_LIBRARY)), f"entropy_kernels_cpu_{name}")
+    function.restype = ctypes.c_char_p
+    return function().decode().split("\t")
 
 
 def has_cuda_kernel(name: str) -> bool:

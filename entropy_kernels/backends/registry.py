@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from entropy_kernels._require import install
 from entropy_kernels.backends import verdict
 from entropy_kernels.backends.verdict import architecture
 
@@ -74,7 +75,7 @@ def unavailable(op: str, backend: str, device: torch.device | None = None) -> st
         return _cuda_unavailable(op, device)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install 'entropy_kernels[triton]')"
+            return f"triton is not installed ({install('triton', 'triton')})"
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1":
             return "no GPU here; TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, for tests"
     if backend == "cpu":

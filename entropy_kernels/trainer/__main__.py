@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from entropy_kernels._require import require
+
 USAGE = """usage: python -m entropy_kernels.trainer [flags]             one run; --help lists the flags
        python -m entropy_kernels.trainer quickstart [flags]  the methods and a control from one start, and a report
        python -m entropy_kernels.trainer reproduce [flags]   three seeds with the random-token controls, claims checked
@@ -86,10 +88,7 @@ def _train(config: Any) -> int:
 
 
 def _parse(kind: type, arguments: list[str], command: str = "", **options: Any) -> Any:
-    try:
-        import tyro
-    except ImportError as error:
-        raise ImportError("the trainer's command line needs tyro: pip install 'entropy_kernels[train]'") from error
+    tyro: Any = require("tyro", "the trainer's command line", "train")
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_method_options)
     prog = f"python -m entropy_kernels.trainer{command}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_kernels._progress import ProgressBoard
+from entropy_kernels._require import require
 from entropy_kernels.trainer.checkpoint import BROKEN
 from entropy_kernels.trainer.config import HEADS
 from entropy_kernels.trainer.files import OwnFiles, write_text
@@ -204,13 +205,9 @@ class MetricsLog:
 
 
 def _summary_writer(directory: Path, *, purge_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard = True needs the package tensorboard: pip install 'entropy_kernels[analysis]', "
-            "or --no-tensorboard"
-        ) from error
+    require("tensorboard", "tensorboard = True (off: --no-tensorboard)", "train")
+    from torch.utils.tensorboard import SummaryWriter
+
     files = OwnFiles(directory, "tensorboard", alone=True)
     before = set(directory.iterdir())
     writer = SummaryWriter(str(directory), purge_step=purge_step)

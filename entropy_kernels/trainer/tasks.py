@@ -27,6 +27,8 @@ from functools import partial
 from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl
 
+from entropy_kernels._require import require
+
 Split = Literal["train", "validation"]
 
 #: Longest time that an answer's score may take.
@@ -222,12 +224,7 @@ class ReasoningGymTask:
     instruction = "Reply with only the answer, between <answer> and </answer>."
 
     def __init__(self, dataset: str, *, max_new_tokens: int = 24, options: dict[str, Any] | None = None) -> None:
-        try:
-            import reasoning_gym
-        except ImportError as error:
-            raise ImportError(
-                "the reasoning_gym task needs the package reasoning-gym: pip install 'entropy_kernels[smollm2]'"
-            ) from error
+        reasoning_gym: Any = require("reasoning_gym", "the reasoning_gym task", "smollm2")
         self.name = f"reasoning_gym:{dataset}"
         self.max_new_tokens = max_new_tokens
         self._dataset = dataset
