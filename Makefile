@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test test-peers bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format clean
+.PHONY: help setup train reproduce-toy test test-peers bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -109,6 +109,9 @@ lint: setup ## ruff and mypy, pinned
 format: setup ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup ## write docs/api.md from the docstrings
+	$(BIN)/python tools/api_reference.py
 
 clean: ## remove build outputs, keep .venv and runs
 	rm -rf build dist *.egg-info entropy_kernels/*.so $(VENV)/.built

@@ -62,6 +62,7 @@ STATISTICS = (
     Statistic("mean_logit", False, False, False),
 )
 NAMES = tuple(statistic.name for statistic in STATISTICS)
+"""Names of the statistics, as ``statistics=`` of :func:`entropy_kernels.token_stats` takes them."""
 
 
 def bits(*names: str) -> int:

@@ -38,7 +38,7 @@ _Tokens = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class SeedCounter(torch.nn.Module):
-    """Seeds where nobody counts the steps: ``seed=counter`` of :func:`clip_cov_mask`, ``clip_cov_loss`` and their kin.
+    """Seeds where nobody counts the steps, as ``seed=`` of :func:`clip_cov_mask`, :func:`clip_cov_loss` and their kin.
 
     The first call draws with ``seed``, the next one with ``seed + 1``, and so on. How many there were is saved with the
     module's state, so that a run that is resumed goes on as it would have. Ranks that share a batch make equal calls,
@@ -50,6 +50,9 @@ class SeedCounter(torch.nn.Module):
 
     Raises:
         TypeError, ValueError: another seed.
+
+    Source:
+        docs/math.md §3.
     """
 
     calls: Tensor
@@ -63,13 +66,21 @@ class SeedCounter(torch.nn.Module):
             self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self) -> Tensor:
-        """The next seed, 0-d int64 on the module's device."""
+        """Count a call. Raises nothing.
+
+        Returns:
+            The next seed, 0-d int64 on the module's device, without unit.
+        """
         seed = self.calls + self.seed
         self.calls += 1
         return seed
 
     def extra_repr(self) -> str:
-        """The first seed."""
+        """For ``repr``. Raises nothing.
+
+        Returns:
+            The first seed.
+        """
         return f"seed={self.seed}"
 
 

@@ -42,25 +42,31 @@ class TokenBatch:
     Args:
         logprob: (..., L), often (B, L): log-probs of the sampled tokens in nats under the policy that is trained (or
             the old ones, for a control that is planned before the update), any floating-point dtype.
-        old_logprob: of the policy that sampled them, ``logprob``'s shape. None: the same, every ratio is 1.
-        advantages: ``logprob``'s shape, or (B,) or (B, 1) for one per sequence; raw.
+        old_logprob: of the policy that sampled them, nats, ``logprob``'s shape, any floating-point dtype, as of the
+            next ones. None: the same, every ratio is 1.
+        advantages: ``logprob``'s shape, or (B,) or (B, 1) for one per sequence; floating point or integers, raw.
         mask: ``logprob``'s shape, bool, int or float 0/1, 1 = counts; None: all tokens count. What stands in padding,
             NaN included, reaches nothing.
-        entropy: H of each token's distribution in nats, ``logprob``'s shape, as from ``ek.token_stats``.
-        old_entropy: of the policy that sampled the tokens.
-        collision: Σp², as from ``ek.token_stats``.
-        vocab_covariance: C = Cov_{a~π}(log π(a), 1[a=y] - π(a)), as from ``ek.token_stats``.
-        coefficient: the loss's weight of each token, ``logprob``'s shape or one per sequence; None: 1/N, N the number
-            of tokens that count over the whole batch ("token-mean").
+        entropy: H of each token's distribution in nats, as from :func:`entropy_kernels.token_stats`; floating point,
+            ``logprob``'s shape.
+        old_entropy: of the policy that sampled the tokens, nats; floating point, ``logprob``'s shape.
+        collision: Σp², as from :func:`entropy_kernels.token_stats`; floating point, ``logprob``'s shape.
+        vocab_covariance: C = Cov_{a~π}(log π(a), 1[a=y] - π(a)), nats, as from :func:`entropy_kernels.token_stats`;
+            floating point, ``logprob``'s shape.
+        coefficient: the loss's weight of each token; floating point or integers, ``logprob``'s shape or one per
+            sequence; None: 1/N, N the number of tokens that count over the whole batch ("token-mean").
         temperature: of the softmax, as it was given to the statistics; a number or a tensor that broadcasts.
-        cu_seqlens: (S + 1,) for packed rows: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1] of the flattened
-            batch; then advantages may be (S,).
+        cu_seqlens: (S + 1,) int32 or int64, for packed rows: sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1]
+            of the flattened batch; then advantages may be (S,).
         token_index: int64, ``logprob``'s shape, distinct over the batch: makes a draw, and who wins a tie, independent
             of padding and order; :func:`entropy_kernels.random_tokens`.
-        exclude: like mask; True = counts in means and shares, but is left as it is.
+        exclude: shape and dtype as of ``mask``; True = counts in means and shares, but is left as it is.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
+
+    Source:
+        docs/control.md.
     """
 
     def __init__(

@@ -22,16 +22,30 @@ from entropy_kernels.selection import clip_cov_mask, kl_cov_mask
 
 
 class Control(NamedTuple):
-    """What a loss does to the tokens of a micro-batch; None: nothing of the kind. Losses take it as ``control=``."""
+    """What a loss does to the tokens of a micro-batch; None: nothing of the kind. Losses take it as ``control=``.
 
-    token_weight: Tensor | None = None  # fp32, the tokens' shape: a factor of the policy term
-    dropped: Tensor | None = None  # bool: value and gradient are removed
-    detached: Tensor | None = None  # bool: the gradient is removed
-    penalized: Tensor | None = None  # bool: the penalty is added
-    penalty_coef: float | Tensor | None = None  # of the penalty
-    advantages: Tensor | None = None  # in the place of the loss's
-    entropy_coef: Tensor | None = None  # 0-d: in the place of the loss's
-    metrics: dict[str, Tensor] = {}  # noqa: RUF012  (never written to); 0-d, of the whole batch, on the device
+    Attributes:
+        token_weight: a factor of the policy term; fp32, the tokens' shape.
+        dropped: bool, the tokens' shape: value and gradient are removed.
+        detached: bool, the tokens' shape: the gradient is removed.
+        penalized: bool, the tokens' shape: the penalty is added.
+        penalty_coef: of the penalty, a number or a 0-d tensor.
+        advantages: in the place of the loss's; fp32 or fp64, the tokens' shape.
+        entropy_coef: in the place of the loss's; 0-d, fp64.
+        metrics: 0-d fp64 tensors on the device, of the whole batch: ``entropy_kernels.control.METRICS``.
+
+    Source:
+        docs/control.md.
+    """
+
+    token_weight: Tensor | None = None
+    dropped: Tensor | None = None
+    detached: Tensor | None = None
+    penalized: Tensor | None = None
+    penalty_coef: float | Tensor | None = None
+    advantages: Tensor | None = None
+    entropy_coef: Tensor | None = None
+    metrics: dict[str, Tensor] = {}  # noqa: RUF012  (never written to)
 
 
 _COUNTED = ("ratio", "k", "budget", "limit", "share")
@@ -75,7 +89,7 @@ def control(
     another Python number once. A method with memory (:class:`Controller`) makes its first step.
 
     Args:
-        method: a name, or an ``ek.Method`` of your own.
+        method: a name, or an :class:`entropy_kernels.Method` of your own.
         batch: the tokens, with the statistics that the method needs.
         seed: of methods that draw: an int, a 0-d int64 tensor or an :class:`entropy_kernels.SeedCounter`; others do
             not look at it.
@@ -85,11 +99,14 @@ def control(
             ``clip_low``, ``clip_high`` and ``dual_clip``, PPO's clip as the loss has it.
 
     Returns:
-        :class:`Control`; metrics: :data:`METRICS`.
+        :class:`Control`; its metrics: ``entropy_kernels.control.METRICS``.
 
     Raises:
         TypeError, ValueError: an unknown method or option, one out of range, a statistic that the method needs and the
             batch lacks, or a method that draws without a seed.
+
+    Source:
+        docs/control.md; the paper of each method stands in :func:`entropy_kernels.methods`.
     """
     if not isinstance(batch, TokenBatch):
         raise TypeError(f"batch: expected an ek.TokenBatch, got {type(batch).__name__}")
@@ -269,6 +286,12 @@ class SelectionBatch:
         batch_group: torch.distributed process group over the ranks that share the batch. Every rank calls the same
             methods; the numbers of micro-batches may differ.
         backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
+
+    Raises:
+        TypeError: a ``batch_group`` that is none.
+
+    Source:
+        docs/math.md §3; docs/control.md.
     """
 
     def __init__(self, batch_group: Any = None, *, backend: str = "auto") -> None:
@@ -299,9 +322,16 @@ class SelectionBatch:
         cu_seqlens: Tensor | None = None,
         exclude: Tensor | None = None,
     ) -> None:
-        """Add a micro-batch: arguments as in :class:`entropy_kernels.TokenBatch`.
+        """Add a micro-batch.
 
-        ``token_index`` is given for all micro-batches or for none; the default continues where the last one ended.
+        Args:
+            token_index: int64, ``logprob``'s shape, distinct over the batch; for all micro-batches or for none. The
+                default continues where the last one ended.
+            others: as in :class:`entropy_kernels.TokenBatch`.
+
+        Raises:
+            TypeError, ValueError: as in :class:`entropy_kernels.TokenBatch`; a ``token_index`` for some only; another
+                device than that of the earlier ones.
         """
         added = TokenBatch(
             logprob, old_logprob, advantages, mask, entropy=entropy, old_entropy=old_entropy, collision=collision,
@@ -336,22 +366,57 @@ class SelectionBatch:
         return self._whole
 
     def covariance(self) -> list[Tensor]:
-        """:func:`token_covariance` over the whole batch: one fp32 tensor per micro-batch, of its shape."""
+        """:func:`entropy_kernels.token_covariance` over the whole batch. Raises nothing.
+
+        Returns:
+            One fp32 tensor per micro-batch, of its shape; nats times the unit of the advantages.
+        """
         whole = self.whole
         return whole.split(whole["covariance"])
 
     def clip_cov(self, *, seed: int | Tensor, **options: Any) -> list[Tensor]:
-        """One mask per micro-batch added; ``options`` as in :func:`clip_cov_mask` (ratio, k, low, high, band, ...)."""
+        """:func:`entropy_kernels.clip_cov_mask` over the whole batch.
+
+        Args:
+            seed: as in :func:`entropy_kernels.clip_cov_mask`.
+            options: of that function: ratio, k, low, high, band, closed, at_least_one.
+
+        Returns:
+            One bool mask per micro-batch added, of its shape.
+
+        Raises:
+            TypeError, ValueError: as in :func:`entropy_kernels.clip_cov_mask`; what :meth:`add` takes, as an option.
+        """
         return self._select(clip_cov_mask, {"seed": seed, **options})
 
     def kl_cov(self, **options: Any) -> list[Tensor]:
-        """One mask per micro-batch added; ``options`` as in :func:`kl_cov_mask` (ratio, k, at_least_one)."""
+        """:func:`entropy_kernels.kl_cov_mask` over the whole batch.
+
+        Args:
+            options: of that function: ratio, k, at_least_one.
+
+        Returns:
+            One bool mask per micro-batch added, of its shape.
+
+        Raises:
+            TypeError, ValueError: as in :func:`entropy_kernels.kl_cov_mask`; what :meth:`add` takes, as an option.
+        """
         return self._select(kl_cov_mask, options)
 
     def control(
         self, method: str | Method, *, seed: int | Tensor | SeedCounter | None = None, **options: Any
     ) -> list[Control]:
-        """:func:`entropy_kernels.control` of the whole batch: one :class:`Control` per micro-batch added."""
+        """:func:`entropy_kernels.control` of the whole batch.
+
+        Args:
+            others: as in :func:`entropy_kernels.control`.
+
+        Returns:
+            One :class:`Control` per micro-batch added.
+
+        Raises:
+            TypeError, ValueError: as in :func:`entropy_kernels.control`.
+        """
         row, whole = find(method), self.whole
         return _decided(row, whole, _checked(method, row, options, whole.device), _seeded(method, row, seed)).controls
 
@@ -374,8 +439,15 @@ class Controller:
         seed: of the first step of a method that draws; each later one draws with the next.
         batch_group, backend, options: as in :func:`control`.
 
+    Attributes:
+        options: all options of the method, those that are given and the others' defaults.
+        memory: name -> 0-d float64 tensor: what the method remembers; empty before the first step and without memory.
+
     Raises:
-        TypeError, ValueError: as :func:`control`.
+        TypeError, ValueError: as in :func:`control`.
+
+    Source:
+        docs/control.md.
     """
 
     def __init__(
@@ -385,9 +457,7 @@ class Controller:
         self._seeds = SeedCounter(seed)
         self._group, self._backend = batch_group, backend
         group_name(batch_group)
-        #: all options of the method, those that are given and the others' defaults.
         self.options = _checked(method, self._row, options, None)
-        #: name -> 0-d float64 tensor: what the method remembers; empty before the first step and without memory.
         self.memory: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -396,10 +466,17 @@ class Controller:
         return f"{type(self).__name__}({method}{given}{_shown_group(self._group)})"
 
     def step(self, batch: TokenBatch | SelectionBatch, *, seed: int | Tensor | None = None) -> Any:
-        """The control of this step: a :class:`Control`; for a :class:`SelectionBatch` one per micro-batch.
+        """Decide about a batch, and remember it.
 
         Args:
-            seed: of a method that draws, in the place of the one that is counted here.
+            batch: the tokens, with the statistics that the method needs.
+            seed: of a method that draws, an int or a 0-d int64 tensor, in the place of the one that is counted here.
+
+        Returns:
+            The :class:`Control` of this step; for a :class:`SelectionBatch` a list of one per micro-batch.
+
+        Raises:
+            TypeError, ValueError: as in :func:`control`; another ``batch_group`` than the batch's.
         """
         whole = self._whole(batch)
         options = self._with_memory(whole.device)
@@ -424,11 +501,18 @@ class Controller:
         return options
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers: how many seeds were drawn, and the memory."""
+        """The state, which a checkpoint saves: it waits for the device. Raises nothing.
+
+        Returns:
+            ``{"calls": how many seeds were drawn, "memory": {name: number}}``.
+        """
         return {"calls": int(self._seeds.calls), "memory": {name: float(x) for name, x in self.memory.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
+
+        Args:
+            state: what it returned.
 
         Raises:
             TypeError, ValueError: what is not the state of a controller of this method.

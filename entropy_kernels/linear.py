@@ -75,7 +75,7 @@ def linear_logprob_entropy(
             weight: a module called with (n, H) hidden states that returns (n, V) logits, or a function called with
             ``(hidden, start, stop)`` that returns logits ``start`` to ``stop``; docs/linear.md has their contract.
         target: (...) int32 or int64 token ids; global ids under ``vocab_group``.
-        bias: (V,) like ``weight``. An entry of -inf masks its token.
+        bias: (V,) of ``weight``'s dtype. An entry of -inf masks its token.
         temperature, softcap, ignore_index, vocab_start, vocab_size, backend: as in
             :func:`entropy_kernels.logprob_entropy`. Ignored tokens give 0 and contribute nothing to any gradient,
             whatever their hidden state holds; on the CPU they cost nothing either.
@@ -93,7 +93,11 @@ def linear_logprob_entropy(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range, or a budget that is too small.
         IndexError: a label out of range (CPU; on a GPU the token's outputs are NaN).
-        RuntimeError: double backward. NotImplementedError: forward-mode differentiation, torch.func's derivatives.
+        RuntimeError: double backward; a backend that cannot run here.
+        NotImplementedError: forward-mode differentiation, torch.func's derivatives.
+
+    Source:
+        docs/math.md §2; docs/linear.md.
     """
     row = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
     given = LinearArguments(row, logits_dtype, memory_budget)
@@ -119,8 +123,21 @@ def linear_token_stats(
 ) -> TokenStats | Any:
     """:func:`entropy_kernels.token_stats` of the logits ``hidden @ weight.T + bias``, in bounded memory.
 
-    Arguments, memory, gradients and errors as in :func:`linear_logprob_entropy`, ``statistics``, a ``target`` of None
-    and results as in :func:`entropy_kernels.token_stats`.
+    Memory and gradients are those of :func:`linear_logprob_entropy`.
+
+    Args:
+        target, statistics: as in :func:`entropy_kernels.token_stats`.
+        others: as in :func:`linear_logprob_entropy`.
+
+    Returns:
+        As :func:`entropy_kernels.token_stats`.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as in :func:`linear_logprob_entropy` and
+            :func:`entropy_kernels.token_stats`.
+
+    Source:
+        docs/math.md §2; docs/linear.md.
     """
     row = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
     given = LinearArguments(row, logits_dtype, memory_budget)
@@ -147,13 +164,24 @@ def linear_plan(
     Nothing is computed; tensors on the meta device are planned for as on a GPU of which nothing is known: 1 GiB unless
     ``memory_budget`` says otherwise, and products that it cannot add to fp32 sums without a copy. The mode follows from
     ``requires_grad`` (under the grad mode of this call) and the budget; docs/linear.md has the formula. Ignored tokens
-    are counted as if they were not. With ``policy_loss``: how :func:`entropy_kernels.linear_policy_loss` would, with a
-    selection of at most 0.2 % of the tokens (not ``selects``: with none, or a given one). A loss of whole sequences, of
-    at most ``sequence_length`` tokens, makes its gradients in the forward pass where the longest of them fits the
-    budget, and else follows the statistics.
+    are counted as if they were not.
+
+    Args:
+        weight: (V, H) of ``hidden``'s dtype; no module or function.
+        policy_loss: how :func:`entropy_kernels.linear_policy_loss` would compute them.
+        sequence_length: tokens of the longest sequence, of a policy loss of whole sequences: it makes its gradients in
+            the forward pass where that fits the budget, and else follows the statistics. None: a loss of tokens.
+        selects: whether the policy loss makes a selection, of at most 0.2 % of the tokens; False: none, or a given one.
+        others: as in :func:`linear_logprob_entropy`.
+
+    Returns:
+        :class:`LinearPlan`; bytes and numbers of tokens.
 
     Raises:
-        TypeError, ValueError: as :func:`linear_logprob_entropy`.
+        TypeError, ValueError: as in :func:`linear_logprob_entropy`.
+
+    Source:
+        docs/linear.md.
     """
     check_tensor("hidden", hidden)
     target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)

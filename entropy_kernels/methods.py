@@ -56,6 +56,14 @@ class Method:
             these names. None: the method has no memory.
         formula, source, users, when: for the documentation: what it computes, the paper or code it is from, who has it,
             and when to choose it.
+
+    Raises:
+        TypeError: a score or rule that is no function.
+        ValueError: effects that are none, options that are arguments of :func:`entropy_kernels.control`, a penalty
+            without ``kl_coef``.
+
+    Source:
+        docs/control.md.
     """
 
     score: Callable[[WholeBatch, Options], Tensor]
@@ -95,9 +103,15 @@ class Method:
 
 
 def methods() -> dict[str, Method]:
-    """The methods of control by name, as ``control=`` and ``method=`` take them; each says source, formula, options.
+    """The methods of control by name, as ``method=`` takes them; each says its source, formula, options and defaults.
 
-    A copy: a method of your own is handed to :func:`entropy_kernels.control` as a :class:`Method`.
+    A method of your own is handed to :func:`entropy_kernels.control` as a :class:`Method`. Raises nothing.
+
+    Returns:
+        name -> :class:`Method`, a copy of the table.
+
+    Source:
+        docs/control.md.
     """
     return dict(METHODS)
 

@@ -19,13 +19,24 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """Softmax rows, float64, with what their statistics are made of; x = softcap(z) / temperature."""
+    """Softmax rows with what their statistics are made of; x = z / temperature.
 
-    z: Tensor  # (..., V) logits after the softcap, before the temperature; -inf where a column does not exist
-    logp: Tensor  # (..., V) log softmax(x)
-    p: Tensor  # (..., V)
-    finite_logp: Tensor  # (..., V) logp, and 0 where p is 0, whose product with p is 0 whatever logp is
-    label: Tensor | None  # (..., 1) the target; 0 where it is ignored
+    Attributes:
+        z: (..., V) float64 logits after the softcap, before the temperature; -inf where a column does not exist.
+        logp: (..., V) float64 log softmax(x), nats.
+        p: (..., V) float64 probabilities.
+        finite_logp: (..., V) float64 logp, and 0 where p is 0, whose product with p is 0 whatever logp is.
+        label: (..., 1) int64, the target; 0 where it is ignored.
+
+    Source:
+        docs/math.md §2.
+    """
+
+    z: Tensor
+    logp: Tensor
+    p: Tensor
+    finite_logp: Tensor
+    label: Tensor | None
 
 
 def _logprob(row: Rows) -> Tensor:
@@ -56,7 +67,6 @@ def _mean_logit(row: Rows) -> Tensor:
     return (row.p * torch.where(row.p > 0, row.z, 0.0)).sum(-1)
 
 
-#: Name -> value per row; the names are those of the table that the package's statistics stand in, and more.
 FORMULAS: dict[str, Callable[[Rows], Tensor]] = {
     "logprob": _logprob,
     "entropy": _entropy,
@@ -65,7 +75,9 @@ FORMULAS: dict[str, Callable[[Rows], Tensor]] = {
     "p_max": _p_max,
     "mean_logit": _mean_logit,
 }
+"""Name of a statistic -> its value per row, a function of :class:`Rows`."""
 NEED_TARGET = ("logprob", "vocab_covariance")
+"""The statistics that need a target."""
 
 
 def statistics(
@@ -82,16 +94,23 @@ def statistics(
 
     Args:
         logits: (..., V) floating point, on any device that has float64.
-        target: (...) labels in [0, V) or ``ignore_index``, whose rows give 0 and have gradient 0, whatever stands in
-            them; None: only what needs no target.
+        target: (...) int labels in [0, V) or ``ignore_index``; None: only what needs no target.
         temperature: number, or tensor that broadcasts to (...).
-        softcap: None for none.
+        softcap: logits become softcap · tanh(logits / softcap); None for none.
+        ignore_index: the label of rows that give 0 and have gradient 0, whatever stands in them.
         vocab_size: columns at or beyond it count as -inf.
         names: of :data:`FORMULAS`; None: all (without a target those that need none).
 
     Returns:
-        By name: (...) float64 of ``logits``' device. vocab_covariance, p_max and mean_logit are differentiable here,
-        whether or not the package differentiates them.
+        By name: (...) float64 of ``logits``' device, in nats (collision, p_max and mean_logit without unit), all
+        differentiable, whether or not the package differentiates them.
+
+    Raises:
+        KeyError: a name that is not in :data:`FORMULAS`.
+        RuntimeError: torch's own, of shapes that do not fit; arguments are not checked here.
+
+    Source:
+        docs/math.md §2.
     """
     divisor = temperature.double()[..., None] if isinstance(temperature, Tensor) else temperature
     z = logits.double()
@@ -114,8 +133,18 @@ def gradient(logits: Tensor, target: Tensor | None, upstream: Mapping[str, Tenso
     """d/dlogits of Σ upstream · statistic, in float64.
 
     Args:
-        upstream: by name of the statistic, (...): what flows into it.
-        options: as in :func:`statistics`.
+        logits, target: as in :func:`statistics`.
+        upstream: by name of the statistic, (...) of any real dtype: what flows into it.
+        options: temperature, softcap, ignore_index and vocab_size of :func:`statistics`.
+
+    Returns:
+        ``logits``' shape, float64, in the unit of upstream · statistic per logit.
+
+    Raises:
+        KeyError, RuntimeError: as in :func:`statistics`.
+
+    Source:
+        docs/math.md §2.
     """
     logits = logits.detach().double().requires_grad_()
     with torch.enable_grad():
@@ -127,7 +156,22 @@ def gradient(logits: Tensor, target: Tensor | None, upstream: Mapping[str, Tenso
 
 
 def token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(lp - mean lp)·(A - mean A), means over the tokens of ``mask`` (bool); 0 elsewhere (arXiv 2505.22617, Eq. 10)."""
+    """(lp - mean lp)·(A - mean A), means over the tokens of ``mask``; 0 elsewhere.
+
+    Args:
+        logprob: (...) floating point, nats.
+        advantages: broadcastable to its shape, any real dtype.
+        mask: bool, ``logprob``'s shape; None: all tokens count.
+
+    Returns:
+        ``logprob``'s shape, float64, nats times the unit of the advantages.
+
+    Raises:
+        RuntimeError, IndexError: torch's own, of shapes that do not fit; arguments are not checked here.
+
+    Source:
+        arXiv 2505.22617, Eq. 10.
+    """
     lp, a = logprob.double(), advantages.double().expand(logprob.shape)
     if mask is None:
         return (lp - lp.mean()) * (a - a.mean())
@@ -146,7 +190,22 @@ def kl_cov_mask(
 ) -> Tensor:
     """The n tokens of largest covariance in fp32, ties to the lower index: :func:`entropy_kernels.kl_cov_mask`.
 
-    Masks are bool, of the covariance's shape; either ``ratio`` or ``k`` is given.
+    Args:
+        covariance: (...) floating point.
+        mask, exclude: bool, ``covariance``'s shape, or None.
+        ratio: share of the tokens of ``mask``; a Python number, here and below.
+        k: number of tokens instead.
+        at_least_one: one token even where ratio · N < 1.
+        token_index: int64, ``covariance``'s shape; None: the position.
+
+    Returns:
+        bool, ``covariance``'s shape.
+
+    Raises:
+        ValueError: ratio and k, or neither; other arguments are not checked here.
+
+    Source:
+        docs/math.md §3.
     """
     n = _wanted(covariance, mask, ratio, k, at_least_one)
     return _top(n, covariance.float(), _candidates(covariance, mask, exclude), token_index)
@@ -167,7 +226,22 @@ def clip_cov_mask(
     exclude: Tensor | None = None,
     token_index: Tensor | None = None,
 ) -> Tensor:
-    """n tokens drawn by their random keys from a covariance range: :func:`entropy_kernels.clip_cov_mask`."""
+    """n tokens drawn by their random keys from a covariance range: :func:`entropy_kernels.clip_cov_mask`.
+
+    Args:
+        seed: int, >= 0.
+        low, high, band, closed: as in :func:`in_range`.
+        others: as in :func:`kl_cov_mask`.
+
+    Returns:
+        bool, ``covariance``'s shape.
+
+    Raises:
+        ValueError: as in :func:`kl_cov_mask`.
+
+    Source:
+        docs/math.md §3.
+    """
     n = _wanted(covariance, mask, ratio, k, at_least_one)
     inside = in_range(covariance, _candidates(covariance, mask, exclude), low=low, high=high, band=band, closed=closed)
     index = torch.arange(covariance.numel(), device=covariance.device).view(covariance.shape)
@@ -187,7 +261,20 @@ def budget_tokens(
 ) -> Tensor:
     """The fewest tokens of largest score that come to a budget, in integers: :func:`entropy_kernels.budget_tokens`.
 
-    Masks are bool, of the score's shape; one of ``budget``, ``limit`` and ``share`` is given.
+    Args:
+        score: (...) floating point.
+        mask, exclude: bool, ``score``'s shape, or None.
+        budget, limit, share: a Python number, one of the three.
+        token_index: int64, ``score``'s shape; None: the position.
+
+    Returns:
+        bool, ``score``'s shape. Without any of the three nothing is selected.
+
+    Raises:
+        RuntimeError: torch's own, of shapes that do not fit; arguments are not checked here.
+
+    Source:
+        docs/math.md §3.
     """
     value = score.float()
     finite = value.isfinite() if mask is None else value.isfinite() & mask
@@ -225,7 +312,24 @@ def in_range(
     band: str = "absolute",
     closed: bool = False,
 ) -> Tensor:
-    """Which of the ``candidates`` (bool) lie in the range; "quantile": its bounds are order statistics of theirs."""
+    """Which of the candidates lie in the range. Arguments are not checked here.
+
+    Args:
+        covariance: (...) floating point, compared in fp32.
+        candidates: bool, ``covariance``'s shape.
+        low, high: bounds of the range.
+        band: "absolute"; "quantile": the bounds are shares, and stand for order statistics of the candidates.
+        closed: whether the bounds belong to the range.
+
+    Returns:
+        bool, ``covariance``'s shape.
+
+    Raises:
+        RuntimeError: torch's own, of shapes that do not fit.
+
+    Source:
+        docs/math.md §3.
+    """
     value = covariance.float()
     least, most = value.new_tensor(low), value.new_tensor(high)
     if band == "quantile":
@@ -238,7 +342,21 @@ def in_range(
 
 
 def random_keys(token_index: Tensor, seed: int) -> Tensor:
-    """First word of Philox4x32-10 (Salmon et al., SC 2011) for counter (token index, 0, 0) and key ``seed``; int64."""
+    """First word of Philox4x32-10 for counter (token index, 0, 0) and key ``seed``.
+
+    Args:
+        token_index: int64, any shape.
+        seed: int of 64 bits.
+
+    Returns:
+        ``token_index``'s shape, int64, a key in [0, 2³²) without unit.
+
+    Raises:
+        TypeError: torch's own, of what is no tensor of integers.
+
+    Source:
+        Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; docs/math.md §3.
+    """
     word = 0xFFFFFFFF
     c0, c1, c2, c3 = token_index & word, (token_index >> 32) & word, 0 * token_index, 0 * token_index
     for i in range(10):
@@ -297,7 +415,20 @@ def clipped(
     clip_low: float | None = 0.2,
     clip_high: float | None = 0.2,
 ) -> Tensor:
-    """Bool: the tokens that PPO's clip stops, strictly."""
+    """The tokens that PPO's clip stops, strictly.
+
+    Args:
+        others: as in :func:`policy_loss`.
+
+    Returns:
+        bool, ``logprob``'s shape.
+
+    Raises:
+        RuntimeError: torch's own, of shapes that do not fit; arguments are not checked here.
+
+    Source:
+        arXiv 1707.06347, Eq. 7.
+    """
     free, bounded = _ppo_losses(logprob, old_logprob, advantages, clip_low, clip_high)
     return bounded > free
 
@@ -318,13 +449,30 @@ def policy_loss(
     penalized: Tensor | None = None,
     kl_coef: float = 1.0,
 ) -> Tensor:
-    """Mean over the tokens of ``mask`` (bool) of max(-A·r, -A·clamp(r)), r = exp(logprob - old_logprob), in float64.
+    """Mean over the tokens of ``mask`` of max(-A·r, -A·clamp(r)), r = exp(logprob - old_logprob), in float64.
 
     Args:
-        logprob, entropy: (...), differentiable.
+        logprob: (...) floating point, nats, differentiable.
+        old_logprob, advantages: ``logprob``'s shape, floating point.
+        mask: bool, ``logprob``'s shape; None: all tokens count.
+        clip_low, clip_high: r is clamped to 1 - clip_low .. 1 + clip_high; None: no clip on that side.
         dual_clip: for A < 0 a token's loss is at most -A · dual_clip.
-        dropped: tokens (bool) that lose their gradient and, but with ``keep_value``, their value: Clip-Cov.
-        penalized: tokens (bool) with kl_coef·|logprob - old_logprob| on top: KL-Cov, which has no clip.
+        entropy: ``logprob``'s shape, floating point, nats, differentiable.
+        entropy_coef: of the entropy bonus.
+        dropped: bool, ``logprob``'s shape: tokens that lose their gradient and their value: Clip-Cov.
+        keep_value: these keep their value.
+        penalized: bool, ``logprob``'s shape: tokens with kl_coef·|logprob - old_logprob| on top: KL-Cov, which has no
+            clip.
+        kl_coef: of that penalty.
+
+    Returns:
+        0-d, float64, in the unit of the advantages.
+
+    Raises:
+        RuntimeError: torch's own, of shapes that do not fit; arguments are not checked here.
+
+    Source:
+        arXiv 1707.06347, Eq. 7; arXiv 1912.09729, Eq. 5; arXiv 2505.22617, Eq. 12 and 13.
     """
     free, bounded = _ppo_losses(logprob, old_logprob, advantages, clip_low, clip_high)
     loss = torch.where(bounded > free, bounded, free)

@@ -47,19 +47,23 @@ def token_covariance(
 
     Args:
         logprob: log-probs of the sampled tokens in nats, any floating-point dtype, shape and strides; often (B, L).
-        advantages: of ``logprob``'s shape, or (B,) or (B, 1) for one per sequence, or 0-d; floats or integers.
-        mask: bool, int or float 0/1, shaped like advantages; True = counts. None: all tokens count. Another value is an
-            error on the CPU and with ENTROPY_KERNELS_DEBUG=1; else all that it reaches is NaN.
+        advantages: ``logprob``'s shape, or (B,) or (B, 1) for one per sequence, or 0-d; floats or integers.
+        mask: bool, int or float 0/1, ``logprob``'s shape or size 1 per dimension; True = counts. None: all do. Another
+            value is an error on the CPU and with ENTROPY_KERNELS_DEBUG=1; else all that it reaches is NaN.
         batch_group: torch.distributed process group over the ranks that share the batch; shapes may differ between
             ranks, and a rank may have no tokens.
         backend: "auto", "torch", "triton", "cpu" or "cuda"; see :func:`entropy_kernels.backends`.
 
     Returns:
-        fp32, ``logprob``'s shape, without gradient; 0 where masked, whatever stands there. A non-finite value in a
-        token that counts makes a mean, and so the covariance of every token that counts, NaN.
+        fp32, ``logprob``'s shape, nats times the unit of the advantages, without gradient; 0 where masked, whatever
+        stands there. A non-finite value in a token that counts makes a mean, and so the covariance of every token that
+        counts, NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
+
+    Source:
+        arXiv 2505.22617, Eq. 10; docs/math.md §3.
     """
     check_float("logprob", logprob)
     advantages = per_token("advantages", advantages, logprob)
@@ -68,12 +72,23 @@ def token_covariance(
 
 
 class TokenMoments(NamedTuple):
-    """Of the tokens that count, over the whole batch: 0-d, float64, without gradient; without any token all are 0."""
+    """Of the tokens that count, over the whole batch, in the values' unit; without any token all are 0.
 
-    tokens: Tensor  # how many count
+    Attributes:
+        tokens: 0-d float64, without gradient, as all of them: how many tokens count.
+        total: 0-d float64: the sum.
+        mean: 0-d float64.
+        std: 0-d float64: that of the population, sqrt(Σ(x - mean)²/N); 0 where it was not asked for.
+        largest: 0-d float64.
+
+    Source:
+        docs/math.md §3.
+    """
+
+    tokens: Tensor
     total: Tensor
     mean: Tensor
-    std: Tensor  # of the population, sqrt(Σ(x - mean)²/N); 0 where it was not asked for
+    std: Tensor
     largest: Tensor
 
 
@@ -97,6 +112,9 @@ def token_moments(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device or shape.
+
+    Source:
+        docs/math.md §3.
     """
     check_float("values", values)
     if not isinstance(std, bool):
@@ -143,19 +161,19 @@ def random_tokens(
     and rounded down (NaN is 0), and a range whose low is not below its high is empty.
 
     Args:
-        score: any floating-point dtype and strides, compared in fp32; as from :func:`token_covariance`.
+        score: any shape, floating-point dtype and strides, compared in fp32; as from :func:`token_covariance`.
         mask: bool, int or float 0/1, ``score``'s shape or size 1 per dimension; None: all tokens count. Another value,
             in ``exclude`` too, is an error on the CPU and with ENTROPY_KERNELS_DEBUG=1; else nothing is selected.
         seed: an int of at most 64 bits, or a 0-d int64 tensor on the score's device, which a CUDA graph reads anew at
             each replay, or on the CPU.
-        ratio: share of N to select, in (0, 1]; a fraction: 2e-4 is 0.02 %.
-        k: number of tokens to select instead of a ratio, >= 0.
-        low, high: bounds of the range, low < high, rounded to fp32.
+        ratio: share of N to select, in (0, 1]; a fraction: 2e-4 is 0.02 %. It and the next three may be 0-d tensors.
+        k: number of tokens to select instead of a ratio, >= 0; or a 0-d tensor.
+        low, high: bounds of the range, low < high, rounded to fp32; or 0-d tensors.
         band: "absolute": bounds are scores. "quantile": they are shares in [0, 1], and stand for the scores number
             floor(share · (M - 1)) in ascending order of the M candidates of the whole group.
         closed: whether the bounds belong to the range.
         at_least_one: False: n = floor(ratio · N), which may be 0; k is taken as it is either way.
-        exclude: like mask; True = counts in N but is no candidate.
+        exclude: shape and dtype as of ``mask``; True = counts in N but is no candidate.
         token_index: int64, ``score``'s shape, distinct over the batch where ``mask`` is True. Default: flat
             row-major position plus the number of positions on lower ranks. Whoever pads or splits a batch in
             different ways passes it, and the selection stays the same.
@@ -169,6 +187,9 @@ def random_tokens(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; ratio and k, or neither.
+
+    Source:
+        docs/math.md §3.
     """
     return _selected(
         "score", score, mask, exclude, token_index, None, batch_group, seed=seed, ratio=ratio, k=k, low=low, high=high,
@@ -193,14 +214,22 @@ def clip_cov_mask(
     batch_group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Tokens that Clip-Cov drops: n drawn uniformly among those whose covariance lies in a range; Eq. 11.
+    """Tokens that Clip-Cov drops: n drawn uniformly among those whose covariance lies in a range.
 
     :func:`random_tokens` under the paper's name, with its defaults: a ratio of 2e-4 and the range (1, 5).
 
     Args:
-        covariance: from :func:`token_covariance`.
+        covariance: any shape and floating-point dtype, as from :func:`token_covariance`.
+        others: as in :func:`random_tokens`.
 
-    Other args, returns, raises: as :func:`random_tokens`.
+    Returns:
+        bool, ``covariance``'s shape. NaN is never selected.
+
+    Raises:
+        TypeError, ValueError: as in :func:`random_tokens`.
+
+    Source:
+        arXiv 2505.22617, Eq. 11; docs/math.md §3.
     """
     return _selected(
         "covariance", covariance, mask, exclude, token_index, CLIP_COV_RATIO, batch_group, seed=seed,
@@ -225,7 +254,17 @@ def top_tokens(
     n = max(1, floor(float64(ratio) · N)) as in :func:`random_tokens`. Scores are compared in fp32, -0 equals +0, ties
     go to the lower token index, NaN is never selected.
 
-    Args, returns, raises: as :func:`random_tokens`.
+    Args:
+        others: as in :func:`random_tokens`.
+
+    Returns:
+        bool, ``score``'s shape.
+
+    Raises:
+        TypeError, ValueError: as in :func:`random_tokens`.
+
+    Source:
+        docs/math.md §3.
     """
     return _selected(
         "score", score, mask, exclude, token_index, None, batch_group, ratio=ratio, k=k,
@@ -268,13 +307,13 @@ def budget_tokens(
     is NaN, selects nothing.
 
     Args:
-        score: any floating-point dtype and strides, rounded to fp32.
+        score: any shape, floating-point dtype and strides, rounded to fp32.
         mask: bool, int or float 0/1, ``score``'s shape or size 1 per dimension; None: all tokens count. Another value,
             in ``exclude`` too, is an error on the CPU and with ENTROPY_KERNELS_DEBUG=1; else nothing is selected.
-        budget: in units of the score; a number or a 0-d tensor, as the next two.
-        limit: in units of the score, of either sign.
-        share: a fraction in (0, 1]: 0.3 is 30 %.
-        exclude: like mask; True = counts in N, max and what is left, but is no candidate.
+        budget: in units of the score; a number or a 0-d tensor.
+        limit: in units of the score, of either sign; a number or a 0-d tensor.
+        share: a fraction in (0, 1], or a 0-d tensor: 0.3 is 30 %.
+        exclude: shape and dtype as of ``mask``; True = counts in N, max and what is left, but is no candidate.
         token_index: as in :func:`random_tokens`.
         batch_group: torch.distributed process group over the ranks that share the batch, and the three numbers: else
             every rank raises the same error (on a GPU without ENTROPY_KERNELS_DEBUG=1: nothing is selected). All pass
@@ -287,6 +326,9 @@ def budget_tokens(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, device, shape or range; not exactly one of budget,
             limit and share.
+
+    Source:
+        docs/math.md §3.
     """
     tokens = tokens_of("score", score, mask, exclude, token_index)
     numbers = budget_numbers(score.device, budget=budget, limit=limit, share=share)
@@ -305,15 +347,23 @@ def kl_cov_mask(
     batch_group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Tokens that KL-Cov penalises: the n of largest covariance, of any sign; Eq. 12.
+    """Tokens that KL-Cov penalises: the n of largest covariance, of any sign.
 
     :func:`top_tokens` under the paper's name, with a default ratio of 2e-3: the paper's for its 7B model, which is that
     of kl_cov_loss's preset "paper". The preset "verl" has 2e-4.
 
     Args:
-        covariance: from :func:`token_covariance`.
+        covariance: any shape and floating-point dtype, as from :func:`token_covariance`.
+        others: as in :func:`random_tokens`.
 
-    Other args, returns, raises: as :func:`random_tokens`.
+    Returns:
+        bool, ``covariance``'s shape. NaN is never selected.
+
+    Raises:
+        TypeError, ValueError: as in :func:`random_tokens`.
+
+    Source:
+        arXiv 2505.22617, KL-Cov; docs/math.md §3.
     """
     return _selected(
         "covariance", covariance, mask, exclude, token_index, KL_COV_RATIO, batch_group, ratio=ratio, k=k,

@@ -25,14 +25,32 @@ from entropy_kernels.ops.token_stats import rows as statistics_rows
 
 
 class LogprobEntropy(NamedTuple):
-    """Log-probability of the target and entropy of the distribution, per token, in nats."""
+    """Log-probability of the target and entropy of the distribution, per token.
+
+    Attributes:
+        logprob: ``target``'s shape, fp32 (fp64 for fp64 logits), nats.
+        entropy: the same shape, dtype and unit.
+
+    Source:
+        docs/math.md §2.
+    """
 
     logprob: Tensor
     entropy: Tensor
 
 
 class TokenStats(NamedTuple):
-    """Per-token statistics; see :func:`token_stats`."""
+    """The statistics that :func:`token_stats` computes where none are named, per token.
+
+    Attributes:
+        logprob: ``target``'s shape, fp32 (fp64 for fp64 logits), nats; differentiable.
+        entropy: the same shape and dtype, nats; differentiable.
+        collision: the same shape and dtype: S₂ = Σ p², without unit; differentiable.
+        vocab_covariance: the same shape and dtype, nats: C = Cov_{a~π}(log π(a), 1[a=y] - π(a)); without gradient.
+
+    Source:
+        docs/math.md §2.
+    """
 
     logprob: Tensor
     entropy: Tensor
@@ -90,7 +108,11 @@ def logprob_entropy(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range.
         IndexError: a label out of range (CPU; on a GPU the token's outputs are NaN, and
             ENTROPY_KERNELS_DEBUG=1 makes it an error there too, at the price of a sync).
-        RuntimeError: double backward. NotImplementedError: forward-mode differentiation, torch.func's derivatives.
+        RuntimeError: double backward; a backend that cannot run here.
+        NotImplementedError: forward-mode differentiation, torch.func's derivatives.
+
+    Source:
+        docs/math.md §2.
     """
     given = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
     return LogprobEntropy(*_token_stats(logits, target, given, inplace_backward, LOGPROB | ENTROPY))
@@ -110,14 +132,16 @@ def token_stats(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> TokenStats | Any:
-    """:func:`logprob_entropy` and more statistics from the same read; other arguments, dtypes and errors as there.
+    """:func:`logprob_entropy` and more statistics from the same read.
 
     Args:
-        target: as there, or None where no statistic that is asked for needs one.
-        statistics: names of ``entropy_kernels.STATISTICS``, of which just these are computed; None: the four below.
+        target: (...) int32 or int64 token ids, or None where no statistic that is asked for needs one.
+        statistics: names of :data:`entropy_kernels.STATISTICS`, of which just these are computed; None: the four below.
+        others: as in :func:`logprob_entropy`.
 
     Returns:
-        ``TokenStats(logprob, entropy, collision, vocab_covariance)``, each of ``target``'s shape:
+        ``TokenStats(logprob, entropy, collision, vocab_covariance)``, each of ``target``'s shape, fp32 (fp64 for fp64
+        logits), the first two in nats:
         ``collision`` S₂ = Σ p² (Rényi-2 entropy is -log S₂), differentiable;
         ``vocab_covariance`` C = Cov_{a~π}(log π(a), 1[a=y] - π(a)), without gradient: the first-order entropy change of
         the policy-gradient step on this token is -(η g / T²)·C
@@ -127,7 +151,12 @@ def token_stats(
         before the temperature; both without gradient.
 
     Raises:
-        ValueError: of ``statistics``, a name that is unknown or there twice, or none; a target that is missing.
+        ValueError: of ``statistics``, a name that is unknown or there twice, or none.
+        TypeError: a target that is missing.
+        TypeError, ValueError, IndexError, RuntimeError, NotImplementedError: as in :func:`logprob_entropy`.
+
+    Source:
+        docs/math.md §2.
     """
     given = RowArguments(temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size, backend)
     record, want = asked_for(statistics)
@@ -147,10 +176,17 @@ def entropy(
 ) -> Tensor:
     """Entropy H = -Σ p log p of softmax(logits / temperature) in nats, differentiable, without labels.
 
-    Arguments, dtypes and errors as of :func:`logprob_entropy`.
+    Args:
+        others: as in :func:`logprob_entropy`.
 
     Returns:
-        (...) for logits (..., V), fp32 (fp64 for fp64 logits).
+        (...) for logits (..., V), fp32 (fp64 for fp64 logits), in nats.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: as in :func:`logprob_entropy`.
+
+    Source:
+        docs/math.md §2.
     """
     given = RowArguments(
         temperature, softcap, vocab_group=vocab_group, vocab_start=vocab_start, vocab_size=vocab_size, backend=backend

@@ -131,6 +131,9 @@ class TargetEntropy(Controller):
     Raises:
         TypeError, ValueError: a target that is negative, not finite or above log(vocab_size), points whose steps fall,
             another method, or an option that it does not have.
+
+    Source:
+        docs/control.md.
     """
 
     def __init__(
@@ -243,7 +246,7 @@ class TargetEntropy(Controller):
     def step(  # type: ignore[override]  # a plan needs the learning rate, and draws nothing
         self, batch: TokenBatch | SelectionBatch, *, lr: float | Tensor, updates: int = 1
     ) -> Any:
-        """The controls of a rollout's updates: a :class:`Control`; for a :class:`SelectionBatch` one per micro-batch.
+        """Plan a rollout's updates.
 
         Args:
             batch: *all* tokens of the rollout, with ``entropy`` and (but for "bonus") ``vocab_covariance``;
@@ -253,11 +256,11 @@ class TargetEntropy(Controller):
             updates: in how many of them each token takes part: the number of epochs.
 
         Returns:
-            Controls, whose metrics are those of :func:`entropy_kernels.control` and of
-            ``entropy_kernels.target_entropy.METRICS``.
+            A :class:`Control`; for a :class:`SelectionBatch` one per micro-batch. The metrics are those of
+            :func:`entropy_kernels.control` and of ``entropy_kernels.target_entropy.METRICS``.
 
         Raises:
-            TypeError, ValueError: as :func:`entropy_kernels.control`; a function of the step that gives no target.
+            TypeError, ValueError: as in :func:`entropy_kernels.control`; a function of the step that gives no target.
         """
         whole = self._whole(batch)
         lr, updates = _learning_rate(lr, whole.device), integer("updates", updates)
@@ -344,8 +347,9 @@ class TargetEntropy(Controller):
         make up for it: the loop is then as many times too weak or too strong.
 
         Args:
-            entropy: H after the updates, nats, at the tokens of the last step: a tensor for a TokenBatch, or one per
-                micro-batch, of their shapes and in their order. What stands in padding reaches nothing.
+            entropy: H after the updates, nats, at the tokens of the last step: a floating-point tensor for a
+                TokenBatch, or one per micro-batch, of their shapes and in their order. What stands in padding reaches
+                nothing.
 
         Raises:
             RuntimeError: there is no step that was not observed yet.
@@ -412,7 +416,14 @@ class TargetEntropy(Controller):
     # ---- state -------------------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken: after a step was observed, or before the next one."""
+        """Go on where :meth:`state_dict` was taken: after a step was observed, or before the next one.
+
+        Args:
+            state: what it returned.
+
+        Raises:
+            TypeError, ValueError: what is not the state of a TargetEntropy of this method.
+        """
         if isinstance(state, dict) and "calls" in state and integer("calls", state["calls"]) < 0:
             raise ValueError(f"calls: expected >= 0, got {state['calls']}")
         super().load_state_dict(state)

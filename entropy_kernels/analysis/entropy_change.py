@@ -19,7 +19,7 @@ def predicted_entropy_change(
     temperature: Tensor | float = 1.0,
     ratio: Tensor | float | None = None,
 ) -> Tensor:
-    """ΔH ≈ -(η·g/T²)·C of each row, to first order in the step size η (arXiv 2505.22617, Lemma 1).
+    """ΔH ≈ -(η·g/T²)·C of each row, to first order in the step size η.
 
     The step is that of the logits themselves, Δz = (η·g/T)·(e_y - p), with g = advantage × ratio: one gradient-descent
     step on -g·log p(y), as if the row's logits were free parameters. H is the entropy of softmax(z/T), and C the
@@ -31,8 +31,8 @@ def predicted_entropy_change(
     the weights (1 - tanh²)² that a step in the raw logits would need, and no raw-logit prediction is offered.
 
     Args:
-        vocab_covariance: any shape, floating point: C at the same temperature.
-        advantages: broadcastable to it: the A of each sampled token, as the loss uses it.
+        vocab_covariance: any shape, floating point: C at the same temperature, nats.
+        advantages: broadcastable to it, any real dtype: the A of each sampled token, as the loss uses it.
         step_size: η > 0, a number or broadcastable: the learning rate times *everything the loss multiplies a token's
             -g·log p by*, so 1/N for a token mean over N tokens. 0 and negative values are taken as they are.
         temperature: T > 0 of the softmax, a number or broadcastable.
@@ -47,6 +47,9 @@ def predicted_entropy_change(
         ValueError: an argument does not broadcast to the shape of ``vocab_covariance``; a temperature that is not
             positive (checked for numbers and CPU tensors; on an accelerator it gives inf or NaN without a sync).
         TypeError: ``vocab_covariance`` is not a floating-point tensor, or another argument no number or tensor.
+
+    Source:
+        arXiv 2505.22617, Lemma 1 and Theorem 1; docs/entropy-law.md.
     """
     if isinstance(vocab_covariance, Tensor):
         check_tensor("vocab_covariance", vocab_covariance)

@@ -31,8 +31,15 @@ MIN_ENTROPY = -0.2
 class LawError:
     """How far a law is from points that it was not fitted on, in the units of performance.
 
-    ``rmse`` and ``mae`` are over all ``n`` points; ``final_error`` is measured minus predicted at the last of them
-    (the paper's "final-step" error, signed). The ``_linear`` twins are those of the straight line in H.
+    Attributes:
+        n: number of points.
+        rmse, mae: root of the mean squared error, mean absolute error.
+        final_error: measured minus predicted at the last point (the paper's "final-step" error, signed).
+        final_measured, final_predicted: the two.
+        rmse_linear, final_error_linear: those of the straight line in H.
+
+    Source:
+        arXiv 2505.22617; docs/entropy-law.md.
     """
 
     n: int
@@ -51,6 +58,9 @@ class EntropyLaw:
 
     H is in nats, R in whatever unit the performance had (``a``, ``b``, ``ceiling`` and every error scale with it: a
     fraction gives fractions, per cent gives per cent).
+
+    Source:
+        arXiv 2505.22617, Eq. 6; docs/entropy-law.md.
     """
 
     a: float
@@ -99,24 +109,51 @@ class EntropyLaw:
     """With ``fit_fraction``: the error on the points after the first fraction; else None."""
 
     def predict(self, entropy: Any) -> Any:
-        """R = -a·e^H + b for H in nats: a float for a number, else the kind that came in.
+        """R = -a·e^H + b.
 
-        A tensor gives a tensor of its shape, dtype (float32 for integers) and device, a pandas Series a Series with
-        the same index, anything else a float64 array. Raises ValueError for an H above 100 nats.
+        Args:
+            entropy: H in nats: a number, sequence, array, tensor or Series, any shape.
+
+        Returns:
+            A float for a number; for a tensor one of its shape, dtype (float32 for integers) and device; for a pandas
+            Series one with the same index; for anything else a float64 array. In the unit of performance.
+
+        Raises:
+            ValueError: an H above 100 nats, or what is no numbers.
         """
         return _like(entropy, -self.a * np.exp(_entropy_array(entropy)) + self.b)
 
     def predict_linear(self, entropy: Any) -> Any:
-        """The straight line in H fitted to the same points; types as in :meth:`predict`."""
+        """The straight line in H fitted to the same points.
+
+        Args:
+            entropy: as in :meth:`predict`.
+
+        Returns:
+            As :meth:`predict`.
+
+        Raises:
+            ValueError: as in :meth:`predict`.
+        """
         return _like(entropy, self.slope_linear * _entropy_array(entropy) + self.intercept_linear)
 
     def interval(
         self, entropy: Any, *, confidence: float | None = None, kind: Literal["prediction", "mean"] = "prediction"
     ) -> tuple[Any, Any]:
-        """Lower and upper bound of R at H; types as in :meth:`predict`.
+        """Lower and upper bound of R at H.
 
-        ``kind="prediction"`` bounds one further measurement (it adds the residual variance), ``"mean"`` the law's own
-        value. ``confidence`` defaults to the level of the fit.
+        Args:
+            entropy: as in :meth:`predict`.
+            confidence: level in (0, 1); None: that of the fit.
+            kind: "prediction" bounds one further measurement (it adds the residual variance), "mean" the law's own
+                value.
+
+        Returns:
+            Two of the kind that :meth:`predict` returns.
+
+        Raises:
+            ValueError: as in :meth:`predict`; another kind, a level outside (0, 1).
+            ImportError: scipy is missing (extra ``analysis``).
         """
         if kind not in ("prediction", "mean"):
             raise ValueError(f"kind: expected 'prediction' or 'mean', got {kind!r}")
@@ -133,17 +170,48 @@ class EntropyLaw:
         return _like(entropy, centre - half), _like(entropy, centre + half)
 
     def slope(self, entropy: Any) -> Any:
-        """dR/dH = -a·e^H, performance per nat; types as in :meth:`predict`."""
+        """dR/dH = -a·e^H.
+
+        Args:
+            entropy: as in :meth:`predict`.
+
+        Returns:
+            As :meth:`predict`, in performance per nat.
+
+        Raises:
+            ValueError: as in :meth:`predict`.
+        """
         return _like(entropy, -self.a * np.exp(_entropy_array(entropy)))
 
     def fraction_of_ceiling(self, performance: Any) -> Any:
-        """performance / ceiling: the share of what the law allows that is already reached; types as in `predict`."""
+        """performance / ceiling: the share of what the law allows that is already reached.
+
+        Args:
+            performance: in the unit of the fit; a number, sequence, array, tensor or Series.
+
+        Returns:
+            A share, of the kind that :meth:`predict` returns.
+
+        Raises:
+            ValueError: a law whose ceiling is not positive; what is no numbers.
+        """
         if self.ceiling <= 0:
             raise ValueError(f"fraction_of_ceiling: expected a law with a positive ceiling, got {self.ceiling:.4g}")
         return _like(performance, _array(performance, "performance") / self.ceiling)
 
     def fraction_of_gain(self, performance: Any, start: float) -> Any:
-        """(performance - start) / (ceiling - start): the share of the way from ``start`` to the ceiling."""
+        """(performance - start) / (ceiling - start): the share of the way from ``start`` to the ceiling.
+
+        Args:
+            performance: as in :meth:`fraction_of_ceiling`.
+            start: performance before training, below the ceiling.
+
+        Returns:
+            A share, of the kind that :meth:`predict` returns.
+
+        Raises:
+            ValueError: a start that is not below the ceiling; what is no numbers.
+        """
         if not self.ceiling > start:
             raise ValueError(
                 f"start: expected a performance below the ceiling {self.ceiling:.4g}, got {float(start):.4g}"
@@ -151,7 +219,17 @@ class EntropyLaw:
         return _like(performance, (_array(performance, "performance") - start) / (self.ceiling - start))
 
     def error(self, entropy: Any, performance: Any) -> LawError:
-        """RMSE, mean absolute and final-point error on other points, in the order of training; NaN pairs dropped."""
+        """RMSE, mean absolute and final-point error on other points; pairs with NaN are left out.
+
+        Args:
+            entropy, performance: as in :func:`fit_entropy_law`.
+
+        Returns:
+            :class:`LawError`.
+
+        Raises:
+            ValueError: lengths differ; no pair is left; an infinite value; an entropy above 100 or below -0.2 nats.
+        """
         h, r, _ = _pairs(entropy, performance)
         if len(h) == 0:
             raise ValueError("entropy, performance: expected at least 1 pair without NaN, got 0")
@@ -184,7 +262,11 @@ def fit_entropy_law(
     confidence: float = 0.95,
     standard_errors: Literal["ols", "hac"] = "ols",
 ) -> EntropyLaw:
-    """Fit R = -a·e^H + b (arXiv 2505.22617, Eq. 6) by least squares on e^H.
+    """Fit R = -a·e^H + b by least squares on e^H.
+
+        >>> law = fit_entropy_law([0.0, 0.5, 1.0, 1.5], [0.50, 0.435, 0.328, 0.152])
+        >>> round(law.a, 3), round(law.ceiling, 3)
+        (0.1, 0.5)
 
     Args:
         entropy: policy entropy in nats, one value per measurement, in the order of training: a sequence, array,
@@ -205,9 +287,8 @@ def fit_entropy_law(
             -0.2 nats; the same entropy everywhere; a fraction or level outside (0, 1).
         ImportError: statsmodels or scipy is missing (extra ``analysis``).
 
-    >>> law = fit_entropy_law([0.0, 0.5, 1.0, 1.5], [0.50, 0.435, 0.328, 0.152])
-    >>> round(law.a, 3), round(law.ceiling, 3)
-    (0.1, 0.5)
+    Source:
+        arXiv 2505.22617, Eq. 6; docs/entropy-law.md.
     """
     if standard_errors not in ("ols", "hac"):
         raise ValueError(f"standard_errors: expected 'ols' or 'hac', got {standard_errors!r}")

@@ -225,6 +225,17 @@ def fused(op: str, backend: str, device: torch.device) -> Callable | None:
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """``{op: {backend: "available" or the reason why not}}`` for this process, and its current GPU if it has one."""
+    """Which backends can run which operators in this process, on its current GPU if it has one.
+
+    "cpu" and "cuda" are the C++ and CUDA kernels, "triton" Triton's, "torch" plain torch operations, on any device.
+    ``backend="auto"`` takes on a CPU "cpu", else "torch"; on a GPU the first of "cuda", "triton" and "torch" that is
+    verified there (``entropy-kernels doctor`` shows all of it). Raises nothing.
+
+    Returns:
+        ``{operator: {backend: "available" or the reason why not}}``.
+
+    Source:
+        docs/gpu.md.
+    """
     gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
     return {op: {name: unavailable(op, name, gpu) or "available" for name in BACKENDS} for op in OPS}

@@ -41,20 +41,26 @@ class CausalLMParts(NamedTuple):
     A factor of the model's logits is in ``scale`` and ``bias``; of a head that is called, in what it returns.
 
     ``weight``, ``bias`` and ``softcap`` are arguments of :func:`entropy_kernels.linear_logprob_entropy` as they stand.
+
+    Attributes:
+        backbone: called as the model is; gives the states before the head as its first output, (B, L, H).
+        weight: (V, H) in the model's dtype; a module that calls the head where it is more than a weight: quantised,
+            with an adapter, with hooks.
+        bias: (V,) in the model's dtype, or None.
+        scale: factor of the hidden states.
+        softcap: that of the logits, or None.
+        vocab_size: that of a head that does not tell; else None.
+
+    Source:
+        docs/linear.md.
     """
 
     backbone: torch.nn.Module
-    """Called as the model is; gives the states before the head as its first output, (B, L, H)."""
     weight: Tensor | Callable[..., Tensor]
-    """(V, H); a module that calls the head where it is more than a weight: quantised, with an adapter, with hooks."""
     bias: Tensor | None
-    """(V,)"""
     scale: float
-    """Factor of the hidden states."""
     softcap: float | None
-    """Of the logits."""
     vocab_size: int | None
-    """Of a head that does not tell; else None."""
 
 
 def next_tokens(
@@ -69,22 +75,26 @@ def next_tokens(
 
     Args:
         input_ids: (..., L) int token ids.
-        attention_mask: ``input_ids``'s shape, 1 = a token, 0 = padding on either side: a padded position has no label
-            and is none.
-        position_ids: ``input_ids``'s shape, or (1, L) for all rows; a position that does not follow the one before it
-            begins a sequence (several sequences packed in one row). Or with a first dimension of 3, the positions of
+        attention_mask: ``input_ids``'s shape, bool, int or float 0/1, 1 = a token, 0 = padding on either side: a padded
+            position has no label and is none.
+        position_ids: int, ``input_ids``'s shape, or (1, L) for all rows; a position that does not follow the one before
+            it begins a sequence (several sequences packed in one row). Or with a first dimension of 3, the positions of
             Qwen2-VL and its kin in time, height and width: a sequence begins where all are 0 and where the least of the
             three falls, so that those of images do not. Of 4: the first are those of the text, and tell alone.
         cu_seqlens: (S + 1,) int, from 0 to at most L, never falling: sequence s of a packed row, (L,) or (1, L), is
             [cu_seqlens[s], cu_seqlens[s + 1]); what lies behind the last one is padding.
+        ignore_index: the label of a position that has none.
 
     Returns:
-        ``input_ids``'s shape and dtype; nothing is read back from a GPU.
+        Token ids, ``input_ids``'s shape and dtype; nothing is read back from a GPU.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype or shape, or values that are no ``cu_seqlens`` (on the
             CPU; on a GPU they give wrong labels, and ENTROPY_KERNELS_DEBUG=1 makes it an error there too, at the price
             of a sync).
+
+    Source:
+        docs/linear.md.
     """
     _check_kinds(input_ids, attention_mask=attention_mask, position_ids=position_ids)
     target = torch.full_like(input_ids, ignore_index)
@@ -133,22 +143,28 @@ def causal_lm_logprob_entropy(
     Args:
         model: a transformers causal language model, or a PEFT, accelerate or torch.compile model around one; not one
             wrapped in DDP or FSDP1, nor one with hooks or a forward of yours, which this would go past.
-        input_ids: (B, L) int; packed sequences: (1, L) with ``cu_seqlens`` or ``position_ids``.
-        target: (B, L) labels of the positions; by default :func:`next_tokens`. Positions with ``ignore_index`` cost
-            nothing but their row in the product.
-        attention_mask, position_ids: also handed to the backbone. For packed sequences without an attention mask
-            transformers keeps them apart by ``position_ids``, which are made from ``cu_seqlens``.
-        cu_seqlens: see :func:`next_tokens`.
-        temperature, logits_dtype, memory_budget, backend: of :func:`entropy_kernels.linear_logprob_entropy`.
+        input_ids: (B, L) int32 or int64; packed sequences: (1, L) with ``cu_seqlens`` or ``position_ids``.
+        target: (B, L) int32 or int64 labels of the positions; by default :func:`next_tokens`. Positions with
+            ``ignore_index`` cost nothing but their row in the product.
+        attention_mask, position_ids: as in :func:`next_tokens`; also handed to the backbone. For packed sequences
+            without an attention mask transformers keeps them apart by ``position_ids``, which are made from
+            ``cu_seqlens``.
+        cu_seqlens: as in :func:`next_tokens`.
+        temperature, ignore_index, logits_dtype, memory_budget, backend: as in
+            :func:`entropy_kernels.linear_logprob_entropy`.
         model_options: handed to the backbone.
 
     Returns:
-        ``LogprobEntropy`` of (B, L): position t belongs to the token at t + 1; 0 where there is no label.
+        ``LogprobEntropy(logprob, entropy)``, each (B, L), fp32 (fp64 for fp64), in nats: position t belongs to the
+        token at t + 1; 0 where there is no label.
 
     Raises:
-        TypeError: as :func:`causal_lm_parts`; an option of the model that has no effect here.
+        TypeError: as in :func:`causal_lm_parts`; an option of the model that has no effect here.
         ValueError: arguments of the wrong shape; values that are no ``cu_seqlens``, as :func:`next_tokens`; positions
             or packed sequences, of a model that does not tell sequences apart by positions.
+
+    Source:
+        docs/linear.md.
     """
     layers = _check_model(model)
     inner, backbone, head = modules = _modules_of(layers[-1])
@@ -210,13 +226,19 @@ def causal_lm_parts(model: Any) -> CausalLMParts:
         )
 
     Args:
-        model: as there. Code of a model's own that makes logits in a way which no attribute tells is not noticed:
-            compare the two once (the trainer does).
+        model: as in :func:`causal_lm_logprob_entropy`. Code of a model's own that makes logits in a way which no
+            attribute tells is not noticed: compare the two once (the trainer does).
+
+    Returns:
+        :class:`CausalLMParts`.
 
     Raises:
         TypeError: a model without an output head, with layers between backbone and head, with an encoder, one that is
             known to change its logits in another way than by a factor and a softcap, one that is wrapped, one with
             hooks or a forward that take effect on the whole model only, or a PEFT model that adds tokens to the prompt.
+
+    Source:
+        docs/linear.md.
     """
     layers = _check_model(model)
     fsdp.settle(model.modules())

@@ -17,7 +17,6 @@ from entropy_kernels import _agreement as agreement
 from entropy_kernels._arguments import all_gather, traced
 from entropy_kernels._sequences import Sequences
 
-# L_b: sum of the losses of sequence b over its valid tokens, m_b: their number. The docs print this table.
 AGG_MODES: dict[str, str] = {
     "token-mean": "Σ_b L_b / Σ_b m_b",
     "token-sum": "Σ_b L_b",
@@ -25,6 +24,7 @@ AGG_MODES: dict[str, str] = {
     "seq-mean-token-mean": "mean of L_b / m_b over the sequences with m_b > 0",
     "seq-mean-token-sum-norm": "mean of L_b over the sequences with m_b > 0, / loss_scale_factor (default: L)",
 }
+"""``loss_agg_mode`` by name; L_b: sum of the losses of sequence b over its valid tokens, m_b: their number."""
 # The keyword that gives the count of tokens, or of sequences, of the whole batch
 COUNTS = ("batch_num_tokens", "global_batch_size")
 

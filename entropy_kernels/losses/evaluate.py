@@ -254,6 +254,7 @@ METRICS: dict[str, LossMetric] = {
         'stops is none), or which nonfinite="drop" dropped',
     ),
 }
+"""The metrics of a loss, over the tokens that count: name -> (definition, when it is there)."""
 
 
 def metric_names(options: LossOptions, entropy: bool, ref_logprob: bool) -> list[str]:
@@ -271,7 +272,14 @@ def metric_names(options: LossOptions, entropy: bool, ref_logprob: bool) -> list
 
 
 def metric_table() -> str:
-    """The metrics as a Markdown table, for docs/losses.md and anyone who logs them."""
+    """The metrics as a Markdown table, for docs/losses.md and anyone who logs them. Raises nothing.
+
+    Returns:
+        :data:`METRICS`, a line each.
+
+    Source:
+        docs/losses.md.
+    """
     rows = [f"| `{name}` | {metric.definition} | {metric.given} |" for name, metric in METRICS.items()]
     return "\n".join(["| metric | definition | present |", "|---|---|---|", *rows])
 

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from entropy_kernels.losses.surrogates import unless
 
-# name -> (other names in use, formula of D = lp - lp_other); the docs print this table
 KL_ESTIMATORS: dict[str, tuple[tuple[str, ...], str]] = {
     "k1": (("kl",), "D"),
     "abs": ((), "|D|"),
     "k2": (("mse",), "D²/2"),
     "k3": (("low_var_kl",), "exp(-D) + D - 1, with D clamped to ±20 and the result to ±10"),
 }
+"""Estimators of a KL divergence: name -> (other names in use, formula of D = log π - log π_other)."""
 _CANONICAL = {alias: name for name, (aliases, _) in KL_ESTIMATORS.items() for alias in (name, *aliases)}
 
 
@@ -28,10 +28,9 @@ def check_estimator(argument: str, name: str) -> str:
 def kl_estimate(log_ratio: Tensor, estimator: str = "k3") -> Tensor:
     """Per-token estimate of KL(π‖π_other) from D = log π - log π_other at tokens sampled from π.
 
-    k1 is unbiased with high variance; k3 is unbiased where its clamps do not act, non-negative, with low variance
-    (J. Schulman, "Approximating KL divergence", 2020). Of the *gradients* only k2's is that of the KL divergence in
-    expectation (for tokens sampled from the present policy), hence the suffix '+': the value of the estimator named,
-    the gradient of k2, which is D.
+    k1 is unbiased with high variance; k3 is unbiased where its clamps do not act, non-negative, with low variance. Of
+    the *gradients* only k2's is that of the KL divergence in expectation (for tokens sampled from the present policy),
+    hence the suffix '+': the value of the estimator named, the gradient of k2, which is D.
 
     Args:
         log_ratio: D in nats, floating point, any shape.
@@ -43,6 +42,9 @@ def kl_estimate(log_ratio: Tensor, estimator: str = "k3") -> Tensor:
 
     Raises:
         ValueError: an unknown estimator.
+
+    Source:
+        J. Schulman, "Approximating KL divergence", 2020; docs/losses.md.
     """
     name = check_estimator("estimator", estimator)
     value = _value(log_ratio, name.removesuffix("+"))

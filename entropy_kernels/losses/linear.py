@@ -20,11 +20,12 @@ from entropy_kernels.losses.options import CLIP_COV, KL_COV, LossOptions, contro
 from entropy_kernels.losses.surrogates import keep
 from entropy_kernels.losses.tokens import Tokens
 
-LOSSES: dict[str, Callable[..., PolicyLoss]] = {  # by `method`
+LOSSES: dict[str, Callable[..., PolicyLoss]] = {
     "ppo": functional.policy_loss,
     "clip_cov": functional.clip_cov_loss,
     "kl_cov": functional.kl_cov_loss,
 }
+"""The functions behind ``method=`` of :func:`entropy_kernels.linear_policy_loss`, by its name."""
 # The keywords of each, with their defaults
 _KEYWORDS: dict[str, dict[str, Any]] = {method: keywords(loss) for method, loss in LOSSES.items()}
 _HUGE = 8.0  # × the mean size of the advantages that are not 0
@@ -67,15 +68,15 @@ def linear_policy_loss(
     Args:
         hidden, weight, target, bias, temperature, softcap, ignore_index, vocab_group, vocab_start, vocab_size,
             logits_dtype: as in :func:`entropy_kernels.linear_logprob_entropy`. A weight that is a module or a function
-            is computed as above, with recomputation.
-        old_logprob, advantages, mask: as in :func:`entropy_kernels.policy_loss`, in ``target``'s shape (..., L).
-            ``target`` is not read where the mask is 0; None: the tokens that have a label count.
+            is computed as above, with recomputation. ``target`` is not read where the mask is 0.
+        old_logprob, advantages, mask: as in :func:`entropy_kernels.policy_loss`, in ``target``'s shape (..., L). A mask
+            of None: the tokens that have a label count.
         method: "ppo", "clip_cov" or "kl_cov".
         memory_budget: bytes for the logits of a part of the tokens and what goes with them, by default as in
             :func:`entropy_kernels.linear_logprob_entropy`; with a ``vocab_group`` the least of its ranks counts.
             ``linear_plan(..., policy_loss=True)`` says what it comes to; the head's gradient, summed in fp32 where
             there are several parts, is beside it.
-        grad_buffer: fp32 (fp64 for fp64) of ``weight``'s shape, to which the head's gradient is added in this call,
+        grad_buffer: (V, H) as ``weight``, fp32 (fp64 for fp64), to which the head's gradient is added in this call,
             unrounded, instead of going to ``weight.grad``: for sums over micro-batches. It is the gradient of this
             loss: differentiate the loss as it is, and scale it by ``batch_num_tokens`` and the like. Every call with
             gradients adds to it, also the second one that a checkpoint with ``use_reentrant=False`` may make.
@@ -87,11 +88,15 @@ def linear_policy_loss(
             the result then does not depend on how the batch is split.
 
     Returns:
-        :class:`entropy_kernels.PolicyLoss`, as the losses; the metric ``entropy`` is always there. One backward pass.
+        :class:`entropy_kernels.PolicyLoss`: 0-d, fp32 (fp64 for fp64), in the unit of the advantages; the metric
+        ``entropy`` is always there. One backward pass.
 
     Raises:
         TypeError, ValueError, IndexError, NotImplementedError: as the functions above, before anything is computed.
         RuntimeError: a second backward pass, double backward, or a factor on the loss beside a ``grad_buffer``.
+
+    Source:
+        docs/linear.md; arXiv 2505.22617, Eq. 12 and 13.
     """
     given = _keywords(method, options)
     tensors = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "temperature": temperature}

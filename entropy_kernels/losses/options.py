@@ -45,29 +45,51 @@ Clip = float | Tensor | None | Literal["preset"]
 
 @dataclass(frozen=True)
 class ClipCovPreset:
-    """What Clip-Cov selects and what happens to a selected token."""
+    """What Clip-Cov selects and what happens to a selected token.
 
-    clip_low: float | None  # PPO clip of the ratio, 1 - clip_low .. 1 + clip_high; None: no clip
+    Attributes:
+        clip_low, clip_high: PPO clip of the ratio, 1 - clip_low .. 1 + clip_high; None: no clip.
+        ratio: share of the valid tokens that is selected.
+        low, high: range of the covariance.
+        band: whether its bounds are covariances, "absolute", or shares of the candidates, "quantile".
+        closed: whether the bounds belong to the range.
+        at_least_one: select one token even where ratio · N < 1.
+        exclude_clipped: tokens that the PPO clip stops are no candidates.
+        dropped_value: a dropped token's share of the loss value; its gradient is always removed.
+
+    Source:
+        arXiv 2505.22617, Eq. 12; docs/losses.md.
+    """
+
+    clip_low: float | None
     clip_high: float | None
-    ratio: float  # share of the valid tokens that is selected
-    low: float  # range of the covariance
+    ratio: float
+    low: float
     high: float
     band: Literal["absolute", "quantile"]
-    closed: bool  # whether the bounds belong to the range
-    at_least_one: bool  # select one token even where ratio · N < 1
-    exclude_clipped: bool  # tokens that the PPO clip stops are no candidates
-    dropped_value: Literal["zero", "keep"]  # a dropped token's share of the loss value; its gradient is always removed
+    closed: bool
+    at_least_one: bool
+    exclude_clipped: bool
+    dropped_value: Literal["zero", "keep"]
 
 
 @dataclass(frozen=True)
 class KlCovPreset:
-    """What KL-Cov selects and how a selected token is penalised."""
+    """What KL-Cov selects and how a selected token is penalised.
+
+    Attributes:
+        clip_low, clip_high, ratio, at_least_one: as in :class:`ClipCovPreset`.
+        penalty: estimator of :func:`kl_estimate`.
+
+    Source:
+        arXiv 2505.22617, Eq. 13; docs/losses.md.
+    """
 
     clip_low: float | None
     clip_high: float | None
     ratio: float
     at_least_one: bool
-    penalty: str  # estimator of kl_estimate
+    penalty: str
 
 
 def _preset(kind: Any, given: dict[str, Any], **more: Any) -> Any:
@@ -80,9 +102,11 @@ CLIP_COV: dict[str, ClipCovPreset] = {
     name: _preset(ClipCovPreset, given, dropped_value="keep" if given["effect"] == "detached" else "zero")
     for name, given in METHODS["clip_cov"].presets.items()
 }
+"""The presets of :func:`entropy_kernels.clip_cov_loss`: "paper" is arXiv 2505.22617, Eq. 12, "verl" that trainer's."""
 KL_COV: dict[str, KlCovPreset] = {
     name: _preset(KlCovPreset, given, penalty="abs") for name, given in METHODS["kl_cov"].presets.items()
 }
+"""The presets of :func:`entropy_kernels.kl_cov_loss`: "paper" is arXiv 2505.22617, Eq. 13, "verl" that trainer's."""
 
 # name -> (bound, whether the number may equal it, whether None is allowed, whether a gradient may go to a tensor)
 _NUMBERS: dict[str, tuple[float, bool, bool, bool]] = {

@@ -49,7 +49,15 @@ class Surrogate:
             adds to its sequence's sum, where that is not its log-ratio, and its derivative.
         reduce: "mean" or "sum", over the tokens of a sequence.
         divisors: options of ``defaults`` that fn divides by, and which therefore have to be > 0.
-        clips, formula, source, users: for the documentation; ``clips``: which of the losses' clips fn reads.
+        clips: for the documentation: which of the losses' clips fn reads.
+        formula, source, users: for the documentation: the loss of a token, the paper it is from, who has it.
+
+    Raises:
+        TypeError, ValueError: a fn that is no function, another level or reduce, defaults that are no dict; what only
+            a level "sequence" can have.
+
+    Source:
+        docs/losses.md.
     """
 
     fn: Callable[[Tensor, Tensor, Tensor, SurrogateOptions], Result]
@@ -155,7 +163,19 @@ def clamp(x: Tensor, low: Any, high: Any) -> Tensor:
 
 
 def clip_ratio(ratio: Tensor, options: SurrogateOptions) -> Tensor:
-    """The ratio between 1 - clip_low and 1 + clip_high, each a number, a 0-d tensor or None: no clip on that side."""
+    """The ratio between 1 - clip_low and 1 + clip_high, for a surrogate of your own. Raises nothing.
+
+    Args:
+        ratio: any shape, fp32 or fp64.
+        options: as a surrogate gets them: ``clip_low`` and ``clip_high``, each a number, a 0-d tensor or None (no clip
+            on that side).
+
+    Returns:
+        ``ratio``'s shape and dtype; without unit.
+
+    Source:
+        arXiv 1707.06347, Eq. 7.
+    """
     low, high = options["clip_low"], options["clip_high"]
     return clamp(ratio, None if low is None else 1 - low, None if high is None else 1 + high)
 
@@ -348,7 +368,14 @@ _ALIASES = {"vanilla": "ppo", "geo_mean": "gmpo"}
 
 
 def surrogates() -> dict[str, Surrogate]:
-    """The surrogates by the names that the losses' ``surrogate=`` takes; copies of your own to change."""
+    """The surrogates by the names that the losses' ``surrogate=`` takes. Raises nothing.
+
+    Returns:
+        name -> :class:`Surrogate`, copies of your own to change.
+
+    Source:
+        docs/losses.md.
+    """
     return {name: replace(surrogate, defaults=dict(surrogate.defaults)) for name, surrogate in _SURROGATES.items()}
 
 
@@ -372,7 +399,14 @@ def find(surrogate: Any) -> Surrogate:
 
 
 def surrogate_table() -> str:
-    """The surrogates as a Markdown table, for docs/losses.md."""
+    """The surrogates as a Markdown table, for docs/losses.md. Raises nothing.
+
+    Returns:
+        name, loss per token, level, clips, options, paper and users, a line each.
+
+    Source:
+        docs/losses.md.
+    """
     rows = []
     for name, s in _SURROGATES.items():
         level, clips = s.level + ", local" * s.local, ", ".join(f"`{clip}`" for clip in s.clips)

@@ -40,6 +40,9 @@ class LinearPlan:
         kept_bytes: what stays allocated from the forward pass to the backward pass, beside inputs and results; of mode
             "in_forward" the gradients, as they wait there.
         peak_bytes: most memory in use at once in either pass, beside inputs, results and gradients.
+
+    Source:
+        docs/linear.md.
     """
 
     mode: str

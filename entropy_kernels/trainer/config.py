@@ -58,7 +58,7 @@ _JSON_KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass
 class TrainerConfig:
-    """PPO on a causal language model with verifiable rewards, under any method of control."""
+    """PPO on a causal language model with verifiable rewards, under any method of control (docs/trainer.md)."""
 
     # --- the run -----------------------------------------------------------------------------------------------------
     out: Path = Path("runs/single")
@@ -243,7 +243,11 @@ class TrainerConfig:
                 setattr(self, name, str(value))
 
     def validate(self) -> None:
-        """Raise ValueError, naming the field, what was expected and what came, if a value cannot work."""
+        """Refuse values that cannot work.
+
+        Raises:
+            ValueError: a value that cannot work: the field, what was expected and what came.
+        """
         for names, expected, holds in _RULES:
             for name in names.split():
                 _expect(holds(getattr(self, name)), name, expected, getattr(self, name))
@@ -293,12 +297,32 @@ class TrainerConfig:
         return decides and self.selection_logprob == "new" and self.micro_batches == 1
 
     def target_at(self, step: int) -> float:
-        """The target entropy of a step, nats; NaN without one."""
+        """The target entropy of a step.
+
+        Args:
+            step: number of the step, from 0.
+
+        Returns:
+            Nats; NaN without a target.
+
+        Raises:
+            ValueError: a ``target_entropy`` that is none, which :meth:`validate` refuses.
+        """
         target = self.target_entropy
         return math.nan if target is None else Schedule.parse("target_entropy", target)(step)
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step."""
+        """The learning rate of a step.
+
+        Args:
+            step: number of the step, from 0.
+
+        Returns:
+            ``lr`` times the factor of ``lr_schedule``.
+
+        Raises:
+            ValueError: an ``lr_schedule`` that is none, which :meth:`validate` refuses.
+        """
         return self.lr * (1.0 if self.lr_schedule is None else Schedule.parse("lr_schedule", self.lr_schedule)(step))
 
     @property
@@ -307,14 +331,27 @@ class TrainerConfig:
         return float(options_of(self).get("ratio") or 0.0)
 
     def under(self, method: str) -> TrainerConfig:
-        """With another method, and no target; the options are kept if they are that one's, or of the one that it is a
-        control of."""
+        """With another method, and no target.
+
+        Args:
+            method: its name.
+
+        Returns:
+            A copy. The options are kept if they are that method's, or of the one that it is a control of.
+
+        Raises:
+            KeyError: no such method.
+        """
         kept = self.method in (method, METHODS[method].control_of)
         options = self.method_options if kept and self.target_entropy is None else {}
         return dataclasses.replace(self, method=method, method_options=options, target_entropy=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary of JSON values."""
+        """For a JSON file. Raises nothing.
+
+        Returns:
+            Field -> a value that JSON has.
+        """
         kinds = {Path: str, tuple: list}
         return {
             name: next((made(value) for kind, made in kinds.items() if isinstance(value, kind)), value)
@@ -323,7 +360,17 @@ class TrainerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainerConfig:
-        """The inverse of :meth:`to_dict`; unknown names are a ValueError."""
+        """The inverse of :meth:`to_dict`.
+
+        Args:
+            values: field -> value; fields left out have their defaults.
+
+        Returns:
+            The configuration, not validated yet.
+
+        Raises:
+            ValueError: unknown names, values of another type.
+        """
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"config: expected fields of TrainerConfig, got unknown {', '.join(unknown)}")
@@ -342,8 +389,18 @@ class TrainerConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> TrainerConfig:
-        """The configuration in a file: fields left out have their defaults, and what a run adds to its config.json is
-        left out. FileNotFoundError or ValueError name what is wrong with the file."""
+        """The configuration in a file.
+
+        Args:
+            path: a JSON object of fields; fields left out have their defaults, and what a run adds to its config.json
+                is left out.
+
+        Returns:
+            The configuration, not validated yet.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or what is wrong with it.
+        """
         if not path.is_file():
             raise FileNotFoundError(f"config: expected a file, got {path}, which does not exist")
         try:
@@ -355,7 +412,11 @@ class TrainerConfig:
         return cls.from_dict({name: value for name, value in values.items() if name not in NOT_FIELDS})
 
     def warm_start_key(self) -> dict[str, Any]:
-        """The values that decide the warm-started model."""
+        """The values that decide the warm-started model. Raises nothing.
+
+        Returns:
+            Field -> value.
+        """
         values = self.to_dict()
         return {name: values[name] for name in WARM_START_FIELDS}
 

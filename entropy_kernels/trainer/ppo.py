@@ -71,28 +71,26 @@ Decision = ek.Control | Callable[[Stats], ek.Control] | None
 
 
 def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequence[Probe] | None = None) -> Path:
-    """Run one training; returns the run's directory.
+    """Run one training.
 
-    Parameters
-    ----------
-    config : TrainerConfig
-    report : callable, optional
-        ``report(phase, done, total, row)`` after each piece of work; phase is ``"supervised start"`` or ``"train"``,
-        where `row` is the log's, of the policy after `done` steps.
-    probes : sequence of Probe, optional
-        What is measured; None for what the configuration asks for.
+    Args:
+        config: all settings; ``config.out`` is the run's directory.
+        report: ``report(phase, done, total, row)``, called after each piece of work; phase is "supervised start" or
+            "train", where ``row`` is the log's, of the policy after ``done`` steps.
+        probes: what is measured; None: what the configuration asks for.
 
-    Raises
-    ------
-    ValueError
-        A setting cannot work, or a checkpoint was made under another configuration.
-    FileNotFoundError
-        ``resume`` without a checkpoint.
-    FileExistsError
-        The directory holds another run, and neither ``resume`` nor ``overwrite`` is set; or files of the names of ours
-        that we did not write.
-    BlockingIOError
-        Another process trains in the directory.
+    Returns:
+        The run's directory.
+
+    Raises:
+        ValueError: a setting cannot work, or a checkpoint was made under another configuration.
+        FileNotFoundError: ``resume`` without a checkpoint.
+        FileExistsError: the directory holds another run, and neither ``resume`` nor ``overwrite`` is set; or files of
+            the names of ours that we did not write.
+        BlockingIOError: another process trains in the directory.
+
+    Source:
+        docs/trainer.md.
     """
     config.validate()
     task = make_task(config.task, max_new_tokens=config.max_new_tokens)
