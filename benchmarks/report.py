@@ -1,11 +1,12 @@
-"""What is read of a run: ``bench.md`` and plots beside its ``bench.json``, and the README's tables, from it alone.
+"""What is read of a run: ``bench.md`` and plots beside its ``bench.json``, and tables of the docs, from it alone.
 
     python -m benchmarks.report FOLDER ...          # tables and plots again, also of a file from another machine
-    python -m benchmarks.report --readme [--check]  # the README's tables, so that no figure in it is typed
+    python -m benchmarks.report --readme [--check]  # the tables of README.md and docs/, so that no figure is typed
 
-A run calls :func:`write` in the end; where matplotlib is missing it leaves the plots out. A table of the README stands
-between ``<!-- bench: FOLDER -->`` and ``<!-- /bench -->``, with FOLDER below benchmarks/results; that of the functions
-on hidden states behind ``<!-- bench: FOLDER hidden -->``. ``--check`` changes nothing and fails if one is out of date.
+A run calls :func:`write` in the end; where matplotlib is missing it leaves the plots out. In README.md and docs/*.md a
+table stands between ``<!-- bench: FOLDER -->`` and ``<!-- /bench -->``, with FOLDER below benchmarks/results; that of
+the functions on hidden states behind ``<!-- bench: FOLDER hidden -->``, and a short one of several machines behind
+``<!-- bench: FOLDER, FOLDER -->``. ``--check`` changes nothing and fails if one is out of date.
 """
 
 from __future__ import annotations
@@ -294,10 +295,10 @@ def _is_picture(path: Path) -> bool:
     return head.startswith(_PNG) and (b"tEXtSoftware\0" + plots.MADE_BY.encode() in head or before)
 
 
-# --- the README -------------------------------------------------------------------------------------------------------
+# --- tables of README.md and docs/ ------------------------------------------------------------------------------------
 
 _BLOCK = re.compile(
-    r"(<!-- bench: (?P<folder>[\w.-]+)(?P<hidden> hidden)? -->\n).*?(?P<end><!-- /bench -->)", re.DOTALL
+    r"(<!-- bench: (?P<folders>[\w.-]+(?:, [\w.-]+)*)(?P<hidden> hidden)? -->\n).*?(?P<end><!-- /bench -->)", re.DOTALL
 )
 TELLING = 1e-3  # nats from which an error is said beside a time
 _CPU, _GPU, _BATCH = str(STATED.logits[0]), str(HEADLINE), str(STATED.batches[0])
@@ -328,6 +329,16 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
         "verl": ("verl", "verl-fused-ce"),
         "TRL": ("trl",),
         "Liger CE, no entropy": ("liger-ce", "liger-ce-mean"),
+    },
+}
+# side by side: lines by the ops' names, and columns as above; of rows that compute less than ours the heading says so
+SHORT = {ONE: "log-prob + entropy", STATS: "all four statistics", BOTH: "forward + backward of two"}
+SHORT_COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {"torch.compile": ("compile",), "torch eager": ("eager",)},
+    "cuda": {
+        "torch.compile": ("compile",),
+        "TRL": ("trl",),
+        "Liger, no entropy": ("liger-logprob", "liger-grpo", "liger-ce", "liger-ce-mean"),
     },
 }
 HIDDEN = {"cpu": str(STATED.hidden[0]), "cuda": str(HEADLINE_HIDDEN)}
@@ -365,6 +376,27 @@ def logits_table(found: Sequence[Record]) -> str:
     shown = [fastest(r for r in first if r.role == "ours"), *(_of(first, peers) for peers in columns.values())]
     rows.append(["extra memory of the forward", *map(_memory, shown)])
     return table(rows, ["", "ours", *columns])
+
+
+def short_table(machines: Sequence[Sequence[Record]]) -> str:
+    """Ours beside the peers on several machines: of each the dtype and the size of its first line in LINES."""
+    head, cells = [""], {op: [label] for op, label in SHORT.items()}
+    memory = ["extra memory of the forward"]
+    for found in machines:
+        timed = [record for record in found if record.summary and record.cache != "host"]
+        device = timed[0].device
+        _, _, *place = LINES[device][0]
+        columns = SHORT_COLUMNS[device]
+        head += [f"{'CPU' if device == 'cpu' else 'GPU'}: **ours**", *columns]
+        for op, row in cells.items():
+            here = [r for r in timed if (r.op, r.shape, r.dtype) == (op, *place)]
+            mine = fastest(r for r in here if r.role == "ours" and not r.implementation.endswith("-inplace"))
+            rivals = [_of(here, peers) for peers in columns.values()]
+            row += ["" if mine is None else f"**{seconds(mine.summary['median'])}**"]
+            row += ["" if rival is None else seconds(rival.summary["median"]) for rival in rivals]
+            if op == ONE:
+                memory += [_memory(record) for record in (mine, *rivals)]
+    return table([*cells.values(), memory], head)
 
 
 def hidden_table(found: Sequence[Record]) -> str:
@@ -414,35 +446,47 @@ def filled(text: str, folder: Path) -> str:
         ValueError: a folder without a result.
     """
 
-    def block(match: re.Match[str]) -> str:
-        path = folder / match["folder"] / "bench.json"
+    def records(name: str) -> list[Record]:
+        path = folder / name / "bench.json"
         if not path.is_file():
-            raise ValueError(f"README.md: <!-- bench: {match['folder']} --> names no result, {path} is not there")
-        found = [record for group in results.read(path)[1] for record in group.records]
-        made = hidden_table(found) if match["hidden"] else logits_table(found)
+            raise ValueError(f"<!-- bench: {name} --> names no result, {path} is not there")
+        return [record for group in results.read(path)[1] for record in group.records]
+
+    def block(match: re.Match[str]) -> str:
+        found = [records(name) for name in match["folders"].split(", ")]
+        if len(found) > 1:
+            made = short_table(found)
+        else:
+            made = hidden_table(found[0]) if match["hidden"] else logits_table(found[0])
         return f"{match[1]}\n{made}\n\n{match['end']}"
 
     return _BLOCK.sub(block, text)
 
 
-def _readme(check: bool) -> int:
-    readme = results.ROOT / "README.md"
-    before = readme.read_text()
-    after = filled(before, results.RESULTS)
-    if check and after != before:
-        print("README.md: a table is not what its results give: python -m benchmarks.report --readme", file=sys.stderr)
-        return 1
-    if after != before:
-        readme.write_text(after)
-        print(f"{readme}: tables written")
-    return 0
+def _documents(check: bool) -> int:
+    stale = []
+    for path in (results.ROOT / "README.md", *sorted((results.ROOT / "docs").glob("*.md"))):
+        before = path.read_text()
+        try:
+            after = filled(before, results.RESULTS)
+        except ValueError as error:
+            raise ValueError(f"{path.relative_to(results.ROOT)}: {error}") from None
+        if after != before:
+            stale.append(path.relative_to(results.ROOT))
+            if not check:
+                path.write_text(after)
+                print(f"{path}: tables written")
+    if check and stale:
+        names = ", ".join(map(str, stale))
+        print(f"{names}: a table is not what its results give: python -m benchmarks.report --readme", file=sys.stderr)
+    return int(check and bool(stale))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the reports of the folders given, or the README's tables."""
+    """Make the reports of the folders given, or the tables of the docs."""
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folders", type=Path, nargs="*", metavar="FOLDER", help="with a bench.json in it")
-    parser.add_argument("--readme", action="store_true", help="write the tables of README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables of README.md and docs/")
     parser.add_argument("--check", action="store_true", help="with --readme: change nothing; fail if it is out of date")
     given = parser.parse_args(argv)
     if given.readme == bool(given.folders) or (given.check and not given.readme):
@@ -456,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in given.folders:
         write(folder)
         print(folder / "bench.md")
-    return _readme(given.check) if given.readme else 0
+    return _documents(given.check) if given.readme else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run from outside: deadlines, stops and new beginnings keep what there is; documents, README tables, peers."""
+"""A run from outside: deadlines, stops, new beginnings keep what there is; documents, tables of the docs, peers."""
 
 from __future__ import annotations
 
@@ -259,10 +259,10 @@ def test_only_pictures_of_the_benchmark_are_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "error.png").exists()
 
 
-# --- README -----------------------------------------------------------------------------------------------------------
+# --- README, docs -----------------------------------------------------------------------------------------------------
 
 
-def test_the_readme_holds_what_the_results_give() -> None:
+def test_readme_and_docs_hold_what_the_results_give() -> None:
     assert report.main(["--readme", "--check"]) == 0
 
 
@@ -288,6 +288,9 @@ def test_readme_tables_come_from_results(tmp_path: Path) -> None:
     assert "old" not in text and "**500 µs**" in text and "50.0 ms (100×), entropy off by 0.12 nats" in text
     assert "2.25 ms (1.5×)" in text and "**1.40 ms**" in text and "4000 MB" in text and "0.07 MB" in text
     assert report.filled(text, tmp_path) == text
+    short = report.filled("<!-- bench: h200, h200 -->\n<!-- /bench -->\n", tmp_path)
+    assert short.count("GPU: **ours**") == 2 and "log-prob + entropy" in short and short.count("3.00 ms") == 0
+    assert short.count("2.25 ms") == 2 and report.filled(short, tmp_path) == short, "the fastest of Liger's"
     with pytest.raises(ValueError, match="names no result"):
         report.filled("<!-- bench: nowhere -->\n<!-- /bench -->", tmp_path)
 
