@@ -83,10 +83,10 @@ def test_versions_of_torch_are_compared() -> None:
     assert backend._numbers("2.10rc1") == backend._numbers("2.10.0+cpu") == (2, 10) > backend._numbers("2.9.1")
 
 
-def test_the_readme_gives_the_commands_of_the_error() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_docs_give_the_commands_of_the_error() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
     commands = [line.strip() for line in backend.NO_TORCH.splitlines() if line.startswith("    ")]
-    assert len(commands) == 3 and all(line in readme for line in commands)
+    assert len(commands) == 3 and all(line in page for line in commands)
 
 
 # What pip puts in front of the environment's packages, and takes them away with (pip/_internal/build_env.py).

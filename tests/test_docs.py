@@ -1,0 +1,175 @@
+"""README and docs: every block of the README works when pasted, links lead somewhere, lines can be read."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import entropy_kernels as ek
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+WIDTH = 120
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+# --- what is pasted ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/layers.md"])
+def test_python_works_when_pasted(name: str, tmp_path: Path) -> None:
+    """From top to bottom in a session of its own, in an empty folder."""
+    code = "\n".join(blocks((ROOT / name).read_text(), "python"))
+    assert "import entropy_kernels as ek" in code
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def sides(diff: str) -> tuple[str, str]:
+    """What stands before and after the change."""
+    lines = diff.splitlines()
+    return tuple("\n".join(line[1:] for line in lines if not line.startswith(sign)) for sign in "+-")  # type: ignore[return-value]
+
+
+def test_before_and_after_of_the_readme_give_the_same() -> None:
+    transformers = pytest.importorskip("transformers")
+    loop, model = blocks((ROOT / "README.md").read_text(), "diff")
+    torch.manual_seed(0)
+    logits, actions = torch.randn(4, 6, 50), torch.randint(50, (4, 6))
+    names: dict[str, Any] = {"ek": ek, "torch": torch, "actions": actions, "advantages": torch.randn(4, 1)}
+    names |= {"mask": torch.rand(4, 6) > 0.3, "old_logprob": -4 - torch.rand(4, 6)}
+    found = []
+    for side in sides(loop):
+        here = {**names, "logits": logits.clone().requires_grad_()}
+        exec(side, here)
+        found.append([here[name] for name in ("logprob", "entropy", "loss")] + [here["logits"].grad])
+    torch.testing.assert_close(*found)
+
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    names = {"ek": ek, "model": transformers.LlamaForCausalLM(config).eval(), "input_ids": torch.randint(50, (3, 9))}
+    names["attention_mask"] = torch.ones_like(names["input_ids"])
+    found = []
+    for side in sides(model):
+        here = dict(names)
+        exec(side, here)
+        found.append([here["logprob"], here["entropy"]])
+    torch.testing.assert_close(*found)
+
+
+def test_commands_of_readme_and_layers(tmp_path: Path) -> None:
+    """Each shell line is known; what needs neither an hour nor an index is run, of make the targets are."""
+    lines = [
+        line.partition("    #")[0].strip()
+        for name in ("README.md", "docs/layers.md")
+        for block in blocks((ROOT / name).read_text(), "bash")
+        for line in block.splitlines()
+    ]
+    assert {"make train", "make test", "pip install ."} <= set(lines), "what a fresh machine needs"
+    for line in lines:
+        program, *rest = line.split()
+        if program == "make":
+            command = ["make", "--dry-run", *rest]
+        elif program == "entropy-kernels":
+            command = [sys.executable, "-m", "entropy_kernels.cli", *rest]
+        else:
+            assert line == "pip install .", f"{line}: a test has to run it, as one of tests/test_build.py does this one"
+            continue
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)}
+        )
+        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+
+
+def test_python_of_the_pages_is_python() -> None:
+    for path in PAGES:
+        for block in blocks(path.read_text(), "python"):
+            if not block.startswith(">>>"):
+                compile(block, named(path), "exec")
+
+
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def anchors(path: Path) -> set[str]:
+    """Those that GitHub gives the headings of a page."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", without_code(path.read_text()), re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        found.add(next(name for i in range(99) if (name := f"{slug}-{i}" if i else slug) not in found))
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_links_lead_somewhere(path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    text = re.sub(r"`[^`\n]*`", "", without_code(path.read_text()))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (path.parent / name).resolve() if name else path
+        assert there.exists(), f"{named(path)}: {target}"
+        assert not any(tracked) or there.is_dir() or named(there) in tracked, f"{target} is not in the repository"
+        if anchor:
+            assert there.suffix == ".md" and anchor in anchors(there), f"{named(path)}: {target} is no heading"
+
+
+def test_pages_that_the_code_names_are_there() -> None:
+    for path in (*(ROOT / "entropy_kernels").rglob("*.py"), *(ROOT / "csrc").rglob("*.*")):
+        for name, anchor in re.findall(r"\b(docs/[\w-]+\.md)(?:#([\w-]+))?", path.read_text()):
+            assert (ROOT / name).exists() and (not anchor or anchor in anchors(ROOT / name)), f"{named(path)}: {name}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [named(path) for path in PAGES[3:] if f"]({named(path)})" not in text] == []
+    for path in (ROOT / "examples").iterdir():
+        assert path.suffix not in (".py", ".ipynb") or f"](examples/{path.name})" in text, path.name
+
+
+# --- form -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES, ids=named)
+def test_lines_can_be_read_in_an_editor(path: Path) -> None:
+    """Tables, pictures and code are as wide as they are."""
+    prose = without_code(path.read_text()).splitlines()
+    assert [line for line in prose if len(line) > WIDTH and not line.startswith(("|", "![", "    "))] == []
+
+
+@pytest.mark.parametrize("path", PAGES[1:], ids=named)
+def test_a_page_says_for_whom_it_is(path: Path) -> None:
+    title, opening = re.sub(r"<!--.*?-->", "", path.read_text(), flags=re.DOTALL).strip().split("\n\n")[:2]
+    assert title.startswith("# ") and re.search(r"\bfor\b", opening, re.IGNORECASE), f"{named(path)}: {opening}"
+
+
+def test_the_front_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
