@@ -48,6 +48,9 @@ class SeedCounter(torch.nn.Module):
     Args:
         seed: int of at most 62 bits.
 
+    Attributes:
+        calls: 0-d int64, a buffer: how many seeds were given out.
+
     Raises:
         TypeError, ValueError: another seed.
 
@@ -76,11 +79,7 @@ class SeedCounter(torch.nn.Module):
         return seed
 
     def extra_repr(self) -> str:
-        """For ``repr``. Raises nothing.
-
-        Returns:
-            The first seed.
-        """
+        """The first seed."""
         return f"seed={self.seed}"
 
 

@@ -37,7 +37,9 @@ FIELDS = (
 class TokenBatch:
     """A batch of tokens, or one of its micro-batches, with what is known of each token: what control is decided from.
 
-    All is constant: tensors are detached, kept by reference, and left unchanged until the control is there.
+    All is constant: tensors are detached, kept by reference, and left unchanged until the control is there. They are
+    attributes of the arguments' names (but ``cu_seqlens``): masks as bool, what is one per sequence in ``logprob``'s
+    shape.
 
     Args:
         logprob: (..., L), often (B, L): log-probs of the sampled tokens in nats under the policy that is trained (or

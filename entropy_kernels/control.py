@@ -32,7 +32,7 @@ class Control(NamedTuple):
         penalty_coef: of the penalty, a number or a 0-d tensor.
         advantages: in the place of the loss's; fp32 or fp64, the tokens' shape.
         entropy_coef: in the place of the loss's; 0-d, fp64.
-        metrics: 0-d fp64 tensors on the device, of the whole batch: ``entropy_kernels.control.METRICS``.
+        metrics: 0-d fp64 tensors on the device, of the whole batch; docs/control.md has their definitions.
 
     Source:
         docs/control.md.
@@ -99,7 +99,7 @@ def control(
             ``clip_low``, ``clip_high`` and ``dual_clip``, PPO's clip as the loss has it.
 
     Returns:
-        :class:`Control`; its metrics: ``entropy_kernels.control.METRICS``.
+        :class:`Control`; docs/control.md has the definitions of its metrics.
 
     Raises:
         TypeError, ValueError: an unknown method or option, one out of range, a statistic that the method needs and the

@@ -168,7 +168,7 @@ def linear_plan(
 
     Args:
         weight: (V, H) of ``hidden``'s dtype; no module or function.
-        policy_loss: how :func:`entropy_kernels.linear_policy_loss` would compute them.
+        policy_loss: plan a call of :func:`entropy_kernels.linear_policy_loss`.
         sequence_length: tokens of the longest sequence, of a policy loss of whole sequences: it makes its gradients in
             the forward pass where that fits the budget, and else follows the statistics. None: a loss of tokens.
         selects: whether the policy loss makes a selection, of at most 0.2 % of the tokens; False: none, or a given one.

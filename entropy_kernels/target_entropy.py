@@ -132,6 +132,9 @@ class TargetEntropy(Controller):
         TypeError, ValueError: a target that is negative, not finite or above log(vocab_size), points whose steps fall,
             another method, or an option that it does not have.
 
+    Attributes:
+        memory: name -> 0-d float64 tensor: what the loop has learned and summed up, and the last measured change.
+
     Source:
         docs/control.md.
     """
@@ -256,8 +259,8 @@ class TargetEntropy(Controller):
             updates: in how many of them each token takes part: the number of epochs.
 
         Returns:
-            A :class:`Control`; for a :class:`SelectionBatch` one per micro-batch. The metrics are those of
-            :func:`entropy_kernels.control` and of ``entropy_kernels.target_entropy.METRICS``.
+            A :class:`Control`; for a :class:`SelectionBatch` one per micro-batch. Its metrics are those of
+            :func:`entropy_kernels.control` and more; docs/control.md has their definitions.
 
         Raises:
             TypeError, ValueError: as in :func:`entropy_kernels.control`; a function of the step that gives no target.

@@ -47,6 +47,7 @@ def problems(x: Entry, reference: Reference) -> Iterator[str]:
             yield f"{name}: expected an argument of the signature, got one that it lacks"
     for name, parameter in known.items():
         yield from of_argument(name, str(parameter.annotation), x.fields, reference.argument(x, name))
+    yield from of_attributes(x)
     yield from of_results(x, reference)
     yield from of_form(x, reference)
 
@@ -63,6 +64,20 @@ def of_argument(name: str, annotation: str, section: str, text: str | None) -> I
             yield f"{name}: expected the dtype of a Tensor, got {text!r}"
     elif re.search(r"\bTensor\b", annotation) and "Callable" not in annotation and not SHAPE.search(text):
         yield f"{name}: expected what a Tensor may be in place of a number, got {text!r}"
+
+
+def of_attributes(x: Entry) -> Iterator[str]:
+    """What __init__ sets, of a class that is no record: as an argument of the name, or on its own."""
+    source = inspect.getsource(x.object.__init__) if inspect.isclass(x.object) and x.fields == "Args" else ""
+    there = {*re.findall(r"self\.([a-z]\w*)(?:: [^=]*)? = ", source), *getattr(x.object, "__annotations__", ())}
+    told = {
+        name for title in ("Args", "Attributes") for names, _ in x.sections.get(title, []) for name in names.split(", ")
+    }
+    if source:
+        for name in sorted(there - told):
+            yield f"{name}: expected in Attributes, got nothing"
+        for name in {names for names, _ in x.sections.get("Attributes", [])} - there:
+            yield f"{name}: expected an attribute that __init__ sets, got none"
 
 
 def of_results(x: Entry, reference: Reference) -> Iterator[str]:
@@ -218,6 +233,31 @@ def test_a_field_without_words_is_a_problem():
 
     found = [*problems(entry("ek.Record", Record), REFERENCE)]
     assert found == ["second: expected in Attributes, or in those of a function that is linked to, got nothing"]
+
+
+def test_an_attribute_without_words_is_a_problem():
+    class Counter:
+        """A counter. Raises nothing.
+
+        Args:
+            first: a number.
+
+        Attributes:
+            other: a number.
+
+        Source:
+            docs/math.md §3.
+        """
+
+        def __init__(self, first: int) -> None:
+            self.first = self.calls = first
+            self.calls: int = first
+            self._hidden = 0
+
+    assert [*problems(entry("ek.Counter", Counter), REFERENCE)] == [
+        "calls: expected in Attributes, got nothing",
+        "other: expected an attribute that __init__ sets, got none",
+    ]
 
 
 def test_help_tells_what_a_call_needs():

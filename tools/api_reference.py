@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from docstring_parser.attrdoc import AttributeDocstrings
 from docstring_parser.google import GoogleParser, Section, SectionType
 
@@ -114,6 +115,17 @@ class Entry:
         return whole.replace(".", "/") + ".py"
 
 
+def members(thing: type) -> dict[str, Any]:
+    """Public methods and properties of a class, with those of its private bases; of a module's own only forward."""
+    own = [x for x in thing.__mro__[::-1] if x is thing or (x.__name__.startswith("_") and "entropy_k" in x.__module__)]
+    return {
+        key: member if isinstance(member, property) else getattr(thing, key)
+        for key, member in {key: x for home in own for key, x in vars(home).items()}.items()
+        if not key.startswith("_") and (key == "forward" or not hasattr(torch.nn.Module, key))
+        if isinstance(member, (property, classmethod)) or inspect.isfunction(member)
+    }
+
+
 def entry(name: str, thing: Any, text: str | None = None, owner: Entry | None = None) -> Entry:
     """``text``: the docstring, where the thing itself has none."""
     text = inspect.cleandoc((thing.__doc__ if text is None else text) or "")
@@ -125,10 +137,8 @@ def entry(name: str, thing: Any, text: str | None = None, owner: Entry | None = 
     if inspect.isclass(thing):
         for field, (words, *_) in AttributeDocstrings().get_attr_docs(thing).items():
             found.sections.setdefault("Attributes", []).append((field, inspect.cleandoc(words)))
-        for key, member in vars(thing).items():
-            if not key.startswith("_") and (isinstance(member, (property, classmethod)) or inspect.isfunction(member)):
-                member = member if isinstance(member, property) else getattr(thing, key)
-                found.members.append(entry(f"{name}.{key}", member, owner=found))
+        for key, member in members(thing).items():
+            found.members.append(entry(f"{name}.{key}", member, owner=found))
     return found
 
 
@@ -157,7 +167,8 @@ class Reference:
         for prefix in ("ek",) if short != name else (home, home.rpartition(".")[0], "ek"):
             if f"{prefix}.{short}" in self.entries:
                 return self.entries[f"{prefix}.{short}"]
-        return None
+        elsewhere = [x for key, x in self.entries.items() if key.endswith(f".{short}")]
+        return elsewhere[0] if len(elsewhere) == 1 else None
 
     def linked(self, text: str, near: Entry) -> list[Entry]:
         """The entries for which ``text`` stands, if it says "as in f", or "as in f and g"."""
@@ -223,7 +234,7 @@ class Page:
             if title in x.sections:
                 yield f"**{heading}**\n"
                 for names, text in x.sections[title]:
-                    yield f"- {self.named(x, names, text)}: {self.markdown(text, x)}".replace("\n", "\n  ")
+                    yield f"- {self.named(x, title, names, text)}: {self.markdown(text, x)}".replace("\n", "\n  ")
                 yield ""
         if not callable(x.object) and not isinstance(x.object, property):
             yield from (*values(x.object), "")
@@ -231,11 +242,11 @@ class Page:
             said = f"**Source** {self.markdown(x.sections['Source'][0][1], x)} " if "Source" in x.sections else ""
             yield f"{said}**Code** [{x.home}](../{x.home})\n"
 
-    def named(self, x: Entry, names: str, text: str) -> str:
+    def named(self, x: Entry, title: str, names: str, text: str) -> str:
         """Parameters with types and defaults, but not where they are documented elsewhere."""
-        listed = {name for parts in x.sections.values() for part, _ in parts for name in part.split(", ")}
+        listed = {name for part, _ in x.sections[title] for name in part.split(", ")}
         each = [name for name in x.parameters if name not in listed] if names == "others" else names.split(", ")
-        if not INHERITED.match(text):
+        if title == x.fields and not INHERITED.match(text):
             each = [parameter(x.parameters[name]) if name in x.parameters else name for name in each]
         return "\n".join(textwrap.wrap(", ".join(f"`{name}`" for name in each), 116, break_on_hyphens=False))
 
@@ -264,7 +275,7 @@ def document(match: re.Match[str]) -> str:
 
 def parameter(x: inspect.Parameter) -> str:
     stars = {x.VAR_POSITIONAL: "*", x.VAR_KEYWORD: "**"}.get(x.kind, "")
-    kind = re.sub(r"ForwardRef\('(.*)'\)", r"\1", inspect.formatannotation(x.annotation)).strip("'")
+    kind = getattr(x.annotation, "__forward_arg__", x.annotation)
     default = f'"{x.default}"' if isinstance(x.default, (str, Path)) else repr(x.default)
     typed = stars + x.name + ("" if x.annotation is x.empty else f": {kind}")
     return typed if x.default is x.empty else f"{typed} = {default}"

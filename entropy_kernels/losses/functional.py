@@ -476,6 +476,7 @@ class PolicyLossModule(_LossModule):
 
     Raises:
         TypeError: an option that the function does not have.
+        ValueError: a surrogate that there is not.
 
     Source:
         docs/losses.md.
@@ -494,6 +495,9 @@ class ClipCovLoss(_LossModule):
         seed: of the first call; each later one draws with the next (:class:`SeedCounter`), the count being part of
             ``state_dict()``. A call that is given ``seed`` or ``dropped`` uses that and is not counted.
         options: as in :class:`PolicyLossModule`.
+
+    Attributes:
+        seeds: the :class:`SeedCounter`.
 
     Raises:
         TypeError, ValueError: as in :class:`PolicyLossModule`; a seed of more than 62 bits.
@@ -538,7 +542,7 @@ class KlCovLoss(_LossModule):
         options: as in :class:`PolicyLossModule`.
 
     Raises:
-        TypeError: as in :class:`PolicyLossModule`.
+        TypeError, ValueError: as in :class:`PolicyLossModule`.
 
     Source:
         arXiv 2505.22617, Eq. 13; docs/losses.md.

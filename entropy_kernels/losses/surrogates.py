@@ -35,11 +35,12 @@ class Surrogate:
     """A policy loss per token, before it is weighted and summed up.
 
     Attributes:
-        fn: ``(log_ratio, logprob, advantages, options) -> (value, grad, clipped)``, see the head of this module.
-            ``grad`` is the derivative by the token's log-prob, with which its log-ratio moves, where what the formula
-            stops the gradient of stays as it is (level "sequence": by the log-ratio); ``clipped`` a bool tensor, or
-            None. A fourth result counts as ``clipfrac_lower``. No autograd runs inside: what fn computes is constant.
-            It does not write to what it gets.
+        fn: ``(log_ratio, logprob, advantages, options) -> (value, grad, clipped)``. It gets log π - log π_old (not
+            clamped), log π and A of tokens of one shape, fp32 or fp64, all 0 in padding, and the clips and ``defaults``
+            by name, numbers or 0-d tensors. ``grad`` is the derivative by the token's log-prob, with which its
+            log-ratio moves, where what the formula stops the gradient of stays as it is (level "sequence": by the
+            log-ratio); ``clipped`` a bool tensor, or None. A fourth result counts as ``clipfrac_lower``. No autograd
+            runs inside: what fn computes is constant. It does not write to what it gets.
         level: "token", or "sequence": the log-ratio is that of the token's sequence, the mean over its valid tokens,
             the same for all of them, and ``grad`` reaches each of them with its share.
         defaults: options of this surrogate beside the clips, which callers may give as keywords of the losses; their
@@ -163,7 +164,7 @@ def clamp(x: Tensor, low: Any, high: Any) -> Tensor:
 
 
 def clip_ratio(ratio: Tensor, options: SurrogateOptions) -> Tensor:
-    """The ratio between 1 - clip_low and 1 + clip_high, for a surrogate of your own. Raises nothing.
+    """The ratio between 1 - clip_low and 1 + clip_high, for a surrogate of your own.
 
     Args:
         ratio: any shape, fp32 or fp64.
@@ -172,6 +173,9 @@ def clip_ratio(ratio: Tensor, options: SurrogateOptions) -> Tensor:
 
     Returns:
         ``ratio``'s shape and dtype; without unit.
+
+    Raises:
+        KeyError: options without a clip.
 
     Source:
         arXiv 1707.06347, Eq. 7.
