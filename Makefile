@@ -70,7 +70,7 @@ bench-compare: setup ## time the regression set; fails if a minimum is 25 % abov
 	$(REGRESSION) && { test -d $$store || { echo "nothing of this machine in $$store: run make bench-save first" >&2; exit 1; }; } && \
 	$$run --benchmark-compare --benchmark-compare-fail=min:25% $(PYTEST_ARGS)
 
-bench-readme: setup ## write the README's figures and plots from the result files
+bench-readme: setup ## write the tables of README.md and docs/ from the result files
 	$(BIN)/python -m benchmarks.report --readme
 
 # Not ?=, as below.

@@ -1,4 +1,4 @@
-"""The inputs that must work (SPEC §4), by name, each with the reason for it.
+"""The inputs that must work, by name, each with the reason for it.
 
 A case builds a :class:`Sample` for a dtype and a device. Sizes are small, because Triton's interpreter runs them too:
 V = 97 and 203 are below any tile and no multiple of a vector, 1500 is more than one tile and no multiple of one.

@@ -40,7 +40,7 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def errors(d: Dense, softcap: float | None, accumulate: torch.dtype) -> Errors:
-    """Rounding errors of a computation in ``accumulate`` that follows SPEC §2, from the float64 reference."""
+    """Rounding errors of a computation in ``accumulate`` that follows docs/math.md §2, from the float64 reference."""
     eps = torch.finfo(accumulate).eps * (2 if accumulate == torch.float64 else 1)  # there the reference rounds as well
     exponent = _finite(d.x).abs()  # (N, V)
     if softcap is not None:

@@ -1,4 +1,4 @@
-"""The statistics straight from their definitions (SPEC §2): dense, in float64, sharing nothing with the package.
+"""The statistics straight from their definitions (docs/math.md §2): dense, in float64, apart from the package.
 
 ``dense`` writes out log p, p and what follows from them for every column; ``gradient`` is the closed form of the
 gradient. In float32 the same functions are the baseline that a plain torch user has, by whose error ours is judged.

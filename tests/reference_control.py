@@ -53,7 +53,7 @@ class Token:
         return adv < 0 and ((low is not None and self.r < 1 - low) or (dual is not None and self.r > dual))
 
     def decrease(self, low: Any = 0.2, high: Any = 0.2, dual: Any = None, adv: float | None = None) -> float:
-        """c·F, F = A·r·C/T², SPEC 5.1."""
+        """c·F, F = A·r·C/T² (docs/control.md)."""
         own = self.adv if adv is None else adv
         if own == 0 or self.stopped(low, high, dual, adv):
             return 0.0

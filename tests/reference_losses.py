@@ -1,4 +1,4 @@
-"""The losses in float64 numpy, from SPEC's formulas, with gradients derived by hand: no autograd, no torch.
+"""The losses in float64 numpy, from the formulas of docs/losses.md, gradients derived by hand: no autograd, no torch.
 
 With D = lp - old, r = e^D (never clamped) and the advantage A, a surrogate gives each token a value. Its gradient is
 local, d value_t / d lp_t, or goes through a mean over the sequence, as of GSPO's ratio s_b = exp(mean D):

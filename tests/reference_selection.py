@@ -1,4 +1,4 @@
-"""Covariance and selection as SPEC defines them: float64, Python integers and sorting, one token after the other.
+"""Covariance and selection as docs/math.md has them: float64, Python integers and sorting, token after token.
 
 Shares no code with the library; Philox is written from the paper (Salmon et al., SC 2011).
 """

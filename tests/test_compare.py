@@ -40,7 +40,7 @@ def test_closed_form_gradient_is_autograds() -> None:
 
 
 def test_vocab_covariance_is_the_entropy_change_of_a_sampled_step() -> None:
-    """SPEC §2: ΔH = -(η g / T²) C for the raw-logit step Δz = (η g / T)(e_y - p), against a finite difference."""
+    """ΔH = -(η g / T²) C for the raw-logit step Δz = (η g / T)(e_y - p), against a finite difference."""
     logits, target, temperature, step = torch.randn(4, 30, dtype=torch.float64), torch.arange(4), 0.7, 1e-6
     d = reference.dense(logits, target, temperature=temperature)
     moved = reference.dense(logits + step / temperature * (d.one_hot - d.p), target, temperature=temperature)
@@ -158,7 +158,7 @@ def test_entropy_accumulated_in_bf16_fails(vocab: int) -> None:
 
 
 def test_entropy_from_unshifted_logits_fails() -> None:
-    """lse - Σ p z in fp32 cancels: off by 0.05 nats at an offset of 1000 (SPEC §2)."""
+    """lse - Σ p z in fp32 cancels: off by 0.05 nats at an offset of 1000 (docs/math.md §2)."""
     sample = plain(torch.float32, "cpu", rows=3, vocab=151_936)
     sample.logits += 1000
     z = sample.logits

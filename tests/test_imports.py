@@ -1,4 +1,4 @@
-"""Data flows one way: statistics → ops → registry → kernels; the layers above use only public functions (DESIGN)."""
+"""Data flows one way: statistics → ops → registry → kernels; the layers above use only public functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cases of SPEC §4 that concern losses, value and gradient, on every loss."""
+"""The cases of tests/cases.py that concern losses, value and gradient, on every loss."""
 
 from __future__ import annotations
 

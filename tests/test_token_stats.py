@@ -16,7 +16,7 @@ from calls import bound, check, moved, run, same_bits, upstream
 from conftest import BackendDevice
 from sample import HALF, Sample, labels, normal, plain
 
-# The vocabularies of SPEC §4: Llama 2, Llama 3, DeepSeek-like, Qwen, Gemma 2 and Gemma 3. A few rows each: what
+# The vocabularies of Llama 2, Llama 3, DeepSeek-like, Qwen, Gemma 2 and Gemma 3. A few rows each: what
 # depends on V is the walk over a row. 257 and 8191 are one more and one less than a power of two.
 VOCABULARIES = (1, 2, 97, 257, 8191, 32_000, 128_256, 129_920, 151_936, 256_000, 262_144)
 
@@ -35,7 +35,7 @@ def test_vocabularies(vocab: int, dtype: torch.dtype, on: BackendDevice) -> None
 @pytest.mark.parametrize("shift", (0.0, 1000.0, -1000.0))
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 def test_entropy_is_accurate_to_1e_5_nats(shift: float, temperature: float, on: BackendDevice) -> None:
-    """SPEC §2: the shifted form is off by 1e-6 at V = 151 936, the plain one by 1e-3, or by 0.056 with the offset."""
+    """The shifted form (docs/math.md) is off by 1e-6 at V = 151 936, the plain one by 1e-3, 0.056 with the offset."""
     if on.interpreted and (shift, temperature) != (1000.0, 0.7):
         pytest.skip("seconds a row in the interpreter: the hardest of the combinations")
     sample = plain(torch.float32, on.device, rows=3, vocab=151_936, temperature=temperature)

@@ -1,4 +1,4 @@
-"""Every case of SPEC §4 that concerns statistics, on every backend and dtype: values and gradients."""
+"""Every case of tests/cases.py that concerns statistics, on every backend and dtype: values and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors of the statistics functions: each names the argument, what was expected and what came (STYLE 7)."""
+"""Errors of the statistics functions: each names the argument, what was expected and what came (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_options_are_keyword_only() -> None:
 
 @pytest.mark.parametrize("temperature", (0.0, -1.0, float("nan")))
 def test_temperature_is_checked_on_every_backend(temperature: float, on: BackendDevice) -> None:
-    """SPEC §4.11: an error on the CPU; NaN, without a sync, on a GPU."""
+    """An error on the CPU; NaN, without a sync, on a GPU."""
     logits, target = torch.randn(N, V, device=on.device), torch.arange(N, device=on.device)
     values = torch.tensor([1.0, temperature, 1.0, 1.0], device=on.device)
     if on.device == "cpu":
@@ -162,7 +162,7 @@ def test_temperature_is_checked_on_every_backend(temperature: float, on: Backend
 @pytest.mark.parametrize("label", (V, -1, 2**31 - 1, -(2**31)))
 @pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
 def test_labels_are_checked_on_every_backend(label: int, dtype: torch.dtype, on: BackendDevice) -> None:
-    """SPEC §4.9: an error on the CPU; NaN, without a sync, on a GPU."""
+    """An error on the CPU; NaN, without a sync, on a GPU."""
     logits = torch.randn(N, V, device=on.device)
     target = torch.tensor([0, label, 1, -100], dtype=dtype, device=on.device)
     if on.device == "cpu":
@@ -205,7 +205,7 @@ def test_import_without_the_extension_names_the_reason() -> None:
 
 @pytest.mark.slow
 def test_ignored_rows_are_not_read(on: BackendDevice) -> None:
-    """SPEC §4.9, literally: the ignored row lies on a page that may not be read; reading it kills the process."""
+    """The ignored row lies on a page that may not be read; reading it kills the process."""
     if on.device != "cpu":
         pytest.skip("needs memory protection of the CPU")
     if on.backend == "torch":

@@ -178,7 +178,7 @@ def test_gradcheck(kwargs: dict, on: BackendDevice) -> None:
 
 
 def test_label_at_probability_zero_still_pulls(on: BackendDevice) -> None:
-    """At logprob -200 the label's gradient is 1 (SPEC §2): in fp32 its p is 0, and a factor p would hide it."""
+    """At logprob -200 the label's gradient is 1 (docs/math.md §2): in fp32 its p is 0, and a factor p would hide it."""
     logits = torch.zeros(1, 97, device=on.device)
     logits[0, 3] = -200
     sample = Sample(logits, torch.tensor([3], device=on.device))
