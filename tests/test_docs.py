@@ -174,3 +174,12 @@ def test_a_page_says_for_whom_it_is(path: Path) -> None:
 
 def test_the_front_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_the_training_table_is_that_of_its_report() -> None:
+    rows = (ROOT / "benchmarks/results/toy/report.md").read_text().splitlines()
+    table = re.search(r"^\| 240 steps.*?\n\n", (ROOT / "docs/benchmarks.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert table is not None
+    for line in table[0].strip().splitlines()[2:]:
+        found = re.findall(r"\d\.\d{3} ± \d\.\d{3}", line)
+        assert len(found) == 3 and any(all(value in row for value in found) for row in rows), line
