@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train reproduce-toy test test-peers bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format docs clean
+.PHONY: help setup wheel train reproduce-toy test test-peers test-wheel bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -23,6 +23,9 @@ $(VENV)/.built: $(VENV)/.installed $(CSRC)
 	touch $@
 
 setup: $(VENV)/.built ## create .venv and build the C++ extension
+
+wheel: setup ## a wheel for every Python >= 3.10 and torch of the support window, in dist/
+	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
 
 train: setup ## train a tiny model under GRPO, Clip-Cov, KL-Cov and a target entropy; writes runs/quickstart/report.html
 	$(BIN)/python -m entropy_kernels.trainer quickstart --out runs/quickstart
@@ -55,6 +58,13 @@ $(PEERS)/.installed: tests/peers/requirements.txt constraints.txt
 
 test-peers: $(PEERS)/.installed ## the losses against verl's and TRL's own, and verl's tests of them with ours in their place
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PEERS)/bin/python -m pytest -n auto tests/peers $(PYTEST_ARGS)
+
+# The wheel under another Python and torch, in an environment of its own that has these and numpy.
+OTHER := .venv-wheel
+test-wheel: setup ## build a wheel and try it under another Python and torch: PYTHON=python3.12 TORCH=2.11.0
+	$(PYTHON) -m venv --clear $(OTHER)
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install -q torch==$(or $(TORCH),2.11.0) numpy
+	ENTROPY_KERNELS_OTHER_PYTHON='$(abspath $(OTHER)/bin/python)' $(BIN)/python -m pytest tests/test_wheel.py $(PYTEST_ARGS)
 
 bench: setup ## measure ours and peers on this machine; writes benchmarks/results/<machine>/ (with BENCH_ARGS: runs/bench/<machine>/)
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)

@@ -58,6 +58,11 @@ def native_build() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # An editable installation would throw its object files away; the next one, or a wheel, goes on with them.
+            self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
         def run(self) -> None:
             if not (self.inplace or self.editable_mode):
                 self.extensions = [extension for extension in self.extensions if extension is not test_primitives]

@@ -11,25 +11,25 @@ import importlib
 import itertools
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from entropy_kernels._require import missing
-
-_EPILOG = "entropy-kernels COMMAND --help explains the options of a command."
+from entropy_kernels._version import __version__
 
 # Commands whose options belong to another program: command -> (module, extra with its dependencies).
 _DISPATCH = {"train": ("entropy_kernels.trainer.__main__", "train"), "bench": ("benchmarks.run", "analysis")}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "entropy-kernels") -> int:
     """Entry point of the ``entropy-kernels`` command; returns the exit code: 0, 1 (a check failed) or 2 (usage)."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         elsewhere = bool(argv) and argv[0] in _DISPATCH
-        code = _dispatch(argv[0], argv[1:]) if elsewhere else _run(_parser().parse_args(argv))
+        code = _dispatch(argv[0], argv[1:], prog) if elsewhere else _run(_parser(prog).parse_args(argv), prog)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -42,23 +42,24 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, prog: str) -> int:
     try:
         return arguments.run(arguments)
     except BrokenPipeError:
         raise
     except (ValueError, OSError, ImportError) as error:
         # Expected failures (a wrong path, a column that is not there) are one line; a bug keeps its traceback.
-        print(f"entropy-kernels {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prog} {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="entropy-kernels",
+        prog=prog,
         description="Fused log-prob, entropy and covariance kernels: checks, training, benchmarks, the entropy law.",
-        epilog=_EPILOG,
+        epilog=f"{prog} COMMAND --help explains the options of a command.",
     )
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser(
@@ -221,7 +222,14 @@ def _tune(arguments: argparse.Namespace) -> int:
     return tune.main([tune.Case(*kind) for kind in kinds])
 
 
-def _dispatch(command: str, argv: list[str]) -> int:
+def _version() -> str:
+    """Of the package, and of what its answers depend on."""
+    import torch
+
+    return f"entropy_kernels {__version__} (torch {torch.__version__}, Python {platform.python_version()})"
+
+
+def _dispatch(command: str, argv: list[str], prog: str) -> int:
     """Hand ``argv`` to the program behind ``command``, or say in one line why it is not there."""
     module, extra = _DISPATCH[command]
     if command == "bench":
@@ -236,7 +244,7 @@ def _dispatch(command: str, argv: list[str]) -> int:
                 reason += ": run this in the root of a source checkout"
         else:
             reason = str(missing(error.name or module, command, extra))
-        print(f"entropy-kernels {command}: error: {reason}", file=sys.stderr)
+        print(f"{prog} {command}: error: {reason}", file=sys.stderr)
         return 2
     return entry(argv) or 0
 

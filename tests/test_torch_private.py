@@ -12,7 +12,7 @@ import torch
 import entropy_kernels as ek
 
 PACKAGE = Path(ek.__file__).parent
-# Name, below torch -> the first and the last version of those that the package was run with that has it. It needs 2.10.
+# Name, below torch -> the first and the last version of those that the package was run with that has it.
 KNOWN = {
     "_C._AutoDispatchBelowAutograd": ("2.10", "2.13"),
     "_C.ScriptMethod": ("2.10", "2.13"),

@@ -25,14 +25,14 @@ from setuptools.build_meta import (  # noqa: F401  (the hooks of the backend)
     prepare_metadata_for_build_wheel,
 )
 
-OLDEST_TORCH = "2.10"
+OLDEST_TORCH = "2.11"
 NO_TORCH = """
 entropy_kernels: expected torch >= {oldest} where it is built, got {found} ({prefix}).
 uv, build and others build in an environment of their own, and another torch is not pulled into it. With torch installed
 in your environment, build there, by one of
     pip install .
-    uv pip install 'setuptools>=77' pybind11 ninja && uv pip install --no-build-isolation .
-    pip install build 'setuptools>=77' pybind11 ninja && python -m build --no-isolation
+    uv pip install 'setuptools>=77' ninja && uv pip install --no-build-isolation .
+    pip install build 'setuptools>=77' ninja && python -m build --no-isolation --wheel
 or set ENTROPY_KERNELS_SKIP_CPP=1: pure Python, which runs on torch and Triton."""
 
 
@@ -81,7 +81,7 @@ def check_torch() -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))  # of 2.10rc1, too
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))  # of 2.11rc1, too
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
@@ -90,8 +90,9 @@ def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    """The same for an editable installation."""
-    return [*build_meta.get_requires_for_build_editable(config_settings), *_torch()]
+    """The same for an editable installation, which has the primitives for the tests (_C) as well."""
+    pybind11 = [] if skip_reason() else ["pybind11>=2.13"]
+    return [*build_meta.get_requires_for_build_editable(config_settings), *pybind11, *_torch()]
 
 
 def _torch() -> list[str]:
