@@ -133,15 +133,28 @@ def _temperature(value: Any, logprob: Tensor) -> float | Tensor:
 class WholeBatch:
     """The whole batch as a method sees it: (N,) tensors of this rank's tokens, and figures over those of all ranks.
 
-    ``batch["entropy"]`` is a field of :class:`TokenBatch` in float64, 0 where masked. Beside the fields there are
+    ``batch["entropy"]`` is a field of :class:`TokenBatch`, (N,) float64, 0 where masked. Beside the fields there are
     "ratio" (π/π_old, 1 without old log-probs), "covariance" (:func:`entropy_kernels.token_covariance`),
     "self_information" (S = p·(log p + H), whose mean over π is 0) and "coefficient" (1/N where none is given).
+    A method gets one, and never makes one; ``len(batch)`` is the number of micro-batches.
+
+    Args:
+        batches: the micro-batches of this rank, a :class:`TokenBatch` each.
+        group: torch.distributed process group over the ranks that share the batch, or None.
+        backend: "auto", "torch", "triton", "cpu" or "cuda", of the selection.
 
     Attributes:
-        mask: bool (N,), which tokens count.
-        free: bool (N,), which of them may be treated.
+        mask: (N,) bool, which tokens count.
+        free: (N,) bool, which of them may be treated.
         shared: whether there is a group of ranks.
         device: of the tensors.
+        decrease: what :func:`entropy_kernels.control` has computed for these options, so that it is computed once.
+
+    Raises:
+        TypeError: a group that is none.
+
+    Source:
+        docs/control.md.
     """
 
     def __init__(self, batches: Sequence[TokenBatch], group: Any, backend: str) -> None:
@@ -157,11 +170,29 @@ class WholeBatch:
         self.free = self.mask if self._exclude is None else self.mask & ~self._exclude
 
     def has(self, name: str) -> bool:
-        """Whether all micro-batches have the field; a rank without any has everything."""
+        """Whether all micro-batches have a field; a rank without any has everything.
+
+        Args:
+            name: of the field.
+
+        Returns:
+            A bool.
+
+        Raises:
+            AttributeError: no such field.
+        """
         return all(getattr(batch, name) is not None for batch in self._batches)
 
     def expect(self, name: str) -> None:
-        """Raise ValueError unless all micro-batches have the field, KeyError where there is none of the name."""
+        """Refuse a batch without a field that is needed.
+
+        Args:
+            name: of the field.
+
+        Raises:
+            ValueError: a micro-batch without it.
+            KeyError: no such field.
+        """
         if name not in FIELDS:
             known = ", ".join(dict.fromkeys((*FIELDS, *_MADE)))
             raise KeyError(f"{name}: expected one of {known}, got {name}")
@@ -169,7 +200,14 @@ class WholeBatch:
             raise ValueError(f"{name}: expected a tensor in the TokenBatch, which this method needs, got None")
 
     def agree(self, in_common: dict[str, Any]) -> None:
-        """Raise the same on all ranks where they have not ``in_common`` what they should."""
+        """Compare what all ranks must have alike.
+
+        Args:
+            in_common: name -> value.
+
+        Raises:
+            ValueError: on all ranks, where one has another value (on a GPU only with ENTROPY_KERNELS_DEBUG=1).
+        """
         if self.shared:
             agreement.expect(in_common, self._group, self.device)
 
@@ -212,12 +250,32 @@ class WholeBatch:
         return len(self._batches)
 
     def advantages(self, flat: Tensor) -> list[Tensor]:
-        """:meth:`split`, in the dtype in which the micro-batches came with theirs, at least fp32: shifts are small."""
+        """:meth:`split`, in the dtype in which the micro-batches came with theirs, at least fp32: shifts are small.
+
+        Args:
+            flat: as in :meth:`split`.
+
+        Returns:
+            One tensor per micro-batch, of its shape, fp32 or fp64, in the unit of ``flat``.
+
+        Raises:
+            RuntimeError: as in :meth:`split`.
+        """
         pairs = zip(self.split(flat), self._batches, strict=True)
         return [x.to(torch.promote_types(batch.advantages.dtype, torch.float32)) for x, batch in pairs]
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """(N,) as one tensor per micro-batch, of its shape."""
+        """Back to micro-batches.
+
+        Args:
+            flat: (N,) of any dtype.
+
+        Returns:
+            One tensor per micro-batch, of its shape, in the dtype and unit of ``flat``.
+
+        Raises:
+            RuntimeError: another number of tokens.
+        """
         shapes = [batch.logprob.shape for batch in self._batches]
         parts = flat.split([shape.numel() for shape in shapes]) if shapes else ()
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -225,27 +283,89 @@ class WholeBatch:
     # ---- over all ranks: the same bits for any split of the batch and on any device, without a value read back -------
 
     def moments(self, values: Tensor, *, std: bool = False) -> TokenMoments:
-        """:func:`entropy_kernels.token_moments` of ``values`` (N,) over the tokens that count."""
+        """:func:`entropy_kernels.token_moments` over the tokens that count, of all ranks.
+
+        Args:
+            values: (N,) floating point.
+            std: as in :func:`entropy_kernels.token_moments`.
+
+        Returns:
+            :class:`entropy_kernels.TokenMoments`.
+
+        Raises:
+            TypeError, ValueError: as in :func:`entropy_kernels.token_moments`.
+        """
         return selection.token_moments(values, self._mask, std=std, batch_group=self._group)
 
     def totals(self, *values: Tensor) -> Sequence[Tensor]:
-        """The sums of several of them, in one reduction."""
+        """Sums over the tokens that count, of all ranks, in one reduction.
+
+        Args:
+            values: each (N,) float64.
+
+        Returns:
+            As many 0-d float64 tensors, in the unit of the values.
+
+        Raises:
+            RuntimeError: torch's own, of shapes that differ.
+        """
         return selection.totals_of(torch.stack(values), self._mask, group_name(self._group))
 
     def top(self, score: Tensor, *, exclude: Tensor | None = None, **count: Any) -> Tensor:
-        """:func:`entropy_kernels.top_tokens` among the tokens that neither the batch nor ``exclude`` excludes."""
+        """:func:`entropy_kernels.top_tokens` among the tokens that neither the batch nor ``exclude`` excludes.
+
+        Args:
+            score: (N,) floating point, compared in fp32.
+            exclude: (N,) bool, or None.
+            count: ratio or k, and at_least_one, as :func:`entropy_kernels.top_tokens` takes them.
+
+        Returns:
+            (N,) bool.
+
+        Raises:
+            TypeError, ValueError: as in :func:`entropy_kernels.top_tokens`.
+        """
         return selection.top_tokens(score, **self.candidates(exclude), backend=self._backend, **count)
 
     def random(self, score: Tensor, *, exclude: Tensor | None = None, **options: Any) -> Tensor:
-        """:func:`entropy_kernels.random_tokens`, the same."""
+        """:func:`entropy_kernels.random_tokens`, the same.
+
+        Args:
+            options: seed, ratio or k, low, high and so on, as :func:`entropy_kernels.random_tokens` takes them.
+            others: as in :meth:`top`.
+
+        Returns:
+            (N,) bool.
+
+        Raises:
+            TypeError, ValueError: as in :func:`entropy_kernels.random_tokens`.
+        """
         return selection.random_tokens(score, **self.candidates(exclude), backend=self._backend, **options)
 
     def budget(self, score: Tensor, *, exclude: Tensor | None = None, **bound: Any) -> Tensor:
-        """:func:`entropy_kernels.budget_tokens`, the same."""
+        """:func:`entropy_kernels.budget_tokens`, the same.
+
+        Args:
+            bound: budget, limit or share, as :func:`entropy_kernels.budget_tokens` takes them.
+            others: as in :meth:`top`.
+
+        Returns:
+            (N,) bool.
+
+        Raises:
+            TypeError, ValueError: as in :func:`entropy_kernels.budget_tokens`.
+        """
         return selection.budget_tokens(score, **self.candidates(exclude), backend=self._backend, **bound)
 
     def candidates(self, exclude: Tensor | None = None) -> dict[str, Any]:
-        """What the functions of a selection are told of the tokens."""
+        """What the functions of a selection are told of the tokens. Raises nothing.
+
+        Args:
+            exclude: (N,) bool, or None.
+
+        Returns:
+            Their arguments mask, exclude, token_index and batch_group.
+        """
         excluded = self._exclude if exclude is None or self._exclude is None else self._exclude | exclude
         return {
             "mask": self._mask, "exclude": exclude if self._exclude is None else excluded,
@@ -269,9 +389,15 @@ class WholeBatch:
         return torch.arange(len(self.mask), device=self.device) + counts[:rank].sum().long()
 
     def clipped(self, clip_low: Any, clip_high: Any, dual_clip: Any = None, advantages: Tensor | None = None) -> Tensor:
-        """Bool: PPO's clip stops the token's gradient, in the losses' own arithmetic; None: no clip on that side.
+        """Where PPO's clip stops the token's gradient, in the losses' own arithmetic. Raises nothing.
 
-        ``advantages`` (N,): in the place of the batch's.
+        Args:
+            clip_low, clip_high: a number, a 0-d tensor, or None: no clip on that side.
+            dual_clip: a number > 1, a 0-d tensor, or None: no dual clip.
+            advantages: (N,) floating point, in the place of the batch's; None: the batch's.
+
+        Returns:
+            (N,) bool.
         """
 
         def stopped(batch: TokenBatch, advantages: Tensor) -> Tensor:

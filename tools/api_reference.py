@@ -41,7 +41,7 @@ LAYERS: dict[str, dict[str, str]] = {
         "ek": "token_covariance token_moments TokenMoments random_tokens clip_cov_mask top_tokens kl_cov_mask "
         "budget_tokens SelectionBatch SeedCounter",
     },
-    "Control": {"ek": "TokenBatch control Control Controller TargetEntropy methods Method"},
+    "Control": {"ek": "TokenBatch control Control Controller TargetEntropy methods Method", "ek.batch": "WholeBatch"},
     "Losses": {
         "ek": "policy_loss clip_cov_loss kl_cov_loss linear_policy_loss PolicyLoss PolicyLossModule ClipCovLoss "
         "KlCovLoss aggregate Surrogate surrogates",
