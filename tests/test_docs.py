@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -108,11 +109,51 @@ def test_commands_of_readme_and_layers(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
 
 
-def test_python_of_the_pages_is_python() -> None:
+def tokens(vocabulary: int) -> SimpleNamespace:
+    """What the blocks of the pages take for granted of a batch: two sequences of eight tokens."""
+    logprob = -2 * torch.rand(2, 8)
+    hidden, target = torch.randn(2, 8, 16, requires_grad=True), torch.randint(vocabulary, (2, 8))
+    return SimpleNamespace(
+        logprob=logprob.clone().requires_grad_(), old_logprob=logprob, advantages=torch.randn(2, 1), hidden=hidden,
+        target=target, mask=torch.ones(2, 8, dtype=torch.bool),
+    )  # fmt: skip
+
+
+def test_python_of_the_pages_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/control.md has a test of its own, README and layers.md are pasted above."""
+    transformers = pytest.importorskip("transformers")
+    from torch.distributed import fsdp
+
+    from entropy_kernels.trainer import methods
+
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    ids, micro_batches, entropy = torch.randint(50, (2, 8)), [tokens(50), tokens(50)], torch.linspace(0.2, 0.9, 20)
+    batch = tokens(50)
+    shared: dict[str, Any] = {
+        "ek": ek, "torch": torch, **vars(batch), "step": 3, "log": lambda metrics: None, "n": 3, "model": model,
+        "weight": torch.randn(50, 16, requires_grad=True), "micro_batches": micro_batches, "micros": micro_batches,
+        "backbone": lambda micro: micro.hidden, "input_ids": ids, "packed_ids": torch.randint(50, (1, 40)),
+        "LlamaForCausalLM": transformers.LlamaForCausalLM, "policy": model, "fully_shard": lambda module: module,
+        "register_fsdp_forward_method": fsdp.register_fsdp_forward_method, "log_prob": batch.logprob,
+        "old_log_prob": batch.old_logprob, "response_mask": batch.mask, "rollout_is_weights": torch.rand(2, 8),
+        "global_batch_info": {"dp_size": 1, "batch_num_tokens": 16, "global_batch_size": 2},
+        "entropy": entropy.numpy(), "performance": (0.6 - 0.2 * entropy.exp()).numpy(),
+    }  # fmt: skip
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    ran = 0
     for path in WRITTEN:
+        names = dict(shared)
         for block in blocks(path.read_text(), "python"):
-            if not block.startswith(">>>"):
-                compile(block, named(path), "exec")
+            if path.name not in ("README.md", "layers.md", "control.md") and not block.startswith(">>>"):
+                try:
+                    exec(compile(block, named(path), "exec"), names)
+                except Exception as error:
+                    raise AssertionError(f"{named(path)}: {type(error).__name__}: {error} in\n{block}") from error
+                ran += 1
+    assert ran >= 12
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
