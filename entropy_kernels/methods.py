@@ -42,9 +42,11 @@ class Method:
     """A row of the table.
 
     Attributes:
-        score: ``(batch, options) -> (N,)``, float64.
-        rule: ``(batch, score, options) ->`` what :data:`EFFECTS` says for the effect.
-        effects: names of :data:`EFFECTS`; the first is the default of the option ``effect``, the others its choices.
+        score: ``(batch, options) -> (N,)``, float64, of the :class:`entropy_kernels.batch.WholeBatch`.
+        rule: ``(batch, score, options) ->`` what the effect takes: (N,) bool for the first three below, (N,) bool or
+            floating point for "token_weight", (N,) floating point for "advantages", 0-d for "entropy_coef".
+        effects: of "dropped", "detached", "penalized", "token_weight", "advantages", "entropy_coef" (docs/control.md);
+            the first is the default of the option ``effect``, the others its choices.
         needs: the optional fields of ``TokenBatch`` that score and rule read.
         defaults: the options and their defaults, those of the source unless its docs say otherwise. They may be given
             as 0-d tensors, which nothing reads back, and are then not checked.

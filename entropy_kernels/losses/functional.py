@@ -237,7 +237,8 @@ def clip_cov_loss(
             selected here. Not together with seed, ratio, k, low, high or band. With a sequence's ratio it is the
             gradient of this token's loss: its log-prob is part of the ratio of the others.
         backend: "auto", "torch", "triton", "cpu" or "cuda", of covariance and selection.
-        others: as in :func:`policy_loss`.
+        others: as in :func:`policy_loss`. Entropy bonus, reference KL, aggregation over tokens and
+            ranks, surrogate, token weights, packed sequences.
 
     Returns:
         ``PolicyLoss(loss, metrics)``, as :func:`policy_loss`: 0-d, fp32 (fp64 for fp64), in the unit of the advantages.
@@ -323,7 +324,8 @@ def kl_cov_loss(
         penalized: ``logprob``'s shape, bool, int or float 0/1: 1 = the penalty is added, and nothing is selected here.
             Not together with ratio or k.
         backend: as in :func:`clip_cov_loss`.
-        others: as in :func:`policy_loss`.
+        others: as in :func:`policy_loss`. Entropy bonus, reference KL, aggregation over tokens and
+            ranks, surrogate, token weights, packed sequences.
 
     Returns:
         ``PolicyLoss(loss, metrics)``, as :func:`policy_loss`: 0-d, fp32 (fp64 for fp64), in the unit of the advantages.
