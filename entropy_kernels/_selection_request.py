@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,8 @@ class SeedCounter(torch.nn.Module):
     Source:
         docs/math.md §3.
     """
+
+    __call__: Callable[..., Tensor]  # nn.Module says Any
 
     calls: Tensor
 

@@ -9,7 +9,7 @@ and :class:`Controller` (over the steps of a run); target_entropy.py closes the 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -465,7 +465,13 @@ class Controller:
         given = "".join(f", {name}={value!r}" for name, value in self._options.items())
         return f"{type(self).__name__}({method}{given}{_shown_group(self._group)})"
 
-    def step(self, batch: TokenBatch | SelectionBatch, *, seed: int | Tensor | None = None) -> Any:
+    @overload
+    def step(self, batch: TokenBatch, *, seed: int | Tensor | None = None) -> Control: ...
+
+    @overload
+    def step(self, batch: SelectionBatch, *, seed: int | Tensor | None = None) -> list[Control]: ...
+
+    def step(self, batch: TokenBatch | SelectionBatch, *, seed: int | Tensor | None = None) -> Control | list[Control]:
         """Decide about a batch, and remember it.
 
         Args:

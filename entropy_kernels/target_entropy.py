@@ -10,7 +10,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -246,9 +246,15 @@ class TargetEntropy(Controller):
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    def step(  # type: ignore[override]  # a plan needs the learning rate, and draws nothing
+    @overload  # type: ignore[override]  # a plan needs the learning rate, and draws nothing
+    def step(self, batch: TokenBatch, *, lr: float | Tensor, updates: int = 1) -> Control: ...
+
+    @overload
+    def step(self, batch: SelectionBatch, *, lr: float | Tensor, updates: int = 1) -> list[Control]: ...
+
+    def step(
         self, batch: TokenBatch | SelectionBatch, *, lr: float | Tensor, updates: int = 1
-    ) -> Any:
+    ) -> Control | list[Control]:
         """Plan a rollout's updates.
 
         Args:

@@ -432,6 +432,7 @@ class _LossModule(nn.Module):
     """Holds keyword arguments of a loss function. A module has no parameters."""
 
     _function: Callable[..., PolicyLoss]
+    __call__: Callable[..., PolicyLoss]  # nn.Module says Any
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
