@@ -10,7 +10,7 @@ import ctypes
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class SeedCounter(torch.nn.Module):
         docs/math.md §3.
     """
 
-    __call__: Callable[..., Tensor]  # nn.Module says Any
+    if TYPE_CHECKING:  # nn.Module says Any
+        __call__: Callable[..., Tensor]
 
     calls: Tensor
 
