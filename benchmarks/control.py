@@ -21,7 +21,6 @@ longer runs, and what breaks.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -42,8 +41,8 @@ import torch
 
 from benchmarks.control_report import Experiment, write_report
 from benchmarks.results import RESULTS, ROOT, describe
-from entropy_kernels._console import print_table
-from entropy_kernels._progress import ProgressBoard
+from entropy_kernels._console import Call, Parser, print_table
+from entropy_kernels._progress import ProgressBoard, in_words
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import locked, write_text
 from entropy_kernels.trainer.ppo import train
@@ -400,26 +399,37 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
     """Run what is missing; returns what failed, a line each. Interrupted, it ends its processes and raises."""
     unique, there = {spec.key: spec for spec in specs}, finished(specs, out)
     todo = [spec for key, spec in unique.items() if key not in there]
-    print(f"{len(there)} of {len(unique)} runs are there; {len(todo)} to do, {workers} at a time", flush=True)
+    weight, done = sum(spec.settings["steps"] for spec in todo), 0
+    about = f"{len(there)} of {len(unique)} runs are there; {len(todo)} to do, {workers} at a time"
     if not todo:
+        print(about)
         return []
+    known = [*there.values(), *read(OUT / "runs.jsonl").values()]  # the latter maybe of another machine
+    pace = sum(record["seconds"] for record in known) / max(1, sum(len(record["steps"]["reward"]) for record in known))
+    left = in_words(weight * pace / min(workers, len(todo))) if known else "not known how long"
+    print(f"{about}, into {out}; about {left}. Ctrl-C stops; the same call goes on.", flush=True)
     starts = {record["seed"]: record["start"] for record in there.values()}
     machine = describe(torch.device("cpu"))  # before any run, as HEAD may move meanwhile
     failed = []
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that follow
     with (
         locked(work),
-        ProcessPoolExecutor(min(workers, len(todo)), multiprocessing.get_context("spawn")) as pool,
+        ProgressBoard(interval=0.0) as board,
+        ProcessPoolExecutor(
+            min(workers, len(todo)),
+            multiprocessing.get_context("spawn"),
+            initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for this process, which ends them
+        ) as pool,
     ):
         for folder in work.glob("run-*"):  # of a call that was cut off
             shutil.rmtree(folder, ignore_errors=True)
         try:
-            began, weight, done = time.time(), sum(spec.settings["steps"] for spec in todo), 0
+            board.update("steps", 0, weight)
             futures = {pool.submit(perform, spec, work, machine, starts.get(spec.seed)): spec for spec in todo}
             for number, future in enumerate(as_completed(futures), start=1):
                 spec = futures[future]
                 done += spec.settings["steps"]
-                left = (time.time() - began) * (weight - done) / done
                 if (error := future.exception()) is not None:
                     failed.append(f"{spec.title}: {type(error).__name__}: {error}")
                     said = failed[-1]
@@ -430,7 +440,7 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
                     said = (
                         f"{spec.title}: H {last['entropy']:.3f}, pass@1 {last['pass1']:.3f}, {record['seconds']:.0f} s"
                     )
-                print(f"{number}/{len(todo)}, {left / 60:.0f} min left  {said}", flush=True)
+                board.update("steps", done, weight, f"run {number} of {len(todo)}  {said}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -440,7 +450,8 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="control", description=(__doc__ or "").partition("\n")[0])
+    prog = "python -m benchmarks.control"
+    parser = Parser(prog=prog, description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", nargs="*", choices=("all", *PARTS, "list", "report"), default="all")
     parser.add_argument("--quick", action="store_true", help="a rehearsal of about ten minutes")
     parser.add_argument("--methods", nargs="+", choices=(*EQUAL, *LOOP), metavar="NAME", help="only these rows")
@@ -460,7 +471,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_table("Runs", rows, ("part", "method", "strength", "seed", "key", ""))
     elif set(given.what) & set(PARTS):
         given.work.mkdir(parents=True, exist_ok=True)
-        failed = run_all(specs, out=out, work=given.work, workers=given.workers)
+        try:
+            failed = run_all(specs, out=out, work=given.work, workers=given.workers)
+        except KeyboardInterrupt:
+            kept = f"{len(finished(specs, out))} of {len({spec.key for spec in specs})} runs"
+            again = Call(prog, sys.argv[1:] if argv is None else argv).again()
+            print(f"stopped; kept in {out}: {kept}. To go on, with those under way anew:\n  {again}", file=sys.stderr)
+            return 130
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if "report" in given.what:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -44,9 +44,12 @@ from benchmarks.measure import OUT_OF_TIME, DeviceLost, Settings, candidates, ru
 from benchmarks.ours import names
 from benchmarks.results import Measured
 from benchmarks.timing import Bandwidth, measure_bandwidth
+from entropy_kernels._console import Call, Parser
+from entropy_kernels._progress import ProgressBoard
 
 WRITE_EVERY = 3.0  # seconds between writes of a document that grows to megabytes
 QUICK_SECONDS = 100.0  # "at most two minutes", with what was begun before and the plots
+STOPPED, INTERRUPTED = "it was stopped", "it was interrupted"
 QUICK_BUDGET = 0.7  # seconds that an implementation may take of a group's rounds
 
 
@@ -94,11 +97,11 @@ def _positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str = results.COMMAND) -> argparse.ArgumentParser:
     """Command line of the suite."""
     # fmt: off
-    result = argparse.ArgumentParser(
-        prog="benchmarks.run", description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
+    result = Parser(
+        prog=prog, description=(__doc__ or "").partition("\n")[0], allow_abbrev=False
     )
     add = result.add_argument
     add("--quick", action="store_true", help="smaller shapes, at most two minutes")
@@ -198,11 +201,12 @@ class Run:
         results.write(self.document, results.as_document(self.head, self.measured, self.outcomes()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the suite; returns 0, or 1 if an implementation of ours failed or gave a wrong result."""
+def main(argv: Sequence[str] | None = None, prog: str = results.COMMAND) -> int:
+    """Run the suite; returns 0, 1 if an implementation of ours failed or gave a wrong result, or 130 after Ctrl-C."""
     started = time.monotonic()
-    arguments = parser().parse_args(argv)
-    device = _device(arguments.device)
+    arguments = parser(prog).parse_args(argv)
+    refuse = parser(prog).error
+    device = _device(arguments.device, refuse)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     plan = plan_of(arguments, device)
@@ -236,37 +240,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     run = Run(head, plan, device, output_folder(arguments, device))
     if run.folder.exists() and not run.folder.is_dir():
-        parser().error(f"argument --output: expected a folder, got the file {run.folder}")
+        refuse(f"argument --output: expected a folder, got the file {run.folder}")
     if arguments.resume and run.document.exists():
-        before, run.measured = _before(run)
+        before, run.measured = _before(run, refuse)
         settings = replace(settings, done=frozenset(r.key for part in run.measured for r in part.records))
         head.update({key: before[key] for key in ("command", "time", "machine")})
         started -= before["seconds"]
     other = report.in_the_way(run.folder)
     if other is not None:
-        parser().error(
+        refuse(
             f"argument --output: expected a folder for results, got {run.folder}, whose {other} is no result; move it "
             "away or name another folder"
         )
+    limit = "" if math.isinf(seconds) else f", for {seconds:.0f} s at most"
+    print(
+        f"measuring {len(work)} groups on {device}{limit}, into {run.folder}; Ctrl-C ends it with what there is",
+        file=sys.stderr,
+    )
     lost = _measure(run, work, settings, started)
     if lost is not None:
         _begin_again(command, settings.deadline, lost)
     text = report.write(run.folder)
     print(text)
     print(f"{head['seconds']:.0f} s; results in {run.folder}")
-    return _complain(run)
+    code = _complain(run)
+    if head["why_incomplete"] != INTERRUPTED:
+        return code
+    again = Call(prog, command).again("--resume")
+    print(f"stopped; what was measured is kept in {run.folder}. To measure the rest:\n  {again}", file=sys.stderr)
+    return 130
 
 
-def _before(run: Run) -> tuple[dict[str, Any], list[Measured]]:
+def _before(run: Run, refuse: Callable[[str], NoReturn]) -> tuple[dict[str, Any], list[Measured]]:
     """Head and groups of the document to go on with, whose head then stands for the new rows too."""
     try:
         before, measured = results.read(run.document)
         was, now = before["machine"], run.head["machine"]
         changed = [name for name in ("machine", "threads", "versions", "commit") if was[name] != now[name]]
     except (ValueError, TypeError, KeyError) as error:
-        parser().error(f"argument --resume: {run.document} cannot be read: {type(error).__name__}: {error}")
+        refuse(f"argument --resume: {run.document} cannot be read: {type(error).__name__}: {error}")
     if changed:
-        parser().error(f"argument --resume: {run.document} is of another {', '.join(changed)}")
+        refuse(f"argument --resume: {run.document} is of another {', '.join(changed)}")
     return before, measured
 
 
@@ -302,16 +316,20 @@ def _is_seconds(command: list[str], i: int) -> bool:
     return command[i].startswith("--seconds") or (i > 0 and command[i - 1] == "--seconds")
 
 
-def _device(text: str) -> torch.device:
+def _device(text: str, refuse: Callable[[str], NoReturn]) -> torch.device:
     try:
         device = torch.device(text)
     except RuntimeError:
-        parser().error(f"argument --device: expected cpu or cuda[:n], got {text!r}")
+        refuse(f"argument --device: expected cpu or cuda[:n], got {text!r}")
     if device.type not in ("cpu", "cuda"):
-        parser().error(f"argument --device: expected cpu or cuda[:n], got {text!r}")
+        refuse(f"argument --device: expected cpu or cuda[:n], got {text!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser().error("argument --device: torch sees no CUDA device here")
+        refuse("argument --device: torch sees no CUDA device here")
     return device
+
+
+class _Terminated(KeyboardInterrupt):
+    """By SIGTERM."""
 
 
 @contextmanager
@@ -319,7 +337,7 @@ def _stoppable() -> Iterator[None]:
     """SIGTERM ends a run like Ctrl-C: what there is, is written."""
 
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
     try:
         before = signal.signal(signal.SIGTERM, stop)
@@ -345,56 +363,41 @@ def _measure(run: Run, work: Sequence[Group], settings: Settings, started: float
         head.update(complete=not why, why_incomplete=why, not_reached=[group.title for group in not_reached])
         head["seconds"] = round(time.monotonic() - started, 1)
 
-    progress = _Progress(total)
     bandwidth = measure_bandwidth(run.device)
     head["bandwidth"] = asdict(bandwidth)
-    done = 1
-    for i, group in enumerate(work):
-        try:
-            with _stoppable():
-                if settings.out_of_time:
-                    ended("its time was up", work[i:])
-                    break
-                found = run_group(group, settings, run.device, bandwidth, progress.tick)
-        except DeviceLost as error:
-            ended(f"the device was lost at {error}", work[i + 1 :])
-            run.add(group, error.records)
-            progress.clear()
-            run.write()
-            return str(error)
-        except KeyboardInterrupt:
-            ended("it was stopped", work[i:])
-            break
-        ended("it has not ended yet", work[i + 1 :])
-        run.add(group, found)
-        done += steps(group, settings)
-        progress.at(done)
-    else:
-        cut = any(record.reason == OUT_OF_TIME for part in run.measured for record in part.records)
-        ended("its time was up" if cut else "", [])
-    progress.clear()
+    done = reached = 1
+    lost = None
+
+    def tick(what: str) -> None:
+        nonlocal reached
+        reached += 1
+        board.update("benchmark", min(reached, total), total, what)
+
+    with ProgressBoard(file=sys.stderr, brief=True, ticking=False) as board:  # a thread would disturb the timing
+        for i, group in enumerate(work):
+            try:
+                with _stoppable():
+                    if settings.out_of_time:
+                        ended("its time was up", work[i:])
+                        break
+                    found = run_group(group, settings, run.device, bandwidth, tick)
+            except DeviceLost as error:
+                ended(f"the device was lost at {error}", work[i + 1 :])
+                run.add(group, error.records)
+                lost = str(error)
+                break
+            except KeyboardInterrupt as stop:
+                ended(STOPPED if isinstance(stop, _Terminated) else INTERRUPTED, work[i:])
+                break
+            ended("it has not ended yet", work[i + 1 :])
+            run.add(group, found)
+            done += steps(group, settings)
+            reached = done
+        else:
+            cut = any(record.reason == OUT_OF_TIME for part in run.measured for record in part.records)
+            ended("its time was up" if cut else "", [])
     run.write()
-    return None
-
-
-class _Progress:
-    """A line on a terminal, written anew twice a second at most: too little to disturb the timing."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._shown = total, 0, -math.inf
-
-    def tick(self, what: str) -> None:
-        self.at(self._done + 1, what)
-
-    def at(self, done: int, what: str = "") -> None:
-        self._done = done
-        if sys.stderr.isatty() and time.monotonic() > self._shown + 0.5:
-            self._shown = time.monotonic()
-            print(f"\r\033[K{done / self._total:4.0%} {what}", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return lost
 
 
 def _list(work: Sequence[Group], settings: Settings) -> None:

@@ -1,11 +1,18 @@
-"""Tables on the terminal: through rich where it is installed, else as aligned text."""
+"""What all command lines share: errors that name what was probably meant, and tables.
+
+Tables are drawn by rich where it is installed, else as aligned text.
+"""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import importlib.util
+import shlex
 import sys
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TextIO
 
 # Width of tables that go to a file or a pipe, where there is no terminal to ask.
 _PIPE_WIDTH = 140
@@ -51,3 +58,72 @@ def _plain(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | No
     for line in lines:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=file)
     print(file=file)
+
+
+# --- command lines ----------------------------------------------------------------------------------------------------
+
+
+def did_you_mean(word: object, known: Iterable[object]) -> str:
+    """The end of an error: "; did you mean train?", or nothing where no name is near."""
+    names = {str(name).replace("_", "-").lower(): str(name) for name in known}
+    near = difflib.get_close_matches(str(word).replace("_", "-").lower(), names, 1)
+    return f"; did you mean {names[near[0]]}?" if near else ""
+
+
+def program(package: str, installed: str) -> str:
+    """What the user typed to start this process: ``python -m MODULE`` for a module of `package`, else `installed`."""
+    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
+    if name.partition(".")[0] != package:
+        return installed
+    return f"python -m {name.removesuffix('.__main__')}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the user typed: the program, as in "python -m entropy_kernels.trainer", and the words behind it."""
+
+    prog: str
+    words: Sequence[str]
+
+    def again(self, *flags: str, instead_of: Iterable[str] = ()) -> str:
+        """The same call with further flags, and without some switches."""
+        left_out = {*flags, *instead_of}
+        kept = [word for word in self.words if word.replace("_", "-") not in left_out]
+        return f"{self.prog} {shlex.join([*kept, *flags])}".rstrip()
+
+    @property
+    def help(self) -> list[str] | None:
+        """The words behind --help, what it is asked about; None where it was not asked."""
+        for i, word in enumerate(self.words):
+            if word in ("-h", "--help"):
+                return [word.lstrip("-") for word in self.words[i + 1 :]]
+        return None
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with what was probably meant.
+
+    ``elsewhere`` has words that are known in another place, and what to type for them.
+    """
+
+    elsewhere: Mapping[str, str] = {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:  # here, where the flags of a command are known
+            word = next((word for word in extra if word.startswith("-")), extra[0])
+            flag = word.partition("=")[0]
+            near = did_you_mean(flag, self._option_string_actions) if flag.startswith("--") else ""
+            self.error(f"{'there is no flag' if flag.startswith('-') else 'expected flags, got'} {flag}{near}")
+        return found, extra
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [*action.choices, *(self.elsewhere if action.dest == "command" else ())]
+            near = did_you_mean(value, known)
+            for word, typed in self.elsewhere.items():
+                near = near.replace(f"mean {word}?", f"mean {typed}?")
+            raise argparse.ArgumentError(action, f"expected one of {', '.join(action.choices)}, got {value!r}{near}")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')} ({self.prog} --help explains)\n")

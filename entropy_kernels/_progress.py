@@ -7,6 +7,7 @@ number, then the middle of a long name. rich draws it; without rich a terminal g
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from typing import Any, TextIO
 PLAIN_INTERVAL = 20.0
 #: Seconds until a brief board shows anything.
 PATIENCE = 1.0
-#: Seconds that the speed is measured over; longer where a step takes longer.
-_WINDOW = 60.0
+#: Seconds and reports that the speed is measured over, at least.
+_WINDOW, _REPORTS = 60.0, 10
 #: Columns of a terminal from which on there is room for a bar, and columns of the bar.
 _WIDE, _BAR = 120, 24
 _SHORTEST_NAME = 8
@@ -32,7 +33,7 @@ class Task:
     done: int = 0
     note: str = ""
     seconds: float = 0.0  # that it has taken so far
-    samples: list[tuple[float, int]] = field(default_factory=list)  # (time, done), of the last _WINDOW seconds
+    samples: list[tuple[float, int]] = field(default_factory=list)  # (time, done), the latest ones
 
     def advance(self, done: int, now: float) -> None:
         """`done` steps are done; the time of the first report is the start."""
@@ -40,11 +41,11 @@ class Task:
             self.seconds += now - self.samples[-1][0]
         self.done = done
         self.samples.append((now, done))
-        while len(self.samples) > 2 and self.samples[1][0] < now - _WINDOW:
+        while len(self.samples) > _REPORTS and self.samples[1][0] < now - _WINDOW:
             del self.samples[0]
 
     def left(self, now: float) -> float | None:
-        """Seconds left, by the speed of the last minute; None before there is one."""
+        """Seconds left, by the speed of late; None before there is one."""
         if len(self.samples) < 2:
             return None
         (start, first), (end, last) = self.samples[0], self.samples[-1]
@@ -97,12 +98,20 @@ class ProgressBoard:
         the bars vanish at the end.
     ticking : bool
         A thread lets the time left run between reports. False where that would disturb what is measured.
+    interval : float
+        Seconds between plain lines of one name; 0 where every report is one.
     """
 
     def __init__(
-        self, *, enabled: bool = True, file: TextIO | None = None, brief: bool = False, ticking: bool = True
+        self,
+        *,
+        enabled: bool = True,
+        file: TextIO | None = None,
+        brief: bool = False,
+        ticking: bool = True,
+        interval: float = PLAIN_INTERVAL,
     ) -> None:
-        self._enabled, self._brief = enabled, brief
+        self._enabled, self._brief, self._interval = enabled, brief, interval
         self._file = sys.stdout if file is None else file
         self._tasks: dict[str, Task] = {}
         self._last: dict[str, float] = {}  # time of the last plain line
@@ -120,9 +129,11 @@ class ProgressBoard:
             self._started = False
 
     def say(self, text: str) -> None:
-        """A line above the bars, which a terminal alone wraps."""
+        """A line above the bars; on a terminal folded between words, elsewhere never."""
         if not self._enabled:
             return
+        if self._live is not None:
+            text = textwrap.fill(text, self._live.console.width, break_long_words=False, break_on_hyphens=False)
         if self._started:
             self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
@@ -135,8 +146,8 @@ class ProgressBoard:
             self._draw()
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` steps are done. Without a terminal that is a line if `PLAIN_INTERVAL` has passed since the
-        last one of this name, or all is done.
+        """`done` of `total` steps are done. Without a terminal that is a line if `interval` has passed since the last
+        one of this name, or all is done.
 
         ``note`` is shown as far as it fits: numbers and words, separated by two spaces.
         """
@@ -158,9 +169,9 @@ class ProgressBoard:
     def _due(self, task: Task, now: float) -> bool:
         last = self._last.get(task.name)
         if self._brief:  # its end is told by what follows
-            last = self._began + PATIENCE - PLAIN_INTERVAL if last is None else last
-            return now - last >= PLAIN_INTERVAL
-        return last is None or task.done >= task.total or now - last >= PLAIN_INTERVAL
+            last = self._began + PATIENCE - self._interval if last is None else last
+            return now - last >= self._interval
+        return last is None or task.done >= task.total or now - last >= self._interval
 
     def _draw(self) -> None:
         if self._live is None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.advantages import group_advantages, pass_at_k

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 import trainer_setup
 from entropy_kernels._progress import ProgressBoard
@@ -302,7 +301,8 @@ def test_names_of_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for name in ("./nosuch", "../nosuch", "/nosuch/model", "~/nosuch", "nosuch/", "a/b/c"):
         assert main(["--model", name, "--out", str(tmp_path / "x")]) == 2
         assert capsys.readouterr().err == (
-            f"error: model: expected a folder with a model of transformers, got {name}, which does not exist\n"
+            "python -m entropy_kernels.trainer: error: --model: expected a folder with a model of transformers, got "
+            f"{name}, which does not exist\n"
         )
     assert not (tmp_path / "x").exists()
     check_model("Qwen/Qwen3-0.6B")  # of the hub

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, model, ppo, probes

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo
@@ -142,7 +141,7 @@ def test_the_loss_clips_as_the_method_counts(method: str, options: dict[str, obj
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("exact_cof", {}, r"method: expected one of grpo, .* \(did you mean exact_cov\?\), got 'exact_cof'"),
+        ("exact_cof", {}, r"method: expected one of grpo, .*, got 'exact_cof'; did you mean exact_cov\?"),
         ("exact_cov", {"method_options": {"budet": 1}}, r"method_options: budet: expected an option of exact_cov \("),
         ("exact_cov", {"method_options": {"seed": 3}}, r"method_options: seed: expected an option of exact_cov \("),
         ("entrocraft", {"method_options": {"total_steps": 0}}, r"method_options: total_steps: expected .*got 0"),

@@ -14,13 +14,13 @@ import pandas as pd
 import pytest
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import write_json
+from entropy_kernels.trainer.flags import field_help
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, read_rows
 from entropy_kernels.trainer.methods import METHODS, PAPER
 from entropy_kernels.trainer.report import PHASES, criteria, label, markdown, write_report
@@ -63,16 +63,30 @@ def test_config_round_trip() -> None:
         TrainerConfig.from_dict({"lrr": 1})
 
 
-def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert "quickstart" in text
-    source = (Path(ppo.__file__).parent / "config.py").read_text()
+def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("Type one of\n\n  python -m entropy_kernels.trainer quickstart\n")
+    assert max(map(len, text.splitlines())) <= 80
+    fields = {name: said for group in field_help(TrainerConfig).values() for name, said in group}
     for field in dataclasses.fields(TrainerConfig):
-        assert f"--{field.name.replace('_', '-')}" in text or f"--no-{field.name.replace('_', '-')}" in text, field.name
-        assert re.search(rf'^    {field.name}: [^=]*(\n[^=]*)*?= .*\n    """\w', source, re.M), f"{field.name}: no help"
+        assert re.search(rf"^  --(\[no-\])?{field.name.replace('_', '-')}\b", text, re.M), field.name
+        assert fields[field.name].endswith("."), f"{field.name}: no help"
+    assert main(["--help", "all"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert all(said.rstrip(".") in words for said in fields.values())
+    assert main(["--help", "save_every"]) == 0
+    assert capsys.readouterr().out == (
+        "\nThe run\n"
+        "  --save-every N          Steps between checkpoints (written atomically); 0\n"
+        "                          writes one at the end only. [60]\n"
+    )
+    for command, sweep_ in sweep.SWEEPS.items():
+        assert main([command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 80 and f"entropy_kernels.trainer {command}" in text
+        assert all(f"{name.replace('_', '-')}" in text for name in vars(sweep_.flags))
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,9 +288,9 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert set(json.loads((out / "summary.json").read_text())["methods"]) == {"grpo", "clip_cov", "kl_cov_torch_ops"}
     capsys.readouterr()
     assert main(["compare", "--out", str(tmp_path / "none")]) == 2
-    assert capsys.readouterr().err.startswith("error: config: expected a JSON file of what the runs have in common")
+    assert "error: config: expected a JSON file of what the runs have in common" in capsys.readouterr().err
     assert main([*flags, "--methods", "kl_cov"]) == 2
-    assert "methods, torch_ops: expected 'grpo' and others of" in capsys.readouterr().err
+    assert "error: --methods: expected 'grpo' among them" in capsys.readouterr().err
 
 
 def test_claims_of_the_walk_are_not_made_of_other_tasks() -> None:
@@ -322,15 +336,17 @@ def test_sweeps_are_rows_of_a_table(tmp_path: Path) -> None:
     assert {rows[name][0].target_entropy for name in ("grpo", "clip_cov", "kl_cov")} == {None}
     assert "target" not in sweep.configurations(quick, dataclasses.replace(flags, target_entropy=None), TINY)
     for changes in ({"methods": ("kl_cov",)}, {"workers": 0}, {"torch_ops": "nosuch"}, {"seeds": (0, 1, 0)}):
-        with pytest.raises(ValueError, match=r"^(methods, torch_ops|workers|seeds): expected "):
+        with pytest.raises(ValueError, match=r"^(methods|torch_ops|workers|seeds): expected "):
             sweep.configurations(quick, dataclasses.replace(flags, **changes), TINY)
 
 
 @pytest.mark.parametrize("command", list(sweep.SWEEPS))
 def test_the_recorded_call_is_the_call(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[sweep.Flags] = []
-    monkeypatch.setattr(sweep, "run_sweep", lambda name, flags: seen.append(flags) or 0)
-    asked = ["--out", str(tmp_path / "a b"), "--seed", "3", "--steps", "5", "--reuse", "--no-control"]
+    monkeypatch.setattr(sweep, "planned", lambda name, flags: seen.append(flags))
+    monkeypatch.setattr(sweep, "run_sweep", lambda plan: 0)
+    seed = "--seeds" if sweep.SWEEPS[command].flags.seeds else "--seed"
+    asked = ["--out", str(tmp_path / "a b"), seed, "3", "--steps", "5", "--reuse", "--no-control"]
     assert main([command, *asked, "--torch-ops", "None"]) == 0
     assert main(shlex.split(sweep.command_line(command, seen[0], TrainerConfig()))[3:]) == 0
     assert seen[1] == dataclasses.replace(seen[0], warm_steps=800, eval_every=seen[0].eval_every or 8)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo, probes
@@ -298,7 +297,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
             {"target_entropy": "0.4", "target_method": "drop"},
             r"target_method: expected one of exact_cov, weight, bonus",
         ),
-        ({"target_entropy": "0.4", "method_options": {"kq": 1}}, r"target_entropy.*kq: expected an option of "),
+        ({"target_entropy": "0.4", "method_options": {"kq": 1}}, r"method_options: kq: expected an option of "),
         ({"target_entropy": "0.4", "method_options": {"ratio": 7}}, r"method_options: ratio: expected .*got 7"),
         (
             {"target_entropy": "0.4", "method_options": {"method": "weight"}},
@@ -308,7 +307,7 @@ def test_what_is_logged(tmp_path: Path) -> None:
             {"target_entropy": "0.4", "method_options": {"target": 1}},
             r"method_options: expected options of .*got target",
         ),
-        ({"target_entropy": "0.4", "method_options": {"kp": -1}}, r"target_entropy.*kp: expected a finite number >= 0"),
+        ({"target_entropy": "0.4", "method_options": {"kp": -1}}, r"method_options: kp: expected a finite number >= 0"),
         (
             {"target_entropy": "0.4", "target_method": "bonus", "entropy_coef": 0.1},
             r"entropy_coef: expected 0 for target_method bonus, which sets it, got 0\.1",

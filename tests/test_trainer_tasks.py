@@ -13,7 +13,6 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("tyro")
 
 from entropy_kernels.trainer import tasks
 from entropy_kernels.trainer.tasks import (

@@ -1,85 +1,123 @@
 """``python -m entropy_kernels.trainer [quickstart | reproduce | compare | from-config FILE] [flags]``.
 
-One run is ppo.py; several, with their report, sweep.py.
+One run is ppo.py; several, with their report, sweep.py; what is typed, flags.py.
 """
 
 from __future__ import annotations
 
-import json
+import importlib.util
 import signal
 import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from entropy_kernels._require import require
+from entropy_kernels._console import Call, did_you_mean
+from entropy_kernels._require import missing
+from entropy_kernels.trainer.flags import as_typed, flags_help, parse
 
-USAGE = """usage: python -m entropy_kernels.trainer [flags]             one run; --help lists the flags
-       python -m entropy_kernels.trainer quickstart [flags]  the methods and a control from one start, and a report
-       python -m entropy_kernels.trainer reproduce [flags]   three seeds with the random-token controls, claims checked
-       python -m entropy_kernels.trainer compare --config FILE [flags]  the methods and torch's own ops, any model
-       python -m entropy_kernels.trainer from-config FILE [flags]  one run from the config.json of another
-"""
+if TYPE_CHECKING:
+    from entropy_kernels.trainer.config import TrainerConfig
+
+PROG = "python -m entropy_kernels.trainer"
+USAGE = """Type one of
+
+  {prog} quickstart
+      the methods and a control from one start, and a report: begin here
+  {prog} reproduce
+      three seeds with the random-token controls, and the claims checked
+  {prog} compare --config FILE
+      the methods on any model and task, and once by torch's own operations
+  {prog} --method clip_cov --out runs/mine
+      one run, with any of the flags below; without flags GRPO in runs/single
+  {prog} from-config FILE [flags]
+      one run from the config.json of another, with changes
+
+The first three have flags of their own: quickstart --help.
+Ctrl-C stops any of them, and says what goes on from there.
+
+Flags of one run, with their defaults. --help WORD tells all about those whose
+name has the word, --help all about all of them."""
 
 
 class _Terminated(SystemExit):
     """Told apart from a verifier that calls exit()."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     """Entry point; returns the exit code. Errors of the configuration are one line on stderr, not a traceback."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    call = Call(prog, sys.argv[1:] if argv is None else list(argv))
     before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
         with _stopped_by_signals():
-            return _main(arguments)
+            return _main(call)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = before
 
 
-def _main(arguments: list[str]) -> int:
+def _main(call: Call) -> int:
     from entropy_kernels.trainer.config import TrainerConfig
 
-    command = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    words = list(call.words[1:] if call.words[:1] == ["train"] else call.words)  # as after `entropy-kernels`
+    command = words[0] if words and not words[0].startswith("-") else None
     if command is None:
-        if {"-h", "--help"} & set(arguments):
-            print(USAGE)
-        return _train(_parse(TrainerConfig, arguments))
+        if call.help is not None:
+            print("" if call.help else USAGE.format(prog=call.prog) + "\n", end="")
+            print(flags_help(TrainerConfig(), call.help))
+            if importlib.util.find_spec("transformers") is None:
+                print(f"\n{missing('transformers', 'training', 'train')}")
+            return 0
+        return _one_run(call, TrainerConfig(), words, call.prog)
+    from entropy_kernels.trainer.sweep import SWEEPS
+
     if command == "from-config":
-        if len(arguments) < 2 or arguments[1].startswith("-"):
-            raise ValueError("from-config: expected a FILE, then flags, got no file")
-        config, flags = TrainerConfig.from_json(Path(arguments[1])), arguments[2:]
-        return _train(_parse(TrainerConfig, flags, f" from-config {arguments[1]}", default=config) if flags else config)
-    from entropy_kernels.trainer.sweep import SWEEPS, Flags, RunFailed, run_sweep
-
+        if len(words) < 2 or words[1].startswith("-"):
+            raise ValueError(f"from-config: expected a FILE, then flags, got {' '.join(words[1:]) or 'no file'}")
+        config = TrainerConfig.from_json(Path(words[1]).expanduser())
+        if call.help is not None:
+            print(flags_help(config, call.help))
+            return 0
+        return _one_run(call, config, words[2:], f"{call.prog} from-config {words[1]}")
     if command not in SWEEPS:
-        raise ValueError(f"command: expected {', '.join(SWEEPS)} or from-config, got {command!r}\n{USAGE}")
-    sweep = SWEEPS[command]
-    flags = _parse(Flags, arguments[1:], f" {command}", default=sweep.flags, description=sweep.about)
-    try:
-        return run_sweep(command, flags)
-    except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        known = (*SWEEPS, "from-config", "train")
+        raise ValueError(
+            f"expected a command ({', '.join(known)}) or flags, got {command}{did_you_mean(command, known)} "
+            f"({call.prog} --help explains)"
+        )
+    return _sweep(call, command, words[1:])
 
 
-def _train(config: Any) -> int:
+def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str) -> int:
     from entropy_kernels._progress import ProgressBoard
-    from entropy_kernels.trainer.log import RunProgress
+    from entropy_kernels.trainer.config import idle
+    from entropy_kernels.trainer.log import RunProgress, announced
     from entropy_kernels.trainer.ppo import train
 
-    with ProgressBoard(enabled=config.progress) as board:
-        progress = RunProgress(board)
-        out = train(config, report=progress)
+    config, typed = parse(default, words, prog)
+    progress = RunProgress(ProgressBoard(enabled=config.progress), announced(config))
+    with _errors_as_typed(typed):
+        config.validate()
+        for name, reason in idle(config).items():
+            if name in typed:
+                raise ValueError(f"{name}: does nothing {reason}; leave it out, or change that")
+            if config.progress:  # a run that a sweep starts has what all of its runs have in common
+                warnings.warn(f"{name} = {getattr(config, name)} does nothing {reason}", stacklevel=1)
+        try:
+            with progress.board:
+                out = train(config, report=progress)
+        except (KeyboardInterrupt, _Terminated) as stop:
+            print(_stopped(config, call, trained=progress.trained), file=sys.stderr)
+            return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     if config.progress:
         if progress.memory is not None:
             print(progress.memory)
@@ -87,43 +125,50 @@ def _train(config: Any) -> int:
     return 0
 
 
-def _parse(kind: type, arguments: list[str], command: str = "", **options: Any) -> Any:
-    tyro: Any = require("tyro", "the trainer's command line", "train")
-    registry = tyro.constructors.ConstructorRegistry()
-    registry.primitive_rule(_method_options)
-    prog = f"python -m entropy_kernels.trainer{command}"
-    parsed = tyro.cli(kind, args=arguments, prog=prog, registry=registry, **options)
-    for name, value in vars(parsed).items():
-        if isinstance(value, Path):
-            setattr(parsed, name, value.expanduser())  # a shell leaves the ~ of --out=~/runs as it is
-    return parsed
+def _stopped(config: TrainerConfig, call: Call, *, trained: bool) -> str:
+    """What is kept of a run that was stopped, and the call that goes on."""
+    ours = trained or not config.overwrite  # else what is there may be the run that was to be replaced
+    if ours and (config.out / "checkpoint.pt").exists():
+        kept = f"kept in {config.out}: the log and the last checkpoint. To go on from there"
+        return f"stopped; {kept}:\n  {call.again('--resume', instead_of=('--overwrite', '--no-resume'))}"
+    if ours and (config.out / "metrics.jsonl").exists():
+        kept = f"kept in {config.out}: the log alone, as there was no checkpoint yet. To begin anew"
+        return f"stopped; {kept}:\n  {call.again('--overwrite', instead_of=('--no-overwrite',))}"
+    return f"stopped before the first step, and nothing is kept. To begin again:\n  {call.again()}"
 
 
-def _method_options(field: Any) -> Any:
-    """How tyro reads options of a method: OPTION=VALUE, the value as in JSON, or a word."""
-    from tyro.constructors import PrimitiveConstructorSpec
+def _sweep(call: Call, name: str, words: list[str]) -> int:
+    from entropy_kernels.trainer.sweep import SWEEPS, RunFailed, complete, planned, run_sweep
 
-    if field.type != dict[str, Any]:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="OPTION=VALUE ...",
-        instance_from_str=lambda words: dict(map(_option, words)),
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{name}={json.dumps(x).strip(chr(34))}" for name, x in value.items()],
-    )
+    sweep = SWEEPS[name]
+    if call.help is not None:
+        if not call.help:
+            needs = " --config FILE" if sweep.configured else ""
+            print(f"Type\n\n  {call.prog} {name}{needs} [flags]\n")
+            print(textwrap.fill(sweep.about, 80))
+        print(flags_help(sweep.flags, call.help or ["all"]))
+        return 0
+    flags, typed = parse(sweep.flags, words, f"{call.prog} {name}")
+    goes_on = f"To go on, with what is complete as it is:\n  {call.again('--reuse', instead_of=('--no-reuse',))}"
+    with _errors_as_typed(typed):
+        plan = planned(name, flags)
+        try:
+            return run_sweep(plan)
+        except RunFailed as error:
+            print(f"{call.prog} {name}: error: {error}\n{complete(plan)}. {goes_on}", file=sys.stderr)
+            return 2
+        except (KeyboardInterrupt, _Terminated) as stop:
+            print(f"stopped; {complete(plan)}. {goes_on}", file=sys.stderr)
+            return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
 
 
-def _option(word: str) -> tuple[str, Any]:
-    name, equals, value = word.partition("=")
-    if not (name and equals):
-        raise ValueError(f"method_options: expected OPTION=VALUE, got {word!r}")
-    if value in ("inf", "-inf"):
-        return name, float(value)
+@contextmanager
+def _errors_as_typed(typed: set[str]) -> Iterator[None]:
+    """Errors name the flags that the user typed; what a file says keeps its name."""
     try:
-        return name, json.loads({"None": "null", "True": "true", "False": "false"}.get(value, value))
-    except ValueError:
-        return name, value
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(as_typed(str(error), typed)) from error
 
 
 @contextmanager

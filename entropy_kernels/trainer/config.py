@@ -1,13 +1,13 @@
-"""The one configuration of the reference trainer: a flat dataclass, read from the command line through tyro.
+"""The one configuration of the reference trainer: a flat dataclass, whose fields are the flags of the command line.
 
-Every field carries the help text that ``--help`` prints. Defaults are the settings in which the entropy law and the
-effect of Clip-Cov and KL-Cov show on two CPU cores (docs/trainer.md tells how they were found).
+Every field carries the help text that ``--help`` prints, under the comment line that opens its group. Defaults are the
+settings in which the entropy law and the effect of Clip-Cov and KL-Cov show on two CPU cores (docs/trainer.md tells how
+they were found).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin,
 
 import torch
 
+from entropy_kernels._console import did_you_mean
 from entropy_kernels.trainer import model
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import BASELINE, METHODS, TARGET, TARGETS, check_options, options_of
@@ -255,9 +256,10 @@ class TrainerConfig:
         choices = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
         choices["method"] = tuple(METHODS)  # some may come from outside
         for name, allowed in choices.items():
-            near = difflib.get_close_matches(str(getattr(self, name)), allowed, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            _expect(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}{hint}", getattr(self, name))
+            value = getattr(self, name)
+            if value not in allowed:
+                near = did_you_mean(value, allowed)
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{near}")
         why = (
             " (which keeps float32 weights and makes its products in bfloat16: weights in bfloat16 are rounded to 3 "
             "digits, and an update of 5e-6 is lost for nearly all of them)"
@@ -448,6 +450,44 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
         raise ValueError("resume: the checkpoint was made with another configuration; " + "; ".join(unnamed))
     _expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
     return different
+
+
+def idle(config: TrainerConfig) -> dict[str, str]:
+    """The fields that are not at their defaults and do nothing under this configuration, each with the reason.
+
+    Not those that agree with the others by doing nothing, as normalize_std = False does under rloo.
+    """
+    row, tiny, targeted = METHODS[config.method].decides, config.model == "tiny", config.target_entropy is not None
+    options = {} if row is None else {**row.options, **row.presets.get(config.method_options.get("preset", ""), {})}
+    has = {} if targeted else options
+    sizes, start = "hidden_size intermediate_size num_layers num_heads", "warm_batch warm_lr warm_weight_decay"
+    start += " warm_warmup_steps warm_wrong_fraction"
+    method = "a target entropy" if targeted else config.method
+    clips = targeted or row is None
+    reasons = (
+        ("resume_changes", not config.resume, "without --resume"),
+        ("chat_template", tiny, "with the tiny model, whose tokenizer has none"),
+        (sizes, not tiny, f"with the model {config.model}: they are the tiny one's"),
+        (f"warm_steps warm_seed {sizes} {start}", config.warm_start_from is not None, "beside warm_start_from"),
+        (start, config.warm_steps == 0, "with warm_steps = 0"),
+        ("memory_budget", config.head != "linear", f"under head = {config.head}"),
+        ("partial_credit", config.task.startswith("walk"), "on walk, whose rewards are 0 and 1"),
+        ("target_method", not targeted, "without target_entropy"),
+        ("cov_ratio", "ratio" not in has, f"under {method}, which has no ratio"),
+        ("cov_ratio", "k" in config.method_options, "beside the method's option k"),
+        ("cov_ratio", "ratio" in config.method_options, "beside the method's option ratio"),
+        ("kl_coef", "kl_coef" not in has, f"under {method}, which has no penalty"),
+        ("clip_low", not clips and options.get("clip_low") is None, f"under {method}, which has no PPO clip"),
+        ("clip_high", not clips and options.get("clip_high") is None, f"under {method}, which has no PPO clip"),
+        ("selection_logprob", targeted or row is None, f"under {method}, which does not select by the update's own"),
+    )
+    usual = TrainerConfig()
+    found: dict[str, str] = {}
+    for names, holds, reason in reasons:
+        for name in names.split() if holds else ():
+            if getattr(config, name) != getattr(usual, name):
+                found.setdefault(name, reason)
+    return found
 
 
 def _expect(holds: bool, name: str, expected: str, got: object) -> None:

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from entropy_kernels._progress import ProgressBoard
+from entropy_kernels._progress import ProgressBoard, in_words
 from entropy_kernels._require import require
 from entropy_kernels.trainer.checkpoint import BROKEN
-from entropy_kernels.trainer.config import HEADS
+from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, write_text
+from entropy_kernels.trainer.methods import METHODS, TARGET_ROW
 
 #: Fractions of the paper's table 1, and the columns that hold the mean covariance of each top fraction.
 COVARIANCE_COLUMNS = {fraction: f"cov_top_{fraction:g}" for fraction in (0.0002, 0.002, 0.02, 0.2, 0.5, 1.0)}
@@ -219,19 +220,61 @@ def _summary_writer(directory: Path, *, purge_step: int) -> Any:
 
 
 class RunProgress:
-    """A run on a board, as :func:`entropy_kernels.trainer.ppo.train` reports it."""
+    """A run on a board, as :func:`entropy_kernels.trainer.ppo.train` reports it; `announced` is said once it begins."""
 
-    def __init__(self, board: ProgressBoard) -> None:
-        self._board = board
+    def __init__(self, board: ProgressBoard, announced: str = "") -> None:
+        self.board, self._announced = board, announced
         self._validated: Mapping[str, Any] = {}
+        #: Whether a step of RL has been reported.
+        self.trained = False
         #: The measured peak memory with either head, as a sentence, once it is known.
         self.memory: str | None = None
 
     def __call__(self, phase: str, done: int, total: int, row: Mapping[str, Any]) -> None:
+        if self._announced:
+            self.board.say(self._announced)
+            self._announced = ""
+        self.trained = self.trained or "entropy" in row
         if "val_pass1" in row:
             self._validated = row
         self.memory = describe_memory(row) or self.memory
-        self._board.update(phase, done, total, describe_row(row, self._validated))
+        self.board.update(phase, done, total, describe_row(row, self._validated))
+
+
+def announced(config: TrainerConfig) -> str:
+    """What a run is about to do, how long about, where it writes, and how to stop it."""
+    target = config.target_entropy
+    what = METHODS[config.method].label if target is None else f"{TARGET_ROW.label} {target}"
+    started = config.warm_start_from is not None or config.resume or not config.warm_steps
+    first = "" if started else f" after {config.warm_steps} of a supervised start"
+    goes_on = ", from the checkpoint on," if config.resume else ""
+    often = f", one every {config.save_every} steps" if config.save_every else ""
+    return (
+        f"{what} on {config.task}, model {config.model}: {config.steps} steps{first}{goes_on} into {config.out}; "
+        f"{about_time(config, start=None if started else config)}. "
+        f"Ctrl-C stops; --resume goes on from the last checkpoint{often}."
+    )
+
+
+#: Seconds of the tiny model on the embedded task, on one core of an Intel Xeon 6: of a demonstration in the supervised
+#: start, of a completion in all that a step does with it, and of a completion in a validation.
+_SECONDS = {"demonstration": 1.2e-4, "completion": 4.5e-4, "validation": 9e-5}
+
+
+def about_time(*runs: TrainerConfig, start: TrainerConfig | None = None, workers: int = 1) -> str:
+    """How long these runs take, so many at a time, after a supervised start, in words: a guess at the embedded task on
+    a CPU. Of other tasks and models the first steps tell."""
+    if any(run.model != "tiny" or not run.task.startswith("walk") or run.device == "cuda" for run in runs):
+        return "how long is known after the first steps"
+    seconds = 0.0 if start is None else _SECONDS["demonstration"] * start.warm_steps * start.warm_batch
+    for run in runs:
+        validations = 1 + (run.steps // run.eval_every if run.eval_every else 0)
+        validated = validations * run.eval_prompts * run.eval_samples + run.final_eval_prompts * run.final_eval_samples
+        drawn = run.steps * run.prompts_per_step * run.samples_per_prompt
+        spent = _SECONDS["completion"] * drawn + _SECONDS["validation"] * validated
+        seconds += spent / min(workers, len(runs))
+    cores = min(workers, len(runs))
+    return f"about {in_words(seconds)} on {cores} idle core{'s' * (cores > 1)}"
 
 
 def describe_row(row: Mapping[str, Any], validated: Mapping[str, Any] | None = None) -> str:

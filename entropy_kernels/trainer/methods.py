@@ -215,7 +215,9 @@ def target_of(
     try:
         return ek.TargetEntropy(points if len(points) > 1 else points[0][1], **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"target_entropy, target_method, method_options: {error}") from error
+        name, _, rest = str(error).partition(": ")  # of its own argument
+        field = {"target": "target_entropy", "method": "target_method"}.get(name.partition("[")[0])
+        raise ValueError(f"{field}: {rest}" if field else f"method_options: {error}") from error
 
 
 def part_of(plan: ek.Control, parts: Sequence[Tensor]) -> list[ek.Control]:

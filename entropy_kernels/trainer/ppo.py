@@ -76,7 +76,7 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
     Args:
         config: all settings; ``config.out`` is the run's directory.
         report: ``report(phase, done, total, row)``, called after each piece of work; phase is "supervised start" or
-            "train", where ``row`` is the log's, of the policy after ``done`` steps.
+            "train", where ``row`` is the log's, of the policy after ``done`` steps. A phase begins with an empty row.
         probes: what is measured; None: what the configuration asks for.
 
     Returns:
@@ -111,6 +111,7 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
     """The loop. Its last round is the last policy's rollout, without updates."""
     run = open_run(config, task, tell)
     policy = run.policy
+    tell("train", run.first, config.steps, {})
     for number in range(run.first, config.steps + 1):
         step = Step(number, number == config.steps, policy, task, config, row={"step": number})
         if step.last or (number > run.first and config.save_every and number % config.save_every == 0):
@@ -373,7 +374,8 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     else:
         policy = build_policy(config, task)
     target = target_of(config, vocab_size=policy.model.config.vocab_size, backend=policy.backend)
-    if config.warm_start_from is None and saved is None:
+    if config.warm_start_from is None and saved is None and config.warm_steps:
+        tell("supervised start", 0, config.warm_steps, {})
         warm_start(
             policy, task, config,
             on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),

@@ -1,21 +1,20 @@
 """Several runs from one supervised start: quickstart, reproduce and compare are rows of one table.
 
-Read :data:`SWEEPS` first, what the commands are; then :func:`run_sweep`, what they do; then its parts in their order:
-:func:`configurations`, :func:`experiment` (the folder), :func:`supervised_start`, :func:`unfinished`,
-:func:`run_side_by_side`. A single run is ppo.py; what is said of many, report.py.
+Read :data:`SWEEPS` first, what the commands are; then :func:`planned` and :func:`run_sweep`, what they do; then the
+parts in their order: :func:`configurations`, :func:`experiment` (the folder), :func:`supervised_start`,
+:func:`unfinished`, :func:`run_side_by_side`. A single run is ppo.py; what is said of many, report.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import gc
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +22,15 @@ from typing import Any
 
 import torch
 
+from entropy_kernels._console import did_you_mean
 from entropy_kernels._progress import ProgressBoard
 from entropy_kernels._require import require_installed
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
-from entropy_kernels.trainer.log import describe_row, read_rows
+from entropy_kernels.trainer.log import about_time, describe_row, read_rows
 from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_RUN
-from entropy_kernels.trainer.report import TORCH_OPS, memory_line, report_names, write_report
+from entropy_kernels.trainer.report import TORCH_OPS, label, memory_line, report_names, write_report
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy, warm_start
 from entropy_kernels.trainer.tasks import make_task
 
@@ -132,8 +132,37 @@ SWEEPS = {
 }
 
 
-def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int:
-    """Train and report, all below `flags.out`; returns the exit code: 1 if claims are judged and one does not hold.
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that was asked for: what its runs have in common, and every run."""
+
+    name: str  # of SWEEPS
+    flags: Flags
+    base: TrainerConfig
+    seeds: tuple[int, ...]
+    rows: Mapping[str, Sequence[TrainerConfig]]  # of the report -> a configuration per seed
+
+    @property
+    def runs(self) -> dict[str, TrainerConfig]:
+        """By the names of their folders, in the order in which they start."""
+        return {config.out.name: config for configs in zip(*self.rows.values(), strict=True) for config in configs}
+
+    @property
+    def announced(self) -> str:
+        """What is about to be done, how long about, where it is written, and how to stop it."""
+        runs, workers, base = self.runs.values(), self.flags.workers, self.base
+        first = f" after {base.warm_steps} supervised ones that they share" if base.warm_steps else ""
+        names = ", ".join(dict.fromkeys(label(row) for row in self.rows))
+        seeds = f" on the seeds {', '.join(map(str, self.seeds))}" if len(self.seeds) > 1 else ""
+        return (
+            f"{names}{seeds}: {len(runs)} runs of {base.steps} steps{first}, {workers} at a time, into "
+            f"{self.flags.out}, with report.html at the end; {about_time(*runs, start=base, workers=workers)}. "
+            "Ctrl-C stops; --reuse goes on."
+        )
+
+
+def planned(name: str, flags: Flags, base: TrainerConfig | None = None) -> Plan:
+    """What `run_sweep` is to do.
 
     Parameters
     ----------
@@ -147,30 +176,50 @@ def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int
     ------
     ValueError
         A method that does not exist, no baseline, or a setting that cannot work.
-    OSError
-        Files of the user's or another process are in the way; nothing was written then.
-    RunFailed
-        With the end of its log, if a run fails; the others are stopped.
+    FileNotFoundError
+        No such file `flags.config`.
+    ImportError
+        A package of the report is not installed.
     """
-    sweep, started = SWEEPS[name], time.time()
+    sweep = SWEEPS[name]
     # now, and not after minutes of training
     require_installed(("matplotlib", "pandas", "scipy", "statsmodels"), "the report", "train")
     if base is None:
         if sweep.configured and flags.config is None:
             raise ValueError("config: expected a JSON file of what the runs have in common (--config FILE), got none")
         base = TrainerConfig() if flags.config is None else TrainerConfig.from_json(flags.config)
+    if flags.seed is not None and flags.seeds:
+        raise ValueError(
+            f"seed: expected none where seeds names those of the runs ({', '.join(map(str, flags.seeds))}), got "
+            f"{flags.seed}; --seeds {flags.seed} runs that one alone"
+        )
     common = {key: getattr(flags, key) for key in ("seed", "steps", "warm_steps", "eval_every")}
     base = dataclasses.replace(base, **{key: value for key, value in common.items() if value is not None})
-    seeds = flags.seeds or (base.seed,)
     rows = configurations(sweep, flags, base)
     base.validate()
-    runs = {config.out.name: config for configs in zip(*rows.values(), strict=True) for config in configs}
-    for config in runs.values():
+    plan = Plan(name, flags, base, flags.seeds or (base.seed,), rows)
+    for config in plan.runs.values():
         config.validate()
+    return plan
+
+
+def run_sweep(plan: Plan) -> int:
+    """Train and report, all below `plan.flags.out`; the exit code: 1 if claims are judged and one does not hold.
+
+    Raises
+    ------
+    OSError
+        Files of the user's or another process are in the way; nothing was written then.
+    RunFailed
+        With the end of its log, if a run fails; the others are stopped.
+    """
+    sweep, started, runs = SWEEPS[plan.name], time.time(), plan.runs
+    flags, base, rows = plan.flags, plan.base, plan.rows
     with (
-        experiment(flags.out, name, {} if flags.reuse else runs, *report_names(sweep.picture, runs)),
+        experiment(flags.out, plan.name, {} if flags.reuse else runs, *report_names(sweep.picture, runs)),
         ProgressBoard(enabled=flags.progress) as board,
     ):
+        board.say(plan.announced)
         start = supervised_start(base, flags.out / "warm_start", board)
         run_side_by_side(unfinished(runs) if flags.reuse else runs, workers=flags.workers, board=board)
         logs = load_runs({key: config.out for key, config in runs.items()})
@@ -179,11 +228,11 @@ def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int
             {row: [logs[config.out.name] for config in configs] for row, configs in rows.items()},
             base=base,
             experiment=start_experiment(base, start),
-            command=command_line(name, flags, base),
-            seeds=seeds,
+            command=command_line(plan.name, flags, base),
+            seeds=plan.seeds,
             seconds=time.time() - started,
             workers=flags.workers,
-            title=sweep.title.format(model=base.model, task=base.task, seeds=len(seeds)),
+            title=sweep.title.format(model=base.model, task=base.task, seeds=len(plan.seeds)),
             kept=logs,
             picture=sweep.picture,
         )
@@ -199,12 +248,15 @@ def run_sweep(name: str, flags: Flags, base: TrainerConfig | None = None) -> int
 
 def configurations(sweep: Sweep, flags: Flags, base: TrainerConfig) -> dict[str, list[TrainerConfig]]:
     """The configuration of every run: row of the report (method, method + TORCH_OPS, TARGET_RUN) -> one per seed."""
-    unknown = {*flags.methods, flags.torch_ops or BASELINE} - set(METHODS)
-    if BASELINE not in flags.methods or unknown:
-        near = [near for name in sorted(unknown) for near in difflib.get_close_matches(name, METHODS, 1)]
+    for option, names in (("methods", flags.methods), ("torch_ops", filter(None, [flags.torch_ops]))):
+        for name in names:
+            if name not in METHODS:
+                near = did_you_mean(name, METHODS)
+                raise ValueError(f"{option}: expected names among {', '.join(METHODS)}, got {name!r}{near}")
+    if BASELINE not in flags.methods:
         raise ValueError(
-            f"methods, torch_ops: expected {BASELINE!r} and others of {', '.join(METHODS)}, got "
-            f"{', '.join(flags.methods)} and {flags.torch_ops}" + (f"; did you mean {near[0]}?" if near else "")
+            f"methods: expected {BASELINE!r} among them, which the others are compared with, got "
+            f"{' '.join(flags.methods) or 'none'}"
         )
     if flags.workers < 1:
         raise ValueError(f"workers: expected an integer >= 1, got {flags.workers}")
@@ -240,6 +292,8 @@ def command_line(name: str, flags: Flags, base: TrainerConfig) -> str:
     """The call that does the same again, with what `flags` leave to the configuration; booleans where not as usual."""
     words = [name]
     for key, usual in vars(SWEEPS[name].flags).items():
+        if key == "seed" and flags.seeds:
+            continue
         value = getattr(flags, key)
         value = getattr(base, key, None) if value is None and key not in ("config", "torch_ops") else value
         option = key.replace("_", "-")
@@ -300,6 +354,7 @@ def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoar
         torch.set_num_threads(config.threads)
         task = make_task(config.task, max_new_tokens=config.max_new_tokens)
         policy = build_policy(config, task)
+        board.update("supervised start", 0, config.warm_steps)
         warm_start(
             policy, task, config,
             on_step=lambda done, loss: board.update("supervised start", done, config.warm_steps, f"loss {loss:.3f}"),
@@ -342,7 +397,8 @@ def run_side_by_side(runs: Mapping[str, TrainerConfig], *, workers: int, board: 
     for name, config in runs.items():
         config.validate()
         board.add(name, config.steps)
-    waiting = list(runs)
+    done, total = dict.fromkeys(runs, 0), sum(config.steps for config in runs.values())
+    waiting, complete = list(runs), 0
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
@@ -352,13 +408,16 @@ def run_side_by_side(runs: Mapping[str, TrainerConfig], *, workers: int, board: 
             time.sleep(_POLL)
             for name in list(running):
                 code = running[name].poll()
-                _show(name, runs[name], board)
+                done[name] = _show(name, runs[name], board)
                 if code is None:
                     continue
                 del running[name]
+                complete += 1
                 if code != 0:
                     tail = (runs[name].out / "run.log").read_text(encoding="utf-8", errors="replace")[-2000:]
                     raise RunFailed(f"run {name}: expected exit code 0, got {code}; the end of its log:\n{tail}")
+            if len(runs) > 1:
+                board.update("all runs", sum(done.values()), total, f"{complete} of {len(runs)} complete")
     finally:
         for process in running.values():
             process.terminate()
@@ -389,13 +448,24 @@ def _start(config: TrainerConfig) -> subprocess.Popen[bytes]:
         )
 
 
-def _show(name: str, config: TrainerConfig, board: ProgressBoard) -> None:
+def _show(name: str, config: TrainerConfig, board: ProgressBoard) -> int:
+    """A run's last row on the board; returns its step."""
     path = config.out / "metrics.jsonl"
     rows = read_rows(path) if path.exists() else []
-    if rows:
-        validated = [row for row in rows if "val_pass1" in row]
-        note = describe_row(rows[-1], validated[-1] if validated else None)
-        board.update(name, rows[-1]["step"], config.steps, note)
+    if not rows:
+        return 0
+    validated = [row for row in rows if "val_pass1" in row]
+    done = int(rows[-1]["step"])
+    board.update(name, done, config.steps, describe_row(rows[-1], validated[-1] if validated else None))
+    return done
+
+
+def complete(plan: Plan) -> str:
+    """Which runs of a plan are complete in their directories, as the start of a sentence."""
+    runs, todo = plan.runs, unfinished(plan.runs)
+    begun = sum(config.resume for config in todo.values())
+    partly = f", and {begun} with a checkpoint" if begun else ""
+    return f"kept in {plan.flags.out}: {len(runs) - len(todo)} of {len(runs)} runs complete{partly}"
 
 
 def unfinished(runs: Mapping[str, TrainerConfig]) -> dict[str, TrainerConfig]:
