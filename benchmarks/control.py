@@ -407,7 +407,7 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
     known = [*there.values(), *read(OUT / "runs.jsonl").values()]  # the latter maybe of another machine
     pace = sum(record["seconds"] for record in known) / max(1, sum(len(record["steps"]["reward"]) for record in known))
     left = in_words(weight * pace / min(workers, len(todo))) if known else "not known how long"
-    print(f"{about}, into {out}; about {left}. Ctrl-C stops; the same call goes on.", flush=True)
+    about += f", into {out}; about {left}. Ctrl-C stops; the same call goes on."
     starts = {record["seed"]: record["start"] for record in there.values()}
     machine = describe(torch.device("cpu"))  # before any run, as HEAD may move meanwhile
     failed = []
@@ -425,6 +425,7 @@ def run_all(specs: Sequence[Spec], *, out: Path, work: Path, workers: int) -> li
         for folder in work.glob("run-*"):  # of a call that was cut off
             shutil.rmtree(folder, ignore_errors=True)
         try:
+            board.say(about)
             board.update("steps", 0, weight)
             futures = {pool.submit(perform, spec, work, machine, starts.get(spec.seed)): spec for spec in todo}
             for number, future in enumerate(as_completed(futures), start=1):

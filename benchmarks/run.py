@@ -45,7 +45,7 @@ from benchmarks.ours import names
 from benchmarks.results import Measured
 from benchmarks.timing import Bandwidth, measure_bandwidth
 from entropy_kernels._console import Call, Parser
-from entropy_kernels._progress import ProgressBoard
+from entropy_kernels._progress import ProgressBoard, in_words
 
 WRITE_EVERY = 3.0  # seconds between writes of a document that grows to megabytes
 QUICK_SECONDS = 100.0  # "at most two minutes", with what was begun before and the plots
@@ -252,11 +252,6 @@ def main(argv: Sequence[str] | None = None, prog: str = results.COMMAND) -> int:
             f"argument --output: expected a folder for results, got {run.folder}, whose {other} is no result; move it "
             "away or name another folder"
         )
-    limit = "" if math.isinf(seconds) else f", for {seconds:.0f} s at most"
-    print(
-        f"measuring {len(work)} groups on {device}{limit}, into {run.folder}; Ctrl-C ends it with what there is",
-        file=sys.stderr,
-    )
     lost = _measure(run, work, settings, started)
     if lost is not None:
         _begin_again(command, settings.deadline, lost)
@@ -374,6 +369,9 @@ def _measure(run: Run, work: Sequence[Group], settings: Settings, started: float
         board.update("benchmark", min(reached, total), total, what)
 
     with ProgressBoard(file=sys.stderr, brief=True, ticking=False) as board:  # a thread would disturb the timing
+        left = settings.deadline - time.monotonic()
+        limit = "" if math.isinf(left) else f" for at most {in_words(left)}"
+        board.say(f"measuring on {run.device}{limit}, into {run.folder}. Ctrl-C stops and keeps what there is.")
         for i, group in enumerate(work):
             try:
                 with _stoppable():

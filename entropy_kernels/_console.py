@@ -70,14 +70,6 @@ def did_you_mean(word: object, known: Iterable[object]) -> str:
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 
-def program(package: str, installed: str) -> str:
-    """What the user typed to start this process: ``python -m MODULE`` for a module of `package`, else `installed`."""
-    name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", "")
-    if name.partition(".")[0] != package:
-        return installed
-    return f"python -m {name.removesuffix('.__main__')}"
-
-
 @dataclass(frozen=True)
 class Call:
     """What the user typed: the program, as in "python -m entropy_kernels.trainer", and the words behind it."""

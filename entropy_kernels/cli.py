@@ -17,8 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from entropy_kernels._console import Parser
 from entropy_kernels._require import missing
 from entropy_kernels._version import __version__
+
+_BEGIN = """Fused log-prob, entropy and covariance kernels for RL on language models.
+Type one of
+
+  {prog} doctor
+      is everything right here, and what is used?
+  {prog} train quickstart
+      a picture of entropy collapse and what holds it
+  {prog} fit LOG
+      the entropy law in the log of a run of yours
+
+or another command below; each explains itself with --help."""
+_TRAIN_COMMANDS = ("quickstart", "reproduce", "compare", "from-config")
 
 # Commands whose options belong to another program: command -> (module, extra with its dependencies).
 _DISPATCH = {"train": ("entropy_kernels.trainer.__main__", "train"), "bench": ("benchmarks.run", "analysis")}
@@ -54,13 +68,15 @@ def _run(arguments: argparse.Namespace, prog: str) -> int:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
-        description="Fused log-prob, entropy and covariance kernels: checks, training, benchmarks, the entropy law.",
-        epilog=f"{prog} COMMAND --help explains the options of a command.",
+        description=_BEGIN.format(prog=prog),
+        usage="%(prog)s COMMAND [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.elsewhere = {name: f"train {name}" for name in _TRAIN_COMMANDS}
     parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands", prog=prog)
 
     doctor = commands.add_parser(
         "doctor",
@@ -90,8 +106,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_tune(commands)
 
     for name, text in (
-        ("train", "train a small language model with PPO, Clip-Cov, KL-Cov (python -m entropy_kernels.trainer)"),
-        ("bench", "measure ours and others' implementations (a source checkout only)"),
+        (
+            "train",
+            "train a small language model under GRPO, Clip-Cov, KL-Cov and others, and report on them",
+        ),
+        ("bench", "measure ours and others' implementations (in a clone)"),
     ):
         commands.add_parser(name, help=text, add_help=False)
 
@@ -236,7 +255,7 @@ def _dispatch(command: str, argv: list[str], prog: str) -> int:
         # The console script's path holds its own directory, not the working directory as that of `python -m` does.
         sys.path.insert(0, str(Path.cwd()))
     try:
-        entry: Callable[[list[str]], int | None] = importlib.import_module(module).main
+        entry: Callable[[list[str], str], int | None] = importlib.import_module(module).main
     except ModuleNotFoundError as error:
         if error.name is not None and module.startswith(error.name):
             reason = f"{module} is not part of the installed package"
@@ -246,8 +265,8 @@ def _dispatch(command: str, argv: list[str], prog: str) -> int:
             reason = str(missing(error.name or module, command, extra))
         print(f"{prog} {command}: error: {reason}", file=sys.stderr)
         return 2
-    return entry(argv) or 0
+    return entry(argv, f"{prog} {command}") or 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(prog="python -m entropy_kernels.cli"))

@@ -230,20 +230,52 @@ def test_usage_errors_and_help(capsys):
         assert part in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian"], "entropy-kernels: error: COMMAND: expected one of doctor, verify, tune, train, bench, fit, got "
+         "'trian'; did you mean train? (entropy-kernels --help explains)\n"),
+        (["quickstrat"], "; did you mean train quickstart?"),
+        (["doctor", "--jsno"], "entropy-kernels doctor: error: there is no flag --jsno; did you mean --json? "),
+        (["fit", "x", "--align", "maen"], "--align: expected one of last, mean, got 'maen'; did you mean mean?"),
+        (["train", "quickstrat"], "got quickstrat; did you mean quickstart? (entropy-kernels train --help explains)"),
+        (["train", "--method", "clip-cov"], "got 'clip-cov'; did you mean clip_cov? (entropy-kernels train --help "),
+        (["bench", "--quik"], "entropy-kernels bench: error: there is no flag --quik; did you mean --quick?"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_answered_with_the_nearest_name_in_one_line(arguments, said, capsys):
+    try:
+        assert cli.main(arguments) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_the_name_of_the_program_is_what_was_typed():
+    for words, name in ((["-m", "entropy_kernels.trainer"], "train"), (["-m", "entropy_kernels.cli", "train"], "cli")):
+        result = subprocess.run([sys.executable, *words, "--stpes", "3"], capture_output=True, text=True)
+        prog = "python -m entropy_kernels." + ("trainer" if name == "train" else "cli train")
+        assert (
+            result.stderr
+            == f"{prog}: error: there is no flag --stpes; did you mean --steps? ({prog} --help explains)\n"
+        )
+
+
 def test_dispatch_passes_arguments_and_exit_code(monkeypatch):
     seen = []
 
     class Program:
         @staticmethod
-        def main(argv):
-            seen.append(argv)
+        def main(argv, prog):
+            seen.append((argv, prog))
             return 3
 
     for name, module in (("train", "entropy_kernels.trainer.__main__"), ("bench", "benchmarks.run")):
         monkeypatch.setitem(sys.modules, module.rpartition(".")[0], Program)
         monkeypatch.setitem(sys.modules, module, Program)
         assert cli.main([name, "--help", "x"]) == 3
-    assert seen == [["--help", "x"]] * 2
+    assert seen == [(["--help", "x"], f"entropy-kernels {name}") for name in ("train", "bench")]
 
 
 def test_bench_outside_a_checkout_says_so(monkeypatch, capsys):

@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_told_with_the_way_out_and_that_works(
     assert main(["from-config", str(run / "config.json"), "--out", str(run), "--resume", "--steps", "4"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(
-        f"error: resume: expected a checkpoint at {path}, got a file that"
+        f"python -m entropy_kernels.trainer: error: --resume: expected a checkpoint at {path}, got a file that"
     )
     assert f"mv {path.with_name('checkpoint.previous.pt')} {path}" in error
     assert contents(run) == before

@@ -32,7 +32,7 @@ USAGE = """Type one of
       three seeds with the random-token controls, and the claims checked
   {prog} compare --config FILE
       the methods on any model and task, and once by torch's own operations
-  {prog} --method clip_cov --out runs/mine
+  {prog} --method {method} --out runs/mine
       one run, with any of the flags below; without flags GRPO in runs/single
   {prog} from-config FILE [flags]
       one run from the config.json of another, with changes
@@ -67,12 +67,14 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
 
 def _main(call: Call) -> int:
     from entropy_kernels.trainer.config import TrainerConfig
+    from entropy_kernels.trainer.methods import PAPER
 
     words = list(call.words[1:] if call.words[:1] == ["train"] else call.words)  # as after `entropy-kernels`
     command = words[0] if words and not words[0].startswith("-") else None
     if command is None:
         if call.help is not None:
-            print("" if call.help else USAGE.format(prog=call.prog) + "\n", end="")
+            if not call.help:
+                print(USAGE.format(prog=call.prog, method=PAPER[1]))
             print(flags_help(TrainerConfig(), call.help))
             if importlib.util.find_spec("transformers") is None:
                 print(f"\n{missing('transformers', 'training', 'train')}")

@@ -457,36 +457,32 @@ def idle(config: TrainerConfig) -> dict[str, str]:
 
     Not those that agree with the others by doing nothing, as normalize_std = False does under rloo.
     """
-    row, tiny, targeted = METHODS[config.method].decides, config.model == "tiny", config.target_entropy is not None
-    options = {} if row is None else {**row.options, **row.presets.get(config.method_options.get("preset", ""), {})}
-    has = {} if targeted else options
-    sizes, start = "hidden_size intermediate_size num_layers num_heads", "warm_batch warm_lr warm_weight_decay"
-    start += " warm_warmup_steps warm_wrong_fraction"
+    tiny, targeted = config.model == "tiny", config.target_entropy is not None
     method = "a target entropy" if targeted else config.method
-    clips = targeted or row is None
+    decides = METHODS[config.method].decides is not None and not targeted
+    sizes = "hidden_size intermediate_size num_layers num_heads"
+    start = "warm_batch warm_lr warm_weight_decay warm_warmup_steps warm_wrong_fraction"
     reasons = (
         ("resume_changes", not config.resume, "without --resume"),
         ("chat_template", tiny, "with the tiny model, whose tokenizer has none"),
-        (sizes, not tiny, f"with the model {config.model}: they are the tiny one's"),
-        (f"warm_steps warm_seed {sizes} {start}", config.warm_start_from is not None, "beside warm_start_from"),
+        (sizes, not tiny, f"with the model {config.model}: it is of the tiny one"),
+        (f"warm_seed {sizes} {start}", config.warm_start_from is not None, "beside warm_start_from"),
+        ("warm_steps", config.warm_start_from is not None and config.warm_steps > 0, "beside warm_start_from"),
         (start, config.warm_steps == 0, "with warm_steps = 0"),
         ("memory_budget", config.head != "linear", f"under head = {config.head}"),
         ("partial_credit", config.task.startswith("walk"), "on walk, whose rewards are 0 and 1"),
         ("target_method", not targeted, "without target_entropy"),
-        ("cov_ratio", "ratio" not in has, f"under {method}, which has no ratio"),
-        ("cov_ratio", "k" in config.method_options, "beside the method's option k"),
-        ("cov_ratio", "ratio" in config.method_options, "beside the method's option ratio"),
-        ("kl_coef", "kl_coef" not in has, f"under {method}, which has no penalty"),
-        ("clip_low", not clips and options.get("clip_low") is None, f"under {method}, which has no PPO clip"),
-        ("clip_high", not clips and options.get("clip_high") is None, f"under {method}, which has no PPO clip"),
-        ("selection_logprob", targeted or row is None, f"under {method}, which does not select by the update's own"),
+        ("cov_ratio kl_coef selection_logprob", not decides, f"under {method}"),
     )
     usual = TrainerConfig()
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(usual, f.name)}
     found: dict[str, str] = {}
     for names, holds, reason in reasons:
-        for name in names.split() if holds else ():
-            if getattr(config, name) != getattr(usual, name):
-                found.setdefault(name, reason)
+        for name in changed & {*names.split()} if holds else ():
+            found.setdefault(name, reason)
+    for name in changed & {"cov_ratio", "kl_coef", "clip_low", "clip_high"} if decides else ():
+        if options_of(config) == options_of(dataclasses.replace(config, **{name: getattr(usual, name)})):
+            found[name] = f"under {method}" + (" with these method_options" if config.method_options else "")
     return found
 
 

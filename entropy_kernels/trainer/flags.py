@@ -104,7 +104,7 @@ def _option(word: str) -> tuple[str, Any]:
 def as_typed(message: str, typed: Iterable[str]) -> str:
     """An error that begins with the names of fields at fault, with those that were typed as the flags that they are."""
     head, colon, rest = message.partition(": ")
-    at_fault = [name for name in head.split(", ") if name in typed]
+    at_fault = [name for name in head.split(", ") if colon and name in typed]
     long = "|".join(sorted(name for name in typed if "_" in name))  # others are words of English, too
     if long:
         rest = re.sub(rf"(?<![\w.-])({long})(?![\w.])", lambda found: dashed(found[0]), rest)

@@ -256,9 +256,9 @@ def announced(config: TrainerConfig) -> str:
     )
 
 
-#: Seconds of the tiny model on the embedded task, on one core of an Intel Xeon 6: of a demonstration in the supervised
-#: start, of a completion in all that a step does with it, and of a completion in a validation.
-_SECONDS = {"demonstration": 1.2e-4, "completion": 4.5e-4, "validation": 9e-5}
+#: Seconds of the tiny model on the embedded task, on one core of an Intel Xeon 6: of imports, of a demonstration in the
+#: supervised start, of a completion in all that a step does with it, and of a completion in a validation.
+_SECONDS = {"begin": 5.0, "demonstration": 1.2e-4, "completion": 4.5e-4, "validation": 9e-5}
 
 
 def about_time(*runs: TrainerConfig, start: TrainerConfig | None = None, workers: int = 1) -> str:
@@ -271,7 +271,7 @@ def about_time(*runs: TrainerConfig, start: TrainerConfig | None = None, workers
         validations = 1 + (run.steps // run.eval_every if run.eval_every else 0)
         validated = validations * run.eval_prompts * run.eval_samples + run.final_eval_prompts * run.final_eval_samples
         drawn = run.steps * run.prompts_per_step * run.samples_per_prompt
-        spent = _SECONDS["completion"] * drawn + _SECONDS["validation"] * validated
+        spent = _SECONDS["begin"] + _SECONDS["completion"] * drawn + _SECONDS["validation"] * validated
         seconds += spent / min(workers, len(runs))
     cores = min(workers, len(runs))
     return f"about {in_words(seconds)} on {cores} idle core{'s' * (cores > 1)}"

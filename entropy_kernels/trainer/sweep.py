@@ -354,7 +354,8 @@ def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoar
         torch.set_num_threads(config.threads)
         task = make_task(config.task, max_new_tokens=config.max_new_tokens)
         policy = build_policy(config, task)
-        board.update("supervised start", 0, config.warm_steps)
+        if config.warm_steps:
+            board.update("supervised start", 0, config.warm_steps)
         warm_start(
             policy, task, config,
             on_step=lambda done, loss: board.update("supervised start", done, config.warm_steps, f"loss {loss:.3f}"),
