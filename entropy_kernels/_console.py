@@ -65,9 +65,13 @@ def _plain(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | No
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:
     """The end of an error: "; did you mean train?", or nothing where no name is near."""
-    names = {str(name).replace("_", "-").lower(): str(name) for name in known}
-    near = difflib.get_close_matches(str(word).replace("_", "-").lower(), names, 1)
+    names = {_bare(name): str(name) for name in known}
+    near = difflib.get_close_matches(_bare(word), names, 1)
     return f"; did you mean {names[near[0]]}?" if near else ""
+
+
+def _bare(name: object) -> str:
+    return str(name).replace("_", "-").lower().lstrip("-")
 
 
 @dataclass(frozen=True)
