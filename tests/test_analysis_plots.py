@@ -63,10 +63,11 @@ def test_one_colour_per_method_and_dashes_for_controls():
 
 def test_a_target_is_drawn_beside_what_it_is_of():
     held = {"grpo": run(), "target": run(0.4).assign(target_entropy=0.4), "x": run(0.3).assign(target_entropy=0.3)}
-    ax = plots.entropy_figure(held).axes[0]
+    figure = plots.entropy_figure(held)
+    ax = figure.axes[0]
     dashed = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
     assert [line.get_ydata()[0] for line in dashed] == [0.4, 0.3]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["GRPO", "Target", "target", "x"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["GRPO", "Target", "target", "x"]
     assert dashed[0].get_color() == plot_style.method_style("target").color
     other = ("grpo", "clip_cov", "kl_cov", "clip_higher", "entropy_bonus")
     assert dashed[0].get_color() not in {plot_style.method_style(name).color for name in other}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 INK = "#222222"
 MUTED = "#767676"
 GRID = "#e4e4e4"
+#: Inches: the width of a figure for a phone, where its smallest text is still legible, and the height of its panels.
+NARROW, NARROW_PANEL = 4.2, 3.0
+#: Points: the smallest text of a figure that has a narrow form, and the lowest note's distance from its axes.
+NOTE_SIZE, NOTE_ABOVE = 8.5, 5.0
+TITLE, NOTE = "title", "note"
 
 # Okabe-Ito, which stays apart under the three common colour deficiencies and in grey-scale print.
 _BASELINE, _BLUE, _VERMILION, _GREEN, _PURPLE = "#3b3b3b", "#0072b2", "#d55e00", "#009e73", "#aa4499"
@@ -100,13 +106,32 @@ def styles(names: Sequence[str]) -> dict[str, MethodStyle]:
 
 
 def figure(rows: int, columns: int, size: tuple[float, float], **keywords: Any) -> tuple[Figure, Any]:
-    """Figure with a (rows, columns) array of axes in the house style; ``size`` in inches."""
+    """Figure with a (rows, columns) array of axes in the house style; ``size`` in inches.
+
+    Titles and notes (:func:`title`) that are wider than their axes are wrapped whenever the figure is laid out.
+    """
     module = require("matplotlib.figure", "a plot")
-    fig = module.Figure(figsize=size, layout="constrained", facecolor="white")
+    from entropy_kernels.analysis._wrapped_layout import WrappedLayout
+
+    fig = module.Figure(figsize=size, layout=WrappedLayout(), facecolor="white")
     axes = fig.subplots(rows, columns, squeeze=False, **keywords)
     for ax in axes.flat:
         decorate(ax)
     return fig, axes
+
+
+def panels(
+    count: int, size: tuple[float, float], *, narrow: bool = False, across: int = 4, **keywords: Any
+) -> tuple[Figure, list[Axes]]:
+    """Figure with `count` panels of `size` in inches, at most `across` beside each other; with ``narrow`` one under
+    another, for the width of a phone."""
+    columns = 1 if narrow else min(count, across)
+    rows = math.ceil(count / columns)
+    width, height = (NARROW, min(size[1], NARROW_PANEL)) if narrow else (size[0] * columns + 0.4, size[1])
+    fig, axes = figure(rows, columns, (width, height * rows), **keywords)
+    for ax in list(axes.flat)[count:]:
+        ax.remove()
+    return fig, list(axes.flat)[:count]
 
 
 def decorate(ax: Axes) -> None:
@@ -125,16 +150,40 @@ def decorate(ax: Axes) -> None:
 
 def title(ax: Axes, text: str, note: str | None = None) -> None:
     """Left-aligned title, with a muted line below it."""
-    ax.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=19 if note else 8)
-    if note:
-        ax.annotate(
-            note, (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8.5, color=MUTED
-        )
+    heading = ax.set_title(text, loc="left", fontsize=11, fontweight="bold", color=INK, pad=19 if note else 8)
+    below = ax.annotate(
+        note or "", (0, 1), xycoords="axes fraction", xytext=(0, NOTE_ABOVE), textcoords="offset points",
+        fontsize=NOTE_SIZE, color=MUTED, va="bottom",
+    )  # fmt: skip
+    # for WrappedLayout: which they are, and what they say before lines are broken (_: nothing for a legend)
+    heading.set(gid=TITLE, label=f"_{text}")
+    below.set(gid=NOTE, label=f"_{note or ''}")
 
 
 def legend(target: Any, **keywords: Any) -> None:
-    """Frameless legend of an axes or, given ``handles``, of a figure."""
-    target.legend(frameon=False, fontsize=9, labelcolor=INK, handlelength=2.2, **keywords)
+    """Frameless legend of an axes or, given ``handles``, of a figure, with as many of the ``ncols`` as that has room
+    for."""
+    columns = keywords.pop("ncols", 1)
+    while True:
+        made = target.legend(
+            frameon=False, fontsize=9, labelcolor=INK, handlelength=2.2, columnspacing=1.4, ncols=columns, **keywords
+        )
+        room = target.get_window_extent().width if hasattr(target, "dpi") else math.inf
+        if columns == 1 or made.get_window_extent().width <= room:
+            return
+        made.remove()
+        columns -= 1
+
+
+def shared_legend(fig: Figure, axes: Sequence[Axes], **keywords: Any) -> None:
+    """One legend above all panels of a figure."""
+    shown: dict[str, Any] = {}  # of equal labels the first's
+    for ax in axes:
+        for handle, text in zip(*ax.get_legend_handles_labels(), strict=True):
+            shown.setdefault(text, handle)
+    if shown:
+        keywords = {"loc": "outside upper left", "ncols": 6, **keywords}
+        legend(fig, handles=[*shown.values()], labels=[*shown], **keywords)
 
 
 def seeds(run: DataFrame | Sequence[DataFrame]) -> list[DataFrame]:

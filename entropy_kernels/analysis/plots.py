@@ -3,8 +3,9 @@
 ``runs`` is everywhere a mapping from a run's name to its log, a DataFrame with a ``step`` column, or to a list of logs,
 one per seed (drawn as their mean with the band of smallest to largest). What a log has as ``target_entropy`` is drawn
 dashed beside its ``entropy``. Names choose the colours: see
-:func:`entropy_kernels.analysis.plot_style.method_style`. Figures are made without pyplot, so they need no display, and
-belong to the caller: ``figure.savefig(path)`` or :func:`png`.
+:func:`entropy_kernels.analysis.plot_style.method_style`. With ``narrow`` a figure is for the width of a phone: its
+panels stand one under another, and its text can still be read there. Figures are made without pyplot, so they need no
+display, and belong to the caller: ``figure.savefig(path)`` or :func:`png`.
 
 Column names of the reference trainer's logs, the defaults here: ``step``, ``entropy``, ``val_pass1``, ``val_pass8``,
 ``predicted_dh``, ``measured_dh``.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -37,10 +38,13 @@ PAPER_COVARIANCE = {0.0002: 5.654, 0.002: 3.112, 0.02: 1.385, 0.2: 0.351, 0.5: 0
 
 
 def png(figure: Figure, *, dpi: int = 150) -> bytes:
-    """The figure as PNG bytes."""
-    buffer = io.BytesIO()
+    """The figure as PNG bytes, of 256 colours: a third of the size."""
+    image = require("PIL.Image", "a plot")
+    buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    return buffer.getvalue()
+    picture = image.open(buffer).convert("RGB").quantize(256, dither=image.Dither.NONE)
+    picture.save(small, format="png", optimize=True, dpi=(dpi, dpi))
+    return small.getvalue()
 
 
 def img_tag(figure: Figure, alt: str, *, dpi: int = 150) -> str:
@@ -49,11 +53,12 @@ def img_tag(figure: Figure, alt: str, *, dpi: int = 150) -> str:
     return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 
-def entropy_figure(runs: Mapping[str, Run], *, column: str = "entropy", log_scale: bool = False) -> Figure:
+def entropy_figure(
+    runs: Mapping[str, Run], *, column: str = "entropy", log_scale: bool = False, narrow: bool = False
+) -> Figure:
     """Policy entropy over training steps, one line per run."""
     style.check_runs(runs, [column])
-    fig, axes = style.figure(1, 1, (7.2, 4.2))
-    ax = axes[0, 0]
+    fig, (ax,) = style.panels(1, (6.8, 4.2), narrow=narrow)
     _curves(ax, runs, column)
     ax.set(xlabel="training step", ylabel="policy entropy (nats per token)")
     if log_scale:
@@ -61,12 +66,16 @@ def entropy_figure(runs: Mapping[str, Run], *, column: str = "entropy", log_scal
     else:
         ax.set_ylim(bottom=0)
     style.title(ax, "Policy entropy", _seed_note(runs))
-    style.legend(ax)
+    style.shared_legend(fig, [ax])
     return fig
 
 
 def performance_figure(
-    runs: Mapping[str, Run], *, columns: Mapping[str, str] | None = None, title: str = "Validation"
+    runs: Mapping[str, Run],
+    *,
+    columns: Mapping[str, str] | None = None,
+    title: str = "Validation",
+    narrow: bool = False,
 ) -> Figure:
     """Validation performance over steps, one panel per column; ``columns`` maps a column to its panel's title.
 
@@ -77,12 +86,12 @@ def performance_figure(
     present = {
         column: name for column, name in columns.items() if any(len(style.curve(r, column)) for r in runs.values())
     }
-    fig, axes = style.figure(1, len(present), (4.6 * len(present) + 0.4, 4.4))
-    for ax, (column, name) in zip(axes[0], present.items(), strict=True):
+    fig, axes = style.panels(len(present), (4.0, 4.0), narrow=narrow)
+    for ax, (column, name) in zip(axes, present.items(), strict=True):
         _curves(ax, runs, column)
         ax.set(xlabel="training step", ylabel=name)
-        style.title(ax, f"{title}: {name}", _seed_note(runs))
-    _shared_legend(fig, axes[0, 0])
+        style.title(ax, f"{title}: {name}" if title else name, _seed_note(runs))
+    style.shared_legend(fig, axes)
     return fig
 
 
@@ -92,6 +101,7 @@ def law_figure(
     entropy: str = "entropy",
     performance: str = "val_pass1",
     laws: Mapping[str, EntropyLaw] | None = None,
+    narrow: bool = False,
 ) -> Figure:
     """R against H, one panel per run on common axes: points, the law, a straight line in H and the ceiling.
 
@@ -102,9 +112,9 @@ def law_figure(
     """
     style.check_runs(runs, [entropy])
     style.check_runs(runs, [performance])
-    fig, axes = style.figure(1, len(runs), (3.5 * len(runs) + 0.8, 4.1), sharex=True, sharey=True)
+    fig, axes = style.panels(len(runs), (3.1, 3.8), narrow=narrow, sharex=True, sharey=True)
     looks = style.styles(list(runs))
-    for ax, (name, run) in zip(axes[0], runs.items(), strict=True):
+    for ax, (name, run) in zip(axes, runs.items(), strict=True):
         points = [
             pairs(log, entropy, performance)[["entropy", "performance"]].to_numpy(float)
             for log in style.seeds(run)
@@ -119,12 +129,13 @@ def law_figure(
         note = "too few points for a fit"
         if law is not None:
             _law_lines(ax, law, looks[name].color)
-            note = f"R² {law.r2:.3f}, RMSE {law.rmse:.3f}   straight line: {law.r2_linear:.3f}, {law.rmse_linear:.3f}"
+            note = f"R² {law.r2:.3f}, RMSE {law.rmse:.3f}; straight line: {law.r2_linear:.3f}, {law.rmse_linear:.3f}"
         style.title(ax, looks[name].label, note)
-        ax.set(xlabel="policy entropy H (nats)")
-    axes[0, 0].set_ylabel(f"validation {_pretty(performance)}")
-    axes[0, 0].set_xlim(left=0)
-    style.legend(axes[0, 0], loc="lower left")
+        ax.set(xlabel="policy entropy H (nats)", ylabel=f"validation {_pretty(performance)}")
+    axes[0].set_xlim(left=0)
+    for ax in axes:
+        ax.label_outer()
+    style.shared_legend(fig, axes)
     return fig
 
 
@@ -144,8 +155,7 @@ def fit_figure(
     h, r = np.asarray(entropy, float), np.asarray(performance, float)
     keep = ~(np.isnan(h) | np.isnan(r))
     order = np.arange(len(h)) if steps is None else np.asarray(steps)
-    fig, axes = style.figure(1, 1, (7.4, 4.9))
-    ax = axes[0, 0]
+    fig, (ax,) = style.panels(1, (7.0, 5.3))
     grid = np.linspace(0, max(law.entropy_range[1], float(h[keep].max())) * 1.04, 200)
     low, high = law.interval(grid)
     ax.fill_between(
@@ -177,10 +187,10 @@ def fit_figure(
     )  # fmt: skip
     ax.set(xlabel=entropy_name, ylabel=performance_name)
     ax.set_xlim(left=0)
-    note = f"{_equation(law)}    R² {law.r2:.3f}, RMSE {law.rmse:.3g}"
-    note += f"    straight line in H: {law.r2_linear:.3f}, {law.rmse_linear:.3g}"
+    note = f"{_equation(law)}; R² {law.r2:.3f}, RMSE {law.rmse:.3g}"
+    note += f"; straight line in H: {law.r2_linear:.3f}, {law.rmse_linear:.3g}"
     style.title(ax, title, note)
-    style.legend(ax, loc="best")
+    style.shared_legend(fig, [ax])
     return fig
 
 
@@ -189,40 +199,55 @@ def entropy_change_figure(
     *,
     predicted: str = "predicted_dh",
     measured: str = "measured_dh",
+    scaleless: Collection[str] = (),
+    narrow: bool = False,
 ) -> Figure:
     """Measured against predicted ΔH, one panel per entry, with y = x, correlation, slope and share of equal signs.
 
     An entry is a pair (predicted, measured) of n numbers each, or a log with these two columns. The slope is that of
-    the least-squares line through the origin: 1 where the prediction has the right size.
+    the least-squares line through the origin: 1 where the prediction has the right size. The panels that ``scaleless``
+    names have predictions of arbitrary scale, as those for a unit step: no y = x, no slope, and axes of their own.
     """
     if not panels:
         raise ValueError("panels: expected at least one entry, got none")
-    fig, axes = style.figure(1, len(panels), (3.7 * len(panels) + 0.4, 4.1))
+    if unknown := {*scaleless} - {*panels}:
+        raise ValueError(f"scaleless: expected names of panels ({', '.join(panels)}), got {', '.join(sorted(unknown))}")
+    fig, axes = style.panels(len(panels), (3.7, 4.3), narrow=narrow)
     looks = style.styles(list(panels))
-    for ax, (name, panel) in zip(axes[0], panels.items(), strict=True):
+    for ax, (name, panel) in zip(axes, panels.items(), strict=True):
         x, y = (panel[predicted], panel[measured]) if hasattr(panel, "columns") else panel
         x, y = np.asarray(x, float), np.asarray(y, float)
         if x.shape != y.shape:
             raise ValueError(f"panels[{name!r}]: expected equal shapes, got {x.shape} and {y.shape}")
         keep = np.isfinite(x) & np.isfinite(y)
         x, y = x[keep], y[keep]
-        x, y, unit = _scaled(x, y)
-        bound = 1.08 * max(np.abs(np.concatenate([x, y])).max(initial=0.0), 1e-12)
-        ax.plot(
-            [-bound, bound], [-bound, bound], color=style.MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="y = x"
-        )
+        note = _agreement(x, y)
+        if name in scaleless:
+            (x, across), (y, up) = _scaled(x), _scaled(y)
+            ax.axhline(0, color=style.MUTED, linewidth=0.8)
+            ax.axvline(0, color=style.MUTED, linewidth=0.8)
+            across += ", arbitrary scale"
+        else:
+            both, across = _scaled(np.stack([x, y]))
+            (x, y), up = both, across
+            _slopes(ax, x, y, looks[name].color)
         ax.scatter(x, y, s=16, color=looks[name].color, alpha=0.55, edgecolors="none", zorder=3)
-        if (x @ x) > 0:
-            slope = float(x @ y / (x @ x))
-            reach = np.array([x.min(), x.max()])
-            ax.plot(reach, slope * reach, color=looks[name].color, linewidth=1.8, label=f"slope {slope:.3g}")
-        ax.set(
-            xlabel=f"predicted ΔH ({unit})", ylabel=f"measured ΔH ({unit})", xlim=(-bound, bound), ylim=(-bound, bound)
-        )
-        ax.set_aspect("equal")
-        style.title(ax, looks[name].label, _agreement(x, y))
-        style.legend(ax, loc="upper left")
+        ax.set(xlabel=f"predicted ΔH ({across})", ylabel=f"measured ΔH ({up})")
+        style.title(ax, looks[name].label, note)
     return fig
+
+
+def _slopes(ax: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
+    """y = x and the line through the origin, on equal scales."""
+    bound = 1.08 * max(np.abs([x, y]).max(initial=0.0), 1e-12)
+    ax.plot([-bound, bound], [-bound, bound], color=style.MUTED, linewidth=1.0, linestyle=(0, (4, 3)), label="y = x")
+    if (x @ x) > 0:
+        slope = float(x @ y / (x @ x))
+        reach = np.array([x.min(), x.max()])
+        ax.plot(reach, slope * reach, color=color, linewidth=1.8, label=f"slope {slope:.3g}")
+    ax.set(xlim=(-bound, bound), ylim=(-bound, bound))
+    ax.set_aspect("equal", anchor="W")
+    style.legend(ax, loc="upper left")
 
 
 def covariance_table(
@@ -258,8 +283,7 @@ def covariance_figure(table: DataFrame, *, title: str = "Mean covariance of the 
     """A covariance table as a figure: the numbers on a colour scale that is linear near 0 and logarithmic above."""
     colors = require("matplotlib.colors", "a plot")
     values = table.to_numpy(float)
-    fig, axes = style.figure(1, 1, (1.15 * values.shape[1] + 2.6, 0.48 * values.shape[0] + 1.5))
-    ax = axes[0, 0]
+    fig, (ax,) = style.panels(1, (1.15 * values.shape[1] + 2.2, 0.48 * values.shape[0] + 1.5))
     ax.grid(False)
     bound = max(np.nanmax(np.abs(values), initial=0.0), 1e-6)
     norm = colors.SymLogNorm(linthresh=min(0.05, bound), vmin=-bound, vmax=bound)
@@ -326,16 +350,11 @@ def _law_lines(ax: Axes, law: EntropyLaw, color: str) -> None:
         label="straight line in H",
     )
     ax.axhline(law.ceiling, color=color, linewidth=0.9, linestyle=(0, (6, 3)), alpha=0.6)
+    ax.margins(y=0.12)  # its label has room below the title
     ax.annotate(
         f"ceiling {law.ceiling:.3g}", (1, law.ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color=color,
     )  # fmt: skip
-
-
-def _shared_legend(fig: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    columns = min(len(handles), max(3, int(fig.get_figwidth() / 1.9)))
-    style.legend(fig, handles=handles, labels=labels, loc="outside lower center", ncols=columns)
 
 
 def _seed_note(runs: Mapping[str, Run]) -> str | None:
@@ -343,13 +362,13 @@ def _seed_note(runs: Mapping[str, Run]) -> str | None:
     return f"mean of {count} seeds; band: smallest to largest" if count > 1 else None
 
 
-def _scaled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """Both in a power of ten of nats that gives short tick labels, and that unit's name."""
-    largest = np.abs(np.concatenate([x, y])).max(initial=0.0)
+def _scaled(values: np.ndarray) -> tuple[np.ndarray, str]:
+    """In a power of ten of nats that gives short tick labels, and that unit's name."""
+    largest = np.abs(values).max(initial=0.0)
     power = int(np.floor(np.log10(largest))) if largest > 0 else 0
     if power >= -1:
-        return x, y, "nats"
-    return x * 10.0**-power, y * 10.0**-power, f"10$^{{{power}}}$ nats"
+        return values, "nats"
+    return values * 10.0**-power, f"10$^{{{power}}}$ nats"
 
 
 def _agreement(x: np.ndarray, y: np.ndarray) -> str:

@@ -30,7 +30,8 @@ from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
 from entropy_kernels.trainer.log import about_time, describe_row, read_rows
 from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_RUN
-from entropy_kernels.trainer.report import TORCH_OPS, label, memory_line, report_names, write_report
+from entropy_kernels.trainer.report import report_names, write_report
+from entropy_kernels.trainer.report_text import TORCH_OPS, label, verdict_lines
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy, warm_start
 from entropy_kernels.trainer.tasks import make_task
 
@@ -107,13 +108,13 @@ SWEEPS = {
     "quickstart": Sweep(
         about=f"A tiny model under {_LABELS}, a target entropy and a control, and report.html: three to six minutes on "
         "two cores.",
-        title="Entropy collapse, two cures, and entropy as a set point, on a task for two cores",
+        title="Clip-Cov, KL-Cov and a target entropy beside GRPO",
         flags=Flags(Path("runs/quickstart"), methods=(*_MAIN, _CONTROLS[0]), target_entropy="0.4", workers=2),
     ),
     "reproduce": Sweep(
         about=f"{_LABELS} and the random-token controls over several seeds, and the claims checked (exit code 1 if one "
         "does not hold): about 25 minutes on two cores.",
-        title="Entropy collapse and two cures over {seeds} seeds, with random-token controls",
+        title="Clip-Cov, KL-Cov and random tokens beside GRPO, {seeds} seeds",
         flags=Flags(Path("runs/reproduce-toy"), methods=PAPER, seeds=(0, 1, 2), eval_every=16, workers=2),
         picture="toy.png",
         changes={"tensorboard": False},
@@ -125,7 +126,7 @@ SWEEPS = {
     "compare": Sweep(
         about="Train one model, any, under several methods from one start, and once more by torch's own operations; "
         "writes a report with curves and with what a step costs.",
-        title="{model} on {task}: entropy collapse and two cures",
+        title="{model} on {task}: policy entropy and methods that hold it",
         flags=Flags(Path("runs/compare"), torch_ops=_MAIN[1]),
         configured=True,
     ),
@@ -237,9 +238,7 @@ def run_sweep(plan: Plan) -> int:
             picture=sweep.picture,
         )
     if flags.progress:
-        memory = memory_line(record["methods"])
-        if memory:
-            print(memory)
+        print(*verdict_lines(record), sep="\n")
         for check in record["criteria"] if sweep.judged else ():
             print(f"{'PASS' if check['holds'] else 'FAIL'}  {check['claim']}: {check['figure']}")
         print(f"report: {flags.out / 'report.html'}")

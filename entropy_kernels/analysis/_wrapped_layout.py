@@ -1,0 +1,79 @@
+"""A constrained layout that wraps the titles of panels, which matplotlib's own lets run into each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
+
+from entropy_kernels.analysis import plot_style as style
+
+
+class WrappedLayout(ConstrainedLayoutEngine):
+    """Breaks what :func:`plot_style.title` has set at the width of its axes, a title above the lines of its note."""
+
+    def execute(self, fig: Figure) -> None:  # type: ignore[override]
+        """Lay out, as often as wrapped lines change the axes that they are wrapped to."""
+        found = [pair for ax in fig.axes if ax.get_visible() and (pair := _title_and_note(ax))]
+        # as they were given, and without a say in how wide the axes become
+        for text in (text for pair in found for text in pair):
+            text.set_in_layout(False)
+        super().execute(fig)
+        before: list[str] = []
+        for _ in range(3):
+            for title, note in found:
+                assert title.axes is not None
+                title.axes.apply_aspect()
+                width = title.axes.get_window_extent().width
+                _wrap(title, width)
+                _wrap(note, width)
+            lines = [text.get_text() for pair in found for text in pair]
+            if lines == before:
+                break
+            before = lines
+            for title, note in found:
+                _set_above(title, note)
+            super().execute(fig)
+
+
+def _set_above(title: Text, note: Text) -> None:
+    """The title above the lines of its note, both with a say in how high the axes become."""
+    assert title.axes is not None
+    lines = note.get_text().count("\n") + 1 if note.get_text() else 0
+    pad = style.NOTE_ABOVE + 3 + 1.25 * style.NOTE_SIZE * lines
+    look = {name: getattr(title, f"get_{name}")() for name in ("fontsize", "fontweight", "color")}
+    title.axes.set_title(title.get_text(), loc="left", va="bottom", pad=pad, **look)
+    title.set_in_layout(True)
+    note.set_in_layout(True)
+
+
+def _title_and_note(ax: Any) -> tuple[Text, ...]:
+    texts = {text.get_gid(): text for text in ax.findobj(Text)}
+    return tuple(texts[name] for name in (style.TITLE, style.NOTE)) if style.TITLE in texts else ()
+
+
+def _wrap(text: Text, width: float) -> None:
+    """Break what was given, the label, at blanks, or within words that are wider than a line of `width` pixels."""
+    words = str(text.get_label())[1:].split()
+    lines = [""]
+
+    def fits(line: str) -> bool:
+        text.set_text(line)
+        return text.get_window_extent().width <= width
+
+    while words:
+        word = words.pop(0)
+        longer = f"{lines[-1]} {word}".strip()
+        if fits(longer):
+            lines[-1] = longer
+        elif lines[-1]:
+            words.insert(0, word)
+            lines.append("")
+        else:
+            part = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), len(word))
+            lines[-1] = word[:part]
+            words[:0] = [word[part:]] if word[part:] else []
+            lines += [""] if words else []
+    text.set_text("\n".join(lines))
