@@ -27,8 +27,8 @@ class WrappedLayout(ConstrainedLayoutEngine):
                 assert title.axes is not None
                 title.axes.apply_aspect()
                 width = title.axes.get_window_extent().width
-                _wrap(title, width)
-                _wrap(note, width)
+                for text in (title, note):
+                    style.wrap(text, str(text.get_label())[1:], width)
             lines = [text.get_text() for pair in found for text in pair]
             if lines == before:
                 break
@@ -52,28 +52,3 @@ def _set_above(title: Text, note: Text) -> None:
 def _title_and_note(ax: Any) -> tuple[Text, ...]:
     texts = {text.get_gid(): text for text in ax.findobj(Text)}
     return tuple(texts[name] for name in (style.TITLE, style.NOTE)) if style.TITLE in texts else ()
-
-
-def _wrap(text: Text, width: float) -> None:
-    """Break what was given, the label, at blanks, or within words that are wider than a line of `width` pixels."""
-    words = str(text.get_label())[1:].split()
-    lines = [""]
-
-    def fits(line: str) -> bool:
-        text.set_text(line)
-        return text.get_window_extent().width <= width
-
-    while words:
-        word = words.pop(0)
-        longer = f"{lines[-1]} {word}".strip()
-        if fits(longer):
-            lines[-1] = longer
-        elif lines[-1]:
-            words.insert(0, word)
-            lines.append("")
-        else:
-            part = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), len(word))
-            lines[-1] = word[:part]
-            words[:0] = [word[part:]] if word[part:] else []
-            lines += [""] if words else []
-    text.set_text("\n".join(lines))

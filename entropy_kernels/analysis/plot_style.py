@@ -13,6 +13,7 @@ from entropy_kernels._require import require
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from pandas import DataFrame
 
 INK = "#222222"
@@ -161,18 +162,47 @@ def title(ax: Axes, text: str, note: str | None = None) -> None:
 
 
 def legend(target: Any, **keywords: Any) -> None:
-    """Frameless legend of an axes or, given ``handles``, of a figure, with as many of the ``ncols`` as that has room
-    for."""
-    columns = keywords.pop("ncols", 1)
-    while True:
-        made = target.legend(
-            frameon=False, fontsize=9, labelcolor=INK, handlelength=2.2, columnspacing=1.4, ncols=columns, **keywords
-        )
-        room = target.get_window_extent().width if hasattr(target, "dpi") else math.inf
-        if columns == 1 or made.get_window_extent().width <= room:
-            return
+    """Frameless legend of an axes or, given ``handles``, of a figure: with as many of the ``ncols`` as that is wide, and
+    it becomes as much higher."""
+    look = {"frameon": False, "fontsize": 9, "labelcolor": INK, "handlelength": 2.2, "columnspacing": 1.4, **keywords}
+    made = target.legend(**look)
+    if not hasattr(target, "set_figheight"):
+        return
+    room, columns = target.get_window_extent().width, look.get("ncols", 1)
+    while columns > 1 and made.get_window_extent().width > room:
         made.remove()
         columns -= 1
+        made = target.legend(**{**look, "ncols": columns})
+    if (excess := made.get_window_extent().width - room) > 0:
+        widest = max(text.get_window_extent().width for text in made.get_texts())
+        for text in made.get_texts():
+            wrap(text, text.get_text(), widest - excess)
+    target.set_figheight(target.get_figheight() + made.get_window_extent().height / target.dpi)
+
+
+def wrap(text: Text, given: str, width: float) -> None:
+    """Show what was given in lines of at most `width` pixels, broken at blanks, or within words that are wider."""
+    words = given.split()
+    lines = [""]
+
+    def fits(line: str) -> bool:
+        text.set_text(line)
+        return text.get_window_extent().width <= width
+
+    while words:
+        word = words.pop(0)
+        longer = f"{lines[-1]} {word}".strip()
+        if fits(longer):
+            lines[-1] = longer
+        elif lines[-1]:
+            words.insert(0, word)
+            lines.append("")
+        else:
+            part = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), len(word))
+            lines[-1] = word[:part]
+            words[:0] = [word[part:]] if word[part:] else []
+            lines += [""] if words else []
+    text.set_text("\n".join(lines))
 
 
 def shared_legend(fig: Figure, axes: Sequence[Axes], **keywords: Any) -> None:
