@@ -20,7 +20,7 @@ from entropy_kernels.trainer.methods import controller_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.ppo import collect
 from entropy_kernels.trainer.probes import FirstOrder, logits_as_parameters
-from entropy_kernels.trainer.report import agreement
+from entropy_kernels.trainer.report_numbers import agreement
 from entropy_kernels.trainer.rollout import evaluate, score
 from entropy_kernels.trainer.start import _finish, build_policy, enable_checkpointing, load_policy, word_tokenizer
 from entropy_kernels.trainer.tasks import Prompt, WalkTask

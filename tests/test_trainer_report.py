@@ -10,11 +10,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 pytest.importorskip("transformers")
 
+import report_runs
 from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
@@ -23,7 +25,10 @@ from entropy_kernels.trainer.files import write_json
 from entropy_kernels.trainer.flags import field_help
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, read_rows
 from entropy_kernels.trainer.methods import METHODS, PAPER
-from entropy_kernels.trainer.report import PHASES, criteria, label, markdown, write_report
+from entropy_kernels.trainer.report import write_report
+from entropy_kernels.trainer.report_numbers import PHASES, behind, courses, criteria, over_seeds
+from entropy_kernels.trainer.report_page import markdown
+from entropy_kernels.trainer.report_text import label, limits, lines, look, verdict, verdict_lines
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 
 # --- configuration and command line ----------------------------------------------------------------------------------
@@ -146,19 +151,20 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     assert "A &lt;report&gt;" in page
     assert "python -m entropy_kernels.trainer quickstart --seed 0" in page
     assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page), "the page refers to something outside itself"
-    assert len(re.findall(r'src="data:image/png;base64,iVBOR', page)) == 5
-    for name in ("entropy", "performance", "law", "entropy_change", "covariance", "small"):
+    assert len(re.findall(r'src(?:set)?="data:image/png;base64,iVBOR', page)) == 2 * 3
+    for name in ("law", "entropy_change", "small"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "report" / "summary.json").read_text())
     assert record["logits_as_parameters"]["correlation"] > 0.999
     assert set(record["methods"]) == set(methods)
     for text in ("What does not show at this scale", "torch", "pass@8", "straight line", "Clip-Cov"):
         assert text in page
-    memory = {head: f"{head} {record['methods']['grpo'][f'memory_{head}']['mean'] / 1e6:.1f} MB" for head in HEADS}
-    assert f"by head: {memory['linear']}, {memory['logits']}, {memory['torch']}." in page
+    for head in HEADS:
+        assert f'data-name="{head}, MB">{record["methods"]["grpo"][f"memory_{head}"]["mean"] / 1e6:.1f}<' in page
     assert "What a step costs" in page and "2 runs at the same time." in page and record["hardware"] in page
     text = markdown(record, picture="x.png")
-    assert "by head: linear" in text and "# Walk, with random-token controls, 1 seed" in text and "tokens/s" in text
+    assert "| linear, MB |" in text and "# Walk, with random-token controls, 1 seed" in text and "tokens/s" in text
+    assert "![policy entropy, pass@1 and pass@8 over training steps](x.png)" in text
 
 
 def test_a_target_is_drawn_and_judged(tmp_path: Path) -> None:
@@ -350,3 +356,81 @@ def test_the_recorded_call_is_the_call(command: str, tmp_path: Path, monkeypatch
     assert main([command, *asked, "--torch-ops", "None"]) == 0
     assert main(shlex.split(sweep.command_line(command, seen[0], TrainerConfig()))[3:]) == 0
     assert seen[1] == dataclasses.replace(seen[0], warm_steps=800, eval_every=seen[0].eval_every or 8)
+
+
+# --- what a report opens with ----------------------------------------------------------------------------------------
+
+
+def opening(runs: dict[str, list[pd.DataFrame]]) -> dict[str, Any]:
+    """What summary.json has of the runs that a report opens with."""
+    summary = over_seeds(runs)
+    nothing: dict[str, list[float]] = {"predicted": [], "measured": []}
+    seeds = [*range(len(runs["grpo"]))]
+    return {"methods": summary, "courses": courses(runs), "seeds": seeds, "criteria": criteria(summary, nothing)}
+
+
+def course(entropy: float, pass1: float, pass8: float, speed: float = 1.0) -> pd.DataFrame:
+    """A log that falls to an entropy, with a pass@1 that comes to its end after `pass1` less than half of the steps."""
+    step = np.arange(41)
+    rise = 0.4 + np.where(step < 24, pass1, 0.0) * (step > 0)
+    return pd.DataFrame({
+        "step": step, "entropy": entropy + (1 - entropy) * np.exp(-step / 4), "val_pass1": rise, "val_pass8": pass8,
+        "final_pass1": 0.4, "final_pass8": pass8, "tokens": 100, "time/step": 1 / speed, "time/ops": 0.1,
+    })  # fmt: skip
+
+
+def test_the_verdict_is_of_these_runs() -> None:
+    runs = {"grpo": [course(0.1, 0.0, 0.6)], "clip_cov": [course(0.5, -0.05, 0.8, 0.9)]}
+    record = opening(runs)
+    said = verdict(record)
+    assert said.startswith("GRPO's entropy collapses: 1.00 nats at the start, 0.10 at the end.")
+    assert "Clip-Cov ends with more entropy and higher pass@8, and about GRPO's pass@1." in said
+    _, (name, *cells) = lines(record)["rows"]
+    assert (name, cells[0], cells[2]) == ("Clip-Cov", "0.500 (5.0 x)", "0.800 (+0.200)")
+    assert cells[-1] == "pass@1 behind until step 24, by 0.048; tokens/s -10%"
+    assert "pass@1, below GRPO's: Clip-Cov until step 24." in look(record)
+    assert verdict_lines(record)[0] == said and verdict_lines(record)[1].startswith("Clip-Cov: entropy 0.500 (5.0 x); ")
+    # the same words with the numbers the other way round would be wrong
+    changed = verdict(opening({"grpo": runs["clip_cov"], "clip_cov": runs["grpo"]}))
+    assert "GRPO's entropy falls: 1.00" in changed
+    assert "Clip-Cov ends with lower entropy and lower pass@8, and about GRPO's pass@1." in changed
+    still = opening({"grpo": [course(1.0, 0.0, 0.6)], "kl_cov": [course(1.0, 0.0, 0.6)]})
+    assert "stays: 1.00" in verdict(still) and "KL-Cov ends with about GRPO's entropy, pass@8 and pass@1." in verdict(
+        still
+    )
+    assert lines(still)["rows"][1][-1] == "nothing"
+
+
+def test_one_seed_has_no_spread_to_exceed() -> None:
+    for seeds in (1, 3):
+        runs = report_runs.logs(seeds)
+        record = opening(runs)
+        texts = [
+            verdict(record),
+            *limits(record["methods"], TINY),
+            *(c["claim"] + c["figure"] for c in record["criteria"]),
+        ]
+        spread = [text for text in texts if "spread" in text and "were seen to spread" not in text]
+        assert bool(spread) is (seeds > 1) and not any("0.000" in text for text in spread)
+        assert ("One seed" in texts[0]) is (seeds == 1)
+        gains = [text for text in texts if "pass@1" in text and "gain" in text]
+        assert len(gains) <= 1
+
+
+def test_how_long_a_curve_is_behind() -> None:
+    def of(*values: float) -> Any:
+        return behind(pd.Series([0.0, *values], index=range(0, 10 * len(values) + 1, 10)))
+
+    assert of(*[-0.03] * 10) == {"until": 100, "by": pytest.approx(0.03), "to_end": True}
+    assert of(*[-0.03] * 6, *[0.05] * 4) == {"until": 70, "by": pytest.approx(0.13 / 7), "to_end": False}
+    assert of(*[0.03] * 5, *[-0.03] * 5) is None, "behind at the end is the end's to tell"
+    assert of(*[-0.005] * 10) is None, "as good as level"
+    assert of(-0.1, -0.1) is None and of() is None and of(float("nan"), -0.1) is None, "too few to tell"
+
+
+def test_a_machine_with_other_work_makes_no_method_slow() -> None:
+    disturbed = course(0.5, 0.0, 0.8)
+    disturbed["time/step"] = np.where(disturbed["step"] % 3 == 1, 1.0, 3.0)
+    for log, worse in ((disturbed, "nothing"), (course(0.5, 0.0, 0.8, 0.5), "tokens/s -50%")):
+        record = opening({"grpo": [course(0.1, 0.0, 0.6)], "clip_cov": [log]})
+        assert lines(record)["rows"][1][-1] == worse

@@ -34,17 +34,16 @@ class WrappedLayout(ConstrainedLayoutEngine):
                 break
             before = lines
             for title, note in found:
-                _set_above(title, note)
+                _set_above(title.axes, title, note)
             super().execute(fig)
 
 
-def _set_above(title: Text, note: Text) -> None:
+def _set_above(ax: Any, title: Text, note: Text) -> None:
     """The title above the lines of its note, both with a say in how high the axes become."""
-    assert title.axes is not None
     lines = note.get_text().count("\n") + 1 if note.get_text() else 0
     pad = style.NOTE_ABOVE + 3 + 1.25 * style.NOTE_SIZE * lines
     look = {name: getattr(title, f"get_{name}")() for name in ("fontsize", "fontweight", "color")}
-    title.axes.set_title(title.get_text(), loc="left", va="bottom", pad=pad, **look)
+    ax.set_title(title.get_text(), loc="left", va="bottom", pad=pad, **look)
     title.set_in_layout(True)
     note.set_in_layout(True)
 

@@ -162,7 +162,7 @@ def title(ax: Axes, text: str, note: str | None = None) -> None:
 
 
 def legend(target: Any, **keywords: Any) -> None:
-    """Frameless legend of an axes or, given ``handles``, of a figure: with as many of the ``ncols`` as that is wide, and
+    """Frameless legend of an axes or, given ``handles``, of a figure: of at most ``ncols`` columns, as it is wide, and
     it becomes as much higher."""
     look = {"frameon": False, "fontsize": 9, "labelcolor": INK, "handlelength": 2.2, "columnspacing": 1.4, **keywords}
     made = target.legend(**look)

@@ -121,7 +121,7 @@ def law_figure(
             if entropy in log and performance in log
         ]
         h, r = np.concatenate(points).T if points else np.empty((2, 0))
-        age = np.concatenate([np.linspace(0.25, 1.0, len(p)) for p in points]) if points else None
+        age: Any = np.concatenate([np.linspace(0.25, 1.0, len(p)) for p in points]) if points else None
         law = (laws or {}).get(name)
         if law is None and len(h) >= 3 and np.ptp(h) > 0:
             law = fit_entropy_law(h, r)

@@ -413,7 +413,7 @@ def sections(record: Mapping[str, Any]) -> list[tuple[str, list[Block]]]:
         ("What was run", [start, CAUSE, held_line(record)]),
         ("Where the runs end", [table(summary, END_COLUMNS, spread=True), ends]),
         ("What a step does to the entropy", [table(summary, CONTROL_COLUMNS), TOUCHED]),
-        ("What a step costs", [table(summary, COST_COLUMNS), costs, *([memory, HEADS_NOTE] if memory else [])]),
+        ("What a step costs", [table(summary, COST_COLUMNS), costs, memory, HEADS_NOTE if memory else ""]),
         ("The law R = -a e^H + b", [law, table(summary, LAW_COLUMNS), LAW]),
         (
             "Entropy change: measured against predicted",
