@@ -28,7 +28,7 @@ def logs(seeds: int) -> dict[str, list[pd.DataFrame]]:
             for i, column in enumerate(COVARIANCE_COLUMNS.values()):
                 log[column] = np.where(log["step"] == 0, 4.0 / 3**i, np.nan)
             for i, part in enumerate(("step", "sample", "verify", "score", "update", "measure", "ops")):
-                log[f"time/{part}"] = 0.4 / (1 + i) * (1.1 if run == "kl_cov" else 1.0)
+                log[f"time/{part}"] = 0.4 / (1 + i) * (1.09 if run == "kl_cov" else 1.0)
             for i, head in enumerate(("linear", "logits", "torch")):
                 log[f"memory/{head}"] = np.where(log["step"] == 0, 1.5e6 * 2**i, np.nan)
             if run == "target":

@@ -22,7 +22,7 @@ Summary = Mapping[str, Mapping[str, Any]]
 END_ROLLOUTS = 8
 #: Of one seed smaller differences in pass@k are called none: on the embedded task equal runs differ by as much.
 ONE_SEED_NOISE = 0.05
-LEAST_SLOWDOWN = 0.05
+LEAST_SLOWDOWN, SAME_MACHINE = 0.05, 0.1
 #: Validations that a course is averaged over, and the least mean distance that is called behind.
 SMOOTH, LEAST_BEHIND = 3, 0.01
 #: Parts of a step whose seconds a log has.
@@ -65,8 +65,7 @@ def end_values(log: DataFrame) -> dict[str, float]:
     if "time/step" in log:
         values["seconds_per_step"] = float(log["time/step"].median())
         values["ops_share"] = float((log["time/ops"] / log["time/step"]).median())
-        slow, values["tokens_per_s"], fast = (log["tokens"] / log["time/step"]).quantile([0.25, 0.5, 0.75]).tolist()
-        values["tokens_per_s_spread"] = 1 - slow / fast
+        values["tokens_per_s"] = float((log["tokens"] / log["time/step"]).median())
     return values
 
 
@@ -206,14 +205,15 @@ def beside_baseline(summary: Summary, run: str, metric: str) -> tuple[float, flo
 
 
 def slowdown(summary: Summary, run: str) -> float:
-    """By what share a run's tokens/s are below the baseline's; 0 where the steps of either spread by more, from first
-    to third quartile, as on a machine with other work, or where it is below :data:`LEAST_SLOWDOWN`."""
-    mine, theirs = summary[run], summary[BASELINE]
-    if "tokens_per_s" not in mine or "tokens_per_s" not in theirs:
+    """By what share a run's tokens/s are below the baseline's; 0 below :data:`LEAST_SLOWDOWN`, and where sampling a
+    token took another time than the baseline's by more than :data:`SAME_MACHINE`: no method changes how it is sampled,
+    so the machine had other work."""
+    mine, theirs = ({name: v["mean"] for name, v in summary[of].items()} for of in (run, BASELINE))
+    if not {"tokens_per_s", "seconds_sample", "tokens"} <= mine.keys() & theirs.keys():
         return 0.0
-    share = 1 - mine["tokens_per_s"]["mean"] / theirs["tokens_per_s"]["mean"]
-    noise = max(values["tokens_per_s_spread"]["mean"] for values in (mine, theirs))
-    return float(share) if share >= max(noise, LEAST_SLOWDOWN) else 0.0
+    sampling = mine["seconds_sample"] / mine["tokens"] / (theirs["seconds_sample"] / theirs["tokens"])
+    share = 1 - mine["tokens_per_s"] / theirs["tokens_per_s"]
+    return float(share) if share >= LEAST_SLOWDOWN and abs(sampling - 1) <= SAME_MACHINE else 0.0
 
 
 def courses(runs: Logs) -> dict[str, dict[str, Any]]:
