@@ -1,68 +1,122 @@
-"""Readers for the logs that trainers write, and the pairing of sparse evaluations with dense entropies.
+"""The runs in the logs that trainers write, and the pairing of sparse evaluations with dense entropies.
 
-CSV (also W&B exports), JSON lines (also verl's file logger, which nests its metrics under ``data``), the
-``trainer_state.json`` of transformers, verl's console output, and TensorBoard event files or directories. All become
-a DataFrame of floats with a ``step`` column, one row per step, sorted.
+log_files.py reads files into tables: CSV (also W&B exports), JSON lines (also verl's file logger), the
+``trainer_state.json`` of transformers, what verl, TRL, slime and prime-rl print, TensorBoard events, MLflow runs. Here
+it is decided which rows make one run: files that complete each other are joined, files and parts of files that do not
+are kept apart, a run that was resumed is told from one that was started anew. What was decided is said in notes.
 """
 
 from __future__ import annotations
 
-import json
+import fnmatch
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from entropy_kernels._require import require
-from entropy_kernels.analysis.metric_names import LogError
+from entropy_kernels.analysis.log_files import IDENTITY, Source, Table, read, sources
+from entropy_kernels.analysis.metric_names import LogError, known
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
 # Steps that count optimisation come before W&B's own _step, which counts calls of log().
 STEP_COLUMNS = (
-    "step", "global_step", "train/global_step", "training/global_step", "trainer/global_step", "Step", "_step",
+    "step", "global_step", "train/global_step", "training/global_step", "trainer/global_step", "train/step",
+    "rollout/step", "global_step/max_steps", "Step", "_step",
 )  # fmt: skip
-# Wrappers whose content is the row itself; other nested keys are joined with "/".
-_WRAPPERS = ("data", "metrics", "logs")
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_VERL_LINE = re.compile(r"(?<![\w/])step:(\d+) - (.+)$")
-_NUMPY_REPR = re.compile(r"^np\.\w+\((.*)\)$")
+# Columns that say when, how long and how far: two tables may share them and still complete each other.
+_BOOKKEEPING = re.compile(
+    r"(^|/)_?(step|epoch|runtime|timestamp|wall.?time|time|date|num_tokens|total_flos|lr|learning_rate|seed|"
+    r"global_step|max_steps|policy_version)$|^(time|timing|timing_s|perf|memory|system)/|^relative time|_per_second$",
+    re.IGNORECASE,
+)
+# Names of files that say nothing about the run in them.
+_GENERIC = re.compile(r"(metrics?|logs?|logging|train(er)?(_state|_log)?|progress|history|console|output|stdout|data)")
+# A second run begins where the first did; a checkpoint within the first hundredth of a run is not resumed from.
+_NEAR = 0.01
 
 
-def read_log(path: str | Path) -> DataFrame:
-    """Read a log into float columns with ``step``, one row per step in ascending order.
+@dataclass
+class Run:
+    """A run of a trainer, out of one log or several."""
 
-    The kind is chosen by name (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``*tfevents*``, a directory), else by
-    content. Rows of one step are merged, the later value winning, so a run that was resumed and one that logs its
-    evaluations apart both read as one series. Columns without a number are left out. What was skipped is told in
-    ``frame.attrs["notes"]``, a list of sentences.
+    name: str
+    """As the log, its file or its folder names it; ``name#2`` for the second of a file."""
+    frame: DataFrame
+    """Float columns with ``step``, one row per step in ascending order; no infinite values."""
+    paths: tuple[Path, ...]
+    notes: list[str] = field(default_factory=list)
+    """What was left out, joined or kept apart, in sentences."""
+    not_finite: dict[str, list[float]] = field(default_factory=dict)
+    """Column → steps whose value is infinite or NaN."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that stand beside the log: of MLflow, of this package's ``config.json``."""
 
-    Raises :class:`FileNotFoundError`, or :class:`~entropy_kernels.analysis.metric_names.LogError` if nothing in it
-    can be read.
+
+def read_logs(
+    paths: Sequence[str | Path], *, run: str | None = None, progress: Callable[[int, int], None] | None = None
+) -> list[Run]:
+    """Read logs and tell the runs in them apart.
+
+    A log is a file, packed (``.gz``, ``.bz2``, ``.xz``) or not, or a folder of one or several runs. The kind is chosen
+    by name (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``*tfevents*``, a folder), else by content. Rows of one step are
+    merged, the later value winning, so that evaluations which are logged in rows of their own complete their step.
+    Columns without a number are left out.
+
+    One run: tables that name the same run (W&B's exports, one metric per file), and tables without a name that share no
+    metric (training beside validation). Several: what names itself so, and a log whose steps start again where they
+    began. Steps that go back to a later one are a run that was resumed: rows beyond that step are replaced.
+
+    Args:
+        paths: files and folders.
+        run: only the runs of this name, or of a pattern with ``*``.
+        progress: called with how much is read and how much there is, in bytes, about.
+
+    Raises :class:`FileNotFoundError`, or :class:`~entropy_kernels.analysis.metric_names.LogError` if nothing in them
+    can be read or ``run`` names none.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or directory: {path}")
-    if path.is_dir():
-        path = _in_directory(path)
-    notes: list[str] = []
-    if path.is_dir() or "tfevents" in path.name:
-        frame = _read_tensorboard(path)
-    elif path.stat().st_size == 0:
-        raise LogError(f"{path} is empty")
-    elif path.suffix.lower() in (".csv", ".tsv"):
-        frame = _read_csv(path)
-    else:
-        rows = _read_rows(path, notes)
-        if not rows:
-            raise LogError(f"{path} has no rows")
-        frame = require("pandas", "reading a log").DataFrame(rows)
-    frame = _tidy(frame, path, notes)
-    frame.attrs["notes"] = notes
-    return frame
+    found = [source for path in map(Path, paths) for source in _sources(path)]
+    total, done = sum(source.size for source in found), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done = min(done + count, total)
+        if progress is not None:
+            progress(done, total)
+
+    parts, errors = [], []
+    for source in found:
+        try:
+            parts += [part for table in read(source, advance) for part in _parts(table)]
+        except LogError as error:
+            if source.asked or len(found) == 1:
+                raise
+            errors.append(f"{error}; left out")
+    if not parts:
+        raise LogError(errors[0].removesuffix("; left out"))
+    runs = [run for group, notes in _groups(parts) for run in _runs(group, notes)]
+    _name_apart(runs)
+    for each in runs:
+        each.notes += errors
+    return runs if run is None else _named(runs, run)
+
+
+def read_log(path: str | Path, *, run: str | None = None) -> DataFrame:
+    """The only run of a log, or the one that ``run`` names, as a frame; ``frame.attrs["notes"]`` has its notes.
+
+    Arguments and errors as of :func:`read_logs`; :class:`LogError` with their names if it holds several runs.
+    """
+    runs = read_logs([path], run=run)
+    if len(runs) > 1:
+        raise LogError(f"{path} holds {len(runs)} runs; name one: {', '.join(each.name for each in runs)}")
+    runs[0].frame.attrs["notes"] = runs[0].notes
+    return runs[0].frame
 
 
 def pairs(
@@ -90,185 +144,302 @@ def pairs(
     steps = log["step"].to_numpy(float)
     h = (log[entropy] if isinstance(entropy, str) else entropy).to_numpy(float)
     r = (log[performance] if isinstance(performance, str) else performance).to_numpy(float)
-    has_h = ~np.isnan(h)
-    h_steps, h_values = steps[has_h], h[has_h]
-    evaluated = np.flatnonzero(~np.isnan(r))
-    rows, before = [], -np.inf
-    for position, row in enumerate(evaluated):
-        window = h_values[(h_steps > before) & (h_steps <= steps[row])]
-        if len(window) == 0 and position == 0:
-            until = steps[evaluated[1]] if len(evaluated) > 1 else np.inf
-            window = h_values[(h_steps > steps[row]) & (h_steps <= until)][:1]
-        before = steps[row]
-        if len(window):
-            rows.append((steps[row], window[-1] if align == "last" else window.mean(), r[row]))
-    frame = pd.DataFrame(rows, columns=["step", "entropy", "performance"], dtype=float)
-    frame.attrs["unpaired"] = len(evaluated) - len(rows)
+    h_steps, h = steps[~np.isnan(h)], h[~np.isnan(h)]
+    r_steps, r = steps[~np.isnan(r)], r[~np.isnan(r)]
+    # The windows of the evaluations lie side by side: h[begin[i]:end[i]] are the entropies since the one before.
+    end = np.searchsorted(h_steps, r_steps, side="right")
+    begin = np.concatenate([[0], end[:-1]]).astype(int)
+    has = end > begin
+    values = np.full(len(r), np.nan)
+    if align == "last":
+        values[has] = h[end[has] - 1]
+    elif has.any():
+        values[has] = np.add.reduceat(h[: end[-1]], begin[has]) / (end - begin)[has]
+    if len(r) and not has[0] and len(h) and h_steps[0] <= (r_steps[1] if len(r) > 1 else np.inf):
+        values[0], has[0] = h[0], True
+    frame = pd.DataFrame({"step": r_steps[has], "entropy": values[has], "performance": r[has]})
+    frame.attrs["unpaired"] = int((~has).sum())
     return frame
 
 
-def _in_directory(path: Path) -> Path:
-    """The log in a run's directory: its event files, those of its only sub-run, or its only JSONL or CSV file."""
-    if any(path.glob("*tfevents*")):
-        return path
-    nested = sorted({event.parent for event in path.rglob("*tfevents*")})
-    files = sorted(p for pattern in ("*.jsonl", "*.csv", "trainer_state.json") for p in path.glob(pattern))
-    # A file at the top holds the run's rows; event files below it are a copy for TensorBoard.
-    for candidates in (files, nested):
-        if len(candidates) == 1:
-            return candidates[0]
-        if candidates:
-            names = ", ".join(str(p.relative_to(path)) for p in candidates[:20])
-            raise LogError(f"{path} holds several logs; name one of them: {names}")
-    raise LogError(f"{path} holds no log: expected event files (*tfevents*), *.jsonl, *.csv or trainer_state.json")
+# --- which rows are a run --------------------------------------------------------------------------------------------
 
 
-def _read_csv(path: Path) -> DataFrame:
-    pd = require("pandas", "reading a CSV log")
-    try:
-        frame = pd.read_csv(path, sep="\t" if path.suffix.lower() == ".tsv" else ",", skipinitialspace=True)
-    except pd.errors.EmptyDataError:
-        raise LogError(f"{path} is empty") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise LogError(f"{path} is not CSV: {_one_line(error)}") from None
-    if len(frame) == 0:
-        raise LogError(f"{path} has no rows")
-    # W&B's chart export: "run name - metric", and __MIN, __MAX of each
-    frame = frame[[c for c in frame.columns if not str(c).endswith(("__MIN", "__MAX"))]]
-    owners = {str(c).partition(" - ")[0] for c in frame.columns if " - " in str(c)}
-    if len(owners) == 1:
-        frame = frame.rename(columns=lambda c: str(c).partition(" - ")[2] or c)
-        frame = frame.loc[:, ~frame.columns.duplicated()]
-    return frame
+@dataclass
+class _Part:
+    """A table with its steps."""
+
+    table: Table
+    steps: np.ndarray
+    frame: DataFrame  # float columns, without steps
+    rows: np.ndarray  # of the table
+    notes: list[str]
+
+    @property
+    def metrics(self) -> set[str]:
+        return {name for name in self.frame.columns if not _BOOKKEEPING.search(name)}
+
+    def take(self, rows: np.ndarray, notes: Iterable[str] = ()) -> _Part:
+        return _Part(self.table, self.steps[rows], self.frame.iloc[rows], self.rows[rows], [*self.notes, *notes])
 
 
-def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Rows of a JSON, JSONL or console log."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LogError(f"{path} is not text: {_one_line(error)}") from None
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _jsonl(text, path, notes)
-    if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("{", "["):
-        try:
-            return _json_rows(json.loads(text), path)
-        except json.JSONDecodeError as error:
-            if text.lstrip()[:1] == "{" and "\n" in text.strip():
-                return _jsonl(text, path, notes)
-            raise LogError(f"{path} is not JSON: {error}") from None
-    rows = list(_verl_console(text))
-    if not rows:
-        raise LogError(f"{path}: expected CSV, JSON lines, TensorBoard events or verl's 'step:N - name:value' lines")
-    return rows
+def _sources(path: Path) -> list[Source]:
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or directory: {path}")
+    found = sources(path)
+    if not found:
+        raise LogError(
+            f"{path} holds no log: expected event files (*tfevents*), *.jsonl, *.csv, trainer_state.json, "
+            "checkpoint-N/trainer_state.json or MLflow runs, in it or in folders below it"
+        )
+    return found
 
 
-def _jsonl(text: str, path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    rows = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == lines[-1][0] and not text.endswith("\n"):
-                notes.append(f"line {number} is cut off (a run that was stopped while writing?) and was left out")
-                break
-            raise LogError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise LogError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-        rows.append(dict(_flatten(row)))
-    return rows
-
-
-def _json_rows(content: Any, path: Path) -> list[dict[str, Any]]:
-    """trainer_state.json, a list of objects, or a single object (a JSONL of one line)."""
-    if isinstance(content, dict):
-        content = content.get("log_history", [content])
-    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise LogError(f"{path}: expected a list of objects or a trainer_state.json with log_history")
-    return [dict(_flatten(row)) for row in content]
-
-
-def _flatten(row: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in row.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, prefix if key in _WRAPPERS else f"{prefix}{key}/")
-        elif not isinstance(value, (list, tuple)):
-            yield f"{prefix}{key}", value
-
-
-def _verl_console(text: str) -> Iterable[dict[str, Any]]:
-    """Rows of verl's console logger: ``step:12 - actor/entropy:0.41 - …``, behind any prefix of Ray's."""
-    for line in text.splitlines():
-        match = _VERL_LINE.search(_ANSI.sub("", line))
-        if match is None:
-            continue
-        row: dict[str, Any] = {"step": int(match[1])}
-        for item in match[2].split(" - "):
-            name, _, value = item.rpartition(":")
-            # numpy >= 2 prints its scalars as np.float64(0.5)
-            value = _NUMPY_REPR.sub(r"\1", value.strip())
-            try:
-                row[name.strip()] = float(value)
-            except ValueError:
-                continue
-        yield row
-
-
-def _read_tensorboard(path: Path) -> DataFrame:
-    accumulator = require("tensorboard.backend.event_processing.event_accumulator", "reading TensorBoard events")
-    tensor_util = require("tensorboard.util.tensor_util", "reading TensorBoard events")
-    pd = require("pandas", "reading TensorBoard events")
-    # 0 = keep every event; the default is a random sample
-    events = accumulator.EventAccumulator(
-        str(path), size_guidance={accumulator.SCALARS: 0, accumulator.TENSORS: 0}
-    ).Reload()
-    tags = events.Tags()
-    columns: dict[str, Any] = {}
-    for tag in tags["scalars"]:
-        series = events.Scalars(tag)
-        columns[tag] = pd.Series([e.value for e in series], index=[e.step for e in series])
-    for tag in tags["tensors"]:
-        if events.SummaryMetadata(tag).plugin_data.plugin_name == "scalars":
-            tensors = events.Tensors(tag)
-            values = [float(tensor_util.make_ndarray(e.tensor_proto)) for e in tensors]
-            columns[tag] = pd.Series(values, index=[e.step for e in tensors])
-    if not columns:
-        raise LogError(f"{path} holds no TensorBoard scalars")
-    # a resumed run writes some steps twice: the later one counts
-    frame = pd.DataFrame({tag: s[~s.index.duplicated(keep="last")] for tag, s in columns.items()})
-    frame.insert(0, "step", frame.index.to_numpy(float))
-    return frame.loc[:, ~frame.columns.duplicated()]
-
-
-def _tidy(frame: DataFrame, path: Path, notes: list[str]) -> DataFrame:
-    """Float columns, one row per step, ascending."""
+def _parts(table: Table) -> list[_Part]:
+    """The table's steps and numbers, apart for each run that a column of text names."""
     pd = require("pandas", "reading a log")
-    frame = frame.rename(columns=str).reset_index(drop=True)
-    numbers = {
-        name: pd.to_numeric(column, errors="coerce").astype(float)
-        for name, column in frame.items()
-        if not pd.api.types.is_datetime64_any_dtype(column)
-    }
-    numbers = {name: column for name, column in numbers.items() if column.notna().any()}
-    known = [name for name in STEP_COLUMNS if name in numbers]
-    # one that every row has, else the best known
-    step = next((name for name in known if numbers[name].notna().all()), known[0] if known else None)
+    frame, notes = table.frame.rename(columns=str), list(table.notes)
+    frame = frame.loc[:, ~frame.columns.duplicated()]
+    numbers: dict[str, Any] = {}
+    texts = {}
+    for name, column in frame.items():
+        if pd.api.types.is_float_dtype(column):
+            numbers[name] = column.to_numpy()
+        elif not pd.api.types.is_datetime64_any_dtype(column):
+            if name == "global_step/max_steps":
+                column = column.astype(str).str.partition("/")[0]
+            values = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
+            if name in IDENTITY and np.isnan(values).all():
+                texts[name] = column
+            numbers[name] = values
+    numbers = {name: column for name, column in numbers.items() if not np.isnan(column).all()}
     if not numbers:
-        raise LogError(f"{path} has no numeric columns")
+        raise LogError(f"{table.path} has no numeric columns")
+    candidates = [name for name in STEP_COLUMNS if name in numbers]
+    # one that every row has, else the best known
+    step = next((c for c in candidates if not np.isnan(numbers[c]).any()), candidates[0] if candidates else None)
+    rows = np.arange(len(frame))
     if step is None:
         notes.append(f"no step column ({', '.join(STEP_COLUMNS[:3])}, …): rows are numbered in their order")
-        steps = pd.Series(np.arange(len(frame), dtype=float))
+        steps = rows.astype(float)
     else:
         steps = numbers.pop(step)
         numbers.pop("step", None)
-    tidy = pd.DataFrame({"step": steps, **numbers})
-    without = int(tidy["step"].isna().sum())
-    if without:
-        notes.append(f"{without} of {len(tidy)} rows have no step and were left out")
-    # last() skips NaN, so a row of evaluations completes the row of training metrics of the same step
-    return tidy.dropna(subset=["step"]).groupby("step", sort=True).last().reset_index()
+        rows = rows[np.isfinite(steps)]
+        if len(rows) < len(steps):
+            notes.append(f"{len(steps) - len(rows)} of {len(steps)} rows have no step and were left out")
+    whole = _Part(table, steps, pd.DataFrame(numbers, index=frame.index), np.arange(len(frame)), notes).take(rows)
+    if len(whole.steps) == 0:
+        raise LogError(f"{table.path} has no row with a step")
+    for name, column in texts.items():
+        owners = column.iloc[rows].astype(object).where(column.iloc[rows].notna(), "").astype(str)
+        if owners.nunique() > 1:
+            return [_named_part(whole, np.flatnonzero(owners == owner), owner, name) for owner in owners.unique()]
+    return [whole]
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _named_part(whole: _Part, rows: np.ndarray, owner: str, column: str) -> _Part:
+    part = whole.take(rows, [f"{whole.table.path.name} holds several runs, told apart by its column {column}"])
+    table = whole.table
+    named = Table(table.path, owner or "without a name", table.frame, table.notes, table.nan, table.settings)
+    return _Part(named, part.steps, part.frame.dropna(axis=1, how="all"), part.rows, part.notes)
+
+
+def _groups(parts: list[_Part]) -> list[tuple[list[_Part], list[str]]]:
+    """Parts that make one run, with notes about why."""
+    told: dict[str, list[_Part]] = {}
+    untold: dict[Path, list[_Part]] = {}
+    for part in parts:
+        if part.table.name is not None and not part.table.in_folder:
+            told.setdefault(part.table.name, []).append(part)
+        else:
+            untold.setdefault(part.table.path.parent, []).append(part)
+    groups = [(group, _joined(group, "they name the same run")) for group in told.values()]
+    loose = [part for group in untold.values() for part in group]
+    if len(told) == 1 and loose and _complete([*groups[0][0], *loose]):
+        return [([*groups[0][0], *loose], _joined([*groups[0][0], *loose], "they have no metric in common"))]
+    if len(loose) > 1 and _complete(loose) and all(part.table.asked for part in loose):
+        return [*groups, (loose, _joined(loose, "they have no metric in common"))]
+    for group in untold.values():
+        if len(group) > 1 and not all(part.table.asked for part in group):
+            # beside the log of a run lie completions, samples, tables of other kinds
+            group = [part for part in group if known(list(part.frame.columns))] or group
+        if len(group) > 1 and _complete(group):
+            groups.append((group, _joined(group, "they have no metric in common")))
+        else:
+            groups += [([part], []) for part in group]
+    if len(loose) > 1 and len(groups) > 1:
+        apart = "several logs with metrics in common are taken for several runs"
+        groups = [(group, notes or [apart]) for group, notes in groups]
+    return groups
+
+
+def _complete(parts: Sequence[_Part]) -> bool:
+    """Whether the parts have no metric in common."""
+    return all(a.metrics.isdisjoint(b.metrics) for a, b in itertools.combinations(parts, 2))
+
+
+def _joined(group: Sequence[_Part], why: str) -> list[str]:
+    names = list(dict.fromkeys(part.table.path.name for part in group))
+    return [f"{', '.join(names)} are read as one run: {why}"] if len(names) > 1 else []
+
+
+def _runs(group: list[_Part], notes: list[str]) -> list[Run]:
+    """The runs of a group: as many as its parts have; parts that have one each are joined."""
+    apart = [_sessions(part) for part in group]
+    if len({len(sessions) for sessions in apart}) > 1:
+        notes = [*notes, "these logs hold different numbers of runs, so they could not be joined"]
+        joined = [[session] for sessions in apart for session in sessions]
+    else:
+        joined = [list(sessions) for sessions in zip(*apart, strict=True)]
+    base = _base_name(group)
+    names = [base if len(joined) == 1 else f"{base}#{i}" for i in range(1, len(joined) + 1)]
+    return [_tidy(name, sessions, notes) for name, sessions in zip(names, joined, strict=True)]
+
+
+def _base_name(group: Sequence[_Part]) -> str:
+    table = group[0].table
+    if table.name is not None:
+        return table.name
+    path = table.path
+    if path.is_dir():
+        return path.resolve().name
+    stem = path.name.split(".tfevents")[0] if "tfevents" in path.name else re.sub(r"(\.[A-Za-z]\w*)+$", "", path.name)
+    return stem or path.name
+
+
+def _name_apart(runs: list[Run]) -> None:
+    """Names that differ: of files of one name their folders', or with their folders."""
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            if _GENERIC.fullmatch(run.name):
+                run.name = run.paths[0].resolve().parent.name
+    for up in range(1, 6):
+        names = [run.name for run in runs]
+        for run in runs:
+            parents = run.paths[0].resolve().parents
+            if names.count(run.name) > 1 and len(parents) >= up:
+                run.name = f"{parents[up - 1].name}/{run.name}"
+    for name in {run.name for run in runs}:
+        same = [run for run in runs if run.name == name]
+        for number, run in enumerate(same if len(same) > 1 else [], 1):
+            run.name = f"{name}#{number}"
+
+
+def _named(runs: list[Run], asked: str) -> list[Run]:
+    found = [run for run in runs if run.name == asked] or [r for r in runs if fnmatch.fnmatchcase(r.name, asked)]
+    if not found:
+        names = [run.name for run in runs]
+        more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+        raise LogError(f"--run: no run {asked!r} in the log; it has {', '.join(names[:40])}{more}")
+    return found
+
+
+def _sessions(part: _Part) -> list[_Part]:
+    """The runs of a part: it is cut where its steps start again, and what was resumed is put together."""
+    starts = _restarts(part)
+    if starts is None or len(starts) == 0:
+        return [part]
+    edges = [0, *starts, len(part.steps)]
+    found: list[tuple[np.ndarray, list[str]]] = []
+    label = part.table.path.name
+    for begin, end in itertools.pairwise(edges):
+        session = np.arange(begin, end)
+        if not found:
+            found.append((session, []))
+            continue
+        rows, notes = found[-1]
+        column = _dense(part, rows, session)
+        if column is None:  # nothing that both have: late rows
+            found[-1] = np.concatenate([rows, session]), notes
+            continue
+        has = part.frame[column].notna().to_numpy()
+        before, after = part.steps[rows[has[rows]]], part.steps[session[has[session]]]
+        if after.min() <= before.min() + _NEAR * (before.max() - before.min()):
+            found.append((session, []))
+            continue
+        resumed, reached = part.steps[session].min(), part.steps[rows].max()
+        kept = rows[part.steps[rows] <= resumed]
+        told = f"{label}: steps go back from {reached:g} to {resumed:g}: taken for a run that was resumed, "
+        told += f"{len(rows) - len(kept)} rows beyond that step are replaced"
+        found[-1] = np.concatenate([kept, session]), [*notes, told]
+    if len(found) > 1:
+        first = [f"{part.steps[rows].min():g}" for rows, _ in found]
+        told = f"{label} holds {len(found)} runs: its steps start again, at {', '.join(first[1:6])}; --run NAME chooses"
+        found = [(rows, [told, *notes]) for rows, notes in found]
+    return [part.take(rows, notes) for rows, notes in found]
+
+
+def _restarts(part: _Part) -> list[int] | None:
+    """Rows at which steps start again; None where rows are in no order.
+
+    A row may come late (an evaluation that ends after the next step), so a step that is lower than the one before is
+    no restart by itself: some metric must go back in its own course.
+    """
+    steps = part.steps
+    drops = np.flatnonzero(np.diff(steps) < 0) + 1
+    if len(drops) == 0 or (np.diff(steps) <= 0).all():
+        return None
+    many = max(3, len(steps) // 10)
+    back: list[tuple[int, int]] = []  # the row where a metric goes back, and its row before that
+    for name in part.metrics:
+        rows = np.flatnonzero(part.frame[name].notna().to_numpy())
+        at = np.flatnonzero(np.diff(steps[rows]) < 0) + 1
+        if len(at) > many:
+            part.notes.append("steps go back and forth: rows were sorted, and the later value of a step counts")
+            return None
+        back += zip(rows[at].tolist(), rows[at - 1].tolist(), strict=True)
+    starts: list[int] = []
+    for row, before in sorted(back):
+        if not starts or before >= starts[-1]:
+            starts.append(int(drops[np.searchsorted(drops, row, side="right") - 1]))
+    return starts
+
+
+def _dense(part: _Part, rows: np.ndarray, session: np.ndarray) -> str | None:
+    """The metric with most values in ``rows`` of those that ``session`` has, too."""
+    here, there = part.frame.iloc[rows].notna().sum(), part.frame.iloc[session].notna().any()
+    counts = {name: int(here[name]) for name in sorted(part.metrics) if there[name] and here[name]}
+    return max(counts, key=counts.__getitem__) if counts else None
+
+
+def _tidy(name: str, sessions: list[_Part], notes: list[str]) -> Run:
+    """One row per step, ascending; what is not finite taken out and remembered."""
+    pd = require("pandas", "reading a log")
+    not_finite: dict[str, set[float]] = {}
+    frames = []
+    for part in sessions:
+        frame = part.frame.copy()
+        for column in frame.columns:
+            values = frame[column].to_numpy()
+            bad = np.isinf(values)
+            if bad.any():
+                not_finite.setdefault(column, set()).update(part.steps[bad].tolist())
+                frame[column] = np.where(bad, np.nan, values)
+            written = part.table.nan.get(column)
+            if written:
+                not_finite.setdefault(column, set()).update(part.steps[np.isin(part.rows, written)].tolist())
+        frame.insert(0, "step", part.steps, allow_duplicates=False)
+        frames.append(frame)
+    frame = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
+    steps = frame["step"].to_numpy()
+    notes = [*notes, *(note for part in sessions for note in part.notes)]
+    if (np.diff(steps) > 0).all():
+        frame = frame.reset_index(drop=True)
+    else:
+        metrics = [c for c in frame.columns if c != "step" and not _BOOKKEEPING.search(c)]
+        before = int(frame[metrics].notna().to_numpy().sum())
+        # last() skips NaN, so a row of evaluations completes the row of training metrics of the same step
+        frame = frame.groupby("step", sort=True).last().reset_index()
+        again = before - int(frame[metrics].notna().to_numpy().sum())
+        if again and not any("resumed" in note for note in notes):
+            notes.append(f"{again} values stand a second time at their step: the later ones count")
+    lasting = {}
+    for column, at in not_finite.items():
+        has = set(frame.loc[frame[column].notna(), "step"])
+        if missing := sorted(at - has):
+            lasting[column] = missing
+    frame = frame.dropna(axis=1, how="all")
+    settings = {key: value for part in sessions for key, value in part.table.settings.items()}
+    paths = tuple(dict.fromkeys(part.table.path for part in sessions))
+    return Run(name, frame, paths, list(dict.fromkeys(notes)), lasting, settings)
