@@ -150,21 +150,29 @@ def _add_tune(commands: argparse._SubParsersAction) -> None:
 def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit = commands.add_parser(
         "fit",
-        help="fit the entropy law R = -a·e^H + b to a trainer's log",
-        description="Fit the entropy law R = -a·e^H + b (arXiv 2505.22617) to the log of a run: print a and b with "
+        help="fit the entropy law R = -a·e^H + b to trainers' logs",
+        description="Fit the entropy law R = -a·e^H + b (arXiv 2505.22617) to the runs in logs: print a and b with "
         "standard errors, R², RMSE, the ceiling R(H=0) with its interval and the share of it that is reached, the "
-        "straight line in H beside it, and how well the first part of the run predicts the rest; save a plot.",
-        epilog="The metric names of verl, TRL, SkyRL and this package's trainer are found by themselves.",
+        "straight line in H beside it, and how well the first part of the run predicts the rest; say where the law "
+        "means less; save a plot. Several runs are fitted apart, into one table and one plot.",
+        epilog="Names of metrics that verl, TRL, SkyRL, OpenRLHF, slime, NeMo-RL, prime-rl, ms-swift, AReaL, "
+        "torchtitan and this package's trainer write are found by themselves: docs/entropy-law.md lists them.",
     )
     fit.add_argument(
         "log",
         type=Path,
+        nargs="+",
         metavar="LOG",
-        help="CSV (also a W&B export), JSON lines (also verl's file logger), trainer_state.json, verl's console "
-        "output, a TensorBoard event file, or a directory with one of these",
+        help="CSV (also W&B exports, one metric per file), JSON lines (also verl's file logger), trainer_state.json, "
+        "console output of verl, TRL, slime or prime-rl, a TensorBoard event file, or a folder with some of these, of "
+        "an MLflow run, of TRL's checkpoints, or of several runs",
+    )
+    # "run" is what every command calls
+    fit.add_argument(
+        "--run", dest="chosen", metavar="NAME", help="only this run, or those of a pattern with * (default: all, apart)"
     )
     fit.add_argument(
-        "--entropy", metavar="NAME", help="entropy column (nats per token), or a pattern with * to average"
+        "--entropy", metavar="NAME", help="entropy column (nats per token), or a pattern with * to average within a run"
     )
     fit.add_argument("--performance", metavar="NAME", help="performance column, or a pattern with * to average")
     fit.add_argument(
@@ -196,16 +204,23 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
 
 def _fit(arguments: argparse.Namespace) -> int:
     from entropy_kernels._arguments import keywords
+    from entropy_kernels._progress import ProgressBoard
     from entropy_kernels.analysis import report
 
-    fit = report.fit_log(arguments.log, **{name: getattr(arguments, name) for name in keywords(report.fit_log)})
-    plot = None if arguments.no_plot else arguments.output or report.default_plot(arguments.log)
+    logs, values = arguments.log, {**vars(arguments), "run": arguments.chosen}
+    options = {name: values[name] for name in keywords(report.fit_logs)}
+    reading = f"reading {logs[0].name}" + (f" and {len(logs) - 1} more" if len(logs) > 1 else "")
+    with ProgressBoard(enabled=sys.stderr.isatty(), file=sys.stderr, brief=True) as board:
+        fits = report.fit_logs(
+            logs, lambda done, total: board.update(reading, done >> 20, total >> 20, "MB"), **options
+        )
+    plot = None if arguments.no_plot else arguments.output or report.default_plot(logs[0])
     if plot is not None:
-        report.save_plot(fit, plot)
+        report.save_plot(fits, plot)
     if arguments.json:
-        print(json.dumps({**report.as_dict(fit), "plot": None if plot is None else str(plot)}, indent=2))
+        print(json.dumps({**report.as_dict(fits), "plot": None if plot is None else str(plot)}, indent=2))
         return 0
-    report.print_report(fit)
+    report.print_report(fits)
     if plot is not None:
         print(f"plot: {plot}")
     return 0

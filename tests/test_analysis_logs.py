@@ -104,7 +104,7 @@ def test_a_cut_off_last_line_is_left_out_and_told(tmp_path):
     path.write_text('{"step": 0, "entropy": 0.9}\n{"step": 1, "entropy": 0.8}\n{"step": 2, "ent')
     log = logs.read_log(path)
     assert len(log) == 2
-    assert "line 3 is cut off" in log.attrs["notes"][0]
+    assert "line 3 of log.jsonl is cut off" in log.attrs["notes"][0]
 
 
 def test_trainer_state_of_transformers(tmp_path):
@@ -174,7 +174,7 @@ def test_directory_with_one_sub_run_or_one_file(tmp_path):
 def test_directory_with_several_runs_lists_them(tmp_path):
     write_events(tmp_path / "a")
     write_events(tmp_path / "b")
-    with pytest.raises(LogError, match="holds several logs; name one of them: a, b"):
+    with pytest.raises(LogError, match="holds 2 runs; name one: a, b"):
         logs.read_log(tmp_path)
 
 
@@ -204,7 +204,7 @@ def test_step_columns_and_their_absence(tmp_path):
         ("a.csv", 'a,b\n1,2\n1,2,3,4\n"', "is not CSV"),
         ("a.csv", "name\nx\n", "has no numeric columns"),
         ("a.jsonl", "\n\n", "has no rows"),
-        ("a.jsonl", '{"step": 1}\nnonsense\n', "line 2: not JSON"),
+        ("a.jsonl", "nonsense\n", "line 1: not JSON, as 1 lines of 1"),
         ("a.jsonl", "[1, 2]\n", "line 1: expected an object, got list"),
         ("a.json", "{", "is not JSON"),
         ("a.json", "[1]", "expected a list of objects"),

@@ -125,7 +125,7 @@ def test_fit_says_what_to_doubt(tmp_path, capsys):
     path.write_text("\n".join(["step,entropy,reward", *rows]))
     assert cli.main(["fit", str(path), "--no-plot"]) == 0
     out = capsys.readouterr().out
-    assert "no known validation metric" in out
+    assert "reward is measured on the training prompts" in out
     assert "a is negative" in out
     assert "performance exceeds 1" in out
     assert "skipped" in out

@@ -34,10 +34,10 @@ Advance = Callable[[int], None]
 #: Columns of text that say which run a row belongs to.
 IDENTITY = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name", "trial")
 
-_PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Wrappers whose content is the row itself; other nested keys are joined with "/".
 _WRAPPERS = ("data", "metrics", "logs")
-_BLOCK = 20_000  # rows of JSON that are held as Python objects at once
+_BLOCK = 2_000  # rows of JSON that are held as Python objects at once
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _VERL_LINE = re.compile(r"(?<![\w/])step:(\d+) - (.+)$")
 _NUMPY_REPR = re.compile(r"\bnp\.\w+\(([^()]*)\)")
@@ -266,7 +266,7 @@ class _Columns:
         values = _floats(column, types)
         has = ~np.isnan(values)
         if float in types and not has.all():
-            written = [int(at[i]) for i in np.flatnonzero(~has) if isinstance(column[i], float)]
+            written = [int(at[i]) for i in np.flatnonzero(~has).tolist() if isinstance(column[i], float)]
             if written:
                 self.nan.setdefault(name, []).extend(written)
         if has.any():
@@ -308,7 +308,7 @@ def _float(value: Any) -> float:
 
 
 def _read_jsonl(lines: _Lines) -> Table:
-    scan = json.JSONDecoder().scan_once
+    decode = json.JSONDecoder().raw_decode
     columns, block = _Columns(), list[dict[str, Any]]()
     broken: list[int] = []
     reason, last = "", ""
@@ -317,9 +317,7 @@ def _read_jsonl(lines: _Lines) -> Table:
         if not line:
             continue
         try:
-            row, end = scan(line, 0)
-        except StopIteration:
-            row, end = None, 0
+            row, end = decode(line)
         except (ValueError, RecursionError):
             row, end = None, 0
         if end == len(line) and isinstance(row, dict):
@@ -344,7 +342,7 @@ def _read_jsonl(lines: _Lines) -> Table:
         notes.append(
             f"line {number} of {lines.path.name} is cut off (a run that was stopped while writing?) and was left out"
         )
-    notes += _broken(lines.path, broken, "not JSON objects")
+    notes += _broken(lines.path, broken, "no JSON object")
     return Table(lines.path, None, columns.frame(), notes + lines.note(), columns.nan)
 
 
@@ -352,7 +350,7 @@ def _broken(path: Path, numbers: Sequence[int], why: str) -> list[str]:
     if not numbers:
         return []
     if len(numbers) == 1:
-        return [f"line {numbers[0]} of {path.name} is broken ({why.removesuffix('s')}) and was left out"]
+        return [f"line {numbers[0]} of {path.name} is broken ({why}) and was left out"]
     return [f"{len(numbers)} lines of {path.name} are broken ({why}) and were left out: {listed(numbers)}"]
 
 
@@ -518,7 +516,7 @@ class _Rows(io.TextIOBase):
         self._buffer = text[size:] if size >= 0 else ""
         return text[:size] if size >= 0 else text
 
-    def __next__(self) -> str:
+    def __next__(self) -> str:  # type: ignore[override]
         text, self._buffer = self._buffer, ""
         return text or next(self._rest)
 
@@ -572,7 +570,7 @@ def _wandb_runs(frame: DataFrame) -> list[tuple[str | None, DataFrame, dict[str,
     if not runs or (len(runs) > 1 and sum(map(len, metrics)) == len(set.union(*metrics))):
         return [(None, frame, {c: c for c in columns})]
     shared = [column for column in columns if " - " not in column]
-    found = []
+    found: list[tuple[str | None, DataFrame, dict[str, str]]] = []
     for run, names in runs.items():
         part = frame[[*shared, *names.values()]].rename(columns={whole: own for own, whole in names.items()})
         own = [metric for metric in names if not metric.startswith("_")]

@@ -169,11 +169,14 @@ TREATMENTS = (
     Treatment("entropy_coef", "an entropy bonus", "this package, TRL (also adaptive)"),
     Treatment("entropy/threshold", "a loss on high-entropy tokens only", "ms-swift"),
     Treatment("entropy/entropy_threshold", "a loss on high-entropy tokens only", "ms-swift with Megatron"),
+)
+# Terms that weaken the law: it was found without them.
+KL_TERMS = (
     Treatment("actor/kl_loss", "a KL term", "verl"),
     Treatment("actor/reward_kl_penalty_coeff", "a KL penalty in the reward", "verl"),
     Treatment("policy/policy_kl", "a KL term", "SkyRL"),
     Treatment("kl_loss", "a KL term", "slime"),
-    Treatment("kl", "a KL term", "TRL, ms-swift with `beta`"),
+    Treatment("kl", "a KL term", "TRL, ms-swift; OpenRLHF"),
 )
 # Settings that stand beside a log: config.json of this package's trainer, the params of an MLflow run (verl's).
 SETTINGS = (
@@ -251,20 +254,29 @@ def held_by(log: DataFrame, name: str = "", settings: Mapping[str, Any] | None =
 
     Empty where nothing says so, which is no proof: verl and SkyRL log nothing of their own under Clip-Cov and KL-Cov.
     """
-    found: dict[str, str] = {}
-    for treatment in TREATMENTS:
-        for column in log.columns:
-            bare = str(column).removeprefix("train/")
-            if bare == treatment.pattern and bool((log[column].fillna(0) != 0).any()):
-                found.setdefault(treatment.by, f"{treatment.by} (metric {column})")
+    found = _in_metrics(log, TREATMENTS)
     for key, value in (settings or {}).items():
         for pattern, values, by in SETTINGS:
             if re.search(pattern, key) and re.fullmatch(values, str(value).strip().lower()):
                 found.setdefault(by, f"{by} (setting {key} = {value})")
-    for pattern, by in NAMED:
-        if re.search(pattern, name.lower()) and not any(entry.startswith(by) for entry in found.values()):
+    for pattern, by in NAMED if not found else ():
+        if re.search(pattern, name.lower()):
             found.setdefault(by, f"{by} (by the name of the run, {name})")
     return list(found.values())
+
+
+def kl_terms(log: DataFrame) -> list[str]:
+    """The KL terms of a run, each with the metric that says so."""
+    return list(_in_metrics(log, KL_TERMS).values())
+
+
+def _in_metrics(log: DataFrame, treatments: Sequence[Treatment]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for treatment in treatments:
+        for column in log.columns:
+            if column.removeprefix("train/") == treatment.pattern and bool((log[column].fillna(0) != 0).any()):
+                found.setdefault(treatment.by, f"{treatment.by} (metric {column})")
+    return found
 
 
 def names_table(names: Sequence[Name]) -> str:

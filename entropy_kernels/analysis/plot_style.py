@@ -30,6 +30,9 @@ _BASELINE, _BLUE, _VERMILION, _GREEN, _PURPLE = "#3b3b3b", "#0072b2", "#d55e00",
 _SKY = "#56b4e9"
 _SPARE = ("#b8860b", "#882255", "#44aa99", "#999933", "#cc6677")
 
+#: Colours of things that are no methods.
+PALETTE = (_BLUE, _VERMILION, _GREEN, _PURPLE, _BASELINE, _SKY, *_SPARE)
+
 # (pattern on the lower-cased name with - and space as _, colour, label). First match wins.
 _METHODS = (
     (r"^target", _GREEN, "Target"),

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 # Mean covariance of the top fractions of tokens at step 1 of Qwen2.5-7B: arXiv 2505.22617, table 1.
 PAPER_COVARIANCE = {0.0002: 5.654, 0.002: 3.112, 0.02: 1.385, 0.2: 0.351, 0.5: 0.152, 1.0: 0.003}
 
+# Points and names that one axes shows at most: more are drawn over each other, and take long.
+_MOST_MARKERS, _MOST_NAMED = 3000, 24
+
 
 def png(figure: Figure, *, dpi: int = 150) -> bytes:
     """The figure as PNG bytes, of 256 colours: a third of the size."""
@@ -146,35 +149,44 @@ def fit_figure(
     *,
     steps: Any = None,
     extrapolated: EntropyLaw | None = None,
+    bound: bool = True,
     entropy_name: str = "policy entropy H (nats)",
     performance_name: str = "validation performance R",
     title: str = "Entropy law",
 ) -> Figure:
     """One run's R against H: points coloured by step, the law with its prediction band, the straight line, the
-    ceiling with its interval at H = 0 and, if given, the law of the first points only (``extrapolated``)."""
+    ceiling with its interval at H = 0 and, if given, the law of the first points only (``extrapolated``).
+
+    With ``bound=False`` what stands at H = 0 is not called a ceiling. Of more than 3000 points as many are drawn,
+    evenly spaced.
+    """
     h, r = np.asarray(entropy, float), np.asarray(performance, float)
-    keep = ~(np.isnan(h) | np.isnan(r))
     order = np.arange(len(h)) if steps is None else np.asarray(steps)
+    keep = ~(np.isnan(h) | np.isnan(r))
+    h, r, order = h[keep], r[keep], order[keep]
+    early = slice(0) if extrapolated is None or extrapolated.n > _MOST_MARKERS else slice(extrapolated.n)
+    drawn = _thinned(len(h))
+    name = "ceiling" if bound else "R at H = 0"
     fig, (ax,) = style.panels(1, (7.0, 5.3))
-    grid = np.linspace(0, max(law.entropy_range[1], float(h[keep].max())) * 1.04, 200)
+    grid = np.linspace(0, max(law.entropy_range[1], float(h.max())) * 1.04, 200)
     low, high = law.interval(grid)
     ax.fill_between(
         grid, low, high, color="#0072b2", alpha=0.10, linewidth=0, label=f"{law.confidence:.0%} prediction band"
     )
-    _law_lines(ax, law, "#0072b2")
+    _law_lines(ax, law, "#0072b2", name)
     if extrapolated is not None:
         label = f"law of the first {extrapolated.n} points"
         ax.plot(grid, extrapolated.predict(grid), color="#d55e00", linewidth=1.6, linestyle=(0, (5, 2)), label=label)
         ax.scatter(
-            h[keep][: extrapolated.n],
-            r[keep][: extrapolated.n],
+            h[early],
+            r[early],
             s=70,
             facecolors="none",
             edgecolors="#d55e00",
             zorder=4,
         )
     marks = ax.scatter(
-        h[keep], r[keep], c=order[keep], cmap="viridis", s=26, zorder=5, edgecolors="white", linewidths=0.4
+        h[drawn], r[drawn], c=order[drawn], cmap="viridis", s=26, zorder=5, edgecolors="white", linewidths=0.4
     )
     bar = fig.colorbar(marks, ax=ax, pad=0.02, fraction=0.05)
     bar.set_label("step" if steps is not None else "measurement", fontsize=9, color=style.INK)
@@ -183,7 +195,7 @@ def fit_figure(
     bottom, top = law.ceiling_interval
     ax.errorbar(
         [0], [law.ceiling], yerr=[[law.ceiling - bottom], [top - law.ceiling]], color="#0072b2", fmt="D", markersize=6,
-        capsize=4, clip_on=False, zorder=6, label=f"ceiling {law.ceiling:.3g} [{bottom:.3g}, {top:.3g}]",
+        capsize=4, clip_on=False, zorder=6, label=f"{name} {law.ceiling:.3g} [{bottom:.3g}, {top:.3g}]",
     )  # fmt: skip
     ax.set(xlabel=entropy_name, ylabel=performance_name)
     ax.set_xlim(left=0)
@@ -191,6 +203,50 @@ def fit_figure(
     note += f"; straight line in H: {law.r2_linear:.3f}, {law.rmse_linear:.3g}"
     style.title(ax, title, note)
     style.shared_legend(fig, [ax])
+    return fig
+
+
+def fits_figure(
+    points: Mapping[str, DataFrame],
+    laws: Mapping[str, EntropyLaw],
+    *,
+    bound: Mapping[str, bool] | None = None,
+    entropy_name: str = "policy entropy H (nats)",
+    performance_name: str = "validation performance R",
+    title: str = "Entropy laws",
+) -> Figure:
+    """R against H of several runs on one axes: points, the law of each (dotted below the entropies that the run has
+    seen) and its value at H = 0, a diamond where that is a ceiling and a ring where ``bound`` says it is none.
+
+    ``points`` maps a run's name to its ``entropy`` and ``performance``, ``laws`` to the law fitted to them. The legend
+    names the first 24 runs.
+    """
+    fig, (ax,) = style.panels(1, (7.0, 5.3))
+    colors = list(style.PALETTE)[: len(points)]
+    if len(points) > len(colors):  # more runs than colours that can be told apart
+        shades = require("matplotlib", "a plot").colormaps["viridis"](np.linspace(0, 0.88, len(points)))
+        colors = [require("matplotlib.colors", "a plot").to_hex(shade) for shade in shades]
+    named = list(points)[:_MOST_NAMED]
+    for (name, frame), color in zip(points.items(), colors, strict=True):
+        law = laws[name]
+        h, r = frame["entropy"].to_numpy(float), frame["performance"].to_numpy(float)
+        drawn = _thinned(len(h), _MOST_MARKERS // len(points) + 2)
+        ax.scatter(h[drawn], r[drawn], s=14, color=color, alpha=0.45, edgecolors="none", zorder=2)
+        seen, below = np.linspace(*law.entropy_range, 100), np.linspace(0, law.entropy_range[0], 100)
+        is_bound = bound is None or bound[name]
+        short = name if len(name) <= 32 else f"{name[:15]}…{name[-16:]}"
+        label = f"{short}: ceiling {law.ceiling:.3g}" if is_bound else f"{short}: {law.ceiling:.3g} at H = 0"
+        ax.plot(seen, law.predict(seen), color=color, linewidth=2.0, label=label if name in named else "_", zorder=3)
+        ax.plot(below, law.predict(below), color=color, linewidth=1.4, linestyle=(0, (1, 1.5)), zorder=3)
+        ax.scatter(
+            [0], [law.ceiling], s=40, marker="D" if is_bound else "o", zorder=5, clip_on=False,
+            facecolors=[color] if is_bound else "white", edgecolors=[color], linewidths=1.5,
+        )  # fmt: skip
+    ax.set(xlabel=entropy_name, ylabel=performance_name)
+    ax.set_xlim(left=0)
+    more = f"; {len(points) - len(named)} more runs are not named" if len(points) > len(named) else ""
+    style.title(ax, title, f"dotted: below what the run has seen{more}")
+    style.shared_legend(fig, [ax], ncols=3)
     return fig
 
 
@@ -337,7 +393,12 @@ def _curves(ax: Axes, runs: Mapping[str, Run], column: str) -> None:
             ax.fill_between(steps, line["low"], line["high"], color=looks[name].color, alpha=0.13, linewidth=0)
 
 
-def _law_lines(ax: Axes, law: EntropyLaw, color: str) -> None:
+def _thinned(count: int, most: int = _MOST_MARKERS) -> np.ndarray:
+    """Positions of ``most`` of ``count`` points, evenly spaced, with the first and the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def _law_lines(ax: Axes, law: EntropyLaw, color: str, name: str = "ceiling") -> None:
     """The law from H = 0 to the largest H of its fit, the straight line on the same points, and the ceiling."""
     grid = np.linspace(0, law.entropy_range[1] * 1.04, 200)
     ax.plot(grid, law.predict(grid), color=color, linewidth=2.0, label="law  −a·e$^H$ + b", zorder=2)
@@ -352,7 +413,7 @@ def _law_lines(ax: Axes, law: EntropyLaw, color: str) -> None:
     ax.axhline(law.ceiling, color=color, linewidth=0.9, linestyle=(0, (6, 3)), alpha=0.6)
     ax.margins(y=0.12)  # its label has room below the title
     ax.annotate(
-        f"ceiling {law.ceiling:.3g}", (1, law.ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        f"{name} {law.ceiling:.3g}", (1, law.ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color=color,
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""What ``entropy-kernels fit`` computes and prints: the law of a trainer's log, how well it extrapolates, a plot."""
+"""What ``entropy-kernels fit`` computes and prints: the law of each run in trainers' logs, how well it extrapolates,
+when it means less or nothing, a plot."""
 
 from __future__ import annotations
 
@@ -7,18 +8,33 @@ import gzip
 import io
 import math
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
+import numpy as np
+
 from entropy_kernels._console import print_table
 from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, fit_entropy_law
-from entropy_kernels.analysis.logs import pairs, read_log
-from entropy_kernels.analysis.metric_names import LogError, Quantity, find_entropy, find_performance
+from entropy_kernels.analysis.log_files import listed
+from entropy_kernels.analysis.logs import Run, pairs, read_logs
+from entropy_kernels.analysis.metric_names import (
+    LogError,
+    Quantity,
+    find_entropy,
+    find_performance,
+    held_by,
+    kl_terms,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+#: Nats; no distribution over a vocabulary of 262 144 tokens has more.
+_MOST_ENTROPY = 12.5
+#: H = 0 that lies further below the entropies of a run than this multiple of their range is far.
+_FAR = 2.0
 #: In the metadata of every plot: others under its name are not replaced.
 _MADE_BY = "entropy-kernels fit"
 #: The field of an Exif record that says which program made a picture.
@@ -27,9 +43,12 @@ _SOFTWARE = 0x0131
 
 @dataclasses.dataclass(frozen=True)
 class LogFit:
-    """The law of one log."""
+    """The law of one run."""
 
-    path: Path
+    run: str
+    """Its name."""
+    paths: tuple[Path, ...]
+    """The logs that it was read from."""
     entropy: Quantity
     performance: Quantity
     points: DataFrame
@@ -39,45 +58,87 @@ class LogFit:
     extrapolated: EntropyLaw | None
     """Fitted on the first share of them, with its error on the rest; None where that share is too small."""
     fit_fraction: float
+    no_bound: list[str]
+    """Why R at H = 0 is no ceiling of this run; empty if it is one."""
     notes: list[str]
     """What a reader should know: rows left out, a training reward instead of a validation metric, doubts."""
 
+    @property
+    def logs(self) -> str:
+        """The paths, as text."""
+        return ", ".join(map(str, self.paths))
 
-def fit_log(
-    path: str | Path,
+
+def fit_logs(
+    paths: Sequence[str | Path],
+    progress: Callable[[int, int], None] | None = None,
     *,
+    run: str | None = None,
     entropy: str | None = None,
     performance: str | None = None,
     fit_fraction: float = 0.15,
     align: Literal["last", "mean"] = "last",
     confidence: float = 0.95,
     standard_errors: Literal["ols", "hac"] = "ols",
-) -> LogFit:
-    """Read a log, find its entropy and performance, fit the law.
+) -> list[LogFit]:
+    """Read logs, find the entropy and the performance of each run in them, fit the law to each.
 
-    ``entropy`` and ``performance`` name columns, or are patterns (``val-core/*/acc/mean@32``) of columns to average;
-    None finds the names that verl, TRL, SkyRL and this package's trainer write. The other arguments are those of
-    :func:`~entropy_kernels.analysis.logs.pairs` and :func:`~entropy_kernels.analysis.entropy_law.fit_entropy_law`.
+    Args:
+        paths, progress, run: as of :func:`~entropy_kernels.analysis.logs.read_logs`.
+        entropy, performance: columns, or patterns (``val-core/*/acc/mean@32``) of columns to average within a run; None
+            finds the names of :mod:`~entropy_kernels.analysis.metric_names`.
+        fit_fraction: as of :func:`~entropy_kernels.analysis.entropy_law.fit_entropy_law`, and so are ``confidence`` and
+            ``standard_errors``; a share too small for a fit gives none.
+        align: as of :func:`~entropy_kernels.analysis.logs.pairs`.
 
-    Raises ValueError (:class:`LogError` for the log itself) or OSError with a message of one line.
+    A run that cannot be fitted is left out with a note, unless it is the only one. Raises ValueError
+    (:class:`LogError` for the logs themselves) or OSError with a message of one line.
     """
     if not 0 < fit_fraction < 1:
         raise ValueError(f"fit_fraction: expected a number in (0, 1), got {fit_fraction:g}")
-    log = read_log(path)
-    notes = list(log.attrs["notes"])
+    fits, failed = [], []
+    for each in read_logs(paths, run=run, progress=progress):
+        try:
+            fits.append(_fit(each, entropy, performance, fit_fraction, align, confidence, standard_errors))
+        except ValueError as error:
+            failed.append((each.name, error))
+    if not fits:
+        name, first = failed[0]
+        raise first if len(failed) == 1 else LogError(f"none of {len(failed)} runs can be fitted; {name}: {first}")
+    left_out = [f"run {name} is left out: {why}" for name, why in failed]
+    return [dataclasses.replace(fit, notes=fit.notes + left_out) for fit in fits]
+
+
+def _fit(
+    run: Run,
+    entropy: str | None,
+    performance: str | None,
+    fit_fraction: float,
+    align: Literal["last", "mean"],
+    confidence: float,
+    standard_errors: Literal["ols", "hac"],
+) -> LogFit:
+    log, notes = run.frame, list(run.notes)
     columns = [str(column) for column in log.columns if column != "step"]
     h, r = find_entropy(columns, entropy), find_performance(columns, performance)
+    for quantity in (h, r):
+        for column in quantity.columns:
+            if steps := run.not_finite.get(column):
+                notes.append(f"{column} is infinite or NaN at step {listed(steps)}: left out there")
+    if h.note:
+        notes.append(f"{h.name}: {h.note}")
     if r.training:
         notes.append(
-            f"no known validation metric in the log: {r.name} is measured on the training prompts; "
-            "name a validation metric with --performance if there is one"
+            f"{r.name} is measured on the training prompts, which change with the steps and are trained on: the law is "
+            "about validation; name a validation metric with --performance if there is one"
         )
     points = pairs(log, h.values(log), r.values(log), align=align)
     if points.attrs["unpaired"]:
         notes.append(f"{points.attrs['unpaired']} evaluations have no entropy near them and were left out")
     if len(points) < MIN_POINTS:
+        where = ", ".join(str(path) for path in run.paths)
         raise LogError(
-            f"{path}: expected at least {MIN_POINTS} steps with both {h.name} and {r.name}, got {len(points)}"
+            f"{where}: expected at least {MIN_POINTS} steps with both {h.name} and {r.name}, got {len(points)}"
         )
     values = points["entropy"], points["performance"]
     law = fit_entropy_law(*values, confidence=confidence, standard_errors=standard_errors)
@@ -86,12 +147,13 @@ def fit_log(
         extrapolated = fit_entropy_law(
             *values, fit_fraction=fit_fraction, confidence=confidence, standard_errors=standard_errors
         )
-    notes += _doubts(law, points)
-    return LogFit(Path(path), h, r, points, law, extrapolated, fit_fraction, notes)
+    no_bound = _no_bound(run, h, law)
+    notes += _doubts(run, law, points, no_bound)
+    return LogFit(run.name, run.paths, h, r, points, law, extrapolated, fit_fraction, no_bound, notes)
 
 
-def save_plot(fit: LogFit, output: Path) -> None:
-    """Write the figure of ``fit`` to ``output``; its suffix chooses the format.
+def save_plot(fits: Sequence[LogFit], output: Path) -> None:
+    """Write the figure of ``fits`` to ``output``; its suffix chooses the format.
 
     FileExistsError for a file that is there and is no earlier plot: these say in their metadata what made them. In a
     format that has none, no file is replaced.
@@ -101,18 +163,29 @@ def save_plot(fit: LogFit, output: Path) -> None:
             f"output: expected a new file or an earlier plot, got {output}, which is something else or does not say "
             "what made it; name another file or remove it"
         )
-    from entropy_kernels.analysis.plots import fit_figure
+    from entropy_kernels.analysis.plots import fit_figure, fits_figure
 
-    figure = fit_figure(
-        fit.points["entropy"],
-        fit.points["performance"],
-        fit.law,
-        steps=fit.points["step"],
-        extrapolated=fit.extrapolated,
-        entropy_name=f"{_short(fit.entropy)} (nats)",
-        performance_name=_short(fit.performance),
-        title=f"Entropy law of {fit.path.name}",
-    )
+    fit = fits[0]
+    if len(fits) == 1:
+        figure = fit_figure(
+            fit.points["entropy"],
+            fit.points["performance"],
+            fit.law,
+            steps=fit.points["step"],
+            extrapolated=fit.extrapolated,
+            bound=not fit.no_bound,
+            entropy_name=f"{_short(fit.entropy)} (nats)",
+            performance_name=_short(fit.performance),
+            title=f"Entropy law of {fit.paths[0].name}",
+        )
+    else:
+        figure = fits_figure(
+            {each.run: each.points for each in fits},
+            {each.run: each.law for each in fits},
+            bound={each.run: not each.no_bound for each in fits},
+            entropy_name=f"{_common(each.entropy for each in fits) or 'policy entropy H'} (nats)",
+            performance_name=_common(each.performance for each in fits) or "performance R",
+        )
     kind = output.suffix.lower()
     keywords: dict[str, Any] = {}
     if kind in (".png", ".svg", ".svgz", ".pdf", ".ps", ".eps"):
@@ -156,16 +229,35 @@ def default_plot(path: Path) -> Path:
     return path / "entropy-law.png" if path.is_dir() else path.with_name(f"{path.stem}.entropy-law.png")
 
 
-def print_report(fit: LogFit) -> None:
-    """The law, what is left to gain, and the extrapolation, as tables on stdout."""
+def print_report(fits: Sequence[LogFit]) -> None:
+    """The law, what is left to gain, and the extrapolation, as tables on stdout; of several runs a row each."""
+    if len(fits) == 1:
+        _print_one(fits[0])
+    else:
+        _print_several(fits)
+    runs: dict[str, list[str]] = {}
+    for fit in fits:
+        for note in fit.notes:
+            runs.setdefault(note, []).append(fit.run)
+    for note, names in sorted(runs.items(), key=lambda entry: -len(entry[1])):
+        print(f"note{'' if len(names) == len(fits) else ', ' + ', '.join(names)}: {note}")
+
+
+def _print_one(fit: LogFit) -> None:
     law, points = fit.law, fit.points
     level = f"{law.confidence:.0%}"
     steps = points["step"].to_numpy()
     first, last = (float(points["performance"].iloc[i]) for i in (0, -1))
     low, high = law.ceiling_interval
     errors = "Newey–West" if law.standard_errors == "hac" else "OLS"
+    at_zero = f"{law.ceiling:.4g}, {level} interval [{low:.4g}, {high:.4g}]"
+    ending = (
+        [("R at H = 0", f"{at_zero}: no bound, {'; '.join(fit.no_bound)}"), ("last performance", f"{last:.4g}")]
+        if fit.no_bound
+        else [("ceiling (H = 0)", at_zero), ("reached", _reached(law, first, last))]
+    )
     print_table(
-        f"Entropy law of {fit.path}",
+        f"Entropy law of {fit.logs}" + (f", run {fit.run}" if "#" in fit.run or len(fit.paths) > 1 else ""),
         [
             ("entropy", f"{fit.entropy.name}, {law.entropy_range[0]:.4g} to {law.entropy_range[1]:.4g} nats"),
             ("performance", f"{fit.performance.name}, {points['performance'].min():.4g} to "
@@ -178,26 +270,63 @@ def print_report(fit: LogFit) -> None:
             ("RMSE", f"{law.rmse:.4g}"),
             ("straight line in H", f"R² {law.r2_linear:.4f}, RMSE {law.rmse_linear:.4g}: "
                                    f"R = {law.slope_linear:.4g}·H + {law.intercept_linear:.4g}"),
-            ("ceiling (H = 0)", f"{law.ceiling:.4g}, {level} interval [{low:.4g}, {high:.4g}]"),
-            ("reached", _reached(law, first, last)),
+            *ending,
         ],
     )  # fmt: skip
     print_table(f"Extrapolation from the first {fit.fit_fraction:.0%} of the points", _extrapolation_rows(fit))
-    for note in fit.notes:
-        print(f"note: {note}")
 
 
-def as_dict(fit: LogFit) -> dict[str, Any]:
-    """Everything in ``fit`` as plain numbers, strings and lists, for ``--json``; NaN as None."""
+def _print_several(fits: Sequence[LogFit]) -> None:
+    entropy, performance = _common(f.entropy for f in fits), _common(f.performance for f in fits)
+    about = f": {performance or 'performance'} against {entropy or 'entropy'}"
+    level = f"{fits[0].law.confidence:.0%}"
+    rows: list[tuple[str, ...]] = []
+    for fit in fits:
+        law, last = fit.law, float(fit.points["performance"].iloc[-1])
+        low, high = law.ceiling_interval
+        error = fit.extrapolated.extrapolation if fit.extrapolated is not None else None
+        rows.append(
+            (
+                fit.run,
+                f"{law.n}",
+                f"{law.entropy_range[0]:.3g} to {law.entropy_range[1]:.3g}",
+                f"{law.a:.3g} ± {law.a_se:.1g}",
+                f"{law.b:.3g}",
+                f"{law.r2:.3f} ({law.r2_linear:.3f})",
+                f"{law.ceiling:.3g} ({low:.3g} to {high:.3g})",
+                f"{last:.3g}",
+                "no bound" if fit.no_bound else "–" if law.ceiling <= 0 else f"{law.fraction_of_ceiling(last):.1%}",
+                "–" if error is None else f"{error.rmse:.3g}",
+            )
+        )
+    header = ["run", "points", "H (nats)", "a", "b", "R² (line)", f"R at H = 0 ({level})", "last R", "of ceiling",
+              f"RMSE after {fits[0].fit_fraction:.0%}"]  # fmt: skip
+    told = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
+    table = [[row[i] for i in told] for row in rows]
+    print_table(f"Entropy laws of {len(fits)} runs{about}", table, [header[i] for i in told])
+
+
+def as_dict(fits: Sequence[LogFit]) -> dict[str, Any]:
+    """Everything in ``fits`` as plain numbers, strings and lists, for ``--json``; NaN as None.
+
+    One run is an object; several are ``{"runs": [one object each]}``.
+    """
+    return {"runs": [_fit_dict(fit) for fit in fits]} if len(fits) > 1 else _fit_dict(fits[0])
+
+
+def _fit_dict(fit: LogFit) -> dict[str, Any]:
     last = float(fit.points["performance"].iloc[-1])
+    bound = not fit.no_bound and fit.law.ceiling > 0
     return {
-        "log": str(fit.path),
+        "log": fit.logs,
+        "run": fit.run,
         "entropy": list(fit.entropy.columns),
         "performance": list(fit.performance.columns),
         "steps": [float(step) for step in fit.points["step"]],
         "law": _law_dict(fit.law),
+        "no_bound": fit.no_bound,
         "last_performance": last,
-        "fraction_of_ceiling": fit.law.fraction_of_ceiling(last) if fit.law.ceiling > 0 else None,
+        "fraction_of_ceiling": fit.law.fraction_of_ceiling(last) if bound else None,
         "fit_fraction": fit.fit_fraction,
         "law_of_first_part": None if fit.extrapolated is None else _law_dict(fit.extrapolated),
         "notes": fit.notes,
@@ -238,21 +367,85 @@ def _extrapolation_rows(fit: LogFit) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _doubts(law: EntropyLaw, points: DataFrame) -> list[str]:
-    """Reasons to read the fit with care."""
+def _no_bound(run: Run, entropy: Quantity, law: EntropyLaw) -> list[str]:
+    """Why R at H = 0 bounds nothing."""
+    holds = held_by(run.frame, run.name, run.settings)
+    reasons = [f"entropy is held by {', '.join(holds)}"] if holds else []
+    if law.entropy_range[1] > _MOST_ENTROPY:
+        reasons.append(f"{entropy.name} is not nats per token")
+    if law.a < 0:
+        reasons.append("performance falls as entropy falls")
+    return reasons
+
+
+def _doubts(run: Run, law: EntropyLaw, points: DataFrame, no_bound: list[str]) -> list[str]:
+    """Reasons to read the fit with care, and what to do about each."""
     doubts = []
+    steps, h, r = (points[name].to_numpy() for name in ("step", "entropy", "performance"))
+    doubts += [
+        f"{reason}: the law was found on runs in which nothing holds it; R at H = 0 is not what this run can reach, "
+        "fit a run without it for a ceiling"
+        for reason in no_bound
+        if reason.startswith("entropy is held")
+    ]
+    if law.entropy_range[1] > _MOST_ENTROPY:
+        doubts.append(
+            f"entropies reach {law.entropy_range[1]:.4g} nats, more than ln V of any vocabulary ({_MOST_ENTROPY} at "
+            "262144 tokens): a sum over tokens or a perplexity; log the mean over tokens (verl: loss_agg_mode="
+            "token-mean) or name another column with --entropy"
+        )
+    for term in kl_terms(run.frame):
+        doubts.append(f"the run has {term}, and the law was found without one: take the ceiling as a trend")
     if law.a < 0:
         doubts.append("a is negative: performance falls as entropy falls, so R at H = 0 is no ceiling")
-    if points["performance"].max() > 1:
+    doubts += _course(steps, h)
+    x = np.exp(np.array(law.entropy_range))
+    far = (x[0] - 1) / (x[1] - x[0])
+    if far > _FAR:
+        doubts.append(
+            f"entropy moved from {h[0]:.4g} to {h[-1]:.4g} nats only: in e^H, H = 0 lies {far:.2g} times as far below "
+            "as the whole range; R at H = 0 is an extrapolation that more steps may change"
+        )
+    if r.max() > 1:
         doubts.append("performance exceeds 1: taken as it is, and a, b, the ceiling and the errors are in its unit")
+    if r.min() < 0:
+        doubts.append(
+            "performance is negative at times: a reward with penalties, not a share of right answers; a share of the "
+            "ceiling says little, and an accuracy with --performance more"
+        )
     if law.durbin_watson < 1 and law.standard_errors == "ols":
         doubts.append(
             f"the residuals are correlated (Durbin–Watson {law.durbin_watson:.2f}, 2 = independent): standard errors "
             "and intervals are too small; --standard-errors hac allows for it"
         )
-    if points["performance"].iloc[-1] > law.ceiling_interval[1]:
+    if r[-1] > law.ceiling_interval[1] and not no_bound:
         doubts.append("the last performance is above the ceiling's interval: the law does not describe this run's end")
     return doubts
+
+
+def _course(steps: np.ndarray, h: np.ndarray) -> list[str]:
+    """Whether the entropy falls, by the means of up to eight blocks of neighbouring points."""
+    if len(h) < 6:
+        return []
+    blocks = np.array_split(np.arange(len(h)), min(8, len(h) // 3))
+    means = np.array([h[block].mean() for block in blocks])
+    noise = np.sqrt(np.mean([h[block].var() / len(block) for block in blocks]))
+    lowest = int(means.argmin())
+    rise = float(means[-1] - means[lowest])
+    if rise < max(0.25 * np.ptp(means), 3 * noise):
+        return []
+    if lowest == 0:
+        return ["entropy rises over the run: the law is about entropy that is spent; look for what raises it"]
+    return [
+        f"entropy rises again by {rise:.3g} nats after about step {steps[blocks[lowest]].mean():g}: the law is about "
+        "entropy that is spent; fit the log up to there, and look for what raised it"
+    ]
+
+
+def _common(metrics: Any) -> str:
+    """The name that all of ``metrics`` have, or ""."""
+    names = {_short(metric) for metric in metrics}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _short(metric: Quantity) -> str:
