@@ -105,7 +105,7 @@ VALIDATION = (
     Name("eval/*/effective/*/avg@*", "prime-rl", "evaluation prompts without errors",
          "src/prime_rl/orchestrator/metrics.py"),
     Name("eval/*/all/*/avg@*", "prime-rl", "evaluation prompts", "src/prime_rl/orchestrator/metrics.py"),
-    Name("eval/*/avg@*", "older prime-rl", "evaluation prompts", "docs/training.md"),
+    Name("eval/*/avg@*", "older prime-rl", "evaluation prompts", "its guide to training"),
     Name("eval-rollout/reward", "AReaL", "validation prompts", "docs/en/best_practices/algo_perf.md"),
     Name("validation_reward/_mean", "torchtitan", "validation prompts",
          "torchtitan/experiments/rl/examples/dapo_math/config_registry.py"),
