@@ -90,6 +90,15 @@ def fit(count: int, title: str) -> Figure:
     )  # fmt: skip
 
 
+def fits(runs: dict[str, Any]) -> Figure:
+    points = {name: logs[0].rename(columns={"val_pass1": "performance"}) for name, logs in runs.items()}
+    laws = {name: fit_entropy_law(each["entropy"], each["performance"]) for name, each in points.items()}
+    return plots.fits_figure(
+        points, laws, bound={name: "Cov" not in name for name in points}, title=TASK,
+        performance_name="mean of val-core/openai/gsm8k/acc/mean@32 and 7 metrics",
+    )  # fmt: skip
+
+
 def analysis() -> Iterator[tuple[str, Callable[[], Figure]]]:
     for narrow in (False, True):
         size = "narrow" if narrow else "wide"
@@ -109,6 +118,8 @@ def analysis() -> Iterator[tuple[str, Callable[[], Figure]]]:
     yield "covariance", lambda: plots.covariance_figure(plots.covariance_table(MANY, fractions), title=TASK)
     yield "fit", lambda: fit(31, "Entropy law of metrics.jsonl")
     yield "fit-long", lambda: fit(9, f"Entropy law of {TASK}/metrics.jsonl")
+    yield "fits-few", lambda: fits(FEW)
+    yield "fits-many", lambda: fits({f"{name}-{seed}": logs for name, logs in MANY.items() for seed in range(3)})
 
 
 @pytest.mark.parametrize(("name", "draw"), [pytest.param(*case, id=case[0]) for case in analysis()])

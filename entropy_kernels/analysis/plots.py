@@ -166,14 +166,14 @@ def fit_figure(
     h, r, order = h[keep], r[keep], order[keep]
     early = slice(0) if extrapolated is None or extrapolated.n > _MOST_MARKERS else slice(extrapolated.n)
     drawn = _thinned(len(h))
-    name = "ceiling" if bound else "R at H = 0"
+    name = "ceiling" if bound else "at H = 0:"
     fig, (ax,) = style.panels(1, (7.0, 5.3))
     grid = np.linspace(0, max(law.entropy_range[1], float(h.max())) * 1.04, 200)
     low, high = law.interval(grid)
     ax.fill_between(
         grid, low, high, color="#0072b2", alpha=0.10, linewidth=0, label=f"{law.confidence:.0%} prediction band"
     )
-    _law_lines(ax, law, "#0072b2", name)
+    _law_lines(ax, law, "#0072b2", bound)
     if extrapolated is not None:
         label = f"law of the first {extrapolated.n} points"
         ax.plot(grid, extrapolated.predict(grid), color="#d55e00", linewidth=1.6, linestyle=(0, (5, 2)), label=label)
@@ -194,8 +194,8 @@ def fit_figure(
     bar.outline.set_visible(False)  # type: ignore[operator]
     bottom, top = law.ceiling_interval
     ax.errorbar(
-        [0], [law.ceiling], yerr=[[law.ceiling - bottom], [top - law.ceiling]], color="#0072b2", fmt="D", markersize=6,
-        capsize=4, clip_on=False, zorder=6, label=f"{name} {law.ceiling:.3g} [{bottom:.3g}, {top:.3g}]",
+        [0], [law.ceiling], yerr=[[law.ceiling - bottom], [top - law.ceiling]], color="#0072b2", fmt="D" if bound else "o",
+        markerfacecolor="#0072b2" if bound else "white", markersize=6, capsize=4, clip_on=False, zorder=6, label=f"{name} {law.ceiling:.3g} [{bottom:.3g}, {top:.3g}]",
     )  # fmt: skip
     ax.set(xlabel=entropy_name, ylabel=performance_name)
     ax.set_xlim(left=0)
@@ -398,8 +398,9 @@ def _thinned(count: int, most: int = _MOST_MARKERS) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def _law_lines(ax: Axes, law: EntropyLaw, color: str, name: str = "ceiling") -> None:
-    """The law from H = 0 to the largest H of its fit, the straight line on the same points, and the ceiling."""
+def _law_lines(ax: Axes, law: EntropyLaw, color: str, bound: bool = True) -> None:
+    """The law from H = 0 to the largest H of its fit, the straight line on the same points, and the ceiling if it is
+    a bound."""
     grid = np.linspace(0, law.entropy_range[1] * 1.04, 200)
     ax.plot(grid, law.predict(grid), color=color, linewidth=2.0, label="law  −a·e$^H$ + b", zorder=2)
     ax.plot(
@@ -410,10 +411,12 @@ def _law_lines(ax: Axes, law: EntropyLaw, color: str, name: str = "ceiling") -> 
         linestyle=(0, (1, 1.5)),
         label="straight line in H",
     )
+    if not bound:
+        return
     ax.axhline(law.ceiling, color=color, linewidth=0.9, linestyle=(0, (6, 3)), alpha=0.6)
     ax.margins(y=0.12)  # its label has room below the title
     ax.annotate(
-        f"{name} {law.ceiling:.3g}", (1, law.ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        f"ceiling {law.ceiling:.3g}", (1, law.ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points", ha="right", va="bottom", fontsize=8.5, color=color,
     )  # fmt: skip
 
