@@ -194,8 +194,9 @@ def fit_figure(
     bar.outline.set_visible(False)  # type: ignore[operator]
     bottom, top = law.ceiling_interval
     ax.errorbar(
-        [0], [law.ceiling], yerr=[[law.ceiling - bottom], [top - law.ceiling]], color="#0072b2", fmt="D" if bound else "o",
-        markerfacecolor="#0072b2" if bound else "white", markersize=6, capsize=4, clip_on=False, zorder=6, label=f"{name} {law.ceiling:.3g} [{bottom:.3g}, {top:.3g}]",
+        [0], [law.ceiling], yerr=[[law.ceiling - bottom], [top - law.ceiling]], color="#0072b2",
+        fmt="D" if bound else "o", markerfacecolor="#0072b2" if bound else "white", markersize=6, capsize=4,
+        clip_on=False, zorder=6, label=f"{name} {law.ceiling:.3g} [{bottom:.3g}, {top:.3g}]",
     )  # fmt: skip
     ax.set(xlabel=entropy_name, ylabel=performance_name)
     ax.set_xlim(left=0)
