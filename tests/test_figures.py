@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,9 @@ def run(end: float, seed: int = 0, target: float | None = None) -> Any:
     return pd.DataFrame(log if target is None else {**log, "target_entropy": target})
 
 
-FEW = {"GRPO": [run(0.1), run(0.12, 1)], "Clip-Cov": [run(0.4)], "KL-Cov, torch ops": [run(0.3)]}
-MANY = {name: [run(0.1 + i / 30, i, 0.5)] for i, name in enumerate([
-    *FEW, "Random tokens dropped", "Random tokens penalised", "Target entropy", "Exact covariance", "Clip-B", "Clip-V",
-    "Entropy advantage", "Adaptive entropy", "kl_cov k=0.05 on the validation prompts of another task, seed 7",
+RUNS = {name: [run(0.1 + i / 20, i, 0.5), run(0.1, i + 9)] for i, name in enumerate([
+    "GRPO", "Clip-Cov", "Random tokens penalised", "KL-Cov, torch ops", "Entropy advantage",
+    "kl_cov k=0.05 on the validation prompts of another task, seed 7",
 ])}  # fmt: skip
 CURVES = {"entropy": "policy entropy (nats)", "val_pass1": "pass@1", "val_pass8": "pass@8"}
 STEPS = np.linspace(-3e-6, 2e-6, 40)
@@ -100,22 +100,14 @@ def fits(runs: dict[str, Any]) -> Figure:
 
 
 def analysis() -> Iterator[tuple[str, Callable[[], Figure]]]:
-    for narrow in (False, True):
-        size = "narrow" if narrow else "wide"
-        for name, runs in (("few", FEW), ("many", MANY)):
-            at: dict[str, Any] = {"narrow": narrow}
-            yield f"entropy-{name}-{size}", lambda runs=runs, at=at: plots.entropy_figure(runs, **at)
-            yield (
-                f"curves-{name}-{size}",
-                lambda runs=runs, at=at: plots.performance_figure(runs, columns=CURVES, title=TASK, **at),
-            )
-            yield f"law-{name}-{size}", lambda runs=runs, at=at: plots.law_figure(runs, **at)
-        yield (
-            f"change-{size}",
-            lambda at=at: plots.entropy_change_figure(PANELS, scaleless=[list(PANELS)[1]], **at),
-        )
+    for size in ("wide", "narrow"):
+        at: dict[str, Any] = {"narrow": size == "narrow"}
+        yield f"entropy-{size}", partial(plots.entropy_figure, RUNS, **at)
+        yield f"curves-{size}", partial(plots.performance_figure, RUNS, columns=CURVES, title=TASK, **at)
+        yield f"law-{size}", partial(plots.law_figure, RUNS, **at)
+        yield f"change-{size}", partial(plots.entropy_change_figure, PANELS, scaleless=[list(PANELS)[1]], **at)
     fractions = {0.0002: "cov_a", 0.002: "cov_a", 0.02: "cov_b", 1.0: "cov_b"}
-    yield "covariance", lambda: plots.covariance_figure(plots.covariance_table(MANY, fractions), title=TASK)
+    yield "covariance", lambda: plots.covariance_figure(plots.covariance_table(RUNS, fractions), title=TASK)
     yield "fit", lambda: fit(31, "Entropy law of metrics.jsonl")
     yield "fit-long", lambda: fit(9, f"Entropy law of {TASK}/metrics.jsonl")
     yield "fits-few", lambda: fits(FEW)
@@ -133,7 +125,8 @@ def test_no_text_of_an_analysis_overlaps(
         assert min(sizes) >= plot_style.NOTE_SIZE and figure.get_figwidth() == plot_style.NARROW
 
 
-@pytest.mark.parametrize("folder", sorted(path.parent.name for path in RESULTS.glob("*/bench.json")))
+# a folder of each kind: their pictures differ in what was measured
+@pytest.mark.parametrize("folder", ["amd-epyc-25-17-avx512f-2cpu", "amd-epyc-25-17-avx512f-2cpu-hidden", "nvidia-h200"])
 def test_no_text_of_a_benchmark_overlaps(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head, measured = results.read(RESULTS / folder / "bench.json")
     found = {name: figure for name, figure in benchmark_plots.figures(head, measured) if figure is not None}

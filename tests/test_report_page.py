@@ -21,6 +21,9 @@ pytest.importorskip("transformers")  # the trainer's
 
 import report_runs
 from entropy_kernels.analysis import plot_style
+from entropy_kernels.trainer import report
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.methods import METHODS
 
 #: Names of the browser; ENTROPY_KERNELS_CHROMIUM names one that is not on the path.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -124,6 +127,19 @@ def test_a_report_can_be_read(page: str, screen: str, tmp_path: Path) -> None:
     first = SCREENS[screen][1]
     assert found["verdict"] < found["look"] < found["lines"] <= first
     assert len(page) < 1.5e6
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_a_report_of_every_method_can_be_read(screen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many runs with long names; their pictures are those of one."""
+    runs = report_runs.logs(1)
+    task = "reasoning-gym:countdown?min_numbers=3&max_numbers=4&max_value=100&seed=7"
+    many = dict.fromkeys(METHODS, runs["clip_cov"]) | {"grpo": runs["grpo"], "kl_cov_torch_ops": runs["kl_cov"]}
+    monkeypatch.setattr(report_runs, "logs", lambda seeds: many)
+    monkeypatch.setattr(report, "draw", lambda *_, narrow=False: plot_style.panels(1, (11.0, 3.0), narrow=narrow)[0])
+    base = TrainerConfig(task=task, model="organisation/a-model-with-a-long-name-1.5B-instruct")
+    report_runs.report(tmp_path / "out", 1, base=base, title=f"{base.model} on {base.task}: policy entropy")
+    assert not faults(measured((tmp_path / "out" / "report.html").read_text(), screen, tmp_path))
 
 
 @pytest.mark.parametrize(

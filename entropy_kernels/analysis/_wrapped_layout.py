@@ -14,14 +14,15 @@ from entropy_kernels.analysis import plot_style as style
 class WrappedLayout(ConstrainedLayoutEngine):
     """Breaks what :func:`plot_style.title` has set at the width of its axes, a title above the lines of its note."""
 
+    _before: list[str] | None = None
+
     def execute(self, fig: Figure) -> None:  # type: ignore[override]
         """Lay out, as often as wrapped lines change the axes that they are wrapped to."""
         found = [pair for ax in fig.axes if ax.get_visible() and (pair := _title_and_note(ax))]
-        # as they were given, and without a say in how wide the axes become
-        for text in (text for pair in found for text in pair):
-            text.set_in_layout(False)
+        if self._before is None:  # lines that are not broken yet would make their axes narrower
+            for text in (text for pair in found for text in pair):
+                text.set_in_layout(False)
         super().execute(fig)
-        before: list[str] = []
         for _ in range(3):
             for title, note in found:
                 assert title.axes is not None
@@ -30,9 +31,9 @@ class WrappedLayout(ConstrainedLayoutEngine):
                 for text in (title, note):
                     style.wrap(text, str(text.get_label())[1:], width)
             lines = [text.get_text() for pair in found for text in pair]
-            if lines == before:
+            if lines == self._before:
                 break
-            before = lines
+            self._before = lines
             for title, note in found:
                 _set_above(title.axes, title, note)
             super().execute(fig)

@@ -172,6 +172,7 @@ def legend(target: Any, **keywords: Any) -> None:
     if not hasattr(target, "set_figheight"):
         return
     room, columns = target.get_window_extent().width, look.get("ncols", 1)
+    room -= look["fontsize"] / 72 * target.dpi  # half of it stays free on either side
     while columns > 1 and made.get_window_extent().width > room:
         made.remove()
         columns -= 1

@@ -105,7 +105,8 @@ def write_report(
     write_json(out / "summary.json", record)
     shown = {}
     for drawn in PICTURES:
-        wide, narrow = (plots.png(draw(drawn.name, runs, experiment, narrow=narrow)) for narrow in (False, True))
+        wide = plots.png(draw(drawn.name, runs, experiment))
+        narrow = plots.png(draw(drawn.name, runs, experiment, narrow=True), dpi=200)  # phones have three pixels in one
         write_bytes(out / (picture if drawn == CURVES else f"{drawn.name}.png"), wide)
         shown[drawn.name] = (
             f'<picture><source media="(max-width: {PHONE}px)" srcset="{_inline(narrow)}">'

@@ -11,8 +11,10 @@ import dataclasses
 import gc
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -238,7 +240,8 @@ def run_sweep(plan: Plan) -> int:
             picture=sweep.picture,
         )
     if flags.progress:
-        print(*verdict_lines(record), sep="\n")
+        width = min(shutil.get_terminal_size().columns, 120)
+        print(*(textwrap.fill(line, width, subsequent_indent="  ") for line in verdict_lines(record)), sep="\n")
         for check in record["criteria"] if sweep.judged else ():
             print(f"{'PASS' if check['holds'] else 'FAIL'}  {check['claim']}: {check['figure']}")
         print(f"report: {flags.out / 'report.html'}")
