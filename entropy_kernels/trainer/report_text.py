@@ -405,7 +405,7 @@ def sections(record: Mapping[str, Any]) -> list[tuple[str, list[Block]]]:
     _, law, change = PICTURES
     return [
         ("", [verdict(record), look(record), lines(record), CURVES, dashed(summary)]),
-        ("What was run", [start, CAUSE, held_line(record)]),
+        ("What was run", [start, CAUSE if {*PAPER[1:]} & {*summary} else "", held_line(record)]),
         ("Where the runs end", [table(summary, END_COLUMNS, spread=True), ends]),
         ("What a step does to the entropy", [table(summary, CONTROL_COLUMNS), TOUCHED]),
         ("What a step costs", [table(summary, COST_COLUMNS), costs, memory, HEADS_NOTE if memory else ""]),
