@@ -28,7 +28,7 @@ from entropy_kernels.trainer.methods import METHODS, PAPER
 from entropy_kernels.trainer.report import write_report
 from entropy_kernels.trainer.report_numbers import PHASES, behind, courses, criteria, over_seeds
 from entropy_kernels.trainer.report_page import markdown
-from entropy_kernels.trainer.report_text import label, limits, lines, look, verdict, verdict_lines
+from entropy_kernels.trainer.report_text import dashed, label, limits, lines, look, verdict, verdict_lines
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 
 # --- configuration and command line ----------------------------------------------------------------------------------
@@ -400,6 +400,20 @@ def test_the_verdict_is_of_these_runs() -> None:
         still
     )
     assert lines(still)["rows"][1][-1] == "nothing"
+
+
+def test_dashes_are_named_if_they_are_there() -> None:
+    log = course(0.1, 0.0, 0.6)
+    random, ops, target = "tokens chosen at random", "torch's own operations", "the entropy that a run is to hold"
+    for run, named in (
+        ("clip_cov", ()),
+        ("random_dropped", (random,)),
+        ("kl_cov_torch_ops", (ops,)),
+        ("target", (target,)),
+    ):
+        held = log.assign(target_entropy=0.4) if run == "target" else log
+        said = dashed(over_seeds({"grpo": [log], run: [held]}))
+        assert [text for text in (random, ops, target) if text in said] == [*named]
 
 
 def test_one_seed_has_no_spread_to_exceed() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from entropy_kernels.analysis.plot_style import method_style
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_ROW, TARGET_RUN, TARGETS, Method
 from entropy_kernels.trainer.report_numbers import (
@@ -217,9 +218,10 @@ def where(behind: Mapping[str, Any]) -> str:
 
 def dashed(summary: Summary) -> str:
     """The kinds of dashed lines that these runs have, as a sentence; empty for none."""
+    ours = {run for run in summary if not run.endswith(TORCH_OPS)}
     kinds = {
-        "as many tokens as their method selects, chosen at random": any(method_of(run).control_of for run in summary),
-        "torch's own operations in place of this library's": any(run.endswith(TORCH_OPS) for run in summary),
+        "tokens chosen at random": any(method_style(label(run)).control for run in ours),
+        "torch's own operations in place of this library's": len(ours) < len(summary),
         "the entropy that a run is to hold": any("target_end" in values for values in summary.values()),
     }
     there = [kind for kind, found in kinds.items() if found]
@@ -238,7 +240,11 @@ def lines(record: Mapping[str, Any]) -> Table:
         cells = [f"{values['entropy_end']['mean']:.3f}" + ("" if first else f" ({ratio:.1f} x)")]
         for name in metrics:
             text, digits = JUDGED[name]
-            mean, gap, sign = beside_baseline(summary, run, name) or (float("nan"), 0.0, 0)
+            found = beside_baseline(summary, run, name)
+            if found is None:
+                cells.append("–")
+                continue
+            mean, gap, sign = found
             cells.append(f"{mean:.{digits}f}" + ("" if first else f" ({gap:+.{digits}f})"))
             worse += [f"{text} at the end"] if sign < 0 else []
         if late := courses[run]["behind"]:
