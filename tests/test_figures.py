@@ -110,8 +110,8 @@ def analysis() -> Iterator[tuple[str, Callable[[], Figure]]]:
     yield "covariance", lambda: plots.covariance_figure(plots.covariance_table(RUNS, fractions), title=TASK)
     yield "fit", lambda: fit(31, "Entropy law of metrics.jsonl")
     yield "fit-long", lambda: fit(9, f"Entropy law of {TASK}/metrics.jsonl")
-    yield "fits-few", lambda: fits(FEW)
-    yield "fits-many", lambda: fits({f"{name}-{seed}": logs for name, logs in MANY.items() for seed in range(3)})
+    yield "fits", lambda: fits(RUNS)
+    yield "fits-many", lambda: fits({f"{name}-{seed}": logs for name, logs in RUNS.items() for seed in range(3)})
 
 
 @pytest.mark.parametrize(("name", "draw"), [pytest.param(*case, id=case[0]) for case in analysis()])
