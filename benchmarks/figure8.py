@@ -38,6 +38,7 @@ from torch import Tensor
 from benchmarks.plots import save
 from benchmarks.results import RESULTS, ROOT, describe
 from benchmarks.seeds import markdown, t_interval, window_means
+from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.analysis import plot_style as style
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import write_text
@@ -155,10 +156,9 @@ def measure(variant: str, seed: int, changes: Mapping[str, Any]) -> dict[str, An
     probe, started = Courses(), time.perf_counter()
 
     def tell(phase: str, done: int, total: int, row: Mapping[str, Any]) -> None:
-        if done % 80 == 0 or done == total:
-            print(f"{variant}, seed {seed}: {phase}, {done} of {total}", flush=True)
+        board.update(f"{variant}, seed {seed}, {phase}", done, total)
 
-    with tempfile.TemporaryDirectory() as folder:
+    with ProgressBoard() as board, tempfile.TemporaryDirectory() as folder:
         config = TrainerConfig(
             out=Path(folder) / "run", seed=seed, warm_seed=seed, tensorboard=False, save_every=0, **changes
         )

@@ -329,7 +329,7 @@ def test_sweeps_are_rows_of_a_table(tmp_path: Path) -> None:
         "--target-entropy 0.4 --no-control --seed 5 --steps 3 --warm-steps 0 --eval-every 2 --workers 2"
     )
     compare = dataclasses.replace(sweep.SWEEPS["compare"].flags, out=tmp_path, torch_ops=None, reuse=True)
-    assert " --torch-ops None " in sweep.command_line("compare", compare, TINY)
+    assert " --torch-ops none " in sweep.command_line("compare", compare, TINY)
     assert sweep.command_line("compare", compare, TINY).endswith(" --reuse")
     assert {run: label(run) for run in ("kl_cov_torch_ops", "random_dropped")} == {
         "kl_cov_torch_ops": "KL-Cov, torch ops",
@@ -353,7 +353,7 @@ def test_the_recorded_call_is_the_call(command: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(sweep, "run_sweep", lambda plan: 0)
     seed = "--seeds" if sweep.SWEEPS[command].flags.seeds else "--seed"
     asked = ["--out", str(tmp_path / "a b"), seed, "3", "--steps", "5", "--reuse", "--no-control"]
-    assert main([command, *asked, "--torch-ops", "None"]) == 0
+    assert main([command, *asked, "--torch-ops", "none"]) == 0
     assert main(shlex.split(sweep.command_line(command, seen[0], TrainerConfig()))[3:]) == 0
     assert seen[1] == dataclasses.replace(seen[0], warm_steps=800, eval_every=seen[0].eval_every or 8)
 

@@ -122,7 +122,7 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str) ->
             return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     if config.progress:
         if progress.memory is not None:
-            print(progress.memory)
+            print(f"{progress.memory} --head chooses; results agree up to rounding.")
         print(f"run: {out}")
     return 0
 

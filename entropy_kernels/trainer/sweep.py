@@ -225,6 +225,7 @@ def run_sweep(plan: Plan) -> int:
         board.say(plan.announced)
         start = supervised_start(base, flags.out / "warm_start", board)
         run_side_by_side(unfinished(runs) if flags.reuse else runs, workers=flags.workers, board=board)
+        board.say("writing the report")
         logs = load_runs({key: config.out for key, config in runs.items()})
         record = write_report(
             flags.out,
@@ -304,7 +305,7 @@ def command_line(name: str, flags: Flags, base: TrainerConfig) -> str:
         elif isinstance(value, tuple):
             words += [f"--{option}", *map(str, value)] if value else []
         elif value is not None or usual is not None:
-            words += [f"--{option}", str(value)]
+            words += [f"--{option}", "none" if value is None else str(value)]
     return "python -m entropy_kernels.trainer " + shlex.join(words)
 
 
@@ -401,6 +402,8 @@ def run_side_by_side(runs: Mapping[str, TrainerConfig], *, workers: int, board: 
         config.validate()
         board.add(name, config.steps)
     done, total = dict.fromkeys(runs, 0), sum(config.steps for config in runs.values())
+    if len(runs) > 1:
+        board.add("all runs", total)
     waiting, complete = list(runs), 0
     running: dict[str, subprocess.Popen[bytes]] = {}
     try:
@@ -419,8 +422,9 @@ def run_side_by_side(runs: Mapping[str, TrainerConfig], *, workers: int, board: 
                 if code != 0:
                     tail = (runs[name].out / "run.log").read_text(encoding="utf-8", errors="replace")[-2000:]
                     raise RunFailed(f"run {name}: expected exit code 0, got {code}; the end of its log:\n{tail}")
-            if len(runs) > 1:
-                board.update("all runs", sum(done.values()), total, f"{complete} of {len(runs)} complete")
+            steps = sum(done.values())
+            if len(runs) > 1 and (0 < steps < total or complete == len(runs)):
+                board.update("all runs", steps, total, f"{complete} of {len(runs)} complete")
     finally:
         for process in running.values():
             process.terminate()
