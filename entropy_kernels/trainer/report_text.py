@@ -245,7 +245,7 @@ def lines(record: Mapping[str, Any]) -> Table:
                 cells.append("–")
                 continue
             mean, gap, sign = found
-            cells.append(f"{mean:.{digits}f}" + ("" if first else f" ({gap:+.{digits}f})"))
+            cells.append(f"{mean:.{digits}f}" + ("" if first else f" ({round(gap, digits) + 0.0:+.{digits}f})"))
             worse += [f"{text} at the end"] if sign < 0 else []
         if late := courses[run]["behind"]:
             worse.append(f"{JUDGED['pass1'][0]} behind {where(late)}, by {late['by']:.3f}")
@@ -291,9 +291,11 @@ def heading(record: Mapping[str, Any]) -> str:
 
 
 def table(summary: Summary, columns: Sequence[tuple[str, str, float, int]], *, spread: bool = False) -> Table:
-    """``head`` and ``rows`` as text, a row per run, of the columns that any has; with the seeds' deviation if asked."""
+    """``head`` and ``rows`` as text, a row per run, of the runs and columns that have any values; with the seeds'
+    deviation if asked. Empty if there are none."""
     columns = [column for column in columns if any(column[0] in values for values in summary.values())]
-    if not columns:
+    summary = {run: values for run, values in summary.items() if any(name in values for name, *_ in columns)}
+    if not summary:
         return {}
 
     def cell(values: Mapping[str, Any], name: str, by: float, n: int) -> str:
@@ -389,7 +391,7 @@ PICTURES = (
 
 
 def sections(record: Mapping[str, Any]) -> list[tuple[str, list[Block]]]:
-    """Headings and blocks of page and note, of what summary.json holds."""
+    """Headings and blocks of page and note, of what summary.json holds; none where the first block has nothing."""
     summary, workers, walk = record["methods"], record["workers"], record["task"] == "walk"
     about = f"{record['model']} learns {record['task']} by PPO. Its verifier gives the reward."
     treated: dict[str, list[str]] = {}
@@ -409,7 +411,7 @@ def sections(record: Mapping[str, Any]) -> list[tuple[str, list[Block]]]:
     one = len(record["seeds"]) == 1
     ends = ENDS if one else f"Means ± standard deviations over the seeds. {ENDS}"
     _, law, change = PICTURES
-    return [
+    whole: list[tuple[str, list[Block]]] = [
         ("", [verdict(record), look(record), lines(record), CURVES, dashed(summary)]),
         ("What was run", [start, CAUSE if {*PAPER[1:]} & {*summary} else "", held_line(record)]),
         ("Where the runs end", [table(summary, END_COLUMNS, spread=True), ends]),
@@ -421,10 +423,14 @@ def sections(record: Mapping[str, Any]) -> list[tuple[str, list[Block]]]:
             [change, exact_line(record["logits_as_parameters"]), table(summary, CHANGE_COLUMNS), WHY],
         ),
         ("Covariance of the top tokens", [record["covariance"], COVARIANCE]),
-        ("Claims", [{"head": ["claim", "measured", ""], "rows": claims}, ONE_SEED if walk and one else ""]),
+        (
+            "Claims",
+            [{"head": ["claim", "measured", ""], "rows": claims}, ONE_SEED if walk and one else ""],
+        ),
         ("What does not show at this scale", record["limits"] and [record["limits"]]),
         ("How it was made", [made(record), Code(record["command"])]),
     ]
+    return [(name, blocks) for name, blocks in whole if blocks and blocks[0]]
 
 
 def made(record: Mapping[str, Any]) -> str:

@@ -241,7 +241,7 @@ def run_sweep(plan: Plan) -> int:
             picture=sweep.picture,
         )
     if flags.progress:
-        width = min(shutil.get_terminal_size().columns, 120)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # lines of a log stay whole
         print(*(textwrap.fill(line, width, subsequent_indent="  ") for line in verdict_lines(record)), sep="\n")
         for check in record["criteria"] if sweep.judged else ():
             print(f"{'PASS' if check['holds'] else 'FAIL'}  {check['claim']}: {check['figure']}")
