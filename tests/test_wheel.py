@@ -1,6 +1,6 @@
 """The wheel: what is in it, and that one file serves another environment, Python and torch.
 
-That environment has torch and numpy alone. It is of this Python, and of the one that ENTROPY_KERNELS_OTHER_PYTHON names,
+That environment has torch and numpy alone. It is of this Python, and of what ENTROPY_KERNELS_OTHER_PYTHON names,
 where ``make test-wheel`` has put another torch.
 """
 
