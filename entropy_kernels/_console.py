@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
+import itertools
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
@@ -21,10 +24,14 @@ _PIPE_WIDTH = 140
 def print_table(
     title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, file: TextIO | None = None
 ) -> None:
-    """Print ``rows`` (all of one length, without markup) under ``title``, with a header row or none."""
+    """Print ``rows`` (all of one length, without markup) under ``title``, with a header row or none.
+
+    On a terminal cells wrap between words, those of the widest columns first. The first column does not: its names are
+    copied.
+    """
     file = sys.stdout if file is None else file
     if importlib.util.find_spec("rich") is None:
-        _plain(title, rows, header, file)
+        _plain(title, rows, header, file, shutil.get_terminal_size().columns if file.isatty() else sys.maxsize)
         return
     from rich import box
     from rich.console import Console
@@ -39,9 +46,10 @@ def print_table(
         show_header=header is not None,
         pad_edge=False,
     )
-    for i, name in enumerate(header or [""] * len(rows[0])):
-        # The first column holds names that people copy: it is not folded before the others are.
-        table.add_column(name, style="cyan" if i == 0 else "", no_wrap=i == 0, overflow="fold")
+    # the box has an edge on either side, and three characters between two columns
+    widths = _widths([header, *rows] if header else rows, console.width - 2, 3)
+    for i, (name, width) in enumerate(zip(header or [""] * len(widths), widths, strict=True)):
+        table.add_column(name, style="cyan" if i == 0 else "", no_wrap=i == 0, overflow="fold", width=width)
     for row in rows:
         table.add_row(*[Text(cell, style=_STYLES.get(cell, "")) for cell in row])
     console.print(table)
@@ -51,12 +59,27 @@ _STYLES = {"OK": "green", "available": "green", "FAIL": "bold red"}
 _STYLES |= dict.fromkeys(("failed", "out of time", "not run"), "bold red")
 
 
-def _plain(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | None, file: TextIO) -> None:
+def _widths(lines: Sequence[Sequence[str]], room: int, between: int) -> list[int]:
+    """Of the columns: what they hold, or where that is too much for ``room`` less, but never less than a word."""
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    least = [widths[0], *(max(len(word) for cell in column for word in cell.split() or [""]) for column in columns[1:])]
+    for _ in range(sum(widths) + between * (len(widths) - 1) - room):
+        wide = [i for i in range(len(widths)) if widths[i] > least[i]]
+        if not wide:
+            break
+        widths[max(wide, key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _plain(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | None, file: TextIO, room: int) -> None:
     lines = [header, *rows] if header else list(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    widths = _widths(lines, room - 2, 2)
     print(title, file=file)
     for line in lines:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=file)
+        cells = [textwrap.wrap(cell, max(width, 1)) for cell, width in zip(line, widths, strict=True)]
+        for parts in itertools.zip_longest(*cells, fillvalue=""):
+            print("  " + "  ".join(map(str.ljust, parts, widths)).rstrip(), file=file)
     print(file=file)
 
 

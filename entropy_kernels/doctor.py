@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import sys
 import time
 import warnings
@@ -19,6 +21,8 @@ import torch
 import entropy_kernels as ek
 from entropy_kernels._console import print_table
 from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
+from entropy_kernels._require import install, requirements
+from entropy_kernels._version import WINDOW
 from entropy_kernels.backends import native, registry, switches, verdict
 from entropy_kernels.smoke_matrix import DOCTOR, Call, compare
 
@@ -34,6 +38,8 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
     if as_json:
         report = {
             "versions": dict(versions()),
+            "untested": outside(),
+            "extras": dict(extras()),
             "hardware": dict(hardware()),
             "backends": ek.backends(),
             "auto": [asdict(choice) for choice in auto_choices()],
@@ -44,6 +50,9 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
         print(json.dumps(report, indent=2))
     else:
         print_table("Versions", versions())
+        for line in outside():
+            print(f"{line}\n")
+        print_table("Extras", [(extra, _extra_state(extra, missing)) for extra, missing in extras()])
         print_table("Hardware", hardware())
         print_table("Backends", _backend_rows(), ("backend", "state", "ops"))
         print_table("What backend='auto' chooses", _auto_rows(), ("device", "backend", "why", "ops"))
@@ -137,7 +146,43 @@ def _backend_rows() -> list[tuple[str, str, str]]:
             groups.setdefault((backend, state), []).append(op)
     order = {name: i for i, name in enumerate(registry.BACKENDS)}
     ranked = sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1] != "available"))
-    return [(backend, state, ", ".join(ops)) for (backend, state), ops in ranked]
+    return [(backend, state, _ops(ops)) for (backend, state), ops in ranked]
+
+
+def _ops(names: list[str]) -> str:
+    return "all" if set(names) == set(registry.OPS) else ", ".join(names)
+
+
+def outside() -> list[str]:
+    """Sentences on versions that lie outside of the support window; empty where none does."""
+    lines, found = [], dict(versions())
+    for name, (oldest, newest) in WINDOW.items():
+        version = found[name].split(" ")[0]
+        if not version[:1].isdigit():  # not installed
+            continue
+        kind = "older" if _minor(version) < _minor(oldest) else "newer" if _minor(version) > _minor(newest) else ""
+        if kind:
+            lines.append(f"{name} {version} is {kind} than what is tested, {oldest} to {newest}.")
+    return lines
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def extras() -> list[tuple[str, list[str]]]:
+    """What each extra that a command needs lacks here."""
+    return [(extra, [name for name in requirements(extra) if not _installed(name)]) for extra in ("analysis", "train")]
+
+
+def _installed(requirement: str) -> bool:
+    name = re.split(r"[^\w.-]", requirement)[0]
+    return any(True for _ in importlib.metadata.distributions(name=name))
+
+
+def _extra_state(extra: str, missing: list[str]) -> str:
+    does = {"analysis": "entropy-kernels fit, figures", "train": "entropy-kernels train"}[extra]
+    return f"{does}: " + (f"lacks {', '.join(missing)}; {install(extra)}" if missing else "all there")
 
 
 def versions() -> list[tuple[str, str]]:
@@ -213,7 +258,7 @@ def _auto_rows() -> list[tuple[str, str, str, str]]:
         first = f"first choice (order: {order})"
         why = "; ".join(f"not {name}: {reason}" for name, reason in choice.skipped.items()) or first
         groups.setdefault((choice.device, choice.backend, why), []).append(choice.op)
-    return [(device, backend, why, ", ".join(ops)) for (device, backend, why), ops in groups.items()]
+    return [(device, backend, why, _ops(ops)) for (device, backend, why), ops in groups.items()]
 
 
 def verdicts() -> list[dict[str, str]]:
@@ -238,12 +283,14 @@ def _print_checks(checks: list[Check]) -> None:
     if not checks:
         print("Self-check: no backend is available")
         return
-    rows = [
-        (c.op, c.backend, c.device, c.what, "OK" if c.ok else "FAIL", c.detail, f"{c.seconds * 1e3:.0f} ms")
-        for c in checks
-    ]
-    title = "Self-check against float64"
-    print_table(title, rows, ("op", "backend", "device", "what", "result", "largest error", "time"))
+    rows = []
+    groups = itertools.groupby(checks, lambda check: (check.op, check.backend, check.device, check.ok))
+    for (op, backend, device, ok), group in groups:
+        found = list(group)
+        seen = f"{len(found)} right" if ok else "; ".join(f"{check.what}: {check.detail}" for check in found)
+        milliseconds = sum(check.seconds for check in found) * 1e3
+        rows.append((op, backend, device, "OK" if ok else "FAIL", seen, f"{milliseconds:.0f} ms"))
+    print_table("Self-check against float64", rows, ("op", "backend", "device", "result", "calls", "time"))
     failed = sum(not c.ok for c in checks)
     print(f"{failed} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed")
 

@@ -1,8 +1,10 @@
 """The ``entropy-kernels`` command as its users run it: a process, its output and its exit code."""
 
+import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -310,6 +312,50 @@ def test_doctor_without_rich_prints_the_same_facts(capsys, monkeypatch):
     monkeypatch.setattr("entropy_kernels._console.importlib.util.find_spec", lambda name: None)
     doctor.print_table("Title", [("a", "b"), ("longer", "c")], ("one", "two"))
     assert capsys.readouterr().out == "Title\n  one     two\n  a       b\n  longer  c\n\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_doctor_fits_a_terminal_without_breaking_words(only_torch, monkeypatch, rich):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")  # a path breaks where it has to
+    if not rich:
+        monkeypatch.setattr("entropy_kernels._console.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(doctor.ek, "budget_tokens", lambda score, *a, **k: score > 0)  # one that is wrong
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    assert doctor.run() == 1
+    lines = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    cells = [*doctor.versions(), *doctor.hardware(), *doctor._backend_rows(), *doctor._auto_rows()]
+    assert {word for row in cells for cell in row for word in cell.split()} <= words
+
+
+@pytest.mark.parametrize(("window", "word"), [(("99.0", "99.1"), "older"), (("1.0", "2.1"), "newer")])
+def test_doctor_says_what_is_outside_of_the_support_window(only_torch, monkeypatch, capsys, window, word):
+    assert doctor.outside() == []
+    monkeypatch.setitem(doctor.WINDOW, "torch", window)
+    assert cli.main(["doctor", "--no-check"]) == 0
+    found = re.search(r"^torch 2\.\S+ is (\w+) than what is tested, (.*) to (.*)\.$", capsys.readouterr().out, re.M)
+    assert found is not None and found.groups() == (word, *window)
+
+
+def test_doctor_names_what_an_extra_lacks(only_torch, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_installed", lambda requirement: requirement != "pandas")
+    assert cli.main(["doctor", "--no-check"]) == 0
+    assert "entropy-kernels fit, figures: lacks pandas; pip install scipy" in " ".join(capsys.readouterr().out.split())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert f"(torch {torch.__version__}, Python 3." in capsys.readouterr().out
 
 
 def test_doctor_json(capsys):
