@@ -27,6 +27,7 @@ from benchmarks.cases import HEADLINE, HEADLINE_HIDDEN, STATED
 from benchmarks.results import Measured, Record, fastest, over_products
 from benchmarks.targets import BACK, BOTH, ONE, STATS, Outcome
 from benchmarks.timing import FEWEST_SAMPLES
+from entropy_kernels._require import missing
 
 #: All that may stand beside bench.json and bench.md.
 PICTURES = ("time_statistics", "time_selection", "error", "from_hidden", "error_hidden", *plots.CURVES)
@@ -243,7 +244,9 @@ def write(folder: Path) -> str:
     for name in PICTURES:  # of an earlier run, which may have had other rows
         (folder / f"{name}.png").unlink(missing_ok=True)
     if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed: no plots (python -m benchmarks.report makes them)", file=sys.stderr)
+        print(
+            f"{missing('matplotlib', 'a plot', 'analysis')} (python -m benchmarks.report draws later)", file=sys.stderr
+        )
         return text
     try:
         for name, figure in plots.figures(head, measured):
