@@ -34,6 +34,9 @@ def test_flags_are_read_as_their_fields_are_annotated() -> None:
     assert typed == {"out", "steps", "lr", "tensorboard", "resume", "cov_ratio", "max_new_tokens", "resume_changes",
                      "method_options"}  # fmt: skip
     assert parse(config, [], PROG) == (config, set())
+    assert parse(config, ["--cov-low", "-1e-3", "--cov-high=-1E+2", "--kl-coef", "-3"], PROG)[0] == dataclasses.replace(
+        config, cov_low=-1e-3, cov_high=-100.0, kl_coef=-3.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,11 @@ def test_flags_are_read_as_their_fields_are_annotated() -> None:
         (["--no-tensorbord"], "there is no flag --no-tensorbord; did you mean --no-tensorboard?"),
         (["--warm", "3"], "there is no flag --warm;"),
         (["3"], "expected flags, got 3"),
+        (
+            ["--tensorboard", "False"],
+            "--tensorboard: expected no value, got False; --tensorboard turns it on, ",
+        ),
+        (["--no_resume=1"], "--resume: expected no value, got 1; --resume turns it on, --no-resume off"),
     ],
 )
 def test_slips(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,9 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from entropy_kernels._console import Parser
 
@@ -40,13 +40,33 @@ def parse(default: _T, words: Sequence[str], prog: str) -> tuple[_T, set[str]]:
     parser = Parser(prog=prog, add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, hint in get_type_hints(type(default)).items():
         _add(parser, name, hint)
-    flags = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
-    given = vars(parser.parse_args(flags))
+    given = vars(parser.parse_args(_prepared(words, get_type_hints(type(default)), parser.error)))
     for name, value in given.items():
         if isinstance(value, list):
             pairs = get_origin(get_type_hints(type(default))[name]) is dict
             given[name] = dict(value) if pairs else tuple(value)
     return dataclasses.replace(default, **given), set(given)  # type: ignore[type-var]
+
+
+def _prepared(words: Sequence[str], hints: Mapping[str, Any], refuse: Callable[[str], NoReturn]) -> list[str]:
+    """The words as argparse takes them: flags with dashes, --lr=-1e-3. A value behind a switch is refused."""
+    switches = {word for name, hint in hints.items() if hint is bool for word in (dashed(name), dashed(f"no_{name}"))}
+    found: list[str] = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            name = name.replace("_", "-")
+            word = name + equals + value
+        before = found[-1] if found else ""
+        switch, given = (name, value) if equals else (before, word)
+        if switch in switches and given.lower() in ("true", "false", "on", "off", "yes", "no", "0", "1"):
+            on = "--" + switch.removeprefix("--no-").removeprefix("--")
+            refuse(f"{on}: expected no value, got {given}; {on} turns it on, --no-{on[2:]} off")
+        if before.startswith("--") and "=" not in before and re.fullmatch(r"-[\d.]+[eE][-+]?\d+|-inf", word):
+            found[-1] = f"{before}={word}"  # argparse takes it for a flag
+        else:
+            found.append(word)
+    return found
 
 
 def _add(parser: argparse.ArgumentParser, name: str, hint: Any) -> None:
