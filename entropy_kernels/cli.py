@@ -214,7 +214,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         fits = report.fit_logs(
             logs, lambda done, total: board.update(reading, done >> 20, total >> 20, "MB"), **options
         )
-    plot = None if arguments.no_plot else arguments.output or report.default_plot(logs[0])
+    plot = None if arguments.no_plot else arguments.output or report.default_plot(logs)
     if plot is not None:
         report.save_plot(fits, plot)
     if arguments.json:

@@ -3,6 +3,7 @@ says of each. Right values come from float64 numpy."""
 
 import gzip
 import json
+import math
 import string
 from pathlib import Path
 
@@ -283,7 +284,7 @@ def test_files_that_complete_each_other_are_one_run_and_others_are_several(tmp_p
     )
     (fit,) = fitted(train, valid)
     check(fit, h, r)
-    assert "train.jsonl, valid.jsonl are read as one run: they have no metric in common" in fit.notes
+    assert "train.jsonl, valid.jsonl are read as one run: they complete each other" in fit.notes
     check(fitted(tmp_path)[0], h, r)
     other = course(range(40), 7, a=0.3)
     for name, run in (("one", (steps, h, r)), ("two", other)):
@@ -300,6 +301,48 @@ def test_files_that_complete_each_other_are_one_run_and_others_are_several(tmp_p
     assert [run["run"] for run in found["runs"]] == ["one", "two"]
     assert found["runs"][1]["law"]["a"] == pytest.approx(law(*other[1:])[0])
     assert found["runs"][0]["log"] == str(paths[0])
+
+
+def test_tensorboard_downloads_one_scalar_per_file(tmp_path):
+    steps, h, r = course(range(30))
+    for tag, values in (("train_entropy", h), ("eval_rewards_acc_mean", r)):
+        frame = pd.DataFrame({"Wall time": 1.0, "Step": steps, "Value": values})
+        frame.to_csv(tmp_path / f"run-grpo-tag-{tag}.csv", index=False)
+    (fit,) = fitted(*tmp_path.glob("*.csv"), performance="eval_rewards_acc_mean")
+    check(fit, h, r)
+    assert (fit.run, fit.entropy.columns) == ("grpo", ("train/entropy",))
+
+
+def test_train_and_valid_that_share_a_loss_complete_each_other(tmp_path):
+    steps, h, r = course(range(30))
+    train = [{"step": int(s), "loss": 0.5, "entropy": x} for s, x in zip(steps, h, strict=True)]
+    valid = [{"step": int(s), "loss": 0.6, "eval_reward": y} for s, y in zip(steps, r, strict=True)]
+    (fit,) = fitted(jsonl(tmp_path / "valid.jsonl", valid), jsonl(tmp_path / "train.jsonl", train))
+    check(fit, h, r)
+
+
+def test_rows_of_evaluation_with_a_step_column_of_their_own(tmp_path):
+    steps, h, r = course(range(1, 31))
+    entries = []
+    for s, x, y in zip(steps.tolist(), h.tolist(), r.tolist(), strict=True):
+        entries.append({"train/global_step": s, "train/entropy_loss": x})
+        entries.append({"eval/global_step": s, "eval/eval_math_pass1": y})
+    (fit,) = fitted(jsonl(tmp_path / "log.jsonl", entries))
+    check(fit, h, r)
+    assert fit.notes == []
+
+
+def test_wandbs_table_of_runs_is_no_run(tmp_path):
+    path = tmp_path / "project.csv"
+    path.write_text("Name,State,entropy,val_pass1\n" + "".join(f"run-{i},finished,0.{9 - i},0.{i}\n" for i in range(5)))
+    with pytest.raises(LogError, match=r"none of 5 runs can be fitted; run-0: .*at least 3 steps"):
+        fitted(path)
+
+
+def test_an_entropy_that_is_never_finite_is_named(tmp_path):
+    entries = [{"step": s, "entropy": math.nan, "reward": s / 10} for s in range(9)]
+    with pytest.raises(LogError, match=r"no known entropy metric.*; never finite: entropy$"):
+        fitted(jsonl(tmp_path / "log.jsonl", entries))
 
 
 # --- (g): folders and consoles ---------------------------------------------------------------------------------------
@@ -392,6 +435,8 @@ def test_mlflow_folders(tmp_path):
         check(second, *two[1:])
     (only,) = fitted(tmp_path / "mlruns" / "0" / "abc")
     check(only, *one[1:])
+    write_mlflow(tmp_path / "mlruns" / "0" / "0123456789", "theirs", *one)  # another run of that name
+    assert [fit.run for fit in fitted(tmp_path)] == ["theirs (01234567)", "grpo - 7b", "theirs (def)"]
     assert (first.no_bound, len(second.no_bound)) == ([], 1)
     assert "Clip-Cov (setting actor_rollout_ref/actor/policy_loss/loss_mode = clip_cov)" in second.no_bound[0]
 

@@ -18,12 +18,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from entropy_kernels._require import require
-from entropy_kernels.analysis.metric_names import LogError
+from entropy_kernels.analysis.metric_names import ENTROPY, TRAINING, VALIDATION, LogError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 #: Called with the number of characters or bytes that were read since the last call.
 Advance = Callable[[int], None]
 
-#: Columns of text that say which run a row belongs to.
-IDENTITY = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name", "trial")
+#: Columns of text that say which run a row belongs to; "Name" is that of W&B's table of runs.
+IDENTITY = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name", "trial", "Name")
 
+_KNOWN = [name.pattern for name in (*ENTROPY, *VALIDATION, *TRAINING)]
 _PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Wrappers whose content is the row itself; other nested keys are joined with "/".
 _WRAPPERS = ("data", "metrics", "logs")
@@ -48,6 +49,8 @@ _NUMBERED = re.compile(r"\b(?:step|rollout|eval|perf|iteration|iter)\W{0,2}(\d+)
 _STEP_BARS = re.compile(r"(?<!Micro )\bStep:?\s+(\d+) \| (.+)$")
 _TQDM = re.compile(r"(\d+)/(\d+) \[")
 _NAN = re.compile(r"^[+-]?nan$", re.IGNORECASE)
+# TensorBoard's download of one scalar: columns "Wall time", "Step", "Value"
+_DOWNLOAD = re.compile(r"run[-_](?P<run>.*?)-tag-(?P<tag>.+)")
 _OF = re.compile(r"^\s*(\d+)/\d+\s*$")
 _DECIMAL_COMMA = re.compile(r"(?:^|[;\t])\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*(?=[;\t]|$)")
 
@@ -86,8 +89,9 @@ class Table:
     """Column → rows in which NaN stands written out; elsewhere NaN is a cell without a value."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the run that stand beside the log."""
-    in_folder: bool = False
-    """The name is that of its folder: other tables of the folder have it, too."""
+    names: Literal["run", "one of several", "folder"] = "run"
+    """What the name stands for: a run, so that tables of one name are one; a run beside others that may have the same
+    name; or the table's folder."""
     asked: bool = True
     """Named by the user, not found in a folder."""
 
@@ -134,7 +138,8 @@ def read(source: Source, advance: Advance) -> list[Table]:
     beside = source.path if source.path.is_dir() else source.path.parent
     settings = _settings(beside / "config.json")
     for table in tables:
-        table.in_folder = table.name is None and source.name is not None
+        if table.name is None:
+            table.names = "folder"
         table.name, table.asked = table.name or source.name, source.asked
         table.settings = {**settings, **table.settings}
     return tables
@@ -538,6 +543,12 @@ def _read_csv(lines: _Lines, suffix: str) -> list[Table]:
     notes = _broken(lines.path, rows.broken, f"not {rows.width + 1} cells") + lines.note()
     if rows.decimal == ",":
         notes.append(f"{lines.path.name}: commas were read as decimal points")
+    download = _DOWNLOAD.search(lines.path.stem)
+    if list(frame.columns) == ["Wall time", "Step", "Value"] and download is not None:
+        # the browser has put _ for / in the tag
+        metric = next((n for n in _KNOWN if n.replace("/", "_") == download["tag"]), download["tag"])
+        frame = frame.rename(columns={"Value": metric})
+        return [Table(lines.path, download["run"], frame, notes)]
     nan: dict[str, list[int]] = {}
     for row, cells in rows.nan if rows.count == len(frame) else []:
         for name, cell in zip(frame.columns, cells, strict=False):
@@ -665,7 +676,7 @@ def _read_mlflow(path: Path, advance: Advance) -> Table:
             nan[name] = at[np.isnan(values[:, 2])].tolist()
     settings = {p.relative_to(path / "params").as_posix(): p.read_text(errors="replace")[:200].strip()
                 for p in (path / "params").rglob("*") if p.is_file()}  # fmt: skip
-    return Table(path, _mlflow_name(path), pd.DataFrame(frame), notes, nan, settings)
+    return Table(path, _mlflow_name(path), pd.DataFrame(frame), notes, nan, settings, "one of several")
 
 
 def _mlflow_name(path: Path) -> str:

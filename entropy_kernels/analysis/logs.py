@@ -20,7 +20,7 @@ import numpy as np
 
 from entropy_kernels._require import require
 from entropy_kernels.analysis.log_files import IDENTITY, Source, Table, read, sources
-from entropy_kernels.analysis.metric_names import LogError, known
+from entropy_kernels.analysis.metric_names import ENTROPY, TRAINING, VALIDATION, LogError, known
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -33,7 +33,8 @@ STEP_COLUMNS = (
 # Columns that say when, how long and how far: two tables may share them and still complete each other.
 _BOOKKEEPING = re.compile(
     r"(^|/)_?(step|epoch|runtime|timestamp|wall.?time|time|date|num_tokens|total_flos|lr|learning_rate|seed|"
-    r"global_step|max_steps|policy_version)$|^(time|timing|timing_s|perf|memory|system)/|^relative time|_per_second$",
+    r"global_step|max_steps|policy_version)$|^(time|timing|timing_s|perf|memory|system)/|^relative time|_per_second$|"
+    r"^unnamed: \d+$",
     re.IGNORECASE,
 )
 # Names of files that say nothing about the run in them.
@@ -224,6 +225,10 @@ def _parts(table: Table) -> list[_Part]:
         steps = rows.astype(float)
     else:
         steps = numbers.pop(step)
+        if step.endswith("global_step"):  # of training; rows of evaluation may have theirs
+            for name in [name for name in numbers if name.endswith("global_step")]:
+                other = numbers.pop(name)
+                steps = np.where(np.isnan(steps), other, steps)
         numbers.pop("step", None)
         rows = rows[np.isfinite(steps)]
         if len(rows) < len(steps):
@@ -247,25 +252,26 @@ def _named_part(whole: _Part, rows: np.ndarray, owner: str, column: str) -> _Par
 
 def _groups(parts: list[_Part]) -> list[tuple[list[_Part], list[str]]]:
     """Parts that make one run, with notes about why."""
-    told: dict[str, list[_Part]] = {}
+    told: dict[tuple[str, str], list[_Part]] = {}
     untold: dict[Path, list[_Part]] = {}
     for part in parts:
-        if part.table.name is not None and not part.table.in_folder:
-            told.setdefault(part.table.name, []).append(part)
+        if part.table.name is not None and part.table.names != "folder":
+            own = str(part.table.path) if part.table.names == "one of several" else ""
+            told.setdefault((part.table.name, own), []).append(part)
         else:
             untold.setdefault(part.table.path.parent, []).append(part)
     groups = [(group, _joined(group, "they name the same run")) for group in told.values()]
     loose = [part for group in untold.values() for part in group]
     if len(told) == 1 and loose and _complete([*groups[0][0], *loose]):
-        return [([*groups[0][0], *loose], _joined([*groups[0][0], *loose], "they have no metric in common"))]
+        return [([*groups[0][0], *loose], _joined([*groups[0][0], *loose], "they complete each other"))]
     if len(loose) > 1 and _complete(loose) and all(part.table.asked for part in loose):
-        return [*groups, (loose, _joined(loose, "they have no metric in common"))]
+        return [*groups, (loose, _joined(loose, "they complete each other"))]
     for group in untold.values():
         if len(group) > 1 and not all(part.table.asked for part in group):
             # beside the log of a run lie completions, samples, tables of other kinds
             group = [part for part in group if known(list(part.frame.columns))] or group
         if len(group) > 1 and _complete(group):
-            groups.append((group, _joined(group, "they have no metric in common")))
+            groups.append((group, _joined(group, "they complete each other")))
         else:
             groups += [([part], []) for part in group]
     if len(loose) > 1 and len(groups) > 1:
@@ -275,8 +281,17 @@ def _groups(parts: list[_Part]) -> list[tuple[list[_Part], list[str]]]:
 
 
 def _complete(parts: Sequence[_Part]) -> bool:
-    """Whether the parts have no metric in common."""
-    return all(a.metrics.isdisjoint(b.metrics) for a, b in itertools.combinations(parts, 2))
+    """Whether the parts are one run's: they have no metric in common, or one has its entropy and the other its
+    performance alone."""
+    return all(
+        a.metrics.isdisjoint(b.metrics) or {_lacks(a), _lacks(b)} == {(True, False), (False, True)}
+        for a, b in itertools.combinations(parts, 2)
+    )
+
+
+def _lacks(part: _Part) -> tuple[bool, bool]:
+    """Whether the part is without a known entropy, without a known performance."""
+    return not known(list(part.metrics), ENTROPY), not known(list(part.metrics), (*VALIDATION, *TRAINING))
 
 
 def _joined(group: Sequence[_Part], why: str) -> list[str]:
@@ -314,6 +329,10 @@ def _name_apart(runs: list[Run]) -> None:
         for run in runs:
             if _GENERIC.fullmatch(run.name):
                 run.name = run.paths[0].resolve().parent.name
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1 and run.paths[0].is_dir():
+            run.name = f"{run.name} ({run.paths[0].name[:8]})"  # runs of MLflow
     for up in range(1, 6):
         names = [run.name for run in runs]
         for run in runs:
@@ -416,10 +435,10 @@ def _tidy(name: str, sessions: list[_Part], notes: list[str]) -> Run:
             if bad.any():
                 not_finite.setdefault(column, set()).update(part.steps[bad].tolist())
                 frame[column] = np.where(bad, np.nan, values)
-            written = part.table.nan.get(column)
-            if written:
-                not_finite.setdefault(column, set()).update(part.steps[np.isin(part.rows, written)].tolist())
-        frame.insert(0, "step", part.steps, allow_duplicates=False)
+        for column, written in part.table.nan.items():
+            if at := part.steps[np.isin(part.rows, written)].tolist():
+                not_finite.setdefault(column, set()).update(at)
+        frame.insert(0, "step", part.steps)
         frames.append(frame)
     frame = frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
     steps = frame["step"].to_numpy()
@@ -436,7 +455,7 @@ def _tidy(name: str, sessions: list[_Part], notes: list[str]) -> Run:
             notes.append(f"{again} values stand a second time at their step: the later ones count")
     lasting = {}
     for column, at in not_finite.items():
-        has = set(frame.loc[frame[column].notna(), "step"])
+        has = set(frame.loc[frame[column].notna(), "step"]) if column in frame else set()
         if missing := sorted(at - has):
             lasting[column] = missing
     frame = frame.dropna(axis=1, how="all")

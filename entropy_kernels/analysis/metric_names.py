@@ -244,9 +244,9 @@ def find_performance(columns: Sequence[str], asked: str | None = None) -> Quanti
     )
 
 
-def known(columns: Sequence[str]) -> bool:
+def known(columns: Sequence[str], names: Sequence[Name] = (*ENTROPY, *VALIDATION, *TRAINING)) -> bool:
     """Whether any column is an entropy or a performance that a trainer is known to write."""
-    return any(n.matches(column) for n in (*ENTROPY, *VALIDATION, *TRAINING) for column in columns)
+    return any(n.matches(column) for n in names for column in columns)
 
 
 def held_by(log: DataFrame, name: str = "", settings: Mapping[str, Any] | None = None) -> list[str]:

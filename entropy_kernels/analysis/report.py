@@ -120,7 +120,11 @@ def _fit(
 ) -> LogFit:
     log, notes = run.frame, list(run.notes)
     columns = [str(column) for column in log.columns if column != "step"]
-    h, r = find_entropy(columns, entropy), find_performance(columns, performance)
+    try:
+        h, r = find_entropy(columns, entropy), find_performance(columns, performance)
+    except LogError as error:
+        never = [column for column in run.not_finite if column not in columns]
+        raise LogError(f"{error}; never finite: {', '.join(never[:5])}" if never else str(error)) from None
     for quantity in (h, r):
         for column in quantity.columns:
             if steps := run.not_finite.get(column):
@@ -224,9 +228,13 @@ def _maker(plot: Path) -> str | None:
         return None
 
 
-def default_plot(path: Path) -> Path:
-    """Beside the log: ``metrics.jsonl`` → ``metrics.entropy-law.png``; in a directory, ``entropy-law.png``."""
-    return path / "entropy-law.png" if path.is_dir() else path.with_name(f"{path.stem}.entropy-law.png")
+def default_plot(paths: Sequence[Path]) -> Path:
+    """Beside the log: ``metrics.jsonl`` → ``metrics.entropy-law.png``; ``entropy-law.png`` in a folder, and beside the
+    first of several logs."""
+    path = paths[0]
+    if path.is_dir():
+        return path / "entropy-law.png"
+    return path.with_name("entropy-law.png" if len(paths) > 1 else f"{path.stem}.entropy-law.png")
 
 
 def print_report(fits: Sequence[LogFit]) -> None:
