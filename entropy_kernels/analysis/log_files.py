@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import bz2
 import csv
+import gc
 import gzip
 import io
 import itertools
@@ -16,6 +17,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -42,6 +44,7 @@ _BLOCK = 2_000  # rows of JSON that are held as Python objects at once
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _VERL_LINE = re.compile(r"(?<![\w/])step:(\d+) - (.+)$")
 _NUMPY_REPR = re.compile(r"\bnp\.\w+\(([^()]*)\)")
+_BARE = re.compile(r"(?<=[:\s])(?:nan|-?inf)\b")  # as Python prints them, and does not read them
 _DICT = re.compile(r"\{['\"].*\}")
 # the number before a dict: slime's "step 12: {...}"
 _NUMBERED = re.compile(r"\b(?:step|rollout|eval|perf|iteration|iter)\W{0,2}(\d+)\W{0,3}$", re.IGNORECASE)
@@ -129,12 +132,13 @@ def read(source: Source, advance: Advance) -> list[Table]:
 
     :class:`LogError` if nothing in it can be read.
     """
-    if source.kind == "tensorboard":
-        tables = [_read_tensorboard(source.path, advance)]
-    elif source.kind == "mlflow":
-        tables = [_read_mlflow(source.path, advance)]
-    else:
-        tables = _read_file(source.path, advance)
+    with _without_collection():
+        if source.kind == "tensorboard":
+            tables = [_read_tensorboard(source.path, advance)]
+        elif source.kind == "mlflow":
+            tables = [_read_mlflow(source.path, advance)]
+        else:
+            tables = _read_file(source.path, advance)
     beside = source.path if source.path.is_dir() else source.path.parent
     settings = _settings(beside / "config.json")
     for table in tables:
@@ -143,6 +147,18 @@ def read(source: Source, advance: Advance) -> list[Table]:
         table.name, table.asked = table.name or source.name, source.asked
         table.settings = {**settings, **table.settings}
     return tables
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for cycles of objects: rows have none, and for millions of them it takes as long as all the rest."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def listed(numbers: Sequence[float], limit: int = 5) -> str:
@@ -249,13 +265,16 @@ class _Columns:
         self.count += len(rows)
 
     def _add(self, positions: np.ndarray, rows: Sequence[dict[str, Any]], prefix: str) -> None:
-        groups: dict[tuple[str, ...], tuple[list[int], list[Any]]] = {}
+        groups: dict[tuple[str, ...], list[int]] = {}
         for index, row in enumerate(rows):
-            group = groups.setdefault(tuple(row), ([], []))
-            group[0].append(index)
-            group[1].append(row.values())
-        for keys, (indices, values) in groups.items():
+            keys = tuple(row)
+            if keys in groups:
+                groups[keys].append(index)
+            else:
+                groups[keys] = [index]
+        for keys, indices in groups.items():
             at = positions[indices]
+            values = [rows[i].values() for i in indices]
             for key, column in zip(keys, zip(*values, strict=True), strict=True):
                 self._column(at, column, key, prefix)
 
@@ -264,6 +283,8 @@ class _Columns:
         if dict in types:
             inside = [i for i, value in enumerate(column) if isinstance(value, dict)]
             self._add(at[inside], [column[i] for i in inside], prefix if key in _WRAPPERS else f"{prefix}{key}/")
+            if len(inside) == len(column):
+                return
         name = prefix + key
         if str in types and name in IDENTITY:
             self.texts.setdefault(name, []).append((at, column))
@@ -303,13 +324,11 @@ def _floats(column: Sequence[Any], types: set[type]) -> np.ndarray:
 
 
 def _float(value: Any) -> float:
-    if isinstance(value, str):
-        of = _OF.match(value)  # ms-swift's "global_step/max_steps": "10/100"
-        value = of[1] if of else value
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        return np.nan
+        of = _OF.match(value) if isinstance(value, str) else None
+        return float(of[1]) if of else np.nan  # ms-swift's "global_step/max_steps": "10/100"
 
 
 def _read_jsonl(lines: _Lines) -> Table:
@@ -418,21 +437,18 @@ def _read_console(lines: _Lines) -> Table | None:
 
 def _printed(piece: str) -> dict[str, Any]:
     """The metrics of a piece of a line; empty if it has none."""
+    if "np." in piece:  # numpy >= 2 prints its scalars as np.float64(0.5)
+        piece = _NUMPY_REPR.sub(r"\1", piece)
     if "step:" in piece and (match := _VERL_LINE.search(piece)) is not None:
         row: dict[str, Any] = {"step": int(match[1])}
         for item in match[2].split(" - "):
             name, _, value = item.rpartition(":")
-            # numpy >= 2 prints its scalars as np.float64(0.5)
-            row[name.strip()] = _NUMPY_REPR.sub(r"\1", value.strip())
+            row[name.strip()] = value
         return {name: number for name, value in row.items() if name and not np.isnan(number := _float(value))}
     if "{" in piece and (match := _DICT.search(piece)) is not None:
-        try:
-            found = ast.literal_eval(re.sub(r"(?<=[:\s])(nan|inf|-inf)\b", r"'\1'", _NUMPY_REPR.sub(r"\1", match[0])))
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = _literal(match[0])
+        if not any(not np.isnan(_float(value)) for value in found.values()):
             return {}
-        if not isinstance(found, dict) or not any(not np.isnan(_float(value)) for value in found.values()):
-            return {}
-        found = {str(name): value for name, value in found.items()}
         numbered = _NUMBERED.search(piece[: match.start()])
         return {"step": int(numbered[1]), **found} if numbered and not _has_step(found) else found
     if " | " in piece and (match := _STEP_BARS.search(piece)) is not None:
@@ -443,6 +459,18 @@ def _printed(piece: str) -> dict[str, Any]:
                 row[name.rstrip(":")] = number
         return row if len(row) > 1 else {}
     return {}
+
+
+def _literal(text: str) -> dict[str, Any]:
+    """A dict as Python or JSON prints it; empty if it is none."""
+    try:
+        found = json.loads(text.replace("'", '"'))  # fast, and right where no text has quotes in it
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(_BARE.sub(r"'\g<0>'", text))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return {}
+    return {str(name): value for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _has_step(row: dict[str, Any]) -> bool:
