@@ -26,7 +26,7 @@ from entropy_kernels.trainer.flags import field_help
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, read_rows
 from entropy_kernels.trainer.methods import METHODS, PAPER
 from entropy_kernels.trainer.report import write_report
-from entropy_kernels.trainer.report_numbers import PHASES, behind, courses, criteria, over_seeds
+from entropy_kernels.trainer.report_numbers import PHASES, behind, courses, criteria, disturbance, over_seeds
 from entropy_kernels.trainer.report_page import markdown
 from entropy_kernels.trainer.report_text import dashed, label, limits, lines, look, verdict, verdict_lines
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
@@ -448,3 +448,4 @@ def test_a_machine_with_other_work_makes_no_method_slow() -> None:
         slow = course(0.5, 0.0, 0.8, 0.5).assign(**{"time/sample": sample})
         record = opening({"grpo": [course(0.1, 0.0, 0.6)], "clip_cov": [slow]})
         assert lines(record)["rows"][1][-1] == worse
+        assert disturbance(record["methods"], "clip_cov") == pytest.approx(sample / 0.2)

@@ -204,16 +204,22 @@ def beside_baseline(summary: Summary, run: str, metric: str) -> tuple[float, flo
     return mine["mean"], gap, int(np.sign(gap)) if abs(gap) > noise else 0
 
 
-def slowdown(summary: Summary, run: str) -> float:
-    """By what share a run's tokens/s are below the baseline's; 0 below :data:`LEAST_SLOWDOWN`, and where sampling a
-    token took another time than the baseline's by more than :data:`SAME_MACHINE`: no method changes how it is sampled,
-    so the machine had other work."""
+def disturbance(summary: Summary, run: str) -> float | None:
+    """How many times the baseline's seconds a run took to sample a token, which no method changes; None if unknown."""
     mine, theirs = ({name: v["mean"] for name, v in summary[of].items()} for of in (run, BASELINE))
     if not {"tokens_per_s", "seconds_sample", "tokens"} <= mine.keys() & theirs.keys():
+        return None
+    return float(mine["seconds_sample"] / mine["tokens"] / (theirs["seconds_sample"] / theirs["tokens"]))
+
+
+def slowdown(summary: Summary, run: str) -> float:
+    """By what share a run's tokens/s are below the baseline's; 0 below :data:`LEAST_SLOWDOWN`, and where sampling
+    differs by more than :data:`SAME_MACHINE`: the machine had other work."""
+    times = disturbance(summary, run)
+    if times is None or abs(times - 1) > SAME_MACHINE:
         return 0.0
-    sampling = mine["seconds_sample"] / mine["tokens"] / (theirs["seconds_sample"] / theirs["tokens"])
-    share = 1 - mine["tokens_per_s"] / theirs["tokens_per_s"]
-    return float(share) if share >= LEAST_SLOWDOWN and abs(sampling - 1) <= SAME_MACHINE else 0.0
+    share = 1 - summary[run]["tokens_per_s"]["mean"] / summary[BASELINE]["tokens_per_s"]["mean"]
+    return float(share) if share >= LEAST_SLOWDOWN else 0.0
 
 
 def courses(runs: Logs) -> dict[str, dict[str, Any]]:

@@ -16,9 +16,11 @@ from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_ROW
 from entropy_kernels.trainer.report_numbers import (
     END_ROLLOUTS,
     ONE_SEED_NOISE,
+    SAME_MACHINE,
     Summary,
     beside_baseline,
     difference,
+    disturbance,
     slowdown,
 )
 
@@ -403,6 +405,12 @@ def sections(record: Mapping[str, Any]) -> list[tuple[str, list[Block]]]:
     start = f"{WALK if walk else about} All runs start from the same model"
     start += f"; they differ in which tokens {differ}or nothing of the kind ({label(BASELINE)})." if differ else "."
     costs = COSTS + (f" {workers} runs at the same time." if workers > 1 else "")
+    times = [found for run in summary if (found := disturbance(summary, run)) is not None]
+    if times and max(times) - min(times) > SAME_MACHINE:
+        costs += (
+            f" Sampling a token took {min(times):.2f} to {max(times):.2f} times as long as under the baseline, and no "
+            "method has a part in it: the machine had other work, and these times cannot be compared."
+        )
     memory = table({BASELINE: summary[BASELINE]}, MEMORY_COLUMNS)
     claims = [
         [check["claim"], check["figure"], "✓ holds" if check["holds"] else "✗ does not hold"]
