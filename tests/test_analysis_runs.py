@@ -98,13 +98,13 @@ def test_a_stray_byte_semicolons_decimal_commas_and_packed_files(tmp_path):
     path.write_bytes("\n".join(["step;entropy;val_pass1;text", *lines]).encode("latin-1"))
     (fit,) = fitted(path)
     check(fit, h, r)
-    assert any("bytes that are not UTF-8 were replaced" in note for note in fit.notes)
+    assert any("bytes that are not UTF-8 text were replaced" in note for note in fit.notes)
     assert "log.csv: commas were read as decimal points" in fit.notes
     text = "".join(json.dumps(row) + "\n" for row in rows(steps, h, r))
     (tmp_path / "log.jsonl").write_bytes(text.encode().replace(b'"step": 7', b'"step\xff": 7'))
     (fit,) = fitted(tmp_path / "log.jsonl")
     check(fit, np.delete(h, 7), np.delete(r, 7))
-    assert "line 8 of log.jsonl: bytes that are not UTF-8 were replaced" in fit.notes
+    assert "line 8 of log.jsonl: bytes that are not UTF-8 text were replaced" in fit.notes
     (tmp_path / "log.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     check(fitted(tmp_path / "log.jsonl.gz")[0], h, r)
     (tmp_path / "wide.jsonl").write_bytes(text.encode("utf-16"))  # as PowerShell's > writes
@@ -112,6 +112,29 @@ def test_a_stray_byte_semicolons_decimal_commas_and_packed_files(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(text.encode())[:-20])
     with pytest.raises(LogError, match="cannot be unpacked"):
         logs.read_logs([tmp_path / "cut.jsonl.gz"])
+
+
+def test_zeros_of_a_power_failure_and_nesting_without_end(tmp_path):
+    steps, h, r = course(range(30))
+    lines = [json.dumps(row) for row in rows(steps, h, r)]
+    lines[9] = lines[9][:12] + "\0" * 500
+    lines[10] = "\0" * 500 + lines[10]
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join(lines))
+    (fit,) = fitted(path)
+    check(fit, np.delete(h, 9), np.delete(r, 9))
+    assert "lines 10, 11 of log.jsonl: bytes that are not UTF-8 text were replaced" in fit.notes
+    path.write_text('{"step": 0, "x": ' + '{"x": ' * 800 + "1" + "}" * 801)
+    with pytest.raises(LogError, match=r"nested too deeply|not JSON"):
+        logs.read_logs([path])
+
+
+def test_csv_with_a_header_in_quotes_and_commas_within_them(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text('"step","text","entropy"\n0,"a","0,5"\n1,"b,c","0,4"\n2,"d"\n3,"e","0,3"\n')
+    (run,) = logs.read_logs([path])
+    assert run.frame.to_dict("list") == {"step": [0, 1, 3], "entropy": [0.5, 0.4, 0.3]}
+    assert run.notes == ["line 4 of log.csv is broken (not 3 cells) and was left out"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -231,6 +254,24 @@ def test_a_run_without_a_law_is_left_out_with_the_reason(tmp_path, capsys):
     short = rows(*(values[:2] for values in one))
     with pytest.raises(LogError, match=r"none of 2 runs can be fitted; log#1: .*at least 3 steps"):
         fitted(jsonl(path, short + short))
+
+
+def test_two_runs_whose_steps_do_not_meet(tmp_path):
+    first, second = course(range(1, 101, 2), 1, a=0.2), course(range(2, 101, 2), 2, a=0.1)
+    one, two = fitted(jsonl(tmp_path / "log.jsonl", rows(*first) + rows(*second)))
+    check(one, *first[1:])
+    check(two, *second[1:])
+
+
+def test_a_metric_that_goes_back_and_forth_hides_no_second_run(tmp_path):
+    entries = []
+    for run in (course(range(60), 1), course(range(60), 2)):
+        for row in rows(*run):
+            entries.append(row)
+            if row["step"] % 2:
+                entries += [{"step": row["step"] - 1, "late": 0.1}, {"step": row["step"], "late": 0.2}]
+                entries.append({"step": row["step"] - 1, "late": 0.3})
+    assert len(logs.read_logs([jsonl(tmp_path / "log.jsonl", entries)])) == 2
 
 
 # --- (c), (d), (f): W&B's exports ------------------------------------------------------------------------------------
@@ -561,6 +602,10 @@ def test_names_and_settings_that_say_what_holds_the_entropy(tmp_path):
                        ("entropy_bonus", "an entropy bonus"), ("target-entropy", "a target entropy")):  # fmt: skip
         (fit,) = fitted(jsonl(tmp_path / f"{name}.jsonl", rows(*course(range(40)))))
         assert fit.no_bound == [f"entropy is held by {what} (by the name of the run, {name})"]
+    for folder, held in (("kl_cov-0", True), ("no-clip-cov", False), ("grpo", False)):
+        (tmp_path / folder).mkdir()
+        (fit,) = fitted(jsonl(tmp_path / folder / "metrics.jsonl", rows(*course(range(40)))))
+        assert bool(fit.no_bound) == held
     path = jsonl(tmp_path / "metrics.jsonl", rows(*course(range(40))))
     for content, count in (({"method": "kl_cov"}, 1), ({"entropy_coef": 0.0, "target_entropy": None}, 0),
                            ({"entropy_coef": 0.01, "target_entropy": "0.4"}, 2)):  # fmt: skip

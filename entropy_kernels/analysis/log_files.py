@@ -54,7 +54,6 @@ _TQDM = re.compile(r"(\d+)/(\d+) \[")
 _NAN = re.compile(r"^[+-]?nan$", re.IGNORECASE)
 # TensorBoard's download of one scalar: columns "Wall time", "Step", "Value"
 _DOWNLOAD = re.compile(r"run[-_](?P<run>.*?)-tag-(?P<tag>.+)")
-_OF = re.compile(r"^\s*(\d+)/\d+\s*$")
 _DECIMAL_COMMA = re.compile(r"(?:^|[;\t])\s*[+-]?\d+,\d+(?:[eE][+-]?\d+)?\s*(?=[;\t]|$)")
 
 
@@ -138,7 +137,7 @@ def read(source: Source, advance: Advance) -> list[Table]:
         elif source.kind == "mlflow":
             tables = [_read_mlflow(source.path, advance)]
         else:
-            tables = _read_file(source.path, advance)
+            tables = _read_text(source.path, advance)
     beside = source.path if source.path.is_dir() else source.path.parent
     settings = _settings(beside / "config.json")
     for table in tables:
@@ -197,12 +196,11 @@ class _Lines:
             if read > 1 << 20:
                 self.advance(read)
                 read = 0
-            if "\ufffd" in line:
+            if "\ufffd" in line or "\0" in line:
+                if number == 1 and ("\0" in line or 10 * line.count("\ufffd") > len(line)):
+                    raise LogError(f"{self.path} is not text")
                 self.strange.append(number)
-                if "\0" in line or 10 * line.count("\ufffd") > len(line):
-                    raise LogError(f"{self.path} is not text (line {number})")
-            elif "\0" in line:
-                raise LogError(f"{self.path} is not text (line {number})")
+                line = line.replace("\0", "")  # blocks of zeros are what a power failure leaves
             yield number, line
         self.advance(read)
 
@@ -210,7 +208,14 @@ class _Lines:
         if not self.strange:
             return []
         lines = "lines" if len(self.strange) > 1 else "line"
-        return [f"{lines} {listed(self.strange)} of {self.path.name}: bytes that are not UTF-8 were replaced"]
+        return [f"{lines} {listed(self.strange)} of {self.path.name}: bytes that are not UTF-8 text were replaced"]
+
+
+def _read_text(path: Path, advance: Advance) -> list[Table]:
+    try:
+        return _read_file(path, advance)
+    except RecursionError:
+        raise LogError(f"{path}: objects are nested too deeply") from None
 
 
 def _read_file(path: Path, advance: Advance) -> list[Table]:
@@ -289,6 +294,8 @@ class _Columns:
         if str in types and name in IDENTITY:
             self.texts.setdefault(name, []).append((at, column))
             return
+        if name == "global_step/max_steps":  # ms-swift's, "10/100"
+            column = [str(value).partition("/")[0] for value in column]
         values = _floats(column, types)
         has = ~np.isnan(values)
         if float in types and not has.all():
@@ -327,8 +334,7 @@ def _float(value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
-        of = _OF.match(value) if isinstance(value, str) else None
-        return float(of[1]) if of else np.nan  # ms-swift's "global_step/max_steps": "10/100"
+        return np.nan
 
 
 def _read_jsonl(lines: _Lines) -> Table:
@@ -483,7 +489,7 @@ def _has_step(row: dict[str, Any]) -> bool:
 class _Rows(io.TextIOBase):
     """The sound lines of a CSV file, for pandas: lines of another width than the header are left out and counted.
 
-    Lines in quotes are passed on as they are: they may go over several lines. A repeated header (a run that was
+    Cells in quotes that go over several lines are passed on as they are. A repeated header (a run that was
     started again) is passed over.
     """
 
@@ -497,13 +503,13 @@ class _Rows(io.TextIOBase):
             head.pop(0)
         self.header = head[0][1].rstrip("\r\n") if head else ""
         self.separator = "\t" if suffix == ".tsv" else max(",;\t", key=self.header.count)
-        self.width = self.header.count(self.separator)
-        body = [line.rstrip("\r\n") for _, line in head[1:] if line.strip() and '"' not in line]
+        self.width = self._cells(self.header)
+        body = [line.rstrip("\r\n") for _, line in head[1:] if line.strip() and line.count('"') % 2 == 0]
         comma = any(_DECIMAL_COMMA.search(line) for line in body) and not any(re.search(r"\d\.\d", x) for x in body)
         self.decimal = "," if self.separator in ";\t" and comma else "."
         # a writer that leaves out empty cells at the end, or ends every line with a separator
-        short = sum(line.count(self.separator) < self.width for line in body)
-        self._ragged = short * 5 > len(body) or (len(body) < 3 and short == len(body))
+        short = sum(self._cells(line) < self.width for line in body)
+        self._ragged = short > 1 and short * 5 > len(body)
         self._trailing = bool(body) and all(
             line.endswith(self.separator) and line.count(self.separator) == self.width + 1 for line in body
         )
@@ -512,9 +518,8 @@ class _Rows(io.TextIOBase):
 
     def _sound(self, lines: Iterable[tuple[int, str]]) -> Iterator[str]:
         separator, width, inside = self.separator, self.width, False
-        quoted = '"' in self.header
         for number, line in lines:
-            if '"' in line or inside:
+            if inside or line.count('"') % 2:
                 inside ^= line.count('"') % 2 == 1
                 self.count += not inside
                 yield line
@@ -522,16 +527,22 @@ class _Rows(io.TextIOBase):
             line = line.rstrip("\r\n")
             if self._trailing:
                 line = line.removesuffix(separator)
-            found = line.count(separator)
+            found = self._cells(line)
             if not line.strip() or line == self.header:
                 continue
-            if found != width and not quoted and not (self._ragged and found < width):
+            if found != width and not (self._ragged and found < width):
                 self.broken.append(number)
                 continue
-            if "nan" in line or "NaN" in line or "NAN" in line:
+            if ("nan" in line or "NaN" in line or "NAN" in line) and '"' not in line:
                 self.nan.append((self.count, line.split(separator)))
             self.count += 1
             yield line + "\n"
+
+    def _cells(self, line: str) -> int:
+        """Separators between the cells of a line."""
+        if '"' not in line:
+            return line.count(self.separator)
+        return len(next(csv.reader([line], delimiter=self.separator), [""])) - 1
 
     def readable(self) -> bool:
         return True

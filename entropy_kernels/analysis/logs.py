@@ -39,7 +39,8 @@ _BOOKKEEPING = re.compile(
 )
 # Names of files that say nothing about the run in them.
 _GENERIC = re.compile(r"(metrics?|logs?|logging|train(er)?(_state|_log)?|progress|history|console|output|stdout|data)")
-# A second run begins where the first did; a checkpoint within the first hundredth of a run is not resumed from.
+# A second run begins where the first did, or within its first interval; and no run is resumed within its first
+# hundredth.
 _NEAR = 0.01
 
 
@@ -58,6 +59,13 @@ class Run:
     """Column → steps whose value is infinite or NaN."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings that stand beside the log: of MLflow, of this package's ``config.json``."""
+
+    @property
+    def full_name(self) -> str:
+        """The name, with its folder's where it says nothing (``metrics``)."""
+        if not self.paths or not _GENERIC.fullmatch(self.name.partition("#")[0]):
+            return self.name
+        return f"{self.paths[0].resolve().parent.name}/{self.name}"
 
 
 def read_logs(
@@ -210,6 +218,9 @@ def _parts(table: Table) -> list[_Part]:
             if name == "global_step/max_steps":
                 column = column.astype(str).str.partition("/")[0]
             values = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
+            if np.isnan(values).all() and pd.api.types.is_string_dtype(column):  # "0,5", in quotes
+                commas = column.astype(str).str.replace(",", ".", n=1, regex=False)
+                values = pd.to_numeric(commas, errors="coerce").to_numpy(float, na_value=np.nan)
             if name in IDENTITY and np.isnan(values).all():
                 texts[name] = column
             numbers[name] = values
@@ -374,7 +385,9 @@ def _sessions(part: _Part) -> list[_Part]:
             continue
         has = part.frame[column].notna().to_numpy()
         before, after = part.steps[rows[has[rows]]], part.steps[session[has[session]]]
-        if after.min() <= before.min() + _NEAR * (before.max() - before.min()):
+        interval = np.diff(np.unique(before)).min(initial=np.inf)
+        offset = after.min() - before.min()
+        if offset <= _NEAR * np.ptp(before) or offset < min(interval, np.ptp(before)):
             found.append((session, []))
             continue
         resumed, reached = part.steps[session].min(), part.steps[rows].max()
@@ -400,14 +413,18 @@ def _restarts(part: _Part) -> list[int] | None:
     if len(drops) == 0 or (np.diff(steps) <= 0).all():
         return None
     many = max(3, len(steps) // 10)
+    restless = 0
     back: list[tuple[int, int]] = []  # the row where a metric goes back, and its row before that
     for name in part.metrics:
         rows = np.flatnonzero(part.frame[name].notna().to_numpy())
         at = np.flatnonzero(np.diff(steps[rows]) < 0) + 1
         if len(at) > many:
-            part.notes.append("steps go back and forth: rows were sorted, and the later value of a step counts")
-            return None
+            restless += 1
+            continue
         back += zip(rows[at].tolist(), rows[at - 1].tolist(), strict=True)
+    if restless and restless == len(part.metrics):
+        part.notes.append("steps go back and forth: rows were sorted, and the later value of a step counts")
+        return None
     starts: list[int] = []
     for row, before in sorted(back):
         if not starts or before >= starts[-1]:

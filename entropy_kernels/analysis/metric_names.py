@@ -186,7 +186,7 @@ SETTINGS = (
     (r"(^|/)entropy_coe(f|ff)$", r"(?!0+(\.0*)?$)[\d.].*", "an entropy bonus"),
     (r"(^|/)use_entropy_loss$", r"true", "an entropy bonus"),
 )
-# A run's name, as people give it.
+# A run's name, as people give it; not "no-clip-cov".
 NAMED = (
     (r"clip[_\- ]?cov", "Clip-Cov"),
     (r"kl[_\- ]?cov", "KL-Cov"),
@@ -260,7 +260,7 @@ def held_by(log: DataFrame, name: str = "", settings: Mapping[str, Any] | None =
             if re.search(pattern, key) and re.fullmatch(values, str(value).strip().lower()):
                 found.setdefault(by, f"{by} (setting {key} = {value})")
     for pattern, by in NAMED if not found else ():
-        if re.search(pattern, name.lower()):
+        if re.search(rf"(?<!no[_\- ])(?<!without[_\- ]){pattern}", name.lower()):
             found.setdefault(by, f"{by} (by the name of the run, {name})")
     return list(found.values())
 

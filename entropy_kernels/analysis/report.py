@@ -377,7 +377,7 @@ def _extrapolation_rows(fit: LogFit) -> list[tuple[str, str]]:
 
 def _no_bound(run: Run, entropy: Quantity, law: EntropyLaw) -> list[str]:
     """Why R at H = 0 bounds nothing."""
-    holds = held_by(run.frame, run.name, run.settings)
+    holds = held_by(run.frame, run.full_name, run.settings)
     reasons = [f"entropy is held by {', '.join(holds)}"] if holds else []
     if law.entropy_range[1] > _MOST_ENTROPY:
         reasons.append(f"{entropy.name} is not nats per token")
