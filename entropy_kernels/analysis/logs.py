@@ -1,6 +1,6 @@
 """The runs in the logs that trainers write, and the pairing of sparse evaluations with dense entropies.
 
-log_files.py reads files into tables: CSV (also W&B exports), JSON lines (also verl's file logger), the
+log_files.py and log_text.py read files into tables: CSV (also W&B exports), JSON lines (also verl's file logger), the
 ``trainer_state.json`` of transformers, what verl, TRL, slime and prime-rl print, TensorBoard events, MLflow runs. Here
 it is decided which rows make one run: files that complete each other are joined, files and parts of files that do not
 are kept apart, a run that was resumed is told from one that was started anew. What was decided is said in notes.
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from entropy_kernels._require import require
-from entropy_kernels.analysis.log_files import IDENTITY, Source, Table, read, sources
+from entropy_kernels.analysis.log_files import Source, read, sources
+from entropy_kernels.analysis.log_text import IDENTITY, Table
 from entropy_kernels.analysis.metric_names import ENTROPY, TRAINING, VALIDATION, LogError, known
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import numpy as np
 
 from entropy_kernels._console import print_table
 from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, fit_entropy_law
-from entropy_kernels.analysis.log_files import listed
+from entropy_kernels.analysis.log_text import listed
 from entropy_kernels.analysis.logs import Run, pairs, read_logs
 from entropy_kernels.analysis.metric_names import (
     LogError,
