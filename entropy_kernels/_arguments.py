@@ -75,7 +75,8 @@ def integer(name: str, value: Any) -> Any:
     """
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         try:
-            if isinstance(value, (bool, torch.Tensor)):
+            # numpy 2.2 takes its bool for an index, as Python does
+            if isinstance(value, (bool, torch.Tensor)) or str(getattr(value, "dtype", "")) == "bool":
                 raise TypeError
             value = operator.index(value)
         except TypeError:
