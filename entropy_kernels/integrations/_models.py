@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ _BEFORE_THE_HEAD = {"minicpm3", "inkling_text"}  # the factor is that of the hid
 _UNUSED = {  # the configuration has a factor or a softcap, of its own or of its text model, that the logits do not
     "aya_vision", "cohere2_vision", "gemma3", "granite_speech", "granite_speech_plus", "mpt", "shieldgemma2",
 }  # fmt: skip
+_UNUSED_BEFORE = {"paligemma": (5, 23)}  # the version of transformers that began to use it
 # Known to change logits, in models whose code is not in transformers. Neutral values change none.
 _OTHERS = (
     "mup_output_alpha", "mup_width_scale", "output_logits_scale", "width_scale",  # Jais
@@ -67,7 +70,7 @@ def text_config(model: Any) -> Any:
 
 def hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, float, float | None]:
     """Factor of the hidden states, factor of the logits, softcap; of the model's configuration and its text model's."""
-    if config.model_type in _UNUSED:
+    if config.model_type in _UNUSED or _transformers() < _UNUSED_BEFORE.get(config.model_type, (0,)):
         return 1.0, 1.0, None
     scale = 1.0
     for name, power in _FACTORS.items():
@@ -76,6 +79,12 @@ def hidden_scale_logit_scale_softcap(config: Any, text: Any) -> tuple[float, flo
     softcaps = [value for name in _SOFTCAPS if (value := getattr(text, name, None)) is not None]
     before, after = (scale, 1.0) if text.model_type in _BEFORE_THE_HEAD else (1.0, scale)
     return before, after, float(softcaps[0]) if softcaps else None
+
+
+def _transformers() -> tuple[int, ...]:
+    """The version that is loaded, (major, minor); without one a model is of other code, as new as can be."""
+    version = getattr(sys.modules.get("transformers"), "__version__", "999.0")
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 def added_by_peft(model: Any) -> str | None:
