@@ -110,14 +110,6 @@ class Call:
         kept = [word for word in self.words if word.replace("_", "-") not in left_out]
         return f"{self.prog} {shlex.join([*kept, *flags])}".rstrip()
 
-    @property
-    def help(self) -> list[str] | None:
-        """The words behind --help, what it is asked about; None where it was not asked."""
-        for i, word in enumerate(self.words):
-            if word in ("-h", "--help"):
-                return [word.lstrip("-") for word in self.words[i + 1 :]]
-        return None
-
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, with what was probably meant.

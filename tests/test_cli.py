@@ -241,7 +241,6 @@ def test_usage_errors_and_help(capsys):
         (["doctor", "--jsno"], "entropy-kernels doctor: error: there is no flag --jsno; did you mean --json? "),
         (["fit", "x", "--align", "maen"], "--align: expected one of last, mean, got 'maen'; did you mean mean?"),
         (["train", "quickstrat"], "got quickstrat; did you mean quickstart? (entropy-kernels train --help explains)"),
-        (["train", "--method", "clip-cov"], "got 'clip-cov'; did you mean clip_cov? (entropy-kernels train --help "),
         (["bench", "--quik"], "entropy-kernels bench: error: there is no flag --quik; did you mean --quick?"),
     ],
 )  # fmt: skip
@@ -258,10 +257,7 @@ def test_the_name_of_the_program_is_what_was_typed():
     for words, name in ((["-m", "entropy_kernels.trainer"], "train"), (["-m", "entropy_kernels.cli", "train"], "cli")):
         result = subprocess.run([sys.executable, *words, "--stpes", "3"], capture_output=True, text=True)
         prog = "python -m entropy_kernels." + ("trainer" if name == "train" else "cli train")
-        assert (
-            result.stderr
-            == f"{prog}: error: there is no flag --stpes; did you mean --steps? ({prog} --help explains)\n"
-        )
+        assert all(part in result.stderr for part in ("--stpes", "--steps INT", f"{prog} --help"))
 
 
 def test_dispatch_passes_arguments_and_exit_code(monkeypatch):
@@ -290,12 +286,12 @@ def test_bench_outside_a_checkout_says_so(monkeypatch, capsys):
 
 def test_train_without_its_packages_names_the_extra(monkeypatch, capsys):
     def missing(name):
-        raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
+        raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
 
     monkeypatch.setattr(cli.importlib, "import_module", missing)
     assert cli.main(["train"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("entropy-kernels train: error: train needs jinja2, which is not installed: pip install ")
+    assert message.startswith("entropy-kernels train: error: train needs tyro, which is not installed: pip install ")
     assert all(f" {name}" in message for name in ("pandas", "'transformers>=", "jinja2"))
 
 

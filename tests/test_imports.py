@@ -58,7 +58,7 @@ ROOMS = {
 ABOVE_THE_PUBLIC_FUNCTIONS = 3
 # Private parts that the rooms above may not touch: they use what `entropy_kernels` exports.
 PRIVATE = ("entropy_kernels.ops", "entropy_kernels.backends", "entropy_kernels._C")
-OPTIONAL = ("triton", "transformers", "matplotlib", "scipy", "pandas", "statsmodels", "rich", "tensorboard",
+OPTIONAL = ("triton", "transformers", "matplotlib", "scipy", "pandas", "statsmodels", "tyro", "rich", "tensorboard",
             "verl", "trl", "gguf", "reasoning_gym", "jinja2")  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("tyro")
 
 import trainer_setup
 from entropy_kernels._progress import ProgressBoard

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("tyro")
+
 from entropy_kernels.trainer import sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig, idle
@@ -26,43 +28,38 @@ PROG = "python -m entropy_kernels.trainer"
 def test_flags_are_read_as_their_fields_are_annotated() -> None:
     words = ["--out", "~/x", "--steps=7", "--lr", "1e-3", "--no-tensorboard", "--resume", "--cov_ratio", "none"]
     words += ["--max-new-tokens", "9", "--resume-changes", "lr", "task", "--method-options", "a=1", "b=None", "c=x"]
-    config, typed = parse(TrainerConfig(cov_ratio=0.5), words, PROG)
+    config, typed = parse(TrainerConfig(cov_ratio=0.5), words, PROG, "")
     assert config == TrainerConfig(
         out=Path("~/x").expanduser(), steps=7, lr=1e-3, tensorboard=False, resume=True, cov_ratio=None,
         max_new_tokens=9, resume_changes=("lr", "task"), method_options={"a": 1, "b": None, "c": "x"},
     )  # fmt: skip
     assert typed == {"out", "steps", "lr", "tensorboard", "resume", "cov_ratio", "max_new_tokens", "resume_changes",
                      "method_options"}  # fmt: skip
-    assert parse(config, [], PROG) == (config, set())
-    assert parse(config, ["--cov-low", "-1e-3", "--cov-high=-1E+2", "--kl-coef", "-3"], PROG)[0] == dataclasses.replace(
-        config, cov_low=-1e-3, cov_high=-100.0, kl_coef=-3.0
-    )
+    assert parse(config, [], PROG, "") == (config, set())
+    words = ["--cov-low", "-1e-3", "--cov-high=-1E+2", "--kl-coef", "-3"]
+    changed = dataclasses.replace(config, cov_low=-1e-3, cov_high=-100.0, kl_coef=-3.0)
+    assert parse(config, words, PROG, "") == (changed, {"cov_low", "cov_high", "kl_coef"})
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--steps", "1.5"], "--steps: expected an integer, got '1.5'"),
-        (["--lr", "fast"], "--lr: expected a number, got 'fast'"),
-        (["--cov-ratio", "x"], "--cov-ratio: expected a number, or none, got 'x'"),
-        (["--steps"], "--steps: expected one argument"),
-        (["--method", "KL-Cov"], "got 'KL-Cov'; did you mean kl_cov?"),
-        (["--no-tensorbord"], "there is no flag --no-tensorbord; did you mean --no-tensorboard?"),
-        (["--warm", "3"], "there is no flag --warm;"),
-        (["3"], "expected flags, got 3"),
-        (
-            ["--tensorboard", "False"],
-            "--tensorboard: expected no value, got False; --tensorboard turns it on, ",
-        ),
-        (["--no_resume=1"], "--resume: expected no value, got 1; --resume turns it on, --no-resume off"),
+        (["--steps", "1.5"], ("--steps INT", "'1.5'")),
+        (["--lr", "fast"], ("--lr FLOAT", "'fast'")),
+        (["--cov-ratio", "x"], ("--cov-ratio FLOAT|none", "'x'")),
+        (["--steps"], ("--steps", "Expected 1 value")),
+        (["--method", "KL-Cov"], ("--method", "'KL-Cov'", "'kl_cov'")),
+        (["--no-tensorbord"], ("--no-tensorbord", "--tensorboard, --no-tensorboard")),
+        (["--warm", "3"], ("--warm,", "--warm-steps INT")),
+        (["--tensorboard", "False"], ("Unrecognized options: False",)),
+        (["--method-options", "a"], ("--method-options", "expected OPTION=VALUE, got 'a'")),
     ],
 )
-def test_slips(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slips(words: list[str], said: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse(TrainerConfig(), words, PROG)
+        parse(TrainerConfig(), words, PROG, "")
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith(f"{PROG}: error: ") and error.count("\n") == 1
-    assert said in error and error.endswith(f"({PROG} --help explains)\n")
+    assert stop.value.code == 2 and all(part in error for part in (*said, f"{PROG} --help")), error
 
 
 def test_an_error_names_the_flag_that_was_typed() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("tyro")
 
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.config import TrainerConfig

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_kernels._console import Call, did_you_mean
 from entropy_kernels._require import missing
-from entropy_kernels.trainer.flags import as_typed, flags_help, parse
+from entropy_kernels.trainer.flags import as_typed, parse
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.config import TrainerConfig
 
 PROG = "python -m entropy_kernels.trainer"
 USAGE = """Type one of
-
   {prog} quickstart
       the methods and a control from one start, and a report: begin here
   {prog} reproduce
@@ -38,10 +37,8 @@ USAGE = """Type one of
       one run from the config.json of another, with changes
 
 The first three have flags of their own: quickstart --help.
-Ctrl-C stops any of them, and says what goes on from there.
 
-Flags of one run, with their defaults. --help WORD tells all about those whose
-name has the word, --help all about all of them."""
+Ctrl-C stops any of them, and says what goes on from there."""
 
 
 class _Terminated(SystemExit):
@@ -71,25 +68,18 @@ def _main(call: Call) -> int:
 
     words = list(call.words[1:] if call.words[:1] == ["train"] else call.words)  # as after `entropy-kernels`
     command = words[0] if words and not words[0].startswith("-") else None
+    about = USAGE.format(prog=call.prog, method=PAPER[1])
+    if importlib.util.find_spec("transformers") is None:
+        about += f"\n\n{missing('transformers', 'training', 'train')}"
     if command is None:
-        if call.help is not None:
-            if not call.help:
-                print(USAGE.format(prog=call.prog, method=PAPER[1]))
-            print(flags_help(TrainerConfig(), call.help))
-            if importlib.util.find_spec("transformers") is None:
-                print(f"\n{missing('transformers', 'training', 'train')}")
-            return 0
-        return _one_run(call, TrainerConfig(), words, call.prog)
+        return _one_run(call, TrainerConfig(), words, call.prog, about)
     from entropy_kernels.trainer.sweep import SWEEPS
 
     if command == "from-config":
         if len(words) < 2 or words[1].startswith("-"):
             raise ValueError(f"from-config: expected a FILE, then flags, got {' '.join(words[1:]) or 'no file'}")
         config = TrainerConfig.from_json(Path(words[1]).expanduser())
-        if call.help is not None:
-            print(flags_help(config, call.help))
-            return 0
-        return _one_run(call, config, words[2:], f"{call.prog} from-config {words[1]}")
+        return _one_run(call, config, words[2:], f"{call.prog} from-config {words[1]}", about)
     if command not in SWEEPS:
         known = (*SWEEPS, "from-config", "train")
         raise ValueError(
@@ -99,13 +89,13 @@ def _main(call: Call) -> int:
     return _sweep(call, command, words[1:])
 
 
-def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str) -> int:
+def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, about: str) -> int:
     from entropy_kernels._progress import ProgressBoard
     from entropy_kernels.trainer.config import idle
     from entropy_kernels.trainer.log import RunProgress, announced
     from entropy_kernels.trainer.ppo import train
 
-    config, typed = parse(default, words, prog)
+    config, typed = parse(default, words, prog, about)
     progress = RunProgress(ProgressBoard(enabled=config.progress), announced(config))
     with _errors_as_typed(typed):
         config.validate()
@@ -142,15 +132,8 @@ def _stopped(config: TrainerConfig, call: Call, *, trained: bool) -> str:
 def _sweep(call: Call, name: str, words: list[str]) -> int:
     from entropy_kernels.trainer.sweep import SWEEPS, RunFailed, complete, planned, run_sweep
 
-    sweep = SWEEPS[name]
-    if call.help is not None:
-        if not call.help:
-            needs = " --config FILE" if sweep.configured else ""
-            print(f"Type\n\n  {call.prog} {name}{needs} [flags]\n")
-            print(textwrap.fill(sweep.about, 80))
-        print(flags_help(sweep.flags, call.help or ["all"]))
-        return 0
-    flags, typed = parse(sweep.flags, words, f"{call.prog} {name}")
+    about = textwrap.indent(textwrap.fill(SWEEPS[name].about, 76), "  ")  # tyro joins lines that begin with a letter
+    flags, typed = parse(SWEEPS[name].flags, words, f"{call.prog} {name}", about)
     goes_on = f"To go on, with what is complete as it is:\n  {call.again('--reuse', instead_of=('--no-reuse',))}"
     with _errors_as_typed(typed):
         plan = planned(name, flags)

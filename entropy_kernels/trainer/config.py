@@ -1,8 +1,7 @@
-"""The one configuration of the reference trainer: a flat dataclass, whose fields are the flags of the command line.
+"""The one configuration of the reference trainer: a flat dataclass, read from the command line through tyro.
 
-Every field carries the help text that ``--help`` prints, under the comment line that opens its group. Defaults are the
-settings in which the entropy law and the effect of Clip-Cov and KL-Cov show on two CPU cores (docs/trainer.md tells how
-they were found).
+Every field carries the help text that ``--help`` prints. Defaults are the settings in which the entropy law and the
+effect of Clip-Cov and KL-Cov show on two CPU cores (docs/trainer.md tells how they were found).
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ SWEEPS = {
         judged=True,
     ),
     "compare": Sweep(
-        about="Train one model, any, under several methods from one start, and once more by torch's own operations; "
-        "writes a report with curves and with what a step costs.",
+        about="Train one model, any (--config FILE), under several methods from one start, and once more by torch's "
+        "own operations; writes a report with curves and with what a step costs.",
         title="{model} on {task}: policy entropy and methods that hold it",
         flags=Flags(Path("runs/compare"), torch_ops=_MAIN[1]),
         configured=True,
