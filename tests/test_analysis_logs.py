@@ -203,6 +203,8 @@ def test_step_columns_and_their_absence(tmp_path):
         ("a.csv", "step,entropy\n", "has no rows"),
         ("a.csv", 'a,b\n1,2\n1,2,3,4\n"', "is not CSV"),
         ("a.csv", "name\nx\n", "has no numeric columns"),
+        ("a.csv", f"step,x\n{10**400},{10**400}\n", "has no numeric columns"),
+        ("a.csv", '"two\nlines",x\n"y",a\n', "has no numeric columns"),
         ("a.jsonl", "\n\n", "has no rows"),
         ("a.jsonl", "nonsense\n", "line 1: not JSON, as 1 lines of 1"),
         ("a.jsonl", "[1, 2]\n", "line 1: expected an object, got list"),

@@ -11,6 +11,7 @@ import itertools
 import json
 import lzma
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,8 @@ class Lines:
             raw.seek(0)
             encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
             try:
-                yield from self._decoded(io.TextIOWrapper(raw, encoding, errors="replace", newline="\n"))
+                with io.TextIOWrapper(raw, encoding, errors="replace") as text:
+                    yield from self._decoded(text)
             except (EOFError, OSError, lzma.LZMAError) as error:
                 if opened is open:
                     raise
@@ -326,13 +328,13 @@ def _read_console(lines: Lines) -> Table | None:
     bars: list[dict[int, int]] = []  # per row without a step: total of a progress bar → where it last stood
     stood: dict[int, int] = {}
     for _, line in lines:
-        for piece in _ANSI.sub("", line).replace("\r", "\n").split("\n"):
-            for done, total in _TQDM.findall(piece):
-                stood[int(total)] = int(done)
-            row = _printed(piece)
-            if row:
-                rows.append(row)
-                bars.append({} if "step" in row else dict(stood))
+        piece = _ANSI.sub("", line) if "\x1b" in line else line
+        for done, total in _TQDM.findall(piece):
+            stood[int(total)] = int(done)
+        row = _printed(piece)
+        if row:
+            rows.append(row)
+            bars.append({} if "step" in row else dict(stood))
     if not rows:
         return None
     if not any("step" in row for row in rows):
@@ -407,10 +409,10 @@ class _Rows(io.TextIOBase):
         head = list(itertools.islice(self._lines, 200))
         while head and (not head[0][1].strip() or head[0][1].startswith(("#", "sep="))):
             head.pop(0)
-        self.header = head[0][1].rstrip("\r\n") if head else ""
+        self.header = head[0][1].rstrip("\n") if head else ""
         self.separator = "\t" if suffix == ".tsv" else max(",;\t", key=self.header.count)
         self.width = self._cells(self.header)
-        body = [line.rstrip("\r\n") for _, line in head[1:] if line.strip() and line.count('"') % 2 == 0]
+        body = [line.rstrip("\n") for _, line in head[1:] if line.strip() and line.count('"') % 2 == 0]
         comma = any(_DECIMAL_COMMA.search(line) for line in body) and not any(re.search(r"\d\.\d", x) for x in body)
         self.decimal = "," if self.separator in ";\t" and comma else "."
         # a writer that leaves out empty cells at the end, or ends every line with a separator
@@ -430,7 +432,7 @@ class _Rows(io.TextIOBase):
                 self.count += not inside
                 yield line
                 continue
-            line = line.rstrip("\r\n")
+            line = line.rstrip("\n")
             if self._trailing:
                 line = line.removesuffix(separator)
             found = self._cells(line)
@@ -448,7 +450,10 @@ class _Rows(io.TextIOBase):
         """Separators between the cells of a line."""
         if '"' not in line:
             return line.count(self.separator)
-        return len(next(csv.reader([line], delimiter=self.separator), [""])) - 1
+        try:
+            return len(next(csv.reader([line], delimiter=self.separator), [""])) - 1
+        except csv.Error:  # a cell of a size that is none of a log
+            return -1
 
     def readable(self) -> bool:
         return True
@@ -475,9 +480,11 @@ def _read_csv(lines: Lines, suffix: str) -> list[Table]:
     pd = require("pandas", "reading a CSV log")
     rows = _Rows(lines, suffix)
     try:
-        frame = pd.read_csv(
-            rows, sep=rows.separator, decimal=rows.decimal, skipinitialspace=True, low_memory=False, index_col=False
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)  # of cells in quotes over lines of other widths
+            frame = pd.read_csv(
+                rows, sep=rows.separator, decimal=rows.decimal, skipinitialspace=True, low_memory=False, index_col=False
+            )
     except pd.errors.EmptyDataError:
         raise LogError(f"{lines.path} is empty") from None
     except (pd.errors.ParserError, csv.Error) as error:

@@ -20,7 +20,7 @@ import numpy as np
 
 from entropy_kernels._require import require
 from entropy_kernels.analysis.log_files import Source, read, sources
-from entropy_kernels.analysis.log_text import IDENTITY, Table
+from entropy_kernels.analysis.log_text import IDENTITY, Table, as_float
 from entropy_kernels.analysis.metric_names import ENTROPY, TRAINING, VALIDATION, LogError, known
 
 if TYPE_CHECKING:
@@ -218,10 +218,9 @@ def _parts(table: Table) -> list[_Part]:
         elif not pd.api.types.is_datetime64_any_dtype(column):
             if name == "global_step/max_steps":
                 column = column.astype(str).str.partition("/")[0]
-            values = pd.to_numeric(column, errors="coerce").to_numpy(float, na_value=np.nan)
+            values = _numbers(column)
             if np.isnan(values).all() and pd.api.types.is_string_dtype(column):  # "0,5", in quotes
-                commas = column.astype(str).str.replace(",", ".", n=1, regex=False)
-                values = pd.to_numeric(commas, errors="coerce").to_numpy(float, na_value=np.nan)
+                values = _numbers(column.astype(str).str.replace(",", ".", n=1, regex=False))
             if name in IDENTITY and np.isnan(values).all():
                 texts[name] = column
             numbers[name] = values
@@ -253,6 +252,15 @@ def _parts(table: Table) -> list[_Part]:
         if owners.nunique() > 1:
             return [_named_part(whole, np.flatnonzero(owners == owner), owner, name) for owner in owners.unique()]
     return [whole]
+
+
+def _numbers(column: Series) -> np.ndarray:
+    """float64; NaN for what is no number."""
+    try:
+        values = require("pandas", "reading a log").to_numeric(column, errors="coerce")
+        return values.to_numpy(float, na_value=np.nan)
+    except OverflowError:  # an integer beyond float64
+        return np.array([as_float(value) for value in column])
 
 
 def _named_part(whole: _Part, rows: np.ndarray, owner: str, column: str) -> _Part:

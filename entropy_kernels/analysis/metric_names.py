@@ -199,6 +199,9 @@ NAMED = (
 class LogError(ValueError):
     """A log that cannot be read, or does not hold what was asked for; the message is one line for the user."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # names of columns may go over lines
+
 
 @dataclass(frozen=True)
 class Quantity:
