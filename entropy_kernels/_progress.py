@@ -1,78 +1,22 @@
 """Progress of any program here: bars on a terminal, elsewhere one plain line per report.
 
-On a terminal a line has name, counts and time left, which are always whole; the note gives way first, number by
-number, then the middle of a long name. rich draws it; without rich a terminal gets the plain lines, too.
+rich draws the bars and estimates the time left; without it there are the plain lines alone, and no estimates.
 """
 
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 #: Seconds between plain lines of one piece of work.
 PLAIN_INTERVAL = 20.0
 #: Seconds until a brief board shows anything.
 PATIENCE = 1.0
-#: Seconds and reports that the speed is measured over, at least.
-_WINDOW, _REPORTS = 60.0, 10
-#: Columns of a terminal from which on there is room for a bar, and columns of the bar.
-_WIDE, _BAR = 120, 24
-_SHORTEST_NAME = 8
-
-
-@dataclass
-class Task:
-    """A piece of work: steps done, of how many, and when."""
-
-    name: str
-    total: int
-    done: int = 0
-    note: str = ""
-    seconds: float = 0.0  # that it has taken so far
-    samples: list[tuple[float, int]] = field(default_factory=list)  # (time, done), the latest ones
-
-    def advance(self, done: int, now: float) -> None:
-        """`done` steps are done; the time of the first report is the start."""
-        if self.samples:
-            self.seconds += now - self.samples[-1][0]
-        self.done = done
-        self.samples.append((now, done))
-        while len(self.samples) > _REPORTS and self.samples[1][0] < now - _WINDOW:
-            del self.samples[0]
-
-    def left(self, now: float) -> float | None:
-        """Seconds left, by the speed of late; None before there is one."""
-        if len(self.samples) < 2:
-            return None
-        (start, first), (end, last) = self.samples[0], self.samples[-1]
-        if last <= first or end <= start:
-            return None
-        return max(0.0, (self.total - self.done) * (end - start) / (last - first) - (now - end))
-
-    @property
-    def state(self) -> str:
-        """waiting, running or done."""
-        return "done" if self.samples and self.done >= self.total else "running" if self.samples else "waiting"
-
-    def columns(self, now: float) -> tuple[str, str]:
-        """Counts, and the time."""
-        if self.state == "waiting":
-            return f"{self.done}/{self.total}", "waits"
-        left = self.left(now)
-        shown = f"took {clock(self.seconds)}" if self.state == "done" else f"{clock(left)} left"
-        return f"{self.done}/{self.total}", shown
-
-
-def clock(seconds: float | None) -> str:
-    """Seconds as h:mm:ss; None as -:--:--."""
-    if seconds is None:
-        return "-:--:--"
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+#: Seconds that the speed is measured over: a step may take minutes.
+_PERIOD = 3600.0
+#: Columns of a terminal from which on there is room for a bar.
+_WIDE = 120
 
 
 def in_words(seconds: float) -> str:
@@ -97,7 +41,7 @@ class ProgressBoard:
         For work that is usually short, or whose result is what counts: nothing is shown before a second has passed, and
         the bars vanish at the end.
     ticking : bool
-        A thread lets the time left run between reports. False where that would disturb what is measured.
+        A thread draws, twice a second. False where that would disturb what is measured: then every report draws.
     interval : float
         Seconds between plain lines of one name; 0 where every report is one.
     """
@@ -111,151 +55,114 @@ class ProgressBoard:
         ticking: bool = True,
         interval: float = PLAIN_INTERVAL,
     ) -> None:
-        self._enabled, self._brief, self._interval = enabled, brief, interval
+        self._enabled, self._brief, self._ticking, self._interval = enabled, brief, ticking, interval
         self._file = sys.stdout if file is None else file
-        self._tasks: dict[str, Task] = {}
-        self._last: dict[str, float] = {}  # time of the last plain line
-        self._began = self._drawn = time.monotonic()
-        self._ticking = ticking
-        self._live: Any = _live(self._file, self._lines, brief, ticking) if enabled else None
-        self._started = False
+        self._done: dict[str, tuple[int, int]] = {}  # as last reported, and of how many
+        self._told: dict[str, float] = {}  # time of the last plain line
+        self._began = time.monotonic()
+        self._ids: dict[str, Any] = {}
+        self._bars: Any = _bars(self._file, brief, ticking) if enabled else None
+        self._drawn = self._bars is not None and not self._bars.disable
 
     def __enter__(self) -> ProgressBoard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._started:
-            self._live.stop()
-            self._started = False
+        if self._drawn and self._bars.live.is_started:
+            self._bars.stop()
 
     def say(self, text: str) -> None:
         """A line above the bars; on a terminal folded between words, elsewhere never."""
-        if not self._enabled:
-            return
-        if self._live is not None:
-            text = textwrap.fill(text, self._live.console.width, break_long_words=False, break_on_hyphens=False)
-        if self._started:
-            self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
+        if self._drawn:
+            self._bars.console.print(text, highlight=False, markup=False, emoji=False)
+        elif self._enabled:
             print(text, file=self._file, flush=True)
 
     def add(self, name: str, total: int) -> None:
         """A line that waits for its first update."""
-        if self._enabled and name not in self._tasks:
-            self._tasks[name] = Task(name, total)
+        if self._bars is not None and name not in self._ids:
+            self._ids[name] = self._bars.add_task(name, start=False, total=total, note="", state="waits")
             self._draw()
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` steps are done. Without a terminal that is a line if `interval` has passed since the last
         one of this name, or all is done.
 
-        ``note`` is shown as far as it fits: numbers and words, separated by two spaces.
+        ``note`` is shown as far as it fits.
         """
         if not self._enabled:
             return
-        task, now = self._tasks.setdefault(name, Task(name, total)), time.monotonic()
-        known = bool(task.samples) and (task.done, task.total) == (done, total)
-        task.total, task.note = total, " ".join(note.splitlines())
-        if not known:
-            task.advance(done, now)
-        if self._live is not None:
+        known = self._done.get(name) == (done, total)
+        self._done[name] = (done, total)
+        note = " ".join(note.splitlines())
+        left = self._advance(name, done, total, note) if self._bars is not None else None
+        if self._drawn:
             self._draw()
-        elif not known and self._due(task, now):
-            self._last[name] = now
-            left = task.left(now)
-            rest = f", about {in_words(left)} left" if left and done < total else ""
-            self.say(f"{name}: {done}/{total}{rest}  {task.note}".rstrip())
+        elif not known and self._due(name, time.monotonic()):
+            rest = f", about {in_words(left)} left" if left else ""
+            self.say(f"{name}: {done}/{total}{rest}  {note}".rstrip())
 
-    def _due(self, task: Task, now: float) -> bool:
-        last = self._last.get(task.name)
+    def _advance(self, name: str, done: int, total: int, note: str) -> float | None:
+        """The same to rich; seconds left, None before there is a speed."""
+        self.add(name, total)
+        task = self._bars.tasks[self._ids[name]]  # none is ever removed
+        if not task.started:
+            self._bars.start_task(task.id)
+        over = done >= total
+        # a terminal that is too low for all shows those that run
+        visible = not over or len(self._ids) < self._bars.console.height
+        state = "done" if over else "left"
+        self._bars.update(task.id, completed=done, total=total, note=note, state=state, visible=visible)
+        return task.time_remaining
+
+    def _due(self, name: str, now: float) -> bool:
+        last = self._told.get(name)
         if self._brief:  # its end is told by what follows
-            last = self._began + PATIENCE - self._interval if last is None else last
-            return now - last >= self._interval
-        return last is None or task.done >= task.total or now - last >= self._interval
+            due = now - (self._began + PATIENCE - self._interval if last is None else last) >= self._interval
+        else:
+            done, total = self._done[name]
+            due = last is None or done >= total or now - last >= self._interval
+        if due:
+            self._told[name] = now
+        return due
 
     def _draw(self) -> None:
-        if self._live is None:
-            return
-        now = time.monotonic()
-        if not self._started and now - self._began >= (PATIENCE if self._brief else 0.0):
-            self._live.start(refresh=True)
-            self._started, self._drawn = True, now
-        elif self._started and not self._ticking and now - self._drawn >= 0.5:
-            self._live.refresh()
-            self._drawn = now
-
-    def _lines(self, width: int, height: int, ascii_only: bool) -> list[tuple[str, str]]:
-        """Lines of at most `width` columns, with their styles."""
-        now, order = time.monotonic(), ("running", "waiting", "done")
-        tasks = list(self._tasks.values())
-        room = max(1, height - 2)
-        kept = tasks if len(tasks) <= room else sorted(tasks, key=lambda task: order.index(task.state))[: room - 1]
-        rows = [(task, *task.columns(now)) for task in tasks if any(task is shown for shown in kept)]
-        counts = max((len(count) for _, count, _ in rows), default=0)
-        times = max((len(shown) for _, _, shown in rows), default=0)
-        bar = _BAR if width >= _WIDE else 0
-        most = min(width // 3, width - counts - times - (bar + 6 if bar else 4))  # for the name
-        name = min(max((len(task.name) for task in tasks), default=0), max(_SHORTEST_NAME, most))
-        lines = []
-        for task, count, shown in rows:
-            head = f"{shortened(task.name, name, ascii_only):<{name}}  "
-            if bar:
-                full = bar * min(task.done, task.total) // max(1, task.total)
-                head += ("#" if ascii_only else "━") * full + ("." if ascii_only else "╌") * (bar - full) + "  "
-            head += f"{count:>{counts}}  {shown:>{times}}"
-            lines.append((head + fitting(task.note, width - len(head)), "" if task.state == "running" else "dim"))
-        hidden = [task.state for task in tasks if all(task is not shown for shown in kept)]
-        if hidden:
-            said = ", ".join(f"{hidden.count(state)} {state}" for state in order if state in hidden)
-            lines.append((f"and {said}"[:width], "dim"))
-        return lines
+        if self._drawn and not self._bars.live.is_started:
+            if time.monotonic() - self._began >= (PATIENCE if self._brief else 0.0):
+                self._bars.start()
+        elif self._drawn and not self._ticking:
+            self._bars.refresh()
 
 
-def fitting(note: str, width: int) -> str:
-    """As many of a note's parts, which two spaces separate, as fit into `width` behind two spaces: none is cut."""
-    shown = ""
-    for part in note.split("  "):
-        if len(shown) + 2 + len(part) > width:
-            break
-        shown += f"  {part}" if part else ""
-    return shown
+def _bars(file: TextIO, brief: bool, ticking: bool) -> Any:
+    """A rich.progress.Progress, which is disabled where there is no terminal; None without rich.
 
-
-def shortened(name: str, width: int, ascii_only: bool = False) -> str:
-    """A name without its middle, if it is longer than `width`."""
-    if len(name) <= width:
-        return name
-    dots = ".." if ascii_only else "…"
-    kept = width - len(dots)
-    return name[: kept - kept // 2] + dots + name[len(name) - kept // 2 :]
-
-
-def _live(
-    file: TextIO, lines: Callable[[int, int, bool], list[tuple[str, str]]], brief: bool, ticking: bool
-) -> Any:  # fmt: skip
-    """What draws on a terminal, a rich.live.Live; None where there is none, or no rich."""
-    if not file.isatty():
-        return None
+    Counts and time left are always whole: the note gives way first, then a long name.
+    """
     try:
         from rich.console import Console
-        from rich.live import Live
-        from rich.text import Text
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
     except ImportError:
         return None
     console = Console(file=file)
-    if not console.is_terminal or console.is_dumb_terminal:
-        return None
-
-    def render() -> Text:
-        found = lines(console.width, console.height, console.options.ascii_only)
-        return Text("\n", no_wrap=True, overflow="crop").join(Text(line, style) for line, style in found)
-
-    return Live(
-        get_renderable=render,
+    cut: Any = "crop" if console.options.ascii_only else "ellipsis"
+    name = Column(no_wrap=True, overflow=cut, max_width=max(8, console.width // 2 - 12))
+    return Progress(
+        TextColumn("{task.description}", markup=False, table_column=name),
+        *([BarColumn(bar_width=24)] if console.width >= _WIDE else []),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, justify="right")),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow=cut, ratio=1)),
         console=console,
         auto_refresh=ticking,
         refresh_per_second=2,
+        speed_estimate_period=_PERIOD,
         transient=brief,
         redirect_stdout=file is sys.stdout,  # what is printed meanwhile goes above the bars, and not elsewhere
         redirect_stderr=sys.stderr.isatty(),
+        get_time=time.monotonic,
+        disable=not (file.isatty() and console.is_terminal and not console.is_dumb_terminal),
+        expand=True,
     )
