@@ -64,7 +64,6 @@ def run(end: float, seed: int = 0, target: float | None = None) -> Any:
     entropy = end + (0.95 - end) * np.exp(-step / 40)
     noise = np.random.default_rng(seed).normal(0, 0.005, len(step))
     log = {"step": step, "entropy": entropy, "val_pass1": 0.55 - 0.14 * np.exp(entropy) + noise, "val_pass8": 0.7}
-    log |= {"cov_a": 4.0, "cov_b": -0.002}
     return pd.DataFrame(log if target is None else {**log, "target_entropy": target})
 
 
@@ -106,8 +105,6 @@ def analysis() -> Iterator[tuple[str, Callable[[], Figure]]]:
         yield f"curves-{size}", partial(plots.performance_figure, RUNS, columns=CURVES, title=TASK, **at)
         yield f"law-{size}", partial(plots.law_figure, RUNS, **at)
         yield f"change-{size}", partial(plots.entropy_change_figure, PANELS, scaleless=[list(PANELS)[1]], **at)
-    fractions = {0.0002: "cov_a", 0.002: "cov_a", 0.02: "cov_b", 1.0: "cov_b"}
-    yield "covariance", lambda: plots.covariance_figure(plots.covariance_table(RUNS, fractions), title=TASK)
     yield "fit", lambda: fit(31, "Entropy law of metrics.jsonl")
     yield "fit-long", lambda: fit(9, f"Entropy law of {TASK}/metrics.jsonl")
     yield "fits", lambda: fits(RUNS)

@@ -220,6 +220,37 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
 
 
+def test_runs_that_ended_early_or_broke_are_told(tmp_path: Path) -> None:
+    """What is missing has no sign, and the runs that it is missing of are named."""
+    runs = {run: found for run, found in report_runs.logs(1).items() if run in ("grpo", "clip_cov", "kl_cov")}
+    (grpo,), (clip,), (kl,) = runs.values()
+    clip.loc[clip["step"] > 100, [name for name in clip if name == "entropy" or name.startswith("val_")]] = np.nan
+    runs["kl_cov"] = [kl[kl["step"] < 60].drop(columns=[name for name in kl if name.startswith("final_")])]
+
+    def written(runs: dict[str, list[pd.DataFrame]]) -> dict[str, Any]:
+        return write_report(
+            tmp_path, runs, base=TrainerConfig(), experiment={"predicted": [], "measured": []}, command="c", seeds=[0],
+            seconds=1.0, workers=1, title="t", kept={},
+        )  # fmt: skip
+
+    record = written(runs)
+    assert "Clip-Cov has no entropy after step 100 of 240 and has 140 steps with an entropy that is" in verdict(record)
+    assert "KL-Cov has no entropy after step 59 of 240. One seed" in verdict(record)
+    assert "KL-Cov ends with more entropy." in verdict(record), "and nothing of pass@k"
+    assert not re.search(r"\bnan\b", (tmp_path / "report.md").read_text())
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert any(said.startswith("Clip-Cov: the paper's") for said in record["limits"])
+    del runs["clip_cov"]
+    assert not any("Clip-Cov" in said for said in written(runs)["limits"]), "of a method that did not run"
+    early = written({"grpo": [grpo[:60]], "kl_cov": report_runs.logs(1)["kl_cov"]})
+    assert "GRPO has no entropy after step 59 of 240" in verdict(early)
+    with pytest.raises(ValueError, match="runs: expected finite entropies, got a log of 241 steps without one"):
+        written({"grpo": [grpo.assign(entropy=np.nan)]})
+    assert verdict(written({"grpo": [grpo.assign(entropy=0.0)], "kl_cov": [kl]})).startswith(
+        "GRPO's entropy stays: 0.00 nats at the start, 0.00 at the end. KL-Cov ends with more entropy"
+    )
+
+
 def test_complete_runs_are_kept_and_others_continued(tmp_path: Path) -> None:
     settings = config(tmp_path / "run", steps=2)
     assert sweep.unfinished({"run": settings}) == {"run": settings}

@@ -210,7 +210,7 @@ class Page:
         for layer, entries in self.reference.layers.items():
             lines += [f"**[{layer}](#{slug(layer)})**", "", "| name | what |", "|---|---|"]
             for x in entries:
-                what = self.markdown(re.split(r"\.\s|\n\n", x.about)[0].rstrip("."), x, links=False)
+                what = self.markdown(re.split(r"(?<!Eq)\.\s|\n\n", x.about)[0].rstrip("."), x, links=False)
                 what = " ".join(what.split()).replace("|", "\\|")
                 lines.append(f"| [`{x.name}`](#{self.anchors[x.name]}) | {what} |")
             lines.append("")

@@ -13,8 +13,6 @@ Column names of the reference trainer's logs, the defaults here: ``step``, ``ent
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -48,12 +46,6 @@ def png(figure: Figure, *, dpi: int = 150) -> bytes:
     picture = image.open(buffer).convert("RGB").quantize(256, dither=image.Dither.NONE)
     picture.save(small, format="png", optimize=True, dpi=(dpi, dpi))
     return small.getvalue()
-
-
-def img_tag(figure: Figure, alt: str, *, dpi: int = 150) -> str:
-    """``<img>`` with the PNG inside it, for a self-contained page."""
-    data = base64.b64encode(png(figure, dpi=dpi)).decode("ascii")
-    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 
 def entropy_figure(
@@ -336,44 +328,6 @@ def covariance_table(
     return table
 
 
-def covariance_figure(table: DataFrame, *, title: str = "Mean covariance of the top tokens") -> Figure:
-    """A covariance table as a figure: the numbers on a colour scale that is linear near 0 and logarithmic above."""
-    colors = require("matplotlib.colors", "a plot")
-    values = table.to_numpy(float)
-    fig, (ax,) = style.panels(1, (1.15 * values.shape[1] + 2.2, 0.48 * values.shape[0] + 1.5))
-    ax.grid(False)
-    bound = max(np.nanmax(np.abs(values), initial=0.0), 1e-6)
-    norm = colors.SymLogNorm(linthresh=min(0.05, bound), vmin=-bound, vmax=bound)
-    # the middle half of the map only: text stays readable on every cell
-    cmap = colors.LinearSegmentedColormap.from_list("covariance", ["#8db8d9", "#ffffff", "#f2b38a"])
-    ax.imshow(np.nan_to_num(values), cmap=cmap, norm=norm, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        ax.text(j, i, _number(value), ha="center", va="center", fontsize=10, color=style.INK)
-    ax.set_xticks(range(values.shape[1]), [str(c) for c in table.columns], color=style.INK)
-    ax.set_yticks(range(values.shape[0]), [str(i) for i in table.index], color=style.INK)
-    ax.tick_params(length=0, labelsize=9.5)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    ax.set_xlabel("top share of tokens, by covariance")
-    style.title(ax, title)
-    return fig
-
-
-def html_table(table: DataFrame, *, caption: str = "", digits: int = 3) -> str:
-    """Any DataFrame of numbers as a plain HTML table (class ``data``), text escaped, NaN as –."""
-    name = html.escape(str(table.columns.name or ""))
-    head = "".join(f"<th scope='col'>{html.escape(str(c))}</th>" for c in table.columns)
-    body = "".join(
-        f"<tr><th scope='row'>{html.escape(str(index))}</th>"
-        + "".join(f"<td>{html.escape(_number(value, digits))}</td>" for value in row)
-        + "</tr>"
-        for index, row in zip(table.index, table.to_numpy(dtype=object), strict=True)
-    )
-    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    head = f"<thead><tr><th scope='col'>{name}</th>{head}</tr></thead>"
-    return f"<table class='data'>{title}{head}<tbody>{body}</tbody></table>"
-
-
 def _curves(ax: Axes, runs: Mapping[str, Run], column: str) -> None:
     looks = style.styles(list(runs))
     for name, run in runs.items():
@@ -469,11 +423,3 @@ def _fraction(value: float) -> str:
 
 def _pretty(column: str) -> str:
     return {"val_pass1": "pass@1", "val_pass8": "pass@8"}.get(column, column)
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    if not isinstance(value, (int, float, np.number)):
-        return str(value)
-    if np.isnan(value):
-        return "–"
-    return f"{value:d}" if isinstance(value, (int, np.integer)) else f"{value:.{digits}f}"

@@ -39,18 +39,21 @@ CHANGES = {
 
 
 def end_values(log: DataFrame) -> dict[str, float]:
-    """End values of one run: entropy, validation, the law, the correlations of the entropy change, and cost."""
+    """End values of one run: entropy, validation, the law, the correlations of the entropy change, and cost. NaN counts
+    as not measured, as which a log keeps what is not finite; ValueError if no entropy is left."""
+    entropy = log["entropy"].dropna()
+    if not len(entropy):
+        raise ValueError(f"runs: expected finite entropies, got a log of {len(log)} steps without one")
 
     def measured(column: str) -> Any:
         return log[column].dropna() if column in log else log.iloc[:0]
 
-    validated = log[log["val_pass1"].notna()] if "val_pass1" in log else log.iloc[:0]
-    start, end = float(log["entropy"].iloc[0]), float(log["entropy"].iloc[-END_ROLLOUTS:].mean())
-    values = {"entropy_start": start, "entropy_end": end, "entropy_fall": 1.0 - end / start}
-    if len(validated):
-        ends = [name for name in validated.columns if name.startswith(("val_", "final_"))]
-        values |= {name: float(validated[name].iloc[-1]) for name in ends}
-    values |= law_values(validated) | held_values(log)
+    start, end = float(entropy.iloc[0]), float(entropy.iloc[-END_ROLLOUTS:].mean())
+    values = {"entropy_start": start, "entropy_end": end, "entropy_fall": (start - end) / max(start, 1e-9)}
+    values |= {"entropy_missing": float(len(log) - len(entropy))} if len(entropy) < len(log) else {}
+    ends = [name for name in log if str(name).startswith(("val_", "final_"))]
+    values |= {str(name): float(found.iloc[-1]) for name in ends if len(found := measured(name))}
+    values |= law_values(log) | held_values(log)
     for name, (predicted, change) in CHANGES.items():
         if {predicted, change} <= set(log.columns):
             pairs = log[[predicted, change]].dropna().to_numpy(float)
@@ -81,9 +84,9 @@ def held_values(log: DataFrame) -> dict[str, float]:
     return {"target_end": end, "target_off": float(gap.mean()), "target_worst": float(gap.max())}
 
 
-def law_values(validated: DataFrame) -> dict[str, float]:
+def law_values(log: DataFrame) -> dict[str, float]:
     """Law and line over all validations, and the law of the first third judged at the last; {} without a fit."""
-    h, r = validated["entropy"].to_numpy(float), validated["val_pass1"].to_numpy(float)
+    h, r = log.reindex(columns=["entropy", "val_pass1"]).dropna().to_numpy(float).T
     if len(h) < 6 or np.ptp(h) == 0 or np.ptp(r) == 0:
         return {}
     law = ek.fit_entropy_law(h, r)
@@ -146,13 +149,13 @@ def criteria(summary: Summary, experiment: Mapping[str, Sequence[float]], *, wal
     for name, method in METHODS.items() if walk else ():
         if method.entropy_factor is None or name not in summary:
             continue
-        ratio, factor = summary[name]["entropy_end"]["mean"] / base["entropy_end"]["mean"], method.entropy_factor
+        ratio, factor = entropy_ratio(summary, name), method.entropy_factor
         check(
             f"{method.label} ends with at least {factor:g} x the baseline's entropy", ratio >= factor, f"{ratio:.2f} x"
         )
         for other, beside in METHODS.items():
             compared = other == BASELINE or beside.control_of is not None
-            if not compared or other not in summary or "final_pass8" not in summary[name]:
+            if not compared or any("final_pass8" not in summary.get(each, ()) for each in (name, other)):
                 continue
             mine, theirs = summary[name]["final_pass8"], summary[other]["final_pass8"]
             gap, noise = difference(mine, theirs)
@@ -185,6 +188,12 @@ def criteria(summary: Summary, experiment: Mapping[str, Sequence[float]], *, wal
     return checks
 
 
+def entropy_ratio(summary: Summary, run: str) -> float:
+    """Entropy at the end over the baseline's."""
+    mine, theirs = (summary[name]["entropy_end"]["mean"] for name in (run, BASELINE))
+    return float(mine / theirs) if theirs else float("inf" if mine else 1)
+
+
 def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[float, float | None]:
     """Of two means over seeds, and the larger standard deviation of the two: None for one seed."""
     spreads = [value["sd"] for value in (mine, theirs) if value["sd"] is not None]
@@ -194,8 +203,8 @@ def difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[floa
 def beside_baseline(summary: Summary, run: str, metric: str) -> tuple[float, float, int] | None:
     """Value of a metric of the validation at the end, its difference to the baseline's, and that one's sign: 0 where
     the seeds spread by more, or, of one seed, where it is smaller than ONE_SEED_NOISE. None if it was not measured."""
-    name = next((name for name in (f"final_{metric}", f"val_{metric}") if name in summary[BASELINE]), "")
-    if name not in summary[run]:
+    there = (name for name in (f"final_{metric}", f"val_{metric}") if name in summary[BASELINE])
+    if (name := next(there, "")) not in summary[run]:
         return None
     mine, theirs = summary[run][name], summary[BASELINE][name]
     gap, noise = difference(mine, theirs)

@@ -21,6 +21,7 @@ from entropy_kernels.trainer.report_numbers import (
     beside_baseline,
     difference,
     disturbance,
+    entropy_ratio,
     slowdown,
 )
 
@@ -155,13 +156,11 @@ def joined(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def entropy_ratio(summary: Summary, run: str) -> tuple[float, int]:
-    """Entropy at the end over the baseline's, and whether that is more (1), less (-1) or about as much (0)."""
-    mine, theirs = (summary[name]["entropy_end"] for name in (run, BASELINE))
-    gap, noise = difference(mine, theirs)
-    ratio = mine["mean"] / theirs["mean"] if theirs["mean"] else float("inf" if gap else 1)
-    told = abs(gap) > (noise or 0.0) and not 1 / ENTROPY_RATIO < ratio < ENTROPY_RATIO
-    return ratio, (1 if gap > 0 else -1) * told
+def more_entropy(summary: Summary, run: str) -> int:
+    """Whether a run ends with more entropy than the baseline (1), with less (-1), or with about as much (0)."""
+    gap, noise = difference(*(summary[name]["entropy_end"] for name in (run, BASELINE)))
+    told = abs(gap) > (noise or 0.0) and not 1 / ENTROPY_RATIO < entropy_ratio(summary, run) < ENTROPY_RATIO
+    return (1 if gap > 0 else -1) * told
 
 
 def verdict(record: Mapping[str, Any]) -> str:
@@ -173,7 +172,7 @@ def verdict(record: Mapping[str, Any]) -> str:
     alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for run in summary:
         if run != BASELINE:
-            signs = [("entropy", entropy_ratio(summary, run)[1])]
+            signs = [("entropy", more_entropy(summary, run))]
             for metric in ("pass8", "pass1"):
                 if found := beside_baseline(summary, run, metric):
                     signs.append((JUDGED[metric][0], found[2]))
@@ -184,6 +183,7 @@ def verdict(record: Mapping[str, Any]) -> str:
         parts += [("but " * bool(more)) + joined([f"lower {name}" for name in less])] if less else []
         parts += [("and " * bool(parts)) + f"about {first}'s {joined(level)}"] if level else []
         said.append(f"{joined(names)} end{'' if len(names) > 1 else 's'} with {', '.join(parts)}.")
+    said += [f"{label(run)} {' and '.join(why)}." for run in summary if (why := incomplete(record, run))]
     if len(record["seeds"]) == 1:
         said.append(f"One seed: differences in pass@k below {ONE_SEED_NOISE:g} count as none.")
     failed = sum(not check["holds"] for check in record["criteria"])
@@ -213,9 +213,19 @@ def look(record: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def incomplete(record: Mapping[str, Any], run: str) -> list[str]:
+    """What makes a run's end another than that of the others."""
+    last, most = record["courses"][run]["last"], max(course["last"] for course in record["courses"].values())
+    missing = sum(record["methods"][run].get("entropy_missing", {"seeds": []})["seeds"])
+    return [
+        *([f"has no entropy after step {last} of {most}"] if last < most else []),
+        *([f"has {missing:.0f} steps with an entropy that is not finite, left out"] if missing else []),
+    ]
+
+
 def where(behind: Mapping[str, Any]) -> str:
     """How long a curve is behind."""
-    return "all the way" if behind["to_end"] else f"until step {behind['until']}"
+    return "in the whole curve" if behind["to_end"] else f"until step {behind['until']}"
 
 
 def dashed(summary: Summary) -> str:
@@ -237,9 +247,9 @@ def lines(record: Mapping[str, Any]) -> Table:
     rows = []
     for run, values in summary.items():
         first = run == BASELINE
-        ratio, more = entropy_ratio(summary, run)
-        worse = [] if more >= 0 else ["entropy"]
-        cells = [f"{values['entropy_end']['mean']:.3f}" + ("" if first else f" ({ratio:.1f} x)")]
+        worse = ["entropy"] if more_entropy(summary, run) < 0 else []
+        ratio = "" if first else f" ({entropy_ratio(summary, run):.1f} x)"
+        cells = [f"{values['entropy_end']['mean']:.3f}{ratio}"]
         for name in metrics:
             text, digits = JUDGED[name]
             found = beside_baseline(summary, run, name)
@@ -358,11 +368,11 @@ def limits(summary: Summary, base: TrainerConfig) -> list[str]:
         )
     if "tokens" in first:
         tokens = first["tokens"]["mean"] / base.minibatches
-        for name, method in treating.items():
+        for name, method in ((name, method) for name, method in treating.items() if name in summary):
             times = base.under(name).selection_ratio / method.paper_ratio
             said.append(
                 f"{method.label}: the paper's fraction, {method.paper_ratio:g} of a minibatch of {tokens:.0f} tokens, "
-                f"is {method.paper_ratio * tokens:.1f} tokens. That of these runs is {times:.0f} times larger."
+                f"is {method.paper_ratio * tokens:.1f} tokens; these runs take {times:.3g} times as many."
             )
     return said
 
