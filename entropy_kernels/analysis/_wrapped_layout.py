@@ -41,8 +41,8 @@ class WrappedLayout(ConstrainedLayoutEngine):
 
 def _set_above(ax: Any, title: Text, note: Text) -> None:
     """The title above the lines of its note, both with a say in how high the axes become."""
-    lines = note.get_text().count("\n") + 1 if note.get_text() else 0
-    pad = style.NOTE_ABOVE + 3 + 1.25 * style.NOTE_SIZE * lines
+    height = note.get_window_extent().height * 72 / ax.figure.dpi if note.get_text() else 0
+    pad = style.NOTE_ABOVE + 3 + height
     look = {name: getattr(title, f"get_{name}")() for name in ("fontsize", "fontweight", "color")}
     ax.set_title(title.get_text(), loc="left", va="bottom", pad=pad, **look)
     title.set_in_layout(True)
