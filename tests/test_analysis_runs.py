@@ -6,6 +6,7 @@ Right values come from float64 numpy.
 import gzip
 import json
 import math
+import random
 import string
 
 import numpy as np
@@ -240,6 +241,52 @@ def test_a_metric_that_goes_back_and_forth_hides_no_second_run(tmp_path):
                 entries += [{"step": row["step"] - 1, "late": 0.1}, {"step": row["step"], "late": 0.2}]
                 entries.append({"step": row["step"] - 1, "late": 0.3})
     assert len(logs.read_logs([jsonl(tmp_path / "log.jsonl", entries)])) == 2
+
+
+def crashing_runs(rng):
+    """Rows of a log of one to three runs that crash and are resumed from a checkpoint, with evaluations that may come
+    late; and the entropies and evaluations of each that are left in its line, by step."""
+    out, truth = [], []
+    every, interval = rng.choice([1, 1, 2, 5]), rng.choice([5, 10, 20])
+    first = rng.choice([0, 1, every])
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        length, crashes, checkpoint = rng.randrange(60, 300), rng.choice([0, 0, 1, 2]), 0
+        h, r = {}, {}
+        if rng.random() < 0.5:
+            r[0] = rng.random()
+            out.append({"step": 0, "val_pass1": r[0]})
+        while True:
+            stop = rng.randrange(checkpoint + 30, checkpoint + 60) if crashes and checkpoint + 60 < length else length
+            is_late, late = rng.random() < 0.3, []
+            begin = checkpoint + 1 if checkpoint else first
+            for step in range(begin, stop + 1):
+                if step % every == first % every or step == begin:
+                    h[step] = rng.random()
+                    out.append({"step": step, "entropy": h[step], "epoch": step / 10})
+                if step % interval == 0 and step:
+                    r[step] = rng.random()
+                    (late if is_late else out).append({"step": step, "val_pass1": r[step], "epoch": step / 10})
+                if late and rng.random() < 0.3:
+                    out.append(late.pop(0))
+            out += late
+            if stop == length:
+                break
+            checkpoint = max(rng.randrange(max(checkpoint + 1, stop - 25), stop), 15)
+            crashes -= 1
+            h, r = ({step: value for step, value in each.items() if step <= checkpoint} for each in (h, r))
+        truth.append((h, r))
+    return out, truth
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_runs_that_crash_are_resumed_and_begun_again(tmp_path, seed):
+    entries, truth = crashing_runs(random.Random(seed))
+    runs = logs.read_logs([jsonl(tmp_path / "log.jsonl", entries)])
+    assert len(runs) == len(truth)
+    for run, (h, r) in zip(runs, truth, strict=True):
+        frame = run.frame.set_index("step")
+        assert frame["entropy"].dropna().to_dict() == h
+        assert frame["val_pass1"].dropna().to_dict() == r
 
 
 # --- (c), (d), (f): W&B's exports ------------------------------------------------------------------------------------

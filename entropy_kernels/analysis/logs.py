@@ -388,18 +388,14 @@ def _sessions(part: _Part) -> list[_Part]:
             found.append((session, []))
             continue
         rows, notes = found[-1]
-        column = _dense(part, rows, session)
-        if column is None:  # nothing that both have: late rows
+        courses = _common_courses(part, rows, session)
+        if not courses:  # late rows
             found[-1] = np.concatenate([rows, session]), notes
             continue
-        has = part.frame[column].notna().to_numpy()
-        before, after = part.steps[rows[has[rows]]], part.steps[session[has[session]]]
-        interval = np.diff(np.unique(before)).min(initial=np.inf)
-        offset = after.min() - before.min()
-        if offset <= _NEAR * np.ptp(before) or offset < min(interval, np.ptp(before)):
+        if any(_begins_again(before, after) for before, after in courses):
             found.append((session, []))
             continue
-        resumed, reached = part.steps[session].min(), part.steps[rows].max()
+        resumed, reached = courses[0][1].min(), part.steps[rows].max()
         kept = rows[part.steps[rows] <= resumed]
         told = f"{label}: steps go back from {reached:g} to {resumed:g}: taken for a run that was resumed, "
         told += f"{len(rows) - len(kept)} rows beyond that step are replaced"
@@ -441,11 +437,24 @@ def _restarts(part: _Part) -> list[int] | None:
     return starts
 
 
-def _dense(part: _Part, rows: np.ndarray, session: np.ndarray) -> str | None:
-    """The metric with most values in ``rows`` of those that ``session`` has, too."""
-    here, there = part.frame.iloc[rows].notna().sum(), part.frame.iloc[session].notna().any()
-    counts = {name: int(here[name]) for name in sorted(part.metrics) if there[name] and here[name]}
-    return max(counts, key=counts.__getitem__) if counts else None
+def _common_courses(part: _Part, rows: np.ndarray, session: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Steps in ``rows`` and in ``session`` of the metrics that both have, the densest first; without those that have
+    less than half of its values: an evaluation may come for the first time after the step that is resumed from."""
+    courses = []
+    for name in sorted(part.metrics):
+        has = part.frame[name].notna().to_numpy()
+        before, after = part.steps[rows[has[rows]]], part.steps[session[has[session]]]
+        if len(before) and len(after):
+            courses.append((before, after))
+    courses.sort(key=lambda course: -len(course[0]))
+    return [course for course in courses if 2 * len(course[0]) >= len(courses[0][0])]
+
+
+def _begins_again(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether a metric's steps begin where they had begun, and are not resumed."""
+    interval = np.diff(np.unique(before)).min(initial=np.inf)
+    offset = after.min() - before.min()
+    return bool(offset <= _NEAR * np.ptp(before) or offset < min(interval, np.ptp(before)))
 
 
 def _tidy(name: str, sessions: list[_Part], notes: list[str]) -> Run:
