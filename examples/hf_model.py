@@ -145,6 +145,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, help="default: 5e-3 for the tiny model, 1e-6 for yours")
     given = parser.parse_args()
+    if given.rollouts < 1:
+        parser.error(f"--rollouts: expected at least 1, got {given.rollouts}")
     lr = given.lr if given.lr is not None else 1e-6 if given.model else 5e-3
     rewards = train(given.model, given.rollouts, given.fused, given.seed, lr)
     print(f"reward {rewards[0]:.3f} -> {rewards[-1]:.3f}")

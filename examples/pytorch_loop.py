@@ -130,6 +130,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.target_entropy is not None and given.method != "grpo":
         parser.error("--target-entropy: expected without --method, since both decide about the same tokens")
+    if given.steps < 0:
+        parser.error(f"--steps: expected at least 0, got {given.steps}")
     final = train(given.method, given.target_entropy, given.steps, given.seed)
     print(f"entropy at the end: {final:.3f} nats of at most {torch.tensor(DIGITS).log():.3f}")
 

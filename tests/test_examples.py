@@ -77,6 +77,8 @@ def test_log_probs_and_hidden_states_train_alike(
 ) -> None:
     pytest.importorskip("transformers")
     module = example("hf_model", monkeypatch)
+    with pytest.raises(SystemExit):
+        call(module, "--rollouts 0", monkeypatch, capsys)
     found = [call(module, line, monkeypatch, capsys) for line in ("--rollouts 4", "--rollouts 2 --fused")]
     assert found[0][:5] == found[1][:5], "the same numbers in the first four updates"
     rows = [[float(x.rstrip("%")) for x in line.split()] for line in found[0][1:-1]]

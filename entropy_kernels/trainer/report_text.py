@@ -184,8 +184,10 @@ def verdict(record: Mapping[str, Any]) -> str:
         parts += [("and " * bool(parts)) + f"about {first}'s {joined(level)}"] if level else []
         said.append(f"{joined(names)} end{'' if len(names) > 1 else 's'} with {', '.join(parts)}.")
     said += [f"{label(run)} {' and '.join(why)}." for run in summary if (why := incomplete(record, run))]
-    if len(record["seeds"]) == 1:
-        said.append(f"One seed: differences in pass@k below {ONE_SEED_NOISE:g} count as none.")
+    seeds, noise = len(record["seeds"]), "within their standard deviation"
+    if seeds == 1:
+        noise = f"in pass@k below {ONE_SEED_NOISE:g}"
+    said.append(f"{'One seed' if seeds == 1 else f'{seeds} seeds'}: differences {noise} count as none.")
     failed = sum(not check["holds"] for check in record["criteria"])
     claims = len(record["criteria"])
     if claims:
@@ -368,8 +370,10 @@ def limits(summary: Summary, base: TrainerConfig) -> list[str]:
         )
     if "tokens" in first:
         tokens = first["tokens"]["mean"] / base.minibatches
-        for name, method in ((name, method) for name, method in treating.items() if name in summary):
+        for name, method in treating.items():
             times = base.under(name).selection_ratio / method.paper_ratio
+            if name not in summary or not times:  # 0: another option says how many
+                continue
             said.append(
                 f"{method.label}: the paper's fraction, {method.paper_ratio:g} of a minibatch of {tokens:.0f} tokens, "
                 f"is {method.paper_ratio * tokens:.1f} tokens; these runs take {times:.3g} times as many."
