@@ -19,6 +19,7 @@ pytest.importorskip("tyro")
 
 import report_runs
 from entropy_kernels._progress import ProgressBoard
+from entropy_kernels.analysis.plot_style import styles
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import PROG, main
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
@@ -179,6 +180,11 @@ def test_a_target_is_drawn_and_judged(tmp_path: Path) -> None:
         assert re.search(r"Target entropy: the run was given a number, 4\.56 nats .* of the tokens dropped", text)
     assert "target_entropy" in (tmp_path / "report" / "csv" / "target.csv").read_text()
     assert label("target") == "Target entropy" and "target_off" not in record["methods"]["grpo"]
+
+
+def test_every_method_has_a_look_of_its_own() -> None:
+    looks = styles([label(run) for run in METHODS])
+    assert len({(look.color, look.control) for look in looks.values()}) == len(METHODS)
 
 
 def test_report_needs_the_baseline(tmp_path: Path) -> None:

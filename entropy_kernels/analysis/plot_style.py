@@ -28,7 +28,10 @@ TITLE, NOTE = "title", "note"
 # Okabe-Ito, which stays apart under the three common colour deficiencies and in grey-scale print.
 _BASELINE, _BLUE, _VERMILION, _GREEN, _PURPLE = "#3b3b3b", "#0072b2", "#d55e00", "#009e73", "#aa4499"
 _SKY = "#56b4e9"
-_SPARE = ("#b8860b", "#882255", "#44aa99", "#999933", "#cc6677", "#332288", "#117733", "#661100", "#6699cc")
+_SPARE = (
+    *("#b8860b", "#882255", "#44aa99", "#999933", "#cc6677", "#332288", "#117733", "#661100", "#6699cc"),
+    *("#ee8866", "#bbcc33", "#99ddff", "#777711"),
+)
 
 #: Colours of things that are no methods.
 PALETTE = (_BLUE, _VERMILION, _GREEN, _PURPLE, _BASELINE, _SKY, *_SPARE)
