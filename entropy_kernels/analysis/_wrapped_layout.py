@@ -26,8 +26,8 @@ class WrappedLayout(ConstrainedLayoutEngine):
         for _ in range(3):
             for title, note in found:
                 assert title.axes is not None
-                title.axes.apply_aspect()
-                width = title.axes.get_window_extent().width
+                # that of its place: an aspect would narrow it the more, the more lines stand above it
+                width = title.axes.get_position(original=True).width * fig.bbox.width
                 for text in (title, note):
                     style.wrap(text, str(text.get_label())[1:], width)
             lines = [text.get_text() for pair in found for text in pair]
