@@ -427,6 +427,39 @@ def test_the_verdict_is_of_these_runs() -> None:
     assert lines(still)["rows"][1][-1] == "nothing"
 
 
+def test_the_committed_report_opens_with_what_its_logs_show() -> None:
+    """Every word and number of verdict, courses and lines, and what does not show."""
+    folder = report_runs.ROOT / "benchmarks" / "results" / "toy"
+    runs = {run: [pd.read_csv(folder / "csv" / f"{run}-{seed}.csv") for seed in range(3)] for run in PAPER}
+    claims = json.loads((folder / "summary.json").read_text())["criteria"]
+    record = opening(runs)
+    made = criteria(record["methods"], {"predicted": [-1.0, 0.0, 1.0], "measured": [-1.0, 0.0, 1.0]})
+    assert [(c["holds"], c["figure"]) for c in made[:9]] == [(c["holds"], c["figure"]) for c in claims[:9]]
+    record["criteria"] = claims
+    note = (folder / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in note.splitlines() if line[:2] == "| "]
+    assert rows[2 : 2 + len(runs)] == lines(record)["rows"]
+    for said in (verdict(record), *(f"- {line}" for line in (*look(record), *limits(record["methods"], TINY)))):
+        assert f"\n{said}\n" in note
+    claims[0]["holds"] = claims[3]["holds"] = False
+    assert "10 of 12 claims hold." in verdict(record)
+
+
+def test_a_claim_of_a_gain_needs_the_gap_and_every_seed() -> None:
+    for mine, theirs, holds in (((0.7, 0.72), (0.5, 0.52), True), ((0.6, 1.0), (0.59, 0.59), False)):
+        runs = {
+            run: [course(0.3, 0.0, value) for value in values] for run, values in (("grpo", theirs), ("clip_cov", mine))
+        }
+        fall, _, gain, *_ = criteria(over_seeds(runs), {"predicted": [], "measured": []})
+        assert (fall["holds"], gain["holds"]) == (False, holds) and "pass@8 is above the baseline's" in gain["claim"]
+    runs["clip_cov"] = [
+        course(0.3, 0.0, 0.5),
+        course(0.3, 0.0, 0.65),
+    ]  # above on average, by less than the seeds spread
+    runs["grpo"] = [course(0.3, 0.0, 0.52)] * 2
+    assert not criteria(over_seeds(runs), {"predicted": [], "measured": []})[2]["holds"]
+
+
 def test_dashes_are_named_if_they_are_there() -> None:
     log = course(0.1, 0.0, 0.6)
     random, ops, target = "tokens chosen at random", "torch's own operations", "the entropy that a run is to hold"
@@ -452,7 +485,8 @@ def test_one_seed_has_no_spread_to_exceed() -> None:
         ]
         spread = [text for text in texts if "spread" in text and "were seen to spread" not in text]
         assert bool(spread) is (seeds > 1) and not any("0.000" in text for text in spread)
-        assert ("One seed" in texts[0]) is (seeds == 1)
+        assert ("One seed: differences in pass@k below 0.05" in texts[0]) is (seeds == 1)
+        assert ("3 seeds: differences within their standard deviation" in texts[0]) is (seeds > 1)
         gains = [text for text in texts if "pass@1" in text and "gain" in text]
         assert len(gains) <= 1
 
