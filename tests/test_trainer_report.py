@@ -441,6 +441,10 @@ def test_the_committed_report_opens_with_what_its_logs_show() -> None:
     assert rows[2 : 2 + len(runs)] == lines(record)["rows"]
     for said in (verdict(record), *(f"- {line}" for line in (*look(record), *limits(record["methods"], TINY)))):
         assert f"\n{said}\n" in note
+    assert (
+        limits(record["methods"], TINY)[0]
+        == "A gain in pass@1 at the end: Clip-Cov +0.004, KL-Cov -0.023 against GRPO."
+    )
     claims[0]["holds"] = claims[3]["holds"] = False
     assert "10 of 12 claims hold." in verdict(record)
 
