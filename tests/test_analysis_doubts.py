@@ -48,7 +48,8 @@ def test_names_and_settings_that_say_what_holds_the_entropy(tmp_path):
                        ("entropy_bonus", "an entropy bonus"), ("target-entropy", "a target entropy")):  # fmt: skip
         (fit,) = fitted(jsonl(tmp_path / f"{name}.jsonl", rows(*course(range(40)))))
         assert fit.no_bound == [f"entropy is held by {what} (by the name of the run, {name})"]
-    for folder, held in (("kl_cov-0", True), ("no-clip-cov", False), ("grpo", False)):
+    plain = ("no-clip-cov", "grpo", "noklcov", "kl-covariance", "entropy_coef-0.0", "entropy-regression")
+    for folder, held in (("kl_cov-0", True), *((name, False) for name in plain)):
         (tmp_path / folder).mkdir()
         (fit,) = fitted(jsonl(tmp_path / folder / "metrics.jsonl", rows(*course(range(40)))))
         assert bool(fit.no_bound) == held
@@ -140,3 +141,14 @@ def test_the_docs_list_every_name_and_every_treatment():
         assert metric_names.names_table(names) in page
     for treatment in (*metric_names.TREATMENTS, *metric_names.KL_TERMS):
         assert f"{treatment.pattern}`" in page
+
+
+def test_an_entropy_that_performance_does_not_follow_gives_no_ceiling(tmp_path):
+    random = np.random.default_rng(0)
+    steps, h = np.arange(200), 0.5 + random.normal(0, 0.1, 200)
+    for name, r in (("noise", 0.5 + random.normal(0, 0.05, 200)), ("constant", np.full(200, 0.5))):
+        (fit,) = fitted(jsonl(tmp_path / f"{name}.jsonl", rows(steps, h, r)))
+        assert fit.no_bound == ["performance does not follow entropy"]
+        assert any("does not differ from 0" in note for note in fit.notes)
+    (fit,) = fitted(jsonl(tmp_path / "law.jsonl", rows(steps, h, 0.8 - 0.2 * np.exp(h))))
+    assert fit.no_bound == []

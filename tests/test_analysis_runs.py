@@ -200,6 +200,37 @@ def test_values_that_stand_twice_at_a_step_are_told(tmp_path):
     assert "60 values stand a second time at their step: the later ones count" in fit.notes
 
 
+def test_two_runs_that_write_at_once_are_told_apart_by_a_number_or_called_a_mixture(tmp_path):
+    one, two = course(range(30), 1), course(range(30), 2, a=0.3)
+    mixed = [{**row, "run_id": run} for pair in zip(rows(*one), rows(*two), strict=True)
+             for run, row in zip((101, 202), pair, strict=True)]  # fmt: skip
+    for kind in ("jsonl", "csv"):
+        path = tmp_path / f"log.{kind}"
+        if kind == "csv":
+            pd.DataFrame(mixed).to_csv(path, index=False)
+        else:
+            jsonl(path, mixed)
+        first, second = fitted(path)
+        check(first, *one[1:])
+        check(second, *two[1:])
+        assert (first.run, second.run) == ("101", "202")
+    (fit,) = fitted(jsonl(tmp_path / "none.jsonl", [{k: v for k, v in row.items() if k != "run_id"} for row in mixed]))
+    assert any("they differ: if two runs" in note for note in fit.notes)
+    counted = [{**row, "trial": i} for i, row in enumerate(rows(*one))]  # counts with the steps, and names no run
+    check(*fitted(jsonl(tmp_path / "counted.jsonl", counted)), *one[1:])
+
+
+def test_files_of_one_name_that_are_joined_are_told_with_their_folders(tmp_path):
+    steps, h, r = course(range(30))
+    paths = []
+    for folder, name, values in (("one", "entropy", h), ("two", "val_pass1", r)):
+        (tmp_path / folder).mkdir()
+        entries = [{"step": int(s), name: v} for s, v in zip(steps, values, strict=True)]
+        paths.append(jsonl(tmp_path / folder / "metrics.jsonl", entries))
+    (fit,) = report.fit_logs(paths)
+    assert any(str(paths[0]) in note and str(paths[1]) in note and "one run" in note for note in fit.notes)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_column_that_names_the_run_tells_runs_apart(tmp_path, kind):
     one, two = course(range(30), 1), course(range(30), 2, a=0.3)

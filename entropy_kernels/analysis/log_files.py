@@ -106,12 +106,20 @@ def _without_collection() -> Iterator[None]:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """The top level of a ``config.json`` beside a log: this package's trainer writes one. Empty if there is none."""
+    """What a ``config.json`` beside a log says, nested keys joined with "/". Empty if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return dict(_flat(content, "")) if isinstance(content, dict) else {}
+
+
+def _flat(content: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
 
 
 # --- folders that trackers write -------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ _BOOKKEEPING = re.compile(
 )
 # Names of files that say nothing about the run in them.
 _GENERIC = re.compile(r"(metrics?|logs?|logging|train(er)?(_state|_log)?|progress|history|console|output|stdout|data)")
+# Said where it is so for many values, and they differ.
+_MIXED = "; they differ: if two runs or ranks wrote into this log at once, the law of the mixture means nothing"
 # A second run begins where the first did, or within its first interval; and no run is resumed within its first
 # hundredth.
 _NEAR = 0.01
@@ -247,6 +249,9 @@ def _parts(table: Table) -> list[_Part]:
     whole = _Part(table, steps, pd.DataFrame(numbers, index=frame.index), np.arange(len(frame)), notes).take(rows)
     if len(whole.steps) == 0:
         raise LogError(f"{table.path} has no row with a step")
+    for name in IDENTITY:  # numbers, where a step has more than one: else what counts up with the steps
+        if name in whole.frame and (owners := whole.frame[name]).groupby(whole.steps).nunique().max() > 1:
+            texts[name] = owners.map(lambda value: f"{value:.15g}", na_action="ignore").reindex(frame.index)
     for name, column in texts.items():
         owners = column.iloc[rows].astype(object).where(column.iloc[rows].notna(), "").astype(str)
         if owners.nunique() > 1:
@@ -315,7 +320,10 @@ def _lacks(part: _Part) -> tuple[bool, bool]:
 
 
 def _joined(group: Sequence[_Part], why: str) -> list[str]:
-    names = list(dict.fromkeys(part.table.path.name for part in group))
+    paths = list(dict.fromkeys(part.table.path for part in group))
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = list(map(str, paths))
     return [f"{', '.join(names)} are read as one run: {why}"] if len(names) > 1 else []
 
 
@@ -484,10 +492,13 @@ def _tidy(name: str, sessions: list[_Part], notes: list[str]) -> Run:
         metrics = [c for c in frame.columns if c != "step" and not _BOOKKEEPING.search(c)]
         before = int(frame[metrics].notna().to_numpy().sum())
         # last() skips NaN, so a row of evaluations completes the row of training metrics of the same step
-        frame = frame.groupby("step", sort=True).last().reset_index()
+        both, frame = frame, frame.groupby("step", sort=True).last().reset_index()
         again = before - int(frame[metrics].notna().to_numpy().sum())
         if again and not any("resumed" in note for note in notes):
-            notes.append(f"{again} values stand a second time at their step: the later ones count")
+            told = f"{again} values stand a second time at their step: the later ones count"
+            first, last = both.groupby("step", sort=True)[metrics].first().to_numpy(), frame[metrics].to_numpy()
+            differ = int(np.sum(~np.isclose(first, last, rtol=1e-6, equal_nan=True)))
+            notes.append(told + _MIXED * (20 * differ > before))
     lasting = {}
     for column, at in not_finite.items():
         has = set(frame.loc[frame[column].notna(), "step"]) if column in frame else set()

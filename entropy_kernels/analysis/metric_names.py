@@ -186,13 +186,15 @@ SETTINGS = (
     (r"(^|/)entropy_coe(f|ff)$", r"(?!0+(\.0*)?$)[\d.].*", "an entropy bonus"),
     (r"(^|/)use_entropy_loss$", r"true", "an entropy bonus"),
 )
-# A run's name, as people give it; not "no-clip-cov".
+# A run's name, as people give it; not "no-clip-cov", "kl-covariance", "entropy-coef-0", "entropy-regression".
+_NOT_BEFORE = r"(?<!no)(?<!no[_\- ])(?<!without[_\- ])"
+_NOT_AFTER = r"(?![a-z])"
 NAMED = (
     (r"clip[_\- ]?cov", "Clip-Cov"),
     (r"kl[_\- ]?cov", "KL-Cov"),
     (r"clip[_\- ]?higher", "Clip-higher"),
-    (r"entropy[_\- ]?(bonus|coef|reg)", "an entropy bonus"),
-    (r"(target|adaptive)[_\- ]?(ent\b|entropy)", "a target entropy"),
+    (r"entropy[_\- ]?(bonus|coef|coeff|reg)(?![_\- =]*0(\.0*)?(?![\d.]))", "an entropy bonus"),
+    (r"(target|adaptive)[_\- ]?(ent|entropy)", "a target entropy"),
 )
 
 
@@ -263,7 +265,7 @@ def held_by(log: DataFrame, name: str = "", settings: Mapping[str, Any] | None =
             if re.search(pattern, key) and re.fullmatch(values, str(value).strip().lower()):
                 found.setdefault(by, f"{by} (setting {key} = {value})")
     for pattern, by in NAMED if not found else ():
-        if re.search(rf"(?<!no[_\- ])(?<!without[_\- ]){pattern}", name.lower()):
+        if re.search(_NOT_BEFORE + pattern + _NOT_AFTER, name.lower()):
             found.setdefault(by, f"{by} (by the name of the run, {name})")
     return list(found.values())
 

@@ -381,9 +381,18 @@ def _no_bound(run: Run, entropy: Quantity, law: EntropyLaw) -> list[str]:
     reasons = [f"entropy is held by {', '.join(holds)}"] if holds else []
     if law.entropy_range[1] > _MOST_ENTROPY:
         reasons.append(f"{entropy.name} is not nats per token")
-    if law.a < 0:
+    if _unrelated(law):
+        reasons.append("performance does not follow entropy")
+    elif law.a < 0:
         reasons.append("performance falls as entropy falls")
     return reasons
+
+
+def _unrelated(law: EntropyLaw) -> bool:
+    """Whether a = 0 lies within its interval, at the level of the fit: then R at H = 0 is a mean of performances."""
+    low, high = law.ceiling_interval
+    half = law.a_se * ((high - low) / (2 * law.ceiling_se) if law.ceiling_se > 0 else 0.0)
+    return math.isnan(law.r2) or abs(law.a) <= half
 
 
 def _doubts(run: Run, law: EntropyLaw, points: DataFrame, no_bound: list[str]) -> list[str]:
@@ -404,7 +413,12 @@ def _doubts(run: Run, law: EntropyLaw, points: DataFrame, no_bound: list[str]) -
         )
     for term in kl_terms(run.frame):
         doubts.append(f"the run has {term}, and the law was found without one: take the ceiling as a trend")
-    if law.a < 0:
+    if _unrelated(law):
+        doubts.append(
+            f"a = {law.a:.2g} ± {law.a_se:.2g} does not differ from 0 at the level of {law.confidence:.0%}: nothing "
+            "says that performance follows entropy in this run, so R at H = 0 is no ceiling"
+        )
+    elif law.a < 0:
         doubts.append("a is negative: performance falls as entropy falls, so R at H = 0 is no ceiling")
     doubts += _course(steps, h)
     x = np.exp(np.array(law.entropy_range))
