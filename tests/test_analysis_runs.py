@@ -639,3 +639,10 @@ def test_a_log_that_is_cut_or_spoilt_anywhere_reads_or_is_refused_in_a_line(tmp_
     for run in runs:
         assert run.frame["step"].is_monotonic_increasing
         assert not np.isinf(run.frame.drop(columns="step").to_numpy()).any()
+
+
+def test_a_log_that_is_named_twice_counts_once(tmp_path):
+    steps, h, r = course(range(30))
+    log = jsonl(tmp_path / "log.jsonl", rows(steps, h, r))
+    (fit,) = fitted(log, tmp_path, tmp_path / "." / "log.jsonl")
+    check(fit, h, r)

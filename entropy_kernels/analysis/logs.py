@@ -93,7 +93,8 @@ def read_logs(
     Raises :class:`FileNotFoundError`, or :class:`~entropy_kernels.analysis.metric_names.LogError` if nothing in them
     can be read or ``run`` names none.
     """
-    found = [source for path in map(Path, paths) for source in _sources(path)]
+    named = [source for path in map(Path, paths) for source in _sources(path)]
+    found = list({source.path.resolve(): source for source in reversed(named)}.values())[::-1]  # a log counts once
     total, done = sum(source.size for source in found), 0
 
     def advance(count: int) -> None:

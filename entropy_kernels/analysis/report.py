@@ -382,7 +382,7 @@ def _no_bound(run: Run, entropy: Quantity, law: EntropyLaw) -> list[str]:
     if law.entropy_range[1] > _MOST_ENTROPY:
         reasons.append(f"{entropy.name} is not nats per token")
     if _unrelated(law):
-        reasons.append("performance does not follow entropy")
+        reasons.append("performance is not seen to follow entropy")
     elif law.a < 0:
         reasons.append("performance falls as entropy falls")
     return reasons
@@ -413,7 +413,9 @@ def _doubts(run: Run, law: EntropyLaw, points: DataFrame, no_bound: list[str]) -
         )
     for term in kl_terms(run.frame):
         doubts.append(f"the run has {term}, and the law was found without one: take the ceiling as a trend")
-    if _unrelated(law):
+    if math.isnan(law.r2):
+        doubts.append("every performance is the same: there is no law to fit, and R at H = 0 is no ceiling")
+    elif _unrelated(law):
         doubts.append(
             f"a = {law.a:.2g} ± {law.a_se:.2g} does not differ from 0 at the level of {law.confidence:.0%}: nothing "
             "says that performance follows entropy in this run, so R at H = 0 is no ceiling"
