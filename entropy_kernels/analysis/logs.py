@@ -93,8 +93,10 @@ def read_logs(
     Raises :class:`FileNotFoundError`, or :class:`~entropy_kernels.analysis.metric_names.LogError` if nothing in them
     can be read or ``run`` names none.
     """
-    named = [source for path in map(Path, paths) for source in _sources(path)]
-    found = list({source.path.resolve(): source for source in reversed(named)}.values())[::-1]  # a log counts once
+    by_path: dict[Path, Source] = {}  # a log that is named twice counts once
+    for source in (source for path in map(Path, paths) for source in _sources(path)):
+        by_path.setdefault(source.path.resolve(), source)
+    found = list(by_path.values())
     total, done = sum(source.size for source in found), 0
 
     def advance(count: int) -> None:
