@@ -1,6 +1,6 @@
 """What all command lines share: errors that name what was probably meant, and tables.
 
-Tables are drawn by rich where it is installed, else as aligned text.
+Tables are drawn by rich on a terminal where it is installed, else as aligned text.
 """
 
 from __future__ import annotations
@@ -17,54 +17,80 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
 
-# Width of tables that go to a file or a pipe, where there is no terminal to ask.
-_PIPE_WIDTH = 140
-
 
 def print_table(
-    title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, file: TextIO | None = None
+    title: str,
+    rows: Sequence[Sequence[str]],
+    header: Sequence[str] | None = None,
+    file: TextIO | None = None,
+    *,
+    whole: bool = False,
 ) -> None:
     """Print ``rows`` (all of one length, without markup) under ``title``, with a header row or none.
 
     On a terminal cells wrap between words, those of the widest columns first. The first column does not: its names are
-    copied.
+    copied. With ``whole`` no cell does; a terminal that is too narrow for a table then shows a list per row, under its
+    first cell. A file or a pipe has each row in one line.
     """
     file = sys.stdout if file is None else file
-    if importlib.util.find_spec("rich") is None:
-        _plain(title, rows, header, file, shutil.get_terminal_size().columns if file.isatty() else sys.maxsize)
-        return
+    room = shutil.get_terminal_size().columns - 2 if file.isatty() else sys.maxsize
+    widths = _widths(rows, header, room, whole)
+    if header and whole and _wide(widths) > room:
+        print_text(title, file)
+        print(file=file)
+        for row in rows:
+            print_table(row[0], list(zip(header[1:], row[1:], strict=True)), file=file)
+    elif file.isatty() and importlib.util.find_spec("rich") is not None:
+        _rich(title, rows, header, file, widths)
+    else:
+        _plain(title, rows, header, file, widths)
+
+
+def print_text(text: str, file: TextIO | None = None) -> None:
+    """Print ``text`` in lines of the terminal's width, cut between words; in one line where there is no terminal."""
+    file = sys.stdout if file is None else file
+    if file.isatty():
+        width = max(shutil.get_terminal_size().columns - 1, 20)
+        text = textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False)
+    print(text, file=file)
+
+
+def _rich(
+    title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | None, file: TextIO, widths: Sequence[int]
+) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=file, width=None if file.isatty() else _PIPE_WIDTH, highlight=False)
     table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
         box=box.SIMPLE_HEAD if header else box.SIMPLE,
         show_header=header is not None,
         pad_edge=False,
+        padding=(0, 1, 0, 0),  # and a character of the box: _BETWEEN
     )
-    # the box has an edge on either side, and three characters between two columns
-    widths = _widths([header, *rows] if header else rows, console.width - 2, 3)
     for i, (name, width) in enumerate(zip(header or [""] * len(widths), widths, strict=True)):
         table.add_column(name, style="cyan" if i == 0 else "", no_wrap=i == 0, overflow="fold", width=width)
     for row in rows:
         table.add_row(*[Text(cell, style=_STYLES.get(cell, "")) for cell in row])
-    console.print(table)
+    Console(file=file, highlight=False).print(Text(title, style="bold"), table)
 
 
+# Characters between two columns.
+_BETWEEN = 2
 _STYLES = {"OK": "green", "available": "green", "FAIL": "bold red"}
 _STYLES |= dict.fromkeys(("failed", "out of time", "not run"), "bold red")
 
 
-def _widths(lines: Sequence[Sequence[str]], room: int, between: int) -> list[int]:
-    """Of the columns: what they hold, or where that is too much for ``room`` less, but never less than a word."""
-    columns = list(zip(*lines, strict=True))
+def _widths(rows: Sequence[Sequence[str]], header: Sequence[str] | None, room: int, whole: bool) -> list[int]:
+    """Of the columns: what they hold, or where that is too much for ``room`` less, but never less than a word, or with
+    ``whole`` than a cell."""
+    columns = list(zip(*([header, *rows] if header else rows), strict=True))
     widths = [max(map(len, column)) for column in columns]
-    least = [widths[0], *(max(len(word) for cell in column for word in cell.split() or [""]) for column in columns[1:])]
-    for _ in range(sum(widths) + between * (len(widths) - 1) - room):
+    least = [max(max(map(len, cell.split()), default=0) for cell in column) for column in columns]
+    for i in range(len(columns)) if whole else [0]:
+        least[i] = max(least[i], *(len(row[i]) for row in rows), 0)
+    for _ in range(min(_wide(widths) - room, sum(widths))):
         wide = [i for i in range(len(widths)) if widths[i] > least[i]]
         if not wide:
             break
@@ -72,14 +98,18 @@ def _widths(lines: Sequence[Sequence[str]], room: int, between: int) -> list[int
     return widths
 
 
-def _plain(title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | None, file: TextIO, room: int) -> None:
-    lines = [header, *rows] if header else list(rows)
-    widths = _widths(lines, room - 2, 2)
-    print(title, file=file)
-    for line in lines:
+def _wide(widths: Sequence[int]) -> int:
+    return sum(widths) + _BETWEEN * (len(widths) - 1)
+
+
+def _plain(
+    title: str, rows: Sequence[Sequence[str]], header: Sequence[str] | None, file: TextIO, widths: Sequence[int]
+) -> None:
+    print_text(title, file)
+    for line in [header, *rows] if header else rows:
         cells = [textwrap.wrap(cell, max(width, 1)) for cell, width in zip(line, widths, strict=True)]
         for parts in itertools.zip_longest(*cells, fillvalue=""):
-            print("  " + "  ".join(map(str.ljust, parts, widths)).rstrip(), file=file)
+            print("  " + (" " * _BETWEEN).join(map(str.ljust, parts, widths)).rstrip(), file=file)
     print(file=file)
 
 

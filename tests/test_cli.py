@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from entropy_kernels import cli, doctor
+from entropy_kernels._console import print_table, print_text
 from entropy_kernels.analysis.entropy_law import fit_entropy_law
 from entropy_kernels.backends import registry
 
@@ -304,15 +305,41 @@ def test_doctor_prints_everything_and_passes(only_torch, capsys):
     assert "FAIL" not in out
 
 
-def test_doctor_without_rich_prints_the_same_facts(capsys, monkeypatch):
-    monkeypatch.setattr("entropy_kernels._console.importlib.util.find_spec", lambda name: None)
-    doctor.print_table("Title", [("a", "b"), ("longer", "c")], ("one", "two"))
-    assert capsys.readouterr().out == "Title\n  one     two\n  a       b\n  longer  c\n\n"
+def test_piped_tables_have_a_line_per_row_and_no_trailing_blanks(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    doctor.print_table("A title", [("a", "b"), ("longer", "words " * 60 + "end")], ("one", "two"))
+    assert capsys.readouterr().out == f"A title\n  one     two\n  a       b\n  longer  {'words ' * 60}end\n\n"
 
 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("columns", [40, 80])
+def test_whole_cells_are_in_lists_where_a_table_is_too_wide(monkeypatch, rich, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    if not rich:
+        monkeypatch.setattr("entropy_kernels._console.importlib.util.find_spec", lambda name: None)
+    rows = [(f"qwen2.5-7b-grpo-{i}", f"0.4{i} (0.46 to 0.48)", "0.1 ± 0.02") for i in range(2)]
+    print_table("Laws", rows, ("run", "R at H = 0 (95%)", "a"), terminal := Terminal(), whole=True)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).splitlines()
+    assert max(map(len, lines)) <= columns
+    for row in rows:
+        assert [sum(cell in line for line in lines) for cell in row[:2]] == [1, 1]
+        assert any(set(row) == {cell for cell in row if cell in line} for line in lines) == (columns == 80)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_text_is_cut_between_words_on_a_terminal_only(monkeypatch, terminal):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = "note: several logs with metrics-in-common are taken for several runs"
+    print_text(text, file := Terminal() if terminal else io.StringIO())
+    lines = file.getvalue().splitlines()
+    assert " ".join(lines) == text
+    assert (max(map(len, lines)) <= 40) == terminal
 
 
 @pytest.mark.parametrize("rich", [True, False])

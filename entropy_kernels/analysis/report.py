@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from entropy_kernels._console import print_table
+from entropy_kernels._console import print_table, print_text
 from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, fit_entropy_law
 from entropy_kernels.analysis.log_text import listed
 from entropy_kernels.analysis.logs import Run, pairs, read_logs
@@ -248,7 +248,7 @@ def print_report(fits: Sequence[LogFit]) -> None:
         for note in fit.notes:
             runs.setdefault(note, []).append(fit.run)
     for note, names in sorted(runs.items(), key=lambda entry: -len(entry[1])):
-        print(f"note{'' if len(names) == len(fits) else ', ' + ', '.join(names)}: {note}")
+        print_text(f"note{'' if len(names) == len(fits) else ', ' + ', '.join(names)}: {note}")
 
 
 def _print_one(fit: LogFit) -> None:
@@ -311,7 +311,7 @@ def _print_several(fits: Sequence[LogFit]) -> None:
               f"RMSE after {fits[0].fit_fraction:.0%}"]  # fmt: skip
     told = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
     table = [[row[i] for i in told] for row in rows]
-    print_table(f"Entropy laws of {len(fits)} runs{about}", table, [header[i] for i in told])
+    print_table(f"Entropy laws of {len(fits)} runs{about}", table, [header[i] for i in told], whole=True)
 
 
 def as_dict(fits: Sequence[LogFit]) -> dict[str, Any]:
