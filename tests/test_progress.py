@@ -74,8 +74,8 @@ def test_counts_and_time_left_are_whole_in_any_width(
     if width >= 80:
         assert all("H 0.523  target 0.400" in line for line in lines[1:-1]) or total == 1_000_000
         assert lines[2].startswith(NAMES[2])
-    if width >= 120:
-        assert ("━" in lines[1] and "(step 232)" in lines[1]) or width < 200
+    assert ("━" in lines[1]) == (width >= 120)
+    assert "(step 232)" in lines[1] or width < 200
 
 
 def test_a_terminal_of_80_columns_shows_the_step_and_the_target(
