@@ -10,6 +10,7 @@ import argparse
 import importlib
 import itertools
 import json
+import math
 import os
 import platform
 import sys
@@ -165,7 +166,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         metavar="LOG",
         help="CSV (also W&B exports, one metric per file), JSON lines (also verl's file logger), trainer_state.json, "
         "console output of verl, TRL, slime or prime-rl, a TensorBoard event file, or a folder with some of these, of "
-        "an MLflow run, of TRL's checkpoints, or of several runs",
+        "an MLflow run, of TRL's checkpoints, or of several runs; - reads text from stdin",
     )
     # "run" is what every command calls
     fit.add_argument(
@@ -177,10 +178,11 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.add_argument("--performance", metavar="NAME", help="performance column, or a pattern with * to average")
     fit.add_argument(
         "--fit-fraction",
-        type=float,
+        type=_share,
         default=0.15,
         metavar="X",
-        help="share of the points, from the start, that the extrapolation is fitted on (default: %(default)s)",
+        help="share of the points, from the start, that the extrapolation is fitted on; never fewer than 3 points "
+        "(default: %(default)s)",
     )
     fit.add_argument(
         "--align",
@@ -189,7 +191,9 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
         help="pair an evaluation with the latest entropy, or with the mean of those since the evaluation before it "
         "(default: %(default)s)",
     )
-    fit.add_argument("--confidence", type=float, default=0.95, help="level of the intervals (default: %(default)s)")
+    fit.add_argument(
+        "--confidence", type=_share, default=0.95, metavar="X", help="level of the intervals (default: %(default)s)"
+    )
     fit.add_argument(
         "--standard-errors",
         choices=("ols", "hac"),
@@ -202,6 +206,17 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     fit.set_defaults(run=_fit)
 
 
+def _share(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        hint = f"; for {word} % type {value / 100:g}" if 1 < value < 100 else ""
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {word}{hint}")
+    return value
+
+
 def _fit(arguments: argparse.Namespace) -> int:
     from entropy_kernels._arguments import keywords
     from entropy_kernels._progress import ProgressBoard
@@ -209,12 +224,14 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     logs, values = arguments.log, {**vars(arguments), "run": arguments.chosen}
     options = {name: values[name] for name in keywords(report.fit_logs)}
+    plot = None if arguments.no_plot else arguments.output or report.default_plot(logs)
+    if plot is not None:
+        plot = report.plot_path(plot)  # before a long read
     reading = f"reading {logs[0].name}" + (f" and {len(logs) - 1} more" if len(logs) > 1 else "")
     with ProgressBoard(enabled=sys.stderr.isatty(), file=sys.stderr, brief=True) as board:
         fits = report.fit_logs(
             logs, lambda done, total: board.update(reading, done >> 20, total >> 20, "MB"), **options
         )
-    plot = None if arguments.no_plot else arguments.output or report.default_plot(logs)
     if plot is not None:
         report.save_plot(fits, plot)
     if arguments.json:

@@ -228,7 +228,7 @@ def test_files_of_one_name_that_are_joined_are_told_with_their_folders(tmp_path)
         entries = [{"step": int(s), name: v} for s, v in zip(steps, values, strict=True)]
         paths.append(jsonl(tmp_path / folder / "metrics.jsonl", entries))
     (fit,) = report.fit_logs(paths)
-    assert any(str(paths[0]) in note and str(paths[1]) in note and "one run" in note for note in fit.notes)
+    assert any(str(paths[0]) in note and str(paths[1]) in note and "read together" in note for note in fit.notes)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -336,7 +336,7 @@ def test_wandb_exports_one_metric_per_file_of_runs_with_dashes_in_their_names(tm
     assert (first.run, second.run) == names
     check(first, *one[1:])
     check(second, *two[1:])
-    assert "h.csv, r.csv are read as one run: they name the same run" in first.notes
+    assert "h.csv, r.csv are read together: they name the same runs" in first.notes
     assert first.entropy.columns == ("actor/entropy",)
     # (f) a pattern never averages over runs
     for pattern in ("*entropy", "actor/*"):
@@ -371,7 +371,7 @@ def test_files_that_complete_each_other_are_one_run_and_others_are_several(tmp_p
     )
     (fit,) = fitted(train, valid)
     check(fit, h, r)
-    assert "train.jsonl, valid.jsonl are read as one run: they complete each other" in fit.notes
+    assert "train.jsonl, valid.jsonl are read together: they complete each other" in fit.notes
     check(fitted(tmp_path)[0], h, r)
     other = course(range(40), 7, a=0.3)
     for name, run in (("one", (steps, h, r)), ("two", other)):

@@ -67,7 +67,7 @@ def test_fit_prints_the_law_and_saves_the_plot(log):
         f"straight line in H R² {law.r2_linear:.4f}, RMSE {law.rmse_linear:.4g}",
         f"{law.ceiling:.4g}, 95% interval [{low:.4g}, {high:.4g}]",
         f"{performance_at(100) / law.ceiling:.1%} of the ceiling",
-        "fitted on 3 points",
+        "Extrapolation from the first 3 points of ",
         "error on the rest RMSE",
         "final step measured",
     ):
@@ -75,6 +75,26 @@ def test_fit_prints_the_law_and_saves_the_plot(log):
     plot = log.with_name("metrics.entropy-law.png")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert str(plot) in result.stdout
+
+
+def test_a_piped_log_is_read_and_a_plot_without_suffix_is_named_as_it_is(log, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = [
+        subprocess.run(
+            [sys.executable, "-m", "entropy_kernels.cli", "fit", *arguments],
+            input=log.read_text() if text is None else text,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+        )
+        for arguments, text in ((["-", "--output", "mine"], None), (["/dev/stdin"], None), (["-"], ""))
+    ]
+    assert [result.returncode for result in results] == [0, 0, 2], results
+    for result, plot in zip(results, ("mine.png", "entropy-law.png"), strict=False):
+        assert f"R² {law_of_log().r2:.4f}" in " ".join(result.stdout.split())
+        assert result.stdout.endswith(f"plot: {plot}\n")
+        assert (tmp_path / plot).exists()
+    assert "/dev/stdin is empty" in results[2].stderr
 
 
 def test_fit_json_equals_the_library(log, tmp_path, capsys):
@@ -131,8 +151,7 @@ def test_fit_says_what_to_doubt(tmp_path, capsys):
     assert "reward is measured on the training prompts" in out
     assert "a is negative" in out
     assert "performance exceeds 1" in out
-    assert "skipped" in out
-    assert "--fit-fraction 0.25 or more would do" in out
+    assert "Extrapolation from the first 3 points of 12" in out  # 15 % of 12 would be 1
 
 
 @pytest.mark.parametrize(
@@ -146,9 +165,9 @@ def test_fit_says_what_to_doubt(tmp_path, capsys):
         ("step,entropy,reward\n0,0.5,0.1\n", [], "expected at least 3 steps with both entropy and reward, got 1"),
         ("step,entropy,reward\n0,.5,.1\n1,.5,.2\n2,.5,.3\n", [], "entropy: expected values that differ"),
         ("step,entropy,reward\n0,900,.1\n1,800,.2\n2,.5,.3\n", [], "entropy: expected nats per token"),
-        ("step,entropy,reward\n0,.5,.1\n1,.4,.2\n2,.3,.3\n", ["--fit-fraction", "15"], "fit_fraction: expected a"),
-        ("step,entropy,reward\n0,.5,.1\n1,.4,.2\n2,.3,.3\n", ["--output", "no/such/dir/x.png"], "no/such/dir"),
-        ("step,entropy,reward\n0,.5,.1\n1,.4,.2\n2,.3,.3\n", ["--output", "x.unknown"], "unknown"),
+        ("step,entropy,reward\n0,.5,.1\n1,.4,.2\n2,.3,.3\n", ["--output", "no/such/x.png"],
+         "error: --output: folder no/such does not exist"),
+        ("step,entropy,reward\n0,.5,.1\n1,.4,.2\n2,.3,.3\n", ["--output", "x.unknown"], "webp, got x.unknown"),
     ],
 )  # fmt: skip
 def test_fit_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, content, arguments, message):
@@ -172,7 +191,7 @@ def test_a_plot_replaces_an_earlier_one_and_no_other_file(log, name, capsys):
         plot.write_text("my thesis")
     before = plot.read_text()
     assert cli.main(arguments) == 2
-    assert f"output: expected a new file or an earlier plot, got {plot}" in capsys.readouterr().err
+    assert f"--output: expected a new file or an earlier plot, got {plot}" in capsys.readouterr().err
     assert plot.read_text() == before
     if name != "metrics.jsonl":
         plot.unlink()
@@ -241,6 +260,8 @@ def test_usage_errors_and_help(capsys):
         (["quickstrat"], "; did you mean train quickstart?"),
         (["doctor", "--jsno"], "entropy-kernels doctor: error: there is no flag --jsno; did you mean --json? "),
         (["fit", "x", "--align", "maen"], "--align: expected one of last, mean, got 'maen'; did you mean mean?"),
+        (["fit", "x", "--fit-fraction", "15"],
+         "--fit-fraction: expected a number between 0 and 1, got 15; for 15 % type 0.15 "),
         (["train", "quickstrat"], "got quickstrat; did you mean quickstart? (entropy-kernels train --help explains)"),
         (["bench", "--quik"], "entropy-kernels bench: error: there is no flag --quik; did you mean --quick?"),
     ],

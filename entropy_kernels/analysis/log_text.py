@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import bz2
+import copy
 import csv
 import gzip
 import io
@@ -90,11 +91,23 @@ class Lines:
 
     def __init__(self, path: Path, advance: Advance) -> None:
         self.path, self.advance, self.strange = path, advance, list[int]()
+        # a pipe is read once
+        self.piped = None if path.is_file() else path.read_bytes()
+
+    def again(self) -> Lines:
+        """The same lines from the start, not counted as progress."""
+        lines = copy.copy(self)
+        lines.advance, lines.strange = lambda _: None, []
+        return lines
+
+    @property
+    def empty(self) -> bool:
+        return not self.piped if self.piped is not None else self.path.stat().st_size == 0
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         opened = _PACKED.get(self.path.suffix.lower(), open)
         raw: IO[bytes]
-        with opened(self.path, "rb") as raw:
+        with opened(self.path, "rb") if self.piped is None else io.BytesIO(self.piped) as raw:
             head = raw.read(4)
             raw.seek(0)
             encoding = "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
@@ -138,31 +151,31 @@ def read_text(path: Path, advance: Advance) -> list[Table]:
 def _read_file(path: Path, advance: Advance) -> list[Table]:
     name = path.with_suffix("") if path.suffix.lower() in _PACKED else path
     suffix = name.suffix.lower()
-    if path.stat().st_size == 0:
+    lines = Lines(path, advance)
+    if lines.empty:
         raise LogError(f"{path} is empty")
     if suffix == ".wandb":
         raise LogError(f"{path} is W&B's own record: export the run's charts as CSV, or its history as JSON lines")
     if suffix == ".parquet":
         raise LogError(f"{path}: Parquet is not read; convert it (pandas.read_parquet(...).to_csv(...))")
-    lines = Lines(path, advance)
     if suffix in (".csv", ".tsv"):
         return _read_csv(lines, suffix)
     if suffix in (".jsonl", ".ndjson"):
         return [_read_jsonl(lines)]
-    start = next((line.strip() for _, line in Lines(path, lambda _: None) if line.strip()), "")
+    start = next((line.strip() for _, line in lines.again() if line.strip()), "")
     if suffix == ".json" or (start[:1] in ("{", "[") and not start.startswith("{'") and not _ANSI.match(start)):
         text = "".join(line for _, line in lines)
         try:
             return [_read_json(json.loads(text), lines)]
         except (json.JSONDecodeError, RecursionError) as error:
             if text.lstrip()[:1] == "{" and "\n" in text.strip():
-                return [_read_jsonl(Lines(path, lambda _: None))]
+                return [_read_jsonl(lines.again())]
             raise LogError(f"{path} is not JSON: {error}") from None
     table = _read_console(lines)
     if table is not None:
         return [table]
     if any(separator in start for separator in ",;\t"):
-        return _read_csv(Lines(path, lambda _: None), suffix)
+        return _read_csv(lines.again(), suffix)
     raise LogError(
         f"{path}: expected CSV, JSON lines, TensorBoard events or verl's 'step:N - name:value', TRL's "
         "{'name': value} or prime-rl's 'Step N | name value' lines"

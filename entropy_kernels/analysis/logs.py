@@ -199,6 +199,8 @@ class _Part:
 
 
 def _sources(path: Path) -> list[Source]:
+    if path == Path("-"):
+        path = Path("/dev/stdin")
     if not path.exists():
         raise FileNotFoundError(f"no such file or directory: {path}")
     found = sources(path)
@@ -288,7 +290,8 @@ def _groups(parts: list[_Part]) -> list[tuple[list[_Part], list[str]]]:
             told.setdefault((part.table.name, own), []).append(part)
         else:
             untold.setdefault(part.table.path.parent, []).append(part)
-    groups = [(group, _joined(group, "they name the same run")) for group in told.values()]
+    same = "they name the same runs" if len(told) > 1 else "they name the same run"
+    groups = [(group, _joined(group, same)) for group in told.values()]
     loose = [part for group in untold.values() for part in group]
     if len(told) == 1 and loose and _complete([*groups[0][0], *loose]):
         return [([*groups[0][0], *loose], _joined([*groups[0][0], *loose], "they complete each other"))]
@@ -325,9 +328,10 @@ def _lacks(part: _Part) -> tuple[bool, bool]:
 def _joined(group: Sequence[_Part], why: str) -> list[str]:
     paths = list(dict.fromkeys(part.table.path for part in group))
     names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = list(map(str, paths))
-    return [f"{', '.join(names)} are read as one run: {why}"] if len(names) > 1 else []
+    said = ", ".join(names if len(set(names)) == len(names) else map(str, paths))
+    if len(set(names)) == len(names) and len(said) > 60:  # W&B's exports: a date and a time each
+        said = f"{len(names)} logs"
+    return [f"{said} are read together: {why}"] if len(names) > 1 else []
 
 
 def _runs(group: list[_Part], notes: list[str]) -> list[Run]:
@@ -350,6 +354,8 @@ def _base_name(group: Sequence[_Part]) -> str:
     path = table.path
     if path.is_dir():
         return path.resolve().name
+    if any(part.table.path != path for part in group):
+        return path.resolve().parent.name
     stem = path.name.split(".tfevents")[0] if "tfevents" in path.name else re.sub(r"(\.[A-Za-z]\w*)+$", "", path.name)
     return stem or path.name
 

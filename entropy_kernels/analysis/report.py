@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from entropy_kernels._console import print_table, print_text
-from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, fit_entropy_law
+from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, LawError, fit_entropy_law
 from entropy_kernels.analysis.log_text import listed
 from entropy_kernels.analysis.logs import Run, pairs, read_logs
 from entropy_kernels.analysis.metric_names import (
@@ -47,6 +47,8 @@ class LogFit:
 
     run: str
     """Its name."""
+    title: str
+    """The name, with its folder's where it says nothing."""
     paths: tuple[Path, ...]
     """The logs that it was read from."""
     entropy: Quantity
@@ -56,7 +58,7 @@ class LogFit:
     law: EntropyLaw
     """Fitted on all points."""
     extrapolated: EntropyLaw | None
-    """Fitted on the first share of them, with its error on the rest; None where that share is too small."""
+    """Fitted on the first share of them, at least 3, with its error on the rest; None where there is no rest."""
     fit_fraction: float
     no_bound: list[str]
     """Why R at H = 0 is no ceiling of this run; empty if it is one."""
@@ -88,7 +90,7 @@ def fit_logs(
         entropy, performance: columns, or patterns (``val-core/*/acc/mean@32``) of columns to average within a run; None
             finds the names of :mod:`~entropy_kernels.analysis.metric_names`.
         fit_fraction: as of :func:`~entropy_kernels.analysis.entropy_law.fit_entropy_law`, and so are ``confidence`` and
-            ``standard_errors``; a share too small for a fit gives none.
+            ``standard_errors``; but at least 3 points.
         align: as of :func:`~entropy_kernels.analysis.logs.pairs`.
 
     A run that cannot be fitted is left out with a note, unless it is the only one. Raises ValueError
@@ -147,26 +149,22 @@ def _fit(
     values = points["entropy"], points["performance"]
     law = fit_entropy_law(*values, confidence=confidence, standard_errors=standard_errors)
     extrapolated = None
-    if math.floor(fit_fraction * len(points) + 1e-9) >= MIN_POINTS:
+    if len(points) > MIN_POINTS:
+        share = max(fit_fraction, MIN_POINTS / len(points))
         extrapolated = fit_entropy_law(
-            *values, fit_fraction=fit_fraction, confidence=confidence, standard_errors=standard_errors
+            *values, fit_fraction=share, confidence=confidence, standard_errors=standard_errors
         )
     no_bound = _no_bound(run, h, law)
     notes += _doubts(run, law, points, no_bound)
-    return LogFit(run.name, run.paths, h, r, points, law, extrapolated, fit_fraction, no_bound, notes)
+    return LogFit(run.name, run.full_name, run.paths, h, r, points, law, extrapolated, fit_fraction, no_bound, notes)
 
 
 def save_plot(fits: Sequence[LogFit], output: Path) -> None:
     """Write the figure of ``fits`` to ``output``; its suffix chooses the format.
 
-    FileExistsError for a file that is there and is no earlier plot: these say in their metadata what made them. In a
-    format that has none, no file is replaced.
+    Errors as of :func:`plot_path`.
     """
-    if output.exists() and not (output.is_file() and _maker(output) == _MADE_BY):
-        raise FileExistsError(
-            f"output: expected a new file or an earlier plot, got {output}, which is something else or does not say "
-            "what made it; name another file or remove it"
-        )
+    output = plot_path(output)
     from entropy_kernels.analysis.plots import fit_figure, fits_figure
 
     fit = fits[0]
@@ -180,7 +178,7 @@ def save_plot(fits: Sequence[LogFit], output: Path) -> None:
             bound=not fit.no_bound,
             entropy_name=f"{_short(fit.entropy)} (nats)",
             performance_name=_short(fit.performance),
-            title=f"Entropy law of {fit.paths[0].name}",
+            title=f"Entropy law of {fit.title}",
         )
     else:
         figure = fits_figure(
@@ -201,6 +199,30 @@ def save_plot(fits: Sequence[LogFit], output: Path) -> None:
         exif[_SOFTWARE] = _MADE_BY
         keywords["pil_kwargs"] = {"exif": exif}
     figure.savefig(output, dpi=150, **keywords)
+
+
+def plot_path(output: Path) -> Path:
+    """Where a plot that is asked for under this name goes: ``.png`` where it has no suffix.
+
+    FileNotFoundError for a folder that is not there. ValueError for a format that matplotlib does not write.
+    FileExistsError for a file that is there and is no earlier plot: these say in their metadata what made them. In a
+    format that has none, no file is replaced.
+    """
+    from matplotlib.figure import Figure
+
+    if not output.suffix and not output.is_dir():
+        output = output.with_suffix(".png")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output: folder {output.parent} does not exist")
+    if output.exists() and not (output.is_file() and _maker(output) == _MADE_BY):
+        raise FileExistsError(
+            f"--output: expected a new file or an earlier plot, got {output}, which is something else or does not say "
+            "what made it; name another file or remove it"
+        )
+    kinds = Figure().canvas.get_supported_filetypes()
+    if output.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--output: expected a name that ends in one of {', '.join(sorted(kinds))}, got {output.name}")
+    return output
 
 
 def _maker(plot: Path) -> str | None:
@@ -230,8 +252,10 @@ def _maker(plot: Path) -> str | None:
 
 def default_plot(paths: Sequence[Path]) -> Path:
     """Beside the log: ``metrics.jsonl`` → ``metrics.entropy-law.png``; ``entropy-law.png`` in a folder, and beside the
-    first of several logs."""
+    first of several logs; in the working folder for a pipe."""
     path = paths[0]
+    if path == Path("-") or path.is_relative_to("/dev"):  # a pipe
+        return Path("entropy-law.png")
     if path.is_dir():
         return path / "entropy-law.png"
     return path.with_name("entropy-law.png" if len(paths) > 1 else f"{path.stem}.entropy-law.png")
@@ -260,12 +284,12 @@ def _print_one(fit: LogFit) -> None:
     errors = "Newey–West" if law.standard_errors == "hac" else "OLS"
     at_zero = f"{law.ceiling:.4g}, {level} interval [{low:.4g}, {high:.4g}]"
     ending = (
-        [("R at H = 0", f"{at_zero}: no bound, {'; '.join(fit.no_bound)}"), ("last performance", f"{last:.4g}")]
+        [("R at H = 0", f"{at_zero}: no bound of this run, see the notes"), ("last performance", f"{last:.4g}")]
         if fit.no_bound
         else [("ceiling (H = 0)", at_zero), ("reached", _reached(law, first, last))]
     )
     print_table(
-        f"Entropy law of {fit.logs}" + (f", run {fit.run}" if "#" in fit.run or len(fit.paths) > 1 else ""),
+        f"Entropy law of {fit.logs}" + ("" if fit.run in fit.logs else f", run {fit.run}"),
         [
             ("entropy", f"{fit.entropy.name}, {law.entropy_range[0]:.4g} to {law.entropy_range[1]:.4g} nats"),
             ("performance", f"{fit.performance.name}, {points['performance'].min():.4g} to "
@@ -281,7 +305,9 @@ def _print_one(fit: LogFit) -> None:
             *ending,
         ],
     )  # fmt: skip
-    print_table(f"Extrapolation from the first {fit.fit_fraction:.0%} of the points", _extrapolation_rows(fit))
+    if fit.extrapolated is not None and (error := fit.extrapolated.extrapolation) is not None:
+        n = fit.extrapolated.n
+        print_table(f"Extrapolation from the first {n} points of {law.n}", _extrapolation_rows(fit.extrapolated, error))
 
 
 def _print_several(fits: Sequence[LogFit]) -> None:
@@ -304,11 +330,11 @@ def _print_several(fits: Sequence[LogFit]) -> None:
                 f"{law.ceiling:.3g} ({low:.3g} to {high:.3g})",
                 f"{last:.3g}",
                 "no bound" if fit.no_bound else "–" if law.ceiling <= 0 else f"{law.fraction_of_ceiling(last):.1%}",
-                "–" if error is None else f"{error.rmse:.3g}",
+                f"{error.rmse:.3g} (after {fit.extrapolated.n})" if fit.extrapolated and error else "–",
             )
         )
     header = ["run", "points", "H (nats)", "a", "b", "R² (line)", f"R at H = 0 ({level})", "last R", "of ceiling",
-              f"RMSE after {fits[0].fit_fraction:.0%}"]  # fmt: skip
+              "RMSE of rest"]  # fmt: skip
     told = [i for i in range(len(header)) if any(row[i] != "–" for row in rows)]
     table = [[row[i] for i in told] for row in rows]
     print_table(f"Entropy laws of {len(fits)} runs{about}", table, [header[i] for i in told], whole=True)
@@ -358,16 +384,9 @@ def _reached(law: EntropyLaw, first: float, last: float) -> str:
     return text
 
 
-def _extrapolation_rows(fit: LogFit) -> list[tuple[str, str]]:
-    if fit.extrapolated is None or fit.extrapolated.extrapolation is None:
-        need = math.ceil(MIN_POINTS / len(fit.points) * 100)
-        return [
-            ("skipped", f"{fit.fit_fraction:.0%} of {len(fit.points)} points are fewer than {MIN_POINTS}: "
-                        f"--fit-fraction {need / 100:g} or more would do"),
-        ]  # fmt: skip
-    law, error = fit.extrapolated, fit.extrapolated.extrapolation
+def _extrapolation_rows(law: EntropyLaw, error: LawError) -> list[tuple[str, str]]:
     return [
-        ("fitted on", f"{law.n} points, a = {law.a:.4g} ± {law.a_se:.2g}, b = {law.b:.4g} ± {law.b_se:.2g}"),
+        ("law", f"a = {law.a:.4g} ± {law.a_se:.2g}, b = {law.b:.4g} ± {law.b_se:.2g}"),
         ("error on the rest", f"RMSE {error.rmse:.4g}, mean absolute {error.mae:.4g} over {error.n} points"),
         ("final step", f"measured {error.final_measured:.4g}, predicted {error.final_predicted:.4g}, "
                        f"error {error.final_error:+.4g}"),
