@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 #: Seconds between plain lines of one piece of work.
@@ -84,11 +85,17 @@ class ProgressBoard:
             self._ids[name] = self._bars.add_task(name, start=False, total=total, note="", state="waits")
             self._draw()
 
+    def starting(self, name: str) -> None:
+        """What waited has begun, and has nothing to report yet."""
+        if self._bars is not None:
+            self._bars.update(self._ids[name], state="starting")
+            self._draw()
+
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         """`done` of `total` steps are done. Without a terminal that is a line if `interval` has passed since the last
         one of this name, or all is done.
 
-        ``note`` is shown as far as it fits.
+        ``note`` is shown as far as it fits: of parts with two spaces between them, those that are whole.
         """
         if not self._enabled:
             return
@@ -134,6 +141,26 @@ class ProgressBoard:
             self._bars.refresh()
 
 
+class _Note:
+    """A note for rich, as many of its parts as fit, so that no figure is cut; of one part what fits."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __rich_measure__(self, console: Any, options: Any) -> Any:
+        from rich.measure import Measurement
+
+        return Measurement(0, min(len(self._text), options.max_width))
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        more, parts = "" if options.ascii_only else " …", self._text.split("  ")
+        shorter = ("  ".join(parts[:n]) + more for n in range(len(parts) - 1, 0, -1))
+        fits = (text for text in (self._text, *shorter) if len(text) <= options.max_width)
+        yield Text(next(fits, parts[0]), no_wrap=True)
+
+
 def _bars(file: TextIO, brief: bool, ticking: bool) -> Any:
     """A rich.progress.Progress, which is disabled where there is no terminal; None without rich.
 
@@ -141,10 +168,22 @@ def _bars(file: TextIO, brief: bool, ticking: bool) -> Any:
     """
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
         from rich.table import Column
     except ImportError:
         return None
+
+    class Notes(ProgressColumn):
+        def render(self, task: Any) -> Any:
+            return _Note(task.fields["note"])
+
     console = Console(file=file)
     cut: Any = "crop" if console.options.ascii_only else "ellipsis"
     name = Column(no_wrap=True, overflow=cut, max_width=max(8, console.width // 2 - 12))
@@ -154,7 +193,7 @@ def _bars(file: TextIO, brief: bool, ticking: bool) -> Any:
         MofNCompleteColumn(table_column=Column(no_wrap=True, justify="right")),
         TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow=cut, ratio=1)),
+        Notes(table_column=Column(no_wrap=True, overflow=cut, ratio=1)),
         console=console,
         auto_refresh=ticking,
         refresh_per_second=2,

@@ -187,7 +187,11 @@ def _extra_state(extra: str, missing: list[str]) -> str:
 
 def versions() -> list[tuple[str, str]]:
     """Package versions, and the compiler of the native half."""
-    rows = [("entropy_kernels", ek.__version__), ("python", f"{platform.python_version()} ({sys.executable})")]
+    rows = [
+        ("entropy_kernels", ek.__version__),
+        ("package location", os.path.dirname(ek.__file__)),
+        ("python", f"{platform.python_version()} ({sys.executable})"),
+    ]
     for package in _PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))

@@ -24,6 +24,7 @@ What it replaces, in a loop that you have:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,8 @@ def main() -> None:
     if given.rollouts < 1:
         parser.error(f"--rollouts: expected at least 1, got {given.rollouts}")
     lr = given.lr if given.lr is not None else 1e-6 if given.model else 5e-3
+    if importlib.util.find_spec("transformers") is None:
+        raise SystemExit(f"{parser.prog} needs transformers, which is not installed: pip install 'transformers>=4.56'")
     rewards = train(given.model, given.rollouts, given.fused, given.seed, lr)
     print(f"reward {rewards[0]:.3f} -> {rewards[-1]:.3f}")
 

@@ -132,6 +132,8 @@ def main() -> None:
         parser.error("--target-entropy: expected without --method, since both decide about the same tokens")
     if given.steps < 0:
         parser.error(f"--steps: expected at least 0, got {given.steps}")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # the tensors are small: more threads would only wait for each other
     final = train(given.method, given.target_entropy, given.steps, given.seed)
     print(f"entropy at the end: {final:.3f} nats of at most {torch.tensor(DIGITS).log():.3f}")
 

@@ -174,7 +174,7 @@ def constraints() -> str:
 
 def test_the_docs_name_the_window_and_what_an_extra_installs() -> None:
     page = (ROOT / "docs" / "install.md").read_text()
-    for label, (oldest, newest) in zip(("Python", "torch", "Triton"), WINDOW.values(), strict=True):
+    for label, (oldest, newest) in zip(("Python", "torch", "Triton", "transformers"), WINDOW.values(), strict=True):
         assert f"| {label} | {oldest} to {newest} |" in page
     rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|", page, re.MULTILINE))
     extras = re.search(r"\[project\.optional-dependencies\](.*?)\n\[", PROJECT, re.DOTALL)[1]  # type: ignore[index]

@@ -368,6 +368,7 @@ def test_doctor_fits_a_terminal_without_breaking_words(only_torch, monkeypatch, 
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")  # a path breaks where it has to
+    monkeypatch.setattr(doctor.ek, "__file__", "/usr/lib/entropy_kernels/__init__.py")
     if not rich:
         monkeypatch.setattr("entropy_kernels._console.importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(doctor.ek, "budget_tokens", lambda score, *a, **k: score > 0)  # one that is wrong

@@ -69,6 +69,16 @@ def test_every_method_of_the_loop(method: str, monkeypatch: pytest.MonkeyPatch, 
     assert "expected without --method" in capsys.readouterr().err
 
 
+def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("hf_model", monkeypatch)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["hf_model.py"])
+    wanted = re.search(r'"(transformers>=[^"]+)"', (ROOT / "pyproject.toml").read_text())
+    assert wanted is not None
+    with pytest.raises(SystemExit, match=rf"^hf_model\.py needs transformers.*: pip install '{wanted[1]}'$"):
+        module.main()
+
+
 # --- a Hugging Face model ---------------------------------------------------------------------------------------------
 
 

@@ -257,10 +257,23 @@ def test_without_the_native_libraries_everything_runs_on_torch() -> None:
         import entropy_kernels as ek
 
         states = ek.backends()
-        assert all("does not load" in s["cpu"] or "not built" in s["cpu"] for s in states.values()), states
+        reasons = ("does not load", "not built", "have no kernels")
+        assert all(any(reason in s["cpu"] for reason in reasons) for s in states.values()), states
         logprob, entropy = ek.logprob_entropy(torch.randn(3, 7), torch.tensor([0, 1, 2]))
         loss = ek.clip_cov_loss(logprob.requires_grad_(), logprob - 0.1, torch.randn(3), None, seed=0).loss
         loss.backward()
         assert loss.isfinite()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=500)
+
+
+def test_a_clone_without_kernels_says_that_it_hides_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from entropy_kernels.backends import native
+
+    monkeypatch.setattr(native, "_FOLDER", tmp_path / "entropy_kernels")
+    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "entropy_kernels" / "_ops.so")
+    assert "was not built" in str(native._load())
+    (tmp_path / "csrc").mkdir()
+    assert f"imported from the sources in {tmp_path}, which have no kernels: leave this folder" in str(native._load())

@@ -68,9 +68,11 @@ def test_counts_and_time_left_are_whole_in_any_width(
     for line in lines[1:-1]:
         assert re.search(rf" {total // 2}/{total} +1:00:00 left", line), line
     assert re.search(rf" {total}/{total} +1:00:00 done", lines[-1]), lines[-1]
-    for line in lines[1:]:  # a note or a name that is cut shows that it is
+    for line in lines[1:]:  # a note or a name that is cut shows that it is, and no figure is cut
         note = re.split("left|done", line)[-1].strip()
         assert NOTE.startswith(note.removesuffix("…")) and (note.endswith("…") or note in ("", NOTE)), line
+        kept = note.removesuffix("…").rstrip()
+        assert NOTE.split("  ")[: len(kept.split("  "))] == kept.split("  ") or len(kept) < len("H 0.523"), line
     if width >= 80:
         assert all("H 0.523  target 0.400" in line for line in lines[1:-1]) or total == 1_000_000
         assert lines[2].startswith(NAMES[2])
@@ -89,6 +91,17 @@ def test_a_terminal_of_80_columns_shows_the_step_and_the_target(
         RunProgress(board)("train", 102, 240, row)
     (last,) = terminal.screen
     assert re.fullmatch(r"train +102/240 -:--:-- left  ?H 0\.523  target 0\.400  reward 0\.412  pass@1 0\.345.*", last)
+
+
+def test_what_has_begun_says_so(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with ProgressBoard(file=terminal, ticking=False) as board:
+        for name in ("a", "b"):
+            board.add(name, 3)
+        board.starting("a")
+        assert [line.split()[-1] for line in terminal.screen] == ["starting", "waits"]
+        board.update("a", 1, 3)
+    assert [line.split()[-1] for line in terminal.screen] == ["left", "waits"]
 
 
 def test_more_lines_than_the_terminal_has(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 pytest.importorskip("tyro")
 
 from entropy_kernels.trainer import sweep
-from entropy_kernels.trainer.__main__ import main
+from entropy_kernels.trainer.__main__ import _tell, main
 from entropy_kernels.trainer.config import TrainerConfig, idle
 from entropy_kernels.trainer.files import write_json
 from entropy_kernels.trainer.flags import as_typed, parse
@@ -44,11 +45,12 @@ def test_flags_are_read_as_their_fields_are_annotated() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--steps", "1.5"], ("--steps INT", "'1.5'")),
-        (["--lr", "fast"], ("--lr FLOAT", "'fast'")),
-        (["--cov-ratio", "x"], ("--cov-ratio FLOAT|none", "'x'")),
+        (["--steps", "five"], ("--steps: expected an integer, got 'five'", "--steps INT")),
+        (["--lr", "fast"], ("--lr: expected a number, got 'fast'", "--lr FLOAT")),
+        (["--cov-ratio", "x"], ("--cov-ratio: expected a number or none, got 'x'", "--cov-ratio FLOAT|none")),
         (["--steps"], ("--steps", "Expected 1 value")),
-        (["--method", "KL-Cov"], ("--method", "'KL-Cov'", "'kl_cov'")),
+        (["--method", "KL-Cov"], ("--method", "'KL-Cov'", "did you mean kl_cov?")),
+        (["--head", "logit"], ("--head: expected one of linear, logits, torch,", "'logit'", "logits?")),
         (["--no-tensorbord"], ("--no-tensorbord", "--tensorboard, --no-tensorboard")),
         (["--warm", "3"], ("--warm,", "--warm-steps INT")),
         (["--tensorboard", "False"], ("Unrecognized options: False",)),
@@ -70,6 +72,19 @@ def test_an_error_names_the_flag_that_was_typed() -> None:
     )
     assert as_typed(message, set()) == message
     assert as_typed("no colon, steps", {"steps"}) == "no colon, steps"
+
+
+def test_from_config_takes_a_run_and_explains_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "config.json", {**config(tmp_path / "run", **SHORT).to_dict(), "lr": -1.0})
+    assert main(["from-config", str(tmp_path)]) == 2
+    assert "lr: expected a finite number > 0, got -1.0" in capsys.readouterr().err
+    assert main(["from-config", str(tmp_path / "x")]) == 2
+    assert f"error: from-config: expected a file, got {tmp_path / 'x'}, which" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["from-config", "--help"])
+    assert stop.value.code == 0 and f"{PROG} from-config FILE" in capsys.readouterr().out
+    assert main(["comparre"]) == 2
+    assert "(quickstart, reproduce, compare, from-config)" in capsys.readouterr().err
 
 
 # --- what does nothing ------------------------------------------------------------------------------------------------
@@ -213,9 +228,22 @@ def test_a_sweep_that_is_stopped_says_what_goes_on(
     assert not json.loads((tmp_path / "out" / "grpo" / "config.json").read_text())["progress"]
 
 
+def test_on_a_terminal_sentences_are_folded_between_words_and_commands_are_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    sentence, command = "what is kept " * 12, "  " + "--word " * 20
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
+        _tell(f"{sentence}\n{command}")
+        *lines, last = capsys.readouterr().err.splitlines()
+        assert last == command and " ".join(lines).split() == sentence.split()
+        assert len(lines) == (2 if terminal else 1) and max(map(len, lines)) <= (80 if terminal else len(sentence))
+
+
 def test_train_may_stand_before_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As it does after `entropy-kernels`."""
     assert main(["train", "--temperature", "-1"]) == 2
     assert "error: --temperature: expected a finite number > 0" in capsys.readouterr().err
     assert main(["train", "compare", "--out", str(tmp_path / "x")]) == 2
-    assert "config: expected a JSON file" in capsys.readouterr().err
+    assert "--config: expected a JSON FILE" in capsys.readouterr().err

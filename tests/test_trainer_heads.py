@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 
@@ -378,6 +379,27 @@ def test_a_run_from_before_the_linear_head_resumes_under_logits(tmp_path: Path) 
         ppo.train(config(tmp_path / "old", steps=3, resume=True))
     ppo.train(config(tmp_path / "old", steps=3, resume=True, head="logits"))
     assert rows_without_times(tmp_path / "old")[1:] == rows_without_times(tmp_path / "whole")[1:]
+
+
+def test_sampling_names_the_cache_as_the_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.24 calls it cache, and warns of the name that it had before."""
+    policy = policy_of()
+    forward = policy.model.forward
+    prompts = Encoded(torch.arange(8).view(2, 4), torch.ones(2, 4, dtype=torch.long))
+
+    def drawn() -> Tensor:
+        seeded = torch.Generator().manual_seed(0)
+        return policy.sample(prompts, max_new_tokens=5, temperature=1.0, generator=seeded).ids
+
+    before = drawn()
+    old = "past_key_values" in inspect.signature(forward).parameters
+
+    def renamed(cache: object = None, **rest: object) -> object:
+        assert cache is not None
+        return forward(**{"past_key_values" if old else "cache": cache}, **rest)
+
+    monkeypatch.setattr(policy.model, "forward", renamed)
+    assert torch.equal(drawn(), before)
 
 
 def test_mixed_precision() -> None:

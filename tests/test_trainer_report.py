@@ -53,8 +53,8 @@ from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # no
         ({"steps": -1}, r"steps: expected an integer >= 0, got -1"),
         ({"warm_weight_decay": -1.0}, r"warm_weight_decay: expected a finite number >= 0, got -1.0"),
         ({"adam_beta1": 1.0}, r"adam_beta1: expected a number in \[0, 1\), got 1.0"),
-        ({"device": "gpu"}, r"device: expected auto or a torch device that is there, got 'gpu'"),
-        ({"device": "cuda:77"}, r"device: expected auto or a torch device that is there, got 'cuda:77'"),
+        ({"device": "gpu"}, r"device: expected auto or a torch device that is there.*, got 'gpu'"),
+        ({"device": "cuda:77"}, r"device: expected auto or a torch device that is there.*, got 'cuda:77'"),
         ({"resume": True, "overwrite": True}, r"resume, overwrite: expected at most one"),
     ],
 )
@@ -179,6 +179,10 @@ def test_a_target_is_drawn_and_judged(tmp_path: Path) -> None:
         assert "lose their gradient (Target entropy)" in text
         assert re.search(r"Target entropy: the run was given a number, 4\.56 nats .* of the tokens dropped", text)
     assert "target_entropy" in (tmp_path / "report" / "csv" / "target.csv").read_text()
+    missed = f"{values['target_off']:.2f} nats off its target"
+    assert (values["target_off"] > 0.02) == (missed in lines(record)["rows"][1][-1]) == (missed in verdict(record))
+    far = {**record["methods"], "target": {**record["methods"]["target"], "target_off": {"mean": 2.6, "seeds": [2.6]}}}
+    assert "Target entropy is 2.60 nats off its target." in verdict({**record, "methods": far})
     assert label("target") == "Target entropy" and "target_off" not in record["methods"]["grpo"]
 
 
@@ -222,7 +226,8 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
         tmp_path, {"grpo": [log]}, base=TINY, experiment={"predicted": [], "measured": []}, command="c", seeds=[0],
         seconds=1.0, workers=1, title="t", kept={},
     )  # fmt: skip
-    assert "no token had an advantage" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "no token had an advantage" in page and "At the end no answer was right in any run" in page
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
 
 
@@ -319,7 +324,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert set(json.loads((out / "summary.json").read_text())["methods"]) == {"grpo", "clip_cov", "kl_cov_torch_ops"}
     capsys.readouterr()
     assert main(["compare", "--out", str(tmp_path / "none")]) == 2
-    assert "error: config: expected a JSON file of what the runs have in common" in capsys.readouterr().err
+    assert "error: --config: expected a JSON FILE of what the runs have in common" in capsys.readouterr().err
     assert main([*flags, "--methods", "kl_cov"]) == 2
     assert "error: --methods: expected 'grpo' among them" in capsys.readouterr().err
 

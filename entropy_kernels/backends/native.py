@@ -26,6 +26,11 @@ _CUDA_LIBRARY = _FOLDER / "_ops_cuda.so"
 def _load() -> str | None:
     """Load the extension; None, or the reason why it is not there."""
     if not _LIBRARY.exists():
+        if (_FOLDER.parent / "csrc").is_dir():  # a clone, which hides an installed package from who works in it
+            return (
+                f"imported from the sources in {_FOLDER.parent}, which have no kernels: leave this folder, or build "
+                "them in place, with a C++ compiler: pip install -e ."
+            )
         return "the C++ extension was not built (no compiler, or ENTROPY_KERNELS_SKIP_CPP was set at install)"
     return _load_library(_LIBRARY)
 

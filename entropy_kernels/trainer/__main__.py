@@ -6,6 +6,7 @@ One run is ppo.py; several, with their report, sweep.py; what is typed, flags.py
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import signal
 import sys
 import textwrap
@@ -34,7 +35,7 @@ USAGE = """Type one of
   {prog} --method {method} --out runs/mine
       one run, with any of the flags below; without flags GRPO in runs/single
   {prog} from-config FILE [flags]
-      one run from the config.json of another, with changes
+      one run from the config.json of another (or from its folder), with changes
 
 The first three have flags of their own: quickstart --help.
 
@@ -76,12 +77,17 @@ def _main(call: Call) -> int:
     from entropy_kernels.trainer.sweep import SWEEPS
 
     if command == "from-config":
+        if words[1:2] in (["--help"], ["-h"]):
+            return _one_run(call, TrainerConfig(), words[1:], f"{call.prog} from-config FILE", about)
         if len(words) < 2 or words[1].startswith("-"):
             raise ValueError(f"from-config: expected a FILE, then flags, got {' '.join(words[1:]) or 'no file'}")
-        config = TrainerConfig.from_json(Path(words[1]).expanduser())
+        try:
+            config = TrainerConfig.from_json(Path(words[1]).expanduser())
+        except (ValueError, OSError) as error:
+            raise ValueError(f"from-{error}" if str(error).startswith("config: ") else str(error)) from error
         return _one_run(call, config, words[2:], f"{call.prog} from-config {words[1]}", about)
     if command not in SWEEPS:
-        known = (*SWEEPS, "from-config", "train")
+        known = (*SWEEPS, "from-config")
         raise ValueError(
             f"expected a command ({', '.join(known)}) or flags, got {command}{did_you_mean(command, known)} "
             f"({call.prog} --help explains)"
@@ -108,7 +114,7 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, ab
             with progress.board:
                 out = train(config, report=progress)
         except (KeyboardInterrupt, _Terminated) as stop:
-            print(_stopped(config, call, trained=progress.trained), file=sys.stderr)
+            _tell(_stopped(config, call, trained=progress.trained))
             return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     if config.progress:
         if progress.memory is not None:
@@ -129,6 +135,13 @@ def _stopped(config: TrainerConfig, call: Call, *, trained: bool) -> str:
     return f"stopped before the first step, and nothing is kept. To begin again:\n  {call.again()}"
 
 
+def _tell(text: str) -> None:
+    """On stderr; on a terminal folded between words, but for what is indented: commands, which are copied."""
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
+    fold = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False).fill
+    print(*(line if line.startswith("  ") else fold(line) for line in text.splitlines()), sep="\n", file=sys.stderr)
+
+
 def _sweep(call: Call, name: str, words: list[str]) -> int:
     from entropy_kernels.trainer.sweep import SWEEPS, RunFailed, complete, planned, run_sweep
 
@@ -140,10 +153,10 @@ def _sweep(call: Call, name: str, words: list[str]) -> int:
         try:
             return run_sweep(plan)
         except RunFailed as error:
-            print(f"{call.prog} {name}: error: {error}\n{complete(plan)}. {goes_on}", file=sys.stderr)
+            _tell(f"{call.prog} {name}: error: {error}\n{complete(plan)}. {goes_on}")
             return 2
         except (KeyboardInterrupt, _Terminated) as stop:
-            print(f"stopped; {complete(plan)}. {goes_on}", file=sys.stderr)
+            _tell(f"stopped; {complete(plan)}. {goes_on}")
             return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
 
 

@@ -393,8 +393,8 @@ class TrainerConfig:
         """The configuration in a file.
 
         Args:
-            path: a JSON object of fields; fields left out have their defaults, and what a run adds to its config.json
-                is left out.
+            path: a JSON object of fields, or the folder of a run, whose config.json is one; fields left out have their
+                defaults, and what a run adds to its config.json is left out.
 
         Returns:
             The configuration, not validated yet.
@@ -402,6 +402,7 @@ class TrainerConfig:
         Raises:
             FileNotFoundError, ValueError: no such file, or what is wrong with it.
         """
+        path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"config: expected a file, got {path}, which does not exist")
         try:
@@ -524,5 +525,9 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("warm_wrong_fraction", "a number in [0, 1]", lambda value: 0 <= value <= 1),
     ("cov_ratio", "a fraction in (0, 1]", lambda value: value is None or 0 < value <= 1),
     ("memory_budget", "a number of bytes > 0", lambda value: value is None or value > 0),
-    ("device", "auto or a torch device that is there", _usable),
+    (
+        "device",
+        "auto or a torch device that is there" + " (this torch is a CPU build)" * (not torch.backends.cuda.is_built()),
+        _usable,
+    ),
 )

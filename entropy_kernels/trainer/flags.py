@@ -8,8 +8,9 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from entropy_kernels._console import did_you_mean
 from entropy_kernels._require import require
 
 _T = TypeVar("_T")
@@ -47,7 +48,8 @@ def _fields(tyro: Any, info: Any) -> Any:
 
 
 def _values(tyro: Any, info: Any) -> Any:
-    """How tyro reads a value: as it does by itself, but for OPTION=VALUE, none, and a ~ that a shell leaves."""
+    """How tyro reads a value: as it does by itself, but for OPTION=VALUE, none, a ~ that a shell leaves, and errors, which
+    say what was expected or probably meant."""
     if info.type == dict[str, Any]:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
@@ -56,19 +58,27 @@ def _values(tyro: Any, info: Any) -> Any:
             is_instance=lambda value: isinstance(value, dict),
             str_from_instance=lambda value: [f"{name}={x}" for name, x in value.items()],
         )
+    choices = get_args(info.type) if get_origin(info.type) is Literal else ()
     optional = type(None) in get_args(info.type)
-    if not (optional or info.type is Path):
+    if not (optional or choices or info.type in (int, float, Path)):
         return None
-    kind = next(kind for kind in get_args(info.type) or (info.type,) if kind is not type(None))
+    kind = str if choices else next(kind for kind in get_args(info.type) or (info.type,) if kind is not type(None))
 
     def read(words: list[str]) -> Any:
-        if optional and words[0].lower() == "none":
+        word = words[0]
+        if optional and word.lower() == "none":
             return None
-        return Path(words[0]).expanduser() if kind is Path else kind(words[0])
+        if choices and word not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}, got {word!r}{did_you_mean(word, choices)}")
+        try:
+            return Path(word).expanduser() if kind is Path else kind(word)
+        except ValueError:
+            expected = {int: "an integer", float: "a number"}[kind] + " or none" * optional
+            raise ValueError(f"expected {expected}, got {word!r}") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar=kind.__name__.upper() + "|none" * optional,
+        metavar=f"{{{','.join(choices)}}}" if choices else kind.__name__.upper() + "|none" * optional,
         instance_from_str=read,
         is_instance=lambda value: isinstance(value, kind) or (optional and value is None),
         str_from_instance=lambda value: ["none" if value is None else str(value)],

@@ -238,8 +238,8 @@ def part_of(plan: ek.Control, parts: Sequence[Tensor]) -> list[ek.Control]:
 def _check_target(config: TrainerConfig, batch: ek.TokenBatch) -> None:
     if config.method != BASELINE:
         raise ValueError(
-            f"method: expected {BASELINE} beside target_entropy, which decides about the tokens itself (target_method: "
-            f"{', '.join(TARGETS)}), got {config.method}; leave one of the two out"
+            f"method: expected {BASELINE} beside target_entropy, which decides about the tokens itself "
+            f"(--target-method {', '.join(TARGETS)}), got {config.method}; leave one of the two out"
         )
     target = target_of(config)
     assert target is not None

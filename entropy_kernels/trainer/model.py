@@ -9,6 +9,7 @@ model gives at the positions that predict completion tokens, and their statistic
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import time
@@ -229,7 +230,9 @@ class Policy:
         from transformers import DynamicCache
 
         rows = prompts.ids.shape[0]
-        cache = DynamicCache(config=self.model.config)
+        # the argument's name before transformers 5.24, which warns of it, and from then on
+        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        cache = {name: DynamicCache(config=self.model.config)}
         attention, full = prompts.mask, bool(prompts.mask.all())
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         step_ids, alive = prompts.ids, torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
@@ -240,8 +243,8 @@ class Policy:
                     input_ids=step_ids,
                     attention_mask=None if full else attention,
                     position_ids=positions,
-                    past_key_values=cache,
                     use_cache=True,
+                    **cache,
                     logits_to_keep=1,
                 )
             logits = output.logits[:, -1]  # (B, V)

@@ -25,6 +25,8 @@ ONE_SEED_NOISE = 0.05
 LEAST_SLOWDOWN, SAME_MACHINE = 0.05, 0.1
 #: Validations that a course is averaged over, and the least mean distance that is called behind.
 SMOOTH, LEAST_BEHIND = 3, 0.01
+#: Nats that the entropy may be off its target, on average and at worst (:func:`held_values`).
+HELD, HELD_AT_WORST = 0.02, 0.04
 #: Parts of a step whose seconds a log has.
 PHASES = ("sample", "verify", "score", "update", "measure", "ops")
 #: Columns of which a run's mean over the steps is told.
@@ -168,7 +170,7 @@ def criteria(summary: Summary, experiment: Mapping[str, Sequence[float]], *, wal
                 f"{mine['mean']:.3f} against {theirs['mean']:.3f}, gap {gap:+.3f}, spread {noise:.3f}",
             )
     held = summary.get(TARGET_RUN, {}) if walk else {}
-    for name, text, most in (("target_off", "on average", 0.02), ("target_worst", "at worst", 0.04)):
+    for name, text, most in (("target_off", "on average", HELD), ("target_worst", "at worst", HELD_AT_WORST)):
         if name in held:
             figure = max(held[name]["seeds"])
             claim = f"the target entropy is held within {most:g} nats {text}, by means of {END_ROLLOUTS} rollouts"

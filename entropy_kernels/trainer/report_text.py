@@ -15,6 +15,7 @@ from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_ROW, TARGET_RUN, TARGETS, Method
 from entropy_kernels.trainer.report_numbers import (
     END_ROLLOUTS,
+    HELD,
     ONE_SEED_NOISE,
     SAME_MACHINE,
     Summary,
@@ -145,6 +146,10 @@ ONE_SEED = (
     "seed may miss another (where twice the baseline's entropy is claimed, single seeds were seen to end with 1.8 to "
     "2.1 times)."
 )
+NEVER_RIGHT = (
+    "At the end no answer was right in any run, so there was nothing to learn from: the supervised start is too short "
+    "(--warm-steps), or the task too hard for the model."
+)
 COVARIANCE = "Mean covariance of the tokens of largest covariance at the first step, where all runs are alike."
 
 
@@ -183,6 +188,9 @@ def verdict(record: Mapping[str, Any]) -> str:
         parts += [("but " * bool(more)) + joined([f"lower {name}" for name in less])] if less else []
         parts += [("and " * bool(parts)) + f"about {first}'s {joined(level)}"] if level else []
         said.append(f"{joined(names)} end{'' if len(names) > 1 else 's'} with {', '.join(parts)}.")
+    right = [found[0] for run in summary if (found := beside_baseline(summary, run, "pass1"))]
+    said += [NEVER_RIGHT] if right and not any(right) else []
+    said += [f"{label(TARGET_RUN)} is {missed}." for missed in [off_target(summary)] if missed]
     said += [f"{label(run)} {' and '.join(why)}." for run in summary if (why := incomplete(record, run))]
     seeds, noise = len(record["seeds"]), "within their standard deviation"
     if seeds == 1:
@@ -193,6 +201,12 @@ def verdict(record: Mapping[str, Any]) -> str:
     if claims:
         said.append(f"{claims - failed} of {claims} claims hold." if failed else f"All {claims} claims hold.")
     return " ".join(said)
+
+
+def off_target(summary: Summary) -> str:
+    """By how much the run under a target missed it; empty where it was held, or there is none."""
+    off = max(summary.get(TARGET_RUN, {}).get("target_off", {"seeds": [0.0]})["seeds"])
+    return f"{off:.2f} nats off its target" if off > HELD else ""
 
 
 def look(record: Mapping[str, Any]) -> list[str]:
@@ -263,7 +277,8 @@ def lines(record: Mapping[str, Any]) -> Table:
             worse += [f"{text} at the end"] if sign < 0 else []
         if late := courses[run]["behind"]:
             worse.append(f"{JUDGED['pass1'][0]} behind {where(late)}, by {late['by']:.3f}")
-        slower = slowdown(summary, run)
+        slower, missed = slowdown(summary, run), off_target(summary) if run == TARGET_RUN else ""
+        worse += [missed] if missed else []
         worse += [f"tokens/s {-slower:.0%}"] if slower else []
         rows.append([label(run), *cells, "" if first else "; ".join(worse) or "nothing"])
     head = ["at the end", "entropy", *(JUDGED[name][0] for name in metrics), "worse"]

@@ -189,7 +189,7 @@ def planned(name: str, flags: Flags, base: TrainerConfig | None = None) -> Plan:
     require_installed(("matplotlib", "pandas", "scipy", "statsmodels"), "the report", "train")
     if base is None:
         if sweep.configured and flags.config is None:
-            raise ValueError("config: expected a JSON file of what the runs have in common (--config FILE), got none")
+            raise ValueError("--config: expected a JSON FILE of what the runs have in common, got none")
         base = TrainerConfig() if flags.config is None else TrainerConfig.from_json(flags.config)
     if flags.seed is not None and flags.seeds:
         raise ValueError(
@@ -242,9 +242,11 @@ def run_sweep(plan: Plan) -> int:
         )
     if flags.progress:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # lines of a log stay whole
-        print(*(textwrap.fill(line, width, subsequent_indent="  ") for line in verdict_lines(record)), sep="\n")
-        for check in record["criteria"] if sweep.judged else ():
-            print(f"{'PASS' if check['holds'] else 'FAIL'}  {check['claim']}: {check['figure']}")
+        said = verdict_lines(record)
+        for check in record["criteria"]:
+            told = ("PASS" if check["holds"] else "FAIL") if sweep.judged else "does not hold" * (not check["holds"])
+            said += [f"{told}  {check['claim']}: {check['figure']}"] if told else []
+        print(*(textwrap.fill(line, width, subsequent_indent="  ") for line in said), sep="\n")
         print(f"report: {flags.out / 'report.html'}")
     return 1 if sweep.judged and not all(check["holds"] for check in record["criteria"]) else 0
 
@@ -411,6 +413,7 @@ def run_side_by_side(runs: Mapping[str, TrainerConfig], *, workers: int, board: 
             while waiting and len(running) < workers:
                 name = waiting.pop(0)
                 running[name] = _start(runs[name])
+                board.starting(name)
             time.sleep(_POLL)
             for name in list(running):
                 code = running[name].poll()
