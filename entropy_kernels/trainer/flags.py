@@ -48,8 +48,8 @@ def _fields(tyro: Any, info: Any) -> Any:
 
 
 def _values(tyro: Any, info: Any) -> Any:
-    """How tyro reads a value: as it does by itself, but for OPTION=VALUE, none, a ~ that a shell leaves, and errors, which
-    say what was expected or probably meant."""
+    """How tyro reads a value: as it does by itself, but for OPTION=VALUE, none, a ~ that a shell leaves, and errors
+    that say what was expected or probably meant."""
     if info.type == dict[str, Any]:
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs="*",
