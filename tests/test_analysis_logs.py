@@ -229,6 +229,21 @@ def test_missing_and_empty_paths(tmp_path):
         logs.read_log(tmp_path)
 
 
+def test_what_a_folder_holds_besides_is_read_or_named(tmp_path):
+    line = "step:{} - actor/entropy:0.5 - critic/score/mean:0.{}\n"
+    (tmp_path / "console.log").write_text("".join(line.format(i, i) for i in range(1, 5)))
+    assert logs.read_log(tmp_path)["step"].tolist() == [1, 2, 3, 4]  # there is nothing better
+    for folder in ("", "other", "checkpoint-4", "wandb"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / ("notes.txt" if folder == "wandb" else "log.csv")).write_text("step,entropy\n1,0.5\n")
+    (run,) = logs.read_logs([tmp_path])
+    assert [path.name for path in run.paths] == ["log.csv"]
+    said = "holds console.log, other/ as well, which is not read: name what is to be read"
+    assert run.notes == [f"{tmp_path} {said}"]
+    named = logs.read_logs([tmp_path, tmp_path / "console.log", tmp_path / "other"])
+    assert not any("as well" in note for run in named for note in run.notes)
+
+
 # Columns of a log; the entropy comes first, the performance that is to be found second.
 @pytest.mark.parametrize(
     ("columns", "training"),

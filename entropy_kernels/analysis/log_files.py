@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +43,15 @@ class Source:
         return sum(p.stat().st_size for p in files)
 
 
-def sources(path: Path, name: str | None = None, depth: int = 6) -> list[Source]:
+_TABLES = ("*.jsonl", "*.csv", "*.jsonl.gz", "*.csv.gz", "trainer_state.json")
+#: What consoles showed: read where a folder has nothing better.
+CONSOLE = ("*.log", "*.out")
+
+
+def sources(path: Path, name: str | None = None, depth: int = 6, patterns: Sequence[str] = _TABLES) -> list[Source]:
     """The logs at ``path``: a file, or what a folder holds; empty if it holds none.
 
-    In a folder, in this order: an MLflow run; event files; ``*.jsonl``, ``*.csv``, ``trainer_state.json``; the newest
+    In a folder, in this order: an MLflow run; event files; files of ``patterns``; the newest
     ``checkpoint-N/trainer_state.json``, which has all rows of those before it; else what its subfolders hold, each
     a run of the subfolder's name.
     """
@@ -56,7 +61,6 @@ def sources(path: Path, name: str | None = None, depth: int = 6) -> list[Source]
         return [Source(path, "mlflow", _mlflow_name(path), asked=False)]
     if any(path.glob("*tfevents*")):
         return [Source(path, "tensorboard", name, asked=False)]
-    patterns = ("*.jsonl", "*.csv", "*.jsonl.gz", "*.csv.gz", "trainer_state.json")
     files = sorted(p for pattern in patterns for p in path.glob(pattern) if p.is_file())
     if not files:
         states = [(int(p.parent.name.rpartition("-")[2]), p) for p in path.glob("checkpoint-*/trainer_state.json")
@@ -67,8 +71,22 @@ def sources(path: Path, name: str | None = None, depth: int = 6) -> list[Source]
     found: list[Source] = []
     for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != "."):
         if depth > 0:
-            found += sources(folder, folder.name if name is None else f"{name}/{folder.name}", depth - 1)
+            found += sources(folder, folder.name if name is None else f"{name}/{folder.name}", depth - 1, patterns)
     return found
+
+
+def passed_over(path: Path, used: Collection[Path]) -> list[str]:
+    """Names of what may be logs in the folder ``path`` as well, and is not among the paths ``used``, resolved."""
+    path = path.resolve()
+    if not path.is_dir() or path in used:  # a run of MLflow, a folder of TensorBoard
+        return []
+    files = sorted(p for pattern in CONSOLE for p in path.glob(pattern) if p.is_file() and p.resolve() not in used)
+    folders = [
+        folder
+        for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink() and p.name[0] != ".")
+        if not folder.name.startswith("checkpoint-") and not any(p.is_relative_to(folder) for p in used)
+    ]
+    return [*(p.name for p in files), *(f"{p.name}/" for p in folders if sources(p, depth=2))]
 
 
 def read(source: Source, advance: Advance) -> list[Table]:

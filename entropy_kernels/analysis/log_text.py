@@ -73,10 +73,10 @@ class Table:
     """Named by the user, not found in a folder."""
 
 
-def listed(numbers: Sequence[float], limit: int = 5) -> str:
+def listed(numbers: Sequence[float | str], limit: int = 5) -> str:
     """``3, 17, 40 and 12 more``."""
     more = f" and {len(numbers) - limit} more" if len(numbers) > limit else ""
-    return ", ".join(f"{n:.15g}" for n in numbers[:limit]) + more
+    return ", ".join(n if isinstance(n, str) else f"{n:.15g}" for n in numbers[:limit]) + more
 
 
 def one_line(error: Exception) -> str:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from entropy_kernels._require import require
-from entropy_kernels.analysis.log_files import Source, read, sources
-from entropy_kernels.analysis.log_text import IDENTITY, Table, as_float
+from entropy_kernels.analysis.log_files import CONSOLE, Source, passed_over, read, sources
+from entropy_kernels.analysis.log_text import IDENTITY, Table, as_float, listed
 from entropy_kernels.analysis.metric_names import ENTROPY, TRAINING, VALIDATION, LogError, known
 
 if TYPE_CHECKING:
@@ -105,7 +105,10 @@ def read_logs(
         if progress is not None:
             progress(done, total)
 
-    parts, errors = [], []
+    parts, errors = [], list[str]()
+    for folder in dict.fromkeys(map(Path, paths)):
+        if names := passed_over(folder, by_path.keys()):
+            errors.append(f"{folder} holds {listed(names)} as well, which is not read: name what is to be read")
     for source in found:
         try:
             parts += [part for table in read(source, advance) for part in _parts(table)]
@@ -114,7 +117,7 @@ def read_logs(
                 raise
             errors.append(f"{error}; left out")
     if not parts:
-        raise LogError(errors[0].removesuffix("; left out"))
+        raise LogError(next(e for e in errors if e.endswith("; left out")).removesuffix("; left out"))
     runs = [run for group, notes in _groups(parts) for run in _runs(group, notes)]
     _name_apart(runs)
     for each in runs:
@@ -203,11 +206,11 @@ def _sources(path: Path) -> list[Source]:
         path = Path("/dev/stdin")
     if not path.exists():
         raise FileNotFoundError(f"no such file or directory: {path}")
-    found = sources(path)
+    found = sources(path) or sources(path, patterns=CONSOLE)
     if not found:
         raise LogError(
             f"{path} holds no log: expected event files (*tfevents*), *.jsonl, *.csv, trainer_state.json, "
-            "checkpoint-N/trainer_state.json or MLflow runs, in it or in folders below it"
+            "checkpoint-N/trainer_state.json, MLflow runs or a console's *.log, in it or in folders below it"
         )
     return found
 
