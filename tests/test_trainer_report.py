@@ -319,7 +319,10 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert json.loads((out / "kl_cov_torch_ops" / "config.json").read_text())["head"] == "torch"
     # a run that is complete stays as it is, and a method that was not asked for before is added
     before = (out / "grpo" / "metrics.jsonl").stat().st_mtime_ns
-    assert main([*flags, "--steps", "3", "--reuse", "--methods", "grpo", "clip_cov"]) == 0
+    assert main([*flags, "--steps", "3", "--reuse", "--progress", "--methods", "grpo", "clip_cov"]) == 0
+    printed, checks = capsys.readouterr().out, json.loads((out / "summary.json").read_text())["criteria"]
+    assert len(checks) >= 2
+    assert all((f"\ndoes not hold: {check['claim']}: " in printed) != check["holds"] for check in checks), printed
     assert (out / "grpo" / "metrics.jsonl").stat().st_mtime_ns == before
     assert set(json.loads((out / "summary.json").read_text())["methods"]) == {"grpo", "clip_cov", "kl_cov_torch_ops"}
     capsys.readouterr()

@@ -244,8 +244,8 @@ def run_sweep(plan: Plan) -> int:
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # lines of a log stay whole
         said = verdict_lines(record)
         for check in record["criteria"]:
-            told = ("PASS" if check["holds"] else "FAIL") if sweep.judged else "does not hold" * (not check["holds"])
-            said += [f"{told}  {check['claim']}: {check['figure']}"] if told else []
+            told = ("PASS" if check["holds"] else "FAIL") if sweep.judged else "does not hold:" * (not check["holds"])
+            said += [f"{told} {check['claim']}: {check['figure']}"] if told else []
         print(*(textwrap.fill(line, width, subsequent_indent="  ") for line in said), sep="\n")
         print(f"report: {flags.out / 'report.html'}")
     return 1 if sweep.judged and not all(check["holds"] for check in record["criteria"]) else 0
