@@ -152,5 +152,13 @@ def test_an_entropy_that_performance_does_not_follow_gives_no_ceiling(tmp_path):
         (fit,) = fitted(jsonl(tmp_path / "log.jsonl", rows(steps, h, r)))
         assert fit.no_bound == ["performance is not seen to follow entropy"]
         assert any(told in note for note in fit.notes)
+    assert fit.extrapolated is None
     (fit,) = fitted(jsonl(tmp_path / "law.jsonl", rows(steps, h, 0.8 - 0.2 * np.exp(h))))
     assert fit.no_bound == []
+
+
+def test_the_extrapolation_takes_three_points_unless_they_have_one_entropy(tmp_path):
+    steps, h = np.arange(12), np.linspace(0.8, 0.2, 12)
+    for entropy, count in ((h, 3), (np.maximum(h, 0.3), 3), (np.minimum(h, 0.5), None)):
+        (fit,) = fitted(jsonl(tmp_path / "log.jsonl", rows(steps, entropy, 0.8 - 0.2 * np.exp(h))))
+        assert (fit.extrapolated and fit.extrapolated.n) == count

@@ -76,7 +76,7 @@ def read_logs(
 ) -> list[Run]:
     """Read logs and tell the runs in them apart.
 
-    A log is a file, packed (``.gz``, ``.bz2``, ``.xz``) or not, or a folder of one or several runs. The kind is chosen
+    A log is a file, packed (``.gz``, ``.bz2``, ``.xz``) or not, a pipe of text (``-``: stdin), or a folder of runs. The kind is chosen
     by name (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``*tfevents*``, a folder), else by content. Rows of one step are
     merged, the later value winning, so that evaluations which are logged in rows of their own complete their step.
     Columns without a number are left out.

@@ -3,6 +3,7 @@ when it means less or nothing, a plot."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -58,7 +59,8 @@ class LogFit:
     law: EntropyLaw
     """Fitted on all points."""
     extrapolated: EntropyLaw | None
-    """Fitted on the first share of them, at least 3, with its error on the rest; None where there is no rest."""
+    """Fitted on the first share of them, at least 3, with its error on the rest; None where they have
+    one entropy, or there is no rest."""
     fit_fraction: float
     no_bound: list[str]
     """Why R at H = 0 is no ceiling of this run; empty if it is one."""
@@ -149,11 +151,12 @@ def _fit(
     values = points["entropy"], points["performance"]
     law = fit_entropy_law(*values, confidence=confidence, standard_errors=standard_errors)
     extrapolated = None
-    if len(points) > MIN_POINTS:
+    if len(points) > MIN_POINTS and np.ptp(values[1]) > 0:
         share = max(fit_fraction, MIN_POINTS / len(points))
-        extrapolated = fit_entropy_law(
-            *values, fit_fraction=share, confidence=confidence, standard_errors=standard_errors
-        )
+        with contextlib.suppress(ValueError):  # one entropy in all of the first points
+            extrapolated = fit_entropy_law(
+                *values, fit_fraction=share, confidence=confidence, standard_errors=standard_errors
+            )
     no_bound = _no_bound(run, h, law)
     notes += _doubts(run, law, points, no_bound)
     return LogFit(run.name, run.full_name, run.paths, h, r, points, law, extrapolated, fit_fraction, no_bound, notes)
