@@ -76,10 +76,10 @@ def read_logs(
 ) -> list[Run]:
     """Read logs and tell the runs in them apart.
 
-    A log is a file, packed (``.gz``, ``.bz2``, ``.xz``) or not, a pipe of text (``-``: stdin), or a folder of runs. The kind is chosen
-    by name (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``*tfevents*``, a folder), else by content. Rows of one step are
-    merged, the later value winning, so that evaluations which are logged in rows of their own complete their step.
-    Columns without a number are left out.
+    A log is a file, packed (``.gz``, ``.bz2``, ``.xz``) or not, a pipe of text (``-``: stdin), or a folder of runs. The
+    kind is chosen by name (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``*tfevents*``, a folder), else by content. Rows
+    of one step are merged, the later value winning, so that evaluations which are logged in rows of their own complete
+    their step. Columns without a number are left out.
 
     One run: tables that name the same run (W&B's exports, one metric per file), and tables without a name that share no
     metric (training beside validation). Several: what names itself so, and a log whose steps start again where they
