@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from entropy_kernels._console import print_table, print_text
+from entropy_kernels._require import require
 from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, LawError, fit_entropy_law
 from entropy_kernels.analysis.log_text import listed
 from entropy_kernels.analysis.logs import Run, pairs, read_logs
@@ -211,8 +212,7 @@ def plot_path(output: Path) -> Path:
     FileExistsError for a file that is there and is no earlier plot: these say in their metadata what made them. In a
     format that has none, no file is replaced.
     """
-    from matplotlib.figure import Figure
-
+    figure = require("matplotlib.figure", "the plot").Figure()
     if not output.suffix and not output.is_dir():
         output = output.with_suffix(".png")
     if not output.parent.is_dir():
@@ -222,7 +222,7 @@ def plot_path(output: Path) -> Path:
             f"--output: expected a new file or an earlier plot, got {output}, which is something else or does not say "
             "what made it; name another file or remove it"
         )
-    kinds = Figure().canvas.get_supported_filetypes()
+    kinds = figure.canvas.get_supported_filetypes()
     if output.suffix[1:].lower() not in kinds:
         raise ValueError(f"--output: expected a name that ends in one of {', '.join(sorted(kinds))}, got {output.name}")
     return output

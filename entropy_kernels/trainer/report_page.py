@@ -91,10 +91,10 @@ STYLE = f"""
   td.yes {{ color: #1a7f37; font-weight: 600; }} td.no {{ color: #b3261e; font-weight: 600; }}
   @media (max-width: {PHONE}px) {{
     body {{ margin: .8rem auto; padding: 0 1rem; font-size: 15px; line-height: 1.36; }}
-    h1 {{ font-size: 1.15rem; }} h1 + p {{ font-size: 1em; }}
+    h1 {{ font-size: 1.15rem; margin-bottom: .3rem; }} h1 + p {{ font-size: 1em; }}
     table.data, table.data tbody, table.data tr, table.data th {{ display: block; }}
     table.data thead, table.data td:empty {{ display: none; }}
-    table.data tr {{ padding: .4rem 0; border-bottom: 1px solid #e3e3e3; }}
+    table.data tr {{ padding: .4rem 0; border-bottom: 1px solid #e3e3e3; }} table.lines tr {{ padding: .2rem 0; }}
     table.data th, table.data td {{ border: 0; padding: 0; text-align: left; white-space: normal; }}
     table.data td {{ display: flex; justify-content: space-between; gap: 1rem; }}
     table.data td::before {{ content: attr(data-name); color: #666; }}

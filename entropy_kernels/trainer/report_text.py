@@ -277,8 +277,8 @@ def lines(record: Mapping[str, Any]) -> Table:
             worse += [f"{text} at the end"] if sign < 0 else []
         if late := courses[run]["behind"]:
             worse.append(f"{JUDGED['pass1'][0]} behind {where(late)}, by {late['by']:.3f}")
-        slower, missed = slowdown(summary, run), off_target(summary) if run == TARGET_RUN else ""
-        worse += [missed] if missed else []
+        slower = slowdown(summary, run)
+        worse += ["target missed"] if run == TARGET_RUN and off_target(summary) else []
         worse += [f"tokens/s {-slower:.0%}"] if slower else []
         rows.append([label(run), *cells, "" if first else "; ".join(worse) or "nothing"])
     head = ["at the end", "entropy", *(JUDGED[name][0] for name in metrics), "worse"]
