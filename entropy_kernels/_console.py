@@ -46,12 +46,19 @@ def print_table(
         _plain(title, rows, header, file, widths)
 
 
-def print_text(text: str, file: TextIO | None = None) -> None:
-    """Print ``text`` in lines of the terminal's width, cut between words; in one line where there is no terminal."""
+def print_text(text: str, file: TextIO | None = None, *, indent: str = "") -> None:
+    """Print ``text``, on a terminal in lines of its width, cut between words, those after the first with ``indent``.
+
+    Where there is no terminal lines stay whole, and everywhere those that begin with two spaces: commands, to be
+    copied.
+    """
     file = sys.stdout if file is None else file
     if file.isatty():
         width = max(shutil.get_terminal_size().columns - 1, 20)
-        text = textwrap.fill(text, width, break_on_hyphens=False, break_long_words=False)
+        fold = textwrap.TextWrapper(
+            width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+        ).fill
+        text = "\n".join(line if line.startswith("  ") else fold(line) for line in text.splitlines())
     print(text, file=file)
 
 

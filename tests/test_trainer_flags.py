@@ -14,8 +14,9 @@ import pytest
 
 pytest.importorskip("tyro")
 
+from entropy_kernels._console import print_text
 from entropy_kernels.trainer import sweep
-from entropy_kernels.trainer.__main__ import _tell, main
+from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig, idle
 from entropy_kernels.trainer.files import write_json
 from entropy_kernels.trainer.flags import as_typed, parse
@@ -235,7 +236,7 @@ def test_on_a_terminal_sentences_are_folded_between_words_and_commands_are_whole
     sentence, command = "what is kept " * 12, "  " + "--word " * 20
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda answer=terminal: answer)
-        _tell(f"{sentence}\n{command}")
+        print_text(f"{sentence}\n{command}", sys.stderr)
         *lines, last = capsys.readouterr().err.splitlines()
         assert last == command and " ".join(lines).split() == sentence.split()
         assert len(lines) == (2 if terminal else 1) and max(map(len, lines)) <= (80 if terminal else len(sentence))

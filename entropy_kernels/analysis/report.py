@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _MOST_ENTROPY = 12.5
 #: H = 0 that lies further below the entropies of a run than this multiple of their range is far.
 _FAR = 2.0
+_NOT_SEEN = "performance is not seen to follow entropy"
 #: In the metadata of every plot: others under its name are not replaced.
 _MADE_BY = "entropy-kernels fit"
 #: The field of an Exif record that says which program made a picture.
@@ -159,8 +160,9 @@ def _fit(
                 *values, fit_fraction=share, confidence=confidence, standard_errors=standard_errors
             )
     no_bound = _no_bound(run, h, law)
-    notes += _doubts(run, law, points, no_bound)
-    return LogFit(run.name, run.full_name, run.paths, h, r, points, law, extrapolated, fit_fraction, no_bound, notes)
+    notes += [*no_bound.values(), *_doubts(run, law, points, bound=not no_bound)]
+    reasons = list(no_bound)
+    return LogFit(run.name, run.full_name, run.paths, h, r, points, law, extrapolated, fit_fraction, reasons, notes)
 
 
 def save_plot(fits: Sequence[LogFit], output: Path) -> None:
@@ -397,16 +399,32 @@ def _extrapolation_rows(law: EntropyLaw, error: LawError) -> list[tuple[str, str
     ]  # fmt: skip
 
 
-def _no_bound(run: Run, entropy: Quantity, law: EntropyLaw) -> list[str]:
-    """Why R at H = 0 bounds nothing."""
-    holds = held_by(run.frame, run.full_name, run.settings)
-    reasons = [f"entropy is held by {', '.join(holds)}"] if holds else []
+def _no_bound(run: Run, entropy: Quantity, law: EntropyLaw) -> dict[str, str]:
+    """Why R at H = 0 bounds nothing, and what a reader should know of it."""
+    reasons: dict[str, str] = {}
+    if holds := held_by(run.frame, run.full_name, run.settings):
+        reason = f"entropy is held by {', '.join(holds)}"
+        reasons[reason] = (
+            f"{reason}: the law was found on runs in which nothing holds it; R at H = 0 is not what this run can "
+            "reach, fit a run without it for a ceiling"
+        )
     if law.entropy_range[1] > _MOST_ENTROPY:
-        reasons.append(f"{entropy.name} is not nats per token")
-    if _unrelated(law):
-        reasons.append("performance is not seen to follow entropy")
+        reasons[f"{entropy.name} is not nats per token"] = (
+            f"entropies reach {law.entropy_range[1]:.4g} nats, more than ln V of any vocabulary ({_MOST_ENTROPY} at "
+            "262144 tokens): a sum over tokens or a perplexity; log the mean over tokens (verl: loss_agg_mode="
+            "token-mean) or name another column with --entropy"
+        )
+    if math.isnan(law.r2):
+        reasons[_NOT_SEEN] = "every performance is the same: there is no law to fit, and R at H = 0 is no ceiling"
+    elif _unrelated(law):
+        reasons[_NOT_SEEN] = (
+            f"a = {law.a:.2g} ± {law.a_se:.2g} does not differ from 0 at the level of {law.confidence:.0%}: nothing "
+            "says that performance follows entropy in this run, so R at H = 0 is no ceiling"
+        )
     elif law.a < 0:
-        reasons.append("performance falls as entropy falls")
+        reasons["performance falls as entropy falls"] = (
+            "a is negative: performance falls as entropy falls, so R at H = 0 is no ceiling"
+        )
     return reasons
 
 
@@ -414,36 +432,16 @@ def _unrelated(law: EntropyLaw) -> bool:
     """Whether a = 0 lies within its interval, at the level of the fit: then R at H = 0 is a mean of performances."""
     low, high = law.ceiling_interval
     half = law.a_se * ((high - low) / (2 * law.ceiling_se) if law.ceiling_se > 0 else 0.0)
-    return math.isnan(law.r2) or abs(law.a) <= half
+    return abs(law.a) <= half
 
 
-def _doubts(run: Run, law: EntropyLaw, points: DataFrame, no_bound: list[str]) -> list[str]:
-    """Reasons to read the fit with care, and what to do about each."""
-    doubts = []
+def _doubts(run: Run, law: EntropyLaw, points: DataFrame, *, bound: bool) -> list[str]:
+    """Further reasons to read the fit with care, and what to do about each."""
     steps, h, r = (points[name].to_numpy() for name in ("step", "entropy", "performance"))
-    doubts += [
-        f"{reason}: the law was found on runs in which nothing holds it; R at H = 0 is not what this run can reach, "
-        "fit a run without it for a ceiling"
-        for reason in no_bound
-        if reason.startswith("entropy is held")
+    doubts = [
+        f"the run has {term}, and the law was found without one: take the ceiling as a trend"
+        for term in kl_terms(run.frame)
     ]
-    if law.entropy_range[1] > _MOST_ENTROPY:
-        doubts.append(
-            f"entropies reach {law.entropy_range[1]:.4g} nats, more than ln V of any vocabulary ({_MOST_ENTROPY} at "
-            "262144 tokens): a sum over tokens or a perplexity; log the mean over tokens (verl: loss_agg_mode="
-            "token-mean) or name another column with --entropy"
-        )
-    for term in kl_terms(run.frame):
-        doubts.append(f"the run has {term}, and the law was found without one: take the ceiling as a trend")
-    if math.isnan(law.r2):
-        doubts.append("every performance is the same: there is no law to fit, and R at H = 0 is no ceiling")
-    elif _unrelated(law):
-        doubts.append(
-            f"a = {law.a:.2g} ± {law.a_se:.2g} does not differ from 0 at the level of {law.confidence:.0%}: nothing "
-            "says that performance follows entropy in this run, so R at H = 0 is no ceiling"
-        )
-    elif law.a < 0:
-        doubts.append("a is negative: performance falls as entropy falls, so R at H = 0 is no ceiling")
     doubts += _course(steps, h)
     x = np.exp(np.array(law.entropy_range))
     far = (x[0] - 1) / (x[1] - x[0])
@@ -464,7 +462,7 @@ def _doubts(run: Run, law: EntropyLaw, points: DataFrame, no_bound: list[str]) -
             f"the residuals are correlated (Durbin–Watson {law.durbin_watson:.2f}, 2 = independent): standard errors "
             "and intervals are too small; --standard-errors hac allows for it"
         )
-    if r[-1] > law.ceiling_interval[1] and not no_bound:
+    if r[-1] > law.ceiling_interval[1] and bound:
         doubts.append("the last performance is above the ceiling's interval: the law does not describe this run's end")
     return doubts
 

@@ -6,7 +6,6 @@ One run is ppo.py; several, with their report, sweep.py; what is typed, flags.py
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import signal
 import sys
 import textwrap
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entropy_kernels._console import Call, did_you_mean
+from entropy_kernels._console import Call, did_you_mean, print_text
 from entropy_kernels._require import missing
 from entropy_kernels.trainer.flags import as_typed, parse
 
@@ -114,7 +113,7 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, ab
             with progress.board:
                 out = train(config, report=progress)
         except (KeyboardInterrupt, _Terminated) as stop:
-            _tell(_stopped(config, call, trained=progress.trained))
+            print_text(_stopped(config, call, trained=progress.trained), sys.stderr)
             return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     if config.progress:
         if progress.memory is not None:
@@ -135,13 +134,6 @@ def _stopped(config: TrainerConfig, call: Call, *, trained: bool) -> str:
     return f"stopped before the first step, and nothing is kept. To begin again:\n  {call.again()}"
 
 
-def _tell(text: str) -> None:
-    """On stderr; on a terminal folded between words, but for what is indented: commands, which are copied."""
-    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else sys.maxsize
-    fold = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False).fill
-    print(*(line if line.startswith("  ") else fold(line) for line in text.splitlines()), sep="\n", file=sys.stderr)
-
-
 def _sweep(call: Call, name: str, words: list[str]) -> int:
     from entropy_kernels.trainer.sweep import SWEEPS, RunFailed, complete, planned, run_sweep
 
@@ -153,10 +145,10 @@ def _sweep(call: Call, name: str, words: list[str]) -> int:
         try:
             return run_sweep(plan)
         except RunFailed as error:
-            _tell(f"{call.prog} {name}: error: {error}\n{complete(plan)}. {goes_on}")
+            print_text(f"{call.prog} {name}: error: {error}\n{complete(plan)}. {goes_on}", sys.stderr)
             return 2
         except (KeyboardInterrupt, _Terminated) as stop:
-            _tell(f"stopped; {complete(plan)}. {goes_on}")
+            print_text(f"stopped; {complete(plan)}. {goes_on}", sys.stderr)
             return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
 
 

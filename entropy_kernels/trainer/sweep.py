@@ -11,10 +11,8 @@ import dataclasses
 import gc
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 
-from entropy_kernels._console import did_you_mean
+from entropy_kernels._console import did_you_mean, print_text
 from entropy_kernels._progress import ProgressBoard
 from entropy_kernels._require import require_installed
 from entropy_kernels.trainer import checkpoint
@@ -241,12 +239,12 @@ def run_sweep(plan: Plan) -> int:
             picture=sweep.picture,
         )
     if flags.progress:
-        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # lines of a log stay whole
         said = verdict_lines(record)
         for check in record["criteria"]:
             told = ("PASS" if check["holds"] else "FAIL") if sweep.judged else "does not hold:" * (not check["holds"])
             said += [f"{told} {check['claim']}: {check['figure']}"] if told else []
-        print(*(textwrap.fill(line, width, subsequent_indent="  ") for line in said), sep="\n")
+        for line in said:
+            print_text(line, indent="  ")
         print(f"report: {flags.out / 'report.html'}")
     return 1 if sweep.judged and not all(check["holds"] for check in record["criteria"]) else 0
 
