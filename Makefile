@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheel train reproduce-toy test test-peers test-wheel bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format docs clean
+.PHONY: help setup wheel train reproduce-toy test test-integrations test-wheel bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,17 +47,20 @@ test: setup ## the whole test suite
 	$(if $(CPU),$(or $(CPU_$(CPU)),$(error CPU: expected avx2, avx512 or avx512_bf16, got $(CPU)))) \
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
-# Peers in an environment of their own; the package runs from here, with the libraries that `make setup` built, if any.
-PEERS := .venv-peers
-$(PEERS)/.installed: tests/peers/requirements.txt constraints.txt
+# verl, TRL and what they need, in an environment of their own; the package is there for its entry points, and runs from
+# here with the libraries that `make setup` built.
+PEERS := .venv-integrations
+PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check
+$(PEERS)/.installed: tests/integrations/requirements.txt pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13) and "Python 3.11 or 3.12 is needed: make PYTHON=python3.12 ...")'
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -r tests/peers/requirements.txt
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install -q --no-deps verl==0.9.1
+	$(PEERS_PIP) install -q -c constraints.txt -r tests/integrations/requirements.txt
+	$(PEERS_PIP) install -q --no-deps verl==0.9.1
+	ENTROPY_KERNELS_SKIP_CPP=1 $(PEERS_PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-test-peers: $(PEERS)/.installed ## the losses against verl's and TRL's own, and verl's tests of them with ours in their place
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PEERS)/bin/python -m pytest -n auto tests/peers $(PYTEST_ARGS)
+test-integrations: setup $(PEERS)/.installed ## real runs of verl and TRL with ours in place, and their own tests of what we replace
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PEERS)/bin/python -m pytest -n auto --dist worksteal tests/integrations $(PYTEST_ARGS)
 
 # The wheel under another Python and torch, in an environment of its own that has these and numpy.
 OTHER := .venv-wheel

@@ -31,8 +31,8 @@ import stub_gpu
 from entropy_kernels.backends import registry
 
 pytest_plugins = ["gpu_guard"]
-# they need another environment: make test-peers
-collect_ignore = ["peers"]
+# they need another environment: make test-integrations
+collect_ignore = ["integrations"]
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     import interpreter

@@ -1,0 +1,84 @@
+"""What a replaced function has read beside what its caller has room for, picked up by who asked for it.
+
+verl and TRL call a head for log-prob and entropy, and have no place for Σp² or the vocabulary covariance of the same
+read. Who wants them makes the call inside :func:`collect`; the replacement asks :func:`wanted` and :func:`leave`s them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Collected", "collect", "leave", "wanted"]
+
+NAMES = ("entropy", "collision", "vocab_covariance")
+
+
+class Collected:
+    """The statistics left by the calls inside a :func:`collect`, in their order.
+
+    Args:
+        names: of the statistics wanted, of "entropy", "collision", "vocab_covariance".
+
+    Attributes:
+        reads: name -> tensor, one dict for each call.
+
+    Source:
+        docs/integrations.md.
+    """
+
+    def __init__(self, *names: str) -> None:
+        for name in names:
+            if name not in NAMES:
+                raise ValueError(f"names: expected of {', '.join(NAMES)}, got {name!r}")
+        self.names = names
+        self.reads: list[dict[str, Tensor]] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The statistic of all reads, flat: (tokens,), detached."""
+        if not self.reads:
+            raise RuntimeError(
+                f"{name}: expected a call of a head that was replaced by ours, got none: the model went another way"
+            )
+        return torch.cat([read[name].reshape(-1) for read in self.reads])
+
+
+_collecting: ContextVar[Collected | None] = ContextVar("entropy_kernels_collecting", default=None)
+
+
+@contextlib.contextmanager
+def collect(*names: str) -> Iterator[Collected]:
+    """Collect statistics of what is read inside.
+
+    Args:
+        names: of the statistics wanted.
+
+    Returns:
+        A context that gives a :class:`Collected`.
+
+    Raises:
+        ValueError: another name.
+    """
+    collected = Collected(*names)
+    token = _collecting.set(collected)
+    try:
+        yield collected
+    finally:
+        _collecting.reset(token)
+
+
+def wanted() -> tuple[str, ...]:
+    """Names of the statistics that somebody collects here; empty where nobody does."""
+    collected = _collecting.get()
+    return () if collected is None else collected.names
+
+
+def leave(**statistics: Tensor) -> None:
+    """Leave the statistics of one read, by name; without effect where nobody collects."""
+    collected = _collecting.get()
+    if collected is not None:
+        collected.reads.append({name: statistics[name].detach() for name in collected.names})

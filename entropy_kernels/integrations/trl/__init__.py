@@ -1,0 +1,7 @@
+"""Drop-in for trl."""
+
+from __future__ import annotations
+
+from entropy_kernels.integrations._patch import Patch
+
+PATCHES: tuple[Patch, ...] = ()
