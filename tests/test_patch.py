@@ -84,9 +84,18 @@ def test_methods_and_class_methods(peer: Any) -> None:
     ("given", "message"),
     [
         ({"package": "no-such-thing"}, r"^no-such-thing is not installed$"),
-        ({"versions": ("0.1", "0.2")}, rf"^somebodys.math:logprobs: expected numpy 0.1 or 0.2, .* got {VERSION}; install"),
-        ({"signature": "(logits, labels)"}, r"expected the signature \(logits, labels\), .* got \(logits, labels, inpl"),
-        ({"target": "somebodys.math:gone"}, r"^somebodys.math:gone: expected to be there in numpy, got module .*'gone'"),
+        (
+            {"versions": ("0.1", "0.2")},
+            rf"^somebodys.math:logprobs: expected numpy 0.1 or 0.2, .* got {VERSION}; install",
+        ),
+        (
+            {"signature": "(logits, labels)"},
+            r"expected the signature \(logits, labels\), .* got \(logits, labels, inpl",
+        ),
+        (
+            {"target": "somebodys.math:gone"},
+            r"^somebodys.math:gone: expected to be there in numpy, got module .*'gone'",
+        ),
         ({"target": "somebodys.gone:f"}, r"^somebodys.gone:f: expected to be there in numpy, got No module named"),
         ({"signature_of": "somebodys.math:Base.method"}, r"^somebodys.math:Base.method: .* got \(self, x\)$"),
     ],

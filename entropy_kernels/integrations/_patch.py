@@ -113,8 +113,8 @@ class Patch:
             raise PatchRefused(f"{self.target}: expected to be there in {self.package}, got {error}") from error
         if found != self.signature:
             raise PatchRefused(
-                f"{self.signature_of or self.target}: expected the signature {self.signature}, which ours was made for, "
-                f"got {found}"
+                f"{self.signature_of or self.target}: expected the signature {self.signature}, which ours was made "
+                f"for, got {found}"
             )
         self._ours = self._counted(self.make(original), original)
         places = [(parent, name)] if isinstance(parent, type) else []
@@ -134,8 +134,8 @@ class Patch:
         for place, attribute, _ in self._places:
             if getattr(place, attribute) is not self._ours:
                 raise PatchRefused(
-                    f"{self.target}: expected ours in {getattr(place, '__name__', place)}, got another replacement made "
-                    "since; undo that one first"
+                    f"{self.target}: expected ours in {getattr(place, '__name__', place)}, got another replacement "
+                    "made since; undo that one first"
                 )
         for place, attribute, before in self._places:
             if before is None:  # it was inherited
