@@ -80,6 +80,31 @@ def test_methods_and_class_methods(peer: Any) -> None:
     assert Derived().method(3) == Derived.apply(3) == "theirs 3" and not vars(Derived).keys() & {"method", "apply"}
 
 
+def test_ours_in_place_before_anybody_asks_for_it(peer: Any) -> None:
+    """Theirs serves until then, and only what ours has served is counted."""
+    on = False
+    ours = patch(when=lambda: on)
+    with ours:
+        assert peer.logprobs(1, 2) == peer.engine.imported(1, 2) == "theirs" and ours.active and ours.calls == 0
+        on = True
+        assert peer.engine.imported(1, 2) == "ours over theirs" and ours.calls == 1
+        on = False
+        assert peer.logprobs(1, 2) == "theirs" and ours.calls == 1
+
+
+def test_what_is_compiled_calls_ours(peer: Any) -> None:
+    """A compiler that traced the counter, or a context, would freeze it."""
+    peer.logprobs = peer.engine.imported = lambda logits, labels, inplace_backward=True: logits + 1
+    on = False
+    ours = patch(when=lambda: on)
+    ours.make = lambda original: lambda logits, labels, inplace_backward=True: logits + ours.calls
+    with ours:
+        compiled = torch.compile(peer.logprobs, backend="eager")
+        assert compiled(torch.zeros(2), None).tolist() == [1, 1]
+        on = True
+        assert [compiled(torch.zeros(2), None).tolist() for _ in range(20)] == [[n, n] for n in range(1, 21)]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 __all__ = ["Patch", "PatchRefused", "patches"]
 
 
@@ -44,9 +46,11 @@ class Patch:
         versions: those that this was tested with.
         what: what ours does better, in a few words.
         signature_of: where the signature is looked at; None: at the target.
+        when: asked at each call whether ours serves it, where ours is in place before anybody asks for it; the original
+            serves the others. None: all are ours.
 
     Attributes:
-        calls: how often ours was called in this process.
+        calls: how often ours has served in this process.
         active: whether ours is in place.
 
     Source:
@@ -60,6 +64,7 @@ class Patch:
     versions: tuple[str, ...]
     what: str
     signature_of: str | None = None
+    when: Callable[[], bool] | None = None
     calls: int = field(default=0, init=False)
     _places: list[tuple[Any, str, Any]] = field(default_factory=list, init=False, repr=False)
     _ours: Any = field(default=None, init=False, repr=False)
@@ -162,10 +167,14 @@ class Patch:
         return [(module, name) for module in modules for name, x in list(vars(module).items()) if x is original]
 
     def _counted(self, ours: Callable[..., Any], original: Any) -> Callable[..., Any]:
-        @functools.wraps(ours)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        @torch.compiler.disable  # who compiles theirs compiles no counter, nor what ours looks up in a context
+        def serve(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
             return ours(*args, **kwargs)
+
+        @functools.wraps(ours)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (serve if self.when is None or self.when() else original)(*args, **kwargs)
 
         call.__wrapped__ = original  # type: ignore[attr-defined]  # what a debugger, or who looks for theirs, finds
         return call

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-__all__ = ["Collected", "collect", "leave", "wanted"]
+__all__ = ["Collected", "collect", "collected", "leave", "wanted"]
 
 NAMES = ("entropy", "collision", "vocab_covariance")
 
@@ -63,22 +63,27 @@ def collect(*names: str) -> Iterator[Collected]:
     Raises:
         ValueError: another name.
     """
-    collected = Collected(*names)
-    token = _collecting.set(collected)
+    inside = Collected(*names)
+    token = _collecting.set(inside)
     try:
-        yield collected
+        yield inside
     finally:
         _collecting.reset(token)
 
 
+def collected() -> Collected | None:
+    """What is being collected here, if anything."""
+    return _collecting.get()
+
+
 def wanted() -> tuple[str, ...]:
     """Names of the statistics that somebody collects here; empty where nobody does."""
-    collected = _collecting.get()
-    return () if collected is None else collected.names
+    found = collected()
+    return () if found is None else found.names
 
 
 def leave(**statistics: Tensor) -> None:
     """Leave the statistics of one read, by name; without effect where nobody collects."""
-    collected = _collecting.get()
-    if collected is not None:
-        collected.reads.append({name: statistics[name].detach() for name in collected.names})
+    found = collected()
+    if found is not None:
+        found.reads.append({name: statistics[name].detach() for name in found.names})

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from entropy_kernels.integrations._patch import Patch
+from entropy_kernels.integrations.verl import statistics
 
-PATCHES: tuple[Patch, ...] = ()
+PATCHES: tuple[Patch, ...] = statistics.PATCHES
