@@ -172,7 +172,8 @@ class Patch:
             self.calls += 1
             return ours(*args, **kwargs)
 
-        @functools.wraps(ours)
+        # under the original's name and with its attributes: by its name a pickle refers to it in another process
+        @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             return (serve if self.when is None or self.when() else original)(*args, **kwargs)
 

@@ -1,0 +1,287 @@
+"""What a user may write under ``actor_rollout_ref.actor`` for a ``loss_mode`` ``ek_*``, read and checked once.
+
+Nothing here imports verl: what is read has the attributes of its ``ActorConfig``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels._console import did_you_mean
+
+__all__ = ["MODES", "PREFIX", "Settings", "settings_of"]
+
+PREFIX = "ek_"
+#: loss_mode -> (surrogate, method of control), None: named by a key of ``policy_loss.ek``
+MODES: dict[str, tuple[str | None, str | None]] = {
+    **{PREFIX + name: (name, None) for name in ek.surrogates()},
+    **{PREFIX + name: (None, name) for name in ek.methods()},
+}
+_CLIPS = ("clip_low", "clip_high", "dual_clip")
+_TARGET = ("kp", "ki", "max_change", "vocab_size")
+# surrogate's option -> where verl has it
+_THEIRS = {"ratio_cap": "clip_ratio_c", "tau_pos": "tau_pos", "tau_neg": "tau_neg", "dro_beta": "dro_beta"}
+# method -> option -> verl's name in policy_loss
+_SELECTION = {
+    "clip_cov": {"ratio": "clip_cov_ratio", "low": "clip_cov_lb", "high": "clip_cov_ub"},
+    "kl_cov": {"ratio": "kl_cov_ratio", "kl_coef": "ppo_kl_coef"},
+}
+# TargetEntropy's method -> the options that it takes beside _CLIPS, and the statistics that its plan reads
+_ACTUATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "exact_cov": (("ratio", "k", "at_least_one", "effect"), ("entropy", "vocab_covariance")),
+    "weight": ((), ("entropy", "vocab_covariance")),
+    "bonus": (("coef", "delta", "coef_min", "coef_max"), ("entropy",)),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A ``loss_mode`` ``ek_*`` with all that was set for it.
+
+    Attributes:
+        mode: the ``loss_mode``.
+        surrogate: a name of :func:`entropy_kernels.surrogates`.
+        loss: keywords of :func:`entropy_kernels.policy_loss`: clips, and options of the surrogate.
+        method: a name of :func:`entropy_kernels.methods`, or None: no control.
+        target: entropy in nats, or points (step, nats), for :class:`entropy_kernels.TargetEntropy`; None: no target.
+        target_method: of the target: "exact_cov", "weight", "bonus".
+        options: of the method, or of the target.
+        seed: of the first step of a method that draws.
+        observe: whether a target's plan is held against what came of it, by one more forward per rollout.
+        statistics: whether verl's statistics are ours.
+
+    Source:
+        docs/integrations.md.
+    """
+
+    mode: str
+    surrogate: str
+    loss: dict[str, Any]
+    method: str | None = None
+    target: Any = None
+    target_method: str = "exact_cov"
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 42
+    observe: bool = True
+    statistics: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Statistics of the old policy that a decision reads: "entropy", "vocab_covariance", "collision"."""
+        if self.target is not None:
+            return _ACTUATORS[self.target_method][1]
+        if self.method is None:
+            return ()
+        # repo reads the entropy where its options ask for it
+        asked = [key for key in ("center", "target") if self.method == "repo" and self.options.get(key)]
+        needs = (*ek.methods()[self.method].needs, *(["entropy"] if asked else []))
+        return tuple(dict.fromkeys("entropy" if name == "old_entropy" else name for name in needs))
+
+    @property
+    def decides(self) -> bool:
+        """Whether there is a decision about tokens."""
+        return self.method is not None or self.target is not None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether the decision is about each token alone, and compares two policies: it falls within the loss."""
+        return self.method is not None and "old_entropy" in ek.methods()[self.method].needs
+
+    @property
+    def sets_bonus(self) -> bool:
+        """Whether the decision is the coefficient of an entropy bonus."""
+        row = None if self.method is None else ek.methods()[self.method]
+        by_method = row is not None and self.options.get("effect", row.effects[0]) == "entropy_coef"
+        return by_method or (self.target is not None and self.target_method == "bonus")
+
+    @property
+    def entropy_now(self) -> bool:
+        """Whether the loss needs the entropy of the policy that is trained."""
+        return self.by_token or self.sets_bonus
+
+    def controller(self) -> ek.Controller:
+        """A new one; its state is the run's.
+
+        Returns:
+            :class:`entropy_kernels.Controller`, or :class:`entropy_kernels.TargetEntropy`.
+
+        Raises:
+            TypeError, ValueError: an option out of range.
+        """
+        if self.target is not None:
+            return ek.TargetEntropy(self.target, method=self.target_method, **self.options)
+        assert self.method is not None
+        return ek.Controller(self.method, seed=self.seed, **self.options)
+
+    def check(self) -> None:
+        """Every value, by a call of what will be called, on two tokens.
+
+        Raises:
+            TypeError, ValueError: the first that is wrong, by its name.
+        """
+        one = torch.zeros(1, 2)
+        ek.policy_loss(one, one, one, None, surrogate=self.surrogate, **self.loss)
+        if not self.decides:
+            return
+        known = dict.fromkeys(("entropy", "old_entropy"), one + 1e6) | {"vocab_covariance": one, "collision": one}
+        batch = ek.TokenBatch(one, None, one, None, **known)
+        controller = self.controller()
+        if isinstance(controller, ek.TargetEntropy):
+            controller.step(batch, lr=0.0)
+        else:
+            controller.step(batch)
+
+
+def settings_of(config: Any) -> Settings | None:
+    """What an ``ActorConfig`` says.
+
+    Args:
+        config: verl's ``ActorConfig``, or what has its attributes.
+
+    Returns:
+        :class:`Settings`; None where the ``loss_mode`` is none of ours.
+
+    Raises:
+        TypeError, ValueError: a key or value that is wrong, by its name and what was expected.
+    """
+    known = getattr(config, "ek_settings", None)
+    if known is not None:
+        return known
+    policy = getattr(config, "policy_loss", None)
+    mode = getattr(policy, "loss_mode", None)
+    if not isinstance(mode, str) or not mode.startswith(PREFIX):
+        for key in getattr(policy, "ek", None) or {}:
+            if key != "statistics":
+                raise ValueError(
+                    f"policy_loss.ek.{key}: expected beside a loss_mode ek_*, got loss_mode={mode!r}, which does not "
+                    "read it"
+                )
+        return None
+    return _read(mode, config, policy)
+
+
+def _read(mode: str, config: Any, policy: Any) -> Settings:
+    if mode not in MODES:
+        raise ValueError(
+            f"policy_loss.loss_mode: expected one of {', '.join(MODES)}, got {mode!r}{did_you_mean(mode, MODES)}"
+        )
+    given = dict(getattr(policy, "ek", None) or {})
+    surrogate, method = _named(mode, given)
+    target = given.pop("target_entropy", None)
+    target_method = given.pop("target_method", None)
+    seed, observe, statistics = given.pop("seed", None), given.pop("observe", True), given.pop("statistics", None)
+    if target is None and target_method is not None:
+        raise ValueError(f"policy_loss.ek.target_method: expected beside target_entropy, got {target_method!r} alone")
+    if target is not None and method is not None:
+        raise ValueError(
+            f"policy_loss.ek.target_entropy: expected with a loss_mode that names a surrogate and without "
+            f"ek.method, as a target finds tokens and strength itself (loss_mode=ek_{surrogate}), got {method!r}"
+        )
+    for key, value in (("observe", observe), ("statistics", statistics)):
+        if not isinstance(value, bool) and (key == "observe" or value is not None):
+            raise TypeError(f"policy_loss.ek.{key}: expected true or false, got {value!r}")
+    if type(seed) not in (int, type(None)):
+        raise TypeError(f"policy_loss.ek.seed: expected an integer, got {seed!r}")
+    settings = Settings(
+        mode, surrogate, {}, method, target, target_method or "exact_cov",
+        seed=getattr(config, "data_loader_seed", None) or 0 if seed is None else seed, observe=observe,
+    )  # fmt: skip
+    settings = _with_numbers(settings, given, config, policy)
+    needed = any(name != "entropy" for name in settings.needs)
+    settings = replace(settings, statistics=needed if statistics is None else statistics)
+    _refuse(settings, config)
+    try:
+        settings.check()
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"policy_loss of loss_mode={mode}: {error}") from error
+    return settings
+
+
+def _named(mode: str, given: dict[str, Any]) -> tuple[str, str | None]:
+    """Surrogate and method: the mode names one, a key may name the other."""
+    surrogate, method = MODES[mode]
+    for key, own in (("surrogate", surrogate), ("method", method)):
+        if own is not None and key in given:
+            raise ValueError(f"policy_loss.ek.{key}: expected none, as loss_mode={mode} names it, got {given[key]!r}")
+    known: dict[str, Any] = {"surrogate": ek.surrogates(), "method": ek.methods()}
+    for key, names in known.items():
+        name = given.get(key)
+        if name is not None and name not in names:
+            hint = did_you_mean(name, names)
+            raise ValueError(f"policy_loss.ek.{key}: expected one of {', '.join(names)}, got {name!r}{hint}")
+    return surrogate or given.pop("surrogate", None) or "ppo", method or given.pop("method", None)
+
+
+def _with_numbers(settings: Settings, given: dict[str, Any], config: Any, policy: Any) -> Settings:
+    """verl's own numbers, and over them those under ``ek``: each goes to whoever has an option of its name."""
+    row = None if settings.method is None else ek.methods()[settings.method]
+    of_surrogate = ek.surrogates()[settings.surrogate].defaults
+    of_method: tuple[str, ...] = () if row is None else tuple(row.options)
+    if settings.target is not None:
+        if settings.target_method not in _ACTUATORS:
+            raise ValueError(
+                f"policy_loss.ek.target_method: expected one of {', '.join(_ACTUATORS)}, got {settings.target_method!r}"
+            )
+        of_method = (*_ACTUATORS[settings.target_method][0], *_CLIPS, *_TARGET)
+    own = ("surrogate", "method", "seed", "statistics", "target_entropy", "target_method", "observe")
+    for key in given:
+        if key not in (*_CLIPS, *of_surrogate, *of_method):
+            known = dict.fromkeys((*of_method, *of_surrogate, *_CLIPS, *own))
+            raise ValueError(
+                f"policy_loss.ek.{key}: expected one of {', '.join(known)} with loss_mode={settings.mode}, got "
+                f"{key}{did_you_mean(key, known)}"
+            )
+    clips = _clips(settings, row, given, config)
+    loss = {name: _theirs(_THEIRS[name], config, policy) for name in of_surrogate if name in _THEIRS}
+    loss |= {key: value for key, value in given.items() if key in of_surrogate and key not in of_method}
+    theirs = {} if "preset" in given else _SELECTION.get(settings.method or "", {})
+    options = {name: _theirs(name_there, config, policy) for name, name_there in theirs.items()}
+    if given.get("k") is not None and "ratio" not in given:
+        options.pop("ratio", None)  # k takes its place
+    options |= {key: value for key, value in given.items() if key in of_method}
+    return replace(settings, loss={**loss, **clips}, options={**options, **clips} if settings.decides else {})
+
+
+def _theirs(name: str, config: Any, policy: Any) -> Any:
+    holder = policy if hasattr(policy, name) else config
+    value = getattr(holder, name)
+    if value is None:
+        raise ValueError(f"{name}: expected a number in the config, got None")
+    return value
+
+
+def _clips(settings: Settings, row: ek.Method | None, given: dict[str, Any], config: Any) -> dict[str, Any]:
+    """As verl's function of the same name reads them; those under ``ek`` take their place."""
+    clips: dict[str, Any] = {"clip_low": config.clip_ratio_low, "clip_high": config.clip_ratio_high}
+    clips = {name: config.clip_ratio if value is None else value for name, value in clips.items()}
+    clips["dual_clip"] = config.clip_ratio_c if settings.surrogate == "ppo" else None
+    if row is not None and row.presets:
+        preset = given.get("preset", next(iter(row.presets)))
+        clips["dual_clip"] = None
+        if preset in row.presets:
+            clips |= {name: None for name in ("clip_low", "clip_high") if row.presets[preset][name] is None}
+    return clips | {name: given[name] for name in _CLIPS if name in given}
+
+
+def _refuse(settings: Settings, config: Any) -> None:
+    """What this trainer's hook cannot do, or would do without being seen."""
+    if settings.surrogate == "cispo_trl" and "clip_high" not in (getattr(config.policy_loss, "ek", None) or {}):
+        raise ValueError(
+            "policy_loss.ek.clip_high: expected with surrogate cispo_trl, where it is the bound of the ratio itself "
+            "(often 5), got none; verl's clip_ratio_high is the distance from 1"
+        )
+    more = [name for name in settings.needs if name != "entropy"]
+    if more and not settings.statistics:
+        raise ValueError(
+            f"policy_loss.ek.statistics: expected true (or nothing) where the method reads {more[0]}, which verl does "
+            "not compute, got false"
+        )
+    if settings.sets_bonus and config.entropy_coeff != 0:
+        raise ValueError(
+            f"actor.entropy_coeff: expected 0 beside {settings.method or 'a target by bonus'}, which sets the "
+            f"coefficient of the entropy bonus, got {config.entropy_coeff}"
+        )
