@@ -1,0 +1,377 @@
+"""From the statistics of a rollout to what a token's gradient may do, in the words of TRL's loss.
+
+Read in this order: :func:`check` (what a configuration may ask for), :func:`coefficients` (what a token weighs in TRL's
+loss), :class:`Planner` (the control of a step, put into TRL's micro-batches). Nothing here imports TRL.
+
+TRL's loss takes advantages per token, and is linear in them where their sign stays: a token without gradient has the
+advantage 0, one of weight w the advantage w·A. So its loss, and all that TRL computes beside it, stays as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import entropy_kernels as ek
+from entropy_kernels.control import Control
+
+#: Loss types whose policy term is PPO's (or GSPO's), with its clip.
+PPO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+_CLIPS = {"clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta"}
+_TARGET_OPTIONS = {
+    "exact_cov": ("ratio", "k", "at_least_one", "effect"),
+    "weight": (),
+    "bonus": ("coef", "delta", "coef_min", "coef_max"),
+}
+_LOOP_OPTIONS = ("kp", "ki", "max_change")
+_POSITIONS = 2**32  # more than a completion has
+
+
+class Statistics(NamedTuple):
+    """Of a micro-batch's completion tokens, each (B, T) or None; nats."""
+
+    logprob: Tensor
+    entropy: Tensor | None = None
+    vocab_covariance: Tensor | None = None
+
+
+# ---- what a configuration may ask for --------------------------------------------------------------------------------
+
+
+def check(config: Any) -> None:
+    """Refuse what would be ignored, or what TRL's loss cannot express.
+
+    Args:
+        config: with the fields of our ``GRPOConfig``.
+
+    Raises:
+        TypeError, ValueError: a field that is wrong, or wrong beside another.
+    """
+    if config.plan_from not in ("auto", "old", "fresh"):
+        raise ValueError(f"plan_from: expected 'auto', 'old' or 'fresh', got {config.plan_from!r}")
+    if config.method is None and config.target_entropy is None:
+        for name in ("method_options", "preset"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name}: expected None without method and target_entropy, got {getattr(config, name)!r}"
+                )
+        return
+    if config.method is not None and config.target_entropy is not None:
+        raise ValueError(
+            f"target_entropy: expected None beside method={config.method!r}, got {config.target_entropy!r}: a target "
+            "decides about the tokens itself (target_method), and could not foresee what the method does beside it"
+        )
+    if config.steps_per_generation % config.gradient_accumulation_steps:
+        raise ValueError(
+            "steps_per_generation: expected a multiple of gradient_accumulation_steps, so that the tokens of an "
+            f"optimizer step are of one rollout, got {config.steps_per_generation} and "
+            f"{config.gradient_accumulation_steps}"
+        )
+    controller = controller_of(config)
+    effect = _effect(config, controller)
+    if config.fused_head is False and _needs(config, controller):
+        raise ValueError(
+            f"fused_head: expected None or True, got False: {config.method or 'target_entropy'} needs "
+            f"{', '.join(_needs(config, controller))}, which is read by this package's head"
+        )
+    if effect == "entropy_coef" and (config.entropy_coef or config.use_adaptive_entropy):
+        raise ValueError(
+            f"entropy_coef: expected 0 and use_adaptive_entropy=False beside {config.method or 'a bonus'}, which sets "
+            f"it, got {config.entropy_coef} and {config.use_adaptive_entropy}"
+        )
+    if not _has_clip(config):
+        _check_no_clip(config)
+
+
+def _check_no_clip(config: Any) -> None:
+    what = f"{config.method} (preset {_preset(config)})"
+    if config.loss_type not in PPO:
+        raise ValueError(f"loss_type: expected one of {', '.join(PPO)} for {what}, got {config.loss_type!r}")
+    given = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high, "delta": config.delta}
+    if given != {"epsilon": 0.2, "epsilon_high": None, "delta": None}:
+        raise ValueError(
+            f"epsilon, epsilon_high, delta: expected none beside {what}, which has no PPO clip, got {given}"
+        )
+
+
+def _preset(config: Any) -> str:
+    return (config.method_options or {}).get("preset") or config.preset or "verl"
+
+
+def _has_clip(config: Any) -> bool:
+    """Whether TRL's own clip stays."""
+    return not (config.method == "kl_cov" or (config.method == "clip_cov" and _preset(config) == "paper"))
+
+
+def controller_of(config: Any, *, batch_group: Any = None, vocab_size: int | None = None) -> ek.Controller:
+    """The controller that a configuration names, its options checked.
+
+    Args:
+        config: with the fields of our ``GRPOConfig``.
+        batch_group: torch.distributed process group over all ranks, or None.
+        vocab_size: of the model; makes a target above its logarithm an error.
+
+    Returns:
+        An :class:`entropy_kernels.Controller`.
+
+    Raises:
+        TypeError, ValueError: an unknown name, or a value out of range.
+    """
+    options = _options(config)
+    clips: dict[str, Any] = dict.fromkeys(_CLIPS)
+    if config.loss_type in PPO and _has_clip(config):
+        high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+        clips = {"clip_low": config.epsilon, "clip_high": high, "dual_clip": config.delta}
+    if config.target_entropy is None:
+        return ek.Controller(config.method, seed=config.seed, batch_group=batch_group, **clips, **options)
+    return ek.TargetEntropy(
+        config.target_entropy, method=config.target_method, vocab_size=vocab_size, batch_group=batch_group,
+        **clips, **options,
+    )  # fmt: skip
+
+
+def _options(config: Any) -> dict[str, Any]:
+    options = {} if config.method_options is None else config.method_options
+    if not isinstance(options, Mapping):
+        raise TypeError(f"method_options: expected a dict, got {type(options).__name__}")
+    if config.target_entropy is None:
+        rows = ek.methods()
+        if config.method not in rows:
+            raise ValueError(
+                f"method: expected one of {', '.join(rows)}, or None, got {config.method!r}{_near(config.method, rows)}"
+            )
+        known, whose = tuple(rows[config.method].options), config.method
+    else:
+        if config.target_method not in _TARGET_OPTIONS:
+            names = ", ".join(map(repr, _TARGET_OPTIONS))
+            raise ValueError(f"target_method: expected one of {names}, got {config.target_method!r}")
+        known, whose = (
+            (*_LOOP_OPTIONS, *_TARGET_OPTIONS[config.target_method]),
+            f"target_method {config.target_method!r}",
+        )
+    for name in options:
+        if name in _CLIPS:
+            raise ValueError(f"method_options: expected {name} as the field {_CLIPS[name]}, got it as an option")
+        if name not in known:
+            shown = ", ".join(x for x in known if x not in _CLIPS)
+            raise ValueError(f"method_options: expected options of {whose} ({shown}), got {name!r}{_near(name, known)}")
+    if config.preset is None:
+        return dict(options)
+    if "preset" not in known or "preset" in options:
+        of = "once" if "preset" in options else "None: only clip_cov and kl_cov have presets"
+        raise ValueError(f"preset: expected {of}, got {config.preset!r}")
+    return {**options, "preset": config.preset}
+
+
+def _near(name: Any, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _effect(config: Any, controller: ek.Controller) -> str:
+    if config.target_entropy is not None:
+        return {"exact_cov": "dropped", "weight": "token_weight", "bonus": "entropy_coef"}[config.target_method]
+    return controller.options.get("effect", ek.methods()[config.method].effects[0])
+
+
+def _needs(config: Any, controller: ek.Controller) -> tuple[str, ...]:
+    """Statistics beside the log-prob."""
+    if config.target_entropy is not None:
+        return ("entropy",) if config.target_method == "bonus" else ("entropy", "vocab_covariance")
+    needs = list(ek.methods()[config.method].needs)
+    needs = [{"old_entropy": "entropy"}.get(name, name) for name in needs]
+    if config.method == "repo" and controller.options.get("center"):
+        needs.append("entropy")
+    if config.method == "repo" and controller.options.get("target") is not None:
+        needs.append("entropy")
+    return tuple(dict.fromkeys(needs))
+
+
+# ---- what a token weighs in TRL's loss -------------------------------------------------------------------------------
+
+
+def mask_of(inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T): which tokens count, as in TRL's loss."""
+    mask = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
+
+
+def coefficients(
+    inputs: Mapping[str, Any], loss_type: str, *, accumulation: int, steps_per_generation: int, ranks: int, longest: int
+) -> Tensor:
+    """What the loss of this micro-batch, as it goes backward, multiplies each token's policy term by.
+
+    Args:
+        inputs: a micro-batch as TRL's loss gets it.
+        loss_type: TRL's.
+        accumulation: micro-batches of an optimizer step.
+        steps_per_generation: micro-batches of a rollout.
+        ranks: number of processes; their gradients are averaged.
+        longest: TRL's ``max_completion_length``.
+
+    Returns:
+        (B, T) fp32, 0 where masked.
+
+    Raises:
+        KeyError: a loss type that is none of TRL's.
+    """
+    mask = mask_of(inputs).float()
+    rows, tokens = len(mask), mask.sum()
+    each = mask.sum(-1, keepdim=True).clamp(min=1)
+    per_rollout = (
+        inputs["num_items_in_batch"].clamp(min=1) / ranks / steps_per_generation
+    )  # tokens of a micro-batch, on average
+    denominator = {
+        "grpo": each * rows, "sapo": each * rows, "bnpo": tokens.clamp(min=1), "dr_grpo": rows * longest, "luspo": rows,
+        "dapo": per_rollout, "cispo": per_rollout, "vespo": per_rollout,
+    }[loss_type]  # fmt: skip
+    found = mask / (denominator * accumulation)
+    ratio = inputs.get("importance_sampling_ratio")
+    return found if ratio is None or loss_type == "vespo" else found * ratio
+
+
+def placed(read: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:
+    """What the head has left, (N,), at the completion tokens, (B, T): TRL reads all positions, or those that count.
+
+    Args:
+        read: (N,) in the order of positions.
+        attention_mask: (B, P + T).
+        tokens: T.
+
+    Returns:
+        (B, T), 0 where nothing was read.
+
+    Raises:
+        RuntimeError: another number of positions.
+    """
+    counts = attention_mask.bool().clone()
+    counts[:, :-tokens] = False
+    counts = counts[:, 1:]
+    if read.numel() == counts.numel():
+        return read.view(counts.shape)[:, -tokens:] * counts[:, -tokens:]
+    return read.new_zeros(counts.shape).masked_scatter(counts, read)[:, -tokens:]
+
+
+# ---- the control of a step -------------------------------------------------------------------------------------------
+
+
+class Planner:
+    """Asks the controller, and puts its control into TRL's micro-batches: advantages per token, and a penalty.
+
+    Args:
+        config: our ``GRPOConfig``.
+        batch_group: process group over all ranks, or None.
+        ranks: their number.
+        vocab_size: of the model.
+
+    Attributes:
+        controller: what decides, an :class:`entropy_kernels.Controller`.
+        names: statistics that are needed beside the log-prob.
+        old: whether the rollout's own statistics are needed.
+
+    Raises:
+        TypeError, ValueError: as :func:`controller_of`.
+
+    Source:
+        docs/integrations.md.
+    """
+
+    def __init__(self, config: Any, *, batch_group: Any, ranks: int, vocab_size: int | None) -> None:
+        self.controller = controller_of(config, batch_group=batch_group, vocab_size=vocab_size)
+        self.names = _needs(config, self.controller)
+        self.has_target = config.target_entropy is not None
+        self.clips = _has_clip(config)
+        self.sets_bonus = _effect(config, self.controller) == "entropy_coef"
+        alone = config.gradient_accumulation_steps == 1
+        if self.has_target:
+            alone = alone and config.steps_per_generation * config.num_iterations == 1
+        needs_both = not self.has_target and "old_entropy" in ek.methods()[config.method].needs
+        #: "forward": in the training forward; "old", "fresh": before the step
+        self.source = {"auto": "fresh" if needs_both else "old"}.get(config.plan_from, config.plan_from)
+        if alone and config.plan_from != "old":
+            self.source = "forward"
+        if self.has_target and self.source == "fresh":
+            self.source = "old"  # a plan is for a whole rollout, at its start
+        self.old = self.source != "forward" or needs_both
+        self._config, self._group, self._ranks = config, batch_group, ranks
+
+    def plan(
+        self, micro: Sequence[dict[str, Any]], now: Sequence[Statistics], *, lr: float, temperature: float
+    ) -> dict[str, float]:
+        """Decide about micro-batches together, and put the control into them.
+
+        Args:
+            micro: TRL's dicts; ``advantages`` becomes (B, T), ``ek_penalty`` may be added.
+            now: their statistics.
+            lr: of the coming updates.
+            temperature: of the softmax.
+
+        Returns:
+            Metrics by name, numbers.
+
+        Raises:
+            TypeError, ValueError: as :func:`entropy_kernels.control`.
+        """
+        whole = ek.SelectionBatch(self._group)
+        for inputs, read in zip(micro, now, strict=True):
+            self._add(whole, inputs, read, temperature)
+        if isinstance(self.controller, ek.TargetEntropy):
+            controls = self.controller.step(whole, lr=lr, updates=self._config.num_iterations)
+        else:
+            controls = self.controller.step(whole)
+        for inputs, decided in zip(micro, controls, strict=True):
+            self._put(inputs, decided)
+        seen = whole.whole
+        metrics = {**controls[0].metrics, "cov_mean": seen.moments(seen["covariance"]).mean}
+        return dict(zip(metrics, torch.stack([x.double() for x in metrics.values()]).tolist(), strict=True))
+
+    def _add(self, whole: ek.SelectionBatch, inputs: dict[str, Any], read: Statistics, temperature: float) -> None:
+        advantages = inputs.setdefault("ek_advantages", inputs["advantages"])
+        old = inputs.get("old_per_token_logps")
+        positions = torch.arange(read.logprob.shape[1], device=read.logprob.device)
+        whole.add(
+            read.logprob.detach(), advantages, mask_of(inputs), inputs["ek_row"][:, None] * _POSITIONS + positions,
+            old_logprob=None if self.source == "old" else old, entropy=read.entropy,
+            old_entropy=inputs.get("ek_entropy"), vocab_covariance=read.vocab_covariance,
+            coefficient=self.weights(inputs) / self._ranks, temperature=temperature,
+        )  # fmt: skip
+
+    def weights(self, inputs: Mapping[str, Any]) -> Tensor:
+        """:func:`coefficients` of this configuration."""
+        config = self._config
+        return coefficients(
+            inputs, config.loss_type, accumulation=config.gradient_accumulation_steps, ranks=self._ranks,
+            steps_per_generation=config.steps_per_generation, longest=config.max_completion_length,
+        )  # fmt: skip
+
+    def _put(self, inputs: dict[str, Any], decided: Control) -> None:
+        before = inputs["ek_advantages"]
+        shape = inputs["completion_mask"].shape
+        advantages = (
+            before[:, None].expand(shape) if decided.advantages is None else decided.advantages.to(before.dtype)
+        )
+        for gone in (decided.dropped, decided.detached):
+            advantages = advantages if gone is None else advantages.masked_fill(gone, 0.0)
+        if decided.token_weight is not None:
+            advantages = advantages * decided.token_weight
+        inputs["advantages"] = advantages
+        if decided.penalized is not None and decided.penalty_coef is not None:
+            inputs["ek_penalty"] = self.weights(inputs) * decided.penalized * decided.penalty_coef
+
+
+def penalty(inputs: Mapping[str, Any], logprob: Tensor) -> Tensor:
+    """KL-Cov's |log p - log p_old| of the penalised tokens, as TRL's loss sums it up; 0-d.
+
+    Args:
+        inputs: a micro-batch with ``ek_penalty``.
+        logprob: (B, T) of the policy that is trained, with its gradient.
+
+    Returns:
+        What is to be added to TRL's loss. Raises nothing.
+    """
+    old = inputs.get("old_per_token_logps")
+    return (inputs["ek_penalty"] * (logprob - (logprob.detach() if old is None else old)).abs()).sum()
