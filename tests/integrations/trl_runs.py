@@ -1,4 +1,4 @@
-"""Tiny GRPO runs of the real TRL on a CPU, without a network: models, words, prompts, rewards, and one call for a run."""
+"""Tiny GRPO runs of the real TRL on a CPU, without a network: models, words, prompts, rewards, a call for a run."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ SIZES = {
 FAMILIES = {
     "llama": (transformers.LlamaConfig, {}),
     "qwen2": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
-    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral": (
+        transformers.MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.05},
+    ),
 }
-#: Where both are one thing (method options, our head) they say so.
-STOCK: dict[str, Any] = {}
 
 
 class Run(NamedTuple):
     trainer: Any
-    log: list[dict[str, Any]]  # of the steps
+    log: list[dict[str, Any]]  # one entry a step
     weights: dict[str, Tensor]
 
 
@@ -101,7 +102,7 @@ def run(family: str = "llama", stock: bool = False, kind: Any = None, resume: An
             processing_class=tokenizer(),
         )  # fmt: skip
         made.train(resume_from_checkpoint=resume)
-    log = [entry for entry in made.state.log_history if "reward" in entry]
+    log = [entry for entry in made.state.log_history if "grad_norm" in entry]
     return Run(made, log, {name: x.detach().clone() for name, x in made.model.state_dict().items()})
 
 
