@@ -24,6 +24,7 @@ from entropy_kernels._machine import cpu_name, gpu_name, usable_cores
 from entropy_kernels._require import install, requirements
 from entropy_kernels._version import WINDOW
 from entropy_kernels.backends import native, registry, switches, verdict
+from entropy_kernels.integrations._patch import Patch, patches
 from entropy_kernels.smoke_matrix import DOCTOR, Call, compare
 
 _PACKAGES = (
@@ -45,6 +46,11 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
             "auto": [asdict(choice) for choice in auto_choices()],
             "verdicts": verdicts(),
             "triton_tilings": triton_tilings(),
+            "integrations": [
+                {"package": patch.package, "target": patch.target, "what": patch.what, "state": patch_state(patch)}
+                for patch in patches()
+            ],
+            "verl_plugin": verl_plugin(),
             "checks": [asdict(c) for c in checks],
         }
         print(json.dumps(report, indent=2))
@@ -66,6 +72,15 @@ def run(*, check: bool = True, as_json: bool = False) -> int:
             ]  # fmt: skip
             title = f"Tilings that `entropy-kernels tune` has kept; they {switch}"
             print_table(title, rows, ("device", "class of shapes", "tiling"))
+        print_table("Integrations", integrations())
+        for package in _peers():
+            if _version(package) is not None:
+                rows = [
+                    (patch.target.partition(":")[2], patch_state(patch), patch.what)
+                    for patch in patches()
+                    if patch.package == package
+                ]
+                print_table(f"What ours can replace in {package}", rows, ("theirs", "state", "ours"))
         if check:
             _print_checks(checks)
     return 0 if all(c.ok for c in checks) else 1
@@ -192,16 +207,19 @@ def versions() -> list[tuple[str, str]]:
         ("package location", os.path.dirname(ek.__file__)),
         ("python", f"{platform.python_version()} ({sys.executable})"),
     ]
-    for package in _PACKAGES:
-        try:
-            rows.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((package, "not installed"))
+    rows += [(package, _version(package) or "not installed") for package in _PACKAGES]
     try:
         rows += [(f"native build, {key}", value) for key, value in native.cpu_build().items()]
     except RuntimeError as error:
         rows.append(("native build", str(error)))
     return rows
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def hardware() -> list[tuple[str, str]]:
@@ -263,6 +281,43 @@ def _auto_rows() -> list[tuple[str, str, str, str]]:
         why = "; ".join(f"not {name}: {reason}" for name, reason in choice.skipped.items()) or first
         groups.setdefault((choice.device, choice.backend, why), []).append(choice.op)
     return [(device, backend, why, _ops(ops)) for (device, backend, why), ops in groups.items()]
+
+
+def integrations() -> list[tuple[str, str]]:
+    """The packages that have patches, as they are installed; none is imported."""
+    rows = []
+    for package in _peers():
+        tested = sorted({version for patch in patches() if patch.package == package for version in patch.versions})
+        found = _version(package)
+        state = "tested" if found in tested else f"not tested, no function of it is replaced: {' or '.join(tested)} is"
+        rows.append((package, "not installed" if found is None else f"{found}, {state}"))
+    if _version("verl") is not None:
+        rows.append(("verl's plugin", verl_plugin()))
+    return rows
+
+
+def _peers() -> list[str]:
+    return list(dict.fromkeys(patch.package for patch in patches()))
+
+
+def patch_state(patch: Patch) -> str:
+    """Whether ours is in its place, and if not whether it could be."""
+    if patch.active:
+        return f"in place; calls: {patch.calls}"
+    reason = patch.refusal()
+    return "can be put in place" if reason is None else f"refused: {reason}"
+
+
+def verl_plugin() -> str:
+    """Whether verl will load our plugin: its entry point, and what verl's own switch says."""
+    points = importlib.metadata.entry_points(group="verl.plugins")
+    if "entropy_kernels" not in points.names:
+        return "no entry point: install entropy_kernels again, with pip"
+    switch = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
+    named = [name.strip() for name in switch.lower().split(",")]
+    if named == ["auto"] or "entropy_kernels" in named:
+        return f"loaded when verl is imported (VERL_USE_EXTERNAL_PLUGINS={switch})"
+    return f"not loaded: VERL_USE_EXTERNAL_PLUGINS={switch} does not name entropy_kernels"
 
 
 def verdicts() -> list[dict[str, str]]:

@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import string
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, EntryPoints, version
 
 import matplotlib.figure
 import pytest
@@ -16,6 +18,7 @@ from entropy_kernels import cli, doctor
 from entropy_kernels._console import print_table, print_text
 from entropy_kernels.analysis.entropy_law import fit_entropy_law
 from entropy_kernels.backends import registry
+from entropy_kernels.integrations._patch import Patch
 
 
 def command(*arguments):
@@ -394,6 +397,62 @@ def test_doctor_names_what_an_extra_lacks(only_torch, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_installed", lambda requirement: requirement != "pandas")
     assert cli.main(["doctor", "--no-check"]) == 0
     assert "entropy-kernels fit, figures: lacks pandas; pip install scipy" in " ".join(capsys.readouterr().out.split())
+
+
+def _as_installed(monkeypatch, found_version, points=("entropy_kernels",)):
+    """verl in a version, and the entry points of its plugins."""
+    of = {"verl": found_version}
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: of.get(name) or version(name))
+    found = EntryPoints(EntryPoint(name, f"{name}.plugin", "verl.plugins") for name in points)
+    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", lambda group: found.select(group=group))
+
+
+@pytest.mark.parametrize(
+    ("switch", "state"),
+    [
+        (None, "loaded when verl is imported (VERL_USE_EXTERNAL_PLUGINS=auto)"),
+        ("mine, entropy_kernels", "loaded when verl is imported (VERL_USE_EXTERNAL_PLUGINS=mine, entropy_kernels)"),
+        ("none", "not loaded: VERL_USE_EXTERNAL_PLUGINS=none does not name entropy_kernels"),
+    ],
+)
+def test_doctor_shows_what_verl_would_be_given(only_torch, monkeypatch, capsys, switch, state):
+    _as_installed(monkeypatch, "0.9.1")
+    if switch is None:
+        monkeypatch.delenv("VERL_USE_EXTERNAL_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", switch)
+    assert cli.main(["doctor", "--no-check"]) == 0
+    out = capsys.readouterr().out
+    assert f"verl's plugin  {state}\n" in out and re.search(r"^  verl +0\.9\.1, tested$", out, re.M)
+    assert re.search(r"^  linear_cross_entropy +can be put in place +\S", out, re.M)
+    assert {"verl", "trl", "ray"}.isdisjoint(sys.modules)
+
+
+def test_doctor_says_what_is_refused(only_torch, monkeypatch, capsys):
+    _as_installed(monkeypatch, "0.10.0", points=())
+    assert cli.main(["doctor", "--no-check"]) == 0
+    out = capsys.readouterr().out
+    assert "verl           0.10.0, not tested, no function of it is replaced: 0.9.1 is\n" in out
+    assert (
+        "refused: verl.utils.torch_functional:logprobs_from_logits: expected verl 0.9.1, which this was tested" in out
+    )
+    assert "verl's plugin  no entry point: install entropy_kernels again, with pip\n" in out
+    assert cli.main(["doctor", "--json", "--no-check"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verl_plugin"].startswith("no entry point")
+    rows = {row["target"]: row for row in report["integrations"]}
+    assert rows["verl.utils.torch_functional:entropy_from_logits"]["state"].startswith("refused: verl.utils.torch_func")
+    assert all(row["what"] for row in rows.values())
+
+
+def test_doctor_counts_what_ours_has_served(monkeypatch):
+    patch = Patch(
+        "string:capwords", lambda original: str.upper, "(s, sep=None)", "numpy", (version("numpy"),), "a test"
+    )
+    assert doctor.patch_state(patch) == "can be put in place"
+    with patch:
+        string.capwords("a")
+        assert doctor.patch_state(patch) == "in place; calls: 1"
 
 
 def test_version(capsys):
