@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ import torch
 from torch import Tensor
 
 import integration_stubs
-from entropy_kernels.integrations._patch import Patch, PatchRefused, patches
+import test_verl_config
+from entropy_kernels.integrations._patch import Patch, PatchRefused, patches, signature_of
 from entropy_kernels.integrations.verl import statistics
+from entropy_kernels.integrations.verl.config import MODES
+from entropy_kernels.integrations.verl.losses import registered
 
 V, H = 37, 16
 
@@ -134,14 +138,78 @@ def _prepare_model_outputs(
     return {"log_probs": logprob, "entropy": entropy}
 
 
+def _takes_own_keys(target: Any) -> None:
+    config = SimpleNamespace()
+    target(config, loss_mode="ek_ppo", ek={"ratio": 0.1})
+    assert config.ek == {"ratio": 0.1} and config.theirs == {"loss_mode": "ek_ppo"}
+    with pytest.raises(TypeError, match=r"policy_loss.ek: expected keys of its own"):
+        target(config, ek=3)
+
+
+def _checks(target: Any) -> None:
+    config = test_verl_config.config("ek_exact_cov", {"share": 0.4})
+    target(config)
+    assert config.theirs_ran and config.ek_settings.mode == "ek_exact_cov"
+    assert all(one.active for one in patches() if one.package == "verl")
+    with pytest.raises(ValueError, match="share"):
+        target(test_verl_config.config("ek_exact_cov", {"shaer": 0.4}))
+
+
+def _passes_on(*arguments: Any) -> Callable[[Any], None]:
+    """A worker of another loss has what theirs gives."""
+
+    def call(target: Any) -> None:
+        worker = SimpleNamespace(loss_fn=None)
+        assert target(worker, *arguments) == ("theirs", worker, *arguments)
+
+    return call
+
+
+def _theirs(self: Any, *arguments: Any) -> tuple[Any, ...]:
+    return ("theirs", self, *arguments)
+
+
+def _carries_statistics(target: Any) -> None:
+    def compute_log_prob(data: Any) -> dict[str, Tensor]:
+        return {"log_probs": torch.zeros(2), "ek_vocab_covariance": torch.ones(2, dtype=torch.float64)}
+
+    trainer = SimpleNamespace(actor_rollout_wg=SimpleNamespace(compute_log_prob=compute_log_prob))
+    found, rest = target(trainer, "batch")
+    assert rest == "rest" and found.batch["ek_vocab_covariance"].tolist() == [1, 1]
+    assert trainer.actor_rollout_wg.compute_log_prob is compute_log_prob
+
+
+def _compute_old_log_prob(self: Any, batch: Any) -> tuple[Any, str]:
+    output = self.actor_rollout_wg.compute_log_prob(batch)
+    return SimpleNamespace(batch={"old_log_probs": output["log_probs"]}), "rest"
+
+
 BEHAVIOUR = {
+    "PolicyLossConfig.__init__": lambda self, **kwargs: setattr(self, "theirs", kwargs),
+    "ActorConfig.__post_init__": lambda self: setattr(self, "theirs_ran", True),
+    "BaseEngine.train_batch": _theirs,
+    "TrainingWorker.train_mini_batch": _theirs,
+    "TrainingWorker.infer_batch": _theirs,
+    "TrainingWorker.save_checkpoint": _theirs,
+    "TrainingWorker.load_checkpoint": _theirs,
+    "RayPPOTrainer._compute_old_log_prob": _compute_old_log_prob,
+    "OmegaConf.is_config": lambda obj: False,
+    "no_padding_2_padding": lambda tensor, data: tensor,
     "get_non_tensor_data": lambda data, key, default: data.get(key, default),
     "assign_non_tensor": lambda tensor_dict, **kwargs: tensor_dict.update(kwargs) or tensor_dict,
-    "forward_step": _forward_step,
-    "prepare_model_outputs": _prepare_model_outputs,
+    "FSDPEngineWithLMHead.forward_step": _forward_step,
+    "FSDPEngineWithLMHead.prepare_model_outputs": _prepare_model_outputs,
 }
 #: By the end of the target: a call through what is in place. It gets that.
 CALLS: dict[str, Callable[[Any], None]] = {
+    ":PolicyLossConfig.__init__": _takes_own_keys,
+    ":ActorConfig.__post_init__": _checks,
+    ":BaseEngine.train_batch": _passes_on("data", None),
+    ":TrainingWorker.train_mini_batch": _passes_on("data"),
+    ":TrainingWorker.infer_batch": _passes_on("data"),
+    ":TrainingWorker.save_checkpoint": _passes_on("path"),
+    ":TrainingWorker.load_checkpoint": _passes_on("path"),
+    ":RayPPOTrainer._compute_old_log_prob": _carries_statistics,
     ":logprobs_from_logits": _logprobs,
     ":entropy_from_logits": _entropy,
     ":entropy_from_logits_with_chunking": _chunked,
@@ -160,7 +228,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     versions = {one.package: one.versions[-1] for one in patches()}
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or real(name))
-    with integration_stubs.stubs(**BEHAVIOUR):
+    with integration_stubs.stubs(BEHAVIOUR):
         yield
         statistics.enable(False)
         for one in patches():
@@ -209,11 +277,11 @@ def test_what_is_not_enabled_is_theirs() -> None:
 
 
 def test_the_table_has_what_is_imported() -> None:
-    """Who imports more of theirs writes down the signature that it was written for."""
-    known = integration_stubs.table()
-    missing = {name for name in integration_stubs.imported() if name not in known and not _is_module(name, known)}
-    assert not missing, f"not in RELIED_ON: {sorted(missing)}"
+    """Who takes more of theirs writes down the signature that it was written for."""
+    assert integration_stubs.missing() == set()
 
 
-def _is_module(name: str, known: dict[str, str | None]) -> bool:
-    return any(target.startswith(name.replace(":", ".") + ":") for target in known)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_registered_loss_is_called_as_verls_own(mode: str) -> None:
+    theirs = integration_stubs.RELIED_ON["verl.trainer.ppo.core_algos:compute_policy_loss_vanilla"]
+    assert signature_of(registered(mode)) == theirs
