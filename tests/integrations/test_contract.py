@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,19 @@ def resolved(target: str) -> Any:
     for name in attributes.split("."):
         found = getattr(found, name)
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_ours() -> Iterator[None]:
+    """verl's plugin has put ours in place."""
+    importlib.import_module("verl")
+    active = [one for one in patches() if one.active]
+    assert any(one.package == "verl" for one in active), "verl has not loaded our plugin"
+    for one in active:
+        one.undo()
+    yield
+    for one in active:
+        one.apply()
 
 
 @pytest.mark.parametrize(("target", "signature"), integration_stubs.table().items())
