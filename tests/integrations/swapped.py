@@ -1,6 +1,8 @@
-"""A pytest plugin (``-p swapped``): verl's functions of losses are ours, for verl's own tests.
+"""A pytest plugin (``-p swapped``): all that we have for verl is in place, for verl's own tests.
 
-A test that imports one from verl afterwards gets ours. What was called is written to the file $SWAPPED_CALLS.
+Importing verl loads our plugin; here the rest is switched on, and verl's functions of losses are those that it has
+under ``ek_*`` in its registry. A test that imports one from verl afterwards gets ours. What was called is written to
+the file $SWAPPED_CALLS.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from torch import Tensor
 from verl.trainer.ppo import core_algos
 
 import entropy_kernels as ek
+from entropy_kernels.integrations._patch import patches
+from entropy_kernels.integrations.verl import statistics, worker
 from entropy_kernels.losses import kl_estimate
 
 CALLS: collections.Counter[str] = collections.Counter()
@@ -29,43 +33,35 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     return kl_estimate(logprob - ref_logprob, kl_penalty)
 
 
-def _registered(surrogate: str, options: Callable[[Any], dict[str, Any]]) -> Callable[..., Any]:
-    def loss(
-        old_log_prob: Tensor,
-        log_prob: Tensor,
-        advantages: Tensor,
-        response_mask: Tensor,
-        loss_agg_mode: str = "token-mean",
-        config: Any = None,
-        rollout_is_weights: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        out = ek.policy_loss(
-            log_prob, old_log_prob, advantages, response_mask, surrogate=surrogate, loss_agg_mode=loss_agg_mode,
-            token_weight=rollout_is_weights, **config.global_batch_info, **options(config),
-        )  # fmt: skip
-        names = {"pg_clipfrac": "clipfrac", "ppo_kl": "ppo_kl", "pg_clipfrac_lower": "clipfrac_lower"}
-        return out.loss, {f"actor/{theirs}": out.metrics[ours].item() for theirs, ours in names.items()}
+class _Seen:
+    """A config with some attributes replaced: the tests name another ``loss_mode``, or none."""
+
+    def __init__(self, config: Any, **changed: Any) -> None:
+        self.__dict__.update(changed)
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def _registered(mode: str) -> Callable[..., Any]:
+    ours = core_algos.get_policy_loss_fn(mode)
+
+    @functools.wraps(ours)
+    def loss(*args: Any, config: Any = None, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        if len(args) > 5:  # verl's sixth
+            *args, config = args
+        policy = _Seen(config.policy_loss, loss_mode=mode)
+        return ours(*args, config=_Seen(config, policy_loss=policy), **kwargs)
 
     return loss
-
-
-def _vanilla(config: Any) -> dict[str, Any]:
-    dual_clip = config.get("clip_ratio_c", 3.0)
-    return {"clip_low": config.clip_ratio_low, "clip_high": config.clip_ratio_high, "dual_clip": dual_clip}
-
-
-def _dro(config: Any) -> dict[str, Any]:
-    beta = config.policy_loss.dro_beta
-    if beta is None or beta <= 0:  # verl has no default
-        raise ValueError("dro_beta: expected a positive number")
-    return {"dro_beta": beta}
 
 
 OURS: dict[str, Callable[..., Any]] = {
     "agg_loss": agg_loss,
     "kl_penalty": kl_penalty,
-    "compute_policy_loss_vanilla": _registered("ppo", _vanilla),
-    "compute_policy_loss_dro": _registered("dro", _dro),
+    "compute_policy_loss_vanilla": _registered("ek_ppo"),
+    "compute_policy_loss_dro": _registered("ek_dro"),
 }
 
 
@@ -81,8 +77,11 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 for _name, _function in OURS.items():
     assert callable(getattr(core_algos, _name))
     setattr(core_algos, _name, _counted(_name, _function))
+worker.install()
+statistics.enable()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    of_patches = {one.target: one.calls for one in patches() if one.package == "verl"}
     with open(os.environ["SWAPPED_CALLS"], "w") as file:
-        file.writelines(f"{name} {CALLS[name]}\n" for name in OURS)
+        file.writelines(f"{name} {calls}\n" for name, calls in [*((n, CALLS[n]) for n in OURS), *of_patches.items()])

@@ -1,4 +1,8 @@
-"""verl's own CPU tests of its losses pass with ours in their place. verl's wheel has its tests in it."""
+"""verl's own CPU tests that touch what we replace: what passes without us passes with all of ours in place.
+
+verl's wheel has its tests in it. Neither it nor the source distribution has tests of the functions of statistics, and
+TRL's distributions have no tests at all: ``test_verl_statistics.py`` and ``test_trl_head.py`` are the judges there.
+"""
 
 from __future__ import annotations
 
@@ -6,45 +10,54 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
-FOLDER = "tests/trainer/ppo"
-FILES = (
-    "test_core_algos_on_cpu.py",  # kl_penalty
-    "test_dynamic_policy_losses_on_cpu.py",  # dro
-    "test_loss_aggregation_on_cpu.py",
-    "test_rollout_corr_integration.py",  # vanilla with weights
-    "test_value_loss_normalization_on_cpu.py",  # agg_loss in every mode, in micro-batches and over ranks
-)
+ROOT = Path(str(importlib.metadata.distribution("verl").locate_file("")))
+TESTS = ("tests/trainer", "tests/test_base_config_on_cpu.py", "tests/plugin")
+#: What these tests call, of losses, configs: agg_loss in every mode, in micro-batches and over ranks; kl_penalty; the
+#: losses vanilla, with weights, and dro; the records that take our keys.
+CALLED = {
+    "agg_loss", "kl_penalty", "compute_policy_loss_vanilla", "compute_policy_loss_dro",
+    "verl.workers.config.actor:PolicyLossConfig.__init__", "verl.workers.config.actor:ActorConfig.__post_init__",
+}  # fmt: skip
 HERE = Path(__file__).parent
 PATH = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATH, "PYTEST_ADDOPTS": ""}
 
 
-def test_verls_own_tests_pass_with_ours(tmp_path: Path) -> None:
-    root = Path(str(importlib.metadata.distribution("verl").locate_file("")))
-    files = [root / FOLDER / name for name in FILES]
-    assert all(file.is_file() for file in files), f"no tests of verl in {root / FOLDER}"
-    calls = tmp_path / "calls"
-    # none of our configuration: another root, no conftest, no options
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "swapped", "-p", "no:cacheprovider", "-c", os.devnull]
+def outcomes(folder: Path, *options: str, **environment: str) -> dict[str, str]:
+    """Of each test by its id: passed, failure, error, skipped. None of our configuration: another root, no conftest."""
+    report = folder / f"{len(list(folder.iterdir()))}.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={ROOT}"]
     done = subprocess.run(
-        [*command, f"--rootdir={root}", *map(str, files)],
-        env={**ENVIRONMENT, "SWAPPED_CALLS": str(calls), "PYTEST_ADDOPTS": ""},
-        cwd=tmp_path, capture_output=True, text=True, timeout=500,
+        [*command, f"--junitxml={report}", *options, *(str(ROOT / name) for name in TESTS)],
+        env={**ENVIRONMENT, **environment}, cwd=folder, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    counts = dict(line.split() for line in calls.read_text().splitlines())
-    assert all(int(count) > 0 for count in counts.values()), f"never called: {counts}"
-    print(done.stdout.splitlines()[-1], counts)
+    assert report.exists(), done.stdout + done.stderr
+    print(done.stdout[-3000:])
+    cases = xml.etree.ElementTree.parse(report).getroot().iter("testcase")
+    return {f"{case.get('classname')}::{case.get('name')}": case[0].tag if len(case) else "passed" for case in cases}
+
+
+def test_what_passes_without_us_passes_with_us(tmp_path: Path) -> None:
+    assert all((ROOT / name).exists() for name in TESTS), f"no tests of verl in {ROOT}"
+    before = outcomes(tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")
+    calls = tmp_path / "calls"
+    after = outcomes(tmp_path, "-p", "swapped", SWAPPED_CALLS=str(calls), VERL_USE_EXTERNAL_PLUGINS="auto")
+    passed = {name for name, outcome in before.items() if outcome == "passed"}
+    assert len(passed) > 150 and not {name: after.get(name) for name in passed if after.get(name) != "passed"}
+    counts = {name: int(count) for name, count in (line.split() for line in calls.read_text().splitlines())}
+    print(f"{len(passed)} of {len(before)} passed before, and all of these after; calls: {counts}")
+    assert {name for name in CALLED if not counts[name]} == set(), "never called"
 
 
 def test_the_swap_is_seen() -> None:
-    """The registry of verl still holds its own functions; what the tests import is ours."""
+    """What the tests import from verl is ours, from verl's registry."""
     code = (
         "import swapped\n"
-        "from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla\n"
+        "from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, compute_policy_loss_vanilla\n"
         "assert agg_loss.__wrapped__ is swapped.agg_loss\n"
-        "assert compute_policy_loss_vanilla.__module__ == 'swapped'\n"
+        "assert compute_policy_loss_vanilla.__wrapped__.__wrapped__ is POLICY_LOSS_REGISTRY['ek_ppo']\n"
     )
     subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=True, timeout=300)

@@ -154,6 +154,8 @@ def _statistic(name: str, logits: Tensor, labels: Tensor | None = None, inplace:
         found = open_batch.statistics(logits, inplace).get(name)
         if found is not None:
             return found if torch.is_grad_enabled() else found.detach()
+    if labels is not None:
+        labels = labels.reshape(logits.shape[:-1])  # as verl with flash-attn, which flattens both
     return ek.token_stats(logits, labels, statistics=(name,), inplace_backward=inplace)[0]
 
 
