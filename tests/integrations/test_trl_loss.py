@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference_selection
 import torch
 from trl_runs import run
 
+import reference_selection
 from entropy_kernels.integrations.trl import GRPOTrainer
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -90,7 +90,9 @@ def by_hand(x: dict[str, Any], w: np.ndarray, dropped: Any = False, penalized: A
     ratio, a = np.exp(lp - old), np.where(dropped, 0.0, array(given["ek_advantages"])[:, None])
     if penalized is not None:
         gap = lp - old
-        return float((w * (-a * ratio + 5 * penalized * abs(gap))).sum()), w * (-a * ratio + 5 * penalized * np.sign(gap))
+        return float((w * (-a * ratio + 5 * penalized * abs(gap))).sum()), w * (
+            -a * ratio + 5 * penalized * np.sign(gap)
+        )
     stopped = -a * np.clip(ratio, 0.8, 1.2) > -a * ratio
     value = np.maximum(-a * ratio, -a * np.clip(ratio, 0.8, 1.2))
     return float((w * value).sum()), np.where(stopped, 0.0, -a * ratio * w)
@@ -123,8 +125,10 @@ def test_step(method: str, accumulation: int, loss_type: str) -> None:
             assert x["loss"] == pytest.approx(value, rel=1e-5, abs=1e-7)
             error = np.abs(array(x["logp"].grad) - gradient)
             assert error.max() < 1e-6 * max(1.0, np.abs(gradient).max())
-            moved |= bool(number % 2) and "old_per_token_logps" in given and not np.allclose(
-                array(x["logp"]), array(given["old_per_token_logps"]), atol=1e-3
+            moved |= (
+                bool(number % 2)
+                and "old_per_token_logps" in given
+                and not np.allclose(array(x["logp"]), array(given["old_per_token_logps"]), atol=1e-3)
             )
     assert moved  # the ratios of second updates were none of 1
 

@@ -6,6 +6,7 @@ rounding; with SGD that does not grow. The tokens that are dropped are the same 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -64,7 +65,7 @@ def test_two_processes_make_the_steps_of_one(case: str, of_two: list[dict[str, A
     if given:
         both = [a + b for a, b in zip(first["dropped"], second["dropped"], strict=True)]
         steps = [
-            [sorted(sum(calls[i : i + parts], [])) for i in range(0, len(calls), parts)]
+            [sorted(itertools.chain(*calls[i : i + parts])) for i in range(0, len(calls), parts)]
             for calls in (one["dropped"], both)
         ]
         assert steps[0] == steps[1] and any(steps[0])

@@ -29,7 +29,9 @@ class Recorded(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
         loss = super()._compute_loss(model, inputs)
         if "ek_advantages" in inputs:
-            gone = (inputs["advantages"] == 0) & (inputs["ek_advantages"][:, None] != 0) & (inputs["completion_mask"] != 0)
+            gone = (
+                (inputs["advantages"] == 0) & (inputs["ek_advantages"][:, None] != 0) & (inputs["completion_mask"] != 0)
+            )
             self.dropped.append([(int(inputs["ek_row"][i]), int(j)) for i, j in gone.nonzero().tolist()])
         return loss
 

@@ -7,7 +7,6 @@ import functools
 import io
 import tempfile
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +105,7 @@ def run(family: str = "llama", stock: bool = False, kind: Any = None, resume: An
     return Run(made, log, {name: x.detach().clone() for name, x in made.model.state_dict().items()})
 
 
-TIMES = ("step_time", "train_runtime")
+TIMES = ("step_time",)
 
 
 def differences(mine: Run, theirs: Run) -> list[str]:
@@ -116,7 +115,3 @@ def differences(mine: Run, theirs: Run) -> list[str]:
     for step, (x, y) in enumerate(zip(mine.log, theirs.log, strict=True)):
         found += [f"{k} of step {step}: {x.get(k)} {y[k]}" for k in y if k not in TIMES and x.get(k) != y[k]]
     return found + [name for name, x in theirs.weights.items() if not torch.equal(mine.weights[name], x)]
-
-
-def saved(run: Run) -> Path:
-    return Path(run.trainer.args.output_dir)
