@@ -190,7 +190,7 @@ class _Decided(NamedTuple):
 
 
 def _decided(row: Method, batch: WholeBatch, options: Options, seed: Any) -> _Decided:
-    for name in row.needs:
+    for name in row.reads(options):
         batch.expect(name)
     batch.agree({"method": (row.formula, *row.effects), **options})
     if row.draws:
@@ -441,6 +441,8 @@ class Controller:
 
     Attributes:
         options: all options of the method, those that are given and the others' defaults.
+        needs: names of the optional fields of ``TokenBatch`` that a step reads, as "entropy" or "vocab_covariance".
+        effect: what its control does: "dropped", "detached", "penalized", "token_weight", "advantages", "entropy_coef".
         memory: name -> 0-d float64 tensor: what the method remembers; empty before the first step and without memory.
 
     Raises:
@@ -458,6 +460,8 @@ class Controller:
         self._group, self._backend = batch_group, backend
         group_name(batch_group)
         self.options = _checked(method, self._row, options, None)
+        self.needs = self._row.reads(self.options)
+        self.effect: str = self.options["effect"]
         self.memory: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:

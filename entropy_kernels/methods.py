@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class Method:
         effects: of "dropped", "detached", "penalized", "token_weight", "advantages", "entropy_coef" (docs/control.md);
             the first is the default of the option ``effect``, the others its choices.
         needs: the optional fields of ``TokenBatch`` that score and rule read.
+        needs_with: option -> fields that are read, too, where it is set to something.
         defaults: the options and their defaults, those of the source unless its docs say otherwise. They may be given
             as 0-d tensors, which nothing reads back, and are then not checked.
         bounds: option -> (least, most) of a number.
@@ -78,6 +79,7 @@ class Method:
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     draws: bool = False
     remember: Callable[[WholeBatch, Options], dict[str, Tensor]] | None = None
+    needs_with: dict[str, tuple[str, ...]] = field(default_factory=dict)
     formula: str = ""
     source: str = ""
     users: str = ""
@@ -102,6 +104,23 @@ class Method:
         named = {} if first is None else {"preset": first[0], **first[1]}
         own = {"effect": self.effects[0]} if len(self.effects) > 1 else {}
         return {**CLIPS, **self.defaults, **own, **named}
+
+    def reads(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The optional fields of ``TokenBatch`` that a decision with these options reads.
+
+        Args:
+            options: those that are given, or all.
+
+        Returns:
+            Names of fields. Raises nothing.
+        """
+        found = {**self.options, **options}
+        read = [self.needs, *(names for option, names in self.needs_with.items() if _is_set(found[option]))]
+        return tuple(dict.fromkeys(name for names in read for name in names))
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False
 
 
 def methods() -> dict[str, Method]:
@@ -460,6 +479,7 @@ METHODS: dict[str, Method] = {
         },
         bounds={"floor": (-math.inf, 0.0), "zeta_min": (1e-12, math.inf), "zeta_max": (1e-12, math.inf)},
         words={"target": ("initial",)}, remember=next_zeta,
+        needs_with={"center": ("entropy",), "target": ("entropy",)},
         formula="A > 0: max(A(1 - zeta·lp), 0); A < 0: min(A(1 + zeta·lp), 0); center: lp + H for lp; "
         "with a target zeta doubles or halves each step",
         source="2603.11682, REPO-R; numbers of SkyRL#1896 (target 'initial': the paper's)",

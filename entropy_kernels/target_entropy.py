@@ -133,6 +133,7 @@ class TargetEntropy(Controller):
             another method, or an option that it does not have.
 
     Attributes:
+        needs: as in :class:`Controller`.
         memory: name -> 0-d float64 tensor: what the loop has learned and summed up, and the last measured change.
 
     Source:
@@ -161,6 +162,7 @@ class TargetEntropy(Controller):
         if options.get("effect") == "token_weight":
             raise ValueError("effect: expected 'dropped' or 'detached', got 'token_weight'; method='weight' is that")
         super().__init__(row, batch_group=batch_group, backend=backend, **options, **fixed)
+        self.needs = tuple(dict.fromkeys(("entropy", *self.needs)))
         self._given = options
         self._actuator = method
         self._most = None if vocab_size is None else _vocabulary(vocab_size)
@@ -275,7 +277,7 @@ class TargetEntropy(Controller):
         lr, updates = _learning_rate(lr, whole.device), integer("updates", updates)
         if updates < 1:
             raise ValueError(f"updates: expected >= 1, got {updates}")
-        for name in ("entropy", *self._row.needs):
+        for name in self.needs:
             whole.expect(name)
         target, options = self._target_now(whole.device), self._with_memory(whole.device)
         whole.agree({"target": target, "lr": lr, "updates": updates, **self._constants, **self.memory})

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from control_cases import micro, one
+from entropy_kernels.methods import EFFECTS
 
 NAN = math.nan
 
@@ -168,6 +169,37 @@ def test_a_step_that_fails_counts_no_seed() -> None:
     unknown.step(one(given))
     controller.step(one(given))
     assert unknown.state_dict()["calls"] == controller.state_dict()["calls"] == 1
+
+
+@pytest.mark.parametrize(
+    ("controller", "needs", "effect"),
+    [
+        (ek.Controller("clip_cov"), (), "dropped"),
+        (ek.Controller("clip_cov", preset="paper"), (), "detached"),
+        (ek.Controller("exact_cov", effect="token_weight"), ("vocab_covariance",), "token_weight"),
+        (ek.Controller("erc"), ("entropy", "old_entropy"), "dropped"),
+        (ek.Controller("repo"), (), "advantages"),
+        (ek.Controller("repo", center=True), ("entropy",), "advantages"),
+        (ek.Controller("repo", target=torch.tensor(0.3)), ("entropy",), "advantages"),
+        (ek.TargetEntropy(0.4), ("entropy", "vocab_covariance"), "dropped"),
+        (ek.TargetEntropy(0.4, method="weight"), ("entropy", "vocab_covariance"), "token_weight"),
+        (ek.TargetEntropy(0.4, method="bonus"), ("entropy",), "entropy_coef"),
+    ],
+)
+def test_a_controller_says_what_it_reads_and_does(
+    controller: ek.Controller, needs: tuple[str, ...], effect: str
+) -> None:
+    """A trainer asks before it computes statistics. Without one of them a step is an error, with them alone it is none,
+    and the control has the effect and no other."""
+    assert {*controller.needs} == {*needs} and controller.effect == effect
+    lr = {"lr": 0.1} if isinstance(controller, ek.TargetEntropy) else {}
+    given = {name: x for name, x in micro(2, 5).items() if name in ("logprob", "advantages", "mask", *needs)}
+    for name in needs:
+        lacking = {key: x for key, x in given.items() if key != name}
+        fails(ValueError, f"{name}: expected a tensor in the TokenBatch", controller.step, one(lacking), **lr)
+    decided = controller.step(one(given), **lr)
+    found = {name for name in EFFECTS if getattr(decided, name) is not None}
+    assert found == {effect}
 
 
 def test_seeds_are_counted() -> None:
