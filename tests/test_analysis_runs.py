@@ -509,10 +509,11 @@ def write_mlflow(folder, name, steps, h, r, loss_mode="vanilla"):
     mode.write_text(loss_mode)
 
 
-def test_mlflow_folders(tmp_path):
+@pytest.mark.parametrize("mode", ["clip_cov", "ek_clip_cov"])
+def test_mlflow_folders(mode, tmp_path):
     one, two = course(range(40), 1), course(range(40), 2, a=0.25)
     write_mlflow(tmp_path / "mlruns" / "0" / "abc", "grpo - 7b", *one)
-    write_mlflow(tmp_path / "mlruns" / "0" / "def", "theirs", *two, loss_mode="clip_cov")
+    write_mlflow(tmp_path / "mlruns" / "0" / "def", "theirs", *two, loss_mode=mode)
     (tmp_path / "mlruns" / "0" / "meta.yaml").write_text("name: experiment\n")
     (tmp_path / "mlruns" / ".trash").mkdir()
     for folder in (tmp_path, tmp_path / "mlruns", tmp_path / "mlruns" / "0"):
@@ -525,7 +526,7 @@ def test_mlflow_folders(tmp_path):
     write_mlflow(tmp_path / "mlruns" / "0" / "0123456789", "theirs", *one)  # another run of that name
     assert [fit.run for fit in fitted(tmp_path)] == ["theirs (01234567)", "grpo - 7b", "theirs (def)"]
     assert (first.no_bound, len(second.no_bound)) == ([], 1)
-    assert "Clip-Cov (setting actor_rollout_ref/actor/policy_loss/loss_mode = clip_cov)" in second.no_bound[0]
+    assert f"Clip-Cov (setting actor_rollout_ref/actor/policy_loss/loss_mode = {mode})" in second.no_bound[0]
 
 
 def test_tensorboard_files_of_one_folder_resumed_or_begun_again(tmp_path):

@@ -166,8 +166,10 @@ TREATMENTS = (
     Treatment("tokens_penalized", "a KL penalty on some tokens (KL-Cov or a control)", "this package"),
     Treatment("tokens_touched", "a treatment of some tokens", "this package"),
     Treatment("ek/touched", "a treatment of some tokens", "this package in TRL"),
+    Treatment("actor/ek_touched", "a treatment of some tokens", "this package in verl"),
     Treatment("target_entropy", "a target entropy", "this package"),
     Treatment("ek/target_entropy", "a target entropy", "this package in TRL"),
+    Treatment("actor/ek_target_entropy", "a target entropy", "this package in verl"),
     Treatment("entropy_coef", "an entropy bonus", "this package, TRL (also adaptive)"),
     Treatment("entropy/threshold", "a loss on high-entropy tokens only", "ms-swift"),
     Treatment("entropy/entropy_threshold", "a loss on high-entropy tokens only", "ms-swift with Megatron"),
@@ -182,8 +184,8 @@ KL_TERMS = (
 )
 # Settings that stand beside a log: config.json of this package's trainer, the params of an MLflow run (verl's).
 SETTINGS = (
-    (r"(^|/)(method|loss_mode|policy_loss_type)$", r"clip_?cov", "Clip-Cov"),
-    (r"(^|/)(method|loss_mode|policy_loss_type)$", r"kl_?cov", "KL-Cov"),
+    (r"(^|/)(method|loss_mode|policy_loss_type)$", r"(ek_)?clip_?cov", "Clip-Cov"),
+    (r"(^|/)(method|loss_mode|policy_loss_type)$", r"(ek_)?kl_?cov", "KL-Cov"),
     (r"(^|/)target_entropy$", r"(?!none|null|false).+", "a target entropy"),
     (r"(^|/)entropy_coe(f|ff)$", r"(?!0+(\.0*)?$)[\d.].*", "an entropy bonus"),
     (r"(^|/)use_entropy_loss$", r"true", "an entropy bonus"),
