@@ -91,6 +91,13 @@ def test_ways_of_verls_entropy(options: dict[str, bool]) -> None:
     assert (reads.forward, reads.backward) == (1, 1) and entropy.calls == before + 1
 
 
+def test_statistics_of_a_micro_batch_that_is_padded_to_a_length() -> None:
+    statistics.enable()
+    asked = {"ek_statistics": BOTH, **ALL}
+    plain, padded = (step(engine(pad_to_length=on), micro_batch(**asked)) for on in (False, True))
+    assert_same(padded, plain)
+
+
 @pytest.mark.parametrize("temperature", TEMPERATURES.values(), ids=TEMPERATURES.keys())
 def test_a_padded_micro_batch(temperature: Any) -> None:
     """verl asks for entropy of the padded logits and for log-probs of a copy without padding: a read for each."""
@@ -99,14 +106,16 @@ def test_a_padded_micro_batch(temperature: Any) -> None:
     assert (reads.forward, reads.backward, reads.of_torch) == (2, 2, 0)
 
 
+@pytest.mark.parametrize("asked", [{"calculate_entropy": True}, ALL], ids=str)
 @pytest.mark.parametrize("use_remove_padding", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_entropy(monkeypatch: pytest.MonkeyPatch, reentrant: bool, use_remove_padding: bool) -> None:
+def test_checkpointed_entropy(
+    monkeypatch: pytest.MonkeyPatch, reentrant: bool, use_remove_padding: bool, asked: dict[str, bool]
+) -> None:
     """A reentrant checkpoint makes the entropy again in the backward pass, a read more; another has no need."""
     checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", checkpoint)
-    batch = micro_batch(use_remove_padding=use_remove_padding, **ALL)
-    mine, peer, reads = both(batch, checkpoint=True)
+    mine, peer, reads = both(micro_batch(use_remove_padding=use_remove_padding, **asked), checkpoint=True)
     assert_same(mine, peer)
     once = 1 if use_remove_padding else 2
     assert (reads.forward, reads.backward) == ((once + 1, 2) if reentrant else (once, once))
@@ -297,6 +306,16 @@ def test_called_by_themselves(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close((found.detach(), leaf.grad), peer, rtol=1e-10, atol=1e-12)
 
 
+def test_labels_of_another_shape() -> None:
+    """verl with flash-attn flattens logits and labels."""
+    from verl.utils import torch_functional as verl_F
+
+    statistics.enable()
+    z, y = logits(torch.float64, (5, 31))
+    found = verl_F.logprobs_from_logits(z, y[None])
+    torch.testing.assert_close(found, z.log_softmax(-1).gather(-1, y[:, None])[:, 0])
+
+
 def test_in_place_where_verl_allows_it() -> None:
     from verl.utils import torch_functional as verl_F
 
@@ -309,6 +328,55 @@ def test_in_place_where_verl_allows_it() -> None:
         verl_F.logprobs_from_logits(output, y, inplace_backward=allowed).sum().backward()
         torch.testing.assert_close(leaf.grad, exact)
         assert output.detach().equal(z) is not allowed
+
+
+@pytest.mark.parametrize("use_remove_padding", [True, False])
+def test_a_distillation_loss_reads_the_logits_too(monkeypatch: pytest.MonkeyPatch, use_remove_padding: bool) -> None:
+    """Its backward pass comes after that of the log-probs, which verl lets overwrite the logits."""
+
+    def processor(model_output: Any = None, data: Any = None, student_logits: Any = None, dp_group: Any = None) -> Any:
+        if student_logits is not None:
+            return {"distillation_losses": student_logits.square().sum(-1)}
+        total, metrics = verl_engine.loss(model_output, data, dp_group)
+        return total + model_output["distillation_losses"].values().sum(), metrics
+
+    monkeypatch.setattr(verl_engine, "LOSS", processor)
+    batch = micro_batch(1.0, distillation_use_topk=True, use_remove_padding=use_remove_padding)
+    mine, peer, reads = both(batch)
+    assert_same(mine, peer)
+    assert (reads.backward, reads.in_place) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["triton", "torch"])
+def test_errors_of_heads_against_float64(name: str) -> None:
+    """In bf16 of hidden states: log-prob, entropy and both gradients, beside verl's own for torch."""
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+    from verl.utils.kernel import linear_cross_entropy as kernel
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(96, 72, generator=generator).bfloat16()
+    weight = (torch.randn(1031, 72, generator=generator) / 3).bfloat16()
+    labels = torch.randint(0, 1031, (96,), generator=generator)
+
+    def results(function: Any, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+        logprob, entropy = function(h, w, labels, 1.25)
+        (logprob.sum() + entropy.float().sum().to(logprob.dtype)).backward()
+        return [x.detach().double() for x in (logprob, entropy, h.grad, w.grad)]
+
+    def plain(h: Tensor, w: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logp = (h @ w.T / temperature).log_softmax(-1)
+        return logp.gather(-1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    exact, theirs = results(plain, torch.float64), results(FusedLinearForPPO())
+    statistics.enable()
+    ours = results(FusedLinearForPPO() if name == "torch" else lambda *x: kernel.linear_cross_entropy(*x, "none"))
+    for what, mine, peer, right in zip(
+        ("logprob", "entropy", "d hidden", "d weight"), ours, theirs, exact, strict=True
+    ):
+        error, their_error = (float((x - right).abs().max()) for x in (mine, peer))
+        print(f"{name} {what}: ours {error:.2e}, verl's torch head {their_error:.2e}")
+        assert error <= their_error + 2**-22 * float(right.abs().max())
 
 
 def test_other_tensors_in_a_micro_batch_have_reads_of_their_own() -> None:

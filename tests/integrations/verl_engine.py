@@ -82,11 +82,14 @@ def loss(model_output: dict[str, Any], data: TensorDict, dp_group: Any) -> tuple
     return total, {}
 
 
+LOSS = loss  # a test may put another in its place
+
+
 def step(made: FSDPEngineWithLMHead, batch: TensorDict, forward_only: bool = False) -> tuple[dict[str, Tensor], Any]:
     """Values of the output by name, flat, of tokens that have a next one; gradients by name of the parameter."""
     made.module.zero_grad()
     with torch.set_grad_enabled(not forward_only):
-        total, found = made.forward_step(batch, loss, forward_only)
+        total, found = made.forward_step(batch, LOSS, forward_only)
         if not forward_only:
             total.backward()
     grads = {name: p.grad.clone() for name, p in made.module.named_parameters() if p.grad is not None}

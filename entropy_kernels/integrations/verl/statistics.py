@@ -90,10 +90,12 @@ class _MicroBatch:
     Args:
         labels: those that verl will ask log-probs of.
         unlabelled: statistics that verl will ask for without labels.
+        shared: whether a loss reads the logits, too, so that no gradient may take their place.
     """
 
-    def __init__(self, labels: Tensor, unlabelled: tuple[str, ...]) -> None:
+    def __init__(self, labels: Tensor, unlabelled: tuple[str, ...], shared: bool = False) -> None:
         self.labels = labels
+        self.shared = shared
         self.unlabelled: tuple[str, ...] = unlabelled
         self.labelled: tuple[str, ...] = ("logprob",)
         self.grad = torch.is_grad_enabled()
@@ -110,6 +112,7 @@ class _MicroBatch:
         if not names:
             return {}
         self.unlabelled, self.labelled = (), () if fits else self.labelled
+        inplace = inplace and not self.shared
         # of the micro-batch's gradient: a checkpoint calls without one first
         with torch.set_grad_enabled(self.grad), _kept_from_checkpoints(not inplace):
             found = ek.token_stats(
@@ -189,9 +192,13 @@ def _calculate_sum_pi_squared_from_logits(original: Any) -> Callable[..., Tensor
     return calculate_sum_pi_squared_from_logits
 
 
-def _head(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def _head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Any, group: Any = None) -> tuple[Tensor, Tensor]:
+    """Of logits that are not rounded, as verl's kernel has them."""
     names = tuple(dict.fromkeys(("logprob", "entropy", *_reads.wanted())))
-    found = ek.linear_token_stats(hidden, weight, labels, statistics=names, **options)._asdict()
+    exact = None if hidden.dtype == torch.float64 else torch.float32
+    found = ek.linear_token_stats(
+        hidden, weight, labels, statistics=names, temperature=temperature, vocab_group=group, logits_dtype=exact
+    )._asdict()
     _reads.leave(**found)
     return found["logprob"], found["entropy"]
 
@@ -224,12 +231,8 @@ def _linear_cross_entropy(original: Any) -> Callable[..., tuple[Tensor, Tensor]]
             )
         if dist_process_group is not None:
             hidden = _SharedByRanks.apply(hidden, torch.distributed.get_world_size(dist_process_group))
-        # verl's kernel rounds no logits either
-        exact = None if hidden.dtype == torch.float64 else torch.float32
-        return _head(
-            hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1),
-            temperature=temperature, vocab_group=dist_process_group, logits_dtype=exact,
-        )  # fmt: skip
+        hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        return _head(hidden, weight, labels, temperature, dist_process_group)
 
     return linear_cross_entropy
 
@@ -238,7 +241,7 @@ def _fused_linear_for_ppo(original: Any) -> Callable[..., tuple[Tensor, Tensor]]
     def forward(
         self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        return _head(hidden_states, vocab_weights, input_ids.to(torch.int64), temperature=temperature)
+        return _head(hidden_states, vocab_weights, input_ids.to(torch.int64), temperature)
 
     return forward
 
@@ -249,6 +252,7 @@ class _Asked(NamedTuple):
     entropy: bool
     sum_pi_squared: bool
     fused: bool
+    distillation: bool  # its loss gets the logits
     statistics: tuple[str, ...]  # whose values go into the output as "ek_" + name
 
     @classmethod
@@ -263,7 +267,8 @@ class _Asked(NamedTuple):
             if name not in STATISTICS:
                 raise ValueError(f"ek_statistics: expected of {', '.join(STATISTICS)}, got {name!r}")
         return cls(
-            of("calculate_entropy"), of("calculate_sum_pi_squared"), of("use_fused_kernels"), statistics
+            of("calculate_entropy"), of("calculate_sum_pi_squared"), of("use_fused_kernels"),
+            of("distillation_use_topk"), statistics,
         )  # fmt: skip
 
     @property
@@ -294,7 +299,8 @@ def _prepare_model_outputs(original: Any) -> Callable[..., dict[str, Any]]:
         asked = _Asked.of(micro_batch)
         of_head = asked.sum_pi_squared and asked.fused
         theirs = _without_sum_pi_squared(micro_batch) if of_head else micro_batch
-        with _reading(_MicroBatch(output_args["input_ids_rmpad_rolled"], asked.unlabelled)):
+        labels = output_args["input_ids_rmpad_rolled"]
+        with _reading(_MicroBatch(labels, asked.unlabelled, asked.distillation)):
             found = original(self, output, output_args, theirs, logits_processor_func)
         if names := asked.collected:
             collected = _reads.collected()
