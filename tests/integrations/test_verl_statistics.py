@@ -307,13 +307,15 @@ def test_called_by_themselves(shape: tuple[int, ...]) -> None:
 
 
 def test_labels_of_another_shape() -> None:
-    """verl with flash-attn flattens logits and labels."""
+    """verl with flash-attn flattens logits and labels, and gives 0 for a label of -100."""
     from verl.utils import torch_functional as verl_F
 
     statistics.enable()
     z, y = logits(torch.float64, (5, 31))
     found = verl_F.logprobs_from_logits(z, y[None])
     torch.testing.assert_close(found, z.log_softmax(-1).gather(-1, y[:, None])[:, 0])
+    y[2] = -100
+    assert verl_F.logprobs_from_logits(z, y)[2] == 0
 
 
 def test_in_place_where_verl_allows_it() -> None:
