@@ -38,7 +38,7 @@ def call(module: ModuleType, line: str, monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_each_says_what_it_shows_and_how_to_run_it() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
-    assert len(scripts) == 2 and len(NOTEBOOKS) == 1
+    assert len(scripts) == 3 and len(NOTEBOOKS) == 1
     for path in scripts:
         text = path.read_text().split('"""')[1]
         assert f"python examples/{path.name}" in text and "You see" in text, path.name

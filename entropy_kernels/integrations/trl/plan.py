@@ -71,20 +71,24 @@ def check(config: Any) -> None:
             f"optimizer step are of one rollout, got {config.steps_per_generation} and "
             f"{config.gradient_accumulation_steps}"
         )
-    controller = controller_of(config)
-    effect = _effect(config, controller)
-    if config.fused_head is False and _needs(config, controller):
+    _check_beside(config, controller_of(config))
+    if not _has_clip(config):
+        _check_no_clip(config)
+
+
+def _check_beside(config: Any, controller: ek.Controller) -> None:
+    """What its method cannot stand beside."""
+    needs = _reads(controller)
+    if config.fused_head is False and needs:
         raise ValueError(
             f"fused_head: expected None or True, got False: {config.method or 'target_entropy'} needs "
-            f"{', '.join(_needs(config, controller))}, which is read by this package's head"
+            f"{', '.join(needs)}, which is read by this package's head"
         )
-    if effect == "entropy_coef" and (config.entropy_coef or config.use_adaptive_entropy):
+    if controller.effect == "entropy_coef" and (config.entropy_coef or config.use_adaptive_entropy):
         raise ValueError(
             f"entropy_coef: expected 0 and use_adaptive_entropy=False beside {config.method or 'a bonus'}, which sets "
             f"it, got {config.entropy_coef} and {config.use_adaptive_entropy}"
         )
-    if not _has_clip(config):
-        _check_no_clip(config)
 
 
 def _check_no_clip(config: Any) -> None:
@@ -138,21 +142,7 @@ def _options(config: Any) -> dict[str, Any]:
     options = {} if config.method_options is None else config.method_options
     if not isinstance(options, Mapping):
         raise TypeError(f"method_options: expected a dict, got {type(options).__name__}")
-    if config.target_entropy is None:
-        rows = ek.methods()
-        if config.method not in rows:
-            raise ValueError(
-                f"method: expected one of {', '.join(rows)}, or None, got {config.method!r}{_near(config.method, rows)}"
-            )
-        known, whose = tuple(rows[config.method].options), config.method
-    else:
-        if config.target_method not in _TARGET_OPTIONS:
-            names = ", ".join(map(repr, _TARGET_OPTIONS))
-            raise ValueError(f"target_method: expected one of {names}, got {config.target_method!r}")
-        known, whose = (
-            (*_LOOP_OPTIONS, *_TARGET_OPTIONS[config.target_method]),
-            f"target_method {config.target_method!r}",
-        )
+    known, whose = _known_options(config)
     for name in options:
         if name in _CLIPS:
             raise ValueError(f"method_options: expected {name} as the field {_CLIPS[name]}, got it as an option")
@@ -167,28 +157,28 @@ def _options(config: Any) -> dict[str, Any]:
     return {**options, "preset": config.preset}
 
 
+def _known_options(config: Any) -> tuple[tuple[str, ...], str]:
+    """Names of options, and whose they are."""
+    if config.target_entropy is not None:
+        if config.target_method not in _TARGET_OPTIONS:
+            names = ", ".join(map(repr, _TARGET_OPTIONS))
+            raise ValueError(f"target_method: expected one of {names}, got {config.target_method!r}")
+        return (*_LOOP_OPTIONS, *_TARGET_OPTIONS[config.target_method]), f"target_method {config.target_method!r}"
+    rows = ek.methods()
+    if config.method not in rows:
+        near = _near(config.method, rows)
+        raise ValueError(f"method: expected one of {', '.join(rows)}, or None, got {config.method!r}{near}")
+    return tuple(rows[config.method].options), config.method
+
+
 def _near(name: Any, known: Any) -> str:
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _effect(config: Any, controller: ek.Controller) -> str:
-    if config.target_entropy is not None:
-        return {"exact_cov": "dropped", "weight": "token_weight", "bonus": "entropy_coef"}[config.target_method]
-    return controller.options.get("effect", ek.methods()[config.method].effects[0])
-
-
-def _needs(config: Any, controller: ek.Controller) -> tuple[str, ...]:
-    """Statistics beside the log-prob."""
-    if config.target_entropy is not None:
-        return ("entropy",) if config.target_method == "bonus" else ("entropy", "vocab_covariance")
-    needs = list(ek.methods()[config.method].needs)
-    needs = [{"old_entropy": "entropy"}.get(name, name) for name in needs]
-    if config.method == "repo" and controller.options.get("center"):
-        needs.append("entropy")
-    if config.method == "repo" and controller.options.get("target") is not None:
-        needs.append("entropy")
-    return tuple(dict.fromkeys(needs))
+def _reads(controller: ek.Controller) -> tuple[str, ...]:
+    """Statistics of the head, beside the log-prob."""
+    return tuple(dict.fromkeys({"old_entropy": "entropy"}.get(name, name) for name in controller.needs))
 
 
 # ---- what a token weighs in TRL's loss -------------------------------------------------------------------------------
@@ -282,14 +272,14 @@ class Planner:
 
     def __init__(self, config: Any, *, batch_group: Any, ranks: int, vocab_size: int | None) -> None:
         self.controller = controller_of(config, batch_group=batch_group, vocab_size=vocab_size)
-        self.names = _needs(config, self.controller)
+        self.names = _reads(self.controller)
         self.has_target = config.target_entropy is not None
         self.clips = _has_clip(config)
-        self.sets_bonus = _effect(config, self.controller) == "entropy_coef"
+        self.sets_bonus = self.controller.effect == "entropy_coef"
         alone = config.gradient_accumulation_steps == 1
         if self.has_target:
             alone = alone and config.steps_per_generation * config.num_iterations == 1
-        needs_both = not self.has_target and "old_entropy" in ek.methods()[config.method].needs
+        needs_both = "old_entropy" in self.controller.needs
         #: "forward": in the training forward; "old", "fresh": before the step
         self.source = {"auto": "fresh" if needs_both else "old"}.get(config.plan_from, config.plan_from)
         if alone and config.plan_from != "old":
