@@ -1,0 +1,273 @@
+"""Every loss_mode ek_* through verl's own ``ppo_loss``, beside verl's function of the same loss.
+
+``test_peers_verl.py`` holds the losses against verl's over many batches; here it is what lies between verl's config and
+them: which number goes where.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import verl_batches
+from torch import Tensor
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.utils import losses as verl_losses
+
+import entropy_kernels as ek
+from entropy_kernels.integrations.verl import plan
+from entropy_kernels.integrations.verl.config import MODES
+from entropy_kernels.integrations.verl.losses import controller_of
+
+CLIPS = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.15, "clip_ratio_c": 1.3}
+# ours -> verl's; where verl's knows one aggregation only, its name; its policy_loss
+PAIRS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "ek_ppo": ("vanilla", None, {}),
+    "ek_gspo_token": ("gspo", None, {}),
+    "ek_sapo": ("sapo", "seq-mean-token-mean", {}),
+    "ek_cispo": ("cispo", None, {}),
+    "ek_gpg": ("gpg", None, {}),
+    "ek_dppo_tv": ("dppo_tv", None, {}),
+    "ek_dppo_kl": ("dppo_kl", None, {}),
+    "ek_gmpo": ("geo_mean", "seq-mean-token-mean", {}),
+    "ek_dro": ("dro", None, {"dro_beta": 0.3}),
+    "ek_kl_cov": ("kl_cov", None, {"kl_cov_ratio": 0.1, "ppo_kl_coef": 0.3}),
+    # of ratio 1 verl's draw is all of the range
+    "ek_clip_cov": ("clip_cov", None, {"clip_cov_ratio": 1.0, "clip_cov_lb": -0.1, "clip_cov_ub": 0.5}),
+}
+VERLS = {"actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower"}
+OWN: dict[str, dict[str, Any]] = {"ek_cispo_trl": {"clip_high": 5.0}}
+LAYOUTS = pytest.mark.parametrize("layout", ["nested", "padded"])
+
+
+def actor(mode: str, own: dict[str, Any] | None = None, agg: str = "token-mean", **given: Any) -> ActorConfig:
+    of_policy = {key: given.pop(key) for key in list(given) if key in PolicyLossConfig.__dataclass_fields__}
+    keys = {} if own is None else {"ek": own}
+    return ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=agg,
+        policy_loss=PolicyLossConfig(loss_mode=mode, **of_policy, **keys), **{**CLIPS, **given},
+    )  # fmt: skip
+
+
+class Case:
+    """Rows with log-probs near the old ones, weights of a rollout correction, counts of a larger batch."""
+
+    def __init__(self, layout: str, seed: int = 3, number: int = 6, **counts: Any) -> None:
+        self.layout = layout
+        self.rows = verl_batches.rows(number, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for row in self.rows:
+            noise = torch.randn(len(row["responses"]), generator=generator)
+            row["rollout_is_weights"] = 0.5 + torch.rand(len(noise), generator=generator)
+            row["log_probs"] = (row["old_log_probs"] + 0.3 * noise).clamp(max=-1e-3)
+        self.counts = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, **counts}
+
+    @property
+    def data(self) -> Any:
+        fields = [{name: x for name, x in row.items() if name != "log_probs"} for row in self.rows]
+        return getattr(verl_batches, self.layout)(fields, temperature=1.0, **self.counts)
+
+    def of(self, config: ActorConfig, made: plan.Plan | None = None, data: Any = None) -> tuple[Tensor, Tensor, Any]:
+        """verl's ``ppo_loss``: loss, gradient at the responses' tokens, metrics."""
+        leaves = [row["log_probs"].clone().requires_grad_() for row in self.rows]
+        output = {"log_probs": verl_batches.output(self.rows, leaves)}
+        function = verl_losses.ppo_loss
+
+        def loss(model_output: Any, data: Any, dp_group: Any = None) -> Any:
+            return function(config, model_output, data, dp_group)
+
+        called = loss if made is None else made.around(loss)
+        value, metrics = called(model_output=output, data=self.data if data is None else data, dp_group=None)
+        value.backward()
+        return value.detach(), torch.cat([leaf.grad for leaf in leaves]), metrics
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ours", PAIRS)
+def test_as_verls(ours: str, layout: str) -> None:
+    theirs, agg, policy = PAIRS[ours]
+    for counts in ({}, {"dp_size": 2, "batch_num_tokens": 200, "global_batch_size": 12}):
+        case = Case(layout, **counts)
+        if ours == "ek_gmpo":  # where weights are another thing (test_peers_verl.py)
+            for row in case.rows:
+                row["rollout_is_weights"] = torch.ones_like(row["rollout_is_weights"])
+        # verl's geo_mean does not read the counts
+        mean = counts and ours == "ek_gmpo"
+        for mode in [agg] if agg else ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]:
+            mine = case.of(actor(ours, agg=mode, **policy))
+            peer = case.of(actor(theirs, agg=mode, **policy))
+            scale = 6 * 2 / 12 if mean else 1.0
+            torch.testing.assert_close(mine[0], peer[0] * scale, rtol=2e-5, atol=1e-6)
+            torch.testing.assert_close(mine[1], peer[1] * scale, rtol=2e-5, atol=1e-7)
+            assert peer[2].keys() <= mine[2].keys() and mine[2].keys() >= VERLS
+            for name in peer[2].keys() - {"actor/pg_loss"}:
+                assert mine[2][name].aggregate() == pytest.approx(peer[2][name].aggregate(), rel=1e-5, abs=1e-7), name
+                assert mine[2][name].aggregation == peer[2][name].aggregation
+            assert mine[2]["actor/pg_loss"].aggregation == peer[2]["actor/pg_loss"].aggregation
+
+
+class Engine:
+    """What a plan asks of verl's engine: one rank."""
+
+    engine_config = None
+
+    def get_data_parallel_group(self) -> None:
+        return None
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_data_parallel_size(self) -> int:
+        return 1
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_device", lambda: torch.device("cpu"))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_with_its_plan(mode: str, layout: str) -> None:
+    """Ours is what ran: the value is that of policy_loss with the control that the public function decides."""
+    row = MODES[mode][1]
+    if row == "erc" or mode == "ek_adaptive_entropy":
+        pytest.skip("needs the current entropy: below")
+    options: dict[str, float] = {"mu": 0.5} if row in ("clip_b", "clip_v") else {}
+    options |= {"ratio": 0.2} if row in ("clip_cov", "kl_cov", "exact_cov", "random", "clip_v") else {}
+    config = actor(mode, {**OWN.get(mode, {}), **options}, dro_beta=0.3)
+    settings, case = config.ek_settings, Case(layout)
+    data = case.data
+    made = plan.plan_minibatch(settings, config, Engine(), data)
+    loss, gradient, metrics = case.of(config, made, data)
+
+    def flat(name: str) -> Tensor:
+        return torch.cat([row[name] for row in case.rows])
+
+    offsets = torch.tensor([0, *(len(row["responses"]) for row in case.rows)]).cumsum(0)
+    control = None
+    if settings.decides:
+        # the same index in every layout: row, then position
+        index = torch.cat([i * 2**32 + torch.arange(len(row["responses"])) for i, row in enumerate(case.rows)])
+        known = {name: flat(f"ek_{name}") for name in settings.needs}
+        batch = ek.TokenBatch(
+            flat("old_log_probs"), None, flat("advantages"), flat("response_mask"), token_index=index, **known
+        )
+        seed = settings.seed if ek.methods()[settings.method].draws else None
+        control = ek.control(settings.method, batch, seed=seed, **settings.options)
+    lp = flat("log_probs").requires_grad_()
+    expected = ek.policy_loss(
+        lp, flat("old_log_probs"), flat("advantages"), flat("response_mask"), surrogate=settings.surrogate,
+        control=control, token_weight=flat("rollout_is_weights"), cu_seqlens=offsets, **settings.loss,
+    )  # fmt: skip
+    expected.loss.backward()
+    torch.testing.assert_close(loss, expected.loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, lp.grad, rtol=1e-5, atol=1e-7)
+    if control is not None:
+        told = metrics["actor/ek_touched_frac"].aggregate()
+        assert told > 0 and told == pytest.approx(float(control.metrics["touched_frac"]))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("size", [6, 3, 2, 1])
+def test_the_same_tokens_in_every_split(size: int, layout: str) -> None:
+    """verl's own splitting carries the plan; gradients add up."""
+    case = Case(layout, batch_num_tokens=100)
+    config = actor("ek_clip_cov", {"ratio": 0.2, "low": -9.0, "high": 9.0})
+    data = case.data
+    made = plan.plan_minibatch(config.ek_settings, config, Engine(), data)
+    whole = case.of(config, made, data)
+    parts = tu.chunk_tensordict(data, 6 // size)
+    gradients, rows = [], case.rows
+    for i, part in enumerate(parts):
+        case.rows = rows[i * size : (i + 1) * size]
+        gradients.append(case.of(config, made, part)[1])
+    torch.testing.assert_close(torch.cat(gradients), whole[1], rtol=1e-5, atol=1e-8)
+    dropped = torch.cat([plan._padded(part["ek_dropped"]).sum(-1) for part in parts])
+    assert dropped.equal(plan._padded(data["ek_dropped"]).sum(-1)) and dropped.sum() == int(0.2 * _valid(rows))
+
+
+def _valid(rows: list[dict[str, Tensor]]) -> int:
+    return sum(int(row["response_mask"].sum()) for row in rows)
+
+
+def test_layouts_and_padding_do_not_count() -> None:
+    """The same tokens where prompts and responses are padded, and where the rows are of another width."""
+    chosen = []
+    for layout in ("nested", "padded"):
+        config = actor("ek_clip_cov", {"ratio": 0.2, "low": -9.0, "high": 9.0})
+        data = Case(layout).data
+        plan.plan_minibatch(config.ek_settings, config, Engine(), data)
+        dropped, advantages = plan._padded(data["ek_dropped"]), plan._padded(data["advantages"])
+        chosen.append(sorted(advantages[dropped].tolist()))
+    assert chosen[0] == chosen[1] and len(chosen[0]) > 5
+
+
+@LAYOUTS
+@pytest.mark.parametrize("mode", ["ek_erc", "ek_adaptive_entropy"])
+def test_the_entropy_of_the_policy_that_is_trained(mode: str, layout: str) -> None:
+    """erc compares it with the old one, token by token; adaptive_entropy's coefficient multiplies its mean."""
+    case = Case(layout)
+    config = actor(mode, {"coef": 0.1, "target": 5.0} if mode == "ek_adaptive_entropy" else {})
+    data = case.data
+    made = plan.plan_minibatch(config.ek_settings, config, Engine(), data)
+    assert tu.get(data, "calculate_entropy") is True  # asked of verl's forward
+    now = [row["ek_entropy"] * torch.linspace(0.9, 1.1, len(row["ek_entropy"])) for row in case.rows]
+    leaves = [x.clone().requires_grad_() for x in now]
+    output = {
+        "log_probs": verl_batches.output(case.rows, [row["log_probs"] for row in case.rows]),
+        "entropy": verl_batches.output(case.rows, leaves),
+    }
+
+    def loss(model_output: Any, data: Any, dp_group: Any = None) -> Any:
+        return verl_losses.ppo_loss(config, model_output, data, dp_group)
+
+    with pytest.raises(RuntimeError, match=r"set actor_rollout_ref.actor.calculate_entropy=true"):
+        made.around(loss)(model_output={"log_probs": output["log_probs"]}, data=data, dp_group=None)
+    value, metrics = made.around(loss)(model_output=output, data=data, dp_group=None)
+    mask = torch.cat([row["response_mask"] for row in case.rows]).bool()
+    if mode == "ek_erc":
+        ratio = torch.cat(now) / torch.cat([row["ek_entropy"] for row in case.rows])
+        outside = mask & ~((ratio > 0.95) & (ratio < 1.05))
+        assert metrics["actor/ek_touched"].aggregate() == outside.sum() > 5
+    else:
+        value.backward()
+        gradient = torch.cat([leaf.grad for leaf in leaves])
+        torch.testing.assert_close(gradient, torch.where(mask, -0.1 / mask.sum(), 0.0))
+        assert controller_of(config.ek_settings, config).memory["coef"] == pytest.approx(0.105)
+
+
+@pytest.mark.parametrize("name", ["ek_entropy", "ek_vocab_covariance"])
+def test_statistics_of_whole_sequences_are_those_of_the_responses(name: str) -> None:
+    """As trainer v1 stores what workers give out: in whole sequences, a token to the left."""
+    case = Case("nested")
+    data, config = case.data, actor("ek_exact_cov", {"ratio": 0.2})
+    short = plan.statistic(data, name.removeprefix("ek_"), config.ek_settings)
+    data[name] = verl_batches.output(case.rows, [row[name] for row in case.rows])
+    assert plan.statistic(data, name.removeprefix("ek_"), config.ek_settings).equal(short)
+
+
+def test_a_statistic_that_did_not_arrive_is_told() -> None:
+    case, config = Case("padded"), actor("ek_exact_cov", {})
+    data = case.data
+    del data["ek_vocab_covariance"]
+    with pytest.raises(
+        RuntimeError, match=r"exact_cov: expected vocab_covariance of the old policy .*bypass_mode=false"
+    ):
+        plan.plan_minibatch(config.ek_settings, config, Engine(), data)
+
+
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_coefficients_are_those_of_verls_aggregation(agg: str) -> None:
+    """The derivative of verl's agg_loss by each token's term."""
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    mask = torch.rand(5, 9, generator=torch.Generator().manual_seed(0)) < 0.6
+    config = actor("ek_exact_cov", {}, agg=agg)
+    mine = plan.coefficient(config, mask, 5, None)
+    term = torch.zeros(5, 9, dtype=torch.float64, requires_grad=True)
+    agg_loss(term, mask.double(), agg, global_batch_size=5).backward()
+    np.testing.assert_allclose(mine, term.grad, rtol=3e-8)
