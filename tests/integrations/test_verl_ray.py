@@ -1,4 +1,4 @@
-"""verl's driver and workers over Ray, as one worker and as two: what arrives where, and that both choose the same tokens.
+"""verl's driver and workers over Ray, as one worker and as two: what arrives where, and that both choose alike.
 
 One run (verl_run.py), in a process of its own whose platform is a CPU; the tests look at what it found.
 """
@@ -87,27 +87,36 @@ def test_statistics_travel_from_the_old_log_probs_to_the_update(found: dict[str,
         assert one["fields"] == two["fields"] == ["ek_vocab_covariance", "entropys", "old_log_probs"]
         assert dropped(one) == dropped(two) and len(dropped(one)) == 5
         for metric in ("decrease_share", "predicted_change"):
-            mine, theirs = (of["metrics"][f"actor/actor/ek_{metric}"] for of in (one, two))
+            mine, theirs = (of["metrics"][f"actor/ek_{metric}"] for of in (one, two))
             assert mine == pytest.approx(theirs, rel=1e-5)
-        assert one["metrics"]["actor/actor/ek_decrease_share"] > 0.4  # 9 % of the tokens
+        assert one["metrics"]["actor/ek_decrease_share"] > 0.4  # 9 % of the tokens
+
+
+def test_trainer_v1_carries_them_by_itself(found: dict[str, Any]) -> None:
+    """verl's default, over its TransferQueue: the tokens of v0, whose batches are padded."""
+    for v0, v1 in zip(found["exact_cov 2"], found["v1 2"], strict=True):
+        assert {"ek_vocab_covariance", "entropy", "old_log_probs"} <= {*v1["fields"]}
+        assert dropped(v0) == dropped(v1) and len(dropped(v1)) == 5
+        name = "actor/ek_predicted_change"
+        assert v0["metrics"][name] == pytest.approx(v1["metrics"][name], rel=1e-5)
 
 
 @RANKS
 def test_a_target_plans_the_rollout_and_observes_it(found: dict[str, Any], ranks: int) -> None:
     steps = [step["metrics"] for step in found[f"target {ranks}"]["steps"]]
-    assert [step["actor/actor/ek_target_entropy"] for step in steps] == [4.2] * 3
-    assert all(step["actor/actor/ek_wanted_change"] > 0 for step in steps)  # above the entropy: tokens are dropped
+    assert [step["actor/ek_target_entropy"] for step in steps] == [4.2] * 3
+    assert all(step["actor/ek_wanted_change"] > 0 for step in steps)  # above the entropy: tokens are dropped
     assert all(len(dropped(step)) > 3 for step in found[f"target {ranks}"]["steps"])
-    assert np.isnan(steps[0]["actor/actor/ek_measured_change"])
-    measured = [step["actor/actor/ek_measured_change"] for step in steps[1:]]
-    assert all(0 < abs(x) < 0.1 for x in measured) and steps[1]["actor/actor/ek_gain"] != 1
+    assert np.isnan(steps[0]["actor/ek_measured_change"])
+    measured = [step["actor/ek_measured_change"] for step in steps[1:]]
+    assert all(0 < abs(x) < 0.1 for x in measured) and steps[1]["actor/ek_gain"] != 1
 
 
 def test_a_target_is_the_same_on_every_number_of_ranks(found: dict[str, Any]) -> None:
     for one, two in zip(found["target 1"]["steps"], found["target 2"]["steps"], strict=True):
         assert dropped(one) == dropped(two)
         for metric in ("entropy", "planned_change", "gain"):
-            mine, theirs = (of["metrics"][f"actor/actor/ek_{metric}"] for of in (one, two))
+            mine, theirs = (of["metrics"][f"actor/ek_{metric}"] for of in (one, two))
             assert mine == pytest.approx(theirs, rel=1e-3), metric
 
 
@@ -121,5 +130,5 @@ def test_a_checkpoint_has_the_memory(found: dict[str, Any], ranks: int) -> None:
     for again in (run["again"], run["new workers"]):
         assert dropped(again) == dropped(last)
         for metric in ("gain", "planned_change", "measured_change", "entropy"):
-            name = f"actor/actor/ek_{metric}"
+            name = f"actor/ek_{metric}"
             assert again["metrics"][name] == pytest.approx(last["metrics"][name], rel=1e-6), metric

@@ -168,6 +168,32 @@ def exact_cov(model: str, ranks: int) -> list[dict[str, Any]]:
     return found
 
 
+def v1(model: str, ranks: int) -> list[dict[str, Any]]:
+    """The same by verl's trainer v1, its default: what is computed lies in a TransferQueue, and stays nested."""
+    import transfer_queue as tq
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+
+    config = configured(model, "ek_exact_cov", "ratio=0.1", lr=1e-3)
+    group, found = workers(config, ranks), []
+    trainer = object.__new__(PPOTrainerSync)
+    trainer.config, trainer.actor_rollout_wg = config, group
+    tq.init(config.transfer_queue)
+    for number in range(2):
+        made = verl_batches.rows(ROWS, seed=number)
+        names = ("prompts", "responses", "response_mask", "advantages")
+        data = verl_batches.nested([{name: row[name] for name in names} for row in made])
+        where = {"keys": [f"{number}-{row}" for row in range(ROWS)], "partition_id": "train"}
+        lengths = data["input_ids"].offsets().diff().tolist()
+        batch = tq.kv_batch_put(**where, fields=data, tags=[{"seq_len": length} for length in lengths])
+        batch.extra_info["temperature"] = 1.0
+        batch, metrics = trainer._compute_old_log_prob(batch, {}), {}
+        trainer._update_actor(batch, metrics)
+        found.append({"fields": sorted(batch.fields), "metrics": _plain(metrics), "ranks": group.seen()})
+    tq.close()
+    close(group)
+    return found
+
+
 def target(model: str, ranks: int, folder: Path) -> dict[str, Any]:
     """Three steps; the last is repeated from the checkpoint before it, by these workers and by new ones."""
     config = configured(model, "ek_ppo", "target_entropy=4.2", lr=1e-3)
@@ -210,6 +236,7 @@ def main(folder: Path) -> None:
             found[f"splits {ranks}"] = splits(model, ranks)
             found[f"exact_cov {ranks}"] = exact_cov(model, ranks)
             found[f"target {ranks}"] = target(model, ranks, folder)
+        found["v1 2"] = v1(model, 2)
     finally:
         ray.shutdown()
     (folder / "found.json").write_text(json.dumps(found))

@@ -1,0 +1,105 @@
+"""What verl loads while it is imported: an unknown version is told, and breaks nothing. verl is a stub here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import entropy_kernels as ek
+from entropy_kernels.integrations import _patch
+from entropy_kernels.integrations._patch import PatchRefused
+from entropy_kernels.integrations.verl import PATCHES, losses, worker
+from entropy_kernels.integrations.verl.config import MODES, Settings
+
+PLUGIN = "entropy_kernels.integrations.verl.plugin"
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """verl's, in a module of its name."""
+    losses: dict[str, Any] = {}
+
+    def register_policy_loss(name: str) -> Callable[[Any], Any]:
+        return lambda function: losses.setdefault(name, function)
+
+    for name in ("verl", "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["verl.trainer.ppo.core_algos"].register_policy_loss = register_policy_loss  # type: ignore[attr-defined]
+    sys.modules.pop(PLUGIN, None)
+    yield losses
+    sys.modules.pop(PLUGIN, None)
+
+
+def test_an_unknown_version_is_told_and_its_modes_raise_the_reason(
+    registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, message, *args: told.append(message % args))
+    version = importlib.metadata.version
+    monkeypatch.setattr(_patch.importlib.metadata, "version", lambda name: "9.0" if name == "verl" else version(name))
+    importlib.import_module(PLUGIN)  # raises nothing
+    assert len(told) == 1 and "expected verl 0.9.1, which this was tested with, got 9.0" in told[0]
+    assert list(registry) == list(MODES) and not any(patch.active for patch in PATCHES)
+    for mode in MODES:
+        with pytest.raises(PatchRefused, match=r"no loss_mode ek_\* works: .* got 9.0"):
+            registry[mode](log_prob=None)
+
+
+def test_patches_name_what_they_are_for() -> None:
+    names = [patch.target.rpartition(".")[2] for patch in worker.PATCHES]
+    assert len(set(names)) == len(names) and all(patch.versions == ("0.9.1",) for patch in worker.PATCHES)
+    assert worker.PATCHES[:2] == worker.AT_IMPORT  # all that is in place before a mode of ours is configured
+
+
+# ---- the memory of a method, beside verl's shards --------------------------------------------------------------------
+
+
+class Worker:
+    """What a checkpoint reads of verl's TrainingWorker."""
+
+    def __init__(self, settings: Settings | None) -> None:
+        config = SimpleNamespace(ek_settings=settings) if settings else SimpleNamespace()
+        self.loss_fn = SimpleNamespace(keywords={"config": config})
+        self.config = config
+
+
+ADAPTIVE = Settings("ek_adaptive_entropy", "ppo", {}, "adaptive_entropy", options={"coef": 0.5})
+
+
+def original(self: Any, local_path: str, *args: Any, **kwargs: Any) -> str:
+    return f"theirs {local_path}"
+
+
+save, load = worker._saves_memory(original), worker._loads_memory(original)
+
+
+def test_memory_is_saved_and_restored(tmp_path: Any) -> None:
+    one, two = Worker(ADAPTIVE), Worker(ADAPTIVE)
+    controller = losses.controller_of(ADAPTIVE, one.config)
+    controller.load_state_dict({"calls": 5, "memory": {"coef": 0.125}})
+    assert save(one, str(tmp_path), global_step=3) == f"theirs {tmp_path}"
+    assert [path.name for path in tmp_path.iterdir()] == ["entropy_kernels.json"]
+    assert json.loads((tmp_path / "entropy_kernels.json").read_text())["loss_mode"] == "ek_adaptive_entropy"
+    assert load(two, str(tmp_path)) == f"theirs {tmp_path}"
+    assert losses.controller_of(ADAPTIVE, two.config).state_dict() == {"calls": 5, "memory": {"coef": 0.125}}
+
+
+def test_a_checkpoint_without_memory_is_told(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(worker._log, "warning", lambda message, *args: told.append(message % args))
+    assert load(Worker(ADAPTIVE), str(tmp_path)) == f"theirs {tmp_path}"
+    assert len(told) == 1 and "expected beside the checkpoint, got none: seeds and memory" in told[0]
+
+
+def test_checkpoints_of_others_are_left_alone(tmp_path: Any) -> None:
+    for other in (Worker(None), Worker(Settings("ek_ppo", "ppo", {}))):
+        assert save(other, str(tmp_path)) == load(other, str(tmp_path)) == f"theirs {tmp_path}"
+    assert not list(tmp_path.iterdir()) and isinstance(losses.controller_of(ADAPTIVE, SimpleNamespace()), ek.Controller)
