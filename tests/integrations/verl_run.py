@@ -180,8 +180,9 @@ def v1(model: str, ranks: int) -> list[dict[str, Any]]:
     tq.init(config.transfer_queue)
     for number in range(2):
         made = verl_batches.rows(ROWS, seed=number)
-        names = ("prompts", "responses", "response_mask", "advantages")
-        data = verl_batches.nested([{name: row[name] for name in names} for row in made])
+        names = {name: name for name in ("prompts", "responses", "response_mask", "advantages")}
+        names["rollout_log_probs"] = "old_log_probs"
+        data = verl_batches.nested([{name: row[of] for name, of in names.items()} for row in made])
         where = {"keys": [f"{number}-{row}" for row in range(ROWS)], "partition_id": "train"}
         lengths = data["input_ids"].offsets().diff().tolist()
         batch = tq.kv_batch_put(**where, fields=data, tags=[{"seq_len": length} for length in lengths])
