@@ -58,9 +58,11 @@ def sides(diff: str) -> tuple[str, str]:
     return tuple("\n".join(line[1:] for line in lines if not line.startswith(sign)) for sign in "+-")  # type: ignore[return-value]
 
 
-def test_before_and_after_of_the_readme_give_the_same() -> None:
+def test_before_and_after_of_a_change_give_the_same() -> None:
+    """Those of the trainers are run by tests of the trainers."""
     transformers = pytest.importorskip("transformers")
-    loop, model = blocks((ROOT / "README.md").read_text(), "diff")
+    *_, loop = blocks((ROOT / "README.md").read_text(), "diff")
+    (model,) = blocks((ROOT / "docs/linear.md").read_text(), "diff")
     torch.manual_seed(0)
     logits, actions = torch.randn(4, 6, 50), torch.randint(50, (4, 6))
     names: dict[str, Any] = {"ek": ek, "torch": torch, "actions": actions, "advantages": torch.randn(4, 1)}
