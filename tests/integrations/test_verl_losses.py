@@ -195,15 +195,20 @@ def _valid(rows: list[dict[str, Tensor]]) -> int:
 
 
 def test_layouts_and_padding_do_not_count() -> None:
-    """The same tokens where prompts and responses are padded, and where the rows are of another width."""
+    """The same tokens where prompts and responses are padded, and where a longer row without a token follows."""
     chosen = []
-    for layout in ("nested", "padded"):
-        config = actor("ek_clip_cov", {"ratio": 0.2, "low": -9.0, "high": 9.0})
-        data = Case(layout).data
+    for layout, longer in (("nested", False), ("padded", False), ("nested", True), ("padded", True)):
+        config, case = actor("ek_clip_cov", {"ratio": 0.2, "low": -9.0, "high": 9.0}), Case(layout)
+        if longer:
+            (more,) = verl_batches.rows(1, seed=9, response=31)
+            more["response_mask"].zero_()
+            case.rows.append({name: more.get(name, more["old_log_probs"]) for name in case.rows[0]})
+        data = case.data
         plan.plan_minibatch(config.ek_settings, config, Engine(), data)
         dropped, advantages = plan._padded(data["ek_dropped"]), plan._padded(data["advantages"])
+        assert dropped.shape[1] == (31 if longer else 12)
         chosen.append(sorted(advantages[dropped].tolist()))
-    assert chosen[0] == chosen[1] and len(chosen[0]) > 5
+    assert len(chosen[0]) > 5 and all(other == chosen[0] for other in chosen)
 
 
 @LAYOUTS
@@ -271,3 +276,54 @@ def test_coefficients_are_those_of_verls_aggregation(agg: str) -> None:
     term = torch.zeros(5, 9, dtype=torch.float64, requires_grad=True)
     agg_loss(term, mask.double(), agg, global_batch_size=5).backward()
     np.testing.assert_allclose(mine, term.grad, rtol=3e-8)
+
+
+class Trained(Engine):
+    """With an optimizer, as a plan of a rollout asks of it."""
+
+    class engine_config:
+        pipeline_model_parallel_size = 1
+
+    class optimizer:
+        param_groups = ({"lr": 3e-4},)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_target_plans_every_mini_batch_and_epoch(shuffle: bool, agg: str, layout: str) -> None:
+    """As TargetEntropy itself over the mini-batches, with the coefficients of their losses."""
+    case = Case(layout, number=8)
+    config = actor("ek_ppo", {"target_entropy": 4.0}, agg=agg)
+    data = tu.assign_non_tensor(
+        case.data, mini_batch_size=4, epochs=2, global_batch_size=4, dataloader_kwargs={"shuffle": shuffle}
+    )
+    made = plan.plan_rollout(config.ek_settings, config, Trained(), data)
+    whole, controller = ek.SelectionBatch(), ek.TargetEntropy(4.0, **config.ek_settings.options)
+    halves = [case.rows[:4], case.rows[4:]]
+    for i, half in enumerate(halves):
+        tokens = _valid(case.rows) / 2 if shuffle else _valid(half)
+        for j, row in enumerate(half):
+            mask, length = row["response_mask"], len(row["responses"])
+            share = 1 / tokens if agg == "token-mean" else 1 / (4 * int(mask.sum()))
+            whole.add(
+                row["old_log_probs"], row["advantages"], mask, (4 * i + j) * 2**32 + torch.arange(length),
+                coefficient=torch.full((length,), share, dtype=torch.float64), entropy=row["ek_entropy"],
+                vocab_covariance=row["ek_vocab_covariance"],
+            )  # fmt: skip
+    controls = controller.step(whole, lr=3e-4, updates=2)
+    for row, control in zip(plan._padded(data["ek_dropped"]), controls, strict=True):
+        assert row[: len(control.dropped)].equal(control.dropped)
+    for name, value in controls[0].metrics.items():
+        assert made.metrics[name] == pytest.approx(float(value), rel=1e-6, nan_ok=True), name
+    assert made.metrics["touched"] > 5
+
+
+def test_a_target_refuses_pipeline_stages() -> None:
+    class Pipelined(Trained):
+        class engine_config:
+            pipeline_model_parallel_size = 2
+
+    config = actor("ek_ppo", {"target_entropy": 4.0})
+    with pytest.raises(RuntimeError, match=r"outputs on every rank, got pipeline_model_parallel_size=2"):
+        plan.plan_rollout(config.ek_settings, config, Pipelined(), Case("nested").data)

@@ -19,6 +19,7 @@ import pytest
 from entropy_kernels.integrations.verl.config import MODES
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.timeout(1200)  # it took 3 minutes on two free cores
 RANKS = pytest.mark.parametrize("ranks", [1, 2])
 PATHS = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
 ENVIRONMENT = {
@@ -35,7 +36,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ) as ray:  # sockets want short paths
         done = subprocess.run(
             [sys.executable, "-W", "ignore", str(HERE / "verl_run.py"), str(folder)],
-            env={**ENVIRONMENT, "RAY_FOLDER": ray}, capture_output=True, text=True, timeout=500,
+            env={**ENVIRONMENT, "RAY_FOLDER": ray}, capture_output=True, text=True, timeout=1100,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads((folder / "found.json").read_text())
@@ -122,12 +123,13 @@ def test_a_target_is_the_same_on_every_number_of_ranks(found: dict[str, Any]) ->
 
 @RANKS
 def test_a_checkpoint_has_the_memory(found: dict[str, Any], ranks: int) -> None:
-    """The step after it is the same from the checkpoint, also by workers that begin with it."""
+    """The step after it is the same from the checkpoint, also by two workers that begin with it."""
     run = found[f"target {ranks}"]
+    assert ("new workers" in run) == (ranks == 2)
     saved, last = run["saved"], run["steps"][2]
     assert saved["loss_mode"] == "ek_ppo" and saved["state"]["calls"] == 2 and saved["state"]["memory"]["squares"] > 0
     assert "entropy_kernels.json" in run["files"] and not any(name.startswith(".") for name in run["files"])
-    for again in (run["again"], run["new workers"]):
+    for again in (run[key] for key in ("again", "new workers") if key in run):
         assert dropped(again) == dropped(last)
         for metric in ("gain", "planned_change", "measured_change", "entropy"):
             name = f"actor/ek_{metric}"

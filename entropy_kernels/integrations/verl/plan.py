@@ -105,7 +105,7 @@ def plan_minibatch(settings: Settings, config: Any, engine: Any, data: Any) -> P
 
     if settings.entropy_now:
         tu.assign_non_tensor(data, calculate_entropy=True)
-    if not settings.decides or settings.by_token:
+    if not settings.decides or settings.by_token or tu.get(data, "distillation_only", False):
         return Plan(settings)
     group = _group(engine)
     whole = ek.SelectionBatch(group)
