@@ -10,6 +10,7 @@ import trl_runs
 from trl_runs import differences, run
 
 import entropy_kernels as ek
+from entropy_kernels.integrations.trl import GRPOTrainer
 from entropy_kernels.integrations.trl.head import HEAD
 
 STEPS = 20
@@ -150,6 +151,34 @@ def test_what_decides_nothing_in_a_model_of_experts() -> None:
     """With its auxiliary loss."""
     mine, stock = run("mixtral", **NOTHING), run("mixtral", stock=True)
     assert not differences(mine, stock) and stock.log[0]["aux_loss"] > 0
+
+
+def test_adapters() -> None:
+    """LoRA, with the reference that TRL reads by the same model; statistics are the policy's."""
+    peft = pytest.importorskip("peft")
+
+    def with_lora(trainer: Any) -> Any:
+        return lambda **named: trainer(**named, peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+
+    given: dict[str, Any] = {"beta": 0.04, "num_iterations": 2, "learning_rate": 1e-2}
+    stock = run(kind=with_lora(trl_runs.trl.GRPOTrainer), stock=True, **given)
+    mine = run(kind=with_lora(GRPOTrainer), **NOTHING, **given)
+    assert not differences(mine, stock)
+    treated = run(kind=with_lora(GRPOTrainer), method="exact_cov", plan_from="old", **given)
+    old = treated.trainer._buffered_inputs[0]
+    assert torch.equal(old["ek_logprob"], old["old_per_token_logps"]) and treated.log[-1]["ek/touched"] > 0
+
+
+@pytest.mark.parametrize("given", [{"bf16": True}, {"gradient_checkpointing": True}, {"cast_lm_head_to_fp32": True}])
+def test_precision_and_checkpointing(given: dict[str, Any]) -> None:
+    """What ours reads agrees with what TRL logs, under autocast and beside a head in fp32, too."""
+    mine = run(method="exact_cov", plan_from="old", num_iterations=2, **given)
+    stock = run(stock=True, num_iterations=2, **given)
+    assert mine.log[0]["entropy"] == pytest.approx(stock.log[0]["entropy"], rel=2e-3)
+    inputs = mine.trainer._buffered_inputs[0]
+    mask = inputs["completion_mask"] == 1
+    assert inputs["ek_vocab_covariance"][mask].abs().min() > 0 and not inputs["ek_vocab_covariance"][~mask].any()
+    assert sum(entry["ek/touched"] for entry in mine.log) > 0
 
 
 @pytest.mark.parametrize("given", [SAME["beta"], SAME["steps of a rollout"], SAME["adaptive entropy"]])
