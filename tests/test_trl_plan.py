@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
@@ -186,3 +187,13 @@ def test_selection_does_not_depend_on_padding_or_order() -> None:
 def test_where_statistics_come_from(given: dict[str, Any], source: str, old: bool) -> None:
     made = planner(**given)
     assert (made.source, made.old) == (source, old)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="it is installed")
+def test_without_trl_a_line_says_what_to_install() -> None:
+    import entropy_kernels.integrations.trl as drop_in
+
+    with pytest.raises(ImportError, match=r"trl.GRPOTrainer needs trl, which is not installed: pip install trl$"):
+        drop_in.GRPOTrainer  # noqa: B018
+    with pytest.raises(AttributeError, match="has no attribute 'PPOTrainer'"):
+        drop_in.PPOTrainer  # noqa: B018

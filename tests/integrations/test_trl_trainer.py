@@ -219,6 +219,13 @@ def test_a_head_that_does_not_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         run(fused_head=True, max_steps=1)
 
 
+def test_a_method_that_takes_no_part_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be with a TRL that prepares its inputs elsewhere."""
+    monkeypatch.setattr(GRPOTrainer, "_plan_ahead", lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"method: expected TRL's trainer to prepare its inputs .* without a plan"):
+        run(method="exact_cov", plan_from="old", max_steps=1)
+
+
 def test_a_patch_of_the_users_stays() -> None:
     from entropy_kernels.integrations.trl import patch_head
 

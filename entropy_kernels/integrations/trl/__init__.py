@@ -7,8 +7,10 @@ two names is asked for.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from entropy_kernels._require import require
 from entropy_kernels.integrations._patch import Patch
 from entropy_kernels.integrations.trl.head import HEAD, patch_head
 
@@ -22,12 +24,7 @@ PATCHES: tuple[Patch, ...] = (HEAD,)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "GRPOConfig":
-        from entropy_kernels.integrations.trl.config import GRPOConfig
-
-        return GRPOConfig
-    if name == "GRPOTrainer":
-        from entropy_kernels.integrations.trl.trainer import GRPOTrainer
-
-        return GRPOTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in ("GRPOConfig", "GRPOTrainer"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("trl", f"{__name__}.{name}", "trl")
+    return getattr(importlib.import_module(f"{__name__}.{name.removeprefix('GRPO').lower()}"), name)

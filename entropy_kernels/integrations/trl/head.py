@@ -36,12 +36,12 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
         outputs: tuple[str, ...] = _OPTIONAL,
     ) -> tuple[Tensor | None, ...]:
         """(N, H), (V, H), (V,) and (N,) -> the log-prob and the optional outputs, each (N,) or None."""
-        _refuse_shards(weight)
         if (reason := _not_ours(outputs, logit_scale)) is not None:
             warnings.warn(f"TRL's own head serves this call: {reason}", stacklevel=2)
             return original(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
+        _refuse_shards(weight)
         if not torch.is_autocast_enabled(hidden.device.type):
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         names = dict.fromkeys(["logprob", *(_OURS[name] for name in outputs), *_reads.wanted()])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels.control import Control
 
 #: Loss types whose policy term is PPO's (or GSPO's), with its clip.
 PPO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -262,6 +261,7 @@ class Planner:
         controller: what decides, an :class:`entropy_kernels.Controller`.
         names: statistics that are needed beside the log-prob.
         old: whether the rollout's own statistics are needed.
+        plans: how many were made.
 
     Raises:
         TypeError, ValueError: as :func:`controller_of`.
@@ -274,6 +274,7 @@ class Planner:
         self.controller = controller_of(config, batch_group=batch_group, vocab_size=vocab_size)
         self.names = _reads(self.controller)
         self.has_target = config.target_entropy is not None
+        self.observes = self.has_target and config.target_observe and config.target_method != "bonus"
         self.clips = _has_clip(config)
         self.sets_bonus = self.controller.effect == "entropy_coef"
         alone = config.gradient_accumulation_steps == 1
@@ -287,6 +288,7 @@ class Planner:
         if self.has_target and self.source == "fresh":
             self.source = "old"  # a plan is for a whole rollout, at its start
         self.old = self.source != "forward" or needs_both
+        self.plans = 0
         self._config, self._group, self._ranks = config, batch_group, ranks
 
     def plan(
@@ -315,6 +317,7 @@ class Planner:
             controls = self.controller.step(whole)
         for inputs, decided in zip(micro, controls, strict=True):
             self._put(inputs, decided)
+        self.plans += 1
         seen = whole.whole
         metrics = {**controls[0].metrics, "cov_mean": seen.moments(seen["covariance"]).mean}
         return dict(zip(metrics, torch.stack([x.double() for x in metrics.values()]).tolist(), strict=True))
@@ -338,7 +341,7 @@ class Planner:
             steps_per_generation=config.steps_per_generation, longest=config.max_completion_length,
         )  # fmt: skip
 
-    def _put(self, inputs: dict[str, Any], decided: Control) -> None:
+    def _put(self, inputs: dict[str, Any], decided: ek.Control) -> None:
         before = inputs["ek_advantages"]
         shape = inputs["completion_mask"].shape
         advantages = (

@@ -32,7 +32,6 @@ from entropy_kernels.integrations.trl.head import HEAD, head
 from entropy_kernels.integrations.trl.plan import Planner, Statistics, penalty, placed
 
 STATE = "entropy_kernels.json"  # beside TRL's files in a checkpoint
-_FORWARD = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
 
 
 class GRPOTrainer(trl.GRPOTrainer):
@@ -91,8 +90,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             self.epsilon_low = self.epsilon_high = math.inf
         if planner.sets_bonus:
             self._entropy_bonus_enabled = True
-        if planner.has_target and args.target_observe and args.target_method != "bonus":
-            self.add_callback(_Observe(self))
+        self.add_callback(_AfterStep(self))
 
     # ---- the plan ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +196,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     def _statistics(self, inputs: dict[str, Any]) -> Statistics:
         """Of a micro-batch under the policy as it is, by one forward without gradient."""
         ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
-        more = {name: inputs[name] for name in _FORWARD if name in inputs}  # images and the like
+        takes = inspect.signature(trl.GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        more = {name: inputs[name] for name in takes if name in inputs}  # images and the like
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             self._get_per_token_logps_and_entropies(self.model, ids, mask, inputs["completion_ids"].size(1), **more)
         read, self._read = self._read, None
@@ -231,15 +230,20 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._planner.controller.load_state_dict(saved["state"])
 
 
-class _Observe(TrainerCallback):
-    """After the last update of a rollout: what the updates did to the entropy of its tokens."""
+class _AfterStep(TrainerCallback):
+    """Proof that a method took part, and after a rollout's last update what the updates did to its entropy."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, planner = self._trainer, self._trainer._planner
-        if planner is None or trainer._step % (args.steps_per_generation * args.num_iterations):
+        if planner is None or not planner.plans:
+            raise RuntimeError(
+                "method: expected TRL's trainer to prepare its inputs where this package plans for them, got a step "
+                f"without a plan; it was tested with TRL {' and '.join(HEAD.versions)}"
+            )
+        if not planner.observes or trainer._step % (args.steps_per_generation * args.num_iterations):
             return
         reads = [trainer._statistics(inputs) for inputs in trainer._buffered_inputs]
         assert isinstance(planner.controller, ek.TargetEntropy)
