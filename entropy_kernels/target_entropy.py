@@ -185,6 +185,15 @@ class TargetEntropy(Controller):
         given = "".join(f", {name}={value!r}" for name, value in {**self._constants, **self._given}.items())
         return f"TargetEntropy({target}, method={self._actuator!r}{given}{_shown_group(self._group)})"
 
+    @staticmethod
+    def methods() -> dict[str, tuple[str, ...]]:
+        """What can hold a target, for who takes its options from a configuration. Raises nothing.
+
+        Returns:
+            method -> the names of what :class:`TargetEntropy` takes with it: gains of the loop, and its options.
+        """
+        return {name: ("kp", "ki", "max_change", *known) for name, (_, _, known) in _ACTUATORS.items()}
+
     # ---- the target --------------------------------------------------------------------------------------------------
 
     def _checked_target(self, target: Any) -> Any:

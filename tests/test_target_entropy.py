@@ -260,6 +260,17 @@ def test_option_errors(error: type[Exception], message: str, options: dict[str, 
         ek.TargetEntropy(0.4, **options)
 
 
+@pytest.mark.parametrize(("method", "options"), ek.TargetEntropy.methods().items())
+def test_the_options_that_are_told_are_those_that_are_taken(method: str, options: tuple[str, ...]) -> None:
+    defaults = {"ratio": 0.1, "at_least_one": False, "effect": "detached", "dual_clip": 3.0}
+    for name in options:
+        value: Any = 2 if name == "k" else defaults.get(name, 0.5)
+        assert f"{name}=" in repr(ek.TargetEntropy(0.4, method=method, **{name: value}))
+    for name in {x for known in ek.TargetEntropy.methods().values() for x in known} - {*options}:
+        with pytest.raises(TypeError, match=f"{name}: expected an option"):
+            ek.TargetEntropy(0.4, method=method, **{name: 1})
+
+
 STEPS: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "lr: expected a finite number >= 0, got -1", {"lr": -1.0}),
     (ValueError, "lr: .* got nan", {"lr": NAN}),

@@ -116,6 +116,10 @@ def control(batch: Batch) -> Tensor:
     again: ek.Control = controller.step(tokens)
     state: dict[str, Any] = controller.state_dict()
     controller.load_state_dict(state)
+    reads: tuple[str, ...] = controller.needs
+    does: str = controller.effect
+    taken: dict[str, tuple[str, ...]] = ek.TargetEntropy.methods()
+    assert not reads and does == "dropped" and "ratio" in taken["exact_cov"]
 
     target = ek.TargetEntropy(0.4, vocab_size=V)
     held: ek.Control = target.step(tokens, lr=1e-3, updates=2)
