@@ -11,7 +11,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels.integrations.verl import losses, worker
-from entropy_kernels.integrations.verl.config import MODES, Settings, settings_of
+from entropy_kernels.integrations.verl.config import _ACTUATORS, MODES, Settings, settings_of
 
 ACTOR = {
     "clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0, "tau_pos": 1.0,
@@ -109,6 +109,19 @@ def test_own_keys_take_their_place() -> None:
 def test_what_is_wrong_is_named(mode: str, own: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         settings_of(config(mode, own))
+
+
+def test_options_of_a_target_are_those_of_TargetEntropy() -> None:
+    for method, (options, needs) in _ACTUATORS.items():
+        with pytest.raises(TypeError, match="wrong: expected an option of TargetEntropy's") as caught:
+            ek.TargetEntropy(0.4, method=method, wrong=1)
+        known = str(caught.value).partition("(")[2].rstrip(")").split(", ")
+        assert known == [*options, "clip_low", "clip_high", "dual_clip"]
+        one = torch.zeros(1, 2)
+        for name in needs:
+            batch = ek.TokenBatch(one, None, one, None, **{other: one for other in needs if other != name})
+            with pytest.raises(ValueError, match=rf"^{name}: expected a tensor in the TokenBatch"):
+                ek.TargetEntropy(0.4, method=method).step(batch, lr=1.0)
 
 
 def test_two_coefficients_of_one_bonus_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,13 +11,19 @@ from verl.trainer.main_ppo import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl_command import ROOT, composed, of_script, with_loss
 
-from entropy_kernels.integrations.verl import worker
+from entropy_kernels.integrations.verl import statistics, worker
 from entropy_kernels.integrations.verl.config import MODES
 
 NEEDED: dict[str, list[str]] = {
     "ek_dro": ["actor_rollout_ref.actor.policy_loss.dro_beta=0.1"],
     "ek_cispo_trl": ["+actor_rollout_ref.actor.policy_loss.ek.clip_high=5"],
 }
+
+
+@pytest.fixture(autouse=True)
+def off() -> Iterator[None]:
+    yield
+    statistics.enable(False)  # of this process, where other tests compare with verl's
 
 
 def built(*overrides: str) -> Any:
@@ -77,3 +84,18 @@ def test_the_example_is_what_verl_takes() -> None:
 def test_other_losses_are_untouched() -> None:
     actor = built(*with_loss("vanilla"))
     assert not hasattr(actor, "ek_settings") and actor.policy_loss.ek == {}
+
+
+def test_our_statistics_where_they_are_read_or_asked_for() -> None:
+    for overrides, on in (
+        (with_loss("vanilla"), False),
+        (with_loss("ek_clip_cov"), False),
+        (with_loss("ek_exact_cov"), True),
+        (with_loss("ek_steer"), False),  # reads the entropy, which verl computes
+        (with_loss("ek_steer", "statistics=true"), True),
+        (with_loss("vanilla", "statistics=true"), True),
+        (with_loss("ek_ppo", "target_entropy=0.4"), True),
+    ):
+        statistics.enable(False)
+        built(*overrides)
+        assert statistics.enabled() == on, overrides

@@ -171,24 +171,12 @@ def _read(mode: str, config: Any, policy: Any) -> Settings:
         )
     given = dict(getattr(policy, "ek", None) or {})
     surrogate, method = _named(mode, given)
-    target = given.pop("target_entropy", None)
-    target_method = given.pop("target_method", None)
-    seed, observe, statistics = given.pop("seed", None), given.pop("observe", True), given.pop("statistics", None)
-    if target is None and target_method is not None:
-        raise ValueError(f"policy_loss.ek.target_method: expected beside target_entropy, got {target_method!r} alone")
-    if target is not None and method is not None:
-        raise ValueError(
-            f"policy_loss.ek.target_entropy: expected with a loss_mode that names a surrogate and without "
-            f"ek.method, as a target finds tokens and strength itself (loss_mode=ek_{surrogate}), got {method!r}"
-        )
-    for key, value in (("observe", observe), ("statistics", statistics)):
-        if not isinstance(value, bool) and (key == "observe" or value is not None):
-            raise TypeError(f"policy_loss.ek.{key}: expected true or false, got {value!r}")
-    if type(seed) not in (int, type(None)):
-        raise TypeError(f"policy_loss.ek.seed: expected an integer, got {seed!r}")
+    target, target_method = _aimed(surrogate, method, given)
+    seed = _typed("seed", given.pop("seed", None), int)
+    observe, statistics = (_typed(key, given.pop(key, None), bool) for key in ("observe", "statistics"))
     settings = Settings(
-        mode, surrogate, {}, method, target, target_method or "exact_cov",
-        seed=getattr(config, "data_loader_seed", None) or 0 if seed is None else seed, observe=observe,
+        mode, surrogate, {}, method, target, target_method,
+        seed=(getattr(config, "data_loader_seed", None) or 0) if seed is None else seed, observe=observe is not False,
     )  # fmt: skip
     settings = _with_numbers(settings, given, config, policy)
     needed = any(name != "entropy" for name in settings.needs)
@@ -199,6 +187,28 @@ def _read(mode: str, config: Any, policy: Any) -> Settings:
     except (TypeError, ValueError) as error:
         raise type(error)(f"policy_loss of loss_mode={mode}: {error}") from error
     return settings
+
+
+def _typed(key: str, value: Any, kind: type) -> Any:
+    if value is not None and type(value) is not kind:
+        expected = "true or false" if kind is bool else "an integer"
+        raise TypeError(f"policy_loss.ek.{key}: expected {expected}, got {value!r}")
+    return value
+
+
+def _aimed(surrogate: str, method: str | None, given: dict[str, Any]) -> tuple[Any, str]:
+    """The target, and by what it is reached."""
+    target, by = given.pop("target_entropy", None), given.pop("target_method", None)
+    if target is None and by is not None:
+        raise ValueError(f"policy_loss.ek.target_method: expected beside target_entropy, got {by!r} alone")
+    if target is not None and method is not None:
+        raise ValueError(
+            f"policy_loss.ek.target_entropy: expected with a loss_mode that names a surrogate and without "
+            f"ek.method, as a target finds tokens and strength itself (loss_mode=ek_{surrogate}), got {method!r}"
+        )
+    if by is not None and by not in _ACTUATORS:
+        raise ValueError(f"policy_loss.ek.target_method: expected one of {', '.join(_ACTUATORS)}, got {by!r}")
+    return target, by or "exact_cov"
 
 
 def _named(mode: str, given: dict[str, Any]) -> tuple[str, str | None]:
@@ -222,10 +232,6 @@ def _with_numbers(settings: Settings, given: dict[str, Any], config: Any, policy
     of_surrogate = ek.surrogates()[settings.surrogate].defaults
     of_method: tuple[str, ...] = () if row is None else tuple(row.options)
     if settings.target is not None:
-        if settings.target_method not in _ACTUATORS:
-            raise ValueError(
-                f"policy_loss.ek.target_method: expected one of {', '.join(_ACTUATORS)}, got {settings.target_method!r}"
-            )
         of_method = (*_ACTUATORS[settings.target_method][0], *_CLIPS, *_TARGET)
     own = ("surrogate", "method", "seed", "statistics", "target_entropy", "target_method", "observe")
     for key in given:

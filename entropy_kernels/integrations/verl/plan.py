@@ -105,6 +105,11 @@ def plan_minibatch(settings: Settings, config: Any, engine: Any, data: Any) -> P
 
     if settings.entropy_now:
         tu.assign_non_tensor(data, calculate_entropy=True)
+    if settings.target is not None:
+        raise RuntimeError(
+            "target_entropy: expected a plan of the whole rollout, which TrainingWorker.train_mini_batch makes, got a call "
+            "of train_batch without one"
+        )
     if not settings.decides or settings.by_token or tu.get(data, "distillation_only", False):
         return Plan(settings)
     group = _group(engine)
@@ -214,10 +219,10 @@ def _group(engine: Any) -> Any:
 
 
 def _mask(data: Any) -> Tensor:
-    return _on(data["response_mask"], _device()).bool()
+    return _on(data["response_mask"], collective_device()).bool()
 
 
-def _device() -> torch.device:
+def collective_device() -> torch.device:
     """Where collectives run."""
     from verl.utils.device import get_device_id, get_device_name
 

@@ -180,7 +180,7 @@ def _observe(worker: Any, controller: Any, data: Any) -> None:
     again = data.copy()
     tu.assign_non_tensor(again, compute_loss=False, calculate_entropy=True)
     output = worker.infer_batch(again)
-    controller.observe([no_padding_2_padding(output["entropy"], data).to(plan._device())])
+    controller.observe([no_padding_2_padding(output["entropy"], data).to(plan.collective_device())])
 
 
 def _plans_minibatch(original: Callable[..., Any]) -> Callable[..., Any]:
