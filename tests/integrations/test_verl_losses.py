@@ -321,6 +321,14 @@ def test_a_target_plans_every_mini_batch_and_epoch(shuffle: bool, agg: str, layo
     assert made.metrics["touched"] > 5
 
 
+@LAYOUTS
+def test_a_target_by_bonus_asks_for_the_entropy(layout: str) -> None:
+    config = actor("ek_ppo", {"target_entropy": 4.0, "target_method": "bonus"})
+    data = tu.assign_non_tensor(Case(layout).data, mini_batch_size=6, epochs=1, global_batch_size=6)
+    made = plan.plan_rollout(config.ek_settings, config, Trained(), data)
+    assert tu.get(data, "calculate_entropy") is True and made.fields == () and made.entropy_coef == 0.005
+
+
 def test_a_target_wants_the_whole_rollout() -> None:
     """Who calls train_batch himself, mini-batch by mini-batch, is told."""
     config = actor("ek_ppo", {"target_entropy": 4.0})

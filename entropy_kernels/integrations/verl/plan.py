@@ -103,12 +103,11 @@ def plan_minibatch(settings: Settings, config: Any, engine: Any, data: Any) -> P
     """
     from verl.utils import tensordict_utils as tu
 
-    if settings.entropy_now:
-        tu.assign_non_tensor(data, calculate_entropy=True)
+    _ask_for_entropy(settings, data)
     if settings.target is not None:
         raise RuntimeError(
-            "target_entropy: expected a plan of the whole rollout, which TrainingWorker.train_mini_batch makes, got a call "
-            "of train_batch without one"
+            "target_entropy: expected a plan of the whole rollout, which TrainingWorker.train_mini_batch makes, got a "
+            "call of train_batch without one"
         )
     if not settings.decides or settings.by_token or tu.get(data, "distillation_only", False):
         return Plan(settings)
@@ -133,6 +132,7 @@ def plan_rollout(settings: Settings, config: Any, engine: Any, data: Any) -> Pla
             f"target_entropy: expected an engine that has outputs on every rank, got pipeline_model_parallel_size="
             f"{pipeline}, whose first stages never see the entropy"
         )
+    _ask_for_entropy(settings, data)
     group, mask, rows = _group(engine), _mask(data), data.shape[0]
     size, number = tu.get(data, "mini_batch_size"), tu.get(data, "num_mini_batch")
     own = rows // number if size is None else size // engine.get_data_parallel_size()
@@ -148,6 +148,14 @@ def plan_rollout(settings: Settings, config: Any, engine: Any, data: Any) -> Pla
     rate = engine.optimizer.param_groups[0]["lr"]
     (control,) = controller.step(whole, lr=float(rate), updates=tu.get(data, "epochs", 1))
     return _written(settings, control, data)
+
+
+def _ask_for_entropy(settings: Settings, data: Any) -> None:
+    """Of verl's forward, where the loss needs it."""
+    from verl.utils import tensordict_utils as tu
+
+    if settings.entropy_now:
+        tu.assign_non_tensor(data, calculate_entropy=True)
 
 
 def coefficient(config: Any, mask: Tensor, global_batch_size: Any, group: Any) -> Tensor:
