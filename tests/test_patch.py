@@ -69,6 +69,14 @@ def test_ours_runs_wherever_the_function_was_imported(peer: Any) -> None:
     assert peer.logprobs(1, 2) == "theirs" and ours.calls == 3
 
 
+def test_ours_goes_by_the_name_of_the_original(peer: Any) -> None:
+    """And has its attributes: a pickle refers to it by that name, and a registry by a mark."""
+    peer.logprobs.marked = True
+    names = peer.logprobs.__module__, peer.logprobs.__qualname__
+    with patch():
+        assert (peer.logprobs.__module__, peer.logprobs.__qualname__) == names and peer.logprobs.marked
+
+
 def test_methods_and_class_methods(peer: Any) -> None:
     """Also inherited ones, which undo leaves inherited."""
     method = patch("somebodys.math:Derived.method", "(self, x)")
