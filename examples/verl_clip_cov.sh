@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Clip-Cov in verl 0.9.1, selected over the whole mini-batch: verl's own command, and three lines of ours (marked).
+# Clip-Cov in verl 0.9.1, selected over the whole mini-batch: verl's own command, and two lines of ours (marked).
 # Before: pip install this package beside verl, in the environment of the driver and the workers.
 #   MODEL=Qwen/Qwen2.5-7B TRAIN=train.parquet TEST=test.parquet bash examples/verl_clip_cov.sh
 set -euo pipefail
@@ -22,7 +22,6 @@ python3 -m verl.trainer.main_ppo \
     actor_rollout_ref.actor.policy_loss.loss_mode=ek_clip_cov `# instead of clip_cov` \
     actor_rollout_ref.actor.policy_loss.clip_cov_ratio=0.0002 \
     +actor_rollout_ref.actor.policy_loss.ek.seed=1 `# the draw can be repeated` \
-    +actor_rollout_ref.actor.policy_loss.ek.statistics=true `# log-prob and entropy from one read` \
     actor_rollout_ref.rollout.name=vllm \
     actor_rollout_ref.rollout.n=8 \
     actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=True \

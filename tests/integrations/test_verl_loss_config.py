@@ -86,13 +86,12 @@ def test_other_losses_are_untouched() -> None:
     assert not hasattr(actor, "ek_settings") and actor.policy_loss.ek == {}
 
 
-def test_our_statistics_where_they_are_read_or_asked_for() -> None:
+def test_our_statistics_with_our_losses_or_where_they_are_asked_for() -> None:
     for overrides, on in (
         (with_loss("vanilla"), False),
-        (with_loss("ek_clip_cov"), False),
+        (with_loss("ek_clip_cov"), True),
+        (with_loss("ek_clip_cov", "statistics=false"), False),
         (with_loss("ek_exact_cov"), True),
-        (with_loss("ek_steer"), False),  # reads the entropy, which verl computes
-        (with_loss("ek_steer", "statistics=true"), True),
         (with_loss("vanilla", "statistics=true"), True),
         (with_loss("ek_ppo", "target_entropy=0.4"), True),
     ):

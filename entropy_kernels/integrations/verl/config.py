@@ -22,19 +22,12 @@ MODES: dict[str, tuple[str | None, str | None]] = {
     **{PREFIX + name: (None, name) for name in ek.methods()},
 }
 _CLIPS = ("clip_low", "clip_high", "dual_clip")
-_TARGET = ("kp", "ki", "max_change", "vocab_size")
 # surrogate's option -> where verl has it
 _THEIRS = {"ratio_cap": "clip_ratio_c", "tau_pos": "tau_pos", "tau_neg": "tau_neg", "dro_beta": "dro_beta"}
 # method -> option -> verl's name in policy_loss
 _SELECTION = {
     "clip_cov": {"ratio": "clip_cov_ratio", "low": "clip_cov_lb", "high": "clip_cov_ub"},
     "kl_cov": {"ratio": "kl_cov_ratio", "kl_coef": "ppo_kl_coef"},
-}
-# TargetEntropy's method -> the options that it takes beside _CLIPS, and the statistics that its plan reads
-_ACTUATORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "exact_cov": (("ratio", "k", "at_least_one", "effect"), ("entropy", "vocab_covariance")),
-    "weight": ((), ("entropy", "vocab_covariance")),
-    "bonus": (("coef", "delta", "coef_min", "coef_max"), ("entropy",)),
 }
 
 
@@ -53,6 +46,9 @@ class Settings:
         seed: of the first step of a method that draws.
         observe: whether a target's plan is held against what came of it, by one more forward per rollout.
         statistics: whether verl's statistics are ours.
+        needs: statistics of the old policy that a decision reads: "entropy", "vocab_covariance".
+        effect: what a decision does to tokens, as :class:`entropy_kernels.Controller` names it; None: there is none.
+        by_token: whether the decision compares two policies, token by token: it falls within the loss.
 
     Source:
         docs/integrations.md.
@@ -67,19 +63,10 @@ class Settings:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 42
     observe: bool = True
-    statistics: bool = False
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Statistics of the old policy that a decision reads: "entropy", "vocab_covariance", "collision"."""
-        if self.target is not None:
-            return _ACTUATORS[self.target_method][1]
-        if self.method is None:
-            return ()
-        # repo reads the entropy where its options ask for it
-        asked = [key for key in ("center", "target") if self.method == "repo" and self.options.get(key)]
-        needs = (*ek.methods()[self.method].needs, *(["entropy"] if asked else []))
-        return tuple(dict.fromkeys("entropy" if name == "old_entropy" else name for name in needs))
+    statistics: bool = True
+    needs: tuple[str, ...] = ()
+    effect: str | None = None
+    by_token: bool = False
 
     @property
     def decides(self) -> bool:
@@ -87,16 +74,9 @@ class Settings:
         return self.method is not None or self.target is not None
 
     @property
-    def by_token(self) -> bool:
-        """Whether the decision is about each token alone, and compares two policies: it falls within the loss."""
-        return self.method is not None and "old_entropy" in ek.methods()[self.method].needs
-
-    @property
     def sets_bonus(self) -> bool:
         """Whether the decision is the coefficient of an entropy bonus."""
-        row = None if self.method is None else ek.methods()[self.method]
-        by_method = row is not None and self.options.get("effect", row.effects[0]) == "entropy_coef"
-        return by_method or (self.target is not None and self.target_method == "bonus")
+        return self.effect == "entropy_coef"
 
     @property
     def entropy_now(self) -> bool:
@@ -117,8 +97,11 @@ class Settings:
         assert self.method is not None
         return ek.Controller(self.method, seed=self.seed, **self.options)
 
-    def check(self) -> None:
-        """Every value, by a call of what will be called, on two tokens.
+    def checked(self) -> Settings:
+        """The same, with what its controller reads and does; every value is tried by a call of what will be called.
+
+        Returns:
+            :class:`Settings`.
 
         Raises:
             TypeError, ValueError: the first that is wrong, by its name.
@@ -126,14 +109,17 @@ class Settings:
         one = torch.zeros(1, 2)
         ek.policy_loss(one, one, one, None, surrogate=self.surrogate, **self.loss)
         if not self.decides:
-            return
+            return self
+        controller = self.controller()
         known = dict.fromkeys(("entropy", "old_entropy"), one + 1e6) | {"vocab_covariance": one, "collision": one}
         batch = ek.TokenBatch(one, None, one, None, **known)
-        controller = self.controller()
         if isinstance(controller, ek.TargetEntropy):
             controller.step(batch, lr=0.0)
         else:
             controller.step(batch)
+        needs = dict.fromkeys("entropy" if name == "old_entropy" else name for name in controller.needs)
+        by_token = "old_entropy" in controller.needs
+        return replace(self, needs=tuple(needs), effect=controller.effect, by_token=by_token)
 
 
 def settings_of(config: Any) -> Settings | None:
@@ -177,15 +163,14 @@ def _read(mode: str, config: Any, policy: Any) -> Settings:
     settings = Settings(
         mode, surrogate, {}, method, target, target_method,
         seed=(getattr(config, "data_loader_seed", None) or 0) if seed is None else seed, observe=observe is not False,
+        statistics=statistics is not False,
     )  # fmt: skip
     settings = _with_numbers(settings, given, config, policy)
-    needed = any(name != "entropy" for name in settings.needs)
-    settings = replace(settings, statistics=needed if statistics is None else statistics)
-    _refuse(settings, config)
     try:
-        settings.check()
+        settings = settings.checked()
     except (TypeError, ValueError) as error:
         raise type(error)(f"policy_loss of loss_mode={mode}: {error}") from error
+    _refuse(settings, config)
     return settings
 
 
@@ -206,8 +191,9 @@ def _aimed(surrogate: str, method: str | None, given: dict[str, Any]) -> tuple[A
             f"policy_loss.ek.target_entropy: expected with a loss_mode that names a surrogate and without "
             f"ek.method, as a target finds tokens and strength itself (loss_mode=ek_{surrogate}), got {method!r}"
         )
-    if by is not None and by not in _ACTUATORS:
-        raise ValueError(f"policy_loss.ek.target_method: expected one of {', '.join(_ACTUATORS)}, got {by!r}")
+    known = ek.TargetEntropy.methods()
+    if by is not None and by not in known:
+        raise ValueError(f"policy_loss.ek.target_method: expected one of {', '.join(known)}, got {by!r}")
     return target, by or "exact_cov"
 
 
@@ -232,7 +218,7 @@ def _with_numbers(settings: Settings, given: dict[str, Any], config: Any, policy
     of_surrogate = ek.surrogates()[settings.surrogate].defaults
     of_method: tuple[str, ...] = () if row is None else tuple(row.options)
     if settings.target is not None:
-        of_method = (*_ACTUATORS[settings.target_method][0], *_CLIPS, *_TARGET)
+        of_method = (*ek.TargetEntropy.methods()[settings.target_method], "vocab_size")
     own = ("surrogate", "method", "seed", "statistics", "target_entropy", "target_method", "observe")
     for key in given:
         if key not in (*_CLIPS, *of_surrogate, *of_method):
