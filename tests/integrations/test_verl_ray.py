@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from verl.utils.tracking import FileLogger
 
+from entropy_kernels.analysis.logs import read_log
+from entropy_kernels.analysis.metric_names import find_entropy, find_performance, held_by
 from entropy_kernels.integrations.verl.config import MODES
 
 HERE = Path(__file__).parent
@@ -111,6 +114,23 @@ def test_a_target_plans_the_rollout_and_observes_it(found: dict[str, Any], ranks
     assert np.isnan(steps[0]["actor/ek_measured_change"])
     measured = [step["actor/ek_measured_change"] for step in steps[1:]]
     assert all(0 < abs(x) < 0.1 for x in measured) and steps[1]["actor/ek_gain"] != 1
+
+
+def test_its_log_is_read_as_fit_reads_it(
+    found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """verl's file of what the driver logs: its own names are chosen beside ours, and what held the entropy is told."""
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "run.jsonl"))
+    logger = FileLogger("project", "experiment")
+    for number, step in enumerate(found["target 2"]["steps"]):
+        own = {"actor/entropy": step["metrics"]["actor/ek_entropy"], "critic/score/mean": 0.1 * number}
+        logger.log({**step["metrics"], **own}, number)
+    logger.finish()
+    log = read_log(tmp_path / "run.jsonl")
+    assert find_entropy(log.columns).columns == ("actor/entropy",) and len(log) == 3
+    assert find_performance(log.columns).columns == ("critic/score/mean",)
+    told = held_by(log)
+    assert "a target entropy (metric actor/ek_target_entropy)" in told and "actor/ek_touched" in str(told)
 
 
 def test_a_target_is_the_same_on_every_number_of_ranks(found: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def close(group: Any) -> None:
 
 def splits(model: str, ranks: int) -> dict[str, Any]:
     """One mini-batch with the old log-probs it comes with, in every split; the policy stays as it is."""
-    group = workers(configured(model, "ek_clip_cov", "ratio=0.1", "low=-9", "high=9"), ranks)
+    group = workers(configured(model, "ek_clip_cov", "ratio=0.1", "low=-9", "high=9", "statistics=false"), ranks)
     made, found = verl_batches.rows(ROWS), {}
     for layout in ("nested", "padded"):
         for name, split in SPLITS.items():
