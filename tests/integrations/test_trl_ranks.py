@@ -1,4 +1,4 @@
-"""Two processes of torchrun (gloo) make the steps of one: same tokens, same trajectory.
+"""Two processes of `accelerate launch` (gloo) make the steps of one: same tokens, same trajectory.
 
 Completions are fixed, so that both train on the same. Gradients are averaged in another order, so weights differ by
 rounding; with SGD that does not grow. The tokens that are dropped are the same ones exactly.
@@ -33,8 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes ended with, by case."""
-    # as `accelerate launch` does on GPUs; on a CPU it would ask for MPI
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    # --multi_gpu: one process per device, of whatever kind; for "CPUs" accelerate would ask for MPI
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "--dynamo_backend", "no"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "ACCELERATE_USE_CPU": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     folder = tmp_path_factory.mktemp("two")
