@@ -9,7 +9,6 @@ advantage 0, one of weight w the advantage w·A. So its loss, and all that TRL c
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,16 +16,11 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels._console import did_you_mean
 
 #: Loss types whose policy term is PPO's (or GSPO's), with its clip.
 PPO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _CLIPS = {"clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta"}
-_TARGET_OPTIONS = {
-    "exact_cov": ("ratio", "k", "at_least_one", "effect"),
-    "weight": (),
-    "bonus": ("coef", "delta", "coef_min", "coef_max"),
-}
-_LOOP_OPTIONS = ("kp", "ki", "max_change")
 _POSITIONS = 2**32  # more than a completion has
 
 
@@ -147,7 +141,8 @@ def _options(config: Any) -> dict[str, Any]:
             raise ValueError(f"method_options: expected {name} as the field {_CLIPS[name]}, got it as an option")
         if name not in known:
             shown = ", ".join(x for x in known if x not in _CLIPS)
-            raise ValueError(f"method_options: expected options of {whose} ({shown}), got {name!r}{_near(name, known)}")
+            near = did_you_mean(name, known)
+            raise ValueError(f"method_options: expected options of {whose} ({shown}), got {name!r}{near}")
     if config.preset is None:
         return dict(options)
     if "preset" not in known or "preset" in options:
@@ -159,20 +154,16 @@ def _options(config: Any) -> dict[str, Any]:
 def _known_options(config: Any) -> tuple[tuple[str, ...], str]:
     """Names of options, and whose they are."""
     if config.target_entropy is not None:
-        if config.target_method not in _TARGET_OPTIONS:
-            names = ", ".join(map(repr, _TARGET_OPTIONS))
+        held_by = ek.TargetEntropy.methods()
+        if config.target_method not in held_by:
+            names = ", ".join(map(repr, held_by))
             raise ValueError(f"target_method: expected one of {names}, got {config.target_method!r}")
-        return (*_LOOP_OPTIONS, *_TARGET_OPTIONS[config.target_method]), f"target_method {config.target_method!r}"
+        return held_by[config.target_method], f"target_method {config.target_method!r}"
     rows = ek.methods()
     if config.method not in rows:
-        near = _near(config.method, rows)
+        near = did_you_mean(str(config.method), rows)
         raise ValueError(f"method: expected one of {', '.join(rows)}, or None, got {config.method!r}{near}")
     return tuple(rows[config.method].options), config.method
-
-
-def _near(name: Any, known: Any) -> str:
-    near = difflib.get_close_matches(str(name), list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _reads(controller: ek.Controller) -> tuple[str, ...]:
