@@ -305,7 +305,7 @@ def patch_state(patch: Patch) -> str:
     if patch.active:
         return f"in place; calls: {patch.calls}"
     reason = patch.refusal()
-    return "can be put in place" if reason is None else f"refused: {reason}"
+    return "ready" if reason is None else "refused"
 
 
 def verl_plugin() -> str:
@@ -316,7 +316,7 @@ def verl_plugin() -> str:
     switch = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     named = [name.strip() for name in switch.lower().split(",")]
     if named == ["auto"] or "entropy_kernels" in named:
-        return f"loaded when verl is imported (VERL_USE_EXTERNAL_PLUGINS={switch})"
+        return f"loaded when verl is imported (VERL_USE_EXTERNAL_PLUGINS={switch}); a loss_mode ek_* turns it on"
     return f"not loaded: VERL_USE_EXTERNAL_PLUGINS={switch} does not name entropy_kernels"
 
 

@@ -100,7 +100,8 @@ def test_own_keys_take_their_place() -> None:
         ("ek_exact_cov", {"target_entropy": 0.4}, r"target_entropy: expected with a loss_mode that names a surrogate"),
         ("ek_ppo", {"ratio": 0.1}, r"ek.ratio: expected one of delta, clip_low"),
         ("ek_ppo", {"seed": 0.5}, r"ek.seed: expected an integer, got 0.5"),
-        ("ek_ppo", {"observe": 1}, r"ek.observe: expected true or false, got 1"),
+        ("ek_ppo", {"target_entropy": 0.4, "observe": 1}, r"ek.observe: expected true or false, got 1"),
+        ("ek_ppo", {"observe": True}, r"ek.observe: expected beside target_entropy, got True alone"),
         ("ek_exact_cov", {"statistics": False}, r"ek.statistics: expected true .*reads vocab_covariance"),
         ("ek_cispo_trl", {}, r"ek.clip_high: expected with surrogate cispo_trl, where it is the bound"),
         ("ek_dro", {}, r"dro_beta: expected a number in the config, got None"),
@@ -109,6 +110,20 @@ def test_own_keys_take_their_place() -> None:
 def test_what_is_wrong_is_named(mode: str, own: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         settings_of(config(mode, own))
+
+
+def test_presets() -> None:
+    """verl's is what is read without one; the paper's has numbers of its own, beside which verl's may not be set."""
+    for mode in ("ek_clip_cov", "ek_kl_cov"):
+        plain, verl = read(mode), read(mode, {"preset": "verl"})
+        assert {**plain.options, "preset": "verl"} == verl.options and plain.loss == verl.loss
+    assert read("ek_kl_cov", {"preset": "verl"}, ppo_kl_coef=0.3).options["kl_coef"] == 0.3
+    assert read("ek_kl_cov", {"preset": "paper"}).controller().options["ratio"] == 2e-3
+    message = (
+        r"policy_loss.kl_cov_ratio: expected verl's default, 0.0002, beside ek.preset=paper.* got 0.01"
+    )
+    with pytest.raises(ValueError, match=message):
+        read("ek_kl_cov", {"preset": "paper"}, kl_cov_ratio=0.01)
 
 
 def test_two_coefficients_of_one_bonus_are_refused() -> None:

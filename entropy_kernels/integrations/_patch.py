@@ -48,9 +48,10 @@ class Patch:
         signature_of: where the signature is looked at; None: at the target.
         when: asked at each call whether ours serves it, where ours is in place before anybody asks for it; the original
             serves the others. None: all are ours.
+        anyway: what a user writes to have it beside an untested version, told where one is refused.
 
     Attributes:
-        calls: how often ours has served in this process.
+        calls: how often ours has served since it was put in place.
         active: whether ours is in place.
 
     Source:
@@ -58,13 +59,14 @@ class Patch:
     """
 
     target: str
-    make: Callable[[Any], Callable[..., Any]]
-    signature: str
+    make: Callable[[Any], Callable[..., Any]] = field(repr=False)
+    signature: str = field(repr=False)
     package: str
     versions: tuple[str, ...]
     what: str
     signature_of: str | None = None
-    when: Callable[[], bool] | None = None
+    when: Callable[[], bool] | None = field(default=None, repr=False)
+    anyway: str = field(default="", repr=False)
     calls: int = field(default=0, init=False)
     _places: list[tuple[Any, str, Any]] = field(default_factory=list, init=False, repr=False)
     _ours: Any = field(default=None, init=False, repr=False)
@@ -90,7 +92,7 @@ class Patch:
             return None
         return (
             f"{self.target}: expected {self.package} {' or '.join(self.versions)}, which this was tested with, got "
-            f"{version}; install a tested version, or apply(any_version=True) after reading what changed"
+            f"{version}; install a tested version{self.anyway and f', or {self.anyway} after reading what changed'}"
         )
 
     def apply(self, *, any_version: bool = False) -> Patch:
@@ -121,6 +123,7 @@ class Patch:
                 f"{self.signature_of or self.target}: expected the signature {self.signature}, which ours was made "
                 f"for, got {found}"
             )
+        self.calls = 0
         self._ours = self._counted(self.make(original), original)
         places = [(parent, name)] if isinstance(parent, type) else []
         places += [] if places else self._holders(original)

@@ -37,7 +37,8 @@ def _make(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor | None, ...]:
         """(N, H), (V, H), (V,) and (N,) -> the log-prob and the optional outputs, each (N,) or None."""
         if (reason := _not_ours(outputs, logit_scale)) is not None:
-            warnings.warn(f"TRL's own head serves this call: {reason}", stacklevel=2)
+            HEAD.calls -= 1  # it is not ours that serves
+            warnings.warn(f"TRL's own head serves this call: {reason}", stacklevel=4)
             return original(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
@@ -83,6 +84,7 @@ HEAD = Patch(
     versions=VERSIONS,
     what="statistics that survive -inf and large logits, the vocabulary covariance, C++ and CUDA kernels",
     signature_of="trl.trainer.utils:_ChunkedLogProbFunction.forward",
+    anyway="patch_head(any_version=True), GRPOConfig(any_trl_version=True)",
 )
 
 

@@ -71,7 +71,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         if args is None or (args.method is None and args.target_entropy is None and not args.fused_head):
             return
         if (reason := HEAD.refusal(any_version=args.any_trl_version)) is not None:
-            raise PatchRefused(reason.replace("apply(any_version=True)", "GRPOConfig(any_trl_version=True)"))
+            raise PatchRefused(reason)
         self._ours = bool(args.fused_head)
         if args.method is not None or args.target_entropy is not None:
             self._start_planning(args)

@@ -24,10 +24,10 @@ MODES: dict[str, tuple[str | None, str | None]] = {
 _CLIPS = ("clip_low", "clip_high", "dual_clip")
 # surrogate's option -> where verl has it
 _THEIRS = {"ratio_cap": "clip_ratio_c", "tau_pos": "tau_pos", "tau_neg": "tau_neg", "dro_beta": "dro_beta"}
-# method -> option -> verl's name in policy_loss
-_SELECTION = {
-    "clip_cov": {"ratio": "clip_cov_ratio", "low": "clip_cov_lb", "high": "clip_cov_ub"},
-    "kl_cov": {"ratio": "kl_cov_ratio", "kl_coef": "ppo_kl_coef"},
+# method -> option -> verl's name in policy_loss, and its default there
+_SELECTION: dict[str, dict[str, tuple[str, float]]] = {
+    "clip_cov": {"ratio": ("clip_cov_ratio", 2e-4), "low": ("clip_cov_lb", 1.0), "high": ("clip_cov_ub", 5.0)},
+    "kl_cov": {"ratio": ("kl_cov_ratio", 2e-4), "kl_coef": ("ppo_kl_coef", 0.1)},
 }
 
 
@@ -184,8 +184,9 @@ def _typed(key: str, value: Any, kind: type) -> Any:
 def _aimed(surrogate: str, method: str | None, given: dict[str, Any]) -> tuple[Any, str]:
     """The target, and by what it is reached."""
     target, by = given.pop("target_entropy", None), given.pop("target_method", None)
-    if target is None and by is not None:
-        raise ValueError(f"policy_loss.ek.target_method: expected beside target_entropy, got {by!r} alone")
+    for key, value in (("target_method", by), ("observe", given.get("observe"))):
+        if target is None and value is not None:
+            raise ValueError(f"policy_loss.ek.{key}: expected beside target_entropy, got {value!r} alone")
     if target is not None and method is not None:
         raise ValueError(
             f"policy_loss.ek.target_entropy: expected with a loss_mode that names a surrogate and without "
@@ -219,7 +220,8 @@ def _with_numbers(settings: Settings, given: dict[str, Any], config: Any, policy
     of_method: tuple[str, ...] = () if row is None else tuple(row.options)
     if settings.target is not None:
         of_method = (*ek.TargetEntropy.methods()[settings.target_method], "vocab_size")
-    own = ("surrogate", "method", "seed", "statistics", "target_entropy", "target_method", "observe")
+    own = ["seed", "statistics"]
+    own += ["surrogate"] if row is not None else ["method", "target_entropy", "target_method", "observe"]
     for key in given:
         if key not in (*_CLIPS, *of_surrogate, *of_method):
             known = dict.fromkeys((*of_method, *of_surrogate, *_CLIPS, *own))
@@ -230,12 +232,25 @@ def _with_numbers(settings: Settings, given: dict[str, Any], config: Any, policy
     clips = _clips(settings, row, given, config)
     loss = {name: _theirs(_THEIRS[name], config, policy) for name in of_surrogate if name in _THEIRS}
     loss |= {key: value for key, value in given.items() if key in of_surrogate and key not in of_method}
-    theirs = {} if "preset" in given else _SELECTION.get(settings.method or "", {})
-    options = {name: _theirs(name_there, config, policy) for name, name_there in theirs.items()}
+    options = _selection(settings.method or "", given.get("preset", "verl"), config, policy)
     if given.get("k") is not None and "ratio" not in given:
         options.pop("ratio", None)  # k takes its place
     options |= {key: value for key, value in given.items() if key in of_method}
     return replace(settings, loss={**loss, **clips}, options={**options, **clips} if settings.decides else {})
+
+
+def _selection(method: str, preset: str, config: Any, policy: Any) -> dict[str, Any]:
+    """verl's own numbers of a selection; those of another preset stand for themselves."""
+    numbers = {option: _theirs(name, config, policy) for option, (name, _) in _SELECTION.get(method, {}).items()}
+    if preset == "verl":
+        return numbers
+    for option, (name, default) in _SELECTION.get(method, {}).items():
+        if numbers[option] != default:
+            raise ValueError(
+                f"policy_loss.{name}: expected verl's default, {default}, beside ek.preset={preset}, which has a "
+                f"number of its own, got {numbers[option]}; ek.{option} goes before both"
+            )
+    return {}
 
 
 def _theirs(name: str, config: Any, policy: Any) -> Any:
