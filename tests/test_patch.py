@@ -77,6 +77,22 @@ def test_ours_goes_by_the_name_of_the_original(peer: Any) -> None:
         assert (peer.logprobs.__module__, peer.logprobs.__qualname__) == names and peer.logprobs.marked
 
 
+def test_undo_reaches_who_has_imported_ours(peer: Any) -> None:
+    original, ours, late = peer.logprobs, patch().apply(), sys.modules["somebodys"]
+    late.imported = peer.logprobs
+    ours.undo()
+    assert late.imported is peer.logprobs is original and late.imported(1, 2) == "theirs"
+    with ours:
+        assert ours.calls == 0 and late.imported(1, 2) == "ours over theirs" and ours.calls == 1
+
+
+def test_a_module_that_cannot_be_imported_is_refused(peer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "breaks_at_import.py").write_text("raise RuntimeError('no device')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PatchRefused, match=r"breaks_at_import:f: .* got RuntimeError\('no device'\)"):
+        patch(target="breaks_at_import:f").apply()
+
+
 def test_methods_and_class_methods(peer: Any) -> None:
     """Also inherited ones, which undo leaves inherited."""
     method = patch("somebodys.math:Derived.method", "(self, x)")

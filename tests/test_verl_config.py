@@ -119,9 +119,7 @@ def test_presets() -> None:
         assert {**plain.options, "preset": "verl"} == verl.options and plain.loss == verl.loss
     assert read("ek_kl_cov", {"preset": "verl"}, ppo_kl_coef=0.3).options["kl_coef"] == 0.3
     assert read("ek_kl_cov", {"preset": "paper"}).controller().options["ratio"] == 2e-3
-    message = (
-        r"policy_loss.kl_cov_ratio: expected verl's default, 0.0002, beside ek.preset=paper.* got 0.01"
-    )
+    message = r"policy_loss.kl_cov_ratio: expected verl's default, 0.0002, beside ek.preset=paper.* got 0.01"
     with pytest.raises(ValueError, match=message):
         read("ek_kl_cov", {"preset": "paper"}, kl_cov_ratio=0.01)
 

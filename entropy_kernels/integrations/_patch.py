@@ -116,8 +116,9 @@ class Patch:
             original = getattr(parent, name)
             holder, of = self._parent(self.signature_of or self.target)
             found = signature_of(getattr(holder, of))
-        except (ImportError, AttributeError) as error:
-            raise PatchRefused(f"{self.target}: expected to be there in {self.package}, got {error}") from error
+        except Exception as error:  # whatever a module of theirs raises while it is imported
+            got = str(error) if isinstance(error, (ImportError, AttributeError)) else repr(error)
+            raise PatchRefused(f"{self.target}: expected to be there in {self.package}, got {got}") from error
         if found != self.signature:
             raise PatchRefused(
                 f"{self.signature_of or self.target}: expected the signature {self.signature}, which ours was made "
@@ -134,13 +135,13 @@ class Patch:
         return self
 
     def undo(self) -> None:
-        """Put the original back; where ours is not in place, nothing happens.
+        """Put the original back, also where ours was imported meanwhile; where ours is not in place, nothing happens.
 
         Raises:
             PatchRefused: somebody else has replaced ours meanwhile; nothing is changed.
         """
         for place, attribute, _ in self._places:
-            if getattr(place, attribute) is not self._ours:
+            if getattr(place, attribute, None) is not self._ours:
                 raise PatchRefused(
                     f"{self.target}: expected ours in {getattr(place, '__name__', place)}, got another replacement "
                     "made since; undo that one first"
@@ -150,6 +151,8 @@ class Patch:
                 delattr(place, attribute)
             else:
                 setattr(place, attribute, before)
+        for place, attribute in self._holders(self._ours):
+            setattr(place, attribute, self._ours.__wrapped__)
         self._places.clear()
 
     def __enter__(self) -> Patch:
