@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from types import SimpleNamespace
 from typing import Any
@@ -76,6 +77,10 @@ def test_own_keys_take_their_place() -> None:
     assert set(read("ek_clip_cov", {"preset": "paper"}).loss.values()) == {None}
     assert read("ek_exact_cov", {"surrogate": "gspo"}).surrogate == "gspo"
     assert read("ek_gspo", {"method": "steer"}).method == "steer"
+    assert read("ek_gspo", {"method": None}) == read("ek_gspo")
+    assert read("ek_dro", {"dro_beta": 0.1}).loss["dro_beta"] == 0.1  # and verl's own, None, is not asked
+    ours = read("ek_clip_cov", {"low": 0.5, "ratio": 0.1}, clip_cov_lb=None, clip_cov_ratio=None).options
+    assert (ours["low"], ours["ratio"]) == (0.5, 0.1)
     assert read("ek_clip_cov", {"seed": 7}).seed == 7 and read("ek_clip_cov").seed == 42
     assert read("ek_adaptive_entropy", {"delta": 1e-4}).options["delta"] == 1e-4  # not TRL's delta of ppo
     held = read("ek_ppo", {"target_entropy": [[0, 0.8], [200, 0.3]], "kp": 0.1, "observe": False})
@@ -105,6 +110,17 @@ def test_own_keys_take_their_place() -> None:
         ("ek_exact_cov", {"statistics": False}, r"ek.statistics: expected true .*reads vocab_covariance"),
         ("ek_cispo_trl", {}, r"ek.clip_high: expected with surrogate cispo_trl, where it is the bound"),
         ("ek_dro", {}, r"dro_beta: expected a number in the config, got None"),
+        ("ek_ppo", {"target_entropy": "0.4"}, r"^policy_loss.ek.target_entropy='0.4': target: expected a number"),
+        ("ek_ppo", {"target_entropy": 9.0, "vocab_size": 61}, r"ek.target_entropy=9.0: target: .* log\(vocab_size\)"),
+        ("ek_exact_cov", {"seed": 7}, r"ek.seed: expected with a method that draws \(.*clip_cov.*\), got 7 with "),
+        ("ek_ppo", {"seed": 7}, r"ek.seed: expected with a method that draws"),
+        ("ek_exact_cov", {"shere": 7}, r"ek.shere: expected one of (?!.*seed)"),
+        ("vanilla", {"statistics": "false"}, r"ek.statistics: expected true or false, got 'false'"),
+        ("vanilla", {"statistics": 1}, r"ek.statistics: expected true or false, got 1"),
+        ("ek_ppo", {"method": ["steer"]}, r"ek.method: expected a name, got \['steer'\]"),
+        ("ek_steer", {"surrogate": {}}, r"ek.surrogate: expected a name, got \{\}"),
+        ("ek_ppo", {"target_entropy": 1, "target_method": []}, r"ek.target_method: expected a name, got \[\]"),
+        ("ek_clip_cov", {"preset": ["paper"]}, r"ek.preset: expected a name, got \['paper'\]"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(mode: str, own: dict[str, Any], message: str) -> None:
@@ -189,3 +205,17 @@ def test_keys_that_arrive_in_a_pickle_put_the_patches_in_place(monkeypatch: pyte
     monkeypatch.setattr(worker.statistics, "enable", lambda: called.append("enable"))
     keys = worker.OwnKeys(ratio=0.1, statistics=True)
     assert pickle.loads(pickle.dumps(keys)) == keys and called == ["install", "enable"]
+    for copied in (copy.copy(keys), copy.deepcopy(keys)):  # in this process, where another config may rule by now
+        assert copied == keys and type(copied) is worker.OwnKeys and len(called) == 2
+    keys = worker.OwnKeys(points=[[0, 0.8]])
+    assert copy.deepcopy(keys)["points"] is not keys["points"]
+
+
+def test_a_line_says_what_is_on() -> None:
+    assert read("ek_clip_cov", {"ratio": 0.01}).described == (
+        "entropy_kernels: loss_mode=ek_clip_cov: surrogate ppo, method clip_cov, clip_low=0.2, clip_high=0.28, "
+        "dual_clip=None, low=1.0, high=5.0, ratio=0.01, seed 42, statistics ours"
+    )
+    held = read("ek_gspo", {"target_entropy": 0.4, "kp": 0.1, "observe": False}).described
+    assert "surrogate gspo, target_entropy 0.4 by exact_cov, observe False" in held and "kp=0.1" in held
+    assert "seed" not in held and read("ek_ppo", {"statistics": False}).described.endswith("statistics of verl")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import pytest
 import entropy_kernels as ek
 from entropy_kernels.integrations import _patch
 from entropy_kernels.integrations._patch import PatchRefused
-from entropy_kernels.integrations.verl import PATCHES, losses, worker
+from entropy_kernels.integrations.verl import PATCHES, losses, statistics, versions, worker
 from entropy_kernels.integrations.verl.config import MODES, Settings
 
 PLUGIN = "entropy_kernels.integrations.verl.plugin"
@@ -53,9 +54,33 @@ def test_an_unknown_version_is_told_and_its_modes_raise_the_reason(
             registry[mode](log_prob=None)
 
 
+def test_whatever_goes_wrong_breaks_nothing(registry: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patch that is refused after others are in place, and an error of verl's own modules: all is undone."""
+    told: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, message, *args: told.append(message % args))
+    active: list[Any] = []
+    monkeypatch.setattr(_patch.Patch, "active", property(lambda self: self in active))
+    monkeypatch.setattr(_patch.Patch, "undo", lambda self: active.remove(self) if self in active else None)
+
+    def apply(self: Any) -> None:
+        if self is statistics.FUNCTIONS[-1]:
+            raise OSError("a library is missing")
+        active.append(self)
+
+    monkeypatch.setattr(_patch.Patch, "apply", apply)
+    importlib.import_module(PLUGIN)
+    assert not active and len(told) == 1 and "OSError: a library is missing" in told[0]
+    with pytest.raises(PatchRefused, match=r"no loss_mode ek_\* works: OSError: a library is missing"):
+        registry["ek_clip_cov"](log_prob=None)
+    monkeypatch.delitem(sys.modules, "verl.trainer.ppo.core_algos")
+    sys.modules.pop(PLUGIN)
+    importlib.import_module(PLUGIN)
+    assert len(told) == 2 and "No module named 'verl.trainer.ppo.core_algos'" in told[1]
+
+
 def test_patches_name_what_they_are_for() -> None:
     names = [patch.target.rpartition(".")[2] for patch in worker.PATCHES]
-    assert len(set(names)) == len(names) and all(patch.versions == ("0.9.1",) for patch in worker.PATCHES)
+    assert len(set(names)) == len(names) and all(patch.versions is versions.VERSIONS for patch in PATCHES)
     assert worker.PATCHES[:2] == worker.AT_IMPORT  # all that is in place before a mode of ours is configured
 
 
@@ -92,11 +117,47 @@ def test_memory_is_saved_and_restored(tmp_path: Any) -> None:
     assert losses.controller_of(ADAPTIVE, two.config).state_dict() == {"calls": 5, "memory": {"coef": 0.125}}
 
 
-def test_a_checkpoint_without_memory_is_told(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+STATE = {"calls": 5, "memory": {"coef": 0.125}}
+OF = {"loss_mode": "ek_adaptive_entropy", "method": "adaptive_entropy", "target_method": None}
+WHOLE = json.dumps({**OF, "state": STATE})
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        (None, "got none"),
+        (WHOLE[:40], r"got one that cannot be read \(JSONDecodeError"),
+        ("[]", r"got one that cannot be read \(TypeError"),
+        (json.dumps({"state": STATE}), r"got one that cannot be read \(KeyError: 'loss_mode'"),
+        (json.dumps(OF), r"got one that cannot be read \(KeyError: 'state'"),
+        (json.dumps({**OF, "state": {"calls": "5", "memory": {}}}), r"got one that cannot be read .*calls"),
+        (json.dumps({**OF, "state": {"calls": 5, "memory": {"coeff": 1}}}), r"got one that cannot .*coeff"),
+        (json.dumps({**OF, "method": "repo", "state": STATE}), r"got loss_mode=ek_adaptive_entropy, method=repo"),
+        (json.dumps({"loss_mode": "ek_ppo", "method": None, "target_method": "bonus", "state": STATE}),
+         "got loss_mode=ek_ppo, target_method=bonus"),
+    ],
+)  # fmt: skip
+def test_a_state_that_is_not_its_own_is_told_and_it_begins_anew(
+    text: str | None, got: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[str] = []
     monkeypatch.setattr(worker._log, "warning", lambda message, *args: told.append(message % args))
-    assert load(Worker(ADAPTIVE), str(tmp_path)) == f"theirs {tmp_path}"
-    assert len(told) == 1 and "expected beside the checkpoint, got none: seeds and memory" in told[0]
+    if text is not None:
+        (tmp_path / "entropy_kernels.json").write_text(text)
+    one = Worker(ADAPTIVE)
+    losses.controller_of(ADAPTIVE, one.config).load_state_dict(STATE)  # what the process did before
+    assert load(one, str(tmp_path)) == f"theirs {tmp_path}"
+    expected = "expected beside the checkpoint, of loss_mode=ek_adaptive_entropy, method=adaptive_entropy, "
+    assert len(told) == 1 and f"{tmp_path / 'entropy_kernels.json'}: {expected}" in told[0]
+    assert re.search(got + ".*: seeds and memory of the method begin anew$", told[0])
+    assert losses.controller_of(ADAPTIVE, one.config).state_dict() == ADAPTIVE.controller().state_dict()
+
+
+def test_a_whole_state_is_its_own(tmp_path: Any) -> None:
+    (tmp_path / "entropy_kernels.json").write_text(WHOLE)
+    one = Worker(ADAPTIVE)
+    load(one, str(tmp_path))
+    assert losses.controller_of(ADAPTIVE, one.config).state_dict() == STATE
 
 
 def test_checkpoints_of_others_are_left_alone(tmp_path: Any) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,14 +43,15 @@ def test_every_mode(mode: str) -> None:
 
 
 def test_keys_of_our_own() -> None:
-    actor = built(*with_loss("ek_exact_cov", "share=0.4", "surrogate=gspo_token", "clip_high=null", "seed=7"))
+    actor = built(*with_loss("ek_exact_cov", "share=0.4", "surrogate=gspo_token", "clip_high=null"))
     settings = actor.ek_settings
-    assert settings.surrogate == "gspo_token" and settings.seed == 7
+    assert settings.surrogate == "gspo_token"
     assert settings.options == {"share": 0.4, "clip_low": 0.2, "clip_high": None, "dual_clip": None}
     schedule = "target_entropy=[[0,0.8],[200,0.3]]"
     held = built(*with_loss("ek_ppo", schedule, "target_method=weight", "observe=false")).ek_settings
     assert held.target == [[0, 0.8], [200, 0.3]] and held.target_method == "weight" and not held.observe
     assert built(*with_loss("ek_clip_cov")).ek_settings.options["ratio"] == 0.0002  # verl's own key
+    assert built(*with_loss("ek_clip_cov", "seed=7")).ek_settings.seed == 7
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,19 @@ def test_what_is_wrong_is_told_before_training(overrides: list[str], message: st
     config = composed(*overrides)
     with pytest.raises(Exception, match=message):
         validate_config(config, need_reference_policy(config), need_critic(config))
+
+
+def test_the_driver_says_once_what_is_on(capfd: pytest.CaptureFixture[str]) -> None:
+    """As a user sees it, whose verl shows its own lines of this level."""
+    code = (
+        "from test_verl_loss_config import built, with_loss\n"
+        "for mode in ('ek_clip_cov', 'ek_clip_cov', 'vanilla'): built(*with_loss(mode))"
+    )
+    for rank, times in (({}, 1), ({"RANK": "0"}, 1), ({"RANK": "1"}, 0)):
+        environment = {**os.environ, **rank, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        lines = [line for line in "".join(capfd.readouterr()).splitlines() if "entropy_kernels: loss_mode=" in line]
+        assert len(lines) == times and all("ek_clip_cov: surrogate ppo, method clip_cov" in line for line in lines)
 
 
 def test_verl_itself_refuses_a_key_without_plus() -> None:

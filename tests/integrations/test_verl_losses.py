@@ -6,6 +6,7 @@ them: which number goes where.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils import losses as verl_losses
 
 import entropy_kernels as ek
-from entropy_kernels.integrations.verl import plan, statistics
+from entropy_kernels.integrations.verl import plan, statistics, worker
 from entropy_kernels.integrations.verl.config import MODES
 from entropy_kernels.integrations.verl.losses import controller_of
 
@@ -57,8 +58,8 @@ def actor(mode: str, own: dict[str, Any] | None = None, agg: str = "token-mean",
 class Case:
     """Rows with log-probs near the old ones, weights of a rollout correction, counts of a larger batch."""
 
-    def __init__(self, layout: str, seed: int = 3, number: int = 6, **counts: Any) -> None:
-        self.layout = layout
+    def __init__(self, layout: str, seed: int = 3, number: int = 6, temperature: Any = 1.0, **counts: Any) -> None:
+        self.layout, self.temperature = layout, temperature
         self.rows = verl_batches.rows(number, seed)
         generator = torch.Generator().manual_seed(seed)
         for row in self.rows:
@@ -70,7 +71,11 @@ class Case:
     @property
     def data(self) -> Any:
         fields = [{name: x for name, x in row.items() if name != "log_probs"} for row in self.rows]
-        return getattr(verl_batches, self.layout)(fields, temperature=1.0, **self.counts)
+        data = getattr(verl_batches, self.layout)(fields, **self.counts)
+        if isinstance(self.temperature, Tensor):  # one for each sample, as verl lets a rollout have them
+            data["temperature"] = self.temperature
+            return data
+        return tu.assign_non_tensor(data, temperature=self.temperature)
 
     def of(self, config: ActorConfig, made: plan.Plan | None = None, data: Any = None) -> tuple[Tensor, Tensor, Any]:
         """verl's ``ppo_loss``: loss, gradient at the responses' tokens, metrics."""
@@ -171,6 +176,28 @@ def test_every_mode_with_its_plan(mode: str, layout: str) -> None:
     if control is not None:
         told = metrics["actor/ek_touched_frac"].aggregate()
         assert told > 0 and told == pytest.approx(float(control.metrics["touched_frac"]))
+
+
+@LAYOUTS
+def test_temperatures_are_those_of_the_batch(layout: str) -> None:
+    """They weigh a token's covariance: other tokens than with one temperature for all."""
+    chosen = []
+    for temperature in (1.0, torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0, 0.8])):
+        case, config = Case(layout, temperature=temperature), actor("ek_exact_cov", {"ratio": 0.2})
+        data = case.data
+        plan.plan_minibatch(config.ek_settings, config, Engine(), data)
+        whole = ek.SelectionBatch()
+        for i, row in enumerate(case.rows):
+            whole.add(
+                row["old_log_probs"], row["advantages"], row["response_mask"],
+                i * 2**32 + torch.arange(len(row["responses"])), vocab_covariance=row["ek_vocab_covariance"],
+                temperature=float(temperature[i]) if isinstance(temperature, Tensor) else temperature,
+            )  # fmt: skip
+        controls = ek.Controller("exact_cov", **config.ek_settings.options).step(whole)
+        for mine, control in zip(plan._padded(data["ek_dropped"]), controls, strict=True):
+            assert mine[: len(control.dropped)].equal(control.dropped)
+        chosen.append(torch.cat([control.dropped for control in controls]))
+    assert chosen[0].sum() == chosen[1].sum() > 5 and not chosen[0].equal(chosen[1])
 
 
 @LAYOUTS
@@ -319,6 +346,9 @@ def test_a_target_plans_every_mini_batch_and_epoch(shuffle: bool, agg: str, layo
     for name, value in controls[0].metrics.items():
         assert made.metrics[name] == pytest.approx(float(value), rel=1e-6, nan_ok=True), name
     assert made.metrics["touched"] > 5
+    # per nat of gain, as an observation is held against it: of all epochs at this learning rate
+    mine, theirs = (x._awaited.predicted for x in (controller_of(config.ek_settings, config), controller))
+    assert mine == pytest.approx(float(theirs), rel=1e-6) and mine != 0
 
 
 @LAYOUTS
@@ -344,3 +374,66 @@ def test_a_target_refuses_pipeline_stages() -> None:
     config = actor("ek_ppo", {"target_entropy": 4.0})
     with pytest.raises(RuntimeError, match=r"outputs on every rank, got pipeline_model_parallel_size=2"):
         plan.plan_rollout(config.ek_settings, config, Pipelined(), Case("nested").data)
+
+
+class Split(Trained):
+    """Two ranks share the model: verl gives the outputs to one of them."""
+
+    def get_data_parallel_size(self) -> int:
+        return 2
+
+
+def test_a_target_that_observes_refuses_ranks_without_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every rank, before any of them waits for the others."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
+
+    def planned(**own: Any) -> plan.Plan:
+        config = actor("ek_ppo", {"target_entropy": 4.0, **own})
+        data = tu.assign_non_tensor(Case("padded").data, mini_batch_size=12, epochs=1, global_batch_size=12)
+        return plan.plan_rollout(config.ek_settings, config, Split(), data)
+
+    message = (
+        r"policy_loss.ek.observe: expected data-parallel ranks alone.* 4 ranks of which 2 are data-parallel; set "
+        r"actor.ulysses_sequence_parallel_size=1 .*ek.observe=false"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        planned()
+    assert planned(observe=False).metrics["touched"] > 0
+    assert planned(target_method="bonus").entropy_coef == 0.005
+
+
+class Worker:
+    """What verl's TrainingWorker has, of what a rollout's training asks."""
+
+    engine = Trained()
+
+    def __init__(self, config: ActorConfig, entropy: Tensor) -> None:
+        self.loss_fn = functools.partial(verl_losses.ppo_loss, config=config)
+        self.entropy, self.asked = entropy, []
+
+    def infer_batch(self, data: Any) -> dict[str, Tensor]:
+        self.asked.append({name: tu.get(data, name) for name in ("distillation_use_topk", "distillation_only")})
+        return {"entropy": self.entropy}
+
+
+def test_a_target_beside_distillation() -> None:
+    """Its forward for the entropy is a plain one; where distillation is all, there is nothing to plan."""
+    case, config = Case("nested"), actor("ek_ppo", {"target_entropy": 4.0})
+    known = {"mini_batch_size": 6, "epochs": 1, "global_batch_size": 6, "distillation_use_topk": True}
+    trained: list[plan.Plan | None] = []
+
+    def original(self: Any, data: Any) -> str:
+        trained.append(plan.active())
+        return "theirs"
+
+    for only, asked in ((False, 1), (True, 0)):
+        ours = Worker(config, verl_batches.output(case.rows, [row["ek_entropy"] for row in case.rows]))
+        data = tu.assign_non_tensor(case.data, distillation_only=only, **known)
+        assert worker._plans_rollout(original)(ours, data) == "theirs"
+        assert ours.asked == [{"distillation_use_topk": False, "distillation_only": False}] * asked
+        assert tu.get(data, "distillation_use_topk") is True  # the training's own is as it was
+    assert trained[0] is not None and trained[1] is None
+    batch = tu.assign_non_tensor(case.data, distillation_only=True)
+    called = worker._plans_minibatch(lambda self, data, loss_function: loss_function)(Engine(), batch, ours.loss_fn)
+    assert called is ours.loss_fn

@@ -21,6 +21,8 @@ MODES: dict[str, tuple[str | None, str | None]] = {
     **{PREFIX + name: (name, None) for name in ek.surrogates()},
     **{PREFIX + name: (None, name) for name in ek.methods()},
 }
+_NAMES = ("surrogate", "method", "target_method", "preset")
+_KINDS = {bool: "true or false", int: "an integer", str: "a name"}
 _CLIPS = ("clip_low", "clip_high", "dual_clip")
 # surrogate's option -> where verl has it
 _THEIRS = {"ratio_cap": "clip_ratio_c", "tau_pos": "tau_pos", "tau_neg": "tau_neg", "dro_beta": "dro_beta"}
@@ -72,6 +74,28 @@ class Settings:
     def decides(self) -> bool:
         """Whether there is a decision about tokens."""
         return self.method is not None or self.target is not None
+
+    @property
+    def observes(self) -> bool:
+        """Whether what came of a plan is measured; a target by bonus has nothing to learn from it."""
+        return self.target is not None and self.observe and self.target_method != "bonus"
+
+    @property
+    def described(self) -> str:
+        """One line, for who wants to see what is on."""
+        parts = [f"surrogate {self.surrogate}"]
+        if self.target is not None:
+            parts += [f"target_entropy {self.target} by {self.target_method}", f"observe {self.observes}"]
+        elif self.method is not None:
+            parts.append(f"method {self.method}")
+        parts += [f"{name}={value}" for name, value in {**self.loss, **self.options}.items()]
+        parts += [f"seed {self.seed}"] if self._draws else []
+        parts.append(f"statistics {'ours' if self.statistics else 'of verl'}")
+        return f"entropy_kernels: loss_mode={self.mode}: {', '.join(parts)}"
+
+    @property
+    def _draws(self) -> bool:
+        return self.method is not None and ek.methods()[self.method].draws
 
     @property
     def sets_bonus(self) -> bool:
@@ -140,7 +164,9 @@ def settings_of(config: Any) -> Settings | None:
     policy = getattr(config, "policy_loss", None)
     mode = getattr(policy, "loss_mode", None)
     if not isinstance(mode, str) or not mode.startswith(PREFIX):
-        for key in getattr(policy, "ek", None) or {}:
+        given = getattr(policy, "ek", None) or {}
+        _typed("statistics", given.get("statistics"), bool)
+        for key in given:
             if key != "statistics":
                 raise ValueError(
                     f"policy_loss.ek.{key}: expected beside a loss_mode ek_*, got loss_mode={mode!r}, which does not "
@@ -156,9 +182,17 @@ def _read(mode: str, config: Any, policy: Any) -> Settings:
             f"policy_loss.loss_mode: expected one of {', '.join(MODES)}, got {mode!r}{did_you_mean(mode, MODES)}"
         )
     given = dict(getattr(policy, "ek", None) or {})
+    for key in _NAMES:
+        if _typed(key, given.get(key), str) is None:
+            given.pop(key, None)
     surrogate, method = _named(mode, given)
     target, target_method = _aimed(surrogate, method, given)
     seed = _typed("seed", given.pop("seed", None), int)
+    if seed is not None and not (method is not None and ek.methods()[method].draws):
+        raise ValueError(
+            f"policy_loss.ek.seed: expected with a method that draws "
+            f"({', '.join(name for name, row in ek.methods().items() if row.draws)}), got {seed} with loss_mode={mode}"
+        )
     observe, statistics = (_typed(key, given.pop(key, None), bool) for key in ("observe", "statistics"))
     settings = Settings(
         mode, surrogate, {}, method, target, target_method,
@@ -169,15 +203,16 @@ def _read(mode: str, config: Any, policy: Any) -> Settings:
     try:
         settings = settings.checked()
     except (TypeError, ValueError) as error:
-        raise type(error)(f"policy_loss of loss_mode={mode}: {error}") from error
+        of_target = settings.target is not None and str(error).startswith("target")
+        where = f".ek.target_entropy={settings.target!r}" if of_target else f" of loss_mode={mode}"
+        raise type(error)(f"policy_loss{where}: {error}") from error
     _refuse(settings, config)
     return settings
 
 
 def _typed(key: str, value: Any, kind: type) -> Any:
     if value is not None and type(value) is not kind:
-        expected = "true or false" if kind is bool else "an integer"
-        raise TypeError(f"policy_loss.ek.{key}: expected {expected}, got {value!r}")
+        raise TypeError(f"policy_loss.ek.{key}: expected {_KINDS[kind]}, got {value!r}")
     return value
 
 
@@ -220,7 +255,7 @@ def _with_numbers(settings: Settings, given: dict[str, Any], config: Any, policy
     of_method: tuple[str, ...] = () if row is None else tuple(row.options)
     if settings.target is not None:
         of_method = (*ek.TargetEntropy.methods()[settings.target_method], "vocab_size")
-    own = ["seed", "statistics"]
+    own = ["seed", "statistics"] if row is not None and row.draws else ["statistics"]
     own += ["surrogate"] if row is not None else ["method", "target_entropy", "target_method", "observe"]
     for key in given:
         if key not in (*_CLIPS, *of_surrogate, *of_method):
@@ -230,21 +265,25 @@ def _with_numbers(settings: Settings, given: dict[str, Any], config: Any, policy
                 f"{key}{did_you_mean(key, known)}"
             )
     clips = _clips(settings, row, given, config)
-    loss = {name: _theirs(_THEIRS[name], config, policy) for name in of_surrogate if name in _THEIRS}
-    loss |= {key: value for key, value in given.items() if key in of_surrogate and key not in of_method}
-    options = _selection(settings.method or "", given.get("preset", "verl"), config, policy)
-    if given.get("k") is not None and "ratio" not in given:
-        options.pop("ratio", None)  # k takes its place
+    loss = {key: value for key, value in given.items() if key in of_surrogate and key not in of_method}
+    loss |= {
+        name: _theirs(_THEIRS[name], config, policy) for name in of_surrogate if name in _THEIRS and name not in loss
+    }
+    options = _selection(settings.method or "", given, config, policy)
     options |= {key: value for key, value in given.items() if key in of_method}
     return replace(settings, loss={**loss, **clips}, options={**options, **clips} if settings.decides else {})
 
 
-def _selection(method: str, preset: str, config: Any, policy: Any) -> dict[str, Any]:
-    """verl's own numbers of a selection; those of another preset stand for themselves."""
-    numbers = {option: _theirs(name, config, policy) for option, (name, _) in _SELECTION.get(method, {}).items()}
+def _selection(method: str, given: dict[str, Any], config: Any, policy: Any) -> dict[str, Any]:
+    """verl's own numbers of a selection, but for those that a key of ours takes the place of; those of another preset
+    stand for themselves."""
+    taken = {*given, *(["ratio"] if given.get("k") is not None else [])}
+    asked = {option: row for option, row in _SELECTION.get(method, {}).items() if option not in taken}
+    numbers = {option: _theirs(name, config, policy) for option, (name, _) in asked.items()}
+    preset = given.get("preset", "verl")
     if preset == "verl":
         return numbers
-    for option, (name, default) in _SELECTION.get(method, {}).items():
+    for option, (name, default) in asked.items():
         if numbers[option] != default:
             raise ValueError(
                 f"policy_loss.{name}: expected verl's default, {default}, beside ek.preset={preset}, which has a "

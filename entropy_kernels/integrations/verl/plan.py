@@ -109,7 +109,7 @@ def plan_minibatch(settings: Settings, config: Any, engine: Any, data: Any) -> P
             "target_entropy: expected a plan of the whole rollout, which TrainingWorker.train_mini_batch makes, got a "
             "call of train_batch without one"
         )
-    if not settings.decides or settings.by_token or tu.get(data, "distillation_only", False):
+    if not settings.decides or settings.by_token:
         return Plan(settings)
     group = _group(engine)
     whole = ek.SelectionBatch(group)
@@ -126,12 +126,7 @@ def plan_rollout(settings: Settings, config: Any, engine: Any, data: Any) -> Pla
     """
     from verl.utils import tensordict_utils as tu
 
-    pipeline = getattr(engine.engine_config, "pipeline_model_parallel_size", 1)
-    if pipeline > 1:
-        raise RuntimeError(
-            f"target_entropy: expected an engine that has outputs on every rank, got pipeline_model_parallel_size="
-            f"{pipeline}, whose first stages never see the entropy"
-        )
+    _refuse(settings, engine)
     _ask_for_entropy(settings, data)
     group, mask, rows = _group(engine), _mask(data), data.shape[0]
     size, number = tu.get(data, "mini_batch_size"), tu.get(data, "num_mini_batch")
@@ -148,6 +143,23 @@ def plan_rollout(settings: Settings, config: Any, engine: Any, data: Any) -> Pla
     rate = engine.optimizer.param_groups[0]["lr"]
     (control,) = controller.step(whole, lr=float(rate), updates=tu.get(data, "epochs", 1))
     return _written(settings, control, data)
+
+
+def _refuse(settings: Settings, engine: Any) -> None:
+    """On all ranks alike, where a rank would not see the entropy, and the others would wait for it."""
+    pipeline = getattr(engine.engine_config, "pipeline_model_parallel_size", 1)
+    if pipeline > 1:
+        raise RuntimeError(
+            f"target_entropy: expected an engine that has outputs on every rank, got pipeline_model_parallel_size="
+            f"{pipeline}, whose first stages never see the entropy"
+        )
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if settings.observes and ranks != engine.get_data_parallel_size():
+        raise RuntimeError(
+            f"policy_loss.ek.observe: expected data-parallel ranks alone, as verl gives outputs to one rank of those "
+            f"that share a model, got {ranks} ranks of which {engine.get_data_parallel_size()} are data-parallel; set "
+            "actor.ulysses_sequence_parallel_size=1 and no other model parallelism, or policy_loss.ek.observe=false"
+        )
 
 
 def _ask_for_entropy(settings: Settings, data: Any) -> None:
@@ -176,8 +188,6 @@ def statistic(data: Any, name: str, settings: Settings) -> Tensor:
         RuntimeError: it did not come with the batch.
     """
     found = data.get(STATISTIC.format(name), None)
-    if found is None and name == "entropy":
-        found = data.get("entropy", None)  # where verl keeps it itself
     if found is None:
         wanted = settings.method or "target_entropy"
         raise RuntimeError(

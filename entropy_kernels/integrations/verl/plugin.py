@@ -25,21 +25,26 @@ def _raising(reason: str) -> Callable[..., Any]:
 
 
 def load() -> None:
-    """Register the losses, and let verl's config take their keys. Raises nothing."""
-    from verl.trainer.ppo.core_algos import register_policy_loss
-
+    """Register the losses, and let verl's config take their keys. Raises nothing: what goes wrong is told in a warning,
+    what was put in place is undone, and the losses raise the reason."""
+    register_policy_loss: Any = None
+    placed = [patch for patch in (*AT_IMPORT, *statistics.FUNCTIONS) if not patch.active]
     try:
+        from verl.trainer.ppo.core_algos import register_policy_loss
+
         for patch in AT_IMPORT:
             patch.apply()
         statistics.install()
-    except PatchRefused as error:
-        reason = f"entropy_kernels is not in place, and no loss_mode ek_* works: {error}"
+        made = {mode: registered(mode) for mode in MODES}
+    except Exception as error:  # of verl's own import, too
+        for patch in reversed(placed):
+            patch.undo()
+        reason = f"entropy_kernels is not in place, and no loss_mode ek_* works: {type(error).__name__}: {error}"
         logging.getLogger(__name__).warning(reason)
-        for mode in MODES:
-            register_policy_loss(mode)(_raising(reason))
-        return
-    for mode in MODES:
-        register_policy_loss(mode)(registered(mode))
+        made = {mode: _raising(reason) for mode in MODES}
+    if register_policy_loss is not None:
+        for mode, loss in made.items():
+            register_policy_loss(mode)(loss)
 
 
 load()

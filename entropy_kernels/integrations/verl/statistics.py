@@ -19,6 +19,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.integrations import _reads
 from entropy_kernels.integrations._patch import Patch
+from entropy_kernels.integrations.verl.versions import VERSIONS
 
 __all__ = ["PATCHES", "enable", "enabled", "install"]
 
@@ -225,7 +226,7 @@ def _linear_cross_entropy(original: Any) -> Callable[..., tuple[Tensor, Tensor]]
         reduction: str = "none",
         dist_process_group: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        if reduction.lower() != "none":
+        if not isinstance(reduction, str) or reduction.lower() != "none":
             raise ValueError(
                 f"reduction: expected 'none', which all of verl asks for, got {reduction!r}; reduce the result"
             )
@@ -339,7 +340,7 @@ def _packed(engine: Any, value: Tensor, output_args: dict[str, Any], micro_batch
 def _patch(
     target: str, make: Callable[[Any], Any], signature: str, what: str, signature_of: str | None = None
 ) -> Patch:
-    return Patch(target, make, signature, "verl", ("0.9.1",), what, signature_of, when=enabled)
+    return Patch(target, make, signature, "verl", VERSIONS, what, signature_of, when=enabled)
 
 
 _F, _KERNEL = "verl.utils.torch_functional", "verl.utils.kernel.linear_cross_entropy"

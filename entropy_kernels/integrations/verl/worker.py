@@ -11,6 +11,7 @@ TrainingWorker.save_checkpoint, load_checkpoint    the memory of a method
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import logging
@@ -24,13 +25,14 @@ from entropy_kernels.integrations._patch import Patch
 from entropy_kernels.integrations.verl import plan, statistics
 from entropy_kernels.integrations.verl.config import Settings, settings_of
 from entropy_kernels.integrations.verl.losses import controller_of
+from entropy_kernels.integrations.verl.versions import VERSIONS
 
 __all__ = ["AT_IMPORT", "PATCHES", "install"]
 
-VERSIONS = ("0.9.1",)
 FILE = "entropy_kernels.json"  # beside verl's shards
 _REGISTERED = ".__wrapped__.__wrapped__"  # a method of a worker, below the two decorators of register()
 _log = logging.getLogger(__name__)
+_log.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))  # as verl's own
 
 
 class OwnKeys(dict[str, Any]):
@@ -39,6 +41,12 @@ class OwnKeys(dict[str, Any]):
 
     def __reduce__(self) -> Any:
         return _arrived, (dict(self),)
+
+    def __copy__(self) -> OwnKeys:  # copies of this process put nothing in place
+        return OwnKeys(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OwnKeys:
+        return OwnKeys(copy.deepcopy(dict(self), memo))
 
 
 def _arrived(keys: dict[str, Any]) -> OwnKeys:
@@ -88,10 +96,18 @@ def _checks(original: Callable[..., None]) -> Callable[..., None]:
             self.ek_settings, on = settings, settings.statistics
             object.__setattr__(self.policy_loss, "ek", OwnKeys({**self.policy_loss.ek, "statistics": on}))
             install()
+            if os.environ.get("RANK", "0") == "0":  # the driver, and one worker
+                _tell(settings.described)
         if on:
             statistics.enable()
 
     return post_init
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Once: a config is built several times."""
+    _log.info(line)
 
 
 # ---- workers ---------------------------------------------------------------------------------------------------------
@@ -160,12 +176,12 @@ def _plans_rollout(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train_mini_batch(self: Any, data: Any) -> Any:
         found = _config_of(self.loss_fn)
-        if found is None or found[0].target is None:
+        if found is None or found[0].target is None or _distills_only(data):
             return original(self, data)
         settings, config = found
         with plan.within(plan.plan_rollout(settings, config, self.engine, data)):
             output = original(self, data)
-            if settings.observe and settings.target_method != "bonus":
+            if settings.observes:
                 _observe(self, controller_of(settings, config), data)
         return output
 
@@ -178,7 +194,9 @@ def _observe(worker: Any, controller: Any, data: Any) -> None:
     from verl.workers.utils.padding import no_padding_2_padding
 
     again = data.copy()
-    tu.assign_non_tensor(again, compute_loss=False, calculate_entropy=True)
+    tu.assign_non_tensor(
+        again, compute_loss=False, calculate_entropy=True, distillation_use_topk=False, distillation_only=False
+    )
     output = worker.infer_batch(again)
     controller.observe([no_padding_2_padding(output["entropy"], data).to(plan.collective_device())])
 
@@ -187,12 +205,19 @@ def _plans_minibatch(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def train_batch(self: Any, data: Any, loss_function: Any) -> Any:
         found = _config_of(loss_function)
-        if found is None:
+        if found is None or _distills_only(data):
             return original(self, data, loss_function)
         made = plan.active() or plan.plan_minibatch(*found, self, data)
         return original(self, data, made.around(loss_function))
 
     return train_batch
+
+
+def _distills_only(data: Any) -> bool:
+    """Whether no policy loss is called, as verl's distillation says."""
+    from verl.utils import tensordict_utils as tu
+
+    return bool(tu.get(data, "distillation_only", False))
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -204,7 +229,7 @@ def _saves_memory(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(self, local_path, *args, **kwargs)
         found = _config_of(self.loss_fn)
         if found is not None and found[0].decides:
-            state = {"loss_mode": found[0].mode, "state": controller_of(*found).state_dict()}
+            state = {**_whose(found[0]), "state": controller_of(*found).state_dict()}
             # equal on all ranks; every one writes, as a node may not see the others' disks
             part = Path(local_path) / f".{FILE}.{os.uname().nodename}.{os.getpid()}"
             part.write_text(json.dumps({"entropy_kernels": ek.__version__, **state}))
@@ -218,25 +243,46 @@ def _loads_memory(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_checkpoint(self: Any, local_path: str, *args: Any, **kwargs: Any) -> Any:
         found = _config_of(self.loss_fn)
-        state = _saved(Path(local_path) / FILE) if found is not None and found[0].decides and local_path else None
+        controller = None
+        if found is not None and found[0].decides and local_path:  # read before: verl may delete the files
+            controller = _restored(found[0], Path(local_path) / FILE)
         result = original(self, local_path, *args, **kwargs)
-        if found is not None and state is not None:
-            controller_of(*found).load_state_dict(state)
+        if found is not None and controller is not None:
+            found[1].ek_controller = controller
         return result
 
     return load_checkpoint
 
 
-def _saved(file: Path) -> dict[str, Any] | None:
+def _whose(settings: Settings) -> dict[str, str | None]:
+    """What a state is of."""
+    by = None if settings.target is None else settings.target_method
+    return {"loss_mode": settings.mode, "method": settings.method, "target_method": by}
+
+
+def _restored(settings: Settings, file: Path) -> ek.Controller:
+    """A controller with the state of the file; a new one, which is told, where that is not to be had."""
+    mine, controller = _whose(settings), settings.controller()
     try:
-        return json.loads(file.read_text())["state"]
+        saved = json.loads(file.read_text())
+        its = {name: saved[name] for name in mine}
+        if its == mine:
+            controller.load_state_dict(saved["state"])
+            return controller
+        got = _shown(its)
     except FileNotFoundError:
-        _log.warning(
-            "%s: expected beside the checkpoint, got none: seeds and memory of the method begin anew, as they do where "
-            "the checkpoint is of another loss_mode",
-            file,
-        )
-        return None
+        got = "none"
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        got = f"one that cannot be read ({type(error).__name__}: {error})"
+    _log.warning(
+        "%s: expected beside the checkpoint, of %s, got %s: seeds and memory of the method begin anew",
+        file, _shown(mine), got,
+    )  # fmt: skip
+    return settings.controller()
+
+
+def _shown(whose: dict[str, str | None]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in whose.items() if value is not None)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
