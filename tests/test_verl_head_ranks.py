@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,3 +49,14 @@ def test_gradients_add_up_over_ranks() -> None:
     for rank, shard in enumerate(weight.grad.chunk(2)):
         for mine, expected in zip(found[rank], (logprob, entropy, hidden.grad, shard), strict=True):
             torch.testing.assert_close(mine, expected.detach(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("reduction", [None, "mean", 0])
+def test_a_reduction_is_refused(reduction: object) -> None:
+    hidden, weight, labels = _data()
+    function = statistics._linear_cross_entropy(None)
+    with pytest.raises(ValueError, match=f"reduction: expected 'none', .* got {reduction!r}"):
+        function(hidden, weight, labels, 1.0, reduction)
+    assert all(
+        x.equal(y) for x, y in zip(*(function(hidden, weight, labels, 1.0, x) for x in ("NONE", "none")), strict=True)
+    )

@@ -27,11 +27,12 @@ def _raising(reason: str) -> Callable[..., Any]:
 def load() -> None:
     """Register the losses, and let verl's config take their keys. Raises nothing: what goes wrong is told in a warning,
     what was put in place is undone, and the losses raise the reason."""
-    register_policy_loss: Any = None
+    register: Any = None
     placed = [patch for patch in (*AT_IMPORT, *statistics.FUNCTIONS) if not patch.active]
     try:
         from verl.trainer.ppo.core_algos import register_policy_loss
 
+        register = register_policy_loss
         for patch in AT_IMPORT:
             patch.apply()
         statistics.install()
@@ -42,9 +43,9 @@ def load() -> None:
         reason = f"entropy_kernels is not in place, and no loss_mode ek_* works: {type(error).__name__}: {error}"
         logging.getLogger(__name__).warning(reason)
         made = {mode: _raising(reason) for mode in MODES}
-    if register_policy_loss is not None:
+    if register is not None:
         for mode, loss in made.items():
-            register_policy_loss(mode)(loss)
+            register(mode)(loss)
 
 
 load()
