@@ -60,7 +60,7 @@ def test_whatever_goes_wrong_breaks_nothing(registry: dict[str, Any], monkeypatc
     monkeypatch.setattr(logging.Logger, "warning", lambda self, message, *args: told.append(message % args))
     active: list[Any] = []
     monkeypatch.setattr(_patch.Patch, "active", property(lambda self: self in active))
-    monkeypatch.setattr(_patch.Patch, "undo", lambda self: active.remove(self) if self in active else None)
+    monkeypatch.setattr(_patch.Patch, "undo", lambda self: active.remove(self))
 
     def apply(self: Any) -> None:
         if self is statistics.FUNCTIONS[-1]:

@@ -38,8 +38,9 @@ def load() -> None:
         statistics.install()
         made = {mode: registered(mode) for mode in MODES}
     except Exception as error:  # of verl's own import, too
-        for patch in reversed(placed):
-            patch.undo()
+        for patch in placed:
+            if patch.active:
+                patch.undo()
         reason = f"entropy_kernels is not in place, and no loss_mode ek_* works: {type(error).__name__}: {error}"
         logging.getLogger(__name__).warning(reason)
         made = {mode: _raising(reason) for mode in MODES}
