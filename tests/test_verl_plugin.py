@@ -87,11 +87,22 @@ def test_patches_name_what_they_are_for() -> None:
 # ---- the memory of a method, beside verl's shards --------------------------------------------------------------------
 
 
+class Frozen:
+    """verl's configs: an attribute is set once."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):
+            raise AttributeError(f"Field '{name}' is frozen and cannot be modified")
+        object.__setattr__(self, name, value)
+
+
 class Worker:
     """What a checkpoint reads of verl's TrainingWorker."""
 
     def __init__(self, settings: Settings | None) -> None:
-        config = SimpleNamespace(ek_settings=settings) if settings else SimpleNamespace()
+        config: Any = Frozen()
+        if settings is not None:
+            config.ek_settings = settings
         self.loss_fn = SimpleNamespace(keywords={"config": config})
         self.config = config
 

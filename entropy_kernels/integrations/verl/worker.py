@@ -248,7 +248,7 @@ def _loads_memory(original: Callable[..., Any]) -> Callable[..., Any]:
             controller = _restored(found[0], Path(local_path) / FILE)
         result = original(self, local_path, *args, **kwargs)
         if found is not None and controller is not None:
-            found[1].ek_controller = controller
+            object.__setattr__(found[1], "ek_controller", controller)  # verl's config lets nothing be set twice
         return result
 
     return load_checkpoint
