@@ -20,6 +20,7 @@ DEFAULTS: dict[str, Any] = {
     "target_observe": True, "plan_from": "auto", "fused_head": None, "seed": 7, "loss_type": "dapo", "epsilon": 0.2,
     "epsilon_high": None, "delta": None, "entropy_coef": 0.0, "use_adaptive_entropy": False, "num_iterations": 1,
     "steps_per_generation": 1, "gradient_accumulation_steps": 1, "max_completion_length": T,
+    "importance_sampling_level": "token", "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
 }  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def test_effects_are_those_of_the_control(method: str) -> None:
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])
 def test_the_penalty_is_summed_as_the_loss_is(loss_type: str) -> None:
     inputs, read = micro_batch(5, off_policy=True)
-    made = planner(method="kl_cov", method_options={"k": 3, "kl_coef": 2.0}, loss_type=loss_type)
+    made = planner(method="kl_cov", method_options={"k": 3, "kl_coef": 2.0}, loss_type=loss_type, num_iterations=2)
     plan(made, (inputs, read))
     logprob = read.logprob.clone().requires_grad_()
     value = penalty(inputs, logprob)
@@ -124,6 +125,19 @@ def test_the_penalty_is_summed_as_the_loss_is(loss_type: str) -> None:
     torch.testing.assert_close(gradient, inputs["ek_penalty"] * gap.sign())
     del inputs["old_per_token_logps"]  # on-policy
     assert penalty(inputs, logprob) == 0
+
+
+@pytest.mark.parametrize("method", ["exact_cov", "steer", "repo"])
+def test_advantages_per_token(method: str) -> None:
+    """As a subclass of TRL's trainer may have them."""
+    found = []
+    for per_token in (False, True):
+        inputs, read = micro_batch(3)
+        if per_token:
+            inputs["advantages"] = inputs["advantages"][:, None].expand(B, T).clone()
+        plan(planner(method=method), (inputs, read))
+        found.append(inputs["advantages"])
+    assert torch.equal(*found) and found[0].shape == (B, T)
 
 
 def test_weights_of_a_step_add_up_over_micro_batches_and_ranks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from entropy_kernels.integrations.trl import GRPOConfig, GRPOTrainer
 from entropy_kernels.integrations.trl.head import HEAD
 
 CLIP_COV = {"method": "clip_cov"}
+KL_COV = {"method": "kl_cov", "num_iterations": 2}
 
 
 @pytest.mark.parametrize("parser", [trl.TrlParser, transformers.HfArgumentParser])
@@ -74,9 +76,32 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "exact_cov", "fused_head": False}, r"fused_head: expected None or True, .* needs vocab_covariance"),
     ({"method": "adaptive_entropy", "entropy_coef": 0.1}, r"entropy_coef: expected 0 and use_adaptive_entropy=False"),
     ({"target_entropy": 1.0, "target_method": "bonus", "use_adaptive_entropy": True}, r"beside a bonus, which sets"),
-    ({"method": "kl_cov", "epsilon": 0.3}, r"epsilon, epsilon_high, delta: expected none beside kl_cov"),
+    ({**KL_COV, "epsilon": 0.3}, r"epsilon, epsilon_high, delta: expected none beside kl_cov"),
     ({**CLIP_COV, "preset": "paper", "delta": 2.0}, r"none beside clip_cov \(preset paper\), which has no PPO"),
-    ({"method": "kl_cov", "loss_type": "sapo"}, r"loss_type: expected one of grpo, .* for kl_cov"),
+    ({**KL_COV, "loss_type": "sapo"}, r"loss_type: expected one of grpo, .* for kl_cov"),
+    ({"method_options": "ratio=0.1"}, r"method_options: expected JSON like '{\"ratio\": 0.1}', got 'ratio=0.1'"),
+    ({"method_options": "[1]"}, r"method_options: expected JSON like .* got '\[1\]'"),
+    ({"method": "exact_cov", "method_options": {"share": 7.0}}, r"share: expected"),
+    ({"method": "steer", "method_options": {"w_min": -1.0}}, r"w_min"),
+    ({"target_entropy": 1.0, "method_options": {"max_change": -1.0}}, r"max_change: expected"),
+    ({"method": "exact_cov", "delta": 0.9}, r"delta: expected"),
+    ({"method": "exact_cov", "epsilon": -0.1}, r"epsilon: expected"),
+    ({"target_method": "weigth"}, r"target_method: expected one of 'exact_cov', .* got 'weigth'"),
+    ({"target_method": "weight"}, r"target_method: expected 'exact_cov' without target_entropy, got 'weight'"),
+    ({**CLIP_COV, "target_observe": False}, r"target_observe: expected True without target_entropy, got False"),
+    ({"plan_from": "old"}, r"plan_from: expected 'auto' without method and target_entropy, got 'old'"),
+    *(
+        ({**given, "importance_sampling_level": "sequence", "loss_type": loss_type},
+         r"importance_sampling_level: expected 'token' with .*, got 'sequence': .* loss_type cispo or vespo")
+        for given in ({"method": "steer"}, {"target_entropy": 1.0})
+        for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "sapo")
+    ),
+    ({**CLIP_COV, "top_entropy_quantile": 0.2}, r"top_entropy_quantile: expected 1 with clip_cov, .*'top_entropy'"),
+    ({"target_entropy": 1.0, "top_entropy_quantile": 0.2}, r"top_entropy_quantile: expected 1 with target_entropy"),
+    ({**KL_COV, "off_policy_mask_threshold": 0.1}, r"off_policy_mask_threshold: expected None with kl_cov"),
+    ({"method": "kl_cov"}, r"num_iterations: expected more than 1, or steps_per_generation > gradient_accum.* kl_cov"),
+    ({"method": "random", "method_options": {"effect": "penalized"}, "gradient_accumulation_steps": 2},
+     r"num_iterations: .*with random, .* got 1, 2 and 2"),
     ({**CLIP_COV, "gradient_accumulation_steps": 4, "steps_per_generation": 2}, r"steps_per_generation: expected a"),
 ]  # fmt: skip
 
@@ -85,6 +110,31 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         GRPOConfig(**settings(tmp_path, **given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({**CLIP_COV, "importance_sampling_level": "sequence", "loss_type": x} for x in ("cispo", "vespo")),
+        {"method": "adaptive_entropy", "importance_sampling_level": "sequence", "loss_type": "grpo"},
+        {"method": "kl_cov", "steps_per_generation": 2},
+        {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.2, "off_policy_mask_threshold": 0.1},
+    ],
+    ids=str,
+)
+def test_what_is_refused_beside_others_only(given: dict[str, Any], tmp_path: Path) -> None:
+    GRPOConfig(**settings(tmp_path, **given))
+
+
+@pytest.mark.parametrize("method", ["clip_cov", "kl_cov"])
+def test_a_ratio_that_is_a_percentage_is_told(method: str, tmp_path: Path) -> None:
+    given: dict[str, Any] = {**settings(tmp_path), "method": method, "num_iterations": 2}
+    with pytest.warns(UserWarning, match=r"ratio=0.2 is 20 % of the tokens; the paper's 0.2 % is 0.002 \(docs/mig"):
+        GRPOConfig(**given, method_options={"ratio": 0.2})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        GRPOConfig(**given, method_options={"ratio": 0.1})
+    assert not [x for x in told if "of the tokens" in str(x.message)]
 
 
 def test_a_target_above_what_the_vocabulary_has() -> None:

@@ -133,6 +133,27 @@ def test_step(method: str, accumulation: int, loss_type: str) -> None:
     assert moved  # the ratios of second updates were none of 1
 
 
+@pytest.mark.parametrize("method", ["clip_cov", "kl_cov"])
+@pytest.mark.parametrize("plan_from", ["old", "fresh"])
+def test_step_of_a_rollout_with_several(plan_from: str, method: str) -> None:
+    """Four micro-batches a rollout, two an optimizer step, twice: the tokens are those of the step's two."""
+    options: dict[str, Any] = {"ratio": 0.1} | ({"low": 0.01, "high": 50.0} if method == "clip_cov" else {})
+    trainer = run(
+        kind=Recorded, method=method, method_options=options, plan_from=plan_from, gradient_accumulation_steps=2,
+        steps_per_generation=4, per_device_train_batch_size=4, num_iterations=2, learning_rate=2e-2, max_steps=8,
+        num_generations=2,
+    ).trainer  # fmt: skip
+    assert len(trainer.record) == 16
+    for number, micro in enumerate(steps(trainer, 2)):
+        chosen = selected(micro, plan_from == "old", 42 + number, method, **options)
+        assert sum(x.sum() for x in chosen) > 0
+        for x, mine in zip(micro, chosen, strict=True):
+            given = x["inputs"]
+            found = array(given["ek_penalty"]) != 0 if method == "kl_cov" else array(given["advantages"]) == 0
+            real = array(given["completion_mask"]) * (array(given["ek_advantages"])[:, None] != 0) != 0
+            assert (found & real == mine & real).all(), number
+
+
 def treated(trainer: Recorded, accumulation: int) -> list[set[tuple[int, int]]]:
     """(row of the rollout, position) of the dropped tokens of each step."""
     found = []
@@ -173,12 +194,13 @@ def test_loss_is_linear_in_advantages_per_token(loss_type: str, level: str) -> N
     """
     trainer = run(
         kind=Recorded, method="clip_cov", method_options={"low": 1e6, "high": 2e6}, max_steps=2, num_iterations=2,
-        loss_type=loss_type, importance_sampling_level=level, epsilon_high=5.0 if loss_type == "cispo" else None,
+        loss_type=loss_type, epsilon_high=5.0 if loss_type == "cispo" else None,
         learning_rate=2e-2,
     ).trainer  # fmt: skip
     x = trainer.record[1]["inputs"]
     a, mask = x["ek_advantages"], x["completion_mask"]
 
+    trainer.importance_sampling_level = level  # our config refuses it where a token does not have its own gradient
     planner, trainer._planner = trainer._planner, None  # TRL's loss of what it is given
     trainer.model.train()
 
@@ -198,6 +220,9 @@ def test_loss_is_linear_in_advantages_per_token(loss_type: str, level: str) -> N
     parts = [value(full * w), value(full * (1 - w)), value(torch.zeros_like(full))]
     assert parts[0][0] + parts[1][0] == pytest.approx(plain[0], rel=1e-4, abs=1e-6) and parts[2][0] == 0
     assert torch.allclose(parts[0][1] + parts[1][1], plain[1], atol=1e-6) and not parts[2][1].any()
+    gone = torch.rand(mask.shape) < 0.3
+    alone = not value(full.masked_fill(gone, 0.0), old_per_token_logps=None)[1][gone].any()
+    assert alone == (level == "token" or loss_type in ("cispo", "vespo"))
     # on-policy the gradient is -c·A
     gradient = value(a, old_per_token_logps=None)[1]
     c = planner.weights(x)

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import trl_ranks
 import trl_runs
 from trl_runs import differences, run
 
 import entropy_kernels as ek
 from entropy_kernels.integrations.trl import GRPOTrainer
 from entropy_kernels.integrations.trl.head import HEAD
+from entropy_kernels.integrations.trl.plan import Planner
 
 STEPS = 20
 METHODS: dict[str, dict[str, Any]] = {
@@ -141,6 +143,8 @@ def test_what_decides_nothing_is_trls_own(given: dict[str, Any]) -> None:
     """Every logged number of four steps, and the weights: without a method, and with one whose range is empty."""
     stock = run(stock=True, **given)
     assert not differences(run(**given), stock)
+    if "top_entropy_quantile" in given:
+        return  # refused beside a method
     with_method = run(**NOTHING, **given)
     assert not differences(with_method, stock)
     touched = [entry["ek/touched"] for entry in with_method.log if "ek/touched" in entry]
@@ -224,6 +228,95 @@ def test_a_method_that_takes_no_part_is_an_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(GRPOTrainer, "_plan_ahead", lambda *_: None)
     with pytest.raises(RuntimeError, match=r"method: expected TRL's trainer to prepare its inputs .* without a plan"):
         run(method="exact_cov", plan_from="old", max_steps=1)
+
+
+def test_a_penalty_without_log_probs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be with a TRL whose loss reads them elsewhere."""
+
+    def elsewhere(self: Any, model: Any, inputs: Any) -> Any:
+        logprob = model(inputs["completion_ids"]).logits.log_softmax(-1)[..., 0]
+        return (logprob * inputs["completion_mask"]).sum()
+
+    monkeypatch.setattr(trl_runs.trl.GRPOTrainer, "_compute_loss", elsewhere)
+    with pytest.raises(RuntimeError, match=r"method: expected TRL's loss to read the log-probs that .* penalty is of"):
+        run(method="kl_cov", plan_from="old", num_iterations=2, max_steps=1)
+
+
+def test_a_loss_that_fails_leaves_no_plan_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever catches it and goes on does not plan in a forward of something else."""
+    trainer = run(method="exact_cov", max_steps=1).trainer
+
+    def failing(*_: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(trl_runs.trl.GRPOTrainer, "_compute_loss", failing)
+    trainer.model.train()
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer._compute_loss(trainer.model, trainer._buffered_inputs[0])
+    assert trainer._awaits_plan is None
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_target_plans_with_the_current_learning_rate(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a linear schedule, at the first update of each rollout; two rollouts' updates share none."""
+    seen: list[float] = []
+    step = ek.TargetEntropy.step
+
+    def recorded(self: Any, *args: Any, lr: float, **named: Any) -> Any:
+        seen.append(lr)
+        return step(self, *args, lr=lr, **named)
+
+    monkeypatch.setattr(ek.TargetEntropy, "step", recorded)
+    given = {"lr_scheduler_type": "linear", "learning_rate": 1e-2, "max_steps": 4, "num_iterations": parts}
+    run(target_entropy=4.0, **given)
+    assert [x for x in seen if x] == pytest.approx([1e-2 * (1 - i / 4) for i in range(0, 4, parts)])
+
+
+@pytest.mark.parametrize("given", [{"method": "exact_cov"}, {"method": "kl_cov", "num_iterations": 2},
+                                   {"target_entropy": 4.0}], ids=str)  # fmt: skip
+def test_an_evaluation_between_steps_disturbs_nothing(given: dict[str, Any]) -> None:
+    """With completions that are fixed, as an evaluation draws random numbers; rows are shuffled otherwise, and sums of
+    them differ by rounding."""
+
+    def evaluated(**named: Any) -> Any:
+        return trl_ranks.Recorded(**named, eval_dataset=trl_runs.prompts(8))
+
+    without = run(kind=trl_ranks.Recorded, **given)
+    mine = run(kind=evaluated, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8, **given)
+    treated = [[sorted(step) for step in x.trainer.dropped] for x in (mine, without)]
+    assert treated[0] == treated[1] and any(treated[0])
+    for x, y in zip(mine.log, without.log, strict=True):
+        for name in (k for k in y if k.startswith("ek/") or k in ("loss", "entropy", "reward")):
+            assert x[name] == (None if y[name] is None else pytest.approx(y[name], rel=1e-3, abs=1e-5)), name
+    assert sum("eval_loss" in entry for entry in mine.trainer.state.log_history) == 4
+
+
+@pytest.mark.parametrize("plan_from", ["auto", "old"])
+def test_temperature(plan_from: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a decision reads is of the softmax at TRL's temperature, in float64 by the logits."""
+    seen: list[Any] = []
+    planned = Planner.plan
+
+    def recorded(self: Any, micro: Any, now: Any, **named: Any) -> Any:
+        seen.append((micro[0], now[0], named["temperature"]))
+        return planned(self, micro, now, **named)
+
+    monkeypatch.setattr(Planner, "plan", recorded)
+    trained = run(method="exact_cov", plan_from=plan_from, temperature=0.7, learning_rate=0.0, max_steps=1)
+    (inputs, read, temperature) = seen[0]
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad():
+        logits = trained.trainer.model(ids, attention_mask=mask).logits[:, -read.logprob.shape[1] - 1 : -1]
+    log_p = (logits.double() / 0.7).log_softmax(-1)
+    logprob = log_p.gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    names = ("logprob", "vocab_covariance")
+    expected = ek.token_stats(logits.double(), inputs["completion_ids"], statistics=names, temperature=0.7)
+    real = inputs["completion_mask"] == 1
+    torch.testing.assert_close(expected.logprob, logprob)
+    assert temperature == 0.7
+    for name in names:
+        mine, right = getattr(read, name)[real].double(), getattr(expected, name)[real]
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-4)
 
 
 def test_a_patch_of_the_users_stays() -> None:

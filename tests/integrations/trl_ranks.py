@@ -20,7 +20,7 @@ ROWS = 8  # of a rollout, on all processes
 
 
 class Recorded(GRPOTrainer):
-    """Keeps which tokens of which rows have lost their gradient."""
+    """Keeps which tokens of which rows have lost their gradient, or are penalised."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         self.dropped: list[list[tuple[int, int]]] = []
@@ -29,9 +29,9 @@ class Recorded(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
         loss = super()._compute_loss(model, inputs)
         if "ek_advantages" in inputs:
-            gone = (
-                (inputs["advantages"] == 0) & (inputs["ek_advantages"][:, None] != 0) & (inputs["completion_mask"] != 0)
-            )
+            gone = inputs["advantages"] == 0
+            gone = inputs["ek_penalty"] != 0 if "ek_penalty" in inputs else gone
+            gone = gone & (inputs["ek_advantages"][:, None] != 0) & (inputs["completion_mask"] != 0)
             self.dropped.append([(int(inputs["ek_row"][i]), int(j)) for i, j in gone.nonzero().tolist()])
         return loss
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import trl
 
@@ -38,8 +38,6 @@ class GRPOConfig(trl.GRPOConfig):
         docs/integrations.md.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*trl.GRPOConfig._VALID_DICT_FIELDS, "method_options"]
-
     method: str | None = field(
         default=None, metadata={"help": "Method of entropy_kernels.methods() that holds the entropy. None: TRL's loss."}
     )
@@ -67,13 +65,21 @@ class GRPOConfig(trl.GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # flags are text
+        self.method_options = _parsed("method_options", self.method_options, "JSON like '{\"ratio\": 0.1}'", dict)
+        nats = "a number of nats or [[rollout, nats], ...] as JSON"
+        self.target_entropy = _parsed("target_entropy", self.target_entropy, nats, (int, float, list))
         super().__post_init__()
-        if isinstance(self.target_entropy, str):  # a flag
-            try:
-                self.target_entropy = json.loads(self.target_entropy)
-            except json.JSONDecodeError:
-                raise ValueError(
-                    "target_entropy: expected a number of nats or [[rollout, nats], ...] as JSON, got "
-                    f"{self.target_entropy!r}"
-                ) from None
         check(self)
+
+
+def _parsed(name: str, value: Any, expected: str, kind: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, kind):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return found

@@ -128,8 +128,8 @@ def head(*, any_version: bool = False) -> Iterator[Patch]:
     Raises:
         PatchRefused: as in :func:`patch_head`.
     """
-    was_active = HEAD.active
-    HEAD.apply(any_version=any_version)
+    was_active, served = HEAD.active, HEAD.calls
+    HEAD.apply(any_version=any_version).calls = served  # one count over all forwards
     try:
         yield HEAD
     finally:

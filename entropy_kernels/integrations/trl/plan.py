@@ -17,9 +17,11 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels._console import did_you_mean
+from entropy_kernels.integrations._controllers import try_out, warn_of_percent
 
 #: Loss types whose policy term is PPO's (or GSPO's), with its clip.
 PPO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+_BY_TOKEN = ("cispo", "vespo")  # a token's gradient is its own advantage's, however ratios are formed
 _CLIPS = {"clip_low": "epsilon", "clip_high": "epsilon_high", "dual_clip": "delta"}
 _POSITIONS = 2**32  # more than a completion has
 
@@ -46,12 +48,11 @@ def check(config: Any) -> None:
     """
     if config.plan_from not in ("auto", "old", "fresh"):
         raise ValueError(f"plan_from: expected 'auto', 'old' or 'fresh', got {config.plan_from!r}")
+    if config.target_method not in (held_by := ek.TargetEntropy.methods()):
+        names = ", ".join(map(repr, held_by))
+        raise ValueError(f"target_method: expected one of {names}, got {config.target_method!r}")
+    _check_alone(config)
     if config.method is None and config.target_entropy is None:
-        for name in ("method_options", "preset"):
-            if getattr(config, name):
-                raise ValueError(
-                    f"{name}: expected None without method and target_entropy, got {getattr(config, name)!r}"
-                )
         return
     if config.method is not None and config.target_entropy is not None:
         raise ValueError(
@@ -64,9 +65,38 @@ def check(config: Any) -> None:
             f"optimizer step are of one rollout, got {config.steps_per_generation} and "
             f"{config.gradient_accumulation_steps}"
         )
-    _check_beside(config, controller_of(config))
+    controller = _tried(config)
+    _check_beside(config, controller)
+    _check_loss(config, controller.effect)
     if not _has_clip(config):
         _check_no_clip(config)
+    warn_of_percent(config.method, config.method_options or {})
+
+
+def _check_alone(config: Any) -> None:
+    """What means nothing without what it is of."""
+    alone: dict[str, tuple[Any, str]] = {
+        "target_method": ("exact_cov", "target_entropy"), "target_observe": (True, "target_entropy"),
+    }  # fmt: skip
+    if config.method is None:
+        of = "method and target_entropy"
+        alone |= {"method_options": (None, of), "preset": (None, of), "plan_from": ("auto", of)}
+    for name, (default, whose) in alone.items() if config.target_entropy is None else ():
+        if (value := getattr(config, name)) not in (default, {}):
+            raise ValueError(f"{name}: expected {default!r} without {whose}, got {value!r}")
+
+
+def _tried(config: Any) -> ek.Controller:
+    """Every value has been read; the names of what is wrong are those of this config."""
+    try:
+        controller = controller_of(config)
+        try_out(controller)
+    except (TypeError, ValueError) as error:
+        name, _, rest = str(error).partition(":")
+        if name not in _CLIPS:
+            raise
+        raise type(error)(f"{_CLIPS[name]}:{rest}") from error
+    return controller
 
 
 def _check_beside(config: Any, controller: ek.Controller) -> None:
@@ -81,6 +111,39 @@ def _check_beside(config: Any, controller: ek.Controller) -> None:
         raise ValueError(
             f"entropy_coef: expected 0 and use_adaptive_entropy=False beside {config.method or 'a bonus'}, which sets "
             f"it, got {config.entropy_coef} and {config.use_adaptive_entropy}"
+        )
+
+
+def _check_loss(config: Any, effect: str) -> None:
+    """Where TRL's loss would not do to a token what was decided about it."""
+    what = config.method or "target_entropy"
+    by_sequence = config.importance_sampling_level == "sequence" and config.loss_type not in _BY_TOKEN
+    if by_sequence and effect != "entropy_coef":
+        raise ValueError(
+            f"importance_sampling_level: expected 'token' with {what}, got 'sequence': with one ratio per sequence a "
+            f"token whose advantage is 0 keeps its part of the gradient; 'token', or loss_type {' or '.join(_BY_TOKEN)}"
+        )
+    if config.top_entropy_quantile != 1:
+        raise ValueError(
+            f"top_entropy_quantile: expected 1 with {what}, got {config.top_entropy_quantile}: what is decided does "
+            "not know which tokens TRL masks; method='top_entropy' with method_options={'rho': ...} does it here"
+        )
+    if effect == "penalized":
+        _check_penalty(config, what)
+
+
+def _check_penalty(config: Any, what: str) -> None:
+    if config.off_policy_mask_threshold is not None:
+        raise ValueError(
+            f"off_policy_mask_threshold: expected None with {what}, whose penalty TRL's mask does not reach, got "
+            f"{config.off_policy_mask_threshold}"
+        )
+    a_rollout = config.steps_per_generation * config.num_iterations
+    if config.gradient_accumulation_steps % a_rollout == 0:
+        raise ValueError(
+            "num_iterations: expected more than 1, or steps_per_generation > gradient_accumulation_steps, with "
+            f"{what}, whose penalty |log p - log p_old| is 0 in the first update of a rollout, got "
+            f"{config.num_iterations}, {config.steps_per_generation} and {config.gradient_accumulation_steps}"
         )
 
 
@@ -155,9 +218,6 @@ def _known_options(config: Any) -> tuple[tuple[str, ...], str]:
     """Names of options, and whose they are."""
     if config.target_entropy is not None:
         held_by = ek.TargetEntropy.methods()
-        if config.target_method not in held_by:
-            names = ", ".join(map(repr, held_by))
-            raise ValueError(f"target_method: expected one of {names}, got {config.target_method!r}")
         return held_by[config.target_method], f"target_method {config.target_method!r}"
     rows = ek.methods()
     if config.method not in rows:
@@ -335,9 +395,9 @@ class Planner:
     def _put(self, inputs: dict[str, Any], decided: ek.Control) -> None:
         before = inputs["ek_advantages"]
         shape = inputs["completion_mask"].shape
-        advantages = (
-            before[:, None].expand(shape) if decided.advantages is None else decided.advantages.to(before.dtype)
-        )
+        advantages = before if before.dim() == 2 else before[:, None].expand(shape)
+        if decided.advantages is not None:
+            advantages = decided.advantages.to(before.dtype)
         for gone in (decided.dropped, decided.detached):
             advantages = advantages if gone is None else advantages.masked_fill(gone, 0.0)
         if decided.token_weight is not None:

@@ -132,11 +132,20 @@ class GRPOTrainer(trl.GRPOTrainer):
         if self._planner is None or not self.model.training:
             return super()._compute_loss(model, inputs)
         self._awaits_plan = inputs if self._planner.source == "forward" else None
-        loss = super()._compute_loss(model, inputs)
+        self._read = None
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self._awaits_plan = None
         read, self._read = self._read, None
-        if "ek_penalty" in inputs and read is not None:
-            loss = loss + penalty(inputs, read.logprob)
-        return loss
+        if "ek_penalty" not in inputs:
+            return loss
+        if read is None:
+            raise RuntimeError(
+                "method: expected TRL's loss to read the log-probs that this package's penalty is of, got one without; "
+                f"it was tested with TRL {' and '.join(HEAD.versions)}"
+            )
+        return loss + penalty(inputs, read.logprob)
 
     # ---- the statistics ----------------------------------------------------------------------------------------------
 
