@@ -181,16 +181,17 @@ def report(runs: list[dict[str, Any]]) -> str:
         mean, low, high = t_interval(sample)
         return f"{mean:.3f}" if len(sample) < 2 else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
-    rows, ratios = [], []
+    rows, ratios, verdicts = [], [], []
     for arm in ARMS:
         found = {name: values(arm, name) for name in LABELS}
         rows.append([arm, *(shown(found[name]) for name in LABELS)])
         if arm != "TRL":
             beside = [[x / y for x, y in zip(found[name], values("TRL", name), strict=True)] for name in LABELS]
             ratios.append([arm, *map(shown, beside)])
+            verdicts += [f"{arm}, {label}: {_verdict(x)}" for label, x in zip(LABELS.values(), beside, strict=True)]
     curves = []
     for step in range(settings["steps"]):
-        cells = [f"{statistics.fmean(by[arm, seed]['log']['entropy'][step] for seed in seeds):.3f}" for arm in ARMS]
+        cells = [shown([by[arm, seed]["log"]["entropy"][step] for seed in seeds]) for arm in ARMS]
         curves.append([str(step + 1), *cells])
     loads = [x for run in runs for x in run["load"]]
     return "\n".join(
@@ -203,10 +204,21 @@ def report(runs: list[dict[str, Any]]) -> str:
             f"{runs[-1]['time']}. `python -m benchmarks.trl_step`; samples in runs.jsonl.", "",
             "Median of a run's steps but the first; mean over seeds with 95 % t interval:", "",
             markdown(["", *LABELS.values()], rows), "", "The same over TRL's of the same seed:", "",
-            markdown(["", *LABELS.values()], ratios), "", "Entropy by step, nats, mean over seeds:", "",
+            markdown(["", *LABELS.values()], ratios), "",
+            "A difference is shown where the interval of the ratio excludes 1 (each by itself, not corrected for their "
+            "number):", "", *(f"- {line}" for line in verdicts), "",
+            "Entropy by step, nats, mean over seeds with 95 % t interval:", "",
             markdown(["step", *ARMS], curves), "",
         ]
     )  # fmt: skip
+
+
+def _verdict(ratios: list[float]) -> str:
+    """Whether the interval of a ratio excludes 1."""
+    _, low, high = t_interval(ratios)
+    if len(ratios) < 2:
+        return "one seed shows nothing"
+    return "shown, less" if high < 1 else "shown, more" if low > 1 else "no difference shown"
 
 
 def main() -> None:

@@ -25,10 +25,17 @@ def test_report() -> None:
     text = report([of(arm, seed, scale) for seed in range(3) for arm, scale in scales.items()])
     assert "3 seeds an arm, 1 thread. a processor, torch 2.0; load average 1.0 to 1.5" in text
     assert "| TRL | 2.200 [1.703, 2.697] |" in text and "| our head | 0.500 [0.500, 0.500] |" in text
-    assert "| our head, exact_cov | 0.750 [0.750, 0.750] |" in text and "| 10 | 1.100 | 1.100 | 1.100 |" in text
+    assert "| our head, exact_cov | 0.750 [0.750, 0.750] |" in text and "| 10 | 1.100 [1.100, 1.100] |" in text
+    assert "- our head, step, s: shown, less\n" in text
+
+
+def test_an_interval_that_holds_1_shows_nothing() -> None:
+    runs = [of(arm, seed, 2.0 if arm == "TRL" else 1.0 + seed) for seed in range(3) for arm in ARMS]
+    assert report(runs).count(": no difference shown\n") == 8
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert "| our head | 0.500 | 0.500 | 0.500 | 0.500 |" in report(
-        [of(arm, 0, scale) for arm, scale in zip(ARMS, (2.0, 1.0, 1.5), strict=True)]
+    assert "| our head | 0.500 | 0.500 | 0.500 | 0.500 |" in (
+        text := report([of(arm, 0, scale) for arm, scale in zip(ARMS, (2.0, 1.0, 1.5), strict=True)])
     )
+    assert "our head, peak, GB: one seed shows nothing" in text
