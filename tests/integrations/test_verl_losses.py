@@ -292,6 +292,10 @@ def test_a_statistic_that_did_not_arrive_is_told() -> None:
         RuntimeError, match=r"exact_cov: expected vocab_covariance of the old policy .*bypass_mode=false"
     ):
         plan.plan_minibatch(config.ek_settings, config, Engine(), data)
+    data["entropy"] = data["ek_entropy"]  # verl's own field of this name is no substitute, whose layout is another
+    del data["ek_entropy"]
+    with pytest.raises(RuntimeError, match=r"expected entropy of the old policy"):
+        plan.statistic(data, "entropy", config.ek_settings)
 
 
 @pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
