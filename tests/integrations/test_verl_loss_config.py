@@ -13,7 +13,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from verl.trainer.main_ppo import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
-from verl_command import ROOT, composed, of_script, with_loss
+from verl_command import POLICY, ROOT, composed, of_script, with_loss
 
 from entropy_kernels.integrations.verl import statistics, worker
 from entropy_kernels.integrations.verl.config import MODES
@@ -83,6 +83,13 @@ def test_the_driver_says_once_what_is_on(capfd: pytest.CaptureFixture[str]) -> N
         subprocess.run([sys.executable, "-c", code], check=True, env=environment)
         lines = [line for line in "".join(capfd.readouterr()).splitlines() if "entropy_kernels: loss_mode=" in line]
         assert len(lines) == times and all("ek_clip_cov: surrogate ppo, method clip_cov" in line for line in lines)
+
+
+@pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])
+def test_a_ratio_that_is_a_percentage_is_told(mode: str) -> None:
+    for ratio in (f"+{POLICY}ek.ratio=0.2", f"{POLICY}{mode}_ratio=0.2"):
+        with pytest.warns(UserWarning, match=r"ratio=0.2 is 20 % of the tokens"):
+            built(*with_loss(f"ek_{mode}"), ratio)
 
 
 def test_verl_itself_refuses_a_key_without_plus() -> None:

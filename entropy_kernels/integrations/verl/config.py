@@ -12,6 +12,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels._console import did_you_mean
+from entropy_kernels.integrations._controllers import try_out
 
 __all__ = ["MODES", "PREFIX", "Settings", "settings_of"]
 
@@ -135,12 +136,7 @@ class Settings:
         if not self.decides:
             return self
         controller = self.controller()
-        known = dict.fromkeys(("entropy", "old_entropy"), one + 1e6) | {"vocab_covariance": one, "collision": one}
-        batch = ek.TokenBatch(one, None, one, None, **known)
-        if isinstance(controller, ek.TargetEntropy):
-            controller.step(batch, lr=0.0)
-        else:
-            controller.step(batch)
+        try_out(controller)
         needs = dict.fromkeys("entropy" if name == "old_entropy" else name for name in controller.needs)
         by_token = "old_entropy" in controller.needs
         return replace(self, needs=tuple(needs), effect=controller.effect, by_token=by_token)

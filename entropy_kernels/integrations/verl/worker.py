@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import entropy_kernels as ek
+from entropy_kernels.integrations._controllers import warn_of_percent
 from entropy_kernels.integrations._patch import Patch
 from entropy_kernels.integrations.verl import plan, statistics
 from entropy_kernels.integrations.verl.config import Settings, settings_of
@@ -98,6 +99,7 @@ def _checks(original: Callable[..., None]) -> Callable[..., None]:
             install()
             if os.environ.get("RANK", "0") == "0":  # the driver, and one worker
                 _tell(settings.described)
+                warn_of_percent(settings.method, settings.options)
         if on:
             statistics.enable()
 
