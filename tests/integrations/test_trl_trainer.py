@@ -273,6 +273,7 @@ def test_a_target_plans_with_the_current_learning_rate(parts: int, monkeypatch: 
 
 
 @pytest.mark.parametrize("given", [{"method": "exact_cov"}, {"method": "kl_cov", "num_iterations": 2},
+                                   {"method": "random", "method_options": {"ratio": 0.2}, "plan_from": "old"},
                                    {"target_entropy": 4.0}], ids=str)  # fmt: skip
 def test_an_evaluation_between_steps_disturbs_nothing(given: dict[str, Any]) -> None:
     """With completions that are fixed, as an evaluation draws random numbers; rows are shuffled otherwise, and sums of
