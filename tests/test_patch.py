@@ -69,6 +69,12 @@ def test_ours_runs_wherever_the_function_was_imported(peer: Any) -> None:
     assert peer.logprobs(1, 2) == "theirs" and ours.calls == 3
 
 
+def test_undo_of_what_was_never_applied(peer: Any) -> None:
+    peer.nothing = None
+    patch().undo()
+    assert peer.nothing is None
+
+
 def test_ours_goes_by_the_name_of_the_original(peer: Any) -> None:
     """And has its attributes: a pickle refers to it by that name, and a registry by a mark."""
     peer.logprobs.marked = True

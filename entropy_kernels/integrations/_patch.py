@@ -140,6 +140,8 @@ class Patch:
         Raises:
             PatchRefused: somebody else has replaced ours meanwhile; nothing is changed.
         """
+        if not self.active:
+            return
         for place, attribute, _ in self._places:
             if getattr(place, attribute, None) is not self._ours:
                 raise PatchRefused(
