@@ -59,10 +59,10 @@ def whole(value: Any) -> Any:
             "weight: expected a parameter, got what FSDP2 has in its place between forward and backward "
             f"(reshard_after_forward=2 and the like), whose gradient nobody reads; model.reshard() first, or {CURE}"
         )
-    return _Mean.apply(value.full_tensor(grad_placements=[Partial()] * mesh.ndim), mesh.size())
+    return MeanOfGradients.apply(value.full_tensor(grad_placements=[Partial()] * mesh.ndim), mesh.size())
 
 
-class _Mean(torch.autograd.Function):
+class MeanOfGradients(torch.autograd.Function):
     """The value, on each of some ranks; its gradient, which is then summed over them, divided by their number."""
 
     @staticmethod

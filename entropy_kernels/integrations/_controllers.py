@@ -34,6 +34,18 @@ def try_out(controller: ek.Controller) -> None:
         controller.step(batch)
 
 
+def statistics_of(controller: ek.Controller) -> tuple[str, ...]:
+    """What a trainer has to read for a controller, of one policy or of two.
+
+    Args:
+        controller: any.
+
+    Returns:
+        Names of statistics beside the log-prob: "entropy", "vocab_covariance", "collision". Raises nothing.
+    """
+    return tuple(dict.fromkeys("entropy" if name == "old_entropy" else name for name in controller.needs))
+
+
 def warn_of_percent(method: str | None, options: Mapping[str, Any]) -> None:
     """Warn of a ratio that is probably a percentage; the paper's own code has it as one.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels._console import did_you_mean
-from entropy_kernels.integrations._controllers import try_out, warn_of_percent
+from entropy_kernels.integrations._controllers import statistics_of, try_out, warn_of_percent
 
 #: Loss types whose policy term is PPO's (or GSPO's), with its clip.
 PPO = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -101,7 +101,7 @@ def _tried(config: Any) -> ek.Controller:
 
 def _check_beside(config: Any, controller: ek.Controller) -> None:
     """What its method cannot stand beside."""
-    needs = _reads(controller)
+    needs = statistics_of(controller)
     if config.fused_head is False and needs:
         raise ValueError(
             f"fused_head: expected None or True, got False: {config.method or 'target_entropy'} needs "
@@ -226,11 +226,6 @@ def _known_options(config: Any) -> tuple[tuple[str, ...], str]:
     return tuple(rows[config.method].options), config.method
 
 
-def _reads(controller: ek.Controller) -> tuple[str, ...]:
-    """Statistics of the head, beside the log-prob."""
-    return tuple(dict.fromkeys({"old_entropy": "entropy"}.get(name, name) for name in controller.needs))
-
-
 # ---- what a token weighs in TRL's loss -------------------------------------------------------------------------------
 
 
@@ -323,7 +318,7 @@ class Planner:
 
     def __init__(self, config: Any, *, batch_group: Any, ranks: int, vocab_size: int | None) -> None:
         self.controller = controller_of(config, batch_group=batch_group, vocab_size=vocab_size)
-        self.names = _reads(self.controller)
+        self.names = statistics_of(self.controller)
         self.has_target = config.target_entropy is not None
         self.observes = self.has_target and config.target_observe and config.target_method != "bonus"
         self.clips = _has_clip(config)

@@ -12,7 +12,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels._console import did_you_mean
-from entropy_kernels.integrations._controllers import try_out
+from entropy_kernels.integrations._controllers import statistics_of, try_out
 
 __all__ = ["MODES", "PREFIX", "Settings", "settings_of"]
 
@@ -137,9 +137,8 @@ class Settings:
             return self
         controller = self.controller()
         try_out(controller)
-        needs = dict.fromkeys("entropy" if name == "old_entropy" else name for name in controller.needs)
-        by_token = "old_entropy" in controller.needs
-        return replace(self, needs=tuple(needs), effect=controller.effect, by_token=by_token)
+        needs, by_token = statistics_of(controller), "old_entropy" in controller.needs
+        return replace(self, needs=needs, effect=controller.effect, by_token=by_token)
 
 
 def settings_of(config: Any) -> Settings | None:

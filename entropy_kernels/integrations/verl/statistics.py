@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels._dtensor import MeanOfGradients
 from entropy_kernels.integrations import _reads
 from entropy_kernels.integrations._patch import Patch
 from entropy_kernels.integrations.verl.versions import VERSIONS
@@ -204,19 +205,6 @@ def _head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Any, grou
     return found["logprob"], found["entropy"]
 
 
-class _SharedByRanks(torch.autograd.Function):
-    """Each rank has its part of a gradient that is the same on all: verl's callers add up what the ranks give."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, ranks: int) -> Tensor:
-        ctx.ranks = ranks
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad / ctx.ranks, None
-
-
 def _linear_cross_entropy(original: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     def linear_cross_entropy(
         hidden: Tensor,
@@ -231,7 +219,8 @@ def _linear_cross_entropy(original: Any) -> Callable[..., tuple[Tensor, Tensor]]
                 f"reduction: expected 'none', which all of verl asks for, got {reduction!r}; reduce the result"
             )
         if dist_process_group is not None:
-            hidden = _SharedByRanks.apply(hidden, torch.distributed.get_world_size(dist_process_group))
+            # our gradient is whole on each rank, and verl's callers add up what the ranks give
+            hidden = MeanOfGradients.apply(hidden, torch.distributed.get_world_size(dist_process_group))
         hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         return _head(hidden, weight, labels, temperature, dist_process_group)
 
