@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 from entropy_kernels.trainer import checkpoint, ppo
-from entropy_kernels.trainer.advantages import group_advantages, pass_at_k
+from entropy_kernels.trainer.advantages import advantages_of, pass_at_k, rewards_of_tokens
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, MetricsLog, defined, read_rows
 from entropy_kernels.trainer.methods import controller_of
@@ -102,17 +102,28 @@ def test_padding_and_early_ends_do_not_change_the_scores() -> None:
 def test_advantages_by_hand() -> None:
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
     sd = math.sqrt(1 / 3)
-    grpo = group_advantages(rewards, estimator="grpo")
+    mask = torch.tensor([[True, True, False], [True] * 3, [True, False, False], [True] * 3]).repeat(2, 1)
+    token_rewards = rewards_of_tokens(rewards.view(-1), mask)
+    assert torch.equal(token_rewards[:3], torch.tensor([[0.0, 1.0, 0.0], [0.0] * 3, [0.0] * 3]))
+
+    def group_advantages(estimator: str, **options: bool) -> torch.Tensor:
+        found = advantages_of(estimator, token_rewards, mask, samples=4, **options).advantages  # type: ignore[arg-type]
+        assert torch.equal(found, found[:, :1] * mask)  # one number for a completion's tokens, 0 where masked
+        return found[:, 0].view(2, 4)
+
+    grpo = group_advantages("grpo")
     torch.testing.assert_close(grpo, torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4]) / sd, rtol=1e-5, atol=1e-6)
-    plain = group_advantages(rewards, estimator="grpo", normalize_std=False)
+    plain = group_advantages("grpo", normalize_std=False)
     torch.testing.assert_close(plain, torch.tensor([[0.5, -0.5, -0.5, 0.5], [0.0] * 4]))
-    rloo = group_advantages(rewards, estimator="rloo")
+    rloo = group_advantages("rloo")
     # 1 - mean(0, 0, 1) and 0 - mean(1, 0, 1)
     torch.testing.assert_close(rloo, torch.tensor([[2 / 3, -2 / 3, -2 / 3, 2 / 3], [0.0] * 4]))
-    with pytest.raises(ValueError, match=r"estimator: expected grpo or rloo, got 'gae'"):
-        group_advantages(rewards, estimator="gae")
-    with pytest.raises(ValueError, match=r"rewards: expected shape"):
-        group_advantages(rewards[:, :1], estimator="grpo")
+    with pytest.raises(ValueError, match=r"estimator: expected one of grpo, rloo, .*got 'remax'"):
+        group_advantages("remax")
+    with pytest.raises(ValueError, match=r"samples: expected at least 2 for grpo"):
+        advantages_of("grpo", token_rewards, mask, samples=1)
+    with pytest.raises(ValueError, match=r"values: expected the critic's for gae, got None"):
+        advantages_of("gae", token_rewards, mask, samples=1)
 
 
 def test_pass_at_k() -> None:

@@ -17,6 +17,7 @@ import torch
 
 from entropy_kernels._console import did_you_mean
 from entropy_kernels.trainer import model
+from entropy_kernels.trainer.advantages import ESTIMATORS
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import BASELINE, METHODS, TARGET, TARGETS, check_options, options_of
 from entropy_kernels.trainer.schedule import Schedule
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     MethodName: TypeAlias = str
     TargetName: TypeAlias = str
     HeadName: TypeAlias = str
+    AdvantageName: TypeAlias = str
 else:  # --help lists the choices
     MethodName, TargetName, HeadName = Literal[tuple(METHODS)], Literal[tuple(TARGETS)], Literal[HEADS]
+    AdvantageName = Literal[tuple(name for name, row in ESTIMATORS.items() if not row.critic)]
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
@@ -53,6 +56,7 @@ WARM_START_FIELDS = (
 #: Annotation of a field -> what its value in a JSON file may be.
 _JSON_KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict[str, Any]": (dict,),
+    "bool | None": (bool, type(None)),
 }  # fmt: skip
 
 
@@ -142,17 +146,23 @@ class TrainerConfig:
     prompts_per_step: int = 64
     """Prompts per rollout."""
     samples_per_prompt: int = 8
-    """Completions per prompt: the group whose rewards give the advantage."""
+    """Completions per prompt: the group whose rewards give the advantage, where it compares them."""
     temperature: float = 1.0
     """Sampling temperature; the same distribution (no top-k, no top-p) is scored in training."""
     max_new_tokens: int | None = None
     """Longest completion in tokens; none takes the task's own."""
 
     # --- advantage and PPO -------------------------------------------------------------------------------------------
-    advantage: Literal["grpo", "rloo"] = "grpo"
-    """grpo: reward minus the group's mean; rloo: reward minus the mean of the *other* completions of the group."""
+    advantage: AdvantageName = "grpo"
+    """grpo: reward minus the group's mean; rloo: reward minus the mean of the *other* completions of the group;
+    reinforce_plus_plus: rewards from the token on; reinforce_plus_plus_baseline: as grpo, and neither is divided by the
+    group's standard deviation, but both are whitened."""
     normalize_std: bool = True
-    """Divide grpo advantages by the group's standard deviation. No effect on rloo."""
+    """Divide grpo advantages by the group's standard deviation. No effect on the others."""
+    whiten_advantages: bool | None = None
+    """Make advantages mean 0 and variance 1 over the rollout's tokens; none: under all but grpo and rloo, as verl."""
+    gamma: float = 1.0
+    """Discount of rewards per token, of reinforce_plus_plus."""
     minibatches: int = 4
     """Optimizer updates per epoch over a rollout. With one, log-probs equal the old ones and KL-Cov is inert."""
     epochs: int = 1
@@ -271,6 +281,8 @@ class TrainerConfig:
         _expect(low < high, "cov_low", f"less than cov_high = {high}", low)
         quantiles = self.cov_band != "quantile" or (low >= 0 and high <= 1)
         _expect(quantiles, "cov_low, cov_high", "quantiles in [0, 1] under cov_band = quantile", (low, high))
+        needed, samples = 1 + ESTIMATORS[self.advantage].groups, self.samples_per_prompt
+        _expect(samples >= needed, "samples_per_prompt", f"at least {needed}, a group to compare within", samples)
         heads = self.num_heads
         _expect(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_heads = {heads}", self.hidden_size)
         sequences = self.prompts_per_step * self.samples_per_prompt
@@ -472,6 +484,7 @@ def idle(config: TrainerConfig) -> dict[str, str]:
         ("memory_budget", config.head != "linear", f"under head = {config.head}"),
         ("partial_credit", config.task.startswith("walk"), "on walk, whose rewards are 0 and 1"),
         ("target_method", not targeted, "without target_entropy"),
+        ("gamma", "gamma" not in ESTIMATORS[config.advantage].reads, f"under advantage = {config.advantage}"),
         ("cov_ratio kl_coef selection_logprob", not decides, f"under {method}"),
     )
     usual = TrainerConfig()
@@ -514,7 +527,6 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "an integer >= 0",
         lambda value: value >= 0,
     ),
-    ("samples_per_prompt", "at least 2, a group to compare within", lambda value: value >= 2),
     ("temperature lr warm_lr", "a finite number > 0", lambda value: math.isfinite(value) and value > 0),
     (
         "grad_clip weight_decay warm_weight_decay kl_coef clip_low clip_high",
@@ -522,7 +534,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: math.isfinite(value) and value >= 0,
     ),
     ("adam_beta1 adam_beta2", "a number in [0, 1)", lambda value: 0 <= value < 1),
-    ("warm_wrong_fraction", "a number in [0, 1]", lambda value: 0 <= value <= 1),
+    ("warm_wrong_fraction gamma", "a number in [0, 1]", lambda value: 0 <= value <= 1),
     ("cov_ratio", "a fraction in (0, 1]", lambda value: value is None or 0 < value <= 1),
     ("memory_budget", "a number of bytes > 0", lambda value: value is None or value > 0),
     (

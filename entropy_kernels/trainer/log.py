@@ -30,7 +30,8 @@ DEFINITIONS = {
     "target_entropy": "the entropy that the step aims at, nats",
     "reward": "mean reward of the rollout",
     "unscored": "answers of the rollout that their verifier could not judge (reward 0); the first in unscored.jsonl",
-    "groups_mixed": "share of prompts whose completions got different rewards (the others have advantage 0)",
+    "groups_mixed": "share of prompts whose completions got different rewards (under the "
+    "estimators that compare within a prompt, the others have advantage 0)",
     "tokens": "completion tokens of the rollout",
     "sampling_gap": "largest |log-prob while sampling - log-prob of the full forward|, nats",
     "val_pass1": "held-out prompts: mean chance that one completion is right",

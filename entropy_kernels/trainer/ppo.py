@@ -1,7 +1,8 @@
 """PPO with verifiable rewards, under any method of control. One file, top to bottom: :func:`train` is the loop.
 
-A step: sample completions, score them, make advantages (:func:`collect`), then for every minibatch decide about
-its tokens and update (:func:`update`); with a target entropy all updates of the step are planned before the first.
+A step: sample completions, score them, take old log-probs, make advantages (:func:`collect`), then for every minibatch
+decide about its tokens and update (:func:`update`); with a target entropy all updates of the step are planned before
+the first.
 What is measured hangs on the loop as probes and changes nothing.
 Read on in this order: methods.py (what may be done to tokens, one table), rollout.py (sampling, old log-probs),
 advantages.py, model.py (the policy and its head), probes.py (what is measured), tasks.py, start.py (where RL starts),
@@ -43,7 +44,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
-from entropy_kernels.trainer.advantages import group_advantages
+from entropy_kernels.trainer.advantages import advantages_of, rewards_of_tokens
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.log import MetricsLog
@@ -122,7 +123,7 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
         for probe in probes:
             probe.before_step(step)
 
-        # 1. sample, score, advantages
+        # 1. sample, score, old log-probs, advantages
         step.rollout = collect(policy, task, config, step=number, generator=run.generators["sampler"])
         for probe in probes:
             probe.after_rollout(step)
@@ -161,10 +162,10 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
 
 @torch.no_grad()
 def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, generator: torch.Generator) -> Rollout:
-    """A rollout of the current policy: completions, their rewards and advantages, and the old log-probs.
+    """A rollout of the current policy: completions, their rewards, the old log-probs, and advantages.
 
-    These come from a full forward in the same shapes as training, not from the sampling pass: the first update then
-    starts at ratio 1 exactly. How far the two passes differ is reported as `sampling_gap`.
+    Old log-probs come from a full forward in the same shapes as training, not from the sampling pass: the first update
+    then starts at ratio 1 exactly. How far the two passes differ is reported as `sampling_gap`.
     """
     # each part ends with a value that the host waits for, so that a GPU's time is its own
     times = [time.perf_counter()]
@@ -180,21 +181,28 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
     given = verify_all(task, prompts, texts)
     times.append(time.perf_counter())
 
-    # advantages: within each group, one for all tokens of a completion
-    rewards = torch.tensor(given, dtype=torch.float32).view(config.prompts_per_step, config.samples_per_prompt)
-    rewards = rewards.to(policy.device)
-    advantages = group_advantages(rewards, estimator=config.advantage, normalize_std=config.normalize_std)
-
     # old log-probs, and the other statistics
     stats = score(policy, config, encoded, completions.ids, completions.mask)
     gap = float((stats.logprob - completions.logprob).abs().max())
     times.append(time.perf_counter())
+
+    # advantages: a completion's reward stands at its last token
+    rewards = torch.tensor(given, dtype=torch.float32).to(policy.device)
+    made = advantages_of(
+        config.advantage,
+        rewards_of_tokens(rewards, completions.mask),
+        completions.mask,
+        samples=config.samples_per_prompt,
+        whiten=config.whiten_advantages,
+        normalize_std=config.normalize_std,
+        gamma=config.gamma,
+    )
     return Rollout(
         prompts=encoded,
         ids=completions.ids,
         mask=completions.mask,
-        rewards=rewards,
-        advantages=advantages.reshape(-1, 1).expand(completions.ids.shape).contiguous(),
+        rewards=rewards.view(-1, config.samples_per_prompt),
+        advantages=made.advantages,
         old_logprob=stats.logprob,
         entropy=stats.entropy,
         collision=stats.collision,

@@ -30,7 +30,7 @@ class Rollout:
     ids: Tensor  # (B, L) int64
     mask: Tensor  # (B, L) bool
     rewards: Tensor  # (prompts, samples) float32
-    advantages: Tensor  # (B, L) float32, one value per row
+    advantages: Tensor  # (B, L) float32, 0 where masked
     old_logprob: Tensor  # (B, L) float32, of the policy that sampled
     entropy: Tensor  # (B, L) float32, nats
     collision: Tensor  # (B, L) float32
