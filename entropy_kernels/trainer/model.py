@@ -13,7 +13,7 @@ import inspect
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.losses import LOSSES
+from entropy_kernels.trainer.encoding import Encoder, Messages
 from entropy_kernels.trainer.files import OwnFiles, scratch_of
 
 #: Label of masked tokens: the ops return 0 for them and do not read what the model gives there.
@@ -44,12 +45,14 @@ class Encoded:
 @dataclass
 class Completions:
     """Sampled completions: `ids` (B, L) int64 and `mask` (B, L) bool, True up to and including the end token; `logprob`
-    and `entropy` (B, L) float32, of the distributions the tokens were drawn from, in nats, 0 where masked."""
+    and `entropy` (B, L) float32, of the distributions the tokens were drawn from, in nats, 0 where masked; `ended` (B,)
+    bool, False for those that were cut off at the longest length: of completions of fixed length, none."""
 
     ids: Tensor
     mask: Tensor
     logprob: Tensor
     entropy: Tensor
+    ended: Tensor
 
 
 class OpClock:
@@ -82,9 +85,9 @@ class Policy:
     model : transformers.PreTrainedModel
         Any model of AutoModelForCausalLM.
     tokenizer : transformers.PreTrainedTokenizerBase
-        With a pad token. If it has a chat template, prompts are formatted as one user turn.
-    end_id : int or None
-        The token that ends a completion; None for completions of fixed length.
+        If it has a chat template, prompts are turns of a chat.
+    end_ids, system_prompt
+        As in :class:`~entropy_kernels.trainer.encoding.Encoder`.
     head, memory_budget
         As in the configuration.
     mixed : bool
@@ -96,16 +99,14 @@ class Policy:
         model: Any,
         tokenizer: Any,
         *,
-        end_id: int | None,
+        end_ids: Iterable[int] = (),
+        system_prompt: str | None = None,
         head: str = "linear",
         memory_budget: int | None = None,
         mixed: bool = False,
     ) -> None:
-        if tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer: expected one with a pad token, got none")
         self.model = model
-        self.tokenizer = tokenizer
-        self.end_id = end_id
+        self.encoder = Encoder(tokenizer, end_ids=end_ids, system_prompt=system_prompt)
         self.head_name = head
         self.mixed = mixed
         self._memory_budget = memory_budget
@@ -113,7 +114,16 @@ class Policy:
         # sampling has the logits of one position, whatever the head
         self._sampled = HEADS["torch" if head == "torch" else "logits"](model, memory_budget)
         self.clock = OpClock(self.device)
-        self.tokenizer.padding_side = "left"
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the encoder."""
+        return self.encoder.tokenizer
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion; none for completions of fixed length."""
+        return self.encoder.end_ids
 
     @property
     def device(self) -> torch.device:
@@ -128,8 +138,8 @@ class Policy:
     def with_head(self, head: str) -> Policy:
         """The same model under another head, with a clock of its own."""
         return Policy(
-            self.model, self.tokenizer, end_id=self.end_id, head=head, memory_budget=self._memory_budget,
-            mixed=self.mixed,
+            self.model, self.tokenizer, end_ids=self.end_ids, system_prompt=self.encoder.system_prompt, head=head,
+            memory_budget=self._memory_budget, mixed=self.mixed,
         )  # fmt: skip
 
     @contextmanager
@@ -163,36 +173,27 @@ class Policy:
             for layer in layers:
                 layer.training = False
 
-    def encode(self, prompts: Sequence[str]) -> Encoded:
-        """Prompts as left-padded ids, through the chat template where the tokenizer has one."""
-        texts = list(prompts)
-        if self.tokenizer.chat_template:
-            texts = [
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-                )
-                for text in texts
-            ]
-        elif self.tokenizer.bos_token:
-            texts = [f"{self.tokenizer.bos_token} {text}" for text in texts]
-        batch = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        return Encoded(batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device))
+    def encode(self, prompts: Sequence[str | Messages]) -> Encoded:
+        """Prompts, text or chats, as left-padded ids: see :class:`~entropy_kernels.trainer.encoding.Encoder`."""
+        rows = [self.encoder.prompt_ids(prompt) for prompt in prompts]
+        length = max(map(len, rows))
+        ids = torch.tensor([[self.encoder.pad_id] * (length - len(row)) + row for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(length) >= length - lengths[:, None]).long()
+        return Encoded(ids.to(self.device), mask.to(self.device))
 
     def encode_completions(self, completions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Completions as right-padded ids (B, L) and mask (B, L) bool, with the end token where there is one."""
-        rows = self.tokenizer(list(completions), add_special_tokens=False)["input_ids"]
-        if self.end_id is not None:
-            rows = [[*row, self.end_id] for row in rows]
-        length = max(len(row) for row in rows)
-        ids = torch.tensor([row + [self.tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+        rows = [self.encoder.completion_ids(text) for text in completions]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [self.encoder.pad_id] * (length - len(row)) for row in rows])
         lengths = torch.tensor([len(row) for row in rows])
         mask = torch.arange(length) < lengths[:, None]
         return ids.to(self.device), mask.to(self.device)
 
     def decode(self, completions: Completions) -> list[str]:
         """Text of completions, without special tokens."""
-        ids = completions.ids.masked_fill(~completions.mask, self.tokenizer.pad_token_id)
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return self.encoder.decode(completions.ids, completions.mask)
 
     def outputs(self, prompts: Encoded, ids: Tensor, mask: Tensor) -> Tensor:
         """What the head makes the statistics of completion tokens from: hidden states, or logits under head ``logits``.
@@ -225,7 +226,7 @@ class Policy:
     ) -> Completions:
         """Draw one completion per row from softmax(logits / temperature).
 
-        `generator` must be on the model's device. Sampling ends early when every row has drawn the end token.
+        `generator` must be on the model's device. Sampling ends early when every row has drawn an end token.
         """
         from transformers import DynamicCache
 
@@ -236,6 +237,7 @@ class Policy:
         attention, full = prompts.mask, bool(prompts.mask.all())
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         step_ids, alive = prompts.ids, torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
+        ends = torch.tensor(self.end_ids, dtype=torch.long, device=prompts.ids.device)
         ids, masks, logprobs, entropies = [], [], [], []
         for _ in range(max_new_tokens):
             with self.precision():
@@ -250,24 +252,25 @@ class Policy:
             logits = output.logits[:, -1]  # (B, V)
             probabilities = torch.softmax(logits.float() / temperature, dim=-1)
             drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
-            if self.end_id is not None:
-                drawn = torch.where(alive[:, None], drawn, self.tokenizer.pad_token_id)
+            if self.end_ids:
+                drawn = torch.where(alive[:, None], drawn, self.encoder.pad_id)
             with self.clock:
                 scored = self._sampled.logprob_entropy(logits, _target(drawn[:, 0], alive), temperature)
             ids.append(drawn)
             masks.append(alive)
             logprobs.append(scored.logprob)
             entropies.append(scored.entropy)
-            if self.end_id is not None:
-                alive = alive & (drawn[:, 0] != self.end_id)
+            if self.end_ids:
+                alive = alive & ~torch.isin(drawn[:, 0], ends)
                 if not bool(alive.any()):
                     break
             attention = torch.cat([attention, masks[-1][:, None].to(attention.dtype)], dim=1)
-            full = full and self.end_id is None
+            full = full and not self.end_ids
             positions = positions[:, -1:] + 1
             step_ids = drawn
         logprob, entropy = torch.stack(logprobs, dim=1), torch.stack(entropies, dim=1)
-        return Completions(torch.cat(ids, dim=1), torch.stack(masks, dim=1), logprob, entropy)
+        ended = ~alive if self.end_ids else alive
+        return Completions(torch.cat(ids, dim=1), torch.stack(masks, dim=1), logprob, entropy, ended)
 
     def token_stats(self, outputs: Tensor, ids: Tensor, mask: Tensor, *, temperature: float) -> ek.TokenStats:
         """All four statistics of completion tokens (B, L), from their :meth:`outputs`; masked tokens give 0."""

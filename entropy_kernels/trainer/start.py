@@ -17,6 +17,7 @@ import torch
 
 from entropy_kernels._require import missing, require, require_installed
 from entropy_kernels._torch import Dropout
+from entropy_kernels.trainer.encoding import end_ids_of
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.model import Policy
 
@@ -60,19 +61,22 @@ def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Po
     _without_dropout(model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    if not task.fixed_length:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"model: expected a tokenizer with an end-of-sequence token for {task.name}, got none")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-    return Policy(
+    ends = () if task.fixed_length else end_ids_of(model, tokenizer)
+    if not (ends or task.fixed_length):
+        raise ValueError(
+            f"model: expected an end token, of its tokenizer or generation config, for {task.name}, got none"
+        )
+    policy = Policy(
         model,
         tokenizer,
-        end_id=None if task.fixed_length else tokenizer.eos_token_id,
+        end_ids=ends,
+        system_prompt=config.system_prompt,
         head=config.head,
         memory_budget=config.memory_budget,
         mixed=config.dtype == "mixed",
     )
+    policy.encoder.check()
+    return policy
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -158,7 +162,7 @@ def _rate(step: int, config: TrainerConfig) -> float:
 
 # --- the tiny model ---------------------------------------------------------------------------------------------------
 
-PAD, BOS = "<pad>", "<bos>"
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 
 
 def _tiny(config: TrainerConfig, task: Task) -> tuple[Any, Any]:
@@ -168,7 +172,7 @@ def _tiny(config: TrainerConfig, task: Task) -> tuple[Any, Any]:
         raise ValueError(
             f"model: expected a pretrained model for the task {task.name}, got 'tiny', which needs a task with words"
         )
-    tokenizer = word_tokenizer(words)
+    tokenizer = word_tokenizer(words, end=not task.fixed_length)
     model_config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -180,15 +184,16 @@ def _tiny(config: TrainerConfig, task: Task) -> tuple[Any, Any]:
         initializer_range=1.0 / math.sqrt(config.hidden_size) / 2,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.warm_seed)
         return transformers.LlamaForCausalLM(model_config), tokenizer
 
 
-def word_tokenizer(words: Sequence[str]) -> Any:
-    """A word-level tokenizer over `words` (split at white space), with pad and begin tokens.
+def word_tokenizer(words: Sequence[str], *, end: bool = False) -> Any:
+    """A word-level tokenizer over `words` (split at white space), with a pad token, a begin token that it puts before
+    every text, and an `end` token if asked for.
 
     It has no unknown token: a word outside the vocabulary is an error, not a silent <unk>.
     """
@@ -197,16 +202,27 @@ def word_tokenizer(words: Sequence[str]) -> Any:
     transformers = _transformers()
     if len(set(words)) != len(words):
         raise ValueError("words: expected distinct words, got repeated ones")
-    vocabulary = {word: i for i, word in enumerate([PAD, BOS, *words])}
+    vocabulary = {word: i for i, word in enumerate([PAD, BOS, *words, *[EOS] * end])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    _begins(tokenizer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
+        eos_token=EOS if end else None,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _begins(tokenizer: Any) -> None:
+    """Make a word-level tokenizer put the begin token before every text; earlier starts were saved without."""
+    from tokenizers import models, processors
+
+    if isinstance(tokenizer.model, models.WordLevel) and tokenizer.post_processor is None:
+        begin = (BOS, tokenizer.token_to_id(BOS))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
 
 
 # --- folders and the hub ----------------------------------------------------------------------------------------------
@@ -282,6 +298,8 @@ def load_model(name: str, argument: str = "model") -> tuple[Any, Any]:
     source = name if folder is None else str(folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        if tokenizer.bos_token == BOS and tokenizer.is_fast:
+            _begins(tokenizer.backend_tokenizer)
         model, report = auto.from_pretrained(source, output_loading_info=True)
     except ImportError:
         raise
@@ -350,6 +368,4 @@ def load_smollm2() -> tuple[Any, Any]:
     values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**values))
     model.load_state_dict(loaded.state_dict())
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
