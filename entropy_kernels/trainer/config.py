@@ -153,6 +153,9 @@ class TrainerConfig:
     """Sampling temperature; the same distribution (no top-k, no top-p) is scored in training."""
     max_new_tokens: int | None = None
     """Longest completion in tokens; none takes the task's own."""
+    mask_truncated: bool = False
+    """Completions that reach max_new_tokens without an end token take no part in losses, selection and the numbers of
+    tokens that these are divided by (DAPO's overlong filtering); their rewards still count in their groups."""
 
     # --- advantage and PPO -------------------------------------------------------------------------------------------
     advantage: AdvantageName = "grpo"

@@ -71,7 +71,9 @@ DEFINITIONS = {
     "target_gain": "measured over predicted entropy change, as learned so far; see docs/control.md",
     "target_saturated": "1: no plan could bring the entropy as high as wanted, or max_change holds it back; -1: none "
     "as low; 0: neither",
-    "lr": "learning rate of the step, under lr_schedule",
+    "lr": "learning rate of the step, of its schedule and warm-up",
+    "updates": "optimizer updates of the step; fewer than minibatches x epochs where mask_truncated leaves a minibatch "
+    "without a token",
     "own_update_dh": "entropy change of the step's first update on that update's own tokens, nats",
     "first_order_dh": "gradient of the mean entropy in the weights, times their change in the first update, nats",
     "first_update_dh": "entropy change of the step's first update on the rollout's tokens, nats",

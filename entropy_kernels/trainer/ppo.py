@@ -96,6 +96,11 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
     config.validate()
     task = make_task(config.task, max_new_tokens=config.max_new_tokens)
     task.partial_credit = config.partial_credit
+    if config.mask_truncated and task.fixed_length:
+        raise ValueError(
+            f"mask_truncated: expected a task whose completions end with an end token, got {task.name}, where all have "
+            "one length and none is cut off"
+        )
     check_path(config.out)
     if config.resume:
         checkpoint.expect_checkpoint(config.out / "checkpoint.pt")
@@ -132,6 +137,8 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             lr, order = config.lr_at(number), list(minibatches(config, policy.device, run.generators["shuffler"]))
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
+            # a minibatch without a token that counts (mask_truncated) is no update: weights and optimizer stay
+            order = [rows for rows in order if bool(step.rollout.mask[rows].any())]
 
             # 2. with a target entropy: what all updates may do, by the statistics of the policy that sampled
             if run.target is not None:
@@ -200,7 +207,7 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
     return Rollout(
         prompts=encoded,
         ids=completions.ids,
-        mask=completions.mask,
+        mask=completions.mask & completions.ended[:, None] if config.mask_truncated else completions.mask,
         rewards=rewards.view(-1, config.samples_per_prompt),
         advantages=made.advantages,
         old_logprob=stats.logprob,
@@ -214,6 +221,8 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
             for i, reward in enumerate(given)
             if isinstance(reward, Unscored)
         ],
+        completed=completions.mask,
+        truncated=~completions.ended,
     )
 
 
@@ -303,7 +312,7 @@ def backward(
     losses add up to one. Returns the loss and what was done to the tokens.
     """
     ids, mask = rollout.ids[rows], rollout.mask[rows]
-    outputs = policy.outputs(rollout.prompts[rows], ids, mask)
+    outputs = policy.outputs(rollout.prompts[rows], ids, rollout.completed[rows])
     # The graph is cut at the model's outputs: our backward and the network's run one after the other, so that the time
     # spent in our ops is measured.
     leaf = outputs.detach().requires_grad_()

@@ -134,26 +134,34 @@ class RolloutMetrics(Probe):
 
     def after_rollout(self, step: Step) -> None:
         rollout, config = step.sampled, step.config
-        covariance = ek.token_covariance(rollout.old_logprob, rollout.advantages, rollout.mask)[rollout.mask].double()
-        ordered = covariance.sort(descending=True).values
-        n = len(ordered)
-        low, high = (config.cov_low, config.cov_high) if config.cov_band == "absolute" else (1.0, 5.0)
         step.row |= {
-            "entropy": mean_over(rollout.entropy, rollout.mask),
+            "entropy": mean_over(rollout.entropy, rollout.completed),
             **({} if config.target_entropy is None else {"target_entropy": config.target_at(step.number)}),
             "reward": float(rollout.rewards.mean()),
             "unscored": len(rollout.unscored),
             "groups_mixed": float((rollout.rewards != rollout.rewards[:, :1]).any(dim=1).float().mean()),
-            "tokens": n,
+            "tokens": rollout.tokens,
             "sampling_gap": rollout.sampling_gap,
-            "cov_mean": float(covariance.mean()),
-            "cov_max": float(ordered[0]),
-            "tokens_in_band": int(((covariance > low) & (covariance < high)).sum()),
         }
-        for fraction, name in COVARIANCE_COLUMNS.items():
-            step.row[name] = float(ordered[: max(1, int(fraction * n))].mean())
+        if bool(rollout.mask.any()):
+            step.row |= covariance_columns(rollout, config)
         if not step.last:
             note_unscored(config.out / "unscored.jsonl", step.number, rollout.unscored)
+
+
+def covariance_columns(rollout: Rollout, config: TrainerConfig) -> dict[str, float]:
+    """Of the covariances of the tokens that count, of which there is at least one."""
+    covariance = ek.token_covariance(rollout.old_logprob, rollout.advantages, rollout.mask)[rollout.mask].double()
+    ordered = covariance.sort(descending=True).values
+    low, high = (config.cov_low, config.cov_high) if config.cov_band == "absolute" else (1.0, 5.0)
+    found = {
+        "cov_mean": float(covariance.mean()),
+        "cov_max": float(ordered[0]),
+        "tokens_in_band": int(((covariance > low) & (covariance < high)).sum()),
+    }
+    for fraction, name in COVARIANCE_COLUMNS.items():
+        found[name] = float(ordered[: max(1, int(fraction * len(ordered)))].mean())
+    return found
 
 
 class UpdateMetrics(Probe):
@@ -162,12 +170,11 @@ class UpdateMetrics(Probe):
     def after_step(self, step: Step) -> None:
         lr = step.config.lr_at(step.number)
         updates = [update_metrics(update, step.sampled, step.config, lr) for update in step.updates]
-        for name in updates[0]:
+        step.row |= {"updates": len(updates), "lr": lr}
+        for name in updates[0] if updates else ():
             step.row[name] = combined(name, [metrics[name] for metrics in updates])
         if step.plan is not None:
             step.row |= {name: float(step.plan.metrics[of]) for name, of in _PLAN_METRICS.items()}
-        if step.config.lr_schedule is not None:
-            step.row["lr"] = lr
 
 
 #: Metrics of the losses that the log keeps.
@@ -267,19 +274,19 @@ class EntropyChange(Probe):
         step.row["first_order_dh"] = self._first_order.change()
         with step.policy.full_precision():
             rollout, now = step.sampled, entropy_now(step)
-            step.row["first_update_dh"] = mean_over(now, rollout.mask) - mean_over(self._before, rollout.mask)
+            step.row["first_update_dh"] = mean_over(now, rollout.completed) - mean_over(self._before, rollout.completed)
             own = torch.cat(step.updates[0].rows)
-            step.row["own_update_dh"] = mean_over((now.double() - self._before)[own], rollout.mask[own])
+            step.row["own_update_dh"] = mean_over((now.double() - self._before)[own], rollout.completed[own])
             with self._first_order.fraction(SMALL):
-                small = mean_over(entropy_now(step), rollout.mask) - mean_over(self._before, rollout.mask)
+                small = mean_over(entropy_now(step), rollout.completed) - mean_over(self._before, rollout.completed)
                 step.row["small_update_dh"] = small / SMALL
 
     def after_step(self, step: Step) -> None:
         step.row["predicted_dh"] = predicted_change(step)
         if step.config.measure_entropy_change or step.plan is not None:
             rollout = step.sampled
-            before = mean_over(rollout.entropy, rollout.mask)
-            step.row["measured_dh"] = mean_over(step.entropy_after(), rollout.mask) - before
+            before = mean_over(rollout.entropy, rollout.completed)
+            step.row["measured_dh"] = mean_over(step.entropy_after(), rollout.completed) - before
         if self._first_order is not None:
             step.row["first_order_step_dh"] = self._first_order.change()
             self._first_order = None  # as large as the model three times
@@ -288,7 +295,7 @@ class EntropyChange(Probe):
 def entropy_now(step: Step) -> Tensor:
     """Entropy of the current policy at the rollout's tokens, (B, L), nats."""
     rollout = step.sampled
-    return score(step.policy, step.config, rollout.prompts, rollout.ids, rollout.mask).entropy
+    return score(step.policy, step.config, rollout.prompts, rollout.ids, rollout.completed).entropy
 
 
 def predicted_change(step: Step) -> float:
@@ -299,7 +306,7 @@ def predicted_change(step: Step) -> float:
     plan does in each of them, once.
     """
     rollout = step.sampled
-    advantages, kept = rollout.advantages.clone(), torch.ones_like(rollout.advantages)
+    advantages, kept = rollout.advantages.clone(), rollout.mask.to(rollout.advantages.dtype)
     done: list[tuple[Any, ek.Control | None]] = [(slice(None), step.plan)]
     if step.plan is None:
         done = [pair for update in step.updates for pair in zip(update.rows, update.controls, strict=True)]
@@ -316,7 +323,7 @@ def predicted_change(step: Step) -> float:
     change = ek.predicted_entropy_change(
         rollout.vocab_covariance, advantages * kept, step_size=1.0, temperature=step.config.temperature
     )
-    return mean_over(change, rollout.mask)
+    return mean_over(change, rollout.completed)
 
 
 class FirstOrder:
@@ -331,7 +338,7 @@ class FirstOrder:
         self._gradient = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
         tokens = rollout.tokens
         for rows in row_slices(config, rollout.ids.shape[0]):
-            ids, mask = rollout.ids[rows], rollout.mask[rows]
+            ids, mask = rollout.ids[rows], rollout.completed[rows]
             outputs = policy.outputs(rollout.prompts[rows], ids, mask)
             entropy = policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).entropy
             grads = torch.autograd.grad(entropy.sum() / tokens, self._parameters)
@@ -468,7 +475,7 @@ def compare_heads(policy: Policy, rollout: Rollout, config: TrainerConfig, backw
     if not linear or math.isinf(max(row["memory/linear"], row["memory/logits"])):
         return row
     ours, others = (fresh_stats(policy.with_head(head), rollout, rows, config) for head in ("linear", "logits"))
-    gap = float((ours.logprob - others.logprob)[mask].abs().mean())
+    gap = float((ours.logprob - others.logprob)[rollout.completed[rows]].abs().mean())
     if mine == "linear" and not gap <= ROUNDING[torch.bfloat16 if policy.mixed else policy.model.dtype]:
         raise ValueError(
             "head: expected, for linear, a model whose logits come from a linear head, with a scale and a softcap that "

@@ -24,11 +24,15 @@ Stats = ek.LogprobEntropy | ek.TokenStats
 
 @dataclass
 class Rollout:
-    """One batch of experience. B = prompts * samples rows, L completion positions."""
+    """One batch of experience. B = prompts * samples rows, L completion positions.
+
+    What is trained on stands in `mask`; what was sampled, in `completed` and `lengths`, which are told of in the log.
+    The two differ under mask_truncated alone.
+    """
 
     prompts: Encoded  # (B, P)
     ids: Tensor  # (B, L) int64
-    mask: Tensor  # (B, L) bool
+    mask: Tensor  # (B, L) bool: tokens that count in losses, control and their denominators
     rewards: Tensor  # (prompts, samples) float32
     advantages: Tensor  # (B, L) float32, 0 where masked
     old_logprob: Tensor  # (B, L) float32, of the policy that sampled
@@ -38,11 +42,24 @@ class Rollout:
     sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
     seconds: dict[str, float] = field(default_factory=dict)  # of sample, verify, score
     unscored: list[dict[str, str]] = field(default_factory=list)  # prompt, completion, reason
+    completed: Tensor = None  # type: ignore[assignment]  # (B, L) bool: all tokens of the completions; None: the mask
+    truncated: Tensor = None  # type: ignore[assignment]  # (B,) bool: ran into max_new_tokens; None: none
+
+    def __post_init__(self) -> None:
+        if self.completed is None:
+            self.completed = self.mask
+        if self.truncated is None:
+            self.truncated = torch.zeros_like(self.completed[:, 0])
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each completion, (B,) int64."""
+        return self.completed.sum(dim=1)
 
     @property
     def tokens(self) -> int:
-        """Valid completion tokens."""
-        return int(self.mask.sum())
+        """Completion tokens that were sampled."""
+        return int(self.completed.sum())
 
 
 def mean_over(values: Tensor, mask: Tensor) -> float:
@@ -84,7 +101,7 @@ def score(policy: Policy, config: TrainerConfig, prompts: Encoded, ids: Tensor, 
 @torch.no_grad()
 def fresh_stats(policy: Policy, rollout: Rollout, rows: Tensor, config: TrainerConfig) -> Stats:
     """Statistics of the rollout's `rows` under the current weights, each (b, L): those that the method decides by."""
-    ids, mask = rollout.ids[rows], rollout.mask[rows]
+    ids, mask = rollout.ids[rows], rollout.completed[rows]
     return stats_for(config)(
         policy, policy.outputs(rollout.prompts[rows], ids, mask), ids, mask, temperature=config.temperature
     )
