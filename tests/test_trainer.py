@@ -12,6 +12,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+import safetensors.torch
+from safetensors.torch import load_file
+
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.advantages import advantages_of, pass_at_k, rewards_of_tokens
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
@@ -148,7 +151,7 @@ def test_two_runs_of_one_seed_agree_bit_for_bit(tmp_path: Path, method: str) -> 
     a, b = rows_without_times(tmp_path / "a"), rows_without_times(tmp_path / "b")
     assert a == b
     assert [row["step"] for row in a] == [0, 1, 2, 3]
-    weights = [torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["model"] for n in ("a", "b")]
+    weights = [load_file(tmp_path / n / "checkpoint.safetensors") for n in ("a", "b")]
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
     ppo.train(config(tmp_path / "c", method=method, seed=1))
@@ -180,7 +183,7 @@ def test_resume_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"steps: expected at least the 2 that the checkpoint has finished, got 1"):
         ppo.train(config(tmp_path / "run", steps=1, resume=True))
     assert all((tmp_path / "run" / name).read_bytes() == content for name, content in before.items())
-    (tmp_path / "run" / "checkpoint.pt").unlink()  # stopped before the first one
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()  # stopped before the first one
     with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint.*--overwrite"):
         ppo.train(config(tmp_path / "run", steps=1, resume=True))
     with pytest.raises(FileExistsError, match=r"which holds one; pass --overwrite to replace it, or another --out"):
@@ -191,14 +194,14 @@ def test_resume_errors(tmp_path: Path) -> None:
 
 def test_interrupted_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ppo.train(config(tmp_path / "run", steps=1))
-    path = tmp_path / "run" / "checkpoint.pt"
+    path = tmp_path / "run" / "checkpoint.safetensors"
     before = path.read_bytes()
 
-    def torn(state: object, file: object) -> None:
-        file.write(b"half of a chec")  # type: ignore[attr-defined]
+    def torn(tensors: object, file: str, metadata: object) -> None:
+        Path(file).write_bytes(b"half of a chec")
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", torn)
+    monkeypatch.setattr(safetensors.torch, "save_file", torn)
     with pytest.raises(OSError, match="disk full"):
         ppo.train(config(tmp_path / "run", steps=2, resume=True))
     assert path.read_bytes() == before

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import json
 import os
 import random
@@ -19,6 +17,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
+from safetensors.torch import load_file, save_file
+
 import trainer_setup
 from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer import checkpoint, sweep
@@ -27,48 +27,59 @@ from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import LOCK, OwnFiles
 from entropy_kernels.trainer.log import MetricsLog, read_rows
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy
+from entropy_kernels.trainer.tensorfile import load_tree, save_tree
 from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times  # noqa: F401
 
 trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
 
+
+def weights(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = state["modules"]["policy"]
+    return found
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, position: int) -> None:
+def flip(path: Path, position: int, bits: int = 0x10) -> None:
     data = bytearray(path.read_bytes())
-    data[position] ^= 0x10
+    data[position] ^= bits
     path.write_bytes(data)
 
 
 def test_any_damage_to_a_checkpoint_is_seen(run: Path) -> None:
-    path = run / "checkpoint.pt"
+    path = run / "checkpoint.safetensors"
     good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
     assert checkpoint.load_checkpoint(path)["step"] == 3
-    assert torch.load(path, weights_only=True)["step"] == 3, "torch alone cannot read it"
-    backend_devices = [*range(0, len(good), len(good) // 40), *range(len(good) - 100, len(good)), 30, 31]
-    for on in backend_devices:
-        flip(path, on)
-        with pytest.raises(ValueError, match=r"resume: expected a checkpoint at .*checkpoint\.pt, got a .*damaged"):
+    assert load_file(path).keys() >= {"modules/policy/lm_head.weight", "optimizers/policy/state/0/exp_avg"}
+    draw = random.Random(0)
+    places = [*range(12), *range(0, header, header // 60), *range(header - 12, header + 12), len(good) - 1, 64, 65]
+    places += [good.index(b"sha256"), *(good.index(b"sha256") + 11 + i for i in range(64))]  # the checksum's own digits
+    for on in [*places, *draw.sample(range(len(good)), 60)]:
+        flip(path, on, draw.choice([1 << bit for bit in range(8)]))
+        with pytest.raises(
+            ValueError, match=r"resume: expected a checkpoint at .*checkpoint\.safetensors, got a .*damaged"
+        ):
             checkpoint.load_checkpoint(path)
         path.write_bytes(good)
-    for size in (
-        1,
-        10,
-        1000,
-        len(good) // 2,
-        len(good) - 200,
-        len(good) - 1,
-        *random.Random(0).sample(range(len(good)), 9),
-    ):
+    path.write_bytes(good.replace(b"}   ", b"}\n\t ", 1) if b"}   " in good else good + b" ")  # means the same as JSON
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load_checkpoint(path)
+    for size in (1, 7, 8, 10, header, len(good) // 2, len(good) - 1, *draw.sample(range(len(good)), 9)):
         path.write_bytes(good[:size])
-        with pytest.raises(ValueError, match=r"checkpoint\.pt, got a"):
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors, got a file that was cut off") as caught:
             checkpoint.load_checkpoint(path)
+        assert "\n" not in str(caught.value) and "checkpoint.previous.safetensors" in str(caught.value)
+    path.write_bytes(good + b"\0")
+    with pytest.raises(ValueError, match=rf"expected {len(good)} bytes, got {len(good) + 1}"):
+        checkpoint.load_checkpoint(path)
 
 
 def test_a_damaged_checkpoint_is_told_with_the_way_out_and_that_works(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = run / "checkpoint.pt"
+    path = run / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     before = contents(run)
     assert main(["from-config", str(run / "config.json"), "--out", str(run), "--resume", "--steps", "4"]) == 2
@@ -76,9 +87,9 @@ def test_a_damaged_checkpoint_is_told_with_the_way_out_and_that_works(
     assert error.count("\n") == 1 and error.startswith(
         f"python -m entropy_kernels.trainer: error: --resume: expected a checkpoint at {path}, got a file that"
     )
-    assert f"mv {path.with_name('checkpoint.previous.pt')} {path}" in error
+    assert f"mv {path.with_name('checkpoint.previous.safetensors')} {path}" in error
     assert contents(run) == before
-    path.with_name("checkpoint.previous.pt").replace(path)
+    path.with_name("checkpoint.previous.safetensors").replace(path)
     again(run)
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
@@ -89,49 +100,46 @@ def test_a_damaged_checkpoint_is_told_with_the_way_out_and_that_works(
         (lambda path: path.write_bytes(b""), "got an empty file"),
         (lambda path: path.write_bytes(bytes(4000)), "cut off, is damaged, or is of another program"),
         (lambda path: path.mkdir(), "got a folder"),
-        (lambda path: torch.save({"model": {}}, path), "got a file of another program"),
-        (lambda path: torch.save(dataclasses.make_dataclass("A", ["b"]), path), "got a file of another program"),
-        (lambda path: torch.save({"format": 99, "step": 1, "config": {}}, path), "from a newer version.*update"),
+        (lambda path: torch.save({"model": {}}, path), "cut off, is damaged, or is of another program"),
+        (lambda path: save_file({"a": torch.ones(3)}, path), "damaged or of another program .it has no checksum"),
+        (lambda path: save_tree(path, {"a": torch.ones(3)}), "got a file of another program"),
+        (lambda path: save_tree(path, {"format": 99, "step": 1, "config": {}}), "from a newer version.*update"),
         (lambda path: path.symlink_to("nowhere"), "got none"),
     ],
 )  # fmt: skip
 def test_what_is_no_checkpoint_is_told(tmp_path: Path, make: Any, message: str) -> None:
-    make.__globals__["A"] = None
-    path = tmp_path / "checkpoint.pt"
-    try:
-        make(path)
-    except Exception:  # pickle refuses a local class on some versions
-        path.write_bytes(b"\x80\x04.")
-        message = "another program"
+    path = tmp_path / "checkpoint.safetensors"
+    make(path)
     with pytest.raises((ValueError, OSError), match=rf"resume: expected a checkpoint at .*{message}"):
         checkpoint.load_checkpoint(path)
 
 
-@pytest.mark.parametrize("form", [1, checkpoint.FORMAT])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         *((lambda state, name=name: state.pop(name), "a file of another program")
-          for name in ("step", "config", "model", "optimizer", "generators", "torch_rng", "cuda_rng")),
+          for name in ("step", "config", "modules", "optimizers", "generators", "torch_rng", "cuda_rng",
+                       "format", "changes")),
         (lambda state: state.update(config=None), "a file of another program"),
         (lambda state: state.update(step="3"), "a file of another program"),
         (lambda state: state.update(row=[]), "a file of another program"),
-        (lambda state: state["model"].popitem(), "one of another model"),
-        (lambda state: state.update(model={k: v[:1] for k, v in state["model"].items()}), "one of another model"),
-        (lambda state: state["optimizer"].update(param_groups=[]), "one of another optimizer"),
-        (lambda state: state["optimizer"]["state"][0].update(exp_avg=torch.ones(2, 2)), "one of another optimizer"),
+        (lambda state: weights(state).popitem(), "one of another model"),
+        (lambda state: weights(state).update({k: v[:1] for k, v in weights(state).items()}), "one of another model"),
+        (lambda state: state["modules"].update(policy=None), "a file of another program"),
+        (lambda state: state["modules"].pop("policy"), "one of another model"),
+        (lambda state: state["optimizers"].pop("policy"), "one of another optimizer"),
+        (lambda state: state["optimizers"]["policy"].update(param_groups=[]), "one of another optimizer"),
+        (lambda state: state["optimizers"]["policy"]["state"][0].update(exp_avg=torch.ones(2, 2)),
+         "one of another optimizer"),
         (lambda state: state["generators"].pop("sampler"), "one of another generator"),
         (lambda state: state.update(torch_rng=torch.ones(3)), "one of another generator"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_is_whole_and_not_ours(run: Path, form: int, change: Any, message: str) -> None:
-    path = run / "checkpoint.pt"
-    state = {**checkpoint.load_checkpoint(path), "format": form}
+def test_a_checkpoint_that_is_whole_and_not_ours(run: Path, change: Any, message: str) -> None:
+    path = run / "checkpoint.safetensors"
+    state = checkpoint.load_checkpoint(path)
     change(state)
-    data = io.BytesIO()
-    torch.save(state, data)
-    seal = checkpoint._SEAL + hashlib.sha256(data.getvalue()).hexdigest().encode() + b"\n" if form > 1 else b""
-    path.write_bytes(data.getvalue() + seal)
+    save_tree(path, state)
     before = contents(run)
     with pytest.raises(ValueError, match=rf"resume: expected a checkpoint at .*got {message}; the one before is kept"):
         again(run)
@@ -140,30 +148,55 @@ def test_a_checkpoint_that_is_whole_and_not_ours(run: Path, form: int, change: A
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable for root")
 def test_a_checkpoint_that_cannot_be_read(run: Path) -> None:
-    (run / "checkpoint.pt").chmod(0)
+    (run / "checkpoint.safetensors").chmod(0)
     with pytest.raises(OSError, match=r"resume: expected a checkpoint at .*cannot be read \(Permission denied\)"):
         again(run)
 
 
-def test_a_checkpoint_from_before_there_were_checksums_is_read(run: Path) -> None:
-    path = run / "checkpoint.pt"
-    state = checkpoint.load_checkpoint(path)
-    del state["row"]
-    torch.save({**state, "format": 1}, path)
-    again(run)
-    torch.save({**state, "format": 1}, path)
-    flip(path, path.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"got a damaged file \(its checksums do not match\)"):
-        again(run)
+def test_tied_weights_and_views_are_saved_once_and_come_back(tmp_path: Path) -> None:
+    base, path = torch.arange(12.0).view(3, 4), tmp_path / "x.safetensors"
+    tree = {
+        "a": base, "tied": base.view(3, 4), "turned": base.T, "row": base[1], "empty": torch.ones(0, 3),
+        "kinds": [torch.tensor(True), torch.ones(2, dtype=torch.bfloat16), torch.tensor(7)],
+        "exact": 0.1 + 0.2, "x": float("nan"),
+        "state": {0: {"step": (1, -0.0, None)}, "$tensor": "a", "1": "\ud800\u00e9"}, "a/b": 2**70, "none": {},
+        "/a": torch.zeros(1),
+    }  # fmt: skip
+    save_tree(path, tree)
+    got = load_tree(path)
+    assert repr(got) == repr({**tree, "turned": tree["turned"].contiguous()})
+    assert got["a"].data_ptr() == got["tied"].data_ptr()
+    first = path.read_bytes()
+    save_tree(path, tree)
+    assert path.read_bytes() == first
+    with pytest.raises(TypeError, match=r"/state/x: expected tensors, numbers, texts, or dicts and lists .*, got set"):
+        save_tree(path, {"state": {"x": {1}}})
+    assert path.read_bytes() == first
+
+
+def test_a_state_dict_of_what_is_trained_stands_for_a_module(run: Path) -> None:
+    path = run / "checkpoint.safetensors"
+    saved = checkpoint.load_checkpoint(path)
+    names = {"step": 3, "config": saved["config"], "optimizers": {}, "generators": {}}
+    checkpoint.save_checkpoint(path, modules={"policy": {"adapter": torch.ones(2)}}, **names)
+    state, trained = checkpoint.load_checkpoint(path), torch.nn.Parameter(torch.zeros(2))
+    restored = {"optimizers": {}, "generators": {}}
+    assert checkpoint.restore(state, path, modules={"policy": {"adapter": trained}}, **restored) == 3
+    assert trained.tolist() == [1.0, 1.0]
+    for other in ({"adapter": torch.zeros(3)}, {"b": torch.zeros(2)}, {}):
+        with pytest.raises(ValueError, match="of this configuration's model, got one of another model"):
+            checkpoint.restore(state, path, modules={"policy": other}, **restored)
+    with pytest.raises(ValueError, match="of this configuration's critic, got one of another critic"):
+        checkpoint.restore(state, path, modules={"critic": {}}, **restored)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run: Path) -> None:
-    path = run / "checkpoint.pt"
+    path = run / "checkpoint.safetensors"
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
     try:
-        with pytest.raises(OSError, match=r"checkpoint\.pt: cannot be written \(File too large\).*--resume"):
+        with pytest.raises(OSError, match=r"checkpoint\.safetensors: cannot be written \(File too large\).*--resume"):
             again(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -230,7 +263,9 @@ def test_a_log_that_is_gone_or_of_another_run(run: Path) -> None:
     other = "".join(json.dumps({**json.loads(line), "entropy": 0.123}) + "\n" for line in lines)
     path.write_text(other)
     before = contents(run)
-    with pytest.raises(ValueError, match=r"resume: expected in .*metrics\.jsonl the log of the run in checkpoint\.pt"):
+    with pytest.raises(
+        ValueError, match=r"resume: expected in .*metrics\.jsonl the log of the run in checkpoint\.safetensors"
+    ):
         again(run)
     assert contents(run) == before
     path.unlink()
@@ -287,8 +322,6 @@ def test_a_folder_that_is_no_model_is_told(run: Path, change: Any, message: str)
 
 
 def test_a_model_that_lacks_weights_is_refused(run: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = run / "model" / "model.safetensors"
     weights = load_file(path)
     save_file({k: v for k, v in weights.items() if "lm_head" not in k and "embed" not in k}, path, {"format": "pt"})

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 import trainer_setup
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
+from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, locked, write_text
 from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.start import build_policy
@@ -30,7 +31,7 @@ trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
 # --- the user's files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "model.txt", "notes/metrics.jsonl", ".checkpoint.pt.tmp"])
+@pytest.mark.parametrize("name", ["thesis.txt", "model.txt", "notes/metrics.jsonl", ".checkpoint.safetensors.tmp"])
 def test_files_beside_a_run_stay(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("x")
@@ -41,8 +42,10 @@ def test_files_beside_a_run_stay(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["metrics.jsonl", "checkpoint.pt", "config.json", "checkpoint.previous.pt", "model/thesis.txt", "model",
-     "tensorboard/thesis.txt", "checkpoint.pt/thesis.txt", "unscored.jsonl"],
+    ["metrics.jsonl", "checkpoint.safetensors", "config.json", "checkpoint.previous.safetensors", "model/thesis.txt",
+     "model",
+     "checkpoint.safetensors/thesis.txt", "unscored.jsonl", "samples.jsonl", "nonfinite.safetensors",
+     "tensorboard/thesis.txt", "reference/model.safetensors", "adapter/adapter_config.json", "reference", "adapter"],
 )  # fmt: skip
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_under_the_names_of_a_run_are_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
@@ -69,7 +72,7 @@ def test_overwrite_removes_a_run_and_nothing_else(run: Path) -> None:
     ppo.train(config(run, overwrite=True, seed=7, **SHORT))
     assert all((run / name).read_text() == "x" for name in ("thesis.txt", "model/thesis.txt"))
     assert len(read_rows(run / "metrics.jsonl")) == 2
-    assert not (run / "checkpoint.previous.pt").exists()
+    assert not (run / "checkpoint.previous.safetensors").exists()
     assert contents(run)["model/model.safetensors"] != stale["model/model.safetensors"]
 
 
@@ -82,10 +85,12 @@ def test_what_cannot_start_removes_nothing(run: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Leave what a version without records would have."""
-    for name in (".entropy_kernels*", "checkpoint.previous.pt"):
+    """Leave what a version without records would have, whose checkpoints were torch's."""
+    for name in (".entropy_kernels*", "checkpoint.previous.safetensors"):
         for path in folder.rglob(name):
             path.unlink()
+    for path in folder.rglob("checkpoint.safetensors"):
+        path.rename(path.with_name("checkpoint.pt"))
 
 
 def test_a_run_from_before_there_were_records_is_ours(run: Path) -> None:
@@ -93,18 +98,48 @@ def test_a_run_from_before_there_were_records_is_ours(run: Path) -> None:
     mine = ["run.log", *(f"model/{name}" for name in mine)]
     for name in mine:
         (run / name).write_text("x")
-    for start in (lambda: again(run), lambda: ppo.train(config(run, overwrite=True, **SHORT))):
-        forget(run)
-        start()
-        assert all((run / name).read_text() == "x" for name in mine)
+    saved = (run / "checkpoint.safetensors").read_bytes()
+    forget(run)
+    (run / "checkpoint.safetensors").write_bytes(saved)
+    again(run)  # what could be loaded is ours
+    forget(run)
+    ppo.train(config(run, overwrite=True, **SHORT))
+    assert all((run / name).read_text() == "x" for name in mine)
 
 
-@pytest.mark.parametrize("name", ["unscored.jsonl", "metrics.broken", "checkpoint.previous.pt", "model"])
+def test_a_checkpoint_of_an_earlier_version_is_told_and_goes_with_its_run(run: Path) -> None:
+    forget(run)
+    before = contents(run)
+    message = (
+        r"resume: expected a checkpoint at .*checkpoint\.safetensors, got only checkpoint\.pt, made by an earlier "
+        r"version of entropy_kernels, which resumes it; or start again with --overwrite"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        again(run)
+    assert contents(run) == before
+    # a sweep that goes on does not replace it in silence
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().partition("\n")[0] + "\n")
+    settings = dataclasses.replace(TrainerConfig.from_json(run), out=run)
+    (run / "config.json").write_text(json.dumps({**settings.to_dict(), "versions": {"entropy_kernels": "0"}}))
+    assert sweep.unfinished({"run": settings})["run"].resume
+    ppo.train(config(run, overwrite=True, **SHORT))
+    assert not (run / "checkpoint.pt").exists() and (run / "checkpoint.safetensors").exists()
+    (run / "checkpoint.pt").write_text("x")  # the user's
+    ppo.train(config(run, overwrite=True, **SHORT))
+    assert (run / "checkpoint.pt").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unscored.jsonl", "metrics.broken", "checkpoint.safetensors", "checkpoint.previous.safetensors", "samples.jsonl",
+     "nonfinite.safetensors", "reference/config.json", "adapter/adapter_config.json", "model"],
+)  # fmt: skip
 def test_names_that_came_later_are_not_an_earlier_runs(run: Path, name: str) -> None:
     forget(run)
     if name == "model":
         (run / "config.json").unlink()  # and with it the proof
     else:
+        (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("x")
     before = contents(run)
     with pytest.raises(FileExistsError, match=r"^out: expected "):
@@ -113,12 +148,12 @@ def test_names_that_came_later_are_not_an_earlier_runs(run: Path, name: str) -> 
 
 
 def test_a_users_log_and_checkpoint_are_not_taken_for_a_run(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint.pt").write_text("x")
+    (tmp_path / "checkpoint.safetensors").write_text("x")
     with pytest.raises(ValueError, match=r"resume: expected a checkpoint at .*or is of another program"):
         again(tmp_path)
-    with pytest.raises(FileExistsError, match=r"expected no checkpoint.pt in .* move it away"):
+    with pytest.raises(FileExistsError, match=r"expected no checkpoint.safetensors in .* move it away"):
         ppo.train(config(tmp_path, **SHORT))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
 @pytest.mark.parametrize("name", [".entropy_kernels.json", ".entropy_kernels.lock"])
@@ -300,7 +335,7 @@ def hold() -> Iterator[Any]:
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(run: Path, hold: Any) -> None:
-    process = hold(run, "checkpoint.pt", "thesis.txt", "config.json")
+    process = hold(run, "checkpoint.safetensors", "thesis.txt", "config.json")
     before = contents(run)
     message = rf"out: expected a folder that no other process writes into, got {run}, which process {process.pid} on "
     for changes in ({}, {"resume": False, "overwrite": True}):
@@ -346,14 +381,18 @@ def test_the_lock_is_one_between_threads_and_ends_with_its_block(tmp_path: Path)
 
 def test_leftovers_of_the_living_and_of_others_stay(tmp_path: Path) -> None:
     files = OwnFiles(tmp_path, "run")
-    files.claim("checkpoint.pt", "csv/a.csv")
+    files.claim("checkpoint.safetensors", "csv/a.csv")
     dead = 2**22 + 1  # above any process number
     (tmp_path / "csv").mkdir()
-    gone = [f".checkpoint.pt.{dead}.tmp", f".checkpoint.pt.{os.getpid()}.tmp", f"csv/.a.csv.{dead}.tmp"]
+    gone = [
+        f".checkpoint.safetensors.{dead}.tmp",
+        f".checkpoint.safetensors.{os.getpid()}.tmp",
+        f"csv/.a.csv.{dead}.tmp",
+    ]
     stay = [
-        f".checkpoint.pt.{os.getppid()}.tmp",
+        f".checkpoint.safetensors.{os.getppid()}.tmp",
         f".thesis.{dead}.tmp",
-        ".checkpoint.pt.x.tmp",
+        ".checkpoint.safetensors.x.tmp",
         f"csv/.b.csv.{dead}.tmp",
     ]
     for name in gone + stay:

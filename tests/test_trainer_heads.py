@@ -13,6 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file
+
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, model, ppo, probes
 from entropy_kernels.trainer.config import HEADS, METHODS, TrainerConfig
@@ -21,6 +23,7 @@ from entropy_kernels.trainer.methods import PAPER, clips_of, controller_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
+from entropy_kernels.trainer.tensorfile import save_tree
 from hf_models import FAMILIES, make
 from trainer_setup import TINY, config, easy, rows_without_times  # noqa: F401
 
@@ -135,7 +138,7 @@ def test_a_whole_step_is_the_same_from_one_seed(tmp_path: Path, method: str) -> 
                    warm_steps=3, warm_batch=8, entropy_coef=0.01)
         )  # fmt: skip
         logs[head] = rows_without_times(tmp_path / head)
-        weights[head] = torch.load(tmp_path / head / "checkpoint.pt", weights_only=True)["model"]
+        weights[head] = load_file(tmp_path / head / "model" / "model.safetensors")
     for head in ("logits", "torch"):
         for ours, others in zip(logs["linear"], logs[head], strict=True):
             assert ours.keys() == others.keys()
@@ -370,11 +373,11 @@ def test_memory_as_a_sentence() -> None:
 def test_a_run_from_before_the_linear_head_resumes_under_logits(tmp_path: Path) -> None:
     ppo.train(config(tmp_path / "whole", steps=3, head="logits"))
     ppo.train(config(tmp_path / "old", steps=1, head="logits", measure_memory=False))
-    path = tmp_path / "old" / "checkpoint.pt"
+    path = tmp_path / "old" / "checkpoint.safetensors"
     state = checkpoint.load_checkpoint(path)
     for name in ("head", "memory_budget", "measure_memory"):
         del state["config"][name]
-    torch.save({**state, "format": 1}, path)
+    save_tree(path, state)
     with pytest.raises(ValueError, match=r"head: expected 'logits' \(as saved\), got 'linear'"):
         ppo.train(config(tmp_path / "old", steps=3, resume=True))
     ppo.train(config(tmp_path / "old", steps=3, resume=True, head="logits"))

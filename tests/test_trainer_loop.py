@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file
+
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.config import TrainerConfig
@@ -29,13 +31,11 @@ TRAINER = Path(ppo.__file__).parent
 
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, optimizer and generators, bit for bit."""
-    a, b = (checkpoint.load_checkpoint(path / "checkpoint.pt") for path in (one, other))
-    for name in ("model", "generators"):
-        assert a[name].keys() == b[name].keys()
-        assert all(torch.equal(value, b[name][key]) for key, value in a[name].items())
-    assert torch.equal(a["torch_rng"], b["torch_rng"])
-    for key, values in a["optimizer"]["state"].items():
-        assert all(torch.equal(value, b["optimizer"]["state"][key][name]) for name, value in values.items())
+    a, b = (checkpoint.load_checkpoint(path / "checkpoint.safetensors") for path in (one, other))
+    assert a["modules"].keys() == b["modules"].keys() and a["optimizers"].keys() == b["optimizers"].keys()
+    one_file, other_file = (load_file(path / "checkpoint.safetensors") for path in (one, other))
+    assert one_file.keys() == other_file.keys()
+    assert all(torch.equal(value, other_file[name]) for name, value in one_file.items())
 
 
 @pytest.mark.parametrize("changes", [{}, {"micro_batches": 2, "epochs": 2, "head": "logits"}])
@@ -105,7 +105,9 @@ def test_a_method_from_outside_trains(tmp_path: Path, monkeypatch: pytest.Monkey
     ppo.train(config(tmp_path / "grpo", steps=2))
     rows = rows_without_times(tmp_path / "grpo")
     assert rows[0]["tokens_touched"] == rows[0]["decrease_share"] == 0 and rows[0]["control_dh"] == rows[0]["free_dh"]
-    weights = [checkpoint.load_checkpoint(tmp_path / n / "checkpoint.pt")["model"] for n in ("1", "grpo")]
+    weights = [
+        checkpoint.load_checkpoint(tmp_path / n / "checkpoint.safetensors")["modules"]["policy"] for n in ("1", "grpo")
+    ]
     assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 

@@ -21,6 +21,7 @@ from entropy_kernels.trainer.methods import METHODS, PAPER, clips_of, controller
 from entropy_kernels.trainer.model import Encoded
 from entropy_kernels.trainer.probes import Probe, Step, UpdateMetrics
 from entropy_kernels.trainer.rollout import Rollout, known_tokens
+from entropy_kernels.trainer.tensorfile import save_tree
 from trainer_setup import SHORT, TINY, config, easy, rows_without_times  # noqa: F401
 
 
@@ -237,9 +238,12 @@ def test_a_method_with_memory_resumes_bit_for_bit(tmp_path: Path, method: str, m
     ppo.train(config(tmp_path / "halves", **{**settings, "steps": 4, "resume": True}))
     whole, halves = (rows_without_times(tmp_path / name) for name in ("whole", "halves"))
     assert whole == halves
-    states = [checkpoint.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "halves")]
+    states = [checkpoint.load_checkpoint(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "halves")]
     assert states[0]["controller"] == states[1]["controller"] and states[0]["controller"]["memory"]
-    assert all(torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items())
+    assert all(
+        torch.equal(value, states[1]["modules"]["policy"][name])
+        for name, value in states[0]["modules"]["policy"].items()
+    )
     # the test sees the memory: without it the second half is another one
     monkeypatch.setattr(ek.Controller, "load_state_dict", lambda self, state: None)
     ppo.train(config(tmp_path / "forgot", **{**settings, "steps": 4, "resume": True}))
@@ -249,10 +253,10 @@ def test_a_method_with_memory_resumes_bit_for_bit(tmp_path: Path, method: str, m
 def test_a_checkpoint_with_the_state_of_another_program_is_refused(tmp_path: Path) -> None:
     settings = {**SHORT, "method": "adaptive_entropy"}
     ppo.train(config(tmp_path / "run", **settings))
-    path = tmp_path / "run" / "checkpoint.pt"
+    path = tmp_path / "run" / "checkpoint.safetensors"
     state = checkpoint.load_checkpoint(path)
     state["controller"] = {"calls": 1}
-    torch.save({**state, "format": 1}, path)
+    save_tree(path, state)
     with pytest.raises(ValueError, match=r"of this configuration's method, got one of another method"):
         ppo.train(config(tmp_path / "run", **{**settings, "steps": 2, "resume": True}))
 

@@ -30,9 +30,12 @@ TARGET = {**SHORT, "steps": 4, "target_entropy": START}
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    states = [checkpoint.load_checkpoint(out / "checkpoint.pt") for out in (one, other)]
+    states = [checkpoint.load_checkpoint(out / "checkpoint.safetensors") for out in (one, other)]
     assert repr(states[0]["controller"]) == repr(states[1]["controller"])  # a NaN is none other
-    assert all(torch.equal(value, states[1]["model"][name]) for name, value in states[0]["model"].items())
+    assert all(
+        torch.equal(value, states[1]["modules"]["policy"][name])
+        for name, value in states[0]["modules"]["policy"].items()
+    )
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ def test_all_updates_of_a_rollout_follow_one_plan(tmp_path: Path, method: str) -
         touched += int(treated.sum())
     assert (touched > 0) == (method != "bonus")
     before, after = (probes.mean_over(x, step.sampled.mask) for x in (step.sampled.entropy, step.entropy_after()))
-    state = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["controller"]
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["controller"]
     assert state["calls"] == 4 and state["memory"]["measured_change"] == pytest.approx(after - before, rel=1e-9)
     assert ("entropy_coef" in watch.steps[0].row) == (method == "bonus")
 
@@ -154,7 +157,9 @@ def test_all_updates_of_a_rollout_follow_one_plan(tmp_path: Path, method: str) -
 def test_micro_batches_share_a_trajectory_under_a_target(tmp_path: Path, changes: dict[str, object]) -> None:
     for micro_batches in (1, 4):
         ppo.train(config(tmp_path / str(micro_batches), **{**TARGET, **changes}, micro_batches=micro_batches))
-    one, four = (checkpoint.load_checkpoint(tmp_path / n / "checkpoint.pt")["model"] for n in ("1", "4"))
+    one, four = (
+        checkpoint.load_checkpoint(tmp_path / n / "checkpoint.safetensors")["modules"]["policy"] for n in ("1", "4")
+    )
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=0, atol=2e-5)
     rows = [rows_without_times(tmp_path / n) for n in ("1", "4")]
@@ -165,8 +170,8 @@ def test_a_target_that_cannot_bind_leaves_the_run_as_it_is(tmp_path: Path) -> No
     """Far below the entropy no token is touched: the same weights as without a target, bit for bit."""
     ppo.train(config(tmp_path / "none", epochs=2))
     ppo.train(config(tmp_path / "low", epochs=2, target_entropy="0.1"))
-    one, other = (checkpoint.load_checkpoint(tmp_path / n / "checkpoint.pt") for n in ("none", "low"))
-    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+    one, other = (checkpoint.load_checkpoint(tmp_path / n / "checkpoint.safetensors") for n in ("none", "low"))
+    assert all(torch.equal(value, other["modules"]["policy"][name]) for name, value in one["modules"]["policy"].items())
     free, held = (rows_without_times(tmp_path / name) for name in ("none", "low"))
     for without, row in zip(free, held, strict=True):
         added = {"target_entropy", "wanted_dh", "planned_dh", "target_gain", "target_saturated"} & row.keys()
@@ -241,8 +246,8 @@ def test_a_run_goes_on_as_another_experiment_where_that_is_said(tmp_path: Path) 
     rows = rows_without_times(tmp_path / "run")
     # the course is over the steps of the run, not from where the target came in
     assert [row.get("target_entropy") for row in rows] == [None, None, 4.58, pytest.approx(4.56), pytest.approx(4.54)]
-    state = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
-    group = state["optimizer"]["param_groups"][0]
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    group = state["optimizers"]["policy"]["param_groups"][0]
     assert (group["lr"], group["weight_decay"], state["controller"]["calls"]) == (1e-3, 0.0, 4)
     # once changed it is resumed as ever, and remembers what it was
     ppo.train(dataclasses.replace(changed, steps=5))

@@ -124,8 +124,10 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, ab
 
 def _stopped(config: TrainerConfig, call: Call, *, trained: bool) -> str:
     """What is kept of a run that was stopped, and the call that goes on."""
+    from entropy_kernels.trainer.checkpoint import has_checkpoint
+
     ours = trained or not config.overwrite  # else what is there may be the run that was to be replaced
-    if ours and (config.out / "checkpoint.pt").exists():
+    if ours and has_checkpoint(config.out):
         kept = f"kept in {config.out}: the log and the last checkpoint. To go on from there"
         return f"stopped; {kept}:\n  {call.again('--resume', instead_of=('--overwrite', '--no-resume'))}"
     if ours and (config.out / "metrics.jsonl").exists():

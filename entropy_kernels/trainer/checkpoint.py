@@ -4,46 +4,29 @@ which files in it are the run's, and whether it may be written. What the user pu
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import re
 import warnings
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.files import OwnFiles, read_json, write_atomic
+from entropy_kernels.trainer.files import OwnFiles, read_json
+from entropy_kernels.trainer.tensorfile import Damaged, load_tree, save_tree
 
-#: Number of the checkpoint's layout; goes up when the meaning of a saved field changes. 2: a checksum at the end.
-FORMAT = 2
-#: What ends the file: this, the SHA-256 of all before it in hexadecimal digits, a line feed.
-_SEAL = b"\nentropy_kernels sha256 "
-_SEAL_LENGTH = len(_SEAL) + 64 + 1
+#: Number of the checkpoint's layout; goes up when the meaning of a saved field changes. 1 and 2 were files of torch.
+FORMAT = 3
+#: Its name, and that of those.
+CHECKPOINT, _EARLIER = "checkpoint.safetensors", "checkpoint.pt"
 
-
-class _Hashed:
-    """A file that is written once from front to back, hashed on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.hash = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            count = self._file.write(data)
-        except OSError as error:  # torch makes an error of its own of it, without the reason
-            self.error = error
-            raise
-        self.hash.update(data)
-        return count
-
-    def flush(self) -> None:
-        self._file.flush()
+#: What a checkpoint has the tensors of: a module, or a state dict of those that are trained.
+Weights = torch.nn.Module | Mapping[str, Tensor]
 
 
 def previous_of(path: Path) -> Path:
@@ -56,9 +39,9 @@ def save_checkpoint(
     *,
     step: int,
     config: dict[str, Any],
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generators: dict[str, torch.Generator],
+    modules: Mapping[str, Weights],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    generators: Mapping[str, torch.Generator],
     controller: ek.Controller | None = None,
     row: dict[str, Any] | None = None,
     changes: list[dict[str, Any]] | None = None,
@@ -75,65 +58,50 @@ def save_checkpoint(
         "config": config,
         "row": row,
         "changes": changes or [],
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "modules": {name: _weights(module) for name, module in modules.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "controller": None if controller is None else controller.state_dict(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-
-    def write(file: BinaryIO) -> None:
-        hashed = _Hashed(file)
-        try:
-            torch.save(state, hashed)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise hashed.error or error from error
-        file.write(_SEAL + hashed.hash.hexdigest().encode() + b"\n")
-
     try:
-        write_atomic(path, write, keep_old=previous_of(path))
+        save_tree(path, state, keep_old=previous_of(path))
     except OSError as error:
         raise OSError(f"{error}; with space to write, --resume continues from it") from error
 
 
+def _weights(module: Weights) -> Mapping[str, Tensor]:
+    return module.state_dict() if isinstance(module, torch.nn.Module) else module
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The dictionary that :func:`save_checkpoint` wrote, on the CPU.
+    """The dictionary that :func:`save_checkpoint` wrote, on the CPU, to be read.
 
     Raises FileNotFoundError without a checkpoint, ValueError for one that is damaged, of a newer version, or of another
     program, OSError for one that cannot be read; each says what to do.
     """
     expect_checkpoint(path)
     expected = f"resume: expected a checkpoint at {path}, got "
-    state: Any = None
-    cause = None
     try:
-        got = _damage(path)
+        state = load_tree(path)
+        if type(state.get("format")) is int and state["format"] > FORMAT:
+            raise ValueError(
+                f"{expected}one of format {state['format']}, from a newer version: this one reads format {FORMAT}; "
+                "update entropy_kernels"
+            )
+        if not _is_whole(state):
+            raise Damaged("a file of another program")
+    except Damaged as error:
+        raise ValueError(f"{expected}{error}; {_way_out(path)}") from error
     except OSError as error:
         raise OSError(f"{expected}a file that cannot be read ({error.strerror})") from error
-    if got is None:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whole, as its checksums say, but not made by save_checkpoint
-            cause = error
-        form = state.get("format") if isinstance(state, dict) else None
-        if type(form) is int and form > FORMAT:
-            raise ValueError(
-                f"{expected}one of format {form}, from a newer version: this one reads up to {FORMAT}; update "
-                "entropy_kernels"
-            )
-        if form == FORMAT and not _sealed(path):
-            got = "a file whose end, with the checksum, is damaged"
-        elif type(form) is not int or form < 1 or not _is_whole(state):
-            got = "a file of another program"
-    if got is not None:
-        raise ValueError(f"{expected}{got}; {_way_out(path)}") from cause
     return state
 
 
-#: What :func:`save_checkpoint` writes; formats before 2 have no row.
-_PARTS = {"step": int, "torch_rng": torch.Tensor, "cuda_rng": list} | dict.fromkeys(
-    ("config", "model", "optimizer", "generators"), dict
+#: What :func:`save_checkpoint` writes, but for tensors and what may be None.
+_PARTS = {"format": int, "step": int, "torch_rng": Tensor, "cuda_rng": list, "changes": list} | dict.fromkeys(
+    ("config", "modules", "optimizers", "generators"), dict
 )
 
 
@@ -141,22 +109,37 @@ def _is_whole(state: dict[str, Any]) -> bool:
     row = state.get("row")
     if not all(isinstance(state.get(name), kind) for name, kind in _PARTS.items()):
         return False
-    tensors = [*state["model"].values(), *state["generators"].values(), *state["cuda_rng"]]
+    weights, optimizers = state["modules"].values(), state["optimizers"].values()
+    if not all(isinstance(value, dict) for value in (*weights, *optimizers)):
+        return False
+    tensors = [*(x for module in weights for x in module.values()), *state["generators"].values(), *state["cuda_rng"]]
     return (
-        type(state["step"]) is int
+        state["format"] == FORMAT
+        and type(state["step"]) is int
         and state["step"] >= 0
         and (row is None or (type(row) is dict and type(row.get("step")) is int))
-        and {"state", "param_groups"} <= state["optimizer"].keys()
-        and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+        and all({"state", "param_groups"} <= optimizer.keys() for optimizer in optimizers)
+        and all(isinstance(tensor, Tensor) for tensor in tensors)
     )
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a run's folder has one, of an earlier version, too, which :func:`expect_checkpoint` tells."""
+    return any((out / name).exists() for name in (CHECKPOINT, _EARLIER))
 
 
 def expect_checkpoint(path: Path) -> None:
     """Raise FileNotFoundError or IsADirectoryError, with the way out, if there is no file at `path`."""
+    expected = f"resume: expected a checkpoint at {path}, got "
     if path.is_dir():
-        raise IsADirectoryError(f"resume: expected a checkpoint at {path}, got a folder; {_way_out(path)}")
+        raise IsADirectoryError(f"{expected}a folder; {_way_out(path)}")
+    if not path.exists() and path.with_name(_EARLIER).is_file():
+        raise FileNotFoundError(
+            f"{expected}only {_EARLIER}, made by an earlier version of entropy_kernels, which resumes it; or "
+            "start again with --overwrite, or under another --out"
+        )
     if not path.exists():
-        raise FileNotFoundError(f"resume: expected a checkpoint at {path}, got none; {_way_out(path)}")
+        raise FileNotFoundError(f"{expected}none; {_way_out(path)}")
 
 
 def _way_out(path: Path) -> str:
@@ -166,57 +149,35 @@ def _way_out(path: Path) -> str:
     return again
 
 
-def _sealed(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-min(_SEAL_LENGTH, path.stat().st_size), 2)
-        return file.read(len(_SEAL)) == _SEAL
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a file, by its checksums: the SHA-256 at its end, or those of a zip file from before that."""
-    size = path.stat().st_size
-    if size == 0:
-        return "an empty file"
-    if not _sealed(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return None if archive.testzip() is None else "a damaged file (its checksums do not match)"
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError):
-            return f"a file that was cut off, is damaged, or is of another program ({size} bytes)"
-    left, found = size - _SEAL_LENGTH, hashlib.sha256()
-    with open(path, "rb") as file:
-        while left:
-            data = file.read(min(left, 1 << 20))
-            found.update(data)
-            left -= len(data)
-        whole = file.read() == _SEAL + found.hexdigest().encode() + b"\n"
-    return None if whole else "a damaged file (its checksum does not match)"
-
-
 def restore(
     state: dict[str, Any],
     path: Path,
     *,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generators: dict[str, torch.Generator],
+    modules: Mapping[str, Weights],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    generators: Mapping[str, torch.Generator],
     controller: ek.Controller | None = None,
 ) -> int:
     """Put the checkpoint that was loaded from `path` back in place; returns the number of finished steps.
 
-    ValueError, with the way out, for one that is of another model, or whose optimizer, generators or method are.
+    What is named here must be in it; what it has beside is left. ValueError, with the way out, for one whose weights
+    have other names or shapes, or whose optimizer, generators or method are others.
     """
     part = "model"
     try:
-        model.load_state_dict(state["model"])
-        part = "optimizer"
-        optimizer.load_state_dict(state["optimizer"])
-        for parameter, values in optimizer.state.items():  # torch looks at shapes in its first step
-            if any(v.dim() and v.shape != parameter.shape for v in values.values() if isinstance(v, torch.Tensor)):
-                raise ValueError
+        for name, module in modules.items():
+            part = "model" if name == "policy" else name
+            _put_back(module, state["modules"][name])
+        for name, optimizer in optimizers.items():
+            part = "optimizer" if name == "policy" else f"{name}'s optimizer"
+            # a copy: what was loaded may be the pages of the file
+            optimizer.load_state_dict(copy.deepcopy(state["optimizers"][name]))
+            for parameter, values in optimizer.state.items():  # torch looks at shapes in its first step
+                if any(v.dim() and v.shape != parameter.shape for v in values.values() if isinstance(v, Tensor)):
+                    raise ValueError
         part = "method"
-        if controller is not None and state.get("controller") is not None:  # of a version before it: no memory
-            controller.load_state_dict(state["controller"])
+        if controller is not None and state["controller"] is not None:
+            controller.load_state_dict(copy.deepcopy(state["controller"]))
         part = "generator"
         for name, generator in generators.items():
             generator.set_state(state["generators"][name])
@@ -231,15 +192,35 @@ def restore(
     return int(state["step"])
 
 
+@torch.no_grad()
+def _put_back(module: Weights, saved: Mapping[str, Tensor]) -> None:
+    if isinstance(module, torch.nn.Module):
+        module.load_state_dict(saved)
+        return
+    if {name: x.shape for name, x in module.items()} != {name: x.shape for name, x in saved.items()}:
+        raise ValueError
+    for name, tensor in module.items():
+        tensor.copy_(saved[name])
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 #: Where lines of the log that are no rows are kept.
 BROKEN = "metrics.broken"
+#: A batch that could not be learned from.
+NONFINITE = "nonfinite.safetensors"
 #: What a run writes besides its folders, and whatever a driver that starts it adds.
-RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", BROKEN, "unscored.jsonl")
+RUN_FILES = (
+    *("config.json", "metrics.jsonl", CHECKPOINT, previous_of(Path(CHECKPOINT)).name, BROKEN),
+    *("unscored.jsonl", "samples.jsonl", NONFINITE),
+)
 DRIVER_FILES = ("request.json", "run.log")
-#: Its folders, and what may stand in them that a version before there were records wrote: these names, no others.
-_FOLDERS = {
+#: What earlier versions wrote, which goes with their runs.
+_EARLIER_FILES = (_EARLIER, "checkpoint.previous.pt")
+#: Its folders, with the kind of what each holds (see OwnFiles).
+_FOLDERS = {"model": "model", "tensorboard": "tensorboard", "reference": "model", "adapter": "model"}
+#: What may stand in them that a version before there were records wrote: these names, no others.
+_UNRECORDED = {
     "model": re.compile(
         r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
         r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
@@ -257,11 +238,11 @@ def prepare_directory(config: TrainerConfig) -> OwnFiles:
     FileExistsError for a run that is there and is neither resumed nor replaced, and for files that we did not write
     under the names of ours.
     """
-    there = any((config.out / name).exists() for name in ("metrics.jsonl", "checkpoint.pt"))
+    there = any((config.out / name).exists() for name in ("metrics.jsonl", CHECKPOINT))
     files = own_files(config.out, *RUN_FILES, loaded=config.resume)
     if there and not (config.overwrite or config.resume):
         files.tidy()
-        resume = "--resume to continue it, " if files.has("checkpoint.pt") else ""
+        resume = "--resume to continue it, " if files.has(CHECKPOINT) else ""
         raise FileExistsError(
             f"out: expected a directory without a run, got {config.out}, which holds one; pass {resume}"
             "--overwrite to replace it, or another --out"
@@ -280,15 +261,16 @@ def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
     if asked:
         files.adopt(*DRIVER_FILES)
     if loaded:
-        files.adopt("checkpoint.pt")
+        files.adopt(CHECKPOINT)
     if ran:
-        files.adopt("config.json", "metrics.jsonl", "checkpoint.pt")
+        files.adopt("config.json", "metrics.jsonl", _EARLIER)
     files.claim(*names)
     files.tidy()
-    for name in _FOLDERS:
+    for name, kind in _FOLDERS.items():
         if (out / name).exists():
-            inner = OwnFiles(out / name, name, alone=not ran)
-            if ran:
+            known = ran and name in _UNRECORDED
+            inner = OwnFiles(out / name, kind, alone=not known)
+            if known:
                 adopt_unrecorded(inner, name)
             inner.tidy()
     files.claim(*names)  # once more: names of files that are not there yet are forgotten by tidy
@@ -298,7 +280,7 @@ def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
 def adopt_unrecorded(files: OwnFiles, kind: str) -> None:
     """Make ours what a version without records wrote into a folder of a run, which is known to be ours."""
     if not files.names:
-        files.adopt(*(path.name for path in files.folder.iterdir() if _FOLDERS[kind].fullmatch(path.name)))
+        files.adopt(*(path.name for path in files.folder.iterdir() if _UNRECORDED[kind].fullmatch(path.name)))
 
 
 def model_files(folder: Path) -> OwnFiles:
@@ -347,9 +329,10 @@ def _fields(path: Path) -> dict[str, Any]:
 def remove_run(files: OwnFiles) -> None:
     """Remove what an earlier run wrote into its directory; the user's own files stay."""
     files.remove(*RUN_FILES)
-    for name in _FOLDERS:
+    files.give_up(*_EARLIER_FILES)
+    for name, kind in _FOLDERS.items():
         if (files.folder / name).is_dir():
-            OwnFiles(files.folder / name, name).remove()
+            OwnFiles(files.folder / name, kind).remove()
 
 
 #: Answers that could not be judged and are kept to be looked at.

@@ -66,7 +66,7 @@ class TrainerConfig:
 
     # --- the run -----------------------------------------------------------------------------------------------------
     out: Path = Path("runs/single")
-    """Directory of the run: metrics.jsonl, tensorboard/, checkpoint.pt, model/, config.json."""
+    """Directory of the run: metrics.jsonl, tensorboard/, checkpoint.safetensors, model/, config.json."""
     seed: int = 0
     """Seed of prompts, sampling, minibatch order and token selection. Same seed, machine and threads: same bits."""
     steps: int = 240
@@ -76,7 +76,7 @@ class TrainerConfig:
     threads: int = 1
     """CPU threads of torch. Part of what makes a run reproducible: sums are split by thread."""
     resume: bool = False
-    """Continue from checkpoint.pt in the run's directory; bit-identical to a run that was never stopped."""
+    """Continue from checkpoint.safetensors in the run's directory; bit-identical to a run that was never stopped."""
     resume_changes: tuple[str, ...] = ()
     """Fields that may differ from the checkpoint's: the run goes on as another experiment. With --resume, as in
     --resume-changes task lr --task 'walk?without=x3' --lr 6e-4. config.json says from which step what was changed."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from entropy_kernels._progress import ProgressBoard, in_words
 from entropy_kernels._require import require
-from entropy_kernels.trainer.checkpoint import BROKEN
+from entropy_kernels.trainer.checkpoint import BROKEN, CHECKPOINT
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, write_text
 from entropy_kernels.trainer.methods import METHODS, TARGET_ROW
@@ -144,8 +144,8 @@ def rows_before(path: Path, step: int, last: dict[str, Any] | None) -> list[dict
         rows[-1].get(name, value) != value for name, value in last.items()
     ):  # fmt: skip
         raise ValueError(
-            f"resume: expected in {path} the log of the run in checkpoint.pt, got another run's: its row of step "
-            f"{last['step']} differs; move it away, and the log begins anew"
+            f"resume: expected in {path} the log of the run in {CHECKPOINT}, got another run's: its row of "
+            f"step {last['step']} differs; move it away, and the log begins anew"
         )
     if broken:
         aside = path.with_name(BROKEN)

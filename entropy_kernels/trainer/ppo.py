@@ -103,7 +103,7 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
         )
     check_path(config.out)
     if config.resume:
-        checkpoint.expect_checkpoint(config.out / "checkpoint.pt")
+        checkpoint.expect_checkpoint(config.out / checkpoint.CHECKPOINT)
     with locked(config.out):  # no other process writes there
         return _train(
             config,
@@ -361,11 +361,11 @@ class Run:
     def save(self, step: int, config: TrainerConfig) -> None:
         """Write the checkpoint after `step` steps."""
         checkpoint.save_checkpoint(
-            config.out / "checkpoint.pt",
+            config.out / checkpoint.CHECKPOINT,
             step=step,
             config=config.to_dict(),
-            model=self.policy.model,
-            optimizer=self.optimizer,
+            modules={"policy": self.policy.model},
+            optimizers={"policy": self.optimizer},
             generators=self.generators,
             controller=self.target or self.controller,
             row=self.log.last,
@@ -375,12 +375,12 @@ class Run:
 
 def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     """The policy where RL starts, optimizer and generators, all from a checkpoint if the run goes on; and the log."""
-    path = config.out / "checkpoint.pt"
+    path = config.out / checkpoint.CHECKPOINT
     saved = checkpoint.load_checkpoint(path) if config.resume else None
     changes: list[dict[str, Any]] = []
     if saved is not None:
         different = check_resumable(saved["config"], config, finished=saved["step"])
-        changes = saved.get("changes", []) + ([{"step": saved["step"], **different}] if different else [])
+        changes = saved["changes"] + ([{"step": saved["step"], **different}] if different else [])
         if {"method", "method_options", "target_method"} & different.keys():
             saved["controller"] = None  # what another method remembers
     files = checkpoint.prepare_directory(config)
@@ -412,8 +412,8 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         first = checkpoint.restore(
             saved,
             path,
-            model=policy.model,
-            optimizer=optimizer,
+            modules={"policy": policy.model},
+            optimizers={"policy": optimizer},
             generators=generators,
             controller=target or controller,
         )
@@ -424,7 +424,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     elif config.overwrite:
         checkpoint.remove_run(files)
     # before anything is changed: another run's log is refused
-    last = None if saved is None else saved.get("row")
+    last = None if saved is None else saved["row"]
     log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}

