@@ -19,7 +19,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, model, ppo, probes
 from entropy_kernels.trainer.config import HEADS, METHODS, TrainerConfig
 from entropy_kernels.trainer.log import describe_memory
-from entropy_kernels.trainer.methods import PAPER, clips_of, controller_of
+from entropy_kernels.trainer.methods import PAPER, controller_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
@@ -64,7 +64,7 @@ def step(
     if method.effect is not None:
         selected = rollout.mask & (torch.arange(rollout.mask.numel()).view(rollout.mask.shape) % 5 == 0)
         control = ek.Control(**{method.effect: selected}, penalty_coef=settings.kl_coef)
-    clips = clips_of(settings, controller_of(settings))
+    clips = surrogate_of(settings, controller_of(settings))
     rows = torch.arange(len(rollout.ids))
     tokens = int(rollout.mask.sum())
     result, _ = ppo.backward(policy, rollout, rows, settings, control, clips, tokens=tokens, sequences=len(rows))

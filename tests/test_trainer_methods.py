@@ -17,7 +17,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.methods import METHODS, PAPER, clips_of, controller_of, options_of
+from entropy_kernels.trainer.methods import METHODS, PAPER, controller_of, options_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded
 from entropy_kernels.trainer.probes import Probe, Step, UpdateMetrics
 from entropy_kernels.trainer.rollout import Rollout, known_tokens
@@ -108,7 +108,8 @@ def test_controls_draw_as_many_tokens_elsewhere() -> None:
 
 def test_fields_of_the_configuration_are_options() -> None:
     settings = under("clip_cov", clip_high=0.28, cov_low=-1.0, cov_high=2.0, cov_band="absolute", kl_coef=9.0)
-    given = {"clip_low": 0.2, "clip_high": 0.28, "ratio": 0.03, "low": -1.0, "high": 2.0, "band": "absolute"}
+    given = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None}
+    given |= {"ratio": 0.03, "low": -1.0, "high": 2.0, "band": "absolute"}
     assert options_of(settings) == given
     # KL-Cov has no clip, whatever the fields say; nor has the paper's Clip-Cov
     assert options_of(dataclasses.replace(settings, method="kl_cov")) == {"ratio": 0.07, "kl_coef": 9.0}
@@ -117,7 +118,7 @@ def test_fields_of_the_configuration_are_options() -> None:
     assert options_of(dataclasses.replace(settings, method_options={"k": 5, "high": 1.5})) == {
         **{name: value for name, value in given.items() if name != "ratio"}, "k": 5, "high": 1.5,
     }  # fmt: skip
-    assert options_of(under("erc", cov_low=-1.0)) == {"clip_low": 0.2, "clip_high": 0.2}
+    assert options_of(under("erc", cov_low=-1.0)) == {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
     assert options_of(under("exact_cov", cov_ratio=0.1))["ratio"] == 0.1
     assert options_of(under("grpo")) == {}
 
@@ -135,7 +136,7 @@ def test_fields_of_the_configuration_are_options() -> None:
 )
 def test_the_loss_clips_as_the_method_counts(method: str, options: dict[str, object], clips: tuple[object]) -> None:
     settings = under(method, clip_high=0.3, method_options=options)
-    found = clips_of(settings, controller_of(settings))
+    found = surrogate_of(settings, controller_of(settings))
     assert (found["clip_low"], found["clip_high"], found["dual_clip"]) == clips
 
 

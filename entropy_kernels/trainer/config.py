@@ -15,11 +15,24 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin,
 
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels._console import did_you_mean
 from entropy_kernels.trainer import model
 from entropy_kernels.trainer.advantages import ESTIMATORS
 from entropy_kernels.trainer.files import read_json
-from entropy_kernels.trainer.methods import BASELINE, METHODS, TARGET, TARGETS, check_options, options_of
+from entropy_kernels.trainer.methods import (
+    BASELINE,
+    CLIPS,
+    METHODS,
+    PPO,
+    TARGET,
+    TARGETS,
+    check_options,
+    controller_of,
+    counted_clips,
+    options_of,
+    surrogate_of,
+)
 from entropy_kernels.trainer.schedule import Schedule
 from entropy_kernels.trainer.start import check_model
 
@@ -27,11 +40,13 @@ HEADS = tuple(model.HEADS)
 
 if TYPE_CHECKING:
     MethodName: TypeAlias = str
+    SurrogateName: TypeAlias = str
     TargetName: TypeAlias = str
     HeadName: TypeAlias = str
     AdvantageName: TypeAlias = str
 else:  # --help lists the choices
     MethodName, TargetName, HeadName = Literal[tuple(METHODS)], Literal[tuple(TARGETS)], Literal[HEADS]
+    SurrogateName = Literal[tuple(ek.surrogates())]
     AdvantageName = Literal[tuple(name for name, row in ESTIMATORS.items() if not row.critic)]
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
@@ -207,6 +222,14 @@ class TrainerConfig:
     """PPO clip below 1, of methods that have one. KL-Cov (and its control) has no PPO clip."""
     clip_high: float = 0.2
     """PPO clip above 1; 0.28 gives clip-higher."""
+    dual_clip: float | None = None
+    """Bound of the loss of a token with a negative advantage, as a multiple of it (often 3): its gradient ends where
+    the ratio is larger. Of surrogates and methods with PPO's clip."""
+    surrogate: SurrogateName = PPO
+    """What a token adds to the loss: max(-A r, -A clipped r) for ppo; docs/losses.md has the formulas of all. clip_low,
+    clip_high and dual_clip are its clips, as it reads them (gspo's paper: 3e-4 and 4e-4; cispo_trl: clip_high 5)."""
+    surrogate_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of the surrogate, as OPTION=VALUE: --surrogate sapo --surrogate-options tau_neg=1.1."""
     loss_agg_mode: Literal[
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"
     ] = "token-mean"
@@ -498,10 +521,19 @@ def idle(config: TrainerConfig) -> dict[str, str]:
     for names, holds, reason in reasons:
         for name in changed & {*names.split()} if holds else ():
             found.setdefault(name, reason)
-    for name in changed & {"cov_ratio", "kl_coef", "clip_low", "clip_high"} if decides else ():
-        if options_of(config) == options_of(dataclasses.replace(config, **{name: getattr(usual, name)})):
-            found[name] = f"under {method}" + (" with these method_options" if config.method_options else "")
+    for name in changed & ({"cov_ratio", "kl_coef", *CLIPS} if decides else {*CLIPS}):
+        if _acts(config) == _acts(dataclasses.replace(config, **{name: getattr(usual, name)})):
+            beside = " with these method_options" if config.method_options else ""
+            surrogate = "" if config.surrogate == PPO else f" and surrogate = {config.surrogate}"
+            found[name] = f"under {method}{beside}{surrogate}"
     return found
+
+
+def _acts(config: TrainerConfig) -> tuple[dict[str, Any], ...]:
+    """What decides about tokens, and what the loss makes of them."""
+    if config.target_entropy is not None:
+        return counted_clips(config), surrogate_of(config, None)
+    return options_of(config), surrogate_of(config, controller_of(config))
 
 
 def _expect(holds: bool, name: str, expected: str, got: object) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels._console import did_you_mean
 from entropy_kernels.trainer.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def options_of(config: TrainerConfig) -> dict[str, Any]:
         if option not in row.options:  # some are arguments of a Controller
             raise TypeError(f"{option}: expected an option of {config.method} ({', '.join(row.options)}), got {option}")
     usual = {**row.options, **row.presets.get(asked.get("preset", ""), {})}
-    given = {name: getattr(config, name) for name in ("clip_low", "clip_high") if usual[name] is not None}
+    given = {name: value for name, value in counted_clips(config).items() if _has_clip(usual)}
     given |= {**method.options, **{option: getattr(config, name) for option, name in method.fields.items()}}
     if config.cov_ratio is not None and "ratio" in usual:
         given["ratio"] = config.cov_ratio
@@ -145,20 +146,37 @@ def controller_of(config: TrainerConfig) -> ek.Controller | None:
     return None if method.control is None else ek.Controller(method.control, **options_of(config))
 
 
-def clips_of(config: TrainerConfig, controller: ek.Controller | None) -> dict[str, Any]:
-    """PPO's clip of the loss: the one that the method counts with."""
-    if controller is None:
-        return {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": None}
-    return {name: controller.options[name] for name in ("clip_low", "clip_high", "dual_clip")}
+def counted_clips(config: TrainerConfig) -> dict[str, Any]:
+    """PPO's clip as decisions count it, of a token's own ratio: that of the loss, and none where the loss has not that.
+
+    Under another surrogate the clip is another (of a sequence, of probabilities), or leaves a token its gradient.
+    """
+    return {name: getattr(config, name) if config.surrogate == PPO else None for name in CLIPS}
+
+
+def _has_clip(options: Mapping[str, Any]) -> bool:
+    """Whether the loss of a method with these options is PPO's with its clip; KL-Cov's has none."""
+    return options["clip_low"] is not None or options["clip_high"] is not None
+
+
+def surrogate_of(config: TrainerConfig, controller: ek.Controller | None) -> dict[str, Any]:
+    """What a loss takes for its surrogate: the name, its options, and the clips that it reads; PPO's clip is the one
+    that the method counts with."""
+    counted = controller is not None and config.surrogate == PPO
+    clips = {
+        name: controller.options[name] if counted else getattr(config, name)
+        for name in ek.surrogates()[config.surrogate].clips
+    }
+    return {"surrogate": config.surrogate, **clips, **config.surrogate_options}
 
 
 def without_control(batch: ek.SelectionBatch, config: TrainerConfig) -> ek.Control:
     """Of the baseline, for its metrics: no token is treated."""
-    return batch.control("random", k=0, seed=0, **clips_of(config, None))[0]
+    return batch.control("random", k=0, seed=0, **counted_clips(config))[0]
 
 
 def check_options(config: TrainerConfig) -> None:
-    """Try the method's options, or the target's, on a few tokens.
+    """Try the options of the surrogate, and of the method or the target, on a few tokens.
 
     Raises
     ------
@@ -171,6 +189,7 @@ def check_options(config: TrainerConfig) -> None:
     batch = ek.TokenBatch(
         tokens, tokens, tokens + 1, None, vocab_covariance=tokens, **{name: tokens.exp() for name in known}
     )
+    _check_surrogate(config)
     if config.target_entropy is not None:
         _check_target(config, batch)
         return
@@ -181,6 +200,51 @@ def check_options(config: TrainerConfig) -> None:
         raise ValueError(f"method_options: {error}") from error
     if decided.entropy_coef is not None and config.entropy_coef != 0:
         raise ValueError(f"entropy_coef: expected 0 for {config.method}, which sets it, got {config.entropy_coef}")
+
+
+# --- the surrogate ---------------------------------------------------------------------------------------------------
+
+#: The surrogate that decisions count the clip of, and the names of the clips.
+PPO = "ppo"
+CLIPS = ("clip_low", "clip_high", "dual_clip")
+
+
+def _check_surrogate(config: TrainerConfig) -> None:
+    rows = ek.surrogates()
+    name, own = config.surrogate, rows[config.surrogate].defaults
+    for option in config.surrogate_options:
+        if option not in own:
+            having = [other for other, row in rows.items() if option in row.defaults]
+            hint = f"; {option} is one of {', '.join(having)}" if having else did_you_mean(option, own)
+            known = ", ".join(own) or "it has none"
+            raise ValueError(f"surrogate_options: expected options of {name} ({known}), got {option}{hint}")
+    if name != PPO:
+        _check_beside(name, config)
+    tokens = torch.linspace(-2.0, -0.1, 8).view(2, 4)
+    try:
+        ek.policy_loss(tokens, tokens, tokens + 1, None, **surrogate_of(config, None))
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error) if str(error).startswith(CLIPS) else f"surrogate_options: {error}") from error
+
+
+def _check_beside(name: str, config: TrainerConfig) -> None:
+    """What does not go with a surrogate that is not PPO's."""
+    of_method = METHODS[config.method].decides
+    if config.target_entropy is None and of_method is not None:
+        preset = config.method_options.get("preset", "")
+        if not _has_clip({**of_method.options, **of_method.presets.get(preset, {})}):
+            raise ValueError(f"surrogate: expected {PPO} under {config.method}, whose own loss is -A r without a clip, got {name}")
+    beside = sorted({*CLIPS} & config.method_options.keys())
+    if beside:
+        raise ValueError(
+            f"method_options: expected no {beside[0]} beside surrogate = {name}, since a method counts PPO's clip, "
+            f"which that loss has not; {beside[0]} is a field, too, and is the surrogate's"
+        )
+    if name == "cispo_trl" and config.clip_high <= 1:
+        raise ValueError(
+            f"clip_high: expected above 1 under {name}, where it is the bound of the ratio itself (often 5), got "
+            f"{config.clip_high}"
+        )
 
 
 # --- a target entropy ------------------------------------------------------------------------------------------------
@@ -210,7 +274,7 @@ def target_of(
     points = Schedule.parse("target_entropy", config.target_entropy).points
     for option in {"target", "method", "vocab_size", "batch_group", "backend"} & config.method_options.keys():
         raise ValueError(f"method_options: expected options of a target's method, got {option}; {_INSTEAD}")
-    options = {**clips_of(config, None), **config.method_options}
+    options = {**counted_clips(config), **config.method_options}
     options |= {"method": config.target_method, "vocab_size": vocab_size, "backend": backend}
     try:
         return ek.TargetEntropy(points if len(points) > 1 else points[0][1], **options)

@@ -48,7 +48,7 @@ from entropy_kernels.trainer.advantages import advantages_of, rewards_of_tokens
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.log import MetricsLog
-from entropy_kernels.trainer.methods import clips_of, controller_of, part_of, target_of
+from entropy_kernels.trainer.methods import controller_of, part_of, surrogate_of, target_of
 from entropy_kernels.trainer.model import Policy, loss_of_stats
 from entropy_kernels.trainer.probes import Probe, Step, Update, default_probes
 from entropy_kernels.trainer.rollout import (
@@ -253,10 +253,11 @@ def update(
     decisions = decide(policy, rollout, parts, config, controller, seed=seed) if plan is None else part_of(plan, parts)
     optimizer.zero_grad(set_to_none=True)
     tokens = int(rollout.mask[rows].sum())
+    surrogate = surrogate_of(config, controller)
     losses, controls = [], []
     for part, decision in zip(parts, decisions, strict=True):
         result, control = backward(
-            policy, rollout, part, config, decision, clips_of(config, controller), tokens=tokens, sequences=len(rows)
+            policy, rollout, part, config, decision, surrogate, tokens=tokens, sequences=len(rows)
         )
         losses.append(ek.PolicyLoss(result.loss.detach(), result.metrics))
         controls.append(control)
@@ -301,15 +302,15 @@ def backward(
     rows: Tensor,
     config: TrainerConfig,
     decision: Decision,
-    clips: dict[str, Any],
+    surrogate: dict[str, Any],
     *,
     tokens: int,
     sequences: int,
 ) -> tuple[ek.PolicyLoss, ek.Control | None]:
     """Forward, loss and backward of a micro-batch; its gradient is added to the weights'.
 
-    `clips` are PPO's. `tokens` and `sequences` are those of the minibatch, which the loss is normalised by: micro-batch
-    losses add up to one. Returns the loss and what was done to the tokens.
+    `surrogate`: see :func:`surrogate_of`. `tokens` and `sequences` are those of the minibatch, which the loss is
+    normalised by: micro-batch losses add up to one. Returns the loss and what was done to the tokens.
     """
     ids, mask = rollout.ids[rows], rollout.mask[rows]
     outputs = policy.outputs(rollout.prompts[rows], ids, rollout.completed[rows])
@@ -327,7 +328,7 @@ def backward(
             "batch_num_tokens": tokens,
             "global_batch_size": sequences,
             "control": control,
-            **clips,
+            **surrogate,
         }
 
     control: ek.Control | None

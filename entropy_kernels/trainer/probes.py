@@ -21,7 +21,7 @@ from entropy_kernels._memory import peak_allocated
 from entropy_kernels.trainer.checkpoint import note_unscored
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS
-from entropy_kernels.trainer.methods import clips_of, controller_of, without_control
+from entropy_kernels.trainer.methods import controller_of, surrogate_of, without_control
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.rollout import Rollout, evaluate, fresh_stats, known_tokens, mean_over, row_slices, score
 from entropy_kernels.trainer.tasks import Task
@@ -441,13 +441,13 @@ def compare_heads(policy: Policy, rollout: Rollout, config: TrainerConfig, backw
     rows = torch.arange(rollout.ids.shape[0] // (config.minibatches * config.micro_batches), device=rollout.ids.device)
     mask = rollout.mask[rows]
     controller = controller_of(config)
-    clips, known = clips_of(config, controller), known_tokens(rollout, [rows], config, backend=policy.backend)
+    surrogate, known = surrogate_of(config, controller), known_tokens(rollout, [rows], config, backend=policy.backend)
     control = None if controller is None else controller.step(known, seed=0)[0]
     decision = (lambda stats: control) if config.decides_late else control
 
     def peak(head: str) -> float:
         def run() -> None:
-            backward(under, rollout, rows, config, decision, clips, tokens=int(mask.sum()), sequences=len(rows))
+            backward(under, rollout, rows, config, decision, surrogate, tokens=int(mask.sum()), sequences=len(rows))
 
         under = policy.with_head(head)
         if policy.device.type == "cuda":
