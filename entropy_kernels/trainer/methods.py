@@ -233,7 +233,9 @@ def _check_beside(name: str, config: TrainerConfig) -> None:
     if config.target_entropy is None and of_method is not None:
         preset = config.method_options.get("preset", "")
         if not _has_clip({**of_method.options, **of_method.presets.get(preset, {})}):
-            raise ValueError(f"surrogate: expected {PPO} under {config.method}, whose own loss is -A r without a clip, got {name}")
+            raise ValueError(
+                f"surrogate: expected {PPO} under {config.method}, whose own loss is -A r without a clip, got {name}"
+            )
     beside = sorted({*CLIPS} & config.method_options.keys())
     if beside:
         raise ValueError(

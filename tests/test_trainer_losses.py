@@ -1,0 +1,208 @@
+"""What the trainer's loss is made of beside a method: surrogates, reference, what counts, the course of lr."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+import entropy_kernels as ek
+from entropy_kernels.trainer import ppo
+from entropy_kernels.trainer.config import HEADS, TrainerConfig, idle
+from entropy_kernels.trainer.methods import controller_of, options_of, surrogate_of
+from entropy_kernels.trainer.model import Encoded, Policy
+from entropy_kernels.trainer.probes import Update
+from entropy_kernels.trainer.rollout import Rollout, score
+from entropy_kernels.trainer.start import word_tokenizer
+from hf_models import make
+from trainer_setup import TINY, easy  # noqa: F401
+
+ONE = dataclasses.replace(TINY, minibatches=1, grad_clip=0.0, selection_logprob="old")
+ROWS = torch.arange(8)
+
+
+def settings_of(**changes: Any) -> TrainerConfig:
+    found = dataclasses.replace(ONE, **changes)
+    found.validate()
+    return found
+
+
+def policy_of(head: str = "linear") -> Policy:
+    """In float64."""
+    return Policy(make("llama").double(), word_tokenizer(["a"]), end_ids=[2], head=head)
+
+
+def rollout_of(policy: Policy, noise: float = 0.3) -> Rollout:
+    """Eight completions of 2 to 5 tokens, in float64, whose old log-probs are off by some noise."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = Encoded(torch.randint(3, 97, (8, 3), generator=generator), torch.ones(8, 3, dtype=torch.long))
+    mask = torch.arange(5) < 2 + torch.arange(8)[:, None] % 4
+    ids = torch.randint(3, 97, (8, 5), generator=generator).masked_fill(~mask, 0)
+    stats = score(policy, ONE, prompts, ids, mask)
+    moved = noise * torch.randn(mask.shape, generator=generator, dtype=torch.float64)
+    advantages = torch.randn((8, 1), generator=generator, dtype=torch.float64).expand(mask.shape)
+    old = (stats.logprob + moved).clamp(max=0) * mask
+    return Rollout(prompts, ids, mask, torch.zeros(2, 4), advantages, old, *stats[1:], 0.0)
+
+
+def updated(policy: Policy, rollout: Rollout, settings: TrainerConfig) -> tuple[Update, dict[str, Tensor]]:
+    """One update by a plain gradient step; and the gradients."""
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    made = ppo.update(policy, optimizer, rollout, ROWS, settings, controller_of(settings), seed=3)
+    gradients = {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+    return made, gradients
+
+
+def logprob_of(model: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the completions' tokens, (B, L), by transformers and torch alone."""
+    attention = torch.cat([rollout.prompts.mask, rollout.mask.long()], dim=1)
+    ids = torch.cat([rollout.prompts.ids, rollout.ids], dim=1)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits[:, 2:-1]
+    logp = torch.log_softmax(logits, dim=-1)
+    return logp.gather(-1, rollout.ids[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def gradients_of(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(made: Update, ours: dict[str, Tensor], loss: Tensor, theirs: dict[str, Tensor]) -> None:
+    """Losses and gradients; statistics are float64 throughout, but weights of tokens are float32."""
+    torch.testing.assert_close(
+        sum(float(part.loss) for part in made.losses), float(loss.detach()), rtol=1e-6, atol=1e-9
+    )
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        scale = float(theirs[name].abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-6, atol=1e-7 * scale)
+
+
+# --- surrogates ------------------------------------------------------------------------------------------------------
+
+#: Where the defaults would clip nothing, or are refused.
+CLIPS = {"cispo_trl": {"clip_high": 1.1}, "gspo": {"clip_low": 0.02, "clip_high": 0.02}}
+
+
+@pytest.mark.parametrize("method", ["grpo", "exact_cov"])
+@pytest.mark.parametrize("surrogate", ek.surrogates())
+def test_every_surrogate_under_every_head(surrogate: str, method: str) -> None:
+    model = policy_of().model
+    rollout = rollout_of(policy_of())
+    settings = settings_of(surrogate=surrogate, method=method, entropy_coef=0.05, **CLIPS.get(surrogate, {}))
+    by_hand = None
+    for head in HEADS:
+        policy = Policy(copy.deepcopy(model), word_tokenizer(["a"]), end_ids=[2], head=head)
+        made, gradients = updated(policy, rollout, settings)
+        if by_hand is None:
+            logprob, entropy = logprob_of(model, rollout)
+            control = made.controls[0]
+            assert (control is None) == (method == "grpo")
+            result = ek.policy_loss(
+                logprob, rollout.old_logprob, rollout.advantages, rollout.mask, entropy=entropy, entropy_coef=0.05,
+                surrogate=surrogate, control=control, clip_low=settings.clip_low, clip_high=settings.clip_high,
+            )  # fmt: skip
+            by_hand = result.loss, gradients_of(model, result.loss)
+        assert_same(made, gradients, *by_hand)
+
+
+@pytest.mark.parametrize("surrogate", ["ppo", "gspo", "gmpo", "vespo"])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_micro_batches_are_one_update_under_a_sequences_ratio(surrogate: str, mode: str) -> None:
+    found = []
+    for parts in (1, 2, 4):
+        policy = policy_of()
+        settings = settings_of(surrogate=surrogate, micro_batches=parts, loss_agg_mode=mode)
+        found.append(updated(policy, rollout_of(policy), settings))
+    for made, gradients in found[1:]:
+        assert_same(made, gradients, torch.tensor(sum(float(part.loss) for part in found[0][0].losses)), found[0][1])
+
+
+@pytest.mark.parametrize("method", ["grpo", "exact_cov"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_dual_clip_by_hand(head: str, method: str) -> None:
+    policy = policy_of(head)
+    rollout = rollout_of(policy, noise=1.0)
+    settings = settings_of(dual_clip=1.5, clip_high=0.3, method=method)
+    made, gradients = updated(policy, rollout, settings)
+    model = policy_of().model
+    logprob, _ = logprob_of(model, rollout)
+    dropped = torch.zeros_like(rollout.mask) if made.controls[0] is None else made.controls[0].dropped
+    total, stopped, tokens = torch.zeros((), dtype=torch.float64), 0, int(rollout.mask.sum())
+    for row, position in rollout.mask.nonzero().tolist():
+        if bool(dropped[row, position]):
+            continue
+        a, old = float(rollout.advantages[row, position]), rollout.old_logprob[row, position]
+        ratio = (logprob[row, position] - old).exp()
+        value = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.3))
+        if a < 0 and float(value.detach()) > -1.5 * a:
+            value, stopped = torch.tensor(-1.5 * a, dtype=torch.float64), stopped + 1
+        total = total + value / tokens
+    assert stopped > 0
+    assert_same(made, gradients, total, gradients_of(model, total))
+    if method == "grpo":  # the metric counts tokens that a method drops, too
+        assert float(made.losses[0].metrics["clipfrac_lower"]) * tokens == pytest.approx(stopped, abs=1e-3)
+
+
+def test_decisions_count_the_clip_of_ppo_alone() -> None:
+    for surrogate, clips in (("ppo", (0.1, 0.3, 2.0)), ("gspo", (None, None, None)), ("gpg", (None, None, None))):
+        settings = settings_of(surrogate=surrogate, method="exact_cov", clip_low=0.1, clip_high=0.3, dual_clip=2.0)
+        controller = controller_of(settings)
+        assert controller is not None
+        assert tuple(controller.options[name] for name in ("clip_low", "clip_high", "dual_clip")) == clips
+        told = surrogate_of(settings, controller)
+        read = ek.surrogates()[surrogate].clips
+        assert told == {"surrogate": surrogate, **{name: getattr(settings, name) for name in read}}
+    # those that the method's own options set are the loss's, too
+    settings = settings_of(method="exact_cov", method_options={"clip_low": 0.05})
+    assert surrogate_of(settings, controller_of(settings))["clip_low"] == 0.05 == options_of(settings)["clip_low"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"surrogate": "gsp0"}, r"surrogate: expected one of ppo, gspo, .*got 'gsp0'; did you mean gspo\?"),
+        ({"surrogate_options": {"delt": 4}}, r"surrogate_options: .*ppo \(delta\), got delt; did you mean delta\?"),
+        ({"surrogate": "gspo", "surrogate_options": {"tau_pos": 1}}, r"got tau_pos; tau_pos is one of sapo"),
+        ({"surrogate_options": {"mask": 1}}, r"surrogate_options: expected options of ppo \(delta\), got mask"),
+        (
+            {"surrogate": "sapo", "surrogate_options": {"tau_neg": 0}},
+            r"surrogate_options: tau_neg: expected > 0 .*got 0",
+        ),
+        ({"surrogate_options": {"delta": "x"}}, r"surrogate_options: delta: expected a number, got str"),
+        ({"dual_clip": 1.0}, r"dual_clip: expected > 1 or None, got 1.0"),
+        ({"surrogate": "cispo_trl"}, r"clip_high: expected above 1 under cispo_trl.*got 0.2"),
+        ({"surrogate": "gspo", "method": "kl_cov"}, r"surrogate: expected ppo under kl_cov, whose .*, got gspo"),
+        ({"surrogate": "gspo", "method": "random_penalized"}, r"surrogate: expected ppo under random_penalized"),
+        (
+            {"surrogate": "gpg", "method": "clip_cov", "method_options": {"preset": "paper"}},
+            r"surrogate: expected ppo under clip_cov, whose own loss",
+        ),
+        (
+            {"surrogate": "gspo", "method": "exact_cov", "method_options": {"clip_high": 0.3}},
+            r"method_options: expected no clip_high beside surrogate = gspo",
+        ),
+    ],
+)
+def test_what_cannot_be_is_an_error_before_anything_is_trained(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings_of(**changes)
+
+
+def test_clips_that_nothing_reads_are_idle() -> None:
+    clips = {"clip_low": 0.1, "clip_high": 1.5, "dual_clip": 3.0}
+    for surrogate, row in ek.surrogates().items():
+        for method in ("grpo", "exact_cov"):
+            found = idle(settings_of(surrogate=surrogate, method=method, **clips))
+            assert {*clips} & found.keys() == {*clips} - {*row.clips}, (surrogate, method)
+    assert idle(settings_of(method="kl_cov", dual_clip=3.0)) == {"dual_clip": "under kl_cov"}
