@@ -256,6 +256,8 @@ def loss(
     metrics = {
         "pg_loss": float(total.sum()),
         "clipfrac": mean(terms.clipped),
+        "clipfrac_low": mean(terms.clipped & (t.adv < 0)),
+        "clipfrac_high": mean(terms.clipped & (t.adv > 0)),
         "clipfrac_lower": mean(terms.lower),
         "ppo_kl": mean(-t.d),
         "ppo_kl_abs": mean(np.abs(t.d)),

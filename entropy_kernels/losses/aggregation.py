@@ -112,8 +112,8 @@ class Aggregation(NamedTuple):
 
 # What may cross ranks, each in its place, so that ranks of which one lacks some still send as much as the others
 _SUMS = (
-    *Counts._fields, "nonfinite", "policy", "clipfrac", "clipfrac_lower", "ppo_kl", "ppo_kl_abs", "ratio_mean",
-    "cov_mean", "band_frac", "selected_frac", "entropy", "ref_kl",
+    *Counts._fields, "nonfinite", "policy", "clipfrac", "clipfrac_low", "clipfrac_high", "clipfrac_lower", "ppo_kl",
+    "ppo_kl_abs", "ratio_mean", "cov_mean", "band_frac", "selected_frac", "entropy", "ref_kl",
 )  # fmt: skip
 _MAXIMA = ("ratio_max", "cov_max")
 

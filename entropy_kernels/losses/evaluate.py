@@ -230,6 +230,11 @@ METRICS: dict[str, LossMetric] = {
         "share of tokens that the surrogate clips; ppo: l2 > l1, l1 = -A·r, "
         "l2 = -A·clamp(r, 1 - clip_low, 1 + clip_high)",
     ),
+    "clipfrac_low": LossMetric("share of tokens of clipfrac with A < 0; ppo: clipped from below, r < 1 - clip_low"),
+    "clipfrac_high": LossMetric(
+        "share of tokens of clipfrac with A > 0; ppo: clipped from above, r > 1 + clip_high, and clipfrac is the sum of"
+        " the two",
+    ),
     "clipfrac_lower": LossMetric(
         "share of tokens that the dual clip stops, A < 0 and max(l1, l2) > -A·dual_clip, or the surrogate's other clip",
     ),
@@ -325,12 +330,15 @@ def evaluate(logprob: Tensor, entropy: Tensor | None, tokens: Tokens, options: L
         "clipfrac": found.clipped, "clipfrac_lower": found.clipped_lower, "band_frac": candidates,
         "selected_frac": treated.any() if options.treats else None,
     }  # fmt: skip
+    if found.clipped is not None:
+        for name, sign in (("clipfrac_low", tokens.advantages < 0), ("clipfrac_high", tokens.advantages > 0)):
+            shares[name] = torch.where(sign, found.clipped, 0) if compiling else found.clipped & sign
     means = {
         "ppo_kl": found.log_ratio, "ppo_kl_abs": found.log_ratio.abs(), "ratio_mean": ratio,
         "cov_mean": covariance, "entropy": by_token.entropy, "ref_kl": by_token.ref_kl,
     }  # fmt: skip
     zero = ratio.new_zeros(())
-    sums = {"clipfrac": zero, "clipfrac_lower": zero}
+    sums = dict.fromkeys(("clipfrac", "clipfrac_low", "clipfrac_high", "clipfrac_lower"), zero)
     for name, condition in shares.items():
         if condition is not None:
             sums[name] = condition.sum(dtype=torch.float32) if compiling else condition.count_nonzero()

@@ -178,7 +178,9 @@ class UpdateMetrics(Probe):
 
 
 #: Metrics of the losses that the log keeps.
-_LOSS_METRICS = ("clipfrac", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens")
+_LOSS_METRICS = (
+    "clipfrac", "clipfrac_low", "clipfrac_high", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens",
+)  # fmt: skip
 #: Column -> the metric of a plan. What it measured is the column measured_dh.
 _PLAN_METRICS = {
     "wanted_dh": "wanted_change", "planned_dh": "planned_change", "target_gain": "gain",
