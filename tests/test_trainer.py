@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.advantages import advantages_of, pass_at_k, rewards_of_tokens
+from entropy_kernels.trainer.causal_lm import enable_checkpointing
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS, MetricsLog, defined, read_rows
 from entropy_kernels.trainer.methods import controller_of
@@ -25,7 +26,7 @@ from entropy_kernels.trainer.ppo import collect
 from entropy_kernels.trainer.probes import FirstOrder, logits_as_parameters
 from entropy_kernels.trainer.report_numbers import agreement
 from entropy_kernels.trainer.rollout import evaluate, score
-from entropy_kernels.trainer.start import _finish, build_policy, enable_checkpointing, load_policy, word_tokenizer
+from entropy_kernels.trainer.start import _finish, build_policy, load_policy, word_tokenizer
 from entropy_kernels.trainer.tasks import Prompt, WalkTask
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 

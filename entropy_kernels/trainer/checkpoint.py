@@ -18,6 +18,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, read_json
+from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.tensorfile import Damaged, load_tree, save_tree
 
 #: Number of the checkpoint's layout; goes up when the meaning of a saved field changes. 1 and 2 were files of torch.
@@ -25,8 +26,8 @@ FORMAT = 3
 #: Its name, and that of those.
 CHECKPOINT, _EARLIER = "checkpoint.safetensors", "checkpoint.pt"
 
-#: What a checkpoint has the tensors of: a module, or a state dict of those that are trained.
-Weights = torch.nn.Module | Mapping[str, Tensor]
+#: What a checkpoint has the tensors of: a module, a policy, or a state dict of those that are trained.
+Weights = torch.nn.Module | Policy | Mapping[str, Tensor]
 
 
 def previous_of(path: Path) -> Path:
@@ -72,7 +73,7 @@ def save_checkpoint(
 
 
 def _weights(module: Weights) -> Mapping[str, Tensor]:
-    return module.state_dict() if isinstance(module, torch.nn.Module) else module
+    return module if isinstance(module, Mapping) else module.state_dict()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def restore(
 
 @torch.no_grad()
 def _put_back(module: Weights, saved: Mapping[str, Tensor]) -> None:
-    if isinstance(module, torch.nn.Module):
+    if not isinstance(module, Mapping):
         module.load_state_dict(saved)
         return
     if {name: x.shape for name, x in module.items()} != {name: x.shape for name, x in saved.items()}:

@@ -64,7 +64,8 @@ NOT_FIELDS = ("command", "versions", "changes")
 #: Fields that decide the start of RL; two runs that agree in them share one start.
 WARM_START_FIELDS = (
     "task", "model", "chat_template", "system_prompt", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-    "dtype", "head", "memory_budget", "warm_steps", "warm_batch", "warm_lr", "warm_weight_decay", "warm_warmup_steps",
+    "lora_rank", "lora_alpha", "lora_targets", "dtype", "head", "memory_budget", "warm_steps", "warm_batch", "warm_lr",
+    "warm_weight_decay", "warm_warmup_steps",
     "warm_wrong_fraction", "warm_seed",
 )  # fmt: skip
 
@@ -116,6 +117,13 @@ class TrainerConfig:
     """Format prompts by the tokenizer's chat template, if it has one; without it they are continued as plain text."""
     system_prompt: str | None = None
     """Text of a system turn before every prompt, by the chat template; chats that have one keep theirs."""
+    lora_rank: int = 0
+    """Train low-rank adapters of so many dimensions (LoRA, by peft; extra 'lora') in place of the weights, which stay
+    as they are; 0 trains the weights. The supervised start trains the adapters, too."""
+    lora_alpha: float | None = None
+    """Scale of the adapters: they count alpha / rank times. None: twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers with an adapter, by name, as in q_proj v_proj; none: all linear layers but the output head."""
     hidden_size: int = 64
     """Width of the tiny model."""
     intermediate_size: int = 172
@@ -298,10 +306,11 @@ class TrainerConfig:
                 near = did_you_mean(value, allowed)
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{near}")
         why = (
-            " (which keeps float32 weights and makes its products in bfloat16: weights in bfloat16 are rounded to 3 "
-            "digits, and an update of 5e-6 is lost for nearly all of them)"
+            " (which keeps float32 weights and makes its products in bfloat16: weights in half precision are rounded "
+            "to 3 digits, and an update of 5e-6 is lost for nearly all of them)"
         )
-        expected = "float32 or mixed" + (why if self.dtype == "bfloat16" else "")
+        half = ("bfloat16", "bf16", "float16", "fp16", "half")
+        expected = "float32 or mixed" + (why if self.dtype in half else "")
         _expect(self.dtype in ("float32", "mixed"), "dtype", expected, self.dtype)
         if self.model not in ("tiny", "smollm2"):
             check_model(self.model)
@@ -425,7 +434,8 @@ class TrainerConfig:
         for name in ("out", "warm_start_from"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
-        values["resume_changes"] = tuple(values.get("resume_changes", ()))
+        for name in ("resume_changes", "lora_targets"):
+            values[name] = tuple(values.get(name, ()))
         return cls(**values)
 
     @classmethod
@@ -509,6 +519,7 @@ def idle(config: TrainerConfig) -> dict[str, str]:
         (f"warm_seed {sizes} {start}", config.warm_start_from is not None, "beside warm_start_from"),
         ("warm_steps", config.warm_start_from is not None and config.warm_steps > 0, "beside warm_start_from"),
         (start, config.warm_steps == 0, "with warm_steps = 0"),
+        ("lora_alpha lora_targets", not config.lora_rank, "with lora_rank = 0"),
         ("memory_budget", config.head != "linear", f"under head = {config.head}"),
         ("partial_credit", config.task.startswith("walk"), "on walk, whose rewards are 0 and 1"),
         ("target_method", not targeted, "without target_entropy"),
@@ -560,7 +571,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: value >= 1,
     ),
     (
-        "steps save_every warm_steps warm_warmup_steps eval_every first_order_every",
+        "lora_rank steps save_every warm_steps warm_warmup_steps eval_every first_order_every",
         "an integer >= 0",
         lambda value: value >= 0,
     ),
@@ -572,6 +583,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("adam_beta1 adam_beta2", "a number in [0, 1)", lambda value: 0 <= value < 1),
     ("warm_wrong_fraction gamma", "a number in [0, 1]", lambda value: 0 <= value <= 1),
+    (
+        "lora_alpha",
+        "a finite number > 0",
+        lambda value: value is None or (math.isfinite(value) and value > 0),
+    ),
     ("cov_ratio", "a fraction in (0, 1]", lambda value: value is None or 0 < value <= 1),
     ("memory_budget", "a number of bytes > 0", lambda value: value is None or value > 0),
     (

@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from entropy_kernels.trainer.causal_lm import vocab_size_of
+
 #: A chat, a dictionary with role and content per turn.
 Messages: TypeAlias = Sequence[dict[str, Any]]
 
@@ -25,16 +27,26 @@ class Encoder:
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
-        Its chat template, if it has one, is used; its padding is not.
+        Its padding is not used.
     end_ids : sequence of int
         The tokens that end a completion, as :func:`end_ids_of` finds them; the first is put behind demonstrations. None
         for completions of fixed length.
     system_prompt : str, optional
         Text of a system turn for chats that have none.
+    chat_template : bool
+        False: the tokenizer's is not used.
     """
 
-    def __init__(self, tokenizer: Any, *, end_ids: Iterable[int] = (), system_prompt: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        end_ids: Iterable[int] = (),
+        system_prompt: str | None = None,
+        chat_template: bool = True,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.chats = chat_template and bool(tokenizer.chat_template)
         self.end_ids = tuple(end_ids)
         self.system_prompt = system_prompt
         #: Fills what is masked: any token does.
@@ -42,7 +54,7 @@ class Encoder:
 
     def check(self) -> None:
         """Raise ValueError, with the reason, for a chat template that does not take a prompt or the system prompt."""
-        if not self.tokenizer.chat_template:
+        if not self.chats:
             if self.system_prompt is not None:
                 raise ValueError(
                     "system_prompt: expected a model whose tokenizer has a chat template, and chat_template = True, "
@@ -64,7 +76,7 @@ class Encoder:
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
         """The ids of a prompt: text, or the turns of a chat up to the one that the model is to write."""
-        if self.tokenizer.chat_template:
+        if self.chats:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             return [int(i) for i in self._template(messages, tokenize=True)]
         if not isinstance(prompt, str):
@@ -132,16 +144,17 @@ def _turn(turn: Any) -> dict[str, Any]:
     raise ValueError(f'prompt: expected messages as {{"role": "user", "content": "..."}}, got {turn!r:.80}')
 
 
-def end_ids_of(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def end_ids_of(model: Any, tokenizer: Any, *, chat_template: bool = True) -> tuple[int, ...]:
     """All tokens that end a completion: those of the generation config, and the tokenizer's end-of-sequence token.
 
-    First the one that the chat template puts behind an answer, if it is among them; else the tokenizer's.
+    First the one that the chat template, if it is used, puts behind an answer, if it is among them; else the
+    tokenizer's.
     """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])]
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocab_size_of(model)
     ids = list(dict.fromkeys(int(i) for i in found if i is not None and 0 <= int(i) < rows))
-    turn = next((i for i in _behind_an_answer(tokenizer) if i in ids), None)
+    turn = next((i for i in _behind_an_answer(tokenizer) if chat_template and i in ids), None)
     return tuple(ids if turn is None else [turn, *(i for i in ids if i != turn)])
 
 

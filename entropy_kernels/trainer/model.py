@@ -9,11 +9,11 @@ model gives at the positions that predict completion tokens, and their statistic
 
 from __future__ import annotations
 
-import inspect
+import copy
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.losses import LOSSES
+from entropy_kernels.trainer import lora
+from entropy_kernels.trainer.causal_lm import base_of, call, in_training_mode, last_logits, longest_of, new_cache
 from entropy_kernels.trainer.encoding import Encoder, Messages
 from entropy_kernels.trainer.files import OwnFiles, scratch_of
 
@@ -86,7 +88,7 @@ class Policy:
         Any model of AutoModelForCausalLM.
     tokenizer : transformers.PreTrainedTokenizerBase
         If it has a chat template, prompts are turns of a chat.
-    end_ids, system_prompt
+    end_ids, system_prompt, chat_template
         As in :class:`~entropy_kernels.trainer.encoding.Encoder`.
     head, memory_budget
         As in the configuration.
@@ -101,19 +103,19 @@ class Policy:
         *,
         end_ids: Iterable[int] = (),
         system_prompt: str | None = None,
+        chat_template: bool = True,
         head: str = "linear",
         memory_budget: int | None = None,
         mixed: bool = False,
     ) -> None:
         self.model = model
-        self.encoder = Encoder(tokenizer, end_ids=end_ids, system_prompt=system_prompt)
-        self.head_name = head
+        self.encoder = Encoder(
+            tokenizer, end_ids=end_ids, system_prompt=system_prompt, chat_template=chat_template,
+        )  # fmt: skip
         self.mixed = mixed
         self._memory_budget = memory_budget
-        self._head = HEADS[head](model, memory_budget)
-        # sampling has the logits of one position, whatever the head
-        self._sampled = HEADS["torch" if head == "torch" else "logits"](model, memory_budget)
-        self.clock = OpClock(self.device)
+        self._base = base_of(model)  # an adapter is in its layers
+        self._take(head)
 
     @property
     def tokenizer(self) -> Any:
@@ -131,16 +133,48 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
+    def vocab_size(self) -> int:
+        """Of the model's head: the logarithm of it is the largest entropy."""
+        return int(self._base.config.get_text_config().vocab_size)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Those that are trained: all, or the adapter's."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: its state but for weights that are not trained, of which a fingerprint
+        stands there."""
+        frozen = {n for n, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        return {**state, lora.FROZEN: lora.fingerprint(self.model)} if frozen else state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`. Raises RuntimeError for the state of another model."""
+        state, own = dict(state), self.state_dict()
+        frozen, ours = state.pop(lora.FROZEN, None), own.pop(lora.FROZEN, None)
+        if own.keys() != state.keys():
+            raise RuntimeError("state: expected that of this model, got one of other parameters")
+        if ours is not None and not torch.allclose(ours, frozen, rtol=1e-9, atol=1e-9):  # type: ignore[arg-type]
+            raise RuntimeError("state: expected an adapter of this model, got one of a model with other weights")
+        self.model.load_state_dict(state, strict=False)
+
+    @property
     def backend(self) -> str:
         """Of this library's selection, which has torch's own operations as one of its backends."""
         return "torch" if self.head_name == "torch" else "auto"
 
     def with_head(self, head: str) -> Policy:
         """The same model under another head, with a clock of its own."""
-        return Policy(
-            self.model, self.tokenizer, end_ids=self.end_ids, system_prompt=self.encoder.system_prompt, head=head,
-            memory_budget=self._memory_budget, mixed=self.mixed,
-        )  # fmt: skip
+        other = copy.copy(self)
+        other._take(head)
+        return other
+
+    def _take(self, head: str) -> None:
+        self.head_name = head
+        self._head = HEADS[head](self._base, self._memory_budget)
+        # sampling has the logits of one position, whatever the head
+        self._sampled = HEADS["torch" if head == "torch" else "logits"](self._base, self._memory_budget)
+        self.clock = OpClock(self.device)
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
@@ -154,24 +188,6 @@ class Policy:
     def precision(self) -> Any:
         """A context in which the model and its head run in the precision of the products."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
-
-    @contextmanager
-    def _checkpointing(self) -> Iterator[None]:
-        """Within: layers under gradient checkpointing do it, where there is a gradient.
-
-        transformers asks them to be in training mode. They alone are, not what is in them, and their dropout is 0
-        (:func:`_without_dropout`); outside they are not, since they would drop the cache that sampling needs.
-        """
-        layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) and not m.training]
-        if not torch.is_grad_enabled():
-            layers = []
-        for layer in layers:
-            layer.training = True
-        try:
-            yield
-        finally:
-            for layer in layers:
-                layer.training = False
 
     def encode(self, prompts: Sequence[str | Messages]) -> Encoded:
         """Prompts, text or chats, as left-padded ids: see :class:`~entropy_kernels.trainer.encoding.Encoder`."""
@@ -195,6 +211,18 @@ class Policy:
         """Text of completions, without special tokens."""
         return self.encoder.decode(completions.ids, completions.mask)
 
+    def _check_room(self, prompts: Encoded, max_new_tokens: int) -> None:
+        """Raise ValueError if a prompt and its completion would be longer than what the model was made for."""
+        longest, lengths = longest_of(self._base), prompts.mask.sum(1)
+        if longest is not None and prompts.ids.shape[1] + max_new_tokens > longest:
+            row = int(lengths.argmax())
+            text = self.tokenizer.decode(prompts.ids[row][prompts.mask[row].bool()])
+            raise ValueError(
+                f"prompt, max_new_tokens: expected a prompt of at most {longest - max_new_tokens} tokens, as the model "
+                f"has {longest} positions and completions have up to {max_new_tokens}, got {int(lengths[row])} in "
+                f"{text!r:.80}"
+            )
+
     def outputs(self, prompts: Encoded, ids: Tensor, mask: Tensor) -> Tensor:
         """What the head makes the statistics of completion tokens from: hidden states, or logits under head ``logits``.
 
@@ -212,7 +240,7 @@ class Policy:
         """
         attention = torch.cat([prompts.mask, mask.to(prompts.mask.dtype)], dim=1)
         # a mask of ones is left out: attention then takes its causal fast path
-        with self.precision(), self._checkpointing():
+        with self.precision(), in_training_mode(self._base):
             return self._head.outputs(
                 ids.shape[1],
                 input_ids=torch.cat([prompts.ids, ids], dim=1),
@@ -228,12 +256,8 @@ class Policy:
 
         `generator` must be on the model's device. Sampling ends early when every row has drawn an end token.
         """
-        from transformers import DynamicCache
-
-        rows = prompts.ids.shape[0]
-        # the argument's name before transformers 5.24, which warns of it, and from then on
-        name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        cache = {name: DynamicCache(config=self.model.config)}
+        self._check_room(prompts, max_new_tokens)
+        rows, cache = prompts.ids.shape[0], new_cache(self._base)
         attention, full = prompts.mask, bool(prompts.mask.all())
         positions = (attention.cumsum(1) - 1).clamp_min(0)
         step_ids, alive = prompts.ids, torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
@@ -241,15 +265,15 @@ class Policy:
         ids, masks, logprobs, entropies = [], [], [], []
         for _ in range(max_new_tokens):
             with self.precision():
-                output = self.model(
+                logits = last_logits(
+                    self._base,
+                    1,
                     input_ids=step_ids,
                     attention_mask=None if full else attention,
                     position_ids=positions,
                     use_cache=True,
                     **cache,
-                    logits_to_keep=1,
-                )
-            logits = output.logits[:, -1]  # (B, V)
+                )[:, -1]  # (B, V)
             probabilities = torch.softmax(logits.float() / temperature, dim=-1)
             drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
             if self.end_ids:
@@ -299,6 +323,7 @@ class Policy:
     def write(self, files: OwnFiles) -> None:
         """Replace the model and tokenizer in a folder; files that we did not write stay.
 
+        An adapter is merged into the weights that are written, and stands for itself in ``adapter/`` within.
         All are written before the first is replaced, and while they are there is no config.json: what is left if the
         process dies then does not pass for a model.
         """
@@ -307,7 +332,12 @@ class Policy:
         scratch = scratch_of(files.folder / "config.json")
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            self.model.save_pretrained(scratch)
+            if self._base is self.model:
+                self.model.save_pretrained(scratch)
+            else:
+                self._base.save_pretrained(scratch, state_dict=lora.merged_state(self.model))
+                # None: the question on the hub whether the vocabulary has grown
+                self.model.save_pretrained(scratch / "adapter", save_embedding_layers=False)
             self.tokenizer.save_pretrained(scratch)
             names = {str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()}
             files.claim(*names)
@@ -338,7 +368,7 @@ class LogitsHead:
     def outputs(self, length: int, **inputs: Any) -> Tensor:
         """What the model gives at the positions that predict the last `length` tokens of its inputs: (B, L, ...)."""
         # the last position predicts nothing: a view that skips it
-        return self._model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+        return last_logits(self._model, length + 1, **inputs, use_cache=False)[:, :-1]
 
     def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:
         """Log-prob and entropy, differentiable; the backward pass may overwrite `outputs`."""
@@ -358,7 +388,7 @@ class LinearHead(LogitsHead):
 
     def outputs(self, length: int, **inputs: Any) -> Tensor:
         parts = ek.hf.causal_lm_parts(self._model)
-        hidden = parts.backbone(**inputs, use_cache=False)[0][:, -length - 1 : -1]
+        hidden = call(parts.backbone, **inputs, use_cache=False)[0][:, -length - 1 : -1]
         return hidden if parts.scale == 1 else hidden * parts.scale
 
     def logprob_entropy(self, outputs: Tensor, target: Tensor, temperature: float) -> ek.LogprobEntropy:

@@ -261,7 +261,7 @@ def update(
         )
         losses.append(ek.PolicyLoss(result.loss.detach(), result.metrics))
         controls.append(control)
-    norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), config.grad_clip or float("inf"))
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or float("inf"))
     optimizer.step()
     return Update(parts, losses, controls, float(norm), time.perf_counter() - started)
 
@@ -365,7 +365,7 @@ class Run:
             config.out / checkpoint.CHECKPOINT,
             step=step,
             config=config.to_dict(),
-            modules={"policy": self.policy.model},
+            modules={"policy": self.policy},
             optimizers={"policy": self.optimizer},
             generators=self.generators,
             controller=self.target or self.controller,
@@ -391,7 +391,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         policy = load_policy(config.warm_start_from, config, task)
     else:
         policy = build_policy(config, task)
-    target = target_of(config, vocab_size=policy.model.config.vocab_size, backend=policy.backend)
+    target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
     if config.warm_start_from is None and saved is None and config.warm_steps:
         tell("supervised start", 0, config.warm_steps, {})
         warm_start(
@@ -403,7 +403,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.weight_decay,
     }
-    optimizer = torch.optim.AdamW(policy.model.parameters(), **adam)
+    optimizer = torch.optim.AdamW(policy.parameters(), **adam)
     generators = {"sampler": torch.Generator(policy.device), "shuffler": torch.Generator()}
     for generator in generators.values():
         generator.manual_seed(config.seed)
@@ -413,7 +413,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         first = checkpoint.restore(
             saved,
             path,
-            modules={"policy": policy.model},
+            modules={"policy": policy},
             optimizers={"policy": optimizer},
             generators=generators,
             controller=target or controller,

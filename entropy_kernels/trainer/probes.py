@@ -335,7 +335,7 @@ class FirstOrder:
     """
 
     def __init__(self, policy: Policy, rollout: Rollout, config: TrainerConfig) -> None:
-        self._parameters = [p for p in policy.model.parameters() if p.requires_grad]
+        self._parameters = policy.parameters()
         self._before = [p.detach().clone() for p in self._parameters]
         self._gradient = [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters]
         tokens = rollout.tokens
@@ -343,7 +343,8 @@ class FirstOrder:
             ids, mask = rollout.ids[rows], rollout.completed[rows]
             outputs = policy.outputs(rollout.prompts[rows], ids, mask)
             entropy = policy.logprob_entropy(outputs, ids, mask, temperature=config.temperature).entropy
-            grads = torch.autograd.grad(entropy.sum() / tokens, self._parameters)
+            # of parts that take no part, as those for images, zeros
+            grads = torch.autograd.grad(entropy.sum() / tokens, self._parameters, materialize_grads=True)
             for total, grad in zip(self._gradient, grads, strict=True):
                 total += grad
 

@@ -16,8 +16,10 @@ import torch
 
 from entropy_kernels._require import missing, require, require_installed
 from entropy_kernels._torch import Dropout
+from entropy_kernels.trainer.causal_lm import base_of, check_policy, enable_checkpointing
 from entropy_kernels.trainer.encoding import end_ids_of
 from entropy_kernels.trainer.files import read_json
+from entropy_kernels.trainer.lora import with_adapter
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.tensorfile import damage
 
@@ -52,16 +54,16 @@ def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Po
     if config.model == "tiny":
         # ten positions: plain matrix products take 10 to 15 % less time than the fused attention
         model.set_attn_implementation("eager")
-    if not config.chat_template:
-        tokenizer.chat_template = None
+    if config.lora_rank:
+        model = with_adapter(model, config)
     # weights in float32, whatever they are saved in: updates are smaller than the rounding of bfloat16
     model.to(device=resolve_device(config.device), dtype=torch.float32)
     # eval mode for good: dropout would make the scored distribution differ from the sampled one
     model.eval()
     _without_dropout(model)
     if config.gradient_checkpointing:
-        enable_checkpointing(model)
-    ends = () if task.fixed_length else end_ids_of(model, tokenizer)
+        enable_checkpointing(base_of(model))
+    ends = () if task.fixed_length else end_ids_of(model, tokenizer, chat_template=config.chat_template)
     if not (ends or task.fixed_length):
         raise ValueError(
             f"model: expected an end token, of its tokenizer or generation config, for {task.name}, got none"
@@ -71,18 +73,14 @@ def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Po
         tokenizer,
         end_ids=ends,
         system_prompt=config.system_prompt,
+        chat_template=config.chat_template,
         head=config.head,
         memory_budget=config.memory_budget,
         mixed=config.dtype == "mixed",
     )
     policy.encoder.check()
+    check_policy(policy, checkpointing=config.gradient_checkpointing)
     return policy
-
-
-def enable_checkpointing(model: Any) -> None:
-    """Gradient checkpointing of a model of transformers, under the name that its version has for it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def _without_dropout(model: Any) -> None:
@@ -127,7 +125,7 @@ def warm_start(
     with the loss in nats per token.
     """
     optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=config.warm_lr, betas=(0.9, 0.99), weight_decay=config.warm_weight_decay
+        policy.parameters(), lr=config.warm_lr, betas=(0.9, 0.99), weight_decay=config.warm_weight_decay
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
     for step in range(config.warm_steps):
@@ -146,7 +144,7 @@ def warm_start(
         loss = -logprob.sum() / mask.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if on_step is not None and (step % 10 == 9 or step == config.warm_steps - 1):

@@ -385,7 +385,7 @@ def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[f
     task.partial_credit = config.partial_credit
     sampler = torch.Generator(policy.device).manual_seed(config.seed)
     rollout = collect(policy, task, config, step=0, generator=sampler)
-    row = 8 * rollout.ids.shape[1] * policy.model.config.vocab_size  # bytes of its logits
+    row = 8 * rollout.ids.shape[1] * policy.vocab_size  # bytes of its logits
     rows = max(1, min(128, _EXPERIMENT_BYTES // row))
     return logits_as_parameters(policy, rollout, temperature=config.temperature, rows=rows)
 

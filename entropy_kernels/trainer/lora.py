@@ -1,0 +1,92 @@
+"""LoRA: low-rank adapters, by peft, in layers of a model whose weights stay as they are.
+
+The adapter is all that is trained, checkpointed and given to the optimizer, in the supervised start as in RL. What is
+exported is the model with the adapter merged into copies of its weights, and the adapter beside it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from entropy_kernels._console import did_you_mean
+from entropy_kernels._require import require
+from entropy_kernels.trainer.causal_lm import base_of
+
+if TYPE_CHECKING:
+    from entropy_kernels.trainer.config import TrainerConfig
+
+#: Name of the fingerprint among what a checkpoint holds of a model.
+FROZEN = "frozen_weights"
+
+
+def with_adapter(model: Any, config: TrainerConfig) -> Any:
+    """The model with a new adapter, drawn from `config.warm_seed`; it changes no output yet.
+
+    Raises ValueError for layers that are not there, that peft does not know, or whose weight has another use, too.
+    """
+    peft: Any = require("peft", "lora_rank > 0", "lora")
+    _check_targets(model, config.lora_targets)
+    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    options = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=alpha,
+        target_modules=list(config.lora_targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):  # the model is on the CPU still
+        torch.manual_seed(config.warm_seed)
+        try:
+            adapted = peft.get_peft_model(model, options)
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"lora_targets: expected layers that peft can put an adapter into ({reason})") from error
+    ties = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    shared = [name for name, layer in _layers(adapted) if len(ties) == 1 and id(layer.get_base_layer().weight) in ties]
+    if shared:
+        raise ValueError(
+            "lora_targets: expected layers with a weight of their own, got the output head or the embedding of a model "
+            "that ties the two: merged, they would be two weights"
+        )
+    return adapted
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    """peft passes over names that it does not find, if it finds one."""
+    names = [name for name, module in model.named_modules() if getattr(module, "weight", None) is not None]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+            raise ValueError(
+                f"lora_targets: expected names of the model's layers, some of {', '.join(known)}, got {target!r}"
+                f"{did_you_mean(target, known)}"
+            )
+
+
+def _layers(model: Any) -> list[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, layer) for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer)]
+
+
+@torch.no_grad()
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """The state of the model itself with the adapter merged into copies of its weights, which stay as they are."""
+    state = base_of(model).state_dict()
+    for name, layer in _layers(model):
+        base = state[f"{name}.base_layer.weight"]
+        for adapter in layer.active_adapters:
+            base = base + layer.get_delta_weight(adapter).to(base.dtype)
+        state[f"{name}.base_layer.weight"] = base
+    of_adapters = {id(p) for p in model.parameters() if p.requires_grad}
+    kept = {name for name, p in base_of(model).named_parameters(remove_duplicate=False) if id(p) not in of_adapters}
+    buffers = {name for name, _ in base_of(model).named_buffers()}
+    return {name.replace(".base_layer.", "."): state[name] for name in state if name in kept | buffers}
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> Tensor:
+    """One number per weight that is not trained, float64, on the CPU: an adapter fits onto no other model."""
+    return torch.stack([p.sum(dtype=torch.float64).cpu() for p in model.parameters() if not p.requires_grad])
