@@ -6,6 +6,7 @@ exported is the model with the adapter merged into copies of its weights, and th
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,8 +37,9 @@ def with_adapter(model: Any, config: TrainerConfig) -> Any:
         target_modules=list(config.lora_targets) or "all-linear",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):  # the model is on the CPU still
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # the model is on the CPU still
         torch.manual_seed(config.warm_seed)
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by older names
         try:
             adapted = peft.get_peft_model(model, options)
         except ValueError as error:

@@ -372,7 +372,7 @@ class FirstOrder:
     def of_gradient(self) -> float:
         """∇H·(-∇L) in nats per unit learning rate, L the loss of the last update: a plain gradient step, with the
         gradient as the update left it in the weights (clipped by its norm)."""
-        return -self.along(p.grad for p in self._parameters)
+        return -self.along(torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters)
 
     def along(self, direction: Iterable[Tensor]) -> float:
         """∇H·d in nats, summed in float64, for a `direction` d with a tensor per trained weight."""
