@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 import entropy_kernels as ek
 from entropy_kernels.trainer import ppo
-from entropy_kernels.trainer.config import HEADS, TrainerConfig, idle
+from entropy_kernels.trainer.config import HEADS, TrainerConfig, check_resumable, idle
 from entropy_kernels.trainer.methods import controller_of, options_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.probes import Update
@@ -206,3 +206,52 @@ def test_clips_that_nothing_reads_are_idle() -> None:
             found = idle(settings_of(surrogate=surrogate, method=method, **clips))
             assert {*clips} & found.keys() == {*clips} - {*row.clips}, (surrogate, method)
     assert idle(settings_of(method="kl_cov", dual_clip=3.0)) == {"dual_clip": "under kl_cov"}
+
+
+# --- the course of the learning rate ---------------------------------------------------------------------------------
+
+#: lr 1 over 8 steps: schedule, warm-up, the learning rate of each step.
+COURSES = [
+    (None, 0, [1, 1, 1, 1, 1, 1, 1, 1]),
+    (None, 4, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+    ("linear", 0, [1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+    ("linear", 4, [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]),
+    ("cosine", 0, [1, 0.96194, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.0380602]),
+    ("cosine", 2, [0.5, 1, 1, 0.933013, 0.75, 0.5, 0.25, 0.0669873]),
+    ("0:1,4:1,4:2", 2, [0.5, 1, 1, 1, 2, 2, 2, 2]),
+    ("0:0,4:1", 0, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]),
+    ("linear", 8, [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1]),
+    ("cosine", 16, [0.0625, 0.125, 0.1875, 0.25, 0.3125, 0.375, 0.4375, 0.5]),
+]
+
+
+@pytest.mark.parametrize(("schedule", "warmup", "expected"), COURSES)
+def test_courses_of_the_learning_rate(schedule: str | None, warmup: int, expected: list[float]) -> None:
+    settings = settings_of(lr=1.0, steps=8, lr_schedule=schedule, lr_warmup_steps=warmup)
+    assert [settings.lr_at(step) for step in range(8)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_word_that_is_no_course_is_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"lr_schedule: .*got 'cosin'; or one of cosine, linear; did you mean cosine\?"
+    ):
+        settings_of(lr_schedule="cosin")
+    with pytest.raises(ValueError, match=r"lr_schedule: expected factors >= 0, got '0:-1'"):
+        settings_of(lr_schedule="0:-1")
+    with pytest.raises(ValueError, match=r"lr_warmup_steps: expected an integer >= 0, got -1"):
+        settings_of(lr_warmup_steps=-1)
+
+
+def test_more_steps_of_a_falling_course_have_to_be_named() -> None:
+    before = settings_of(lr_schedule="cosine", steps=3)
+    after = dataclasses.replace(before, steps=6, resume=True)
+    with pytest.raises(
+        ValueError, match=r"steps: expected 3 \(as saved\), got 6, over which lr_schedule = cosine falls"
+    ):
+        check_resumable(before.to_dict(), after, finished=3)
+    named = dataclasses.replace(after, resume_changes=("steps",))
+    named.validate()
+    assert check_resumable(before.to_dict(), named, finished=3) == {"steps": (3, 6)}
+    for course in (None, "0:1,4:2"):  # no step changes that is done
+        one, other = (dataclasses.replace(c, lr_schedule=course, lr_warmup_steps=2) for c in (before, after))
+        assert check_resumable(one.to_dict(), other, finished=3) == {}

@@ -33,7 +33,7 @@ from entropy_kernels.trainer.methods import (
     options_of,
     surrogate_of,
 )
-from entropy_kernels.trainer.schedule import Schedule
+from entropy_kernels.trainer.schedule import DECAYS, Schedule, check_lr_schedule, lr_factor
 from entropy_kernels.trainer.start import check_model
 
 HEADS = tuple(model.HEADS)
@@ -200,8 +200,11 @@ class TrainerConfig:
     lr: float = 3e-4
     """Learning rate of AdamW."""
     lr_schedule: str | None = None
-    """Factor of lr over the steps, as points STEP:FACTOR with straight lines between: 0:0.1,20:1 warms up,
-    0:1,120:1,120:2 doubles at step 120. None: constant."""
+    """Factor of lr over the steps: cosine or linear fall to 0 at the end of the run; or points STEP:FACTOR with
+    straight lines between, where 0:1,120:1,120:2 doubles at step 120. None: constant."""
+    lr_warmup_steps: int = 0
+    """Steps over which lr rises in a straight line, under every lr_schedule; cosine and linear begin to fall behind
+    them."""
     weight_decay: float = 0.0
     """AdamW weight decay in RL."""
     adam_beta1: float = 0.9
@@ -335,9 +338,7 @@ class TrainerConfig:
         known = {f.name for f in dataclasses.fields(self)} - fixed
         strange = [name for name in self.resume_changes if name not in known]
         _expect(not strange, "resume_changes", "fields that are not those of model and start", ", ".join(strange))
-        if self.lr_schedule is not None:
-            factors = [factor for _, factor in Schedule.parse("lr_schedule", self.lr_schedule).points]
-            _expect(min(factors) >= 0, "lr_schedule", "factors >= 0", self.lr_schedule)
+        check_lr_schedule(self.lr_schedule)
         check_options(self)
 
     @property
@@ -368,12 +369,12 @@ class TrainerConfig:
             step: number of the step, from 0.
 
         Returns:
-            ``lr`` times the factor of ``lr_schedule``.
+            ``lr`` times the factors of ``lr_schedule`` and of the warm-up.
 
         Raises:
             ValueError: an ``lr_schedule`` that is none, which :meth:`validate` refuses.
         """
-        return self.lr * (1.0 if self.lr_schedule is None else Schedule.parse("lr_schedule", self.lr_schedule)(step))
+        return self.lr * lr_factor(self.lr_schedule, step, steps=self.steps, warmup=self.lr_warmup_steps)
 
     @property
     def selection_ratio(self) -> float:
@@ -484,15 +485,18 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
 
     Only the fields in RESUMABLE_FIELDS may change; every other one makes the second half of the run a different
     experiment from the first, and has to be named in `now.resume_changes`. Of those: name -> value before, value now.
+    The number of steps is one of them where the learning rate falls over all of them.
     """
     saved = as_saved(saved)
+    free = RESUMABLE_FIELDS - ({"steps"} if now.lr_schedule in DECAYS else set())
+    why = {"steps": f", over which lr_schedule = {now.lr_schedule} falls (--resume-changes steps)"}
     different = {
         name: (saved.get(name), value)
         for name, value in now.to_dict().items()
-        if name not in RESUMABLE_FIELDS and saved.get(name) != value
+        if name not in free and saved.get(name) != value
     }
     unnamed = [
-        f"{name}: expected {before!r} (as saved), got {value!r}"
+        f"{name}: expected {before!r} (as saved), got {value!r}{why.get(name, '')}"
         for name, (before, value) in different.items()
         if name not in now.resume_changes
     ]
@@ -571,7 +575,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: value >= 1,
     ),
     (
-        "lora_rank steps save_every warm_steps warm_warmup_steps eval_every first_order_every",
+        "lora_rank steps save_every warm_steps warm_warmup_steps lr_warmup_steps eval_every first_order_every",
         "an integer >= 0",
         lambda value: value >= 0,
     ),

@@ -1,9 +1,14 @@
-"""A number over the steps of a run, as the command line has it: ``0.4``, or points ``0:0.8,200:0.3``."""
+"""A number over the steps of a run, as the command line has it: ``0.4``, or points ``0:0.8,200:0.3``; and the factor of
+the learning rate, which may also be ``cosine`` or ``linear``.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from entropy_kernels._console import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -41,3 +46,32 @@ class Schedule:
             return (before or after)[-1 if before else 0][1]
         (left, low), (right, high) = before[-1], after[0]
         return low + (high - low) * (step - left) / (right - left)
+
+
+#: Courses of the learning rate that fall to 0 over a run: the factor, by the share of the steps that is done.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+}
+
+
+def check_lr_schedule(text: str | None) -> None:
+    """ValueError for what is no course of the learning rate."""
+    if text is None or text in DECAYS:
+        return
+    try:
+        points = Schedule.parse("lr_schedule", text).points
+    except ValueError as error:
+        raise ValueError(f"{error}; or one of {', '.join(DECAYS)}{did_you_mean(text, DECAYS)}") from None
+    if min(factor for _, factor in points) < 0:
+        raise ValueError(f"lr_schedule: expected factors >= 0, got {text!r}")
+
+
+def lr_factor(text: str | None, step: int, *, steps: int, warmup: int) -> float:
+    """What the learning rate of a step of `steps` is multiplied by; the first `warmup` of them rise to it in a line."""
+    rising = min(1.0, (step + 1) / warmup) if warmup else 1.0  # the first step's is not 0
+    if text is None:
+        return rising
+    if text in DECAYS:
+        return rising * DECAYS[text](min(1.0, max(0, step - warmup) / max(1, steps - warmup)))
+    return rising * Schedule.parse("lr_schedule", text)(step)
