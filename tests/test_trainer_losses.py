@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +16,28 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import entropy_kernels as ek
-from entropy_kernels.trainer import ppo
+from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.config import HEADS, TrainerConfig, check_resumable, idle
 from entropy_kernels.trainer.methods import controller_of, options_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded, Policy
-from entropy_kernels.trainer.probes import Update
+from entropy_kernels.trainer.probes import Probe, RolloutMetrics, Step, Update
+from entropy_kernels.trainer.reference import REFERENCE
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
+from entropy_kernels.trainer.tensorfile import load_tree, save_tree
 from hf_models import make
-from trainer_setup import TINY, easy  # noqa: F401
+from trainer_setup import (  # noqa: F401
+    SHORT,
+    TINY,
+    EasyTask,
+    again,
+    config,
+    contents,
+    easy,
+    rows_without_times,
+    run,
+    trained_run,
+)
 
 ONE = dataclasses.replace(TINY, minibatches=1, grad_clip=0.0, selection_logprob="old")
 ROWS = torch.arange(8)
@@ -65,7 +81,8 @@ def logprob_of(model: Any, rollout: Rollout) -> tuple[Tensor, Tensor]:
     attention = torch.cat([rollout.prompts.mask, rollout.mask.long()], dim=1)
     ids = torch.cat([rollout.prompts.ids, rollout.ids], dim=1)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits[:, 2:-1]
+    start = rollout.prompts.ids.shape[1] - 1
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits[:, start:-1]
     logp = torch.log_softmax(logits, dim=-1)
     return logp.gather(-1, rollout.ids[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
 
@@ -255,3 +272,152 @@ def test_more_steps_of_a_falling_course_have_to_be_named() -> None:
     for course in (None, "0:1,4:2"):  # no step changes that is done
         one, other = (dataclasses.replace(c, lr_schedule=course, lr_warmup_steps=2) for c in (before, after))
         assert check_resumable(one.to_dict(), other, finished=3) == {}
+
+
+# --- a reference -----------------------------------------------------------------------------------------------------
+
+
+def kl_by_hand(d: Tensor, estimator: str) -> Tensor:
+    """Of D = log π - log π_ref; with + the value of the estimator and the gradient D."""
+    name = estimator.removesuffix("+")
+    value = {"k1": d, "abs": d.abs(), "k2": d * d / 2, "k3": (-d).exp() - 1 + d}[name]
+    return value if name == estimator else value.detach() + d.detach() * (d - d.detach())
+
+
+@pytest.mark.parametrize("method", ["grpo", "exact_cov"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+"])
+def test_a_penalty_in_the_loss_by_hand(estimator: str, head: str, method: str) -> None:
+    policy = policy_of(head)
+    rollout = rollout_of(policy, noise=0.1)
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(rollout.mask.shape, generator=generator, dtype=torch.float64)
+    rollout.ref_logprob = (rollout.old_logprob + 0.5 * noise) * rollout.mask
+    settings = settings_of(ref_kl_coef=0.3, ref_kl_estimator=estimator, method=method, micro_batches=2)
+    made, gradients = updated(policy, rollout, settings)
+    model = policy_of().model
+    logprob, _ = logprob_of(model, rollout)
+    dropped = torch.zeros_like(rollout.mask)
+    for rows, control in zip(made.rows, made.controls, strict=True):
+        dropped[rows] = control.dropped if control is not None else dropped[rows]
+    assert bool(dropped.any()) == (method == "exact_cov")
+    total = torch.zeros((), dtype=torch.float64)
+    for row, position in rollout.mask.nonzero().tolist():
+        a, new = rollout.advantages[row, position], logprob[row, position]
+        ratio = (new - rollout.old_logprob[row, position]).exp()
+        surrogate = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)) * (not bool(dropped[row, position]))
+        total = total + surrogate + 0.3 * kl_by_hand(new - rollout.ref_logprob[row, position], estimator)
+    total = total / int(rollout.mask.sum())
+    assert_same(made, gradients, total, gradients_of(model, total))
+
+
+class Keeps(Probe):
+    """The rollouts of a run, and the weights that made them."""
+
+    def __init__(self) -> None:
+        self.rollouts: list[Rollout] = []
+        self.models: list[Any] = []
+
+    def after_rollout(self, step: Step) -> None:
+        self.rollouts.append(step.sampled)
+        self.models.append(copy.deepcopy(step.policy.model).double())
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+def test_a_penalty_in_the_reward_by_hand(tmp_path: Path, estimator: str) -> None:
+    kept = Keeps()
+    changes = {"ref_kl_coef": 0.5, "ref_kl_in": "reward", "ref_kl_estimator": estimator}
+    ppo.train(config(tmp_path / "run", **{**SHORT, "steps": 2, "lr": 0.03, **changes}), probes=[kept, RolloutMetrics()])
+    rows = rows_without_times(tmp_path / "run")
+    for i, (rollout, model) in enumerate(zip(kept.rollouts, kept.models, strict=True)):
+        now, _ = logprob_of(model, rollout)
+        then, _ = logprob_of(kept.models[0], rollout)
+        difference = (now - then).detach()
+        assert bool((difference == 0).all()) == (i == 0)
+        rewards = rollout.rewards.double().flatten() - 0.5 * (kl_by_hand(difference, estimator) * rollout.mask).sum(1)
+        for group in torch.arange(16).chunk(4):
+            mine = rewards[group]
+            expected = (mine - mine.mean()) / (mine.std() + 1e-6)
+            if float(mine.std()) > 1e-3:
+                got = rollout.advantages[group].double()
+                torch.testing.assert_close(got, expected[:, None].expand_as(got), rtol=1e-3, atol=1e-3)
+        assert rows[i]["ref_kl"] == pytest.approx(float(kl_by_hand(difference, "k3")[rollout.mask].mean()), abs=1e-6)
+    assert rows[0]["ref_kl"] == 0 and rows[2]["ref_kl"] > 1e-4
+
+
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_a_run_with_a_reference_resumes_bit_for_bit(tmp_path: Path, place: str) -> None:
+    changes = {"ref_kl_coef": 0.5, "ref_kl_in": place, "lr": 0.01, "save_every": 2, "warm_steps": 3, "warm_batch": 8}
+    whole, parts = (config(tmp_path / name, **{**SHORT, **changes, "steps": 4}) for name in ("whole", "parts"))
+    ppo.train(whole)
+    ppo.train(dataclasses.replace(parts, steps=2))
+    begun = (parts.out / REFERENCE).read_bytes()
+    ppo.train(dataclasses.replace(parts, resume=True))
+    assert rows_without_times(whole.out) == rows_without_times(parts.out)
+    assert (parts.out / REFERENCE).read_bytes() == begun == (whole.out / REFERENCE).read_bytes()
+    weights = [checkpoint.load_checkpoint(c.out / checkpoint.CHECKPOINT)["modules"]["policy"] for c in (whole, parts)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    kls = [row["ref_kl"] for row in rows_without_times(whole.out)]
+    assert kls[0] == 0 and min(kls[1:]) > 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: path.unlink(), r"ref_kl_coef: expected the reference of this run in .*, got none"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), r"ref_kl_coef: expected .*, got a file that was cut"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
+            r"ref_kl_coef: expected .*, got a damaged file \(its checksum does not match\)",
+        ),
+        (lambda path: save_tree(path, {"lm_head.weight": torch.zeros(3)}), r"got that of another model"),
+    ],
+)
+def test_a_reference_that_is_not_whole_stops_a_resumption(
+    tmp_path: Path, with_reference: Path, harm: Callable[[Path], Any], message: str
+) -> None:
+    out = Path(shutil.copytree(with_reference, tmp_path / "run"))
+    harm(out / REFERENCE)
+    before = contents(out)
+    with pytest.raises((ValueError, OSError), match=message):
+        ppo.train(config(out, **{**SHORT, "ref_kl_coef": 0.5, "steps": 2, "resume": True}))
+    assert contents(out) == before
+
+
+@pytest.fixture(scope="module")
+def with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
+        return ppo.train(config(tmp_path_factory.mktemp("reference") / "run", **SHORT, ref_kl_coef=0.5))
+
+
+def test_a_run_without_a_reference_has_none_to_go_on_with(run: Path) -> None:  # noqa: F811
+    assert not (run / REFERENCE).exists()
+    changes = {"resume_changes": ("ref_kl_coef",), "ref_kl_coef": 0.5}
+    with pytest.raises(FileNotFoundError, match="got none: a run that began with ref_kl_coef = 0 kept none"):
+        again(run, **changes)
+
+
+def test_an_adapters_reference_is_the_adapter_where_rl_starts(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    changes = {"lora_rank": 2, "ref_kl_coef": 0.5, "lr": 0.03, "save_every": 1, "warm_steps": 3, "warm_batch": 8}
+    whole, parts = (config(tmp_path / name, **{**SHORT, **changes, "steps": 3}) for name in ("whole", "parts"))
+    ppo.train(whole)
+    weights = load_tree(whole.out / REFERENCE)
+    assert weights and all("lora_" in name for name in weights)
+    assert any(float(x.abs().max()) > 0 for name, x in weights.items() if "lora_B" in name)  # the start trained it
+    kls = [row["ref_kl"] for row in rows_without_times(whole.out)]
+    assert kls[0] == 0 and min(kls[1:]) > 0
+    ppo.train(dataclasses.replace(parts, steps=1))
+    ppo.train(dataclasses.replace(parts, resume=True))
+    assert rows_without_times(whole.out) == rows_without_times(parts.out)
+
+
+def test_what_a_penalty_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"ref_kl_estimator: expected one without \+ under ref_kl_in = reward.* k1\+"):
+        settings_of(ref_kl_coef=0.1, ref_kl_in="reward", ref_kl_estimator="k1+")
+    with pytest.raises(ValueError, match=r"ref_kl_coef: expected a finite number >= 0, got -1"):
+        settings_of(ref_kl_coef=-1)
+    with pytest.raises(ValueError, match=r"ref_kl_estimator: expected one of k1, abs, k2, k3, .*got 'k4'"):
+        settings_of(ref_kl_estimator="k4")
+    assert idle(settings_of(ref_kl_in="reward"))["ref_kl_in"] == "with ref_kl_coef = 0"

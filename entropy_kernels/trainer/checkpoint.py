@@ -19,6 +19,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, read_json
 from entropy_kernels.trainer.model import Policy
+from entropy_kernels.trainer.reference import REFERENCE
 from entropy_kernels.trainer.tensorfile import Damaged, load_tree, save_tree
 
 #: Number of the checkpoint's layout; goes up when the meaning of a saved field changes. 1 and 2 were files of torch.
@@ -213,13 +214,13 @@ NONFINITE = "nonfinite.safetensors"
 #: What a run writes besides its folders, and whatever a driver that starts it adds.
 RUN_FILES = (
     *("config.json", "metrics.jsonl", CHECKPOINT, previous_of(Path(CHECKPOINT)).name, BROKEN),
-    *("unscored.jsonl", "samples.jsonl", NONFINITE),
+    *("unscored.jsonl", "samples.jsonl", NONFINITE, REFERENCE),
 )
 DRIVER_FILES = ("request.json", "run.log")
 #: What earlier versions wrote, which goes with their runs.
 _EARLIER_FILES = (_EARLIER, "checkpoint.previous.pt")
 #: Its folders, with the kind of what each holds (see OwnFiles).
-_FOLDERS = {"model": "model", "tensorboard": "tensorboard", "reference": "model", "adapter": "model"}
+_FOLDERS = {"model": "model", "tensorboard": "tensorboard", "adapter": "model"}
 #: What may stand in them that a version before there were records wrote: these names, no others.
 _UNRECORDED = {
     "model": re.compile(

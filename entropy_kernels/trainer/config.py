@@ -17,7 +17,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels._console import did_you_mean
-from entropy_kernels.trainer import model
+from entropy_kernels.trainer import model, reference
 from entropy_kernels.trainer.advantages import ESTIMATORS
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import (
@@ -44,9 +44,12 @@ if TYPE_CHECKING:
     TargetName: TypeAlias = str
     HeadName: TypeAlias = str
     AdvantageName: TypeAlias = str
+    PlaceName: TypeAlias = str
+    EstimatorName: TypeAlias = str
 else:  # --help lists the choices
     MethodName, TargetName, HeadName = Literal[tuple(METHODS)], Literal[tuple(TARGETS)], Literal[HEADS]
     SurrogateName = Literal[tuple(ek.surrogates())]
+    PlaceName, EstimatorName = Literal[reference.PLACES], Literal[reference.ESTIMATORS]
     AdvantageName = Literal[tuple(name for name, row in ESTIMATORS.items() if not row.critic)]
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
@@ -245,6 +248,14 @@ class TrainerConfig:
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-sum"
     ] = "token-mean"
     """How token losses become one number."""
+    ref_kl_coef: float = 0.0
+    """Hold the policy near a reference, the policy where RL starts: coefficient of a penalty on their KL divergence."""
+    ref_kl_in: PlaceName = "loss"
+    """loss: the penalty is a part of each token's loss (GRPO), with its gradient; reward: it is taken off the rewards
+    of the tokens that were sampled (PPO), and reaches the advantages of every estimator."""
+    ref_kl_estimator: EstimatorName = "k3"
+    """Of the KL divergence at a token, with D its log-prob minus the reference's: k1 is D, abs |D|, k2 D²/2, k3
+    exp(-D) + D - 1; with + the gradient is k2's, in a loss."""
     entropy_coef: float = 0.0
     """Entropy bonus, with its true gradient."""
     cov_ratio: float | None = None
@@ -339,6 +350,7 @@ class TrainerConfig:
         strange = [name for name in self.resume_changes if name not in known]
         _expect(not strange, "resume_changes", "fields that are not those of model and start", ", ".join(strange))
         check_lr_schedule(self.lr_schedule)
+        reference.check_reference(self)
         check_options(self)
 
     @property
@@ -527,6 +539,7 @@ def idle(config: TrainerConfig) -> dict[str, str]:
         ("memory_budget", config.head != "linear", f"under head = {config.head}"),
         ("partial_credit", config.task.startswith("walk"), "on walk, whose rewards are 0 and 1"),
         ("target_method", not targeted, "without target_entropy"),
+        ("ref_kl_in ref_kl_estimator", config.ref_kl_coef == 0, "with ref_kl_coef = 0"),
         ("gamma", "gamma" not in ESTIMATORS[config.advantage].reads, f"under advantage = {config.advantage}"),
         ("cov_ratio kl_coef selection_logprob", not decides, f"under {method}"),
     )
@@ -581,7 +594,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     ("temperature lr warm_lr", "a finite number > 0", lambda value: math.isfinite(value) and value > 0),
     (
-        "grad_clip weight_decay warm_weight_decay kl_coef clip_low clip_high",
+        "grad_clip weight_decay warm_weight_decay kl_coef ref_kl_coef clip_low clip_high",
         "a finite number >= 0",
         lambda value: math.isfinite(value) and value >= 0,
     ),

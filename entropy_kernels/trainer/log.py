@@ -50,6 +50,8 @@ DEFINITIONS = {
     "decrease_share": "share of the predicted entropy decrease, sum of c F over F > 0, that these tokens carry, mean "
     "over updates; F = A r C/T^2, c the token's weight in the loss",
     "entropy_coef": "coefficient of the entropy bonus, where the method sets it, mean over updates",
+    "ref_kl": "KL divergence of the policy from the reference, estimate k3 whichever the penalty takes: mean over the "
+    "tokens of the rollout, before the step's updates, nats",
     "loss": "loss of an update, mean over updates",
     "pg_loss": "policy-gradient part of the loss, mean over updates",
     "clipfrac": "share of tokens that the surrogate's clip stops, mean over updates",
@@ -91,7 +93,7 @@ DEFINITIONS = {
     "time/rollout": "seconds of sampling, verifying and scoring",
     "time/sample": "of these, drawing the completions",
     "time/verify": "of these, decoding and rewards",
-    "time/score": "of these, old log-probs and entropies",
+    "time/score": "of these, old log-probs and entropies, and the reference's log-probs",
     "time/update": "seconds of the updates",
     "time/measure": "seconds of what else is measured in the step, the entropy change above all",
     "time/val": "seconds of validation",

@@ -51,12 +51,14 @@ from entropy_kernels.trainer.log import MetricsLog
 from entropy_kernels.trainer.methods import controller_of, part_of, surrogate_of, target_of
 from entropy_kernels.trainer.model import Policy, loss_of_stats
 from entropy_kernels.trainer.probes import Probe, Step, Update, default_probes
+from entropy_kernels.trainer.reference import Reference, keep_reference, loss_penalty, reference_of, reward_penalty
 from entropy_kernels.trainer.rollout import (
     Rollout,
     Stats,
     all_tokens,
     fresh_stats,
     known_tokens,
+    row_slices,
     sample_groups,
     score,
     stats_for,
@@ -129,7 +131,9 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             probe.before_step(step)
 
         # 1. sample, score, old log-probs, advantages
-        step.rollout = collect(policy, task, config, step=number, generator=run.generators["sampler"])
+        step.rollout = collect(
+            policy, task, config, step=number, generator=run.generators["sampler"], reference=run.reference
+        )
         for probe in probes:
             probe.after_rollout(step)
 
@@ -168,7 +172,15 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
 
 
 @torch.no_grad()
-def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, generator: torch.Generator) -> Rollout:
+def collect(
+    policy: Policy,
+    task: Task,
+    config: TrainerConfig,
+    *,
+    step: int,
+    generator: torch.Generator,
+    reference: Reference | None = None,
+) -> Rollout:
     """A rollout of the current policy: completions, their rewards, the old log-probs, and advantages.
 
     Old log-probs come from a full forward in the same shapes as training, not from the sampling pass: the first update
@@ -191,13 +203,18 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
     # old log-probs, and the other statistics
     stats = score(policy, config, encoded, completions.ids, completions.mask)
     gap = float((stats.logprob - completions.logprob).abs().max())
+    ref_logprob = None
+    if reference is not None:
+        parts, scored = row_slices(config, len(texts)), (encoded, completions.ids, completions.mask)
+        ref_logprob = reference.logprob(parts, *scored, temperature=config.temperature)
     times.append(time.perf_counter())
 
-    # advantages: a completion's reward stands at its last token
+    # advantages: a completion's reward stands at its last token, and a penalty for leaving the reference at each
     rewards = torch.tensor(given, dtype=torch.float32).to(policy.device)
+    penalty = reward_penalty(config, stats.logprob, ref_logprob)
     made = advantages_of(
         config.advantage,
-        rewards_of_tokens(rewards, completions.mask),
+        rewards_of_tokens(rewards, completions.mask) - penalty,
         completions.mask,
         samples=config.samples_per_prompt,
         whiten=config.whiten_advantages,
@@ -221,6 +238,7 @@ def collect(policy: Policy, task: Task, config: TrainerConfig, *, step: int, gen
             for i, reward in enumerate(given)
             if isinstance(reward, Unscored)
         ],
+        ref_logprob=ref_logprob,
         completed=completions.mask,
         truncated=~completions.ended,
     )
@@ -328,6 +346,7 @@ def backward(
             "batch_num_tokens": tokens,
             "global_batch_size": sequences,
             "control": control,
+            **loss_penalty(config, rollout, rows),
             **surrogate,
         }
 
@@ -355,6 +374,7 @@ class Run:
     generators: dict[str, torch.Generator]  # sampler and shuffler
     controller: ek.Controller | None  # of the method, with what it remembers
     target: ek.TargetEntropy | None  # in its place
+    reference: Reference | None  # the policy where RL starts; in a file of its own
     log: MetricsLog
     first: int  # step
     changes: list[dict[str, Any]]  # of the configuration, with the steps at which it was resumed under them
@@ -398,6 +418,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
             policy, task, config,
             on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
         )  # fmt: skip
+    reference = reference_of(config, policy, resumed=saved is not None)
     adam: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -422,8 +443,10 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
             group.update(adam)  # which may have changed
         if target is not None:  # its course is over the steps of the run, wherever it begins
             target.load_state_dict({**target.state_dict(), "calls": first})
-    elif config.overwrite:
-        checkpoint.remove_run(files)
+    else:
+        if config.overwrite:
+            checkpoint.remove_run(files)
+        keep_reference(reference, config.out)
     # before anything is changed: another run's log is refused
     last = None if saved is None else saved["row"]
     log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
@@ -431,7 +454,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
     about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
     write_json(config.out / "config.json", {**again, **about})
-    return Run(policy, optimizer, generators, controller, target, log, first, changes)
+    return Run(policy, optimizer, generators, controller, target, reference, log, first, changes)
 
 
 def versions() -> dict[str, str]:

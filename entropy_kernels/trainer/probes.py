@@ -143,6 +143,10 @@ class RolloutMetrics(Probe):
             "tokens": rollout.tokens,
             "sampling_gap": rollout.sampling_gap,
         }
+        if rollout.ref_logprob is not None:
+            step.row["ref_kl"] = mean_over(
+                ek.losses.kl_estimate(rollout.old_logprob - rollout.ref_logprob), rollout.completed
+            )
         if bool(rollout.mask.any()):
             step.row |= covariance_columns(rollout, config)
         if not step.last:

@@ -42,6 +42,7 @@ class Rollout:
     sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
     seconds: dict[str, float] = field(default_factory=dict)  # of sample, verify, score
     unscored: list[dict[str, str]] = field(default_factory=list)  # prompt, completion, reason
+    ref_logprob: Tensor | None = None  # (B, L) float32, of the reference, where there is one
     completed: Tensor = None  # type: ignore[assignment]  # (B, L) bool: all tokens of the completions; None: the mask
     truncated: Tensor = None  # type: ignore[assignment]  # (B,) bool: ran into max_new_tokens; None: none
 
