@@ -45,11 +45,11 @@ def test_files_beside_a_run_stay(tmp_path: Path, name: str) -> None:
     ["metrics.jsonl", "checkpoint.safetensors", "config.json", "checkpoint.previous.safetensors", "model/thesis.txt",
      "model",
      "checkpoint.safetensors/thesis.txt", "unscored.jsonl", "samples.jsonl", "nonfinite.safetensors",
-     "tensorboard/thesis.txt", "reference/model.safetensors", "adapter/adapter_config.json", "reference", "adapter"],
+     "tensorboard/thesis.txt", "reference.safetensors", "model/adapter/adapter_config.json"],
 )  # fmt: skip
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_files_under_the_names_of_a_run_are_refused(tmp_path: Path, name: str, overwrite: bool) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / name).write_text("x")
     with pytest.raises(OSError, match=r"^out: expected "):
         ppo.train(config(tmp_path, overwrite=overwrite, **SHORT))
@@ -132,14 +132,13 @@ def test_a_checkpoint_of_an_earlier_version_is_told_and_goes_with_its_run(run: P
 @pytest.mark.parametrize(
     "name",
     ["unscored.jsonl", "metrics.broken", "checkpoint.safetensors", "checkpoint.previous.safetensors", "samples.jsonl",
-     "nonfinite.safetensors", "reference/config.json", "adapter/adapter_config.json", "model"],
+     "nonfinite.safetensors", "reference.safetensors", "model"],
 )  # fmt: skip
 def test_names_that_came_later_are_not_an_earlier_runs(run: Path, name: str) -> None:
     forget(run)
     if name == "model":
         (run / "config.json").unlink()  # and with it the proof
     else:
-        (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("x")
     before = contents(run)
     with pytest.raises(FileExistsError, match=r"^out: expected "):

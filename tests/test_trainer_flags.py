@@ -85,7 +85,7 @@ def test_from_config_takes_a_run_and_explains_itself(tmp_path: Path, capsys: pyt
         main(["from-config", "--help"])
     assert stop.value.code == 0 and f"{PROG} from-config FILE" in capsys.readouterr().out
     assert main(["comparre"]) == 2
-    assert "(quickstart, reproduce, compare, from-config)" in capsys.readouterr().err
+    assert "(quickstart, reproduce, compare, from-config, replay)" in capsys.readouterr().err
 
 
 # --- what does nothing ------------------------------------------------------------------------------------------------

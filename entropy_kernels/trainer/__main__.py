@@ -1,4 +1,4 @@
-"""``python -m entropy_kernels.trainer [quickstart | reproduce | compare | from-config FILE] [flags]``.
+"""``python -m entropy_kernels.trainer [quickstart | reproduce | compare | from-config FILE | replay FILE] [flags]``.
 
 One run is ppo.py; several, with their report, sweep.py; what is typed, flags.py.
 """
@@ -35,10 +35,16 @@ USAGE = """Type one of
       one run, with any of the flags below; without flags GRPO in runs/single
   {prog} from-config FILE [flags]
       one run from the config.json of another (or from its folder), with changes
+  {prog} replay FILE [flags]
+      an update whose loss or gradient was not finite, once more from what its run kept
 
 The first three have flags of their own: quickstart --help.
 
 Ctrl-C stops any of them, and says what goes on from there."""
+
+
+_REPLAY = """An update, or a rollout, that was not finite, from the file that its run kept. The exit code is 1 if it is
+not finite again."""
 
 
 class _Terminated(SystemExit):
@@ -52,7 +58,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     try:
         with _stopped_by_signals():
             return _main(call)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -85,8 +91,10 @@ def _main(call: Call) -> int:
         except (ValueError, OSError) as error:
             raise ValueError(f"from-{error}" if str(error).startswith("config: ") else str(error)) from error
         return _one_run(call, config, words[2:], f"{call.prog} from-config {words[1]}", about)
+    if command == "replay":
+        return _replay(call, words[1:])
     if command not in SWEEPS:
-        known = (*SWEEPS, "from-config")
+        known = (*SWEEPS, "from-config", "replay")
         raise ValueError(
             f"expected a command ({', '.join(known)}) or flags, got {command}{did_you_mean(command, known)} "
             f"({call.prog} --help explains)"
@@ -120,6 +128,20 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, ab
             print(f"{progress.memory} --head chooses; results agree up to rounding.")
         print(f"run: {out}")
     return 0
+
+
+def _replay(call: Call, words: list[str]) -> int:
+    from entropy_kernels.trainer.checkpoint import NONFINITE
+    from entropy_kernels.trainer.replay import Flags, replay
+
+    if words[:1] not in (["--help"], ["-h"]) and (not words or words[0].startswith("-")):
+        raise ValueError(f"replay: expected a FILE ({NONFINITE}), then flags, got {' '.join(words) or 'no file'}")
+    flags, typed = parse(Flags(), words if words[0].startswith("-") else words[1:], f"{call.prog} replay FILE", _REPLAY)
+    line = ""
+    with _errors_as_typed(typed):
+        for line in replay(Path(words[0]).expanduser(), flags):
+            print(line)
+    return 0 if line.startswith("finite") else 1
 
 
 def _stopped(config: TrainerConfig, call: Call, *, trained: bool) -> str:

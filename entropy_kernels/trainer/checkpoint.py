@@ -60,7 +60,7 @@ def save_checkpoint(
         "config": config,
         "row": row,
         "changes": changes or [],
-        "modules": {name: _weights(module) for name, module in modules.items()},
+        "modules": {name: weights_of(module) for name, module in modules.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "controller": None if controller is None else controller.state_dict(),
@@ -73,7 +73,8 @@ def save_checkpoint(
         raise OSError(f"{error}; with space to write, --resume continues from it") from error
 
 
-def _weights(module: Weights) -> Mapping[str, Tensor]:
+def weights_of(module: Weights) -> Mapping[str, Tensor]:
+    """The tensors of a module, or of what stands for one."""
     return module if isinstance(module, Mapping) else module.state_dict()
 
 
@@ -169,7 +170,7 @@ def restore(
     try:
         for name, module in modules.items():
             part = "model" if name == "policy" else name
-            _put_back(module, state["modules"][name])
+            put_back(module, state["modules"][name])
         for name, optimizer in optimizers.items():
             part = "optimizer" if name == "policy" else f"{name}'s optimizer"
             # a copy: what was loaded may be the pages of the file
@@ -195,7 +196,8 @@ def restore(
 
 
 @torch.no_grad()
-def _put_back(module: Weights, saved: Mapping[str, Tensor]) -> None:
+def put_back(module: Weights, saved: Mapping[str, Tensor]) -> None:
+    """Give a module the weights that were saved; RuntimeError or ValueError for other names or shapes."""
     if not isinstance(module, Mapping):
         module.load_state_dict(saved)
         return
@@ -219,10 +221,8 @@ RUN_FILES = (
 DRIVER_FILES = ("request.json", "run.log")
 #: What earlier versions wrote, which goes with their runs.
 _EARLIER_FILES = (_EARLIER, "checkpoint.previous.pt")
-#: Its folders, with the kind of what each holds (see OwnFiles).
-_FOLDERS = {"model": "model", "tensorboard": "tensorboard", "adapter": "model"}
-#: What may stand in them that a version before there were records wrote: these names, no others.
-_UNRECORDED = {
+#: Its folders, and what may stand in them that a version before there were records wrote: these names, no others.
+_FOLDERS = {
     "model": re.compile(
         r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
         r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
@@ -268,11 +268,10 @@ def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
         files.adopt("config.json", "metrics.jsonl", _EARLIER)
     files.claim(*names)
     files.tidy()
-    for name, kind in _FOLDERS.items():
+    for name in _FOLDERS:
         if (out / name).exists():
-            known = ran and name in _UNRECORDED
-            inner = OwnFiles(out / name, kind, alone=not known)
-            if known:
+            inner = OwnFiles(out / name, name, alone=not ran)
+            if ran:
                 adopt_unrecorded(inner, name)
             inner.tidy()
     files.claim(*names)  # once more: names of files that are not there yet are forgotten by tidy
@@ -282,7 +281,7 @@ def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
 def adopt_unrecorded(files: OwnFiles, kind: str) -> None:
     """Make ours what a version without records wrote into a folder of a run, which is known to be ours."""
     if not files.names:
-        files.adopt(*(path.name for path in files.folder.iterdir() if _UNRECORDED[kind].fullmatch(path.name)))
+        files.adopt(*(path.name for path in files.folder.iterdir() if _FOLDERS[kind].fullmatch(path.name)))
 
 
 def model_files(folder: Path) -> OwnFiles:
@@ -332,9 +331,9 @@ def remove_run(files: OwnFiles) -> None:
     """Remove what an earlier run wrote into its directory; the user's own files stay."""
     files.remove(*RUN_FILES)
     files.give_up(*_EARLIER_FILES)
-    for name, kind in _FOLDERS.items():
+    for name in _FOLDERS:
         if (files.folder / name).is_dir():
-            OwnFiles(files.folder / name, kind).remove()
+            OwnFiles(files.folder / name, name).remove()
 
 
 #: Answers that could not be judged and are kept to be looked at.

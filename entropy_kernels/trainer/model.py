@@ -275,6 +275,8 @@ class Policy:
                     **cache,
                 )[:, -1]  # (B, V)
             probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+            # a row with a NaN or infinity among its logits has no finite one: some token is drawn, and log-probs tell
+            probabilities.masked_fill_(probabilities[:, :1].isnan(), 1.0)
             drawn = torch.multinomial(probabilities, 1, generator=generator)  # (B, 1)
             if self.end_ids:
                 drawn = torch.where(alive[:, None], drawn, self.encoder.pad_id)

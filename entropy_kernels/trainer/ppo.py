@@ -32,6 +32,7 @@ Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' c
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.advantages import advantages_of, rewards_of_tokens
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
+from entropy_kernels.trainer.faults import check_rewards, check_sampled, check_weights, clip_gradients, kept
 from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.log import MetricsLog
 from entropy_kernels.trainer.methods import controller_of, part_of, surrogate_of, target_of
@@ -63,7 +65,7 @@ from entropy_kernels.trainer.rollout import (
     score,
     stats_for,
 )
-from entropy_kernels.trainer.start import build_policy, load_policy, warm_start
+from entropy_kernels.trainer.start import first_policy, warm_start
 from entropy_kernels.trainer.tasks import Task, Unscored, make_task, verify_all
 
 Report = Callable[[str, int, int, dict[str, Any]], None]
@@ -96,8 +98,7 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
         docs/trainer.md.
     """
     config.validate()
-    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
-    task.partial_credit = config.partial_credit
+    task = task_of(config)
     if config.mask_truncated and task.fixed_length:
         raise ValueError(
             f"mask_truncated: expected a task whose completions end with an end token, got {task.name}, where all have "
@@ -113,6 +114,13 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
             report or (lambda phase, done, total, row: None),
             default_probes(config, backward) if probes is None else probes,
         )
+
+
+def task_of(config: TrainerConfig) -> Task:
+    """The task that a configuration names."""
+    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+    task.partial_credit = config.partial_credit
+    return task
 
 
 def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Probe]) -> Path:
@@ -131,9 +139,10 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             probe.before_step(step)
 
         # 1. sample, score, old log-probs, advantages
-        step.rollout = collect(
-            policy, task, config, step=number, generator=run.generators["sampler"], reference=run.reference
-        )
+        with kept(run, step):
+            step.rollout = collect(
+                policy, task, config, step=number, generator=run.generators["sampler"], reference=run.reference
+            )
         for probe in probes:
             probe.after_rollout(step)
 
@@ -154,7 +163,8 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             for rows in order:
                 seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
                 decides = run.target or run.controller
-                made = update(policy, run.optimizer, step.rollout, rows, config, decides, seed=seed, plan=step.plan)
+                with kept(run, step, rows=rows, seed=seed):
+                    made = update(policy, run.optimizer, step.rollout, rows, config, decides, seed=seed, plan=step.plan)
                 step.updates.append(made)
                 for probe in probes:
                     probe.after_update(step)
@@ -192,17 +202,20 @@ def collect(
     # sample: groups of completions, those of a prompt adjacent
     prompts = task.prompts(config.prompts_per_step, seed=config.seed * 1_000_003 + step, split="train")
     encoded, completions = sample_groups(policy, task, config, prompts, config.samples_per_prompt, generator)
-    float(completions.logprob.sum())
+    check_sampled(encoded, completions, completions.logprob, "while sampling")
     times.append(time.perf_counter())
 
     # score: the task's verifier
     texts = policy.decode(completions)
     given = verify_all(task, prompts, texts)
+    check_rewards(given)
     times.append(time.perf_counter())
 
     # old log-probs, and the other statistics
     stats = score(policy, config, encoded, completions.ids, completions.mask)
     gap = float((stats.logprob - completions.logprob).abs().max())
+    if not math.isfinite(gap):
+        check_sampled(encoded, completions, stats.logprob, "in the full forward")
     ref_logprob = None
     if reference is not None:
         parts, scored = row_slices(config, len(texts)), (encoded, completions.ids, completions.mask)
@@ -279,9 +292,9 @@ def update(
         )
         losses.append(ek.PolicyLoss(result.loss.detach(), result.metrics))
         controls.append(control)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.grad_clip or float("inf"))
+    (norm,) = clip_gradients({"policy": policy.model}, losses, config.grad_clip)  # what is not finite ends here
     optimizer.step()
-    return Update(parts, losses, controls, float(norm), time.perf_counter() - started)
+    return Update(parts, losses, controls, norm, time.perf_counter() - started)
 
 
 def decide(
@@ -379,13 +392,19 @@ class Run:
     first: int  # step
     changes: list[dict[str, Any]]  # of the configuration, with the steps at which it was resumed under them
 
+    @property
+    def modules(self) -> dict[str, checkpoint.Weights]:
+        """What is trained, by name."""
+        return {"policy": self.policy}
+
     def save(self, step: int, config: TrainerConfig) -> None:
         """Write the checkpoint after `step` steps."""
+        check_weights(self.modules, step)
         checkpoint.save_checkpoint(
             config.out / checkpoint.CHECKPOINT,
             step=step,
             config=config.to_dict(),
-            modules={"policy": self.policy},
+            modules=self.modules,
             optimizers={"policy": self.optimizer},
             generators=self.generators,
             controller=self.target or self.controller,
@@ -407,10 +426,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     files = checkpoint.prepare_directory(config)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    if config.warm_start_from is not None:
-        policy = load_policy(config.warm_start_from, config, task)
-    else:
-        policy = build_policy(config, task)
+    policy = first_policy(config, task)
     target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
     if config.warm_start_from is None and saved is None and config.warm_steps:
         tell("supervised start", 0, config.warm_steps, {})

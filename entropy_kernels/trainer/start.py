@@ -50,6 +50,13 @@ def load_policy(directory: Path, config: TrainerConfig, task: Task) -> Policy:
     return _finish(model, tokenizer, config, task)
 
 
+def first_policy(config: TrainerConfig, task: Task) -> Policy:
+    """The policy that a run begins with, before any supervised start of its own."""
+    if config.warm_start_from is not None:
+        return load_policy(config.warm_start_from, config, task)
+    return build_policy(config, task)
+
+
 def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Policy:
     if config.model == "tiny":
         # ten positions: plain matrix products take 10 to 15 % less time than the fused attention
