@@ -29,16 +29,39 @@ DEFINITIONS = {
     "entropy": "policy entropy, nats: mean over the tokens of the rollout, before the step's updates",
     "target_entropy": "the entropy that the step aims at, nats",
     "reward": "mean reward of the rollout",
+    "reward_std": "standard deviation of all its rewards (n - 1 in the denominator)",
+    "reward_min": "smallest reward of the rollout",
+    "reward_max": "largest reward of the rollout",
+    "reward_group_std": "standard deviation of the rewards of one prompt's completions, mean over prompts",
+    "groups_right": "share of prompts whose completions are all right (reward >= 1)",
+    "groups_wrong": "share of prompts of whose completions none is right",
     "unscored": "answers of the rollout that their verifier could not judge (reward 0); the first in unscored.jsonl",
     "groups_mixed": "share of prompts whose completions got different rewards (under the "
     "estimators that compare within a prompt, the others have advantage 0)",
     "tokens": "completion tokens of the rollout",
+    "length_mean": "mean length of the rollout's completions, tokens, the end token included",
+    "length_min": "shortest of them",
+    "length_max": "longest of them",
+    "length_ended_mean": "mean length of those that ended by themselves, not at max_new_tokens",
+    "length_ended_min": "shortest of these",
+    "length_ended_max": "longest of these",
+    "truncated": "share of completions that were cut off at max_new_tokens",
+    "prompt_length_mean": "mean length of the rollout's prompts, tokens",
+    "prompt_length_min": "shortest of them",
+    "prompt_length_max": "longest of them",
+    "advantage_mean": "mean advantage over the tokens that count in the losses",
+    "advantage_std": "its standard deviation over these tokens (n - 1 in the denominator)",
+    "advantage_min": "smallest of these advantages",
+    "advantage_max": "largest of these advantages",
     "sampling_gap": "largest |log-prob while sampling - log-prob of the full forward|, nats",
     "val_pass1": "held-out prompts: mean chance that one completion is right",
     "val_pass": "held-out prompts: unbiased chance that at least one of K completions is right (val_passK)",
     "val_distinct": "held-out prompts: mean number of different right completions",
     "val_entropy": "policy entropy on held-out prompts, nats",
-    "final_": "the same (final_pass1, final_passK, final_distinct, final_entropy), on the larger validation at the end",
+    "val_reward": "held-out prompts: mean reward of a completion",
+    "val_length": "held-out prompts: mean length of a completion, tokens",
+    "val_truncated": "held-out prompts: share of completions that were cut off at max_new_tokens",
+    "final_": "the same (final_pass1, final_passK, final_distinct, ...), on the larger validation at the end",
     "cov_mean": "mean token covariance (log-prob minus its mean) x (advantage minus its mean) over the rollout",
     "cov_max": "largest token covariance of the rollout",
     "cov_top_": "mean covariance of the top fraction of the rollout's tokens (cov_top_FRACTION), at least one token",
@@ -75,6 +98,8 @@ DEFINITIONS = {
     "target_gain": "measured over predicted entropy change, as learned so far; see docs/control.md",
     "target_saturated": "1: no plan could bring the entropy as high as wanted, or max_change holds it back; -1: none "
     "as low; 0: neither",
+    "method/": "method/NAME: what the method, or the target entropy, remembers after the step, by its own names: those "
+    "of its options (adaptive_entropy's coef, repo's zeta, the step of entrocraft), or of docs/control.md",
     "lr": "learning rate of the step, of its schedule and warm-up",
     "updates": "optimizer updates of the step; fewer than minibatches x epochs where mask_truncated leaves a minibatch "
     "without a token",
@@ -105,9 +130,13 @@ DEFINITIONS = {
 }
 
 
+#: Of DEFINITIONS, those that many names begin with.
+PREFIXES = ("val_pass", "final_", "cov_top_", "method/")
+
+
 def defined(name: str) -> bool:
     """Whether a metric's meaning is written down."""
-    return name in DEFINITIONS or name.startswith(("val_pass", "final_", "cov_top_"))
+    return name in DEFINITIONS or name.startswith(PREFIXES)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -65,6 +65,7 @@ from entropy_kernels.trainer.rollout import (
     score,
     stats_for,
 )
+from entropy_kernels.trainer.samples import SAMPLES, keep_before
 from entropy_kernels.trainer.start import first_policy, warm_start
 from entropy_kernels.trainer.tasks import Task, Unscored, make_task, verify_all
 
@@ -129,7 +130,8 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
     policy = run.policy
     tell("train", run.first, config.steps, {})
     for number in range(run.first, config.steps + 1):
-        step = Step(number, number == config.steps, policy, task, config, row={"step": number})
+        decides = run.target or run.controller
+        step = Step(number, number == config.steps, policy, task, config, decides, row={"step": number})
         if step.last or (number > run.first and config.save_every and number % config.save_every == 0):
             # before the rollout draws from the sampler, so that a run can be extended bit-identically
             run.save(number, config)
@@ -162,7 +164,6 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             # 3. several updates per rollout: from the second on, log-probs differ from the old ones
             for rows in order:
                 seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
-                decides = run.target or run.controller
                 with kept(run, step, rows=rows, seed=seed):
                     made = update(policy, run.optimizer, step.rollout, rows, config, decides, seed=seed, plan=step.plan)
                 step.updates.append(made)
@@ -466,6 +467,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     # before anything is changed: another run's log is refused
     last = None if saved is None else saved["row"]
     log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
+    keep_before(config.out / SAMPLES, first)
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
     about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}

@@ -24,6 +24,8 @@ from entropy_kernels.trainer.log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.methods import controller_of, surrogate_of, without_control
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.rollout import Rollout, evaluate, fresh_stats, known_tokens, mean_over, row_slices, score
+from entropy_kernels.trainer.rollout_metrics import rollout_columns
+from entropy_kernels.trainer.samples import SAMPLES, Samples
 from entropy_kernels.trainer.tasks import Task
 
 #: Fraction of an update at which the network's first order must hold: the rest is the step's curvature.
@@ -56,6 +58,7 @@ class Step:
     policy: Policy
     task: Task
     config: TrainerConfig
+    controller: ek.Controller | None = None  # of the method, or the target in its place
     rollout: Rollout | None = None
     plan: ek.Control | None = None  # for all tokens of the rollout, in all updates; with a target entropy
     updates: list[Update] = field(default_factory=list)
@@ -122,7 +125,11 @@ class Validation(Probe):
     def _validate(self, step: Step, prefix: str, prompts: int, samples: int) -> None:
         started = time.perf_counter()
         generator = torch.Generator(step.policy.device).manual_seed(step.config.seed * 1_000_003 + step.number)
-        metrics = evaluate(step.policy, step.task, step.config, prompts=prompts, samples=samples, generator=generator)
+        shown = Samples(step.number, prefix)
+        metrics = evaluate(
+            step.policy, step.task, step.config, prompts=prompts, samples=samples, generator=generator, each=shown
+        )
+        shown.append_to(step.config.out / SAMPLES)
         if step.policy.device.type == "cuda":
             torch.cuda.empty_cache()  # more completions at once than a step has: other runs on the GPU may need it
         step.row |= {f"{prefix}_{name}": value for name, value in metrics.items()}
@@ -130,16 +137,15 @@ class Validation(Probe):
 
 
 class RolloutMetrics(Probe):
-    """What a rollout says about the policy that made it: entropy, reward, and the covariance of its tokens."""
+    """What a rollout says about the policy that made it: entropy, lengths, rewards, the covariance of its tokens."""
 
     def after_rollout(self, step: Step) -> None:
         rollout, config = step.sampled, step.config
         step.row |= {
             "entropy": mean_over(rollout.entropy, rollout.completed),
             **({} if config.target_entropy is None else {"target_entropy": config.target_at(step.number)}),
-            "reward": float(rollout.rewards.mean()),
+            **rollout_columns(rollout),
             "unscored": len(rollout.unscored),
-            "groups_mixed": float((rollout.rewards != rollout.rewards[:, :1]).any(dim=1).float().mean()),
             "tokens": rollout.tokens,
             "sampling_gap": rollout.sampling_gap,
         }
@@ -179,6 +185,8 @@ class UpdateMetrics(Probe):
             step.row[name] = combined(name, [metrics[name] for metrics in updates])
         if step.plan is not None:
             step.row |= {name: float(step.plan.metrics[of]) for name, of in _PLAN_METRICS.items()}
+        if step.controller is not None:
+            step.row |= {f"method/{name}": x for name, x in step.controller.state_dict()["memory"].items()}
 
 
 #: Metrics of the losses that the log keeps.

@@ -13,6 +13,7 @@ from entropy_kernels.trainer.advantages import pass_at_k
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.methods import METHODS
 from entropy_kernels.trainer.model import Completions, Encoded, Policy
+from entropy_kernels.trainer.samples import Answers
 from entropy_kernels.trainer.tasks import Prompt, Task, verify_all
 
 #: Validation uses the same held-out prompts at every step, so that its curve shows the policy and not the prompts.
@@ -184,33 +185,46 @@ def _coefficient(mask: Tensor, config: TrainerConfig, tokens: Tensor, sequences:
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy, task: Task, config: TrainerConfig, *, prompts: int, samples: int, generator: torch.Generator
+    policy: Policy,
+    task: Task,
+    config: TrainerConfig,
+    *,
+    prompts: int,
+    samples: int,
+    generator: torch.Generator,
+    each: Callable[[Answers], None] | None = None,
 ) -> dict[str, float]:
-    """Validation on held-out prompts.
+    """Validation on held-out prompts; `each` is called with the completions of every one, in their order.
 
     Returns
     -------
     dict
         ``pass1``, and ``passK`` (unbiased) for K in 8, 32 and `samples` as far as K <= samples; ``distinct``: mean
-        number of different right completions per prompt; ``entropy``: mean token entropy, nats.
+        number of different right completions per prompt; ``entropy``: mean token entropy, nats; ``reward``, ``length``
+        and ``truncated``: means over completions.
     """
     problems = task.prompts(prompts, seed=VALIDATION_SEED, split="validation")
     at_once = max(1, config.eval_batch // samples)
-    right, distinct, entropy, tokens = [], [], 0.0, 0
+    right, distinct, entropy, tokens, total, truncated = [], [], 0.0, 0, 0.0, 0
     for start in range(0, prompts, at_once):
         part = problems[start : start + at_once]
         _, completions = sample_groups(policy, task, config, part, samples, generator)
         texts = policy.decode(completions)
         rewards = verify_all(task, part, texts)
+        lengths, cut = completions.mask.sum(dim=1).tolist(), (~completions.ended).tolist()
         for i in range(len(part)):
-            group = range(i * samples, (i + 1) * samples)
-            good = [texts[j] for j in group if rewards[j] >= 1.0]
+            group = slice(i * samples, (i + 1) * samples)
+            answers = Answers(part[i], texts[group], rewards[group], lengths[group], cut[group])
+            good = [text for text, reward in zip(answers.texts, answers.rewards, strict=True) if reward >= 1.0]
             right.append(len(good))
             distinct.append(len(set(good)))
+            if each is not None:
+                each(answers)
         entropy += float(completions.entropy.double().sum())
-        tokens += int(completions.mask.sum())
+        tokens, total, truncated = tokens + sum(lengths), total + sum(rewards), truncated + sum(cut)
     correct = torch.tensor(right)
     metrics = {f"pass{k}": pass_at_k(correct, samples, k) for k in sorted({1, 8, 32, samples}) if k <= samples}
     metrics["distinct"] = sum(distinct) / len(distinct)
     metrics["entropy"] = entropy / max(tokens, 1)
-    return metrics
+    means = {"reward": total, "length": tokens, "truncated": truncated}
+    return metrics | {name: value / (prompts * samples) for name, value in means.items()}

@@ -1,0 +1,49 @@
+"""Columns of the log that describe a rollout: lengths, rewards, groups, advantages; log.py defines each name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from entropy_kernels.trainer.rollout import Rollout
+
+#: What a reward has to be for a completion to count as right.
+RIGHT = 1.0
+
+
+def rollout_columns(rollout: Rollout) -> dict[str, float]:
+    """All of them, in float64. What would describe no token, or no completion, is left out."""
+    return {**lengths(rollout), **rewards(rollout.rewards), **spread("advantage", rollout.advantages[rollout.mask])}
+
+
+def lengths(rollout: Rollout) -> dict[str, float]:
+    """Of completions, of those among them that ended by themselves, and of prompts, in tokens."""
+    ended = ~rollout.truncated
+    return {
+        **spread("length", rollout.lengths, std=False),
+        **spread("length_ended", rollout.lengths[ended], std=False),
+        **spread("prompt_length", rollout.prompts.mask.sum(dim=1), std=False),
+        "truncated": float(rollout.truncated.double().mean()),
+    }
+
+
+def rewards(given: Tensor) -> dict[str, float]:
+    """Of rewards (prompts, samples): how far they are apart, and in how many groups there is something to learn."""
+    right, mixed = given >= RIGHT, (given != given[:, :1]).any(dim=1)
+    found = spread("reward", given) | {"reward": float(given.mean())}
+    del found["reward_mean"]  # the same
+    if given.shape[1] > 1:
+        found["reward_group_std"] = float(given.double().std(dim=1).mean())
+    groups = {"right": right.all(dim=1), "wrong": ~right.any(dim=1), "mixed": mixed}
+    return found | {f"groups_{name}": float(which.float().mean()) for name, which in groups.items()}
+
+
+def spread(name: str, values: Tensor, *, std: bool = True) -> dict[str, float]:
+    """``name_mean``, ``_std`` (n - 1 in the denominator; 0 of a single one), ``_min`` and ``_max``; {} of nothing."""
+    if values.numel() == 0:
+        return {}
+    wide = values.double()
+    made = {"mean": wide.mean(), "min": wide.min(), "max": wide.max()}
+    if std:
+        made["std"] = wide.std(correction=min(1, wide.numel() - 1))
+    return {f"{name}_{which}": value for which, value in zip(made, torch.stack([*made.values()]).tolist(), strict=True)}
