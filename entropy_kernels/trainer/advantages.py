@@ -52,7 +52,7 @@ class Estimator:
     whitened: bool = False
     """Whether its advantages are whitened unless the configuration says otherwise, as in verl."""
     reads: tuple[str, ...] = ()
-    """Fields of the configuration that are its own."""
+    """Fields of the configuration that do nothing under an estimator that does not read them."""
 
 
 def _centred(scored: Scored) -> Tensor:
@@ -101,12 +101,15 @@ def _discounted_returns(scored: Scored) -> Tensor:
 
 #: By the configuration's names; the first is the default.
 ESTIMATORS = {
-    "grpo": Estimator(_grpo, groups=True, reads=("normalize_std",)),
+    "grpo": Estimator(_grpo, groups=True),
     "rloo": Estimator(_rloo, groups=True),
-    "gae": Estimator(_gae, critic=True, whitened=True, reads=("gamma", "gae_lambda")),
+    "gae": Estimator(
+        _gae, critic=True, whitened=True,
+        reads=("gamma", "gae_lambda", "critic", "critic_lr", "critic_warmup", "value_clip", "value_coef"),
+    ),
     "reinforce_plus_plus": Estimator(_discounted_returns, whitened=True, reads=("gamma",)),
     "reinforce_plus_plus_baseline": Estimator(_reward_minus_mean, groups=True, whitened=True),
-}
+}  # fmt: skip
 
 
 def advantages_of(

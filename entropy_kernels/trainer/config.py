@@ -19,6 +19,7 @@ import entropy_kernels as ek
 from entropy_kernels._console import did_you_mean
 from entropy_kernels.trainer import model, reference
 from entropy_kernels.trainer.advantages import ESTIMATORS
+from entropy_kernels.trainer.critic import CRITICS, check_critic
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import (
     BASELINE,
@@ -46,11 +47,12 @@ if TYPE_CHECKING:
     AdvantageName: TypeAlias = str
     PlaceName: TypeAlias = str
     EstimatorName: TypeAlias = str
+    CriticName: TypeAlias = str
 else:  # --help lists the choices
     MethodName, TargetName, HeadName = Literal[tuple(METHODS)], Literal[tuple(TARGETS)], Literal[HEADS]
     SurrogateName = Literal[tuple(ek.surrogates())]
     PlaceName, EstimatorName = Literal[reference.PLACES], Literal[reference.ESTIMATORS]
-    AdvantageName = Literal[tuple(name for name, row in ESTIMATORS.items() if not row.critic)]
+    AdvantageName, CriticName = Literal[tuple(ESTIMATORS)], Literal[tuple(CRITICS)]
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
@@ -186,14 +188,28 @@ class TrainerConfig:
     # --- advantage and PPO -------------------------------------------------------------------------------------------
     advantage: AdvantageName = "grpo"
     """grpo: reward minus the group's mean; rloo: reward minus the mean of the *other* completions of the group;
-    reinforce_plus_plus: rewards from the token on; reinforce_plus_plus_baseline: as grpo, and neither is divided by the
-    group's standard deviation, but both are whitened."""
+    gae: from a critic's values, token by token; reinforce_plus_plus: the rewards from the token on;
+    reinforce_plus_plus_baseline: reward minus the group's mean. gae and reinforce_plus_plus compare no completions:
+    samples_per_prompt may be 1."""
     normalize_std: bool = True
     """Divide grpo advantages by the group's standard deviation. No effect on the others."""
     whiten_advantages: bool | None = None
     """Make advantages mean 0 and variance 1 over the rollout's tokens; none: under all but grpo and rloo, as verl."""
     gamma: float = 1.0
-    """Discount of rewards per token, of reinforce_plus_plus."""
+    """Discount of rewards per token, of gae and reinforce_plus_plus."""
+    gae_lambda: float = 1.0
+    """How far gae looks: at 1 to the end of the completion, at 0 to the next token's value."""
+    critic: CriticName = "separate"
+    """Whose values gae takes: shared, a value head on the policy's hidden states (with head = linear), or separate, a
+    model of its own that starts as the policy."""
+    critic_lr: float = 1e-3
+    """Learning rate of the critic, of a shared one's value head alone; lr_schedule and lr_warmup_steps apply."""
+    critic_warmup: int = 0
+    """Steps at the beginning in which the critic alone learns."""
+    value_clip: float = 0.5
+    """How far a value may move within a step before its error counts as larger; 0 turns clipping off."""
+    value_coef: float = 1.0
+    """Coefficient of a shared critic's loss in the policy's gradient."""
     minibatches: int = 4
     """Optimizer updates per epoch over a rollout. With one, log-probs equal the old ones and KL-Cov is inert."""
     epochs: int = 1
@@ -332,6 +348,7 @@ class TrainerConfig:
         _expect(low < high, "cov_low", f"less than cov_high = {high}", low)
         quantiles = self.cov_band != "quantile" or (low >= 0 and high <= 1)
         _expect(quantiles, "cov_low, cov_high", "quantiles in [0, 1] under cov_band = quantile", (low, high))
+        check_critic(self)
         needed, samples = 1 + ESTIMATORS[self.advantage].groups, self.samples_per_prompt
         _expect(samples >= needed, "samples_per_prompt", f"at least {needed}, a group to compare within", samples)
         heads = self.num_heads
@@ -387,6 +404,25 @@ class TrainerConfig:
             ValueError: an ``lr_schedule`` that is none, which :meth:`validate` refuses.
         """
         return self.lr * lr_factor(self.lr_schedule, step, steps=self.steps, warmup=self.lr_warmup_steps)
+
+    def critic_lr_at(self, step: int) -> float:
+        """The critic's learning rate of a step.
+
+        Args:
+            step: number of the step, from 0.
+
+        Returns:
+            ``critic_lr`` times the factor that ``lr`` has.
+
+        Raises:
+            ValueError: as :meth:`lr_at`.
+        """
+        return self.critic_lr * lr_factor(self.lr_schedule, step, steps=self.steps, warmup=self.lr_warmup_steps)
+
+    @property
+    def critic_first(self) -> int:
+        """Steps at the beginning in which the critic alone learns; 0 under an estimator without one."""
+        return self.critic_warmup if ESTIMATORS[self.advantage].critic else 0
 
     @property
     def selection_ratio(self) -> float:
@@ -527,6 +563,7 @@ def idle(config: TrainerConfig) -> dict[str, str]:
     method = "a target entropy" if targeted else config.method
     decides = METHODS[config.method].decides is not None and not targeted
     sizes = "hidden_size intermediate_size num_layers num_heads"
+    others = " ".join({*sum((row.reads for row in ESTIMATORS.values()), ())} - {*ESTIMATORS[config.advantage].reads})
     start = "warm_batch warm_lr warm_weight_decay warm_warmup_steps warm_wrong_fraction"
     reasons = (
         ("resume_changes", not config.resume, "without --resume"),
@@ -540,7 +577,8 @@ def idle(config: TrainerConfig) -> dict[str, str]:
         ("partial_credit", config.task.startswith("walk"), "on walk, whose rewards are 0 and 1"),
         ("target_method", not targeted, "without target_entropy"),
         ("ref_kl_in ref_kl_estimator", config.ref_kl_coef == 0, "with ref_kl_coef = 0"),
-        ("gamma", "gamma" not in ESTIMATORS[config.advantage].reads, f"under advantage = {config.advantage}"),
+        (others, True, f"under advantage = {config.advantage}"),
+        ("value_coef", config.critic == "separate", "with a separate critic"),
         ("cov_ratio kl_coef selection_logprob", not decides, f"under {method}"),
     )
     usual = TrainerConfig()
@@ -588,18 +626,19 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: value >= 1,
     ),
     (
-        "lora_rank steps save_every warm_steps warm_warmup_steps lr_warmup_steps eval_every first_order_every",
+        "lora_rank steps save_every warm_steps warm_warmup_steps lr_warmup_steps eval_every first_order_every "
+        "critic_warmup",
         "an integer >= 0",
         lambda value: value >= 0,
     ),
-    ("temperature lr warm_lr", "a finite number > 0", lambda value: math.isfinite(value) and value > 0),
+    ("temperature lr warm_lr critic_lr", "a finite number > 0", lambda value: math.isfinite(value) and value > 0),
     (
-        "grad_clip weight_decay warm_weight_decay kl_coef ref_kl_coef clip_low clip_high",
+        "grad_clip weight_decay warm_weight_decay kl_coef ref_kl_coef clip_low clip_high value_clip value_coef",
         "a finite number >= 0",
         lambda value: math.isfinite(value) and value >= 0,
     ),
     ("adam_beta1 adam_beta2", "a number in [0, 1)", lambda value: 0 <= value < 1),
-    ("warm_wrong_fraction gamma", "a number in [0, 1]", lambda value: 0 <= value <= 1),
+    ("warm_wrong_fraction gamma gae_lambda", "a number in [0, 1]", lambda value: 0 <= value <= 1),
     (
         "lora_alpha",
         "a finite number > 0",

@@ -75,7 +75,7 @@ DEFINITIONS = {
     "entropy_coef": "coefficient of the entropy bonus, where the method sets it, mean over updates",
     "ref_kl": "KL divergence of the policy from the reference, estimate k3 whichever the penalty takes: mean over the "
     "tokens of the rollout, before the step's updates, nats",
-    "loss": "loss of an update, mean over updates",
+    "loss": "loss of an update, without the critic's, mean over updates; the critic's while it learns alone",
     "pg_loss": "policy-gradient part of the loss, mean over updates",
     "clipfrac": "share of tokens that the surrogate's clip stops, mean over updates",
     "clipfrac_low": "of these, those with a negative advantage (under ppo clipped from below), mean over updates",
@@ -86,6 +86,14 @@ DEFINITIONS = {
     "ratio_max": "largest probability ratio of the step",
     "nonfinite_tokens": "valid tokens with a non-finite loss, over all updates of the step",
     "grad_norm": "gradient norm before clipping, mean over updates",
+    "value_mean": "mean of the critic's values over the rollout's tokens, before the step's updates",
+    "return_mean": "mean of what the critic learns: values plus advantages before whitening",
+    "explained_variance": "1 - variance of return minus value / variance of return, over the rollout's tokens, before "
+    "the step's updates; null where all returns are equal",
+    "value_loss": "loss of the critic in an update, half a squared error, without value_coef, mean over updates",
+    "value_clipfrac": "share of tokens where the clipped value's error is the larger one, mean over updates",
+    "critic_grad_norm": "gradient norm before clipping of what the critic alone has, mean over updates",
+    "critic_lr": "learning rate of the critic in the step",
     "measured_dh": "entropy change of the step on its own tokens: mean after the updates minus mean before, nats; with "
     "the rounding of dtype = mixed",
     "predicted_dh": "mean over tokens of -(A/T^2) C: change for a unit step in the logits, were they free parameters",

@@ -238,15 +238,8 @@ class Policy:
         Tensor
             (B, L, H) or (B, L, V), of the positions that predict the completion's tokens and of no others.
         """
-        attention = torch.cat([prompts.mask, mask.to(prompts.mask.dtype)], dim=1)
-        # a mask of ones is left out: attention then takes its causal fast path
         with self.precision(), in_training_mode(self._base):
-            return self._head.outputs(
-                ids.shape[1],
-                input_ids=torch.cat([prompts.ids, ids], dim=1),
-                attention_mask=None if bool(attention.all()) else attention,
-                position_ids=(attention.cumsum(1) - 1).clamp_min(0),
-            )
+            return self._head.outputs(ids.shape[1], **model_inputs(prompts, ids, mask))
 
     @torch.no_grad()
     def sample(
@@ -349,6 +342,17 @@ class Policy:
                 os.replace(scratch / name, files.folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def model_inputs(prompts: Encoded, ids: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
+    """What a model of transformers takes for prompts with their completions, `ids` and `mask` (B, L)."""
+    attention = torch.cat([prompts.mask, mask.to(prompts.mask.dtype)], dim=1)
+    return {
+        "input_ids": torch.cat([prompts.ids, ids], dim=1),
+        # a mask of ones is left out: attention then takes its causal fast path
+        "attention_mask": None if bool(attention.all()) else attention,
+        "position_ids": (attention.cumsum(1) - 1).clamp_min(0),
+    }
 
 
 def _target(ids: Tensor, mask: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.advantages import advantages_of, rewards_of_tokens
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
+from entropy_kernels.trainer.critic import Critic, critic_of
 from entropy_kernels.trainer.faults import check_rewards, check_sampled, check_weights, clip_gradients, kept
 from entropy_kernels.trainer.files import check_path, locked, write_json
 from entropy_kernels.trainer.log import MetricsLog
@@ -62,11 +63,11 @@ from entropy_kernels.trainer.rollout import (
     known_tokens,
     row_slices,
     sample_groups,
-    score,
+    score_and_value,
     stats_for,
 )
 from entropy_kernels.trainer.samples import SAMPLES, keep_before
-from entropy_kernels.trainer.start import first_policy, warm_start
+from entropy_kernels.trainer.start import first_policy, versions, warm_start
 from entropy_kernels.trainer.tasks import Task, Unscored, make_task, verify_all
 
 Report = Callable[[str, int, int, dict[str, Any]], None]
@@ -143,36 +144,43 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
         # 1. sample, score, old log-probs, advantages
         with kept(run, step):
             step.rollout = collect(
-                policy, task, config, step=number, generator=run.generators["sampler"], reference=run.reference
-            )
+                policy, task, config, step=number, generator=run.generators["sampler"], reference=run.reference,
+                critic=run.critic,
+            )  # fmt: skip
         for probe in probes:
             probe.after_rollout(step)
 
         if not step.last:
             lr, order = config.lr_at(number), list(minibatches(config, policy.device, run.generators["shuffler"]))
-            for group in run.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(run.optimizer, lr)
+            if run.critic is not None:
+                set_lr(run.critic.optimizer, config.critic_lr_at(number))
             # a minibatch without a token that counts (mask_truncated) is no update: weights and optimizer stay
             order = [rows for rows in order if bool(step.rollout.mask[rows].any())]
+            alone = number < config.critic_first
+            target = None if alone else run.target
 
             # 2. with a target entropy: what all updates may do, by the statistics of the policy that sampled
-            if run.target is not None:
+            if target is not None:
                 with policy.clock:
                     tokens = all_tokens(step.rollout, order, config)
-                    step.plan = run.target.step(tokens, lr=lr, updates=config.epochs)
+                    step.plan = target.step(tokens, lr=lr, updates=config.epochs)
 
             # 3. several updates per rollout: from the second on, log-probs differ from the old ones
             for rows in order:
                 seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
                 with kept(run, step, rows=rows, seed=seed):
-                    made = update(policy, run.optimizer, step.rollout, rows, config, decides, seed=seed, plan=step.plan)
+                    made = update(
+                        policy, run.optimizer, step.rollout, rows, config, decides, seed=seed, plan=step.plan,
+                        critic=run.critic, critic_alone=alone,
+                    )  # fmt: skip
                 step.updates.append(made)
                 for probe in probes:
                     probe.after_update(step)
 
             # 4. the target learns what its plan has done to the entropy
-            if run.target is not None:
-                run.target.observe(step.entropy_after())
+            if target is not None:
+                target.observe(step.entropy_after())
             for probe in probes:
                 probe.after_step(step)
 
@@ -191,8 +199,9 @@ def collect(
     step: int,
     generator: torch.Generator,
     reference: Reference | None = None,
+    critic: Critic | None = None,
 ) -> Rollout:
-    """A rollout of the current policy: completions, their rewards, the old log-probs, and advantages.
+    """A rollout of the current policy: completions, their rewards, old log-probs and values, and advantages.
 
     Old log-probs come from a full forward in the same shapes as training, not from the sampling pass: the first update
     then starts at ratio 1 exactly. How far the two passes differ is reported as `sampling_gap`.
@@ -212,8 +221,8 @@ def collect(
     check_rewards(given)
     times.append(time.perf_counter())
 
-    # old log-probs, and the other statistics
-    stats = score(policy, config, encoded, completions.ids, completions.mask)
+    # old log-probs, and the other statistics; the critic's values
+    stats, values = score_and_value(policy, critic, config, encoded, completions.ids, completions.mask)
     gap = float((stats.logprob - completions.logprob).abs().max())
     if not math.isfinite(gap):
         check_sampled(encoded, completions, stats.logprob, "in the full forward")
@@ -231,9 +240,11 @@ def collect(
         rewards_of_tokens(rewards, completions.mask) - penalty,
         completions.mask,
         samples=config.samples_per_prompt,
+        values=values,
         whiten=config.whiten_advantages,
         normalize_std=config.normalize_std,
         gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
     )
     return Rollout(
         prompts=encoded,
@@ -255,7 +266,15 @@ def collect(
         ref_logprob=ref_logprob,
         completed=completions.mask,
         truncated=~completions.ended,
+        values=values,
+        returns=made.returns,
     )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of all its weights."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def minibatches(config: TrainerConfig, device: torch.device, shuffler: torch.Generator) -> Iterator[Tensor]:
@@ -275,27 +294,36 @@ def update(
     *,
     seed: int,
     plan: ek.Control | None = None,
+    critic: Critic | None = None,
+    critic_alone: bool = False,
 ) -> Update:
-    """One optimizer step on the rollout's `rows` (a minibatch), in micro-batches.
+    """One optimizer step on the rollout's `rows` (a minibatch), in micro-batches; one of the critic's with it.
 
     Normalisation is that of the whole minibatch, and so is control; or it follows a `plan` of the whole rollout.
+    `critic_alone`: the policy gets no gradient, so that its step does nothing.
     """
     started = time.perf_counter()
     parts = list(rows.chunk(config.micro_batches))
-    decisions = decide(policy, rollout, parts, config, controller, seed=seed) if plan is None else part_of(plan, parts)
-    optimizer.zero_grad(set_to_none=True)
+    decides = None if critic_alone else controller
+    decisions = decide(policy, rollout, parts, config, decides, seed=seed) if plan is None else part_of(plan, parts)
+    optimizers = [optimizer] if critic is None else [optimizer, critic.optimizer]
+    for each in optimizers:
+        each.zero_grad(set_to_none=True)
     tokens = int(rollout.mask[rows].sum())
     surrogate = surrogate_of(config, controller)
     losses, controls = [], []
     for part, decision in zip(parts, decisions, strict=True):
         result, control = backward(
-            policy, rollout, part, config, decision, surrogate, tokens=tokens, sequences=len(rows)
-        )
+            policy, rollout, part, config, decision, surrogate, tokens=tokens, sequences=len(rows),
+            critic=critic, critic_alone=critic_alone,
+        )  # fmt: skip
         losses.append(ek.PolicyLoss(result.loss.detach(), result.metrics))
         controls.append(control)
-    (norm,) = clip_gradients({"policy": policy.model}, losses, config.grad_clip)  # what is not finite ends here
-    optimizer.step()
-    return Update(parts, losses, controls, norm, time.perf_counter() - started)
+    learners = {"policy": policy.model, **({} if critic is None else {"critic": critic})}
+    norms = clip_gradients(learners, losses, config.grad_clip)  # what is not finite ends here
+    for each in optimizers:
+        each.step()
+    return Update(parts, losses, controls, norms[0], time.perf_counter() - started, *norms[1:])
 
 
 def decide(
@@ -338,17 +366,26 @@ def backward(
     *,
     tokens: int,
     sequences: int,
+    critic: Critic | None = None,
+    critic_alone: bool = False,
 ) -> tuple[ek.PolicyLoss, ek.Control | None]:
-    """Forward, loss and backward of a micro-batch; its gradient is added to the weights'.
+    """Forward, loss and backward of a micro-batch; its gradient is added to the weights', and to the critic's.
 
     `surrogate`: see :func:`surrogate_of`. `tokens` and `sequences` are those of the minibatch, which the loss is
-    normalised by: micro-batch losses add up to one. Returns the loss and what was done to the tokens.
+    normalised by: micro-batch losses add up to one. Returns the loss, the critic's if it is alone, and what was done to
+    the tokens.
     """
     ids, mask = rollout.ids[rows], rollout.mask[rows]
-    outputs = policy.outputs(rollout.prompts[rows], ids, rollout.completed[rows])
+    with torch.set_grad_enabled(not critic_alone):
+        outputs = policy.outputs(rollout.prompts[rows], ids, rollout.completed[rows])
     # The graph is cut at the model's outputs: our backward and the network's run one after the other, so that the time
     # spent in our ops is measured.
     leaf = outputs.detach().requires_grad_()
+    valued: dict[str, Any] = {}
+    if critic is not None:
+        valued = critic.backward(policy, rollout, rows, leaf, tokens=tokens, sequences=sequences)
+    if critic_alone:
+        return ek.PolicyLoss(valued["value_loss"], valued), None
 
     def options(control: ek.Control | None) -> dict[str, Any]:  # made anew, so that nothing holds it until the backward
         return {
@@ -376,7 +413,7 @@ def backward(
     with policy.clock:
         result.loss.backward()
     outputs.backward(leaf.grad)
-    return result, control
+    return ek.PolicyLoss(result.loss, {**result.metrics, **valued}), control
 
 
 @dataclass
@@ -385,6 +422,7 @@ class Run:
 
     policy: Policy
     optimizer: torch.optim.Optimizer
+    critic: Critic | None  # with an optimizer of its own
     generators: dict[str, torch.Generator]  # sampler and shuffler
     controller: ek.Controller | None  # of the method, with what it remembers
     target: ek.TargetEntropy | None  # in its place
@@ -396,7 +434,7 @@ class Run:
     @property
     def modules(self) -> dict[str, checkpoint.Weights]:
         """What is trained, by name."""
-        return {"policy": self.policy}
+        return {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
 
     def save(self, step: int, config: TrainerConfig) -> None:
         """Write the checkpoint after `step` steps."""
@@ -406,7 +444,7 @@ class Run:
             step=step,
             config=config.to_dict(),
             modules=self.modules,
-            optimizers={"policy": self.optimizer},
+            optimizers={"policy": self.optimizer, **({"critic": self.critic.optimizer} if self.critic else {})},
             generators=self.generators,
             controller=self.target or self.controller,
             row=self.log.last,
@@ -458,12 +496,18 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         )
         for group in optimizer.param_groups:
             group.update(adam)  # which may have changed
-        if target is not None:  # its course is over the steps of the run, wherever it begins
-            target.load_state_dict({**target.state_dict(), "calls": first})
     else:
         if config.overwrite:
             checkpoint.remove_run(files)
         keep_reference(reference, config.out)
+    critic = critic_of(config, policy)
+    if critic is not None and saved is not None and not {"advantage", "critic"} & different.keys():
+        checkpoint.restore(
+            saved, path, modules={"critic": critic}, optimizers={"critic": critic.optimizer}, generators={}
+        )
+        critic.set_options()
+    if target is not None and max(first, config.critic_first):  # its course is over the run's steps, wherever it begins
+        target.load_state_dict({**target.state_dict(), "calls": max(first, config.critic_first)})
     # before anything is changed: another run's log is refused
     last = None if saved is None else saved["row"]
     log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
@@ -472,19 +516,4 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
     about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
     write_json(config.out / "config.json", {**again, **about})
-    return Run(policy, optimizer, generators, controller, target, reference, log, first, changes)
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides the configuration."""
-    import platform
-
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "entropy_kernels": ek.__version__,
-        "machine": platform.machine(),
-    }
+    return Run(policy, optimizer, critic, generators, controller, target, reference, log, first, changes)

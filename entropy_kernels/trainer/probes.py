@@ -20,6 +20,7 @@ import entropy_kernels as ek
 from entropy_kernels._memory import peak_allocated
 from entropy_kernels.trainer.checkpoint import note_unscored
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
+from entropy_kernels.trainer.critic import value_columns
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.methods import controller_of, surrogate_of, without_control
 from entropy_kernels.trainer.model import Policy
@@ -47,6 +48,7 @@ class Update:
     controls: list[ek.Control | None]  # what was done to the tokens
     grad_norm: float  # before clipping
     seconds: float
+    critic_grad_norm: float | None = None
 
 
 @dataclass
@@ -154,7 +156,7 @@ class RolloutMetrics(Probe):
                 ek.losses.kl_estimate(rollout.old_logprob - rollout.ref_logprob), rollout.completed
             )
         if bool(rollout.mask.any()):
-            step.row |= covariance_columns(rollout, config)
+            step.row |= {**covariance_columns(rollout, config), **value_columns(rollout)}
         if not step.last:
             note_unscored(config.out / "unscored.jsonl", step.number, rollout.unscored)
 
@@ -187,12 +189,17 @@ class UpdateMetrics(Probe):
             step.row |= {name: float(step.plan.metrics[of]) for name, of in _PLAN_METRICS.items()}
         if step.controller is not None:
             step.row |= {f"method/{name}": x for name, x in step.controller.state_dict()["memory"].items()}
+        if step.rollout is not None and step.rollout.values is not None:
+            step.row["critic_lr"] = step.config.critic_lr_at(step.number)
 
 
 #: Metrics of the losses that the log keeps.
 _LOSS_METRICS = (
     "clipfrac", "clipfrac_low", "clipfrac_high", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens",
+    "value_clipfrac",
 )  # fmt: skip
+#: Those that are normalised by the whole minibatch: its parts add up.
+_SUMMED = ("pg_loss", "value_loss")
 #: Column -> the metric of a plan. What it measured is the column measured_dh.
 _PLAN_METRICS = {
     "wanted_dh": "wanted_change", "planned_dh": "planned_change", "target_gain": "gain",
@@ -207,10 +214,15 @@ def update_metrics(update: Update, rollout: Rollout, config: TrainerConfig, lr: 
     for name in _LOSS_METRICS:
         if name in update.losses[0].metrics:
             merged[name] = combined(name, [float(loss.metrics[name]) for loss in update.losses], tokens)
-    # normalised by the whole minibatch: its parts add up
-    merged["pg_loss"] = sum(float(loss.metrics["pg_loss"]) for loss in update.losses)
+    for name in _SUMMED:
+        if name in update.losses[0].metrics:
+            merged[name] = sum(float(loss.metrics[name]) for loss in update.losses)
     merged["loss"] = sum(float(loss.loss) for loss in update.losses)
     merged["grad_norm"] = update.grad_norm
+    if update.critic_grad_norm is not None:
+        merged["critic_grad_norm"] = update.critic_grad_norm
+    if "pg_loss" not in merged:  # the critic alone
+        return merged
     controls = [control for control in update.controls if control is not None]
     for name, effects in (("dropped", ("dropped", "detached")), ("penalized", ("penalized",))):
         masks = [getattr(control, effect) for control in controls for effect in effects]

@@ -17,11 +17,10 @@ from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, write_bytes, write_json, write_text
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.methods import BASELINE
-from entropy_kernels.trainer.ppo import versions
 from entropy_kernels.trainer.report_numbers import Logs, agreement, courses, criteria, over_seeds
 from entropy_kernels.trainer.report_page import PHONE, markdown, page
 from entropy_kernels.trainer.report_text import CURVES, PICTURES, Table, is_beside, label, limits
-from entropy_kernels.trainer.start import resolve_device
+from entropy_kernels.trainer.start import resolve_device, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,6 +11,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.trainer.advantages import pass_at_k
 from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.critic import Critic
 from entropy_kernels.trainer.methods import METHODS
 from entropy_kernels.trainer.model import Completions, Encoded, Policy
 from entropy_kernels.trainer.samples import Answers
@@ -46,6 +47,8 @@ class Rollout:
     ref_logprob: Tensor | None = None  # (B, L) float32, of the reference, where there is one
     completed: Tensor = None  # type: ignore[assignment]  # (B, L) bool: all tokens of the completions; None: the mask
     truncated: Tensor = None  # type: ignore[assignment]  # (B,) bool: ran into max_new_tokens; None: none
+    values: Tensor | None = None  # (B, L) float32, the critic's, of the weights that sampled; None without a critic
+    returns: Tensor | None = None  # (B, L) float32, what it learns
 
     def __post_init__(self) -> None:
         if self.completed is None:
@@ -93,11 +96,23 @@ def row_slices(config: TrainerConfig, rows: int) -> list[slice]:
 @torch.no_grad()
 def score(policy: Policy, config: TrainerConfig, prompts: Encoded, ids: Tensor, mask: Tensor) -> ek.TokenStats:
     """All statistics, each (B, L) float32, of completions under the current policy."""
-    parts = []
+    return score_and_value(policy, None, config, prompts, ids, mask)[0]
+
+
+@torch.no_grad()
+def score_and_value(
+    policy: Policy, critic: Critic | None, config: TrainerConfig, prompts: Encoded, ids: Tensor, mask: Tensor
+) -> tuple[ek.TokenStats, Tensor | None]:
+    """:func:`score`, and the critic's values (B, L) float32 where there is one."""
+    parts, values = [], []
     for rows in row_slices(config, ids.shape[0]):
-        outputs = policy.outputs(prompts[rows], ids[rows], mask[rows])
-        parts.append(policy.token_stats(outputs, ids[rows], mask[rows], temperature=config.temperature))
-    return ek.TokenStats(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        inputs = prompts[rows], ids[rows], mask[rows]
+        outputs = policy.outputs(*inputs)
+        parts.append(policy.token_stats(outputs, *inputs[1:], temperature=config.temperature))
+        if critic is not None:
+            values.append(critic.values(policy, *inputs, outputs))
+    stats = ek.TokenStats(*(torch.cat(found) for found in zip(*parts, strict=True)))
+    return stats, torch.cat(values) if values else None
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import entropy_kernels as ek
 from entropy_kernels._require import missing, require, require_installed
 from entropy_kernels._torch import Dropout
 from entropy_kernels.trainer.causal_lm import base_of, check_policy, enable_checkpointing
@@ -108,6 +109,21 @@ def resolve_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device: expected auto or a torch device, got {name!r}") from error
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides the configuration."""
+    import platform
+
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "entropy_kernels": ek.__version__,
+        "machine": platform.machine(),
+    }
 
 
 def _transformers() -> Any:

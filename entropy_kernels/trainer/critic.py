@@ -1,0 +1,171 @@
+"""The critic: values of a rollout's tokens, which GAE makes advantages of, and what it learns from the returns.
+
+``shared`` is a linear value head on the policy's last hidden states; the policy's weights get its gradient in the same
+backward pass. ``separate`` is a model of its own that starts as the policy does, without the policy's head. Either has
+its value head in float32 and its own AdamW. The head starts at 0: the first advantages are then the rewards alone, and
+no random head sends a gradient into the network.
+A critic is in the checkpoint and nowhere else: what a run exports is the policy.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import entropy_kernels as ek
+from entropy_kernels.trainer.advantages import ESTIMATORS
+from entropy_kernels.trainer.causal_lm import base_of, call, in_training_mode
+from entropy_kernels.trainer.model import Encoded, Policy, model_inputs
+
+if TYPE_CHECKING:
+    from entropy_kernels.trainer.config import TrainerConfig
+    from entropy_kernels.trainer.rollout import Rollout
+
+
+def critic_of(config: TrainerConfig, policy: Policy) -> Critic | None:
+    """The critic of a configuration, beside the policy as it is now; None under an estimator that has none."""
+    return CRITICS[config.critic](config, policy) if ESTIMATORS[config.advantage].critic else None
+
+
+def check_critic(config: TrainerConfig) -> None:
+    """Raise ValueError for a critic that cannot be had under this configuration."""
+    if ESTIMATORS[config.advantage].critic and config.critic == "shared" and config.head != "linear":
+        raise ValueError(
+            f"critic: expected separate under head = {config.head}, whose passes give logits and not the hidden states "
+            "that a shared critic reads, got shared; take --critic separate or --head linear"
+        )
+
+
+class Critic(nn.Module):
+    """A value head on hidden states that subclasses give, and its optimizer."""
+
+    #: Coefficient of the loss.
+    coefficient = 1.0
+
+    def __init__(self, config: TrainerConfig, policy: Policy) -> None:
+        super().__init__()
+        self.config = config
+        width = base_of(policy.model).config.get_text_config().hidden_size
+        self.head = nn.utils.skip_init(nn.Linear, width, 1, device=policy.device, dtype=torch.float32)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self._build(policy)
+        self.optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+        self.set_options()
+
+    def _build(self, policy: Policy) -> None:
+        """What there is beside the head."""
+
+    def set_options(self) -> None:
+        """Give the optimizer the configuration's options."""
+        betas = (self.config.adam_beta1, self.config.adam_beta2)
+        for group in self.optimizer.param_groups:
+            group |= {"lr": self.config.critic_lr, "betas": betas, "weight_decay": self.config.weight_decay}
+
+    def hidden(self, policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor, outputs: Tensor) -> Tensor:
+        """Hidden states (b, L, H) at the positions that predict the completion's tokens."""
+        raise NotImplementedError
+
+    def values(self, policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor, outputs: Tensor) -> Tensor:
+        """Values of completion tokens, before each is drawn: (b, L) float32, 0 where masked.
+
+        `outputs` are the policy's for them, see :meth:`Policy.outputs`.
+        """
+        hidden = self.hidden(policy, prompts, ids, mask, outputs)
+        return self.head(hidden.to(self.head.weight.dtype))[..., 0].masked_fill(~mask, 0)
+
+    def backward(
+        self, policy: Policy, rollout: Rollout, rows: Tensor, outputs: Tensor, *, tokens: int, sequences: int
+    ) -> dict[str, Tensor]:
+        """Value loss and backward of a micro-batch; its gradient is added to the critic's, and to that of `outputs`.
+
+        `tokens` and `sequences` are those of the minibatch, as for the policy's loss. Returns the loss's metrics.
+        """
+        assert rollout.values is not None and rollout.returns is not None
+        mask = rollout.mask[rows]
+        values = self.values(policy, rollout.prompts[rows], rollout.ids[rows], rollout.completed[rows], outputs)
+        loss, clipped = value_loss(
+            values,
+            rollout.values[rows],
+            rollout.returns[rows],
+            mask,
+            clip=self.config.value_clip,
+            loss_agg_mode=self.config.loss_agg_mode,
+            batch_num_tokens=tokens,
+            global_batch_size=sequences,
+        )
+        (self.coefficient * loss).backward()
+        return {"value_loss": loss.detach(), "value_clipfrac": clipped}
+
+
+class SharedCritic(Critic):
+    """On the policy's own hidden states."""
+
+    def _build(self, policy: Policy) -> None:
+        self.coefficient = self.config.value_coef
+
+    def hidden(self, policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor, outputs: Tensor) -> Tensor:
+        return outputs
+
+
+class SeparateCritic(Critic):
+    """On those of a copy of the policy's network."""
+
+    def _build(self, policy: Policy) -> None:
+        self.backbone = copy.deepcopy(ek.hf.causal_lm_parts(base_of(policy.model)).backbone)
+
+    def hidden(self, policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor, outputs: Tensor) -> Tensor:
+        with policy.precision(), in_training_mode(self.backbone):
+            found: Tensor = call(self.backbone, **model_inputs(prompts, ids, mask), use_cache=False)[0]
+        return found[:, -ids.shape[1] - 1 : -1]
+
+
+#: By the configuration's names.
+CRITICS: dict[str, type[Critic]] = {"shared": SharedCritic, "separate": SeparateCritic}
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float, **aggregation: Any
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error of values, or of those within `clip` of the old ones if that is larger.
+
+    Parameters
+    ----------
+    values, old_values, returns : Tensor
+        (b, L); values under the weights of now, and those of the rollout.
+    mask : Tensor
+        (b, L) bool.
+    clip : float
+        Largest change of a value that is rewarded; 0: any.
+    aggregation
+        ``loss_agg_mode`` and what else :func:`entropy_kernels.aggregate` takes.
+
+    Returns
+    -------
+    tuple of Tensor
+        The loss, 0-d, and the share of valid tokens where the clipped error is the larger one.
+
+    Source
+    ------
+    Schulman et al. 2017's code (openai/baselines, ppo2); verl's compute_value_loss.
+    """
+    error = (values - returns) ** 2
+    limited = error if clip == 0 else (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
+    loss = 0.5 * ek.aggregate(torch.maximum(error, limited), mask, **aggregation)
+    return loss, (limited > error)[mask].float().sum() / mask.sum().clamp_min(1)
+
+
+def value_columns(rollout: Rollout) -> dict[str, float]:
+    """What the log has of a rollout's values: means, and the share of the returns' variance that they explain."""
+    if rollout.values is None or rollout.returns is None:
+        return {}
+    values, returns = rollout.values[rollout.mask].double(), rollout.returns[rollout.mask].double()
+    unexplained = (returns - values).var(correction=0) / returns.var(correction=0)  # NaN of equal returns
+    return {
+        "value_mean": float(values.mean()),
+        "return_mean": float(returns.mean()),
+        "explained_variance": float(1 - unexplained),
+    }
