@@ -23,8 +23,8 @@ from entropy_kernels.trainer.tensorfile import save_tree
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.model import Completions, Encoded
-    from entropy_kernels.trainer.ppo import Run
     from entropy_kernels.trainer.probes import Step
+    from entropy_kernels.trainer.run import Run
 
 #: Number of the layout of a kept batch.
 FORMAT = 1

@@ -5,7 +5,8 @@ decide about its tokens and update (:func:`update`); with a target entropy all u
 the first.
 What is measured hangs on the loop as probes and changes nothing.
 Read on in this order: methods.py (what may be done to tokens, one table), rollout.py (sampling, old log-probs),
-advantages.py, model.py (the policy and its head), probes.py (what is measured), tasks.py, start.py (where RL starts),
+advantages.py (estimators, a table too), critic.py and reference.py (what some of them need), model.py (the policy and
+its head), probes.py (what is measured), tasks.py, start.py (where RL starts), run.py (what a step leaves to the next),
 checkpoint.py and files.py (what is written), config.py (every setting). sweep.py runs methods × seeds for report.py.
 
 Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' code, with the configuration's defaults
@@ -33,10 +34,8 @@ Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' c
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,14 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.advantages import advantages_of, rewards_of_tokens
-from entropy_kernels.trainer.config import TrainerConfig, check_resumable
-from entropy_kernels.trainer.critic import Critic, critic_of
-from entropy_kernels.trainer.faults import check_rewards, check_sampled, check_weights, clip_gradients, kept
-from entropy_kernels.trainer.files import check_path, locked, write_json
-from entropy_kernels.trainer.log import MetricsLog
-from entropy_kernels.trainer.methods import controller_of, part_of, surrogate_of, target_of
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.critic import Critic
+from entropy_kernels.trainer.faults import check_rewards, check_sampled, clip_gradients, kept
+from entropy_kernels.trainer.files import check_path, locked
+from entropy_kernels.trainer.methods import part_of, surrogate_of
 from entropy_kernels.trainer.model import Policy, loss_of_stats
 from entropy_kernels.trainer.probes import Probe, Step, Update, default_probes
-from entropy_kernels.trainer.reference import Reference, keep_reference, loss_penalty, reference_of, reward_penalty
+from entropy_kernels.trainer.reference import Reference, loss_penalty, reward_penalty
 from entropy_kernels.trainer.rollout import (
     Rollout,
     Stats,
@@ -66,11 +64,8 @@ from entropy_kernels.trainer.rollout import (
     score_and_value,
     stats_for,
 )
-from entropy_kernels.trainer.samples import SAMPLES, keep_before
-from entropy_kernels.trainer.start import first_policy, versions, warm_start
+from entropy_kernels.trainer.run import Report, open_run
 from entropy_kernels.trainer.tasks import Task, Unscored, make_task, verify_all
-
-Report = Callable[[str, int, int, dict[str, Any]], None]
 
 #: What a micro-batch's loss does to its tokens, None for nothing; or a function that says it from their statistics,
 #: where the forward of the update has to be run first.
@@ -151,10 +146,7 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
             probe.after_rollout(step)
 
         if not step.last:
-            lr, order = config.lr_at(number), list(minibatches(config, policy.device, run.generators["shuffler"]))
-            set_lr(run.optimizer, lr)
-            if run.critic is not None:
-                set_lr(run.critic.optimizer, config.critic_lr_at(number))
+            lr, order = run.set_lr(number, config), list(minibatches(config, policy.device, run.generators["shuffler"]))
             # a minibatch without a token that counts (mask_truncated) is no update: weights and optimizer stay
             order = [rows for rows in order if bool(step.rollout.mask[rows].any())]
             alone = number < config.critic_first
@@ -269,12 +261,6 @@ def collect(
         values=values,
         returns=made.returns,
     )
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of all its weights."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def minibatches(config: TrainerConfig, device: torch.device, shuffler: torch.Generator) -> Iterator[Tensor]:
@@ -414,106 +400,3 @@ def backward(
         result.loss.backward()
     outputs.backward(leaf.grad)
     return ek.PolicyLoss(result.loss, {**result.metrics, **valued}), control
-
-
-@dataclass
-class Run:
-    """What a run carries from step to step; all but the log stands in its checkpoints."""
-
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    critic: Critic | None  # with an optimizer of its own
-    generators: dict[str, torch.Generator]  # sampler and shuffler
-    controller: ek.Controller | None  # of the method, with what it remembers
-    target: ek.TargetEntropy | None  # in its place
-    reference: Reference | None  # the policy where RL starts; in a file of its own
-    log: MetricsLog
-    first: int  # step
-    changes: list[dict[str, Any]]  # of the configuration, with the steps at which it was resumed under them
-
-    @property
-    def modules(self) -> dict[str, checkpoint.Weights]:
-        """What is trained, by name."""
-        return {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
-
-    def save(self, step: int, config: TrainerConfig) -> None:
-        """Write the checkpoint after `step` steps."""
-        check_weights(self.modules, step)
-        checkpoint.save_checkpoint(
-            config.out / checkpoint.CHECKPOINT,
-            step=step,
-            config=config.to_dict(),
-            modules=self.modules,
-            optimizers={"policy": self.optimizer, **({"critic": self.critic.optimizer} if self.critic else {})},
-            generators=self.generators,
-            controller=self.target or self.controller,
-            row=self.log.last,
-            changes=self.changes,
-        )
-
-
-def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
-    """The policy where RL starts, optimizer and generators, all from a checkpoint if the run goes on; and the log."""
-    path = config.out / checkpoint.CHECKPOINT
-    saved = checkpoint.load_checkpoint(path) if config.resume else None
-    changes: list[dict[str, Any]] = []
-    if saved is not None:
-        different = check_resumable(saved["config"], config, finished=saved["step"])
-        changes = saved["changes"] + ([{"step": saved["step"], **different}] if different else [])
-        if {"method", "method_options", "target_method"} & different.keys():
-            saved["controller"] = None  # what another method remembers
-    files = checkpoint.prepare_directory(config)
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    policy = first_policy(config, task)
-    target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
-    if config.warm_start_from is None and saved is None and config.warm_steps:
-        tell("supervised start", 0, config.warm_steps, {})
-        warm_start(
-            policy, task, config,
-            on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
-        )  # fmt: skip
-    reference = reference_of(config, policy, resumed=saved is not None)
-    adam: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.weight_decay,
-    }
-    optimizer = torch.optim.AdamW(policy.parameters(), **adam)
-    generators = {"sampler": torch.Generator(policy.device), "shuffler": torch.Generator()}
-    for generator in generators.values():
-        generator.manual_seed(config.seed)
-    controller = controller_of(config)
-    first = 0
-    if saved is not None:
-        first = checkpoint.restore(
-            saved,
-            path,
-            modules={"policy": policy},
-            optimizers={"policy": optimizer},
-            generators=generators,
-            controller=target or controller,
-        )
-        for group in optimizer.param_groups:
-            group.update(adam)  # which may have changed
-    else:
-        if config.overwrite:
-            checkpoint.remove_run(files)
-        keep_reference(reference, config.out)
-    critic = critic_of(config, policy)
-    if critic is not None and saved is not None and not {"advantage", "critic"} & different.keys():
-        checkpoint.restore(
-            saved, path, modules={"critic": critic}, optimizers={"critic": critic.optimizer}, generators={}
-        )
-        critic.set_options()
-    if target is not None and max(first, config.critic_first):  # its course is over the run's steps, wherever it begins
-        target.load_state_dict({**target.state_dict(), "calls": max(first, config.critic_first)})
-    # before anything is changed: another run's log is refused
-    last = None if saved is None else saved["row"]
-    log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
-    keep_before(config.out / SAMPLES, first)
-    # how the run was started is not part of what it is: from-config starts another one
-    again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
-    about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
-    write_json(config.out / "config.json", {**again, **about})
-    return Run(policy, optimizer, critic, generators, controller, target, reference, log, first, changes)

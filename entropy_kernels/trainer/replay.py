@@ -18,9 +18,11 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, faults, ppo
 from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.critic import critic_of
 from entropy_kernels.trainer.methods import controller_of, target_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.rollout import Rollout
+from entropy_kernels.trainer.start import first_policy
 from entropy_kernels.trainer.tasks import Task
 from entropy_kernels.trainer.tensorfile import Damaged, load_tree
 
@@ -84,7 +86,7 @@ def replay(path: Path, flags: Flags, *, task: Task | None = None) -> Iterator[st
     config = dataclasses.replace(config, **asked)
     config.validate()
     torch.set_num_threads(config.threads)
-    policy = ppo.first_policy(config, task or ppo.task_of(config))
+    policy = first_policy(config, task or ppo.task_of(config))
     checkpoint.put_back(policy, batch["modules"]["policy"])
     as_before = not asked.keys() & {"head", "dtype", "device"}
     kept = _on(batch["rollout"], policy.device)
@@ -150,15 +152,22 @@ def _update(
     if target is None and decides is not None:
         decides.load_state_dict({"calls": 0, "memory": batch["memory"]})
     optimizer: Any = Still(policy.model)
+    critic, modules = critic_of(config, policy), {"policy": policy.model}
+    if critic is not None:
+        checkpoint.put_back(critic, batch["modules"]["critic"])
+        critic.optimizer, modules["critic"] = Still(critic), critic  # type: ignore[assignment]
     try:
-        made = ppo.update(policy, optimizer, rollout, rows, config, decides, seed=batch["seed"], plan=plan)
+        made = ppo.update(
+            policy, optimizer, rollout, rows, config, decides, seed=batch["seed"], plan=plan, critic=critic,
+            critic_alone=batch["step"] < config.critic_first,
+        )  # fmt: skip
         losses, finite = [float(part.loss) for part in made.losses], True
     except faults.NonFinite as error:
         losses, finite = error.batch["losses"], False
     for i, (loss, was) in enumerate(zip(losses, batch["losses"], strict=True)):
         same = ", the same bits" if as_before and (loss == was or (math.isnan(loss) and math.isnan(was))) else ""
         yield f"loss of micro-batch {i + 1} of {len(losses)}: {loss:.9g} (was {was:.9g}{same})"
-    yield _listed("parameters whose gradient is not finite", faults.bad_gradients({"policy": policy.model}))
+    yield _listed("parameters whose gradient is not finite", faults.bad_gradients(modules))
     return finite
 
 

@@ -1,0 +1,139 @@
+"""A run: what it carries from step to step, where that comes from, and how it is saved."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import entropy_kernels as ek
+from entropy_kernels.trainer import checkpoint
+from entropy_kernels.trainer.config import TrainerConfig, check_resumable
+from entropy_kernels.trainer.critic import Critic, critic_of
+from entropy_kernels.trainer.faults import check_weights
+from entropy_kernels.trainer.files import write_json
+from entropy_kernels.trainer.log import MetricsLog
+from entropy_kernels.trainer.methods import controller_of, target_of
+from entropy_kernels.trainer.model import Policy
+from entropy_kernels.trainer.reference import Reference, keep_reference, reference_of
+from entropy_kernels.trainer.samples import SAMPLES, keep_before
+from entropy_kernels.trainer.start import first_policy, versions, warm_start
+from entropy_kernels.trainer.tasks import Task
+
+Report = Callable[[str, int, int, dict[str, Any]], None]
+
+
+@dataclass
+class Run:
+    """What a run carries from step to step; all but the log stands in its checkpoints."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    critic: Critic | None  # with an optimizer of its own
+    generators: dict[str, torch.Generator]  # sampler and shuffler
+    controller: ek.Controller | None  # of the method, with what it remembers
+    target: ek.TargetEntropy | None  # in its place
+    reference: Reference | None  # the policy where RL starts; in a file of its own
+    log: MetricsLog
+    first: int  # step
+    changes: list[dict[str, Any]]  # of the configuration, with the steps at which it was resumed under them
+
+    @property
+    def modules(self) -> dict[str, checkpoint.Weights]:
+        """What is trained, by name."""
+        return {"policy": self.policy, **({"critic": self.critic} if self.critic else {})}
+
+    def set_lr(self, step: int, config: TrainerConfig) -> float:
+        """Give the optimizers the learning rates of a step; returns the policy's."""
+        rates = [(self.optimizer, config.lr_at(step))]
+        if self.critic is not None:
+            rates.append((self.critic.optimizer, config.critic_lr_at(step)))
+        for optimizer, lr in rates:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        return rates[0][1]
+
+    def save(self, step: int, config: TrainerConfig) -> None:
+        """Write the checkpoint after `step` steps."""
+        check_weights(self.modules, step)
+        checkpoint.save_checkpoint(
+            config.out / checkpoint.CHECKPOINT,
+            step=step,
+            config=config.to_dict(),
+            modules=self.modules,
+            optimizers={"policy": self.optimizer, **({"critic": self.critic.optimizer} if self.critic else {})},
+            generators=self.generators,
+            controller=self.target or self.controller,
+            row=self.log.last,
+            changes=self.changes,
+        )
+
+
+def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
+    """The policy where RL starts, optimizer and generators, all from a checkpoint if the run goes on; and the log."""
+    path = config.out / checkpoint.CHECKPOINT
+    saved = checkpoint.load_checkpoint(path) if config.resume else None
+    changes: list[dict[str, Any]] = []
+    if saved is not None:
+        different = check_resumable(saved["config"], config, finished=saved["step"])
+        changes = saved["changes"] + ([{"step": saved["step"], **different}] if different else [])
+        if {"method", "method_options", "target_method"} & different.keys():
+            saved["controller"] = None  # what another method remembers
+    files = checkpoint.prepare_directory(config)
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    policy = first_policy(config, task)
+    target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
+    if config.warm_start_from is None and saved is None and config.warm_steps:
+        tell("supervised start", 0, config.warm_steps, {})
+        warm_start(
+            policy, task, config,
+            on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
+        )  # fmt: skip
+    reference = reference_of(config, policy, resumed=saved is not None)
+    adam: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.weight_decay,
+    }
+    optimizer = torch.optim.AdamW(policy.parameters(), **adam)
+    generators = {"sampler": torch.Generator(policy.device), "shuffler": torch.Generator()}
+    for generator in generators.values():
+        generator.manual_seed(config.seed)
+    controller = controller_of(config)
+    first = 0
+    if saved is not None:
+        first = checkpoint.restore(
+            saved,
+            path,
+            modules={"policy": policy},
+            optimizers={"policy": optimizer},
+            generators=generators,
+            controller=target or controller,
+        )
+        for group in optimizer.param_groups:
+            group.update(adam)  # which may have changed
+    else:
+        if config.overwrite:
+            checkpoint.remove_run(files)
+        keep_reference(reference, config.out)
+    critic = critic_of(config, policy)
+    if critic is not None and saved is not None and not {"advantage", "critic"} & different.keys():
+        checkpoint.restore(
+            saved, path, modules={"critic": critic}, optimizers={"critic": critic.optimizer}, generators={}
+        )
+        critic.set_options()
+    if target is not None and max(first, config.critic_first):  # its course is over the run's steps, wherever it begins
+        target.load_state_dict({**target.state_dict(), "calls": max(first, config.critic_first)})
+    # before anything is changed: another run's log is refused
+    last = None if saved is None else saved["row"]
+    log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
+    keep_before(config.out / SAMPLES, first)
+    # how the run was started is not part of what it is: from-config starts another one
+    again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
+    about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
+    write_json(config.out / "config.json", {**again, **about})
+    return Run(policy, optimizer, critic, generators, controller, target, reference, log, first, changes)
