@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
-from entropy_kernels.trainer import faults, ppo
+from entropy_kernels.trainer import faults, groups, ppo
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.faults import NonFinite
 from entropy_kernels.trainer.log import read_rows
@@ -162,8 +162,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_a_reward_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verify_all = ppo.verify_all
-    monkeypatch.setattr(ppo, "verify_all", lambda *args: [*verify_all(*args)[:-1], float("nan")])
+    verify_all = groups.verify_all
+    monkeypatch.setattr(groups, "verify_all", lambda *args: [*verify_all(*args)[:-1], float("nan")])
     with pytest.raises(NonFinite, match=r"step 0: expected finite rewards, got nan for the completion in row 15; no"):
         ppo.train(config(tmp_path, **SHORT))
 

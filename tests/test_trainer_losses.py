@@ -18,12 +18,14 @@ pytest.importorskip("transformers")
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.config import HEADS, TrainerConfig, check_resumable, idle
+from entropy_kernels.trainer.groups import ROUND_STRIDE
 from entropy_kernels.trainer.methods import controller_of, options_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.probes import Probe, RolloutMetrics, Step, Update
 from entropy_kernels.trainer.reference import REFERENCE
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
+from entropy_kernels.trainer.tasks import Prompt
 from entropy_kernels.trainer.tensorfile import load_tree, save_tree
 from hf_models import make
 from trainer_setup import (  # noqa: F401
@@ -319,6 +321,7 @@ class Keeps(Probe):
         self.models: list[Any] = []
 
     def after_rollout(self, step: Step) -> None:
+        self.policy = step.policy
         self.rollouts.append(step.sampled)
         self.models.append(copy.deepcopy(step.policy.model).double())
 
@@ -421,3 +424,95 @@ def test_what_a_penalty_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"ref_kl_estimator: expected one of k1, abs, k2, k3, .*got 'k4'"):
         settings_of(ref_kl_estimator="k4")
     assert idle(settings_of(ref_kl_in="reward"))["ref_kl_in"] == "with ref_kl_coef = 0"
+
+
+# --- groups without signal -------------------------------------------------------------------------------------------
+
+
+class Told(EasyTask):
+    """Rewards by the number of the prompt: whether its group has signal is known. Round r of step s has the prompts
+    (s, r, 0), (s, r, 1), ..."""
+
+    def __init__(self, signal: dict[tuple[int, int], list[bool]]) -> None:
+        super().__init__()
+        self.signal, self.asked = signal, 0
+
+    def prompts(self, count: int, *, seed: int, split: Any) -> list[Prompt]:
+        if split == "validation":
+            return super().prompts(count, seed=seed, split=split)
+        number, step = divmod(seed, ROUND_STRIDE)
+        return [Prompt(f"{step} {10 * number + i}", (step, number, i)) for i in range(count)]
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        self.asked += 1
+        if len(prompt.data) == 2:  # of the validation
+            return 0.0
+        step, number, i = prompt.data
+        return float(self.signal.get((step, number), [False] * 4)[i] and self.asked % 2)
+
+
+ALL = [True] * 4
+#: What the rounds of a step have of signal, the most further rounds, the groups that the step learns from, and how
+#: many were sampled: (round, place).
+ROUNDS = [
+    ([ALL], 3, [(0, 0), (0, 1), (0, 2), (0, 3)], 4),
+    ([[True, False, True, False], [False, True, True, True]], 3, [(0, 0), (1, 1), (0, 2), (1, 2)], 8),
+    ([[False] * 4, [False, False, True, False], ALL], 3, [(1, 2), (2, 0), (2, 1), (2, 2)], 12),
+    ([[False, True, False, False], [False, False, False, True], [False] * 4], 2, [(1, 3), (0, 1), (0, 2), (0, 3)], 12),
+    ([[True, False, True, True]], 0, [(0, 0), (0, 1), (0, 2), (0, 3)], 4),
+]
+
+
+@pytest.mark.parametrize(("rounds", "most", "places", "sampled"), ROUNDS)
+def test_groups_without_signal_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: list[list[bool]], most: int, places: Any, sampled: int
+) -> None:
+    task = Told({(step, number): mine for step in range(2) for number, mine in enumerate(rounds)})
+    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: task)
+    kept = Keeps()
+    settings = config(tmp_path / "run", **SHORT, dynamic_sampling=most)
+    ppo.train(settings, probes=[kept, RolloutMetrics()])
+    for step, rollout in enumerate(kept.rollouts):
+        words = [f"{step} {10 * number + i}" for number, i in places]
+        shown = [kept.policy.tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.prompts.ids[::4]]
+        assert [text.strip() for text in shown] == words
+        assert [bool(row[0] == row[1]) for row in rollout.rewards] == [not rounds[number][i] for number, i in places]
+        assert torch.equal(rollout.completed, rollout.mask) and rollout.sampled_rewards.shape == (sampled, 4)
+    row = rows_without_times(settings.out)[0]
+    assert row.get("groups_sampled") == (sampled if most else None)
+    assert row["reward"] == pytest.approx(sum(map(sum, rounds)) / 2 / sampled)
+
+
+def test_without_groups_to_replace_a_run_is_the_same_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: Told({(s, 0): ALL for s in range(3)}))
+    for name, most in (("none", 0), ("some", 2)):
+        ppo.train(config(tmp_path / name, **{**SHORT, "steps": 2}, dynamic_sampling=most))
+    none, some = (rows_without_times(tmp_path / name) for name in ("none", "some"))
+    assert [{**row, "groups_sampled": 4} for row in none] == some
+
+
+def test_a_run_that_replaces_groups_resumes_bit_for_bit(tmp_path: Path) -> None:
+    class Rare(EasyTask):  # a group has signal now and then
+        def verify(self, prompt: Prompt, completion: str) -> float:
+            return float(sum(map(len, completion.split())) in (12, 15))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: Rare())
+        changes = {**SHORT, "steps": 4, "save_every": 2, "dynamic_sampling": 3}
+        whole, parts = (config(tmp_path / name, **changes) for name in ("whole", "parts"))
+        ppo.train(whole)
+        ppo.train(dataclasses.replace(parts, steps=2))
+        ppo.train(dataclasses.replace(parts, resume=True))
+    assert rows_without_times(whole.out) == rows_without_times(parts.out)
+    assert len({row["groups_sampled"] for row in rows_without_times(whole.out)}) > 1
+
+
+def test_an_estimator_that_learns_from_equal_groups_has_none_replaced() -> None:
+    with pytest.raises(
+        ValueError, match=r"dynamic_sampling: expected 0 under advantage = reinforce_plus_plus, .*got 2"
+    ):
+        settings_of(dynamic_sampling=2, advantage="reinforce_plus_plus")
+    for advantage in ("grpo", "rloo", "reinforce_plus_plus_baseline"):
+        settings_of(dynamic_sampling=2, advantage=advantage)

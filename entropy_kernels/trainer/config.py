@@ -177,6 +177,9 @@ class TrainerConfig:
     """Prompts per rollout."""
     samples_per_prompt: int = 8
     """Completions per prompt: the group whose rewards give the advantage, where it compares them."""
+    dynamic_sampling: int = 0
+    """Most further rollouts per step, of as many prompts, whose groups take the places of those whose completions all
+    have one reward (DAPO); what is still without signal then stays. Of advantages that compare within groups."""
     temperature: float = 1.0
     """Sampling temperature; the same distribution (no top-k, no top-p) is scored in training."""
     max_new_tokens: int | None = None
@@ -350,6 +353,9 @@ class TrainerConfig:
         _expect(quantiles, "cov_low, cov_high", "quantiles in [0, 1] under cov_band = quantile", (low, high))
         check_critic(self)
         needed, samples = 1 + ESTIMATORS[self.advantage].groups, self.samples_per_prompt
+        groups = not self.dynamic_sampling or ESTIMATORS[self.advantage].groups
+        expected = f"0 under advantage = {self.advantage}, which learns from groups of equal rewards, too"
+        _expect(groups, "dynamic_sampling", expected, self.dynamic_sampling)
         _expect(samples >= needed, "samples_per_prompt", f"at least {needed}, a group to compare within", samples)
         heads = self.num_heads
         _expect(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_heads = {heads}", self.hidden_size)
@@ -627,7 +633,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     (
         "lora_rank steps save_every warm_steps warm_warmup_steps lr_warmup_steps eval_every first_order_every "
-        "critic_warmup",
+        "critic_warmup dynamic_sampling",
         "an integer >= 0",
         lambda value: value >= 0,
     ),

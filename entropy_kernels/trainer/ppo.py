@@ -47,8 +47,9 @@ from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.advantages import advantages_of, rewards_of_tokens
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import Critic
-from entropy_kernels.trainer.faults import check_rewards, check_sampled, clip_gradients, kept
+from entropy_kernels.trainer.faults import check_sampled, clip_gradients, kept
 from entropy_kernels.trainer.files import check_path, locked
+from entropy_kernels.trainer.groups import sample_step
 from entropy_kernels.trainer.methods import part_of, surrogate_of
 from entropy_kernels.trainer.model import Policy, loss_of_stats
 from entropy_kernels.trainer.probes import Probe, Step, Update, default_probes
@@ -60,12 +61,11 @@ from entropy_kernels.trainer.rollout import (
     fresh_stats,
     known_tokens,
     row_slices,
-    sample_groups,
     score_and_value,
     stats_for,
 )
 from entropy_kernels.trainer.run import Report, open_run
-from entropy_kernels.trainer.tasks import Task, Unscored, make_task, verify_all
+from entropy_kernels.trainer.tasks import Task, make_task
 
 #: What a micro-batch's loss does to its tokens, None for nothing; or a function that says it from their statistics,
 #: where the forward of the update has to be run first.
@@ -198,20 +198,10 @@ def collect(
     Old log-probs come from a full forward in the same shapes as training, not from the sampling pass: the first update
     then starts at ratio 1 exactly. How far the two passes differ is reported as `sampling_gap`.
     """
-    # each part ends with a value that the host waits for, so that a GPU's time is its own
-    times = [time.perf_counter()]
-
-    # sample: groups of completions, those of a prompt adjacent
-    prompts = task.prompts(config.prompts_per_step, seed=config.seed * 1_000_003 + step, split="train")
-    encoded, completions = sample_groups(policy, task, config, prompts, config.samples_per_prompt, generator)
-    check_sampled(encoded, completions, completions.logprob, "while sampling")
-    times.append(time.perf_counter())
-
-    # score: the task's verifier
-    texts = policy.decode(completions)
-    given = verify_all(task, prompts, texts)
-    check_rewards(given)
-    times.append(time.perf_counter())
+    # sample: groups of completions, those of a prompt adjacent, and their rewards by the task's verifier
+    sampled = sample_step(policy, task, config, step=step, generator=generator)
+    encoded, completions = sampled.groups.encoded, sampled.groups.completions
+    started = time.perf_counter()
 
     # old log-probs, and the other statistics; the critic's values
     stats, values = score_and_value(policy, critic, config, encoded, completions.ids, completions.mask)
@@ -220,16 +210,18 @@ def collect(
         check_sampled(encoded, completions, stats.logprob, "in the full forward")
     ref_logprob = None
     if reference is not None:
-        parts, scored = row_slices(config, len(texts)), (encoded, completions.ids, completions.mask)
+        parts, scored = row_slices(config, len(encoded.ids)), (encoded, completions.ids, completions.mask)
         ref_logprob = reference.logprob(parts, *scored, temperature=config.temperature)
-    times.append(time.perf_counter())
+    seconds = dict(
+        zip(("sample", "verify", "score"), (*sampled.groups.seconds, time.perf_counter() - started), strict=True)
+    )
 
     # advantages: a completion's reward stands at its last token, and a penalty for leaving the reference at each
-    rewards = torch.tensor(given, dtype=torch.float32).to(policy.device)
+    rewards = sampled.groups.rewards().to(policy.device)
     penalty = reward_penalty(config, stats.logprob, ref_logprob)
     made = advantages_of(
         config.advantage,
-        rewards_of_tokens(rewards, completions.mask) - penalty,
+        rewards_of_tokens(rewards.flatten(), completions.mask) - penalty,
         completions.mask,
         samples=config.samples_per_prompt,
         values=values,
@@ -242,19 +234,16 @@ def collect(
         prompts=encoded,
         ids=completions.ids,
         mask=completions.mask & completions.ended[:, None] if config.mask_truncated else completions.mask,
-        rewards=rewards.view(-1, config.samples_per_prompt),
+        rewards=rewards,
         advantages=made.advantages,
         old_logprob=stats.logprob,
         entropy=stats.entropy,
         collision=stats.collision,
         vocab_covariance=stats.vocab_covariance,
         sampling_gap=gap,
-        seconds={name: times[i + 1] - times[i] for i, name in enumerate(("sample", "verify", "score"))},
-        unscored=[
-            {"prompt": prompts[i // config.samples_per_prompt].text, "completion": texts[i], "reason": reward.reason}
-            for i, reward in enumerate(given)
-            if isinstance(reward, Unscored)
-        ],
+        seconds=seconds,
+        unscored=[answer for each in sampled.rounds for answer in each.unscored()],
+        sampled_rewards=torch.cat([each.rewards() for each in sampled.rounds]).to(policy.device),
         ref_logprob=ref_logprob,
         completed=completions.mask,
         truncated=~completions.ended,

@@ -147,6 +147,7 @@ class RolloutMetrics(Probe):
             "entropy": mean_over(rollout.entropy, rollout.completed),
             **({} if config.target_entropy is None else {"target_entropy": config.target_at(step.number)}),
             **rollout_columns(rollout),
+            **({"groups_sampled": len(rollout.sampled_rewards)} if config.dynamic_sampling else {}),
             "unscored": len(rollout.unscored),
             "tokens": rollout.tokens,
             "sampling_gap": rollout.sampling_gap,

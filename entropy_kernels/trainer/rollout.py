@@ -44,6 +44,7 @@ class Rollout:
     sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
     seconds: dict[str, float] = field(default_factory=dict)  # of sample, verify, score
     unscored: list[dict[str, str]] = field(default_factory=list)  # prompt, completion, reason
+    sampled_rewards: Tensor = None  # type: ignore[assignment]  # (groups, samples) of all that were sampled; None: rewards
     ref_logprob: Tensor | None = None  # (B, L) float32, of the reference, where there is one
     completed: Tensor = None  # type: ignore[assignment]  # (B, L) bool: all tokens of the completions; None: the mask
     truncated: Tensor = None  # type: ignore[assignment]  # (B,) bool: ran into max_new_tokens; None: none
@@ -53,6 +54,8 @@ class Rollout:
     def __post_init__(self) -> None:
         if self.completed is None:
             self.completed = self.mask
+        if self.sampled_rewards is None:
+            self.sampled_rewards = self.rewards
         if self.truncated is None:
             self.truncated = torch.zeros_like(self.completed[:, 0])
 

@@ -13,7 +13,11 @@ RIGHT = 1.0
 
 def rollout_columns(rollout: Rollout) -> dict[str, float]:
     """All of them, in float64. What would describe no token, or no completion, is left out."""
-    return {**lengths(rollout), **rewards(rollout.rewards), **spread("advantage", rollout.advantages[rollout.mask])}
+    return {
+        **lengths(rollout),
+        **rewards(rollout.sampled_rewards),
+        **spread("advantage", rollout.advantages[rollout.mask]),
+    }
 
 
 def lengths(rollout: Rollout) -> dict[str, float]:
