@@ -72,7 +72,7 @@ def enable_checkpointing(model: Any) -> None:
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise ValueError(f"gradient_checkpointing: expected a model that supports it, got one whose {error}") from error
+        raise ValueError(f"gradient_checkpointing: expected a model that supports it ({error})") from error
 
 
 @contextmanager
@@ -103,7 +103,8 @@ def check_policy(policy: Policy, *, checkpointing: bool = False) -> None:
     Sampling needs the cache, scoring the head; both have to agree, and so have a prompt with padding before it and
     without. Under gradient `checkpointing` a layer has to do it.
     """
-    name = type(base_of(policy.model)).__name__
+    base = base_of(policy.model)
+    name = type(base).__name__ + ("" if base is policy.model else " with adapters")
     prompts = _prompts(policy)
     with policy.full_precision():
         with _told(f"model: expected one that samples with a DynamicCache of transformers, got {name}, which fails"):
@@ -148,7 +149,8 @@ def _logprob(policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor) -> Ten
 
 def _check_checkpointing(policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor) -> None:
     """Whether a layer of the model asks for gradient checkpointing, which is enabled."""
-    base, asked = base_of(policy.model), []
+    base = base_of(policy.model)
+    asked: list[Any] = []
 
     def forward(function: Any, *args: Any, **options: Any) -> Any:
         asked.append(function)
@@ -176,4 +178,5 @@ def _told(expected: str) -> Iterator[None]:
         if text.startswith(("model: ", "head: ")):
             way_out = "; head = logits takes the model's own logits" if text.startswith("model: ") else ""
             raise ValueError(text + way_out) from error
-        raise ValueError(f"{expected} ({type(error).__name__}: {' '.join(text.split())[:200]})") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{expected} ({kind}{' '.join(text.split())[:200]})") from error

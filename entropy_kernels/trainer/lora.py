@@ -7,6 +7,8 @@ exported is the model with the adapter merged into copies of its weights, and th
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,9 +47,9 @@ def with_adapter(model: Any, config: TrainerConfig) -> Any:
         except ValueError as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"lora_targets: expected layers that peft can put an adapter into ({reason})") from error
-    ties = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    shared = [name for name, layer in _layers(adapted) if len(ties) == 1 and id(layer.get_base_layer().weight) in ties]
-    if shared:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    if tied and any(p is embedding.weight for layer in _layers(adapted).values() for p in layer.parameters()):
         raise ValueError(
             "lora_targets: expected layers with a weight of their own, got the output head or the embedding of a model "
             "that ties the two: merged, they would be two weights"
@@ -67,25 +69,29 @@ def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
             )
 
 
-def _layers(model: Any) -> list[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
+def _layers(model: Any) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [(name, layer) for name, layer in base_of(model).named_modules() if isinstance(layer, LoraLayer)]
+    return {name: layer for name, layer in base_of(model).named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
-@torch.no_grad()
-def merged_state(model: Any) -> dict[str, Tensor]:
-    """The state of the model itself with the adapter merged into copies of its weights, which stay as they are."""
-    state = base_of(model).state_dict()
-    for name, layer in _layers(model):
-        base = state[f"{name}.base_layer.weight"]
-        for adapter in layer.active_adapters:
-            base = base + layer.get_delta_weight(adapter).to(base.dtype)
-        state[f"{name}.base_layer.weight"] = base
-    of_adapters = {id(p) for p in model.parameters() if p.requires_grad}
-    kept = {name for name, p in base_of(model).named_parameters(remove_duplicate=False) if id(p) not in of_adapters}
-    buffers = {name for name, _ in base_of(model).named_buffers()}
-    return {name.replace(".base_layer.", "."): state[name] for name in state if name in kept | buffers}
+@contextmanager
+def merged(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Within: the state of the model itself with the adapter merged into its weights; afterwards these are, to the bit,
+    what they were, of which copies are held on the CPU."""
+    base, layers = base_of(model), _layers(model)
+    weights = {id(p): p for layer in layers.values() for p in layer.parameters() if not p.requires_grad}
+    before = {key: p.detach().to("cpu", copy=True) for key, p in weights.items()}
+    trained = {name for name, p in base.named_parameters() if p.requires_grad}
+    model.merge_adapter()
+    try:
+        state = base.state_dict()
+        yield {name.replace(".base_layer", ""): value for name, value in state.items() if name not in trained}
+    finally:
+        model.unmerge_adapter()
+        with torch.no_grad():
+            for key, p in weights.items():
+                p.copy_(before[key])
 
 
 @torch.no_grad()

@@ -330,7 +330,8 @@ class Policy:
             if self._base is self.model:
                 self.model.save_pretrained(scratch)
             else:
-                self._base.save_pretrained(scratch, state_dict=lora.merged_state(self.model))
+                with lora.merged(self.model) as state:
+                    self._base.save_pretrained(scratch, state_dict=state)
                 # None: the question on the hub whether the vocabulary has grown
                 self.model.save_pretrained(scratch / "adapter", save_embedding_layers=False)
             self.tokenizer.save_pretrained(scratch)
