@@ -109,6 +109,17 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
          "max_position_embeddings": 64, "word_embed_proj_dim": 32, "bos_token_id": 1, "eos_token_id": 2,
          "pad_token_id": 0},
     ),
+    "bloom": (
+        "BloomConfig", "BloomForCausalLM",
+        {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "gemma3, window": (
+        "Gemma3TextConfig", "Gemma3ForCausalLM", {**GROUPED, "head_dim": 8, "sliding_window": 4},
+    ),
+    "mamba": (
+        "MambaConfig", "MambaForCausalLM",
+        {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    ),
     "xlstm": (
         "xLSTMConfig", "xLSTMForCausalLM",
         {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "output_logit_soft_cap": 0.5},

@@ -241,7 +241,7 @@ def _begins(tokenizer: Any) -> None:
     """Make a word-level tokenizer put the begin token before every text; earlier starts were saved without."""
     from tokenizers import models, processors
 
-    if isinstance(tokenizer.model, models.WordLevel) and tokenizer.post_processor is None:
+    if isinstance(tokenizer.model, models.WordLevel) and not tokenizer.encode("").ids:
         begin = (BOS, tokenizer.token_to_id(BOS))
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
 
