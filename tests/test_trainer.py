@@ -304,7 +304,7 @@ def test_rows_have_every_promised_number(tmp_path: Path) -> None:
 
 
 def test_log_refuses_undefined_names(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     with pytest.raises(ValueError, match=r"row: expected names from DEFINITIONS, got acuracy"):
         log.write({"step": 0, "acuracy": 1.0})
     log.write({"step": 0, "entropy": float("nan")})

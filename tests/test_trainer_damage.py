@@ -275,7 +275,7 @@ def test_a_log_that_is_gone_or_of_another_run(run: Path) -> None:
 
 def test_two_logs_in_a_row_keep_every_line(tmp_path: Path) -> None:
     for first in (0, 2):
-        log = MetricsLog(tmp_path, tensorboard=False, keep_before=first)
+        log = MetricsLog(tmp_path, keep_before=first)
         for step in range(first, first + 3):
             log.write({"step": step, "entropy": float(first)})
         log.close()

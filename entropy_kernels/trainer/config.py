@@ -36,6 +36,7 @@ from entropy_kernels.trainer.methods import (
 )
 from entropy_kernels.trainer.schedule import DECAYS, Schedule, check_lr_schedule, lr_factor
 from entropy_kernels.trainer.start import check_model
+from entropy_kernels.trainer.trackers import SERVICES
 
 HEADS = tuple(model.HEADS)
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     SurrogateName: TypeAlias = str
     TargetName: TypeAlias = str
     HeadName: TypeAlias = str
+    TrackerName: TypeAlias = str
     AdvantageName: TypeAlias = str
     PlaceName: TypeAlias = str
     EstimatorName: TypeAlias = str
@@ -51,12 +53,13 @@ if TYPE_CHECKING:
 else:  # --help lists the choices
     MethodName, TargetName, HeadName = Literal[tuple(METHODS)], Literal[tuple(TARGETS)], Literal[HEADS]
     SurrogateName = Literal[tuple(ek.surrogates())]
+    TrackerName = Literal[SERVICES]
     PlaceName, EstimatorName = Literal[reference.PLACES], Literal[reference.ESTIMATORS]
     AdvantageName, CriticName = Literal[tuple(ESTIMATORS)], Literal[tuple(CRITICS)]
 
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
-    {"out", "steps", "resume", "resume_changes", "overwrite", "save_every", "tensorboard", "progress"}
+    {"out", "steps", "resume", "resume_changes", "overwrite", "save_every", "tensorboard", "trackers", "progress"}
     | {"measure_memory", "gradient_checkpointing"}
 )
 
@@ -64,7 +67,7 @@ RESUMABLE_FIELDS = frozenset(
 _BEFORE = {"head": "logits"}
 
 #: What config.json has beside the fields.
-NOT_FIELDS = ("command", "versions", "changes")
+NOT_FIELDS = ("command", "versions", "changes", "run_id")
 
 #: Fields that decide the start of RL; two runs that agree in them share one start.
 WARM_START_FIELDS = (
@@ -77,7 +80,7 @@ WARM_START_FIELDS = (
 #: Annotation of a field -> what its value in a JSON file may be.
 _JSON_KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict[str, Any]": (dict,),
-    "bool | None": (bool, type(None)),
+    "bool | None": (bool, type(None)), "tuple[str, ...]": (list, tuple), "tuple[TrackerName, ...]": (list, tuple),
 }  # fmt: skip
 
 
@@ -107,6 +110,9 @@ class TrainerConfig:
     """Steps between checkpoints (written atomically); 0 writes one at the end only."""
     tensorboard: bool = True
     """Write TensorBoard events beside the JSONL."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Hand the log to these as well: wandb, trackio. The project is entropy_kernels, or what WANDB_PROJECT or
+    TRACKIO_PROJECT says; the run is called as its directory. Extra 'trackers'; WANDB_MODE=offline needs no network."""
     progress: bool = True
     """Show a progress bar with the estimated time left."""
 
@@ -484,12 +490,12 @@ class TrainerConfig:
             if kinds and field.name in values:
                 value = values[field.name]
                 fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-                _expect(fits, f"config: {field.name}", str(field.type), value)
+                _expect(fits, f"config: {field.name}", "a list" if list in kinds else str(field.type), value)
         values = dict(values)
         for name in ("out", "warm_start_from"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
-        for name in ("resume_changes", "lora_targets"):
+        for name in ("resume_changes", "lora_targets", "trackers"):
             values[name] = tuple(values.get(name, ()))
         return cls(**values)
 
@@ -649,6 +655,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "lora_alpha",
         "a finite number > 0",
         lambda value: value is None or (math.isfinite(value) and value > 0),
+    ),
+    (
+        "trackers",
+        f"some of {', '.join(SERVICES)}, each once",
+        lambda value: {*value} <= {*SERVICES} and len({*value}) == len(value),
     ),
     ("cov_ratio", "a fraction in (0, 1]", lambda value: value is None or 0 < value <= 1),
     ("memory_budget", "a number of bytes > 0", lambda value: value is None or value > 0),

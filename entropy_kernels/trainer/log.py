@@ -1,4 +1,4 @@
-"""What a run tells: a JSON object per step in metrics.jsonl, the same as TensorBoard scalars, a few beside its bar.
+"""What a run tells: a JSON object per step in metrics.jsonl, which trackers.py hands on, and a few beside its bar.
 
 Names are defined here once (`DEFINITIONS`), and a name that is not defined cannot be logged. Numbers that describe an
 update are averaged over all updates of a step. Names under ``time/`` are the only ones that may differ between two
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from entropy_kernels._progress import ProgressBoard, in_words
-from entropy_kernels._require import require
 from entropy_kernels.trainer.checkpoint import BROKEN, CHECKPOINT
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
-from entropy_kernels.trainer.files import OwnFiles, write_text
+from entropy_kernels.trainer.files import write_text
 from entropy_kernels.trainer.methods import METHODS, TARGET_ROW
+from entropy_kernels.trainer.trackers import Trackers
 
 #: Fractions of the paper's table 1, and the columns that hold the mean covariance of each top fraction.
 COVARIANCE_COLUMNS = {fraction: f"cov_top_{fraction:g}" for fraction in (0.0002, 0.002, 0.02, 0.2, 0.5, 1.0)}
@@ -203,22 +203,27 @@ def rows_before(path: Path, step: int, last: dict[str, Any] | None) -> list[dict
 
 
 class MetricsLog:
-    """Appends rows to ``metrics.jsonl`` and, if asked, to TensorBoard.
+    """Appends rows to ``metrics.jsonl``, and hands them to the trackers.
 
     Parameters
     ----------
     directory : Path
         Of the run.
-    tensorboard : bool
-        Write events under ``tensorboard/``.
     keep_before : int
         Rows of an earlier part of the run with ``step`` below this are kept, the others removed (0 starts afresh).
     last : dict, optional
         The last of these, if known; a log that has another one is refused.
+    trackers : Trackers, optional
+        Whoever opened them closes them.
     """
 
     def __init__(
-        self, directory: Path, *, tensorboard: bool, keep_before: int = 0, last: dict[str, Any] | None = None
+        self,
+        directory: Path,
+        *,
+        keep_before: int = 0,
+        last: dict[str, Any] | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
@@ -226,7 +231,7 @@ class MetricsLog:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.last = rows[-1] if rows else None
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        self._writer = _summary_writer(directory / "tensorboard", purge_step=keep_before) if tensorboard else None
+        self._trackers = trackers
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one step. Raises ValueError for a name whose meaning is not in DEFINITIONS."""
@@ -238,27 +243,12 @@ class MetricsLog:
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         self.last = clean
-        if self._writer is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._writer.add_scalar(name if "/" in name else f"train/{name}", value, row["step"])
+        if self._trackers is not None:
+            self._trackers.write(row)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close the file."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-
-
-def _summary_writer(directory: Path, *, purge_step: int) -> Any:
-    require("tensorboard", "tensorboard = True (off: --no-tensorboard)", "train")
-    from torch.utils.tensorboard import SummaryWriter
-
-    files = OwnFiles(directory, "tensorboard", alone=True)
-    before = set(directory.iterdir())
-    writer = SummaryWriter(str(directory), purge_step=purge_step)
-    files.adopt(*(path.name for path in set(directory.iterdir()) - before))
-    return writer
 
 
 # --- the terminal: what is shown of a row beside a bar of _progress.py ------------------------------------------------

@@ -66,6 +66,7 @@ from entropy_kernels.trainer.rollout import (
 )
 from entropy_kernels.trainer.run import Report, open_run
 from entropy_kernels.trainer.tasks import Task, make_task
+from entropy_kernels.trainer.trackers import Trackers
 
 #: What a micro-batch's loss does to its tokens, None for nothing; or a function that says it from their statistics,
 #: where the forward of the update has to be run first.
@@ -104,12 +105,13 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
     check_path(config.out)
     if config.resume:
         checkpoint.expect_checkpoint(config.out / checkpoint.CHECKPOINT)
-    with locked(config.out):  # no other process writes there
+    with locked(config.out), Trackers(config) as trackers:  # no other process writes there
         return _train(
             config,
             task,
             report or (lambda phase, done, total, row: None),
             default_probes(config, backward) if probes is None else probes,
+            trackers,
         )
 
 
@@ -120,9 +122,9 @@ def task_of(config: TrainerConfig) -> Task:
     return task
 
 
-def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Probe]) -> Path:
+def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Probe], trackers: Trackers) -> Path:
     """The loop. Its last round is the last policy's rollout, without updates."""
-    run = open_run(config, task, tell)
+    run = open_run(config, task, tell, trackers)
     policy = run.policy
     tell("train", run.first, config.steps, {})
     for number in range(run.first, config.steps + 1):

@@ -22,6 +22,7 @@ from entropy_kernels.trainer.reference import Reference, keep_reference, referen
 from entropy_kernels.trainer.samples import SAMPLES, keep_before
 from entropy_kernels.trainer.start import first_policy, versions, warm_start
 from entropy_kernels.trainer.tasks import Task
+from entropy_kernels.trainer.trackers import Trackers
 
 Report = Callable[[str, int, int, dict[str, Any]], None]
 
@@ -72,17 +73,19 @@ class Run:
         )
 
 
-def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
+def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers) -> Run:
     """The policy where RL starts, optimizer and generators, all from a checkpoint if the run goes on; and the log."""
     path = config.out / checkpoint.CHECKPOINT
     saved = checkpoint.load_checkpoint(path) if config.resume else None
     changes: list[dict[str, Any]] = []
+    different: dict[str, Any] = {}
     if saved is not None:
         different = check_resumable(saved["config"], config, finished=saved["step"])
         changes = saved["changes"] + ([{"step": saved["step"], **different}] if different else [])
         if {"method", "method_options", "target_method"} & different.keys():
             saved["controller"] = None  # what another method remembers
     files = checkpoint.prepare_directory(config)
+    trackers.begin(goes_on=saved is not None and not different)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     policy = first_policy(config, task)
@@ -130,10 +133,11 @@ def open_run(config: TrainerConfig, task: Task, tell: Report) -> Run:
         target.load_state_dict({**target.state_dict(), "calls": max(first, config.critic_first)})
     # before anything is changed: another run's log is refused
     last = None if saved is None else saved["row"]
-    log = MetricsLog(config.out, tensorboard=config.tensorboard, keep_before=first, last=last)
+    log = MetricsLog(config.out, keep_before=first, last=last, trackers=trackers)
     keep_before(config.out / SAMPLES, first)
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
     about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
+    about |= {} if trackers.run_id is None else {"run_id": trackers.run_id}
     write_json(config.out / "config.json", {**again, **about})
     return Run(policy, optimizer, critic, generators, controller, target, reference, log, first, changes)
