@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ pytest.importorskip("transformers")
 
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo
+from entropy_kernels.trainer import run as trainer_run
 from entropy_kernels.trainer.config import HEADS, TrainerConfig, check_resumable, idle
 from entropy_kernels.trainer.groups import ROUND_STRIDE
 from entropy_kernels.trainer.methods import controller_of, options_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded, Policy
-from entropy_kernels.trainer.probes import Probe, RolloutMetrics, Step, Update
+from entropy_kernels.trainer.probes import Probe, RolloutMetrics, Step, Update, UpdateMetrics, default_probes
 from entropy_kernels.trainer.reference import REFERENCE
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
@@ -516,3 +517,123 @@ def test_an_estimator_that_learns_from_equal_groups_has_none_replaced() -> None:
         settings_of(dynamic_sampling=2, advantage="reinforce_plus_plus")
     for advantage in ("grpo", "rloo", "reinforce_plus_plus_baseline"):
         settings_of(dynamic_sampling=2, advantage=advantage)
+
+
+# --- completions that were cut off -----------------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(95)]
+
+
+class Ending(EasyTask):
+    """Completions of up to three words, which end with an end token."""
+
+    name, max_new_tokens, fixed_length = "ending", 3, False
+
+    def prompts(self, count: int, *, seed: int, split: Any) -> list[Prompt]:
+        return [Prompt(f"w{(seed + i) % 95} w{i}") for i in range(count)]
+
+
+def ending(monkeypatch: pytest.MonkeyPatch, end_ids: Iterable[int], head: str = "linear") -> None:
+    """Runs of a model whose vocabulary has such end tokens."""
+    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: Ending())
+    policy = lambda config, task: Policy(make("llama"), word_tokenizer(WORDS), end_ids=end_ids, head=config.head)  # noqa: E731
+    monkeypatch.setattr(trainer_run, "first_policy", policy)
+
+
+CUT = {**SHORT, "model": "smollm2", "mask_truncated": True}
+
+
+def test_a_completion_that_was_cut_off_keeps_its_reward_and_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for name, masked in (("masked", True), ("counted", False)):
+        ending(monkeypatch, range(30, 60))
+        kept = Keeps()
+        ppo.train(config(tmp_path / name, **{**CUT, "mask_truncated": masked}), probes=[kept, RolloutMetrics()])
+        found[name] = kept.rollouts[0], rows_without_times(tmp_path / name)[0]
+    (rollout, row), (counted, other) = found["masked"], found["counted"]
+    last = rollout.ids.gather(1, rollout.lengths[:, None] - 1)[:, 0]
+    assert torch.equal(rollout.truncated, (rollout.lengths == 3) & ~((last >= 30) & (last < 60)))
+    assert 0 < int(rollout.truncated.sum()) < 16
+    for i in range(16):
+        expected = [t < int(rollout.lengths[i]) and not bool(rollout.truncated[i]) for t in range(3)]
+        assert rollout.mask[i].tolist() == expected
+        assert rollout.completed[i].tolist() == [t < int(rollout.lengths[i]) for t in range(3)]
+    assert torch.equal(rollout.ids, counted.ids) and torch.equal(rollout.rewards, counted.rewards)
+    assert torch.equal(rollout.advantages, counted.advantages) and torch.equal(counted.mask, counted.completed)
+    same = ("entropy", "reward", "tokens", "sampling_gap", "truncated", "length_mean", "length_max", "groups_mixed")
+    assert {name: row[name] for name in same} == {name: other[name] for name in same}
+    assert row["truncated"] == float(rollout.truncated.double().mean())
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("method", ["grpo", "exact_cov", "clip_cov"])
+@pytest.mark.parametrize("head", HEADS)
+def test_what_was_cut_off_takes_no_part_in_an_update(head: str, method: str, mode: str) -> None:
+    policy = policy_of(head)
+    whole = rollout_of(policy)
+    truncated = torch.tensor([False, True, False, False, True, False, True, False])
+    whole.mask, whole.truncated = whole.mask & ~truncated[:, None], truncated
+    settings = settings_of(
+        method=method, loss_agg_mode=mode, micro_batches=2, **({"cov_low": -9.0} if method == "clip_cov" else {})
+    )
+    made, gradients = updated(policy, whole, settings)
+    dropped = torch.zeros_like(whole.mask)
+    for rows, control in zip(made.rows, made.controls, strict=True):
+        dropped[rows] = dropped[rows] if control is None else control.dropped
+    assert bool(dropped.any()) == (method != "grpo") and not bool(dropped[truncated].any())
+    model = policy_of().model
+    logprob, _ = logprob_of(model, dataclasses.replace(whole, mask=whole.completed))
+    total = torch.zeros((), dtype=torch.float64)
+    left = [row for row in range(8) if not bool(truncated[row])]
+    tokens = sum(int(whole.mask[row].sum()) for row in left)
+    for row in left:
+        losses: list[Tensor] = []
+        for t in range(int(whole.mask[row].sum())):
+            a, ratio = whole.advantages[row, t], (logprob[row, t] - whole.old_logprob[row, t]).exp()
+            losses.append(torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)) * (not bool(dropped[row, t])))
+        weight = {
+            "token-mean": 1 / tokens,
+            "seq-mean-token-mean": 1 / len(losses) / len(left),
+            "seq-mean-token-sum": 1 / len(left),
+        }
+        total = total + weight[mode] * torch.stack(losses).sum()
+    assert_same(made, gradients, total, gradients_of(model, total))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"method": "clip_cov"}, {"advantage": "gae"}, {"target_entropy": "4"}, {"ref_kl_coef": 0.1}]
+)
+def test_a_rollout_without_a_token_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    ending(monkeypatch, [10**6])  # which is never drawn
+    settings = {**CUT, "steps": 2, "weight_decay": 0.1, "measure_memory": True, "first_order_every": 1}
+    kept = Keeps()
+    told = config(tmp_path / "run", **{**settings, "measure_entropy_change": True, **changes})
+    ppo.train(told, probes=[*default_probes(told, ppo.backward), kept])
+    weights = [model.state_dict() for model in kept.models]
+    assert all(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+    assert all(bool(rollout.truncated.all()) and not bool(rollout.mask.any()) for rollout in kept.rollouts)
+    for row in rows_without_times(told.out)[:2]:
+        assert row["updates"] == 0 and row["truncated"] == 1 and row["tokens"] == 48 and row["measured_dh"] == 0
+        assert "loss" not in row
+        assert {name for name, value in row.items() if value is None and not name.startswith("method/")} == set()
+
+
+def test_a_minibatch_without_a_token_is_no_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ending(monkeypatch, range(30, 60))
+    kept = Keeps()
+    settings = config(tmp_path / "run", **CUT, minibatches=16)
+    ppo.train(settings, probes=[kept, RolloutMetrics(), UpdateMetrics()])
+    left = 16 - int(kept.rollouts[0].truncated.sum())
+    assert 0 < left < 16 and rows_without_times(settings.out)[0]["updates"] == left
+
+
+def test_where_nothing_is_cut_off_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="mask_truncated: expected a task whose completions end with an end token, got "
+    ):
+        ppo.train(config(tmp_path / "run", **{**CUT, "model": "tiny"}))
+    assert not (tmp_path / "run").exists()

@@ -286,12 +286,12 @@ def update(
     optimizers = [optimizer] if critic is None else [optimizer, critic.optimizer]
     for each in optimizers:
         each.zero_grad(set_to_none=True)
-    tokens = int(rollout.mask[rows].sum())
+    tokens, sequences = rollout.counts(rows)
     surrogate = surrogate_of(config, controller)
     losses, controls = [], []
     for part, decision in zip(parts, decisions, strict=True):
         result, control = backward(
-            policy, rollout, part, config, decision, surrogate, tokens=tokens, sequences=len(rows),
+            policy, rollout, part, config, decision, surrogate, tokens=tokens, sequences=sequences,
             critic=critic, critic_alone=critic_alone,
         )  # fmt: skip
         losses.append(ek.PolicyLoss(result.loss.detach(), result.metrics))

@@ -467,7 +467,7 @@ def compare_heads(policy: Policy, rollout: Rollout, config: TrainerConfig, backw
         The head in use is linear and its log-probs are not those of the model.
     """
     rows = torch.arange(rollout.ids.shape[0] // (config.minibatches * config.micro_batches), device=rollout.ids.device)
-    mask = rollout.mask[rows]
+    tokens, sequences = rollout.counts(rows)
     controller = controller_of(config)
     surrogate, known = surrogate_of(config, controller), known_tokens(rollout, [rows], config, backend=policy.backend)
     control = None if controller is None else controller.step(known, seed=0)[0]
@@ -475,7 +475,7 @@ def compare_heads(policy: Policy, rollout: Rollout, config: TrainerConfig, backw
 
     def peak(head: str) -> float:
         def run() -> None:
-            backward(under, rollout, rows, config, decision, surrogate, tokens=int(mask.sum()), sequences=len(rows))
+            backward(under, rollout, rows, config, decision, surrogate, tokens=tokens, sequences=sequences)
 
         under = policy.with_head(head)
         if policy.device.type == "cuda":

@@ -64,6 +64,11 @@ class Rollout:
         """Tokens of each completion, (B,) int64."""
         return self.completed.sum(dim=1)
 
+    def counts(self, rows: Tensor) -> tuple[int, int]:
+        """Tokens that count among some rows, and sequences with one: what losses are divided by."""
+        mask = self.mask[rows]
+        return int(mask.sum()), int(mask.any(dim=1).sum())
+
     @property
     def tokens(self) -> int:
         """Completion tokens that were sampled."""
@@ -148,7 +153,7 @@ def known_tokens(
     """
     batch, length = ek.SelectionBatch(backend=backend), rollout.ids.shape[1]
     masks = [rollout.mask[rows] for rows in parts]
-    tokens = torch.stack([mask.sum() for mask in masks]).sum()
+    tokens, sequences = rollout.counts(torch.cat(list(parts)))
     for i, (rows, mask) in enumerate(zip(parts, masks, strict=True)):
         known = {"logprob": rollout.old_logprob[rows]}
         known |= {name: getattr(rollout, name)[rows] for name in ("entropy", "collision", "vocab_covariance")}
@@ -161,7 +166,7 @@ def known_tokens(
             rows[:, None] * length + torch.arange(length, device=rows.device),
             old_logprob=rollout.old_logprob[rows],
             old_entropy=rollout.entropy[rows],
-            coefficient=_coefficient(mask, config, tokens, sum(map(len, parts))),
+            coefficient=_coefficient(mask, config, tokens, sequences),
             temperature=config.temperature,
             **known,
         )
@@ -175,8 +180,7 @@ def all_tokens(rollout: Rollout, order: Sequence[Tensor], config: TrainerConfig)
     """
     coefficient = torch.zeros(rollout.mask.shape, dtype=torch.float64, device=rollout.mask.device)
     for rows in order:
-        mask = rollout.mask[rows]
-        weight = _coefficient(mask, config, mask.sum(), len(rows))
+        weight = _coefficient(rollout.mask[rows], config, *rollout.counts(rows))
         coefficient[rows] += weight.view(len(rows), -1) / config.epochs
     return ek.TokenBatch(
         rollout.old_logprob,
@@ -191,10 +195,10 @@ def all_tokens(rollout: Rollout, order: Sequence[Tensor], config: TrainerConfig)
     )
 
 
-def _coefficient(mask: Tensor, config: TrainerConfig, tokens: Tensor, sequences: int) -> Tensor:
+def _coefficient(mask: Tensor, config: TrainerConfig, tokens: int, sequences: int) -> Tensor:
     """The weight of each token in the loss, (b, L), or (b,) where it is that of all tokens of a sequence."""
     if config.loss_agg_mode == "token-mean":
-        return (1 / tokens.clamp(min=1).double()).expand(len(mask))
+        return torch.full((len(mask),), 1 / max(tokens, 1), dtype=torch.float64, device=mask.device)
     with torch.enable_grad():
         ones = torch.ones(mask.shape, device=mask.device, requires_grad=True)
         total = ek.aggregate(ones, mask, loss_agg_mode=config.loss_agg_mode, global_batch_size=sequences)
