@@ -15,6 +15,7 @@ pytest.importorskip("tyro")
 
 from entropy_kernels.trainer import faults, groups, ppo
 from entropy_kernels.trainer.__main__ import main
+from entropy_kernels.trainer.critic import Critic
 from entropy_kernels.trainer.faults import NonFinite
 from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.probes import Probe, Step
@@ -99,6 +100,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
         {"dtype": "mixed"},
         {"method": "adaptive_entropy", "method_options": {"target": 9.0, "coef": 0.1}, "advantage": "rloo"},
         {"target_entropy": "4.5", "head": "torch"},
+        {"advantage": "gae", "critic": "separate", "ref_kl_coef": 0.1},
     ],
 )
 def test_a_gradient_alone_that_is_not_finite(
@@ -126,6 +128,24 @@ def test_a_gradient_alone_that_is_not_finite(
     assert said[6:] == ["parameters whose gradient is not finite: none", "finite: no step was made"]
     assert main(["replay", str(out), "--head", "logits", "--dtype", "float32"]) == 0
     assert "same bits" not in capsys.readouterr().out
+
+
+def test_a_critics_gradient_is_watched_as_the_policys_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither learns from an update in which one could not; also where the critic learns alone."""
+    values = Critic.values
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Critic, "values", lambda *args: values(*args) * (float("inf") if torch.is_grad_enabled() else 1))
+        for warmup in (0, 2):
+            out, probe = tmp_path / str(warmup), Break(NORM, 1.0)
+            settings = {"advantage": "gae", "critic": "separate", "critic_warmup": warmup, "steps": 4}
+            with pytest.raises(
+                NonFinite, match=r"step 0, update 1: .*the gradient of critic's \S+ and of \d+ more is not"
+            ):
+                ppo.train(config(out, **{**SHORT, **settings}), probes=[probe])
+            assert probe.unchanged()
+            assert main(["replay", str(out)]) == 1
+            assert "parameters whose gradient is not finite: 1" in capsys.readouterr().out
+    assert main(["replay", str(out)]) == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -6,19 +6,18 @@ One run is ppo.py; several, with their report, sweep.py; what is typed, flags.py
 from __future__ import annotations
 
 import importlib.util
-import signal
 import sys
 import textwrap
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from entropy_kernels._console import Call, did_you_mean, print_text
 from entropy_kernels._require import missing
 from entropy_kernels.trainer.flags import as_typed, parse
+from entropy_kernels.trainer.signals import Terminated, stopped_at_once
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.config import TrainerConfig
@@ -40,15 +39,11 @@ USAGE = """Type one of
 
 The first three have flags of their own: quickstart --help.
 
-Ctrl-C stops any of them, and says what goes on from there."""
+Ctrl-C stops any of them at once, SIGTERM a run after its step, with a checkpoint; they say what goes on from there."""
 
 
 _REPLAY = """An update, or a rollout, that was not finite, from the file that its run kept. The exit code is 1 if it is
 not finite again."""
-
-
-class _Terminated(SystemExit):
-    """Told apart from a verifier that calls exit()."""
 
 
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:
@@ -56,7 +51,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     call = Call(prog, sys.argv[1:] if argv is None else list(argv))
     before, warnings.formatwarning = warnings.formatwarning, lambda message, *_, **__: f"warning: {message}\n"
     try:
-        with _stopped_by_signals():
+        with stopped_at_once():
             return _main(call)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
@@ -120,7 +115,7 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, ab
         try:
             with progress.board:
                 out = train(config, report=progress)
-        except (KeyboardInterrupt, _Terminated) as stop:
+        except (KeyboardInterrupt, Terminated) as stop:
             print_text(_stopped(config, call, trained=progress.trained), sys.stderr)
             return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     if config.progress:
@@ -171,7 +166,7 @@ def _sweep(call: Call, name: str, words: list[str]) -> int:
         except RunFailed as error:
             print_text(f"{call.prog} {name}: error: {error}\n{complete(plan)}. {goes_on}", sys.stderr)
             return 2
-        except (KeyboardInterrupt, _Terminated) as stop:
+        except (KeyboardInterrupt, Terminated) as stop:
             print_text(f"stopped; {complete(plan)}. {goes_on}", sys.stderr)
             return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
 
@@ -183,23 +178,6 @@ def _errors_as_typed(typed: set[str]) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise ValueError(as_typed(str(error), typed)) from error
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM becomes an exception, so that the runs that a sweep has started are stopped with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-
-    def terminated(number: int, frame: Any) -> None:
-        raise _Terminated(128 + number)
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

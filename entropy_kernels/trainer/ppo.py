@@ -34,8 +34,10 @@ Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' c
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,8 @@ from entropy_kernels.trainer.rollout import (
     score_and_value,
     stats_for,
 )
-from entropy_kernels.trainer.run import Report, open_run
+from entropy_kernels.trainer.run import Report, Run, open_run
+from entropy_kernels.trainer.signals import Stop, Terminated, stopped_after_a_step
 from entropy_kernels.trainer.tasks import Task, make_task
 from entropy_kernels.trainer.trackers import Trackers
 
@@ -123,16 +126,26 @@ def task_of(config: TrainerConfig) -> Task:
 
 
 def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Probe], trackers: Trackers) -> Path:
-    """The loop. Its last round is the last policy's rollout, without updates."""
+    """Begin the run, or take it up, and let it go on until its end or SIGTERM."""
     run = open_run(config, task, tell, trackers)
-    policy = run.policy
     tell("train", run.first, config.steps, {})
+    with closing(run.log), stopped_after_a_step() as stop:
+        _loop(run, config, task, tell, probes, stop)
+    return config.out
+
+
+def _loop(run: Run, config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Probe], stop: Stop) -> None:
+    """The loop. Its last round is the last policy's rollout, without updates."""
+    policy = run.policy
     for number in range(run.first, config.steps + 1):
         decides = run.target or run.controller
         step = Step(number, number == config.steps, policy, task, config, decides, row={"step": number})
-        if step.last or (number > run.first and config.save_every and number % config.save_every == 0):
+        due = number > run.first and config.save_every and number % config.save_every == 0
+        if step.last or stop.asked or due:
             # before the rollout draws from the sampler, so that a run can be extended bit-identically
             run.save(number, config)
+        if stop.asked:
+            raise Terminated(128 + signal.SIGTERM)
         if step.last:
             policy.save(config.out / "model")
         for probe in probes:
@@ -180,8 +193,6 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
 
         run.log.write(step.row)
         tell("train", number, config.steps, step.row)
-    run.log.close()
-    return config.out
 
 
 @torch.no_grad()

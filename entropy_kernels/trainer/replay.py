@@ -93,7 +93,7 @@ def replay(path: Path, flags: Flags, *, task: Task | None = None) -> Iterator[st
     rows = batch["rows"]
     place = f"step {batch['step']}" + ("" if rows is None else f", update {batch['update'] + 1}")
     yield f"{place}: {batch['what']}"
-    yield _listed("weights that are not finite", faults.bad_weights({"policy": policy}))
+    yield _listed("weights that are not finite", faults.bad_weights(batch["modules"]))
     if rows is None:
         rows = torch.arange(len(kept["ids"]))
         finite = yield from _tokens(policy, config, kept, rows.to(policy.device))

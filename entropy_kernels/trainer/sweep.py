@@ -37,6 +37,8 @@ from entropy_kernels.trainer.tasks import make_task
 
 #: Seconds between looks at the logs of running processes.
 _POLL = 0.5
+#: Seconds that runs have to end when they are stopped: less than schedulers of jobs leave (30 s and more).
+_GRACE = 20.0
 #: Of float64 logits in the experiment with logits as parameters, which holds a few such tensors.
 _EXPERIMENT_BYTES = 512 << 20
 
@@ -427,9 +429,21 @@ def run_side_by_side(runs: Mapping[str, TrainerConfig], *, workers: int, board: 
             if len(runs) > 1 and (0 < steps < total or complete == len(runs)):
                 board.update("all runs", steps, total, f"{complete} of {len(runs)} complete")
     finally:
-        for process in running.values():
+        _stop(list(running.values()))
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes of runs: SIGTERM lets each finish its step and save it, as far as the time allows."""
+    until = time.monotonic() + _GRACE
+    try:
+        for process in processes:
             process.terminate()
-        for process in running.values():
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:  # also when this process is stopped once more
+        for process in processes:
+            process.kill()
             process.wait()
 
 

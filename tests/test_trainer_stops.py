@@ -1,0 +1,148 @@
+"""SIGTERM, kill -9 and a full disk: what is kept, and that a run that goes on is one that was never stopped."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tyro")
+
+import trainer_setup
+from entropy_kernels.trainer import checkpoint, ppo, sweep
+from entropy_kernels.trainer import run as run_module
+from entropy_kernels.trainer.__main__ import main
+from entropy_kernels.trainer.files import write_json
+from entropy_kernels.trainer.probes import Probe, Step
+from entropy_kernels.trainer.signals import Terminated
+from trainer_setup import SHORT, again, config, contents, easy, rows_without_times  # noqa: F401
+
+trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
+
+
+class At(Probe):
+    """Does something once, at a moment of a step."""
+
+    def __init__(self, number: int, moment: str, do: Callable[[], object]) -> None:
+        self.number, self.do = number, do
+        setattr(self, moment, self._once)
+
+    def _once(self, step: Step) -> None:
+        if step.number == self.number:
+            self.number = -1
+            self.do()
+
+
+def sigterm() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+# --- SIGTERM ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: trainer_setup.EasyTask())
+        return ppo.train(config(tmp_path_factory.mktemp("whole") / "run", **SHORT | {"steps": 3}))
+
+
+def assert_as_whole(out: Path, whole: Path) -> None:
+    """The same rows and the same weights."""
+    assert rows_without_times(out) == rows_without_times(whole)
+    one, other = (path / "model" / "model.safetensors" for path in (out, whole))
+    assert one.read_bytes() == other.read_bytes()
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("moment", ["before_step", "after_rollout", "after_update", "after_step"])
+def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(tmp_path: Path, moment: str, whole: Path) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    settings = {**SHORT, "steps": 3}
+    probes = [At(1, moment, sigterm), *ppo.default_probes(config(tmp_path, **settings), ppo.backward)]
+    with pytest.raises(Terminated) as stop:
+        ppo.train(config(tmp_path, **settings), probes=probes)
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) is handler
+    assert [row["step"] for row in rows_without_times(tmp_path)] == [0, 1]
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 2  # though save_every is 0
+    ppo.train(config(tmp_path, **settings, resume=True))
+    assert_as_whole(tmp_path, whole)
+
+
+def test_a_second_sigterm_ends_it_at_once(run: Path) -> None:
+    before = contents(run)["checkpoint.safetensors"]
+    with pytest.raises(Terminated):
+        ppo.train(
+            config(run, **SHORT | {"steps": 5, "resume": True}),
+            probes=[At(4, "after_update", lambda: (sigterm(), sigterm()))],
+        )
+    assert contents(run)["checkpoint.safetensors"] == before
+    again(run)
+
+
+def test_sigterm_in_the_last_round(tmp_path: Path, whole: Path) -> None:
+    """Before it the checkpoint is written and that is all; within it the run ends by itself."""
+    settings = {**SHORT, "steps": 3}
+    with pytest.raises(Terminated):
+        ppo.train(config(tmp_path, **settings), probes=[At(2, "after_step", sigterm)])
+    assert not (tmp_path / "model").exists()
+    ppo.train(config(tmp_path, **settings, resume=True), probes=[At(3, "after_rollout", sigterm)])
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_sigterm_before_the_first_step_ends_a_command_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = run_module.first_policy
+    monkeypatch.setattr(run_module, "first_policy", lambda *args: (sigterm(), build(*args))[1])
+    write_json(tmp_path / "c.json", {**config(tmp_path / "run").to_dict(), **SHORT})
+    assert main(["from-config", str(tmp_path / "c.json")]) == 143
+    assert capfd.readouterr().err.startswith("stopped before the first step, and nothing is kept. To begin again:")
+
+
+def test_a_command_that_got_sigterm_says_how_it_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "c.json", {**config(tmp_path / "run").to_dict(), **SHORT, "steps": 3})
+    monkeypatch.setattr(ppo, "default_probes", lambda *_: [At(1, "after_rollout", sigterm)])
+    assert main(["from-config", str(tmp_path / "c.json")]) == 143
+    said = capfd.readouterr().err
+    assert said.startswith("\nSIGTERM: stops after this step, with a checkpoint; a second one stops at once\n")
+    assert (
+        "the log and the last checkpoint. To go on from there:\n  python -m entropy_kernels.trainer from-config" in said
+    )
+    assert main(["from-config", str(tmp_path / "c.json"), "--resume"]) == 0
+
+
+def test_in_another_thread_signals_are_left_alone(tmp_path: Path) -> None:
+    handlers = []
+    probe = At(0, "after_rollout", lambda: handlers.append(signal.getsignal(signal.SIGTERM)))
+    thread = threading.Thread(target=lambda: ppo.train(config(tmp_path, **SHORT), probes=[probe]))
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGTERM)] and (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("ending", ["", "signal.signal(signal.SIGTERM, signal.SIG_IGN); "])
+def test_a_sweep_waits_for_its_runs_and_not_for_ever(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    monkeypatch.setattr(sweep, "_GRACE", 0.5)
+    code = f"import signal, time; {ending}print('on', flush=True); time.sleep(600)"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == b"on\n"
+    started = time.monotonic()
+    sweep._stop(processes)
+    assert {process.returncode for process in processes} == {-signal.SIGKILL if ending else -signal.SIGTERM}
+    assert time.monotonic() - started < 10
+    for process in processes:
+        process.stdout.close()  # type: ignore[union-attr]
