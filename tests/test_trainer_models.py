@@ -460,7 +460,7 @@ def test_a_step_of_every_kind_of_model(family: str, lora_rank: int, tmp_path: Pa
         (
             "recurrent-gemma",
             {},
-            r"model: expected log-probs that padding before a prompt does not change, got Recurrent",
+            r"model: expected (log-probs that padding before|one that samples with a D).*, got Recurrent",
         ),
         (
             "falcon-h1",
@@ -559,7 +559,7 @@ def test_an_export_keeps_tokenizer_template_and_generation_config(tmp_path: Path
     path.write_text(json.dumps(given))
     settings = dataclasses.replace(TINY, model=str(tmp_path / "base"), chat_template=False)
     build_policy(settings, Uneven()).save(tmp_path / "model")
-    kept = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    kept = transformers.GenerationConfig.from_pretrained(tmp_path / "model").to_dict()
     assert {name: kept[name] for name in given} == given
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.chat_template == LLAMA3 and tokenizer.pad_token is None

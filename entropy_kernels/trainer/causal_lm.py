@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,6 +93,25 @@ def in_training_mode(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
+
+
+def save_model(model: Any, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write a model for from_pretrained, with the weights in `state` in place of its own.
+
+    Its generation config is written as it is: before transformers 5, saving refuses sampling parameters that generate()
+    would not use, which models on the hub have.
+    """
+    from transformers import GenerationConfig
+
+    given = getattr(model, "generation_config", None)
+    try:
+        if given is not None:
+            model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.generation_config = given
+    if given is not None:
+        given.to_json_file(folder / "generation_config.json")
 
 
 # --- before anything is trained ---------------------------------------------------------------------------------------

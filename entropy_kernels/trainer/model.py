@@ -25,7 +25,15 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.losses import LOSSES
 from entropy_kernels.trainer import lora
-from entropy_kernels.trainer.causal_lm import base_of, call, in_training_mode, last_logits, longest_of, new_cache
+from entropy_kernels.trainer.causal_lm import (
+    base_of,
+    call,
+    in_training_mode,
+    last_logits,
+    longest_of,
+    new_cache,
+    save_model,
+)
 from entropy_kernels.trainer.encoding import Encoder, Messages
 from entropy_kernels.trainer.files import OwnFiles, scratch_of
 
@@ -328,11 +336,11 @@ class Policy:
         shutil.rmtree(scratch, ignore_errors=True)
         try:
             if self._base is self.model:
-                self.model.save_pretrained(scratch)
+                save_model(self.model, scratch)
             else:
                 with lora.merged(self.model) as state:
-                    self._base.save_pretrained(scratch, state_dict=state)
-                # None: the question on the hub whether the vocabulary has grown
+                    save_model(self._base, scratch, state)
+                # False: the hub is not asked whether the vocabulary has grown
                 self.model.save_pretrained(scratch / "adapter", save_embedding_layers=False)
             self.tokenizer.save_pretrained(scratch)
             names = {str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()}
