@@ -19,7 +19,7 @@ from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.methods import METHODS, PAPER, Method
 from entropy_kernels.trainer.probes import Probe, Step, default_probes
-from entropy_kernels.trainer.start import build_policy
+from entropy_kernels.trainer.start import WARM_STEPS, build_policy
 from entropy_kernels.trainer.tasks import WalkTask
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 
@@ -151,7 +151,7 @@ def test_the_headers_numbers_are_the_defaults() -> None:
         f"{parameters / 1e3:.0f} k parameters, {walk.max_new_tokens}-token answers and {rollout} tokens per rollout",
         f"fractions ({clip_cov.paper_ratio}, {kl_cov.paper_ratio}) would select less than one and less than two tokens",
         f"defaults are {clip_cov.ratio} (Clip-Cov) and {kl_cov.ratio} (KL-Cov, beta {defaults.kl_coef:g} instead of 1)",
-        f"random walks ({defaults.warm_steps} steps, {defaults.warm_wrong_fraction:.0%} with".replace("%", " %"),
+        f"random walks ({WARM_STEPS} steps, {defaults.warm_wrong_fraction:.0%} with".replace("%", " %"),
         f"open covariance range ({defaults.cov_low:g} to {defaults.cov_high:g})",
         f"PPO clip is {defaults.clip_low} / {defaults.clip_high};",
         f"both use temperature {defaults.temperature:g} with no truncation",
@@ -168,7 +168,7 @@ def test_the_headers_numbers_are_the_defaults() -> None:
         assert number in {
             f"{parameters / 1e3:.0f}", f"{walk.max_new_tokens}", f"{rollout}", f"{clip_cov.paper_ratio}",
             f"{kl_cov.paper_ratio}", f"{clip_cov.ratio}", f"{kl_cov.ratio}", f"{defaults.kl_coef:g}", "1", "0",
-            f"{defaults.warm_steps}", f"{defaults.warm_wrong_fraction * 100:.0f}", f"{defaults.cov_high:g}",
+            f"{WARM_STEPS}", f"{defaults.warm_wrong_fraction * 100:.0f}", f"{defaults.cov_high:g}",
             f"{defaults.clip_low}", f"{defaults.lr}", f"{defaults.adam_beta1}", f"{defaults.adam_beta2}",
             f"{defaults.minibatches}",
         }, number  # fmt: skip

@@ -14,17 +14,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from entropy_kernels.trainer import tasks
-from entropy_kernels.trainer.tasks import (
-    Prompt,
-    Unscored,
-    WalkTask,
-    extract_answer,
-    is_plain,
-    make_task,
-    task_options,
-    verify_all,
-)
+from entropy_kernels.trainer import scoring
+from entropy_kernels.trainer.rewards import extract_answer, is_plain
+from entropy_kernels.trainer.scoring import Unscored, judge
+from entropy_kernels.trainer.tasks import Prompt, Task, WalkTask, make_task, task_options
+from entropy_kernels.trainer.workers import Inside, reward_of, verify_all
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
@@ -111,7 +105,7 @@ def test_walk_without_options_is_the_walk() -> None:
         ("walk?without=-2,-6,%2B1", r"so that every value keeps one, got without=-2,-6,\+1"),
         ("walk?moves=3", r"task: expected walk\?goals=LOW-HIGH&without=MOVES.*got 'walk\?moves=3'"),
         ("walk?goals", r"task: expected options as key=value&key=value after the \?, got 'goals'"),
-        ("walking", r"task: expected walk or reasoning_gym:NAME, got 'walking'"),
+        ("walking", r"task: expected walk, reasoning_gym:NAME, .*got 'walking'; did you mean walk\?"),
     ],
 )
 def test_walks_that_cannot_be(name: str, message: str) -> None:
@@ -127,7 +121,9 @@ def test_extract_answer() -> None:
 
 
 def test_task_names() -> None:
-    with pytest.raises(ValueError, match=r"task: expected walk or reasoning_gym:NAME, got 'chess'"):
+    with pytest.raises(
+        ValueError, match=r"task: expected walk, reasoning_gym:NAME, module:CLASS or file.py:CLASS, got 'chess'$"
+    ):
         make_task("chess")
     with pytest.raises(ValueError, match=r"max_new_tokens: expected 7 .*got 9"):
         make_task("walk", max_new_tokens=9)
@@ -170,7 +166,7 @@ class Scorer(list):
 
     def score_answer(self, answer: str, entry: dict[str, str]) -> float:
         try:
-            while answer == "for ever":
+            while answer == "ever":
                 pass
             return float(eval(answer) == 5)
         except Exception:
@@ -181,38 +177,45 @@ class Scorer(list):
 def evaluating(monkeypatch: pytest.MonkeyPatch) -> None:
     gym = types.SimpleNamespace(create_dataset=lambda *_, **__: Scorer())
     monkeypatch.setitem(sys.modules, "reasoning_gym", gym)  # type: ignore[arg-type]
-    monkeypatch.setattr(tasks, "SCORING_SECONDS", 0.2)
+
+
+def asked(task: Task, completion: str, data: object, seconds: float | None = None) -> float:
+    """The reward of one completion, asked in this process."""
+    prompt = Prompt("", data)
+    (score,) = Inside(task._scorer(), seconds=seconds).ask([task._question(prompt, completion)])
+    return reward_of(score, partial_credit=False)
 
 
 def test_an_answer_that_takes_for_ever_is_wrong(evaluating: None) -> None:
     task = make_task("reasoning_gym:products")
-    handler = signal.getsignal(signal.SIGALRM)
-    assert task.verify(Prompt("", {}), "for ever") == 0.0
-    assert task.verify(Prompt("", {}), "2 + 3") == 1.0
-    assert task.verify(Prompt("", {}), "2 +") == 0.0
-    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    handler, timed = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    late = asked(task, "ever", {}, 0.2)
+    assert isinstance(late, Unscored) and late.late and late.reason == "took longer than 0.2 s"
+    assert asked(task, "2 + 3", {}, 0.2) == 1.0
+    assert asked(task, "2 +", {}, 0.2) == 0.0
+    assert signal.getsignal(signal.SIGALRM) is handler and (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == timed
     with ThreadPoolExecutor() as pool:  # where no signal comes
-        assert pool.submit(task.verify, Prompt("", {}), "5").result() == 1.0
+        assert pool.submit(asked, task, "5", {}, 0.2).result() == 1.0
 
 
 def test_a_scorer_that_goes_on_when_its_time_is_up_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 9.0])
-    monkeypatch.setattr(tasks, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
-    reward = tasks.judge(lambda: 1.0, seconds=5.0)
+    monkeypatch.setattr(scoring, "time", types.SimpleNamespace(monotonic=lambda: next(now, 9.0)))
+    reward = judge(lambda: 1.0, seconds=5.0)
     assert isinstance(reward, Unscored) and reward.reason == "took longer than 5 s"
 
 
 def test_what_the_model_wrote_is_not_run(evaluating: None) -> None:
     task = make_task("reasoning_gym:countdown")
-    assert task.verify(Prompt("", {}), "<answer>(1 + 9) / 2</answer>") == 1.0
+    assert asked(task, "<answer>(1 + 9) / 2</answer>", {}) == 1.0
     for answer in ("9**9**9**9", "__import__('os').getpid() * 0 + 5", "len('12345')", "factorial(10**9)"):
-        assert task.verify(Prompt("", {}), f"<answer>{answer}</answer>") == 0.0
+        assert asked(task, f"<answer>{answer}</answer>", {}) == 0.0
 
 
 # --- scorers that cannot be relied on --------------------------------------------------------------------------------
 
 
-def scorer_giving(monkeypatch: pytest.MonkeyPatch, score: object) -> object:
+def scorer_giving(monkeypatch: pytest.MonkeyPatch, score: object) -> Task:
     """The task of a dataset whose scorer returns `score(answer)`, or raises or returns `score` itself."""
 
     class Dataset(list):
@@ -237,21 +240,21 @@ class BadText(Exception):
 
 @pytest.mark.parametrize(
     "score",
-    [float("nan"), float("inf"), None, "1", "right", 1.5, -0.5, 10**400, torch.ones(2), [1.0], 1j, np.array("1"),
+    [float("nan"), float("inf"), None, "1", "right", 10**400, torch.ones(2), [1.0], 1j, np.array("1"),
      Decimal("nan"), torch.tensor(float("nan")), type("PanicException", (BaseException,), {})("a\nb"), BadText(),
      BadText, ValueError("odd\nanswer"), KeyError(0), RecursionError(), MemoryError(), SystemExit(0), AssertionError()],
     ids=lambda score: type(score).__name__,
 )  # fmt: skip
 def test_a_scorer_that_fails_gives_no_reward_and_is_told(monkeypatch: pytest.MonkeyPatch, score: object) -> None:
     task = scorer_giving(monkeypatch, score)
-    for reward in (task.verify(Prompt("", {}), "5"), verify_all(task, [Prompt("", {})], ["5"])[0]):
+    for reward in (asked(task, "5", {}), verify_all(task, [Prompt("", {})], ["5"])[0]):
         assert reward == 0.0 and isinstance(reward, Unscored) and reward.reason
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), type("Terminated", (SystemExit,), {})(143)])
 def test_the_user_can_stop_a_scorer(monkeypatch: pytest.MonkeyPatch, stop: BaseException) -> None:
     with pytest.raises(type(stop)):
-        scorer_giving(monkeypatch, stop).verify(Prompt("", {}), "5")
+        asked(scorer_giving(monkeypatch, stop), "5", {})
 
 
 def test_a_verifier_of_any_task_may_fail() -> None:
@@ -260,7 +263,8 @@ def test_a_verifier_of_any_task_may_fail() -> None:
             return {"right": 1.0, "half": 0.5}[completion]
 
     rewards = verify_all(Odd(), [Prompt("")], ["right", "half", "neither"])
-    assert rewards == [1.0, 0.5, 0.0]
+    assert rewards == [1.0, 0.0, 0.0]
+    assert verify_all(Odd(), [Prompt("")], ["half"], partial_credit=True) == [0.5]
     assert [getattr(reward, "reason", None) for reward in rewards] == [None, None, "raised KeyError: 'neither'"]
 
 
@@ -270,6 +274,8 @@ def test_a_verifier_of_any_task_may_fail() -> None:
         (0.01, 0.0),
         (0.05, 0.0),
         (0.999999, 0.0),
+        (-0.5, 0.0),
+        (1.5, 1.0),
         (1.0, 1.0),
         (1, 1.0),
         (True, 1.0),
@@ -284,21 +290,20 @@ def test_only_a_full_score_is_a_reward_unless_asked(
     monkeypatch: pytest.MonkeyPatch, score: float, exact: float
 ) -> None:
     task = scorer_giving(monkeypatch, score)
-    assert task.verify(Prompt("", {}), "5") == exact
-    task.partial_credit = True
-    assert task.verify(Prompt("", {}), "5") == float(score)
+    assert asked(task, "5", {}) == exact
+    assert verify_all(task, [Prompt("", {})], ["5"], partial_credit=True) == [float(score)]
 
 
 @pytest.mark.parametrize("answer", ["nan", "NaN", "-nan", "nan+nanj", "1 + nani", "(nan)"])
 def test_nan_is_never_right(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
     task = scorer_giving(monkeypatch, 1.0)
-    assert task.verify(Prompt("", {"answer": "3"}), answer) == 0.0
-    assert task.verify(Prompt("", {"answer": answer}), answer) == 1.0, "the right answer"
+    assert asked(task, answer, {"answer": "3"}) == 0.0
+    assert asked(task, answer, {"answer": answer}) == 1.0, "the right answer"
 
 
 def test_full_scores_for_anything_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     no = scorer_giving(monkeypatch, lambda answer: float(answer != "True"))  # as game_of_life_halting
-    assert [no.verify(Prompt("", {"answer": "False"}), a) for a in ("False", "false", "x", "", "0", "True")] == [
+    assert [asked(no, a, {"answer": "False"}) for a in ("False", "false", "x", "", "0", "True")] == [
         1,
         1,
         0,
@@ -307,14 +312,14 @@ def test_full_scores_for_anything_are_none(monkeypatch: pytest.MonkeyPatch) -> N
         0,
     ]
     prefix = scorer_giving(monkeypatch, lambda answer: float("0.02685".startswith(answer)))  # as coin_flip
-    assert [prefix.verify(Prompt("", {"answer": "0.02685"}), a) for a in ("0.02685", "0.0268", "0.0", "0")] == [
+    assert [asked(prefix, a, {"answer": "0.02685"}) for a in ("0.02685", "0.0268", "0.0", "0")] == [
         1,
         1,
         0,
         0,
     ]
     several = scorer_giving(monkeypatch, lambda answer: float(answer in ("2+3", "3+2")))
-    assert [several.verify(Prompt("", {"answer": "2+3"}), a) for a in ("2+3", "3+2", "4+1")] == [1, 1, 0]
+    assert [asked(several, a, {"answer": "2+3"}) for a in ("2+3", "3+2", "4+1")] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -353,4 +358,4 @@ def test_hostile_answers_to_reasoning_gym(name: str) -> None:
         if right is not None:
             assert task.verify(prompt, f"<answer>{right}</answer>") == 1.0
         for answer in hostile:
-            assert answer == right or task.verify(prompt, f"<answer>{answer}</answer>") == 0.0, (answer, right)
+            assert answer == right or asked(task, f"<answer>{answer}</answer>", prompt.data) == 0.0, (answer, right)

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
-from entropy_kernels.trainer import ppo, sweep
+from entropy_kernels.trainer import ppo
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.tasks import Prompt, WalkTask
@@ -49,7 +49,6 @@ class EasyTask(WalkTask):
 @pytest.fixture(autouse=True)
 def easy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
-    monkeypatch.setattr(sweep, "make_task", lambda name, max_new_tokens=None: EasyTask())
 
 
 def config(out: Path, **changes: object) -> TrainerConfig:

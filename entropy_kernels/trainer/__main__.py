@@ -101,10 +101,9 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, ab
     from entropy_kernels._progress import ProgressBoard
     from entropy_kernels.trainer.config import idle
     from entropy_kernels.trainer.log import RunProgress, announced
-    from entropy_kernels.trainer.ppo import train
+    from entropy_kernels.trainer.ppo import prepared, train
 
     config, typed = parse(default, words, prog, about)
-    progress = RunProgress(ProgressBoard(enabled=config.progress), announced(config))
     with _errors_as_typed(typed):
         config.validate()
         for name, reason in idle(config).items():
@@ -112,9 +111,13 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, ab
                 raise ValueError(f"{name}: does nothing {reason}; leave it out, or change that")
             if config.progress:  # a run that a sweep starts has what all of its runs have in common
                 warnings.warn(f"{name} = {getattr(config, name)} does nothing {reason}", stacklevel=1)
+        if config.data is not None and "task" in typed:
+            raise ValueError(f"task: expected none beside data, got {config.task}; leave one of the two out")
+        config, task = prepared(config)
+        progress = RunProgress(ProgressBoard(enabled=config.progress), announced(config, task.remark))
         try:
             with progress.board:
-                out = train(config, report=progress)
+                out = train(config, task=task, report=progress)
         except (KeyboardInterrupt, Terminated) as stop:
             print_text(_stopped(config, call, trained=progress.trained), sys.stderr)
             return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)

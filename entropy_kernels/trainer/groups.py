@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,7 +15,9 @@ from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.faults import check_rewards, check_sampled
 from entropy_kernels.trainer.model import Completions, Encoded, Policy
 from entropy_kernels.trainer.rollout import sample_groups
-from entropy_kernels.trainer.tasks import Prompt, Task, Unscored, verify_all
+from entropy_kernels.trainer.scoring import Unscored
+from entropy_kernels.trainer.tasks import SEED_STRIDE, Prompt, Task, prompts_of
+from entropy_kernels.trainer.workers import verify_all
 
 #: Between the seeds of the prompts of a step's rounds; those of steps are neighbours.
 ROUND_STRIDE = 10_000_019
@@ -46,10 +49,15 @@ class Groups:
         found: list[bool] = (rewards != rewards[:, :1]).any(dim=1).tolist()
         return found
 
-    def unscored(self) -> list[dict[str, str]]:
-        """The answers that could not be judged, with the reason."""
+    def unscored(self) -> list[dict[str, Any]]:
+        """The answers that could not be judged, with the reason, and whether that was the time."""
         return [
-            {"prompt": self.prompts[i // self.samples].text, "completion": self.texts[i], "reason": reward.reason}
+            {
+                "prompt": self.prompts[i // self.samples].text,
+                "completion": self.texts[i],
+                "reason": reward.reason,
+                "late": reward.late,
+            }
             for i, reward in enumerate(self.given)
             if isinstance(reward, Unscored)
         ]
@@ -67,12 +75,12 @@ def sample_round(policy: Policy, task: Task, config: TrainerConfig, *, seed: int
     """One group for each of a step's prompts, which `seed` gives."""
     # each part ends with a value that the host waits for, so that a GPU's time is its own
     started = time.perf_counter()
-    prompts = task.prompts(config.prompts_per_step, seed=seed, split="train")
+    prompts = prompts_of(task, config.prompts_per_step, seed=seed, split="train")
     encoded, completions = sample_groups(policy, task, config, prompts, config.samples_per_prompt, generator)
     check_sampled(encoded, completions, completions.logprob, "while sampling")
     sampled = time.perf_counter()
     texts = policy.decode(completions)
-    given = verify_all(task, prompts, texts)
+    given = verify_all(task, prompts, texts, partial_credit=config.partial_credit)
     check_rewards(given)
     return Groups(prompts, encoded, completions, texts, given, (sampled - started, time.perf_counter() - sampled))
 
@@ -86,7 +94,7 @@ def sample_step(policy: Policy, task: Task, config: TrainerConfig, *, step: int,
     """
 
     def sampled(number: int) -> Groups:
-        seed = config.seed * 1_000_003 + step + number * ROUND_STRIDE
+        seed = config.seed * SEED_STRIDE + step + number * ROUND_STRIDE
         return sample_round(policy, task, config, seed=seed, generator=generator)
 
     rounds = [sampled(0)]

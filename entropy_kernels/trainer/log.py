@@ -37,6 +37,7 @@ DEFINITIONS = {
     "groups_wrong": "share of these prompts of whose completions none is right",
     "groups_sampled": "groups that dynamic_sampling has sampled for the step, its own included",
     "unscored": "answers of the rollout that their verifier could not judge (reward 0); the first in unscored.jsonl",
+    "unscored_late": "of these, answers whose score took longer than scoring_seconds",
     "groups_mixed": "share of these prompts whose completions got different rewards (under the "
     "estimators that compare within a prompt, the others have advantage 0)",
     "tokens": "completion tokens of the rollout",
@@ -58,6 +59,7 @@ DEFINITIONS = {
     "val_pass1": "held-out prompts: mean chance that one completion is right",
     "val_pass": "held-out prompts: unbiased chance that at least one of K completions is right (val_passK)",
     "val_distinct": "held-out prompts: mean number of different right completions",
+    "val_unscored": "answers to held-out prompts that their verifier could not judge",
     "val_entropy": "policy entropy on held-out prompts, nats",
     "val_reward": "held-out prompts: mean reward of a completion",
     "val_length": "held-out prompts: mean length of a completion, tokens",
@@ -276,8 +278,8 @@ class RunProgress:
         self.board.update(phase, done, total, describe_row(row, self._validated))
 
 
-def announced(config: TrainerConfig) -> str:
-    """What a run is about to do, how long about, where it writes, and how to stop it."""
+def announced(config: TrainerConfig, remark: str = "") -> str:
+    """What a run is about to do, how long about, where it writes, and how to stop it; a task's remark comes last."""
     target = config.target_entropy
     what = METHODS[config.method].label if target is None else f"{TARGET_ROW.label} {target}"
     started = config.warm_start_from is not None or config.resume or not config.warm_steps
@@ -285,10 +287,10 @@ def announced(config: TrainerConfig) -> str:
     goes_on = ", from the checkpoint on," if config.resume else ""
     often = f", one every {config.save_every} steps" if config.save_every else ""
     return (
-        f"{what} on {config.task}, model {config.model}: {config.steps} steps{first}{goes_on} into {config.out}; "
-        f"{about_time(config, start=None if started else config)}. "
-        f"Ctrl-C stops; --resume goes on from the last checkpoint{often}."
-    )
+        f"{what} on {config.data or config.task}, model {config.model}: {config.steps} steps{first}{goes_on} into "
+        f"{config.out}; {about_time(config, start=None if started else config)}. "
+        f"Ctrl-C stops; --resume goes on from the last checkpoint{often}. {remark}"
+    ).rstrip()
 
 
 #: Seconds of the tiny model on the embedded task, on one core of an Intel Xeon 6: of imports, of a demonstration in the
@@ -299,9 +301,9 @@ _SECONDS = {"begin": 5.0, "demonstration": 1.2e-4, "completion": 4.5e-4, "valida
 def about_time(*runs: TrainerConfig, start: TrainerConfig | None = None, workers: int = 1) -> str:
     """How long these runs take, so many at a time, after a supervised start, in words: a guess at the embedded task on
     a CPU. Of other tasks and models the first steps tell."""
-    if any(run.model != "tiny" or not run.task.startswith("walk") or run.device == "cuda" for run in runs):
+    if any(run.model != "tiny" or run.data or not run.task.startswith("walk") or run.device == "cuda" for run in runs):
         return "how long is known after the first steps"
-    seconds = 0.0 if start is None else _SECONDS["demonstration"] * start.warm_steps * start.warm_batch
+    seconds = 0.0 if start is None else _SECONDS["demonstration"] * (start.warm_steps or 0) * start.warm_batch
     for run in runs:
         validations = 1 + (run.steps // run.eval_every if run.eval_every else 0)
         validated = validations * run.eval_prompts * run.eval_samples + run.final_eval_prompts * run.final_eval_samples

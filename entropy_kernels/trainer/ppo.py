@@ -38,6 +38,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.advantages import advantages_of, rewards_of_tokens
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import Critic
+from entropy_kernels.trainer.data import data_task
 from entropy_kernels.trainer.faults import check_sampled, clip_gradients, kept
 from entropy_kernels.trainer.files import check_path, locked
 from entropy_kernels.trainer.groups import sample_step
@@ -68,19 +70,29 @@ from entropy_kernels.trainer.rollout import (
 )
 from entropy_kernels.trainer.run import Report, Run, open_run
 from entropy_kernels.trainer.signals import Stop, Terminated, stopped_after_a_step
-from entropy_kernels.trainer.tasks import Task, make_task
+from entropy_kernels.trainer.start import warm_steps_of
+from entropy_kernels.trainer.tasks import Task, as_task, make_task
 from entropy_kernels.trainer.trackers import Trackers
+from entropy_kernels.trainer.workers import asked
 
 #: What a micro-batch's loss does to its tokens, None for nothing; or a function that says it from their statistics,
 #: where the forward of the update has to be run first.
 Decision = ek.Control | Callable[[Stats], ek.Control] | None
 
 
-def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequence[Probe] | None = None) -> Path:
+def train(
+    config: TrainerConfig,
+    *,
+    task: Any = None,
+    report: Report | None = None,
+    probes: Sequence[Probe] | None = None,
+) -> Path:
     """Run one training.
 
     Args:
         config: all settings; ``config.out`` is the run's directory.
+        task: an object with the methods of :class:`entropy_kernels.trainer.tasks.Task`, of which ``prompts`` and
+            ``verify`` are required; it is asked in this process. None: the task that the configuration names.
         report: ``report(phase, done, total, row)``, called after each piece of work; phase is "supervised start" or
             "train", where ``row`` is the log's, of the policy after ``done`` steps. A phase begins with an empty row.
         probes: what is measured; None: what the configuration asks for.
@@ -89,8 +101,8 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
         The run's directory.
 
     Raises:
-        ValueError: a setting cannot work, or a checkpoint was made under another configuration.
-        FileNotFoundError: ``resume`` without a checkpoint.
+        ValueError: a setting or the task cannot work, or a checkpoint was made under another configuration.
+        FileNotFoundError: ``resume`` without a checkpoint; a file that the configuration names is not there.
         FileExistsError: the directory holds another run, and neither ``resume`` nor ``overwrite`` is set; or files of
             the names of ours that we did not write.
         BlockingIOError: another process trains in the directory.
@@ -98,17 +110,12 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
     Source:
         docs/trainer.md.
     """
-    config.validate()
-    task = task_of(config)
-    if config.mask_truncated and task.fixed_length:
-        raise ValueError(
-            f"mask_truncated: expected a task whose completions end with an end token, got {task.name}, where all have "
-            "one length and none is cut off"
-        )
+    config, task = prepared(config, task)
     check_path(config.out)
     if config.resume:
         checkpoint.expect_checkpoint(config.out / checkpoint.CHECKPOINT)
-    with locked(config.out), Trackers(config) as trackers:  # no other process writes there
+    # the task's scorer is there, and no other process writes into the directory
+    with asked(task, config), locked(config.out), Trackers(config) as trackers:
         return _train(
             config,
             task,
@@ -118,10 +125,29 @@ def train(config: TrainerConfig, *, report: Report | None = None, probes: Sequen
         )
 
 
+def prepared(config: TrainerConfig, task: Any = None) -> tuple[TrainerConfig, Task]:
+    """A configuration that can work, with its task; or with an object of the user's, whose name it then has."""
+    config.validate()
+    task = task_of(config) if task is None else as_task(task)
+    if task._called is None:
+        if config.data is not None:
+            raise ValueError(f"data: expected none beside a task, got {config.data}")
+        config = replace(config, task=task.name)
+    if config.mask_truncated and task.fixed_length:
+        raise ValueError(
+            f"mask_truncated: expected a task whose completions end with an end token, got {task.name}, where all have "
+            "one length and none is cut off"
+        )
+    return replace(config, warm_steps=warm_steps_of(config, task)), task
+
+
 def task_of(config: TrainerConfig) -> Task:
     """The task that a configuration names."""
-    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
-    task.partial_credit = config.partial_credit
+    if config.data is None:
+        task = as_task(make_task(config.task, max_new_tokens=config.max_new_tokens))
+    else:
+        task = data_task(config)
+    task._called = config.task
     return task
 
 

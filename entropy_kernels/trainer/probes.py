@@ -149,6 +149,7 @@ class RolloutMetrics(Probe):
             **rollout_columns(rollout),
             **({"groups_sampled": len(rollout.sampled_rewards)} if config.dynamic_sampling else {}),
             "unscored": len(rollout.unscored),
+            "unscored_late": sum(answer["late"] for answer in rollout.unscored),
             "tokens": rollout.tokens,
             "sampling_gap": rollout.sampling_gap,
         }

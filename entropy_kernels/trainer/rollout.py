@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from entropy_kernels.trainer.critic import Critic
 from entropy_kernels.trainer.methods import METHODS
 from entropy_kernels.trainer.model import Completions, Encoded, Policy
 from entropy_kernels.trainer.samples import Answers
-from entropy_kernels.trainer.tasks import Prompt, Task, verify_all
+from entropy_kernels.trainer.scoring import Unscored
+from entropy_kernels.trainer.tasks import Prompt, Task, prompts_of
+from entropy_kernels.trainer.workers import verify_all
 
 #: Validation uses the same held-out prompts at every step, so that its curve shows the policy and not the prompts.
 VALIDATION_SEED = 0
@@ -43,7 +46,7 @@ class Rollout:
     vocab_covariance: Tensor  # (B, L) float32
     sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
     seconds: dict[str, float] = field(default_factory=dict)  # of sample, verify, score
-    unscored: list[dict[str, str]] = field(default_factory=list)  # prompt, completion, reason
+    unscored: list[dict[str, Any]] = field(default_factory=list)  # prompt, completion, reason, late
     sampled_rewards: Tensor = None  # type: ignore[assignment]  # (groups, samples) of all that were sampled; None: rewards
     ref_logprob: Tensor | None = None  # (B, L) float32, of the reference, where there is one
     completed: Tensor = None  # type: ignore[assignment]  # (B, L) bool: all tokens of the completions; None: the mask
@@ -223,16 +226,17 @@ def evaluate(
     dict
         ``pass1``, and ``passK`` (unbiased) for K in 8, 32 and `samples` as far as K <= samples; ``distinct``: mean
         number of different right completions per prompt; ``entropy``: mean token entropy, nats; ``reward``, ``length``
-        and ``truncated``: means over completions.
+        and ``truncated``: means over completions; ``unscored``: completions that could not be judged.
     """
-    problems = task.prompts(prompts, seed=VALIDATION_SEED, split="validation")
+    problems = prompts_of(task, prompts, seed=VALIDATION_SEED, split="validation")
     at_once = max(1, config.eval_batch // samples)
-    right, distinct, entropy, tokens, total, truncated = [], [], 0.0, 0, 0.0, 0
-    for start in range(0, prompts, at_once):
+    right, distinct, entropy, tokens, total, truncated, unscored = [], [], 0.0, 0, 0.0, 0, 0
+    for start in range(0, len(problems), at_once):
         part = problems[start : start + at_once]
         _, completions = sample_groups(policy, task, config, part, samples, generator)
         texts = policy.decode(completions)
-        rewards = verify_all(task, part, texts)
+        rewards = verify_all(task, part, texts, partial_credit=config.partial_credit)
+        unscored += sum(isinstance(reward, Unscored) for reward in rewards)
         lengths, cut = completions.mask.sum(dim=1).tolist(), (~completions.ended).tolist()
         for i in range(len(part)):
             group = slice(i * samples, (i + 1) * samples)
@@ -249,4 +253,5 @@ def evaluate(
     metrics["distinct"] = sum(distinct) / len(distinct)
     metrics["entropy"] = entropy / max(tokens, 1)
     means = {"reward": total, "length": tokens, "truncated": truncated}
-    return metrics | {name: value / (prompts * samples) for name, value in means.items()}
+    metrics |= {name: value / (len(problems) * samples) for name, value in means.items()}
+    return {**metrics, "unscored": unscored}

@@ -20,7 +20,7 @@ from entropy_kernels.trainer.methods import controller_of, target_of
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.reference import Reference, keep_reference, reference_of
 from entropy_kernels.trainer.samples import SAMPLES, keep_before
-from entropy_kernels.trainer.start import first_policy, versions, warm_start
+from entropy_kernels.trainer.start import first_policy, versions, warm_start, warm_steps_of
 from entropy_kernels.trainer.tasks import Task
 from entropy_kernels.trainer.trackers import Trackers
 
@@ -90,11 +90,12 @@ def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers
     torch.manual_seed(config.seed)
     policy = first_policy(config, task)
     target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
-    if config.warm_start_from is None and saved is None and config.warm_steps:
-        tell("supervised start", 0, config.warm_steps, {})
+    steps = warm_steps_of(config, task)
+    if config.warm_start_from is None and saved is None and steps:
+        tell("supervised start", 0, steps, {})
         warm_start(
             policy, task, config,
-            on_step=lambda done, loss: tell("supervised start", done, config.warm_steps, {"loss": loss}),
+            on_step=lambda done, loss: tell("supervised start", done, steps, {"loss": loss}),
         )  # fmt: skip
     reference = reference_of(config, policy, resumed=saved is not None)
     adam: dict[str, Any] = {

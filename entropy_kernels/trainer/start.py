@@ -135,8 +135,22 @@ def _transformers() -> Any:
 
 # --- supervised start -------------------------------------------------------------------------------------------------
 
+#: Supervised steps of the tiny model, where the configuration has no number.
+WARM_STEPS = 800
 #: Steps of demonstrations that are generated and tokenised together.
 _CHUNK = 25
+
+
+def warm_steps_of(config: TrainerConfig, task: Task) -> int:
+    """Supervised steps before RL; ValueError for a number of them on a task without demonstrations."""
+    there = bool(task.demonstrations(1, seed=config.warm_seed, wrong_fraction=0.0))
+    if config.warm_steps is None:
+        return WARM_STEPS if there and config.model == "tiny" else 0
+    if config.warm_steps and not there and config.warm_start_from is None:
+        raise ValueError(
+            f"warm_steps: expected 0 or none for {task.name}, which has no demonstrations, got {config.warm_steps}"
+        )
+    return config.warm_steps
 
 
 def warm_start(
@@ -147,14 +161,15 @@ def warm_start(
     AdamW, linear warm-up, cosine decay to 0, gradient norm 1. `on_step(step, loss)` is called every ten steps,
     with the loss in nats per token.
     """
+    steps = warm_steps_of(config, task)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.warm_lr, betas=(0.9, 0.99), weight_decay=config.warm_weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, config))
-    for step in range(config.warm_steps):
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config))
+    for step in range(steps):
         if step % _CHUNK == 0:
             pairs = task.demonstrations(
-                min(_CHUNK, config.warm_steps - step) * config.warm_batch,
+                min(_CHUNK, steps - step) * config.warm_batch,
                 seed=config.warm_seed * 1_000_003 + step,
                 wrong_fraction=config.warm_wrong_fraction,
             )
@@ -170,14 +185,14 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if on_step is not None and (step % 10 == 9 or step == config.warm_steps - 1):
+        if on_step is not None and (step % 10 == 9 or step == steps - 1):
             on_step(step + 1, float(loss.detach()))
 
 
-def _rate(step: int, config: TrainerConfig) -> float:
+def _rate(step: int, steps: int, config: TrainerConfig) -> float:
     if step < config.warm_warmup_steps:
         return (step + 1) / config.warm_warmup_steps
-    progress = (step - config.warm_warmup_steps) / max(1, config.warm_steps - config.warm_warmup_steps)
+    progress = (step - config.warm_warmup_steps) / max(1, steps - config.warm_warmup_steps)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
@@ -191,7 +206,8 @@ def _tiny(config: TrainerConfig, task: Task) -> tuple[Any, Any]:
     words = task.words()
     if words is None:
         raise ValueError(
-            f"model: expected a pretrained model for the task {task.name}, got 'tiny', which needs a task with words"
+            f"model: expected a pretrained model for the task {task.name} (--model NAME), got 'tiny', which needs one "
+            "with words"
         )
     tokenizer = word_tokenizer(words, end=not task.fixed_length)
     model_config = transformers.LlamaConfig(

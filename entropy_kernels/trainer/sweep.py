@@ -30,10 +30,11 @@ from entropy_kernels.trainer.config import TrainerConfig, as_saved
 from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
 from entropy_kernels.trainer.log import about_time, describe_row, read_rows
 from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_RUN
+from entropy_kernels.trainer.ppo import prepared
 from entropy_kernels.trainer.report import report_names, write_report
 from entropy_kernels.trainer.report_text import TORCH_OPS, label, verdict_lines
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy, warm_start
-from entropy_kernels.trainer.tasks import make_task
+from entropy_kernels.trainer.workers import asked
 
 #: Seconds between looks at the logs of running processes.
 _POLL = 0.5
@@ -198,8 +199,9 @@ def planned(name: str, flags: Flags, base: TrainerConfig | None = None) -> Plan:
         )
     common = {key: getattr(flags, key) for key in ("seed", "steps", "warm_steps", "eval_every")}
     base = dataclasses.replace(base, **{key: value for key, value in common.items() if value is not None})
-    rows = configurations(sweep, flags, base)
-    base.validate()
+    base, task = prepared(base)
+    with asked(task, base):  # so its scorer is there
+        rows = configurations(sweep, flags, base)
     plan = Plan(name, flags, base, flags.seeds or (base.seed,), rows)
     for config in plan.runs.values():
         config.validate()
@@ -347,6 +349,7 @@ def _place(config: TrainerConfig) -> OwnFiles:
 
 def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoard) -> Path:
     """The model that all runs start from, saved in `directory`; one made earlier under the same settings is kept."""
+    config, task = prepared(config)
     key = {**config.warm_start_key(), "threads": config.threads, "torch": torch.__version__}
     with locked(directory, "out"):
         files = checkpoint.model_files(directory)
@@ -357,13 +360,13 @@ def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoar
                 board.say(f"supervised start: kept from {directory}")
                 return directory
         torch.set_num_threads(config.threads)
-        task = make_task(config.task, max_new_tokens=config.max_new_tokens)
         policy = build_policy(config, task)
-        if config.warm_steps:
-            board.update("supervised start", 0, config.warm_steps)
+        steps = config.warm_steps or 0
+        if steps:
+            board.update("supervised start", 0, steps)
         warm_start(
             policy, task, config,
-            on_step=lambda done, loss: board.update("supervised start", done, config.warm_steps, f"loss {loss:.3f}"),
+            on_step=lambda done, loss: board.update("supervised start", done, steps, f"loss {loss:.3f}"),
         )  # fmt: skip
         files.remove(checkpoint.STAMP)
         policy.write(files)
@@ -382,11 +385,11 @@ def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[f
     from entropy_kernels.trainer.probes import logits_as_parameters
 
     torch.set_num_threads(config.threads)
-    task = make_task(config.task, max_new_tokens=config.max_new_tokens)
+    config, task = prepared(config)
     policy = load_policy(directory, config, task)
-    task.partial_credit = config.partial_credit
     sampler = torch.Generator(policy.device).manual_seed(config.seed)
-    rollout = collect(policy, task, config, step=0, generator=sampler)
+    with asked(task, config):
+        rollout = collect(policy, task, config, step=0, generator=sampler)
     row = 8 * rollout.ids.shape[1] * policy.vocab_size  # bytes of its logits
     rows = max(1, min(128, _EXPERIMENT_BYTES // row))
     return logits_as_parameters(policy, rollout, temperature=config.temperature, rows=rows)

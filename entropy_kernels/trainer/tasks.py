@@ -1,76 +1,131 @@
-"""Tasks with exact verifiers: the protocol, the embedded walk, and an adapter for reasoning-gym.
+"""Tasks: what the trainer asks of one, the embedded walk, an adapter for reasoning-gym, and tasks by their names.
 
-A task hands out prompts from a seed and says whether a completion is right. Both are text, so that any tokenizer and
-any model can be put between them. Asking a verifier that is somebody else's about answers that a model wrote stands at
-the end: whatever happens, there is a reward (:func:`judge`).
+A task hands out prompts from a seed and says how good a completion is. Both are text, so that any tokenizer and any
+model can be put between them. A file of data with a reward function is a task, too: data.py. Scores are asked for
+through workers.py, since whatever a scorer does there has to be a reward.
 """
 
 from __future__ import annotations
 
 import ast
-import cmath
-import inspect
-import keyword
-import numbers
+import difflib
 import random
-import re
-import signal
-import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
-from functools import partial
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import parse_qsl
 
+from entropy_kernels._console import did_you_mean
 from entropy_kernels._require import require
+from entropy_kernels.trainer import rewards
+from entropy_kernels.trainer.rewards import ReasoningGymScorer
+from entropy_kernels.trainer.scoring import Source
+
+if TYPE_CHECKING:
+    from entropy_kernels.trainer.workers import Question, Scorers
 
 Split = Literal["train", "validation"]
+#: What a model is shown: text, or chat messages with ``role`` and ``content``.
+Text: TypeAlias = str | list[dict[str, str]]
 
-#: Longest time that an answer's score may take.
-SCORING_SECONDS = 1.0
+#: Step k of a run asks for prompts under the seed ``config.seed * SEED_STRIDE + k``.
+SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True)
 class Prompt:
     """What the model is shown, and whatever the verifier needs to know about it."""
 
-    text: str
+    text: Text
     data: Any = None
 
 
-class Task(Protocol):
-    """What the trainer asks of a task."""
+class Task:
+    """What the trainer asks of a task: derive from it, or have its two methods without a default, ``prompts`` and
+    ``verify``.
 
-    name: str
-    max_new_tokens: int
+    A task that is named (``--task module:Class``) is made once in each of the processes that ask ``verify``, so what it
+    keeps for itself is not shared between these, nor with the one that ``prompts`` is asked of.
+    """
+
+    #: That of the class, if empty.
+    name: str = ""
+    #: Longest completion in tokens, unless the configuration has one.
+    max_new_tokens: int = 256
     #: True: completions end at `max_new_tokens` only, there is no end-of-sequence token to learn.
-    fixed_length: bool
-    #: False: a reward is 0 or 1. The trainer sets it from its configuration.
-    partial_credit: bool
+    fixed_length: bool = False
+    #: A limit of its own on the time of a score; the smaller of it and the configuration's counts.
+    scoring_seconds: float | None = None
+    #: What a user should know, said once.
+    remark: str = ""
+
+    #: How another process makes what it asks for scores; None: this object is asked, in the trainer's process.
+    _source: Source | None = None
+    #: By what the configuration names it; None: an object of the user's.
+    _called: str | None = None
+    #: Who asks, while a run lasts (:func:`asked`).
+    _scorers: Scorers | None = None
 
     def prompts(self, count: int, *, seed: int, split: Split) -> list[Prompt]:
-        """`count` prompts; the same seed and split give the same prompts, and the two splits share none."""
-        ...
+        """`count` prompts; the same seed and split give the same ones, and the two splits share none.
+
+        Of ``validation`` it may be fewer, if there are no more.
+        """
+        raise NotImplementedError
 
     def verify(self, prompt: Prompt, completion: str) -> float:
-        """Reward of a completion, in [0, 1]; 1 is right."""
-        ...
+        """Score of a completion, a finite number; 1 or more is right."""
+        raise NotImplementedError
 
     def demonstrations(self, count: int, *, seed: int, wrong_fraction: float) -> list[tuple[str, str]]:
-        """`count` pairs of prompt and completion for the supervised start, from the training split."""
-        ...
+        """`count` pairs of prompt and completion for the supervised start, from the training split; none without."""
+        return []
 
     def words(self) -> list[str] | None:
         """The words of a word-level tokenizer that covers the task, or None if the task needs a general one."""
-        ...
+        return None
+
+    def _scorer(self) -> Callable[..., Any]:
+        """What is asked in this process."""
+        return self.verify
+
+    def _question(self, prompt: Prompt, completion: str) -> Question:
+        """What the scorer is called with."""
+        return (prompt, completion), {}
+
+    def _begin(self, scorers: Scorers) -> None:
+        """Before anything is trained: ValueError, with the reason, if these cannot be asked."""
 
 
-class WalkTask:
+class _Completed(Task):
+    """An object with some of the methods of a task; what it lacks is as in :class:`Task`."""
+
+    def __init__(self, task: Any) -> None:
+        self.name = type(task).__name__
+        for name in (name for name in vars(Task) if name[0] != "_"):
+            if hasattr(task, name):
+                setattr(self, name, getattr(task, name))
+
+
+def as_task(made: Any) -> Task:
+    """The task that an object is, which has at least ``prompts`` and ``verify``; ValueError naming what is missing."""
+    expected = "task: expected an object with the methods prompts and verify, got "
+    if isinstance(made, type):
+        raise ValueError(f"{expected}the class {made.__name__} and no object of it: {made.__name__}()")
+    for name in ("prompts", "verify"):
+        if not callable(getattr(made, name, None)) or getattr(type(made), name, None) is getattr(Task, name):
+            raise ValueError(f"{expected}a {type(made).__name__} without {name}")
+    task = made if isinstance(made, Task) else _Completed(made)
+    task.name = task.name or type(task).__name__
+    if type(task.max_new_tokens) is not int or task.max_new_tokens < 1:
+        got = repr(task.max_new_tokens)
+        raise ValueError(f"task: expected max_new_tokens of {task.name} to be an integer >= 1, got {got}")
+    return task
+
+
+class WalkTask(Task):
     """Walk from S to T in four moves, writing down the value after each of the first three.
 
     Prompt ``"12 57"``; ``"x3 36 +8 44 -2 42 +15"`` is one right completion. All values stay in 0..99. The reward is 1
@@ -90,7 +145,6 @@ class WalkTask:
     name = "walk"
     max_new_tokens = 7
     fixed_length = True
-    partial_credit = False
     moves = ("+1", "+3", "+8", "+15", "-2", "-6", "x2", "x3")
     limit = 100
     held_out = 8
@@ -194,7 +248,7 @@ class WalkTask:
         return " ".join(words), value
 
 
-class ReasoningGymTask:
+class ReasoningGymTask(Task):
     """One of reasoning-gym's generators, with its own scorer.
 
     The answer is what stands between ``<answer>`` and ``</answer>``, or, if the model never opens the tag, its last
@@ -208,17 +262,9 @@ class ReasoningGymTask:
         Longest completion.
     options : dict, optional
         Passed to the generator (its difficulty).
-
-    Attributes
-    ----------
-    partial_credit : bool
-        False: the reward is 1 for a full score, else 0. True: the score itself, with what the scorers give wrong
-        answers for their form (0.01, 0.05, 0.1): a group of wrong answers then has a best one, and a normalised
-        advantage is as large for it as for a right answer.
     """
 
-    partial_credit = False
-    fixed_length = False
+    scoring_seconds = 1.0
     #: Distance between the seeds of two calls.
     stride = 1_000_000
     instruction = "Reply with only the answer, between <answer> and </answer>."
@@ -231,14 +277,15 @@ class ReasoningGymTask:
         self._options = options or {}
         self._create = reasoning_gym.create_dataset
         try:
-            self._scorer = self._create(dataset, size=1, seed=0, **self._options)
-            self._evaluates = evaluates(self._scorer)
+            self._asks = ReasoningGymScorer(dataset, self._options)
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"task: expected reasoning_gym:NAME with a dataset of reasoning-gym, got {dataset!r}"
+                + did_you_mean(dataset, _datasets())
             ) from error
         except (TypeError, AssertionError) as error:
             raise ValueError(f"task: expected options that {dataset} has, got {self._options} ({error})") from error
+        self._source = Source(rewards.__file__, "ReasoningGymScorer", {"dataset": dataset, "options": self._options})
 
     def prompts(self, count: int, *, seed: int, split: Split) -> list[Prompt]:
         """Generated problems. Item i of a dataset is made from seed + i, so the seeds of two calls keep a distance."""
@@ -248,35 +295,15 @@ class ReasoningGymTask:
         entries = self._create(self._dataset, size=count, seed=first, **self._options)
         return [Prompt(f"{entry['question']}\n{self.instruction}", entry) for entry in entries]
 
-    def verify(self, prompt: Prompt, completion: str) -> float:
-        """1 for an answer to which reasoning-gym's scorer gives 1, else 0, or its score under `partial_credit`.
+    def verify(self, prompt: Prompt, completion: str) -> Any:
+        """Its scorer's score; see :class:`ReasoningGymScorer` for what that is not asked."""
+        return self._asks.verify(prompt.data, completion)
 
-        An answer that the scorer cannot be asked about, raises at, or takes longer than a second for is
-        :class:`Unscored`, which is 0. The time is limited in the main thread only. What a scorer would evaluate has to
-        be plain arithmetic: some run what the model wrote as Python.
-        """
-        answer = extract_answer(completion)
-        reward = judge(lambda: self._score(answer, prompt.data), seconds=SCORING_SECONDS)
-        return reward if self.partial_credit or reward >= 1 or isinstance(reward, Unscored) else 0.0
+    def _scorer(self) -> Callable[..., Any]:
+        return self._asks.verify
 
-    def _score(self, answer: str, entry: Any) -> Any:
-        """What the scorer gives, but for answers that it must not see and for full scores that it gives to anything."""
-        right = entry.get("answer") if isinstance(entry, dict) else None
-        if answer == right:
-            return self._scorer.score_answer(answer=answer, entry=entry)
-        if self._evaluates and not is_plain(answer):
-            return Unscored("is no plain arithmetic, and the scorer would evaluate it")
-        if is_nan(answer):
-            return Unscored("is no number")
-        score = self._scorer.score_answer(answer=answer, entry=entry)
-        if isinstance(right, str) and isinstance(score, (int, float)) and score >= 1 and not same_answer(answer, right):
-            # some take all that is not "yes" for a no, or the first digit of a number for the whole
-            for nonsense in {"~", "0"} - {answer}:
-                if not same_answer(nonsense, right) and self._scorer.score_answer(answer=nonsense, entry=entry) >= 1:
-                    return 0.0
-            if answer in ("~", "0"):
-                return 0.0
-        return score
+    def _question(self, prompt: Prompt, completion: str) -> Question:
+        return (prompt.data, completion), {}
 
     def demonstrations(self, count: int, *, seed: int, wrong_fraction: float) -> list[tuple[str, str]]:
         """The generator's own answers in the format of the instruction; some of them exchanged between problems."""
@@ -287,19 +314,7 @@ class ReasoningGymTask:
         shown = list(answers)
         for i, j in zip(wrong, wrong[1:] + wrong[:1], strict=True):
             shown[i] = answers[j]
-        return [(prompt.text, f"<answer>{answer}</answer>") for prompt, answer in zip(prompts, shown, strict=True)]
-
-    def words(self) -> None:
-        """No small vocabulary covers these problems."""
-        return
-
-
-def extract_answer(completion: str) -> str:
-    """The text of the first ``<answer>`` element, or the last non-empty line where there is none."""
-    if "<answer>" in completion:
-        return completion.split("<answer>", 1)[1].split("</answer>", 1)[0].strip()
-    lines = [line.strip() for line in completion.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+        return [(str(prompt.text), f"<answer>{answer}</answer>") for prompt, answer in zip(prompts, shown, strict=True)]
 
 
 def make_task(name: str, *, max_new_tokens: int | None = None) -> Task:
@@ -319,7 +334,45 @@ def make_task(name: str, *, max_new_tokens: int | None = None) -> Task:
     dataset, _, query = dataset.partition("?")
     if kind == "reasoning_gym" and dataset:
         return ReasoningGymTask(dataset, max_new_tokens=max_new_tokens or 24, options=task_options(query))
-    raise ValueError(f"task: expected walk or reasoning_gym:NAME, got {name!r}")
+    place, colon, attribute = name.partition("?")[0].rpartition(":")
+    if colon and place and attribute and kind != "reasoning_gym":
+        return _users_task(Source(place, attribute, task_options(name.partition("?")[2])))
+    raise ValueError(
+        f"task: expected walk, reasoning_gym:NAME, module:CLASS or file.py:CLASS, got {name!r}{_near(name)}"
+    )
+
+
+def _users_task(source: Source) -> Task:
+    """The task that a class or function of the user's makes."""
+    if source.place.endswith(".py") and not Path(source.place).expanduser().is_file():
+        raise FileNotFoundError(f"task: expected file.py:NAME, got {source}, where there is no such file")
+    try:
+        made = source.make()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a module of the user's does
+        raise ValueError(f"{source.refused(error)}{_near(str(source))}") from error
+    task = as_task(made)
+    task._source = source
+    return task
+
+
+def _near(name: str) -> str:
+    """What was probably meant by the name of a task."""
+    head, _, dataset = name.partition("?")[0].rpartition(":")
+    known = {one: f"reasoning_gym:{one}" for one in _datasets()}
+    known |= {"reasoning_gym": f"reasoning_gym:{dataset}"} if head else {"walk": "walk"}
+    near = difflib.get_close_matches(head or name, known, 1)
+    return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def _datasets() -> Iterable[str]:
+    """Of reasoning-gym, where it is installed."""
+    try:
+        from reasoning_gym.factory import DATASETS
+    except (ImportError, AttributeError):
+        return ()
+    return DATASETS
 
 
 def task_options(query: str) -> dict[str, Any]:
@@ -340,138 +393,44 @@ def _pairs_of(query: str) -> list[tuple[str, str]]:
         raise ValueError(f"task: expected options as key=value&key=value after the ?, got {query!r}") from error
 
 
-def verify_all(task: Task, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-    """Rewards of completions; completion i belongs to prompt i // (completions per prompt).
-
-    A verifier that raises, or returns no number in [0, 1], does not end the run: the reward is :class:`Unscored` then.
-    """
-    if not prompts or len(completions) % len(prompts):
-        raise ValueError(f"completions: expected a multiple of {len(prompts)} prompts, got {len(completions)}")
-    per_prompt = len(completions) // len(prompts)
-    return [judge(partial(task.verify, prompts[i // per_prompt], text)) for i, text in enumerate(completions)]
-
-
-# --- asking a verifier ------------------------------------------------------------------------------------------------
-
-#: What an answer may call where the scorer evaluates it.
-_FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "asin", "acos", "atan"}
-_FUNCTIONS |= {"log", "ln", "exp", "sqrt", "Abs", "abs"}
-_CALL = re.compile(r"\b([^\W\d]\w*)\s*\(")
-#: Attributes, private names, factorials, shifts, code; towers of powers, and large powers of what may be one.
-_CODE = re.compile(
-    r"""__|[\w)\]}"']\s*\.\s*[^\W\d]|!(?!=)|<<|:=|;|\b(?:lambda|import|for|if)\b
-    |(?:\*\*|\^)\s*[-+(]*\s*[\w.]+\s*(?:\*\*|\^)|\)\s*(?:\*\*|\^)\s*[-+(]*\s*\d{3}|(?:\*\*|\^)\s*[-+(]*\s*\d{5}""",
-    re.VERBOSE,
-)
+def prompts_of(task: Task, count: int, *, seed: int, split: Split) -> list[Prompt]:
+    """A task's prompts; ValueError for others than were asked for."""
+    found = task.prompts(count, seed=seed, split=split)
+    strange = [prompt for prompt in found if not isinstance(prompt, Prompt)] if isinstance(found, list) else [found]
+    if strange:
+        within = " in it" * isinstance(found, list)
+        raise ValueError(
+            f"task: expected a list of Prompt from prompts of {task.name}, got a {type(strange[0]).__name__}{within}"
+        )
+    if len(found) != count and not (split == "validation" and 0 < len(found) < count):
+        raise ValueError(f"task: expected {count} prompts for {split} from {task.name}, got {len(found)}")
+    for prompt in found:
+        if problem := problem_of(prompt.text):
+            raise ValueError(f"task: expected prompts that are text or chat messages from {task.name}, got {problem}")
+    return found
 
 
-class Unscored(float):
-    """The reward 0 of an answer that could not be judged, with the reason."""
+def problem_of(text: Any) -> str | None:
+    """Why a model cannot be shown this; None if it can."""
+    messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
+    if not messages:
+        return "no messages"
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            return f"a message that is no object with a role: {message!r:.80}"
+        content = message.get("content")
+        if not isinstance(content, str):
+            return f"a {type(content).__name__}: {content!r:.80}"
+        if max(content, default="") >= "\ud800" and not _is_unicode(content):
+            return f"text that is no Unicode (half a surrogate pair): {content!r:.80}"
+    if not any(message["content"].strip() for message in messages):
+        return "an empty one"
+    return None
 
-    reason: str
 
-    def __new__(cls, reason: str) -> Unscored:
-        zero = super().__new__(cls, 0.0)
-        zero.reason = reason
-        return zero
-
-
-def judge(ask: Callable[[], object], *, seconds: float | None = None) -> float:
-    """The score that `ask` returns, in [0, 1]; :class:`Unscored` if it raises, takes longer or gives anything else."""
-    late, started = True, time.monotonic()
+def _is_unicode(text: str) -> bool:
     try:
-        with time_limit(seconds):
-            score: Any = ask()
-            late = False
-        # a scorer that catches everything goes on when its time is up
-        if late or (seconds is not None and time.monotonic() - started > seconds):
-            return Unscored(f"took longer than {seconds:g} s")
-        if isinstance(score, Unscored):
-            return score
-        value = score.item() if getattr(score, "ndim", None) == 0 else score  # a scalar of numpy or torch
-        if isinstance(value, (numbers.Real, Decimal)) and 0 <= float(value) <= 1:  # NaN is not
-            return float(value)
-        return Unscored(f"expected a score in [0, 1], got {score!r:.80}")
-    except KeyboardInterrupt:
-        raise
-    except SystemExit as error:
-        if type(error) is not SystemExit:  # the trainer's own, on a signal
-            raise
-        return Unscored("called exit()")
-    except BaseException as error:  # those of extensions in Rust are no Exception
-        return Unscored(f"raised {type(error).__name__}: {_text(error)}")
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return " ".join(str(error)[:200].split())
-    except Exception as other:
-        return f"(its text raised {type(other).__name__})"
-
-
-def evaluates(scorer: Any) -> bool:
-    """Whether a scorer of reasoning-gym runs the answer as Python or hands it to sympy, which does; True if unknown."""
-    parts = getattr(scorer, "datasets", None)
-    if isinstance(parts, dict):  # a composite asks the scorers of its parts
-        return any(map(evaluates, parts.values()))
-    try:
-        source = inspect.getsource(type(scorer))
-    except (OSError, TypeError):
-        return True
-    return re.search(r"\b(eval|exec|parse_expr|sympify)\(", source) is not None
-
-
-def is_plain(answer: str) -> bool:
-    """Whether evaluating an answer would do no more than arithmetic on numbers and symbols, or make a list.
-
-    No calls but of mathematical functions, no attributes, no towers of powers, no repeated lists or strings.
-    """
-    if _CODE.search(answer) or (("*" in answer or "%" in answer) and re.search(r"""[][{},"']""", answer)):
+        text.encode()
+    except UnicodeEncodeError:
         return False
-    return all(name in _FUNCTIONS or keyword.iskeyword(name) for name in _CALL.findall(answer))
-
-
-def is_nan(answer: str) -> bool:
-    """Whether an answer is no number by its own words: "nan", "-NaN", "1 + nani"."""
-    text = "".join(answer.split()).casefold().strip("()")
-    if "nan" not in text:
-        return False
-    try:
-        return cmath.isnan(complex(text.replace("i", "j")))
-    except ValueError:
-        return False
-
-
-def same_answer(answer: str, right: str) -> bool:
-    """Whether two answers are one, up to case, or as numbers to 1e-4."""
-    if answer.strip().casefold() == right.strip().casefold():
-        return True
-    try:
-        return abs(Fraction(answer.strip()) - Fraction(right.strip())) <= Fraction(1, 10_000)
-    except (ValueError, ZeroDivisionError):
-        return False
-
-
-class _OutOfTime(BaseException):
-    """Not an Exception: scorers catch those."""
-
-
-@contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """What stands within is left after so many seconds, where the interpreter can be stopped: in its main thread."""
-    if seconds is None or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def late(number: int, frame: Any) -> None:
-        raise _OutOfTime
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except _OutOfTime:
-        pass
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    return True
