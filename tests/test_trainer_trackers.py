@@ -55,7 +55,7 @@ def services(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Stub]]:
     made = {name: Stub(name) for name in SERVICES}
     for name, stub in made.items():
         module = types.ModuleType(name)
-        module.init = stub.init  # type: ignore[attr-defined]
+        module.init, module.finish = stub.init, stub.finish  # type: ignore[attr-defined]
         module.__spec__ = types.SimpleNamespace(name=name)  # type: ignore[assignment]
         monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)

@@ -135,7 +135,10 @@ def _begin(name: str, config: TrainerConfig, run_id: str, *, resumed: bool) -> T
         raise ValueError(f"trackers: expected {name} to begin a run, got an error ({reason}); {way_out}") from error
 
     def finish(failed: bool) -> None:
-        run.finish(**({"exit_code": int(failed)} if wandb else {}))
+        if wandb:
+            run.finish(exit_code=int(failed))
+        else:
+            module.finish()  # a run's own leaves it the current one, to be finished once more
 
     return Tracker(name, lambda values, step: run.log(values, step=step), finish)
 
