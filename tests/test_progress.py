@@ -192,3 +192,14 @@ def test_the_last_line_shows_the_last_validation() -> None:
     last = {**row, "step": 240, "val_pass1": 0.31, "val_pass8": 0.61, "final_pass1": 0.32, "final_pass32": 0.9}
     assert describe_row(last, validated) == "H 0.400  reward 0.500  pass@1 0.320  pass@32 0.900"
     assert describe_row({"loss": 1.25}, {}) == "loss 1.250"
+
+
+def test_lengths_and_what_was_cut_off_fit_beside_the_counts_in_80_columns() -> None:
+    row = {"step": 7, "entropy": 0.5, "reward": 0.4, "val_pass1": 0.3, "val_pass8": 0.6, "length_mean": 211.7}
+    assert describe_row(row | {"truncated": 0.0}) == "H 0.500  reward 0.400  pass@1 0.300  len 212  pass@8 0.600"
+    note = describe_row(row | {"truncated": 0.126})
+    assert note == "H 0.500  reward 0.400  pass@1 0.300  len 212  cut 13%  pass@8 0.600"
+    file = Terminal()
+    with ProgressBoard(file=file, ticking=False) as board:
+        board.update("train", 8, 240, note)
+    assert "H 0.500  reward 0.400  pass@1 0.300  len 212" in file.getvalue() and "pass@8" not in file.getvalue()

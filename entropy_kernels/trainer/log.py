@@ -315,7 +315,7 @@ def about_time(*runs: TrainerConfig, start: TrainerConfig | None = None, workers
 
 
 def describe_row(row: Mapping[str, Any], validated: Mapping[str, Any] | None = None) -> str:
-    """The few numbers of a row that fit beside a bar; of the last row, the larger validation's.
+    """The few numbers of a row that fit beside a bar, what matters most first; of the last row, the larger validation's.
 
     `validated` is the latest row with a validation, whose step is named if it is another one's.
     """
@@ -326,7 +326,10 @@ def describe_row(row: Mapping[str, Any], validated: Mapping[str, Any] | None = N
     passes = sorted((name for name in from_row if name.startswith("val_pass")), key=lambda name: int(name[8:]))
     parts = [
         _numbers(row, ("entropy", "H"), ("target_entropy", "target"), ("reward", "reward")),
-        _numbers(from_row, *((name, f"pass@{name[8:]}") for name in passes)),
+        _numbers(from_row, ("val_pass1", "pass@1")),
+        f"len {row['length_mean']:.0f}" if "length_mean" in row else "",
+        f"cut {row['truncated']:.0%}" if row.get("truncated") else "",  # none is no news
+        _numbers(from_row, *((name, f"pass@{name[8:]}") for name in passes[1:])),
         "" if final or not passes or from_row["step"] == row["step"] else f"(step {from_row['step']})",
     ]
     return "  ".join(part for part in parts if part)
