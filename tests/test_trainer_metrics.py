@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels.analysis.metric_names import find_entropy, find_performance
 from entropy_kernels.trainer import ppo
 from entropy_kernels.trainer.log import DEFINITIONS, defined, read_rows
 from entropy_kernels.trainer.model import Encoded
@@ -20,6 +21,7 @@ from entropy_kernels.trainer.rollout import Rollout
 from entropy_kernels.trainer.rollout_metrics import rollout_columns, spread
 from entropy_kernels.trainer.samples import COMPLETIONS, PROMPTS, SAMPLES, Answers, Samples, keep_before
 from entropy_kernels.trainer.tasks import Prompt
+from entropy_kernels.trainer.trackers import scalars
 from trainer_setup import SHORT, EasyTask, config, easy, rows_without_times, trained_run  # noqa: F401  (fixtures)
 
 # --- columns of a rollout --------------------------------------------------------------------------------------------
@@ -129,6 +131,17 @@ def test_a_row_has_what_the_method_remembers(tmp_path: Path, options: dict[str, 
         assert got == pytest.approx(values) if values else all(x is None or math.isfinite(x) for x in got)
     assert not [name for name in rows[-1] if name.startswith("method/")]  # no update
     assert all(defined(name) for row in rows for name in row)
+
+
+def test_a_fit_finds_its_columns_among_them(trained_run: Path) -> None:  # noqa: F811
+    """In the log, and under the names that dashboards export."""
+    rows = read_rows(trained_run / "metrics.jsonl")
+    for prefix, named in (("", rows[0]), ("train/", scalars(rows[0]))):
+        assert find_entropy([*named]).columns == (f"{prefix}entropy",)
+        found = find_performance([*named])
+        assert found.columns == (f"{prefix}val_pass1",) and not found.training
+        without = [name for name in named if "val_pass" not in name]
+        assert find_performance(without).columns == (f"{prefix}reward",)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ pytest.importorskip("transformers")
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.advantages import ESTIMATORS, advantages_of, rewards_of_tokens, whitened
 from entropy_kernels.trainer.config import TrainerConfig, idle
-from entropy_kernels.trainer.critic import Critic, critic_of, value_columns, value_loss
+from entropy_kernels.trainer.critic import Critic, critic_of, value_loss
 from entropy_kernels.trainer.methods import METHODS, controller_of
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.rollout import Rollout, known_tokens
+from entropy_kernels.trainer.rollout_metrics import value_columns
 from entropy_kernels.trainer.start import build_policy
 from trainer_setup import SHORT, TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
 

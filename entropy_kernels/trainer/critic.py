@@ -156,16 +156,3 @@ def value_loss(
     limited = error if clip == 0 else (values.clamp(old_values - clip, old_values + clip) - returns) ** 2
     loss = 0.5 * ek.aggregate(torch.maximum(error, limited), mask, **aggregation)
     return loss, (limited > error)[mask].float().sum() / mask.sum().clamp_min(1)
-
-
-def value_columns(rollout: Rollout) -> dict[str, float]:
-    """What the log has of a rollout's values: means, and the share of the returns' variance that they explain."""
-    if rollout.values is None or rollout.returns is None:
-        return {}
-    values, returns = rollout.values[rollout.mask].double(), rollout.returns[rollout.mask].double()
-    unexplained = (returns - values).var(correction=0) / returns.var(correction=0)  # NaN of equal returns
-    return {
-        "value_mean": float(values.mean()),
-        "return_mean": float(returns.mean()),
-        "explained_variance": float(1 - unexplained),
-    }

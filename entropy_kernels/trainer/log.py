@@ -90,7 +90,11 @@ DEFINITIONS = {
     "nonfinite_tokens": "valid tokens with a non-finite loss, over all updates of the step",
     "grad_norm": "gradient norm before clipping, mean over updates",
     "value_mean": "mean of the critic's values over the rollout's tokens, before the step's updates",
+    "value_min": "smallest of these values",
+    "value_max": "largest of these values",
     "return_mean": "mean of what the critic learns: values plus advantages before whitening",
+    "return_min": "smallest of these returns",
+    "return_max": "largest of these returns",
     "explained_variance": "1 - variance of return minus value / variance of return, over the rollout's tokens, before "
     "the step's updates; null where all returns are equal",
     "value_loss": "loss of the critic in an update, half a squared error, without value_coef, mean over updates",
@@ -315,7 +319,7 @@ def about_time(*runs: TrainerConfig, start: TrainerConfig | None = None, workers
 
 
 def describe_row(row: Mapping[str, Any], validated: Mapping[str, Any] | None = None) -> str:
-    """The few numbers of a row that fit beside a bar, what matters most first; of the last row, the larger validation's.
+    """The numbers of a row that fit beside a bar, what matters most first; of the last row, the larger validation's.
 
     `validated` is the latest row with a validation, whose step is named if it is another one's.
     """

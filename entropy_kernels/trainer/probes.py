@@ -20,7 +20,6 @@ import entropy_kernels as ek
 from entropy_kernels._memory import peak_allocated
 from entropy_kernels.trainer.checkpoint import note_unscored
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
-from entropy_kernels.trainer.critic import value_columns
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.methods import controller_of, surrogate_of, without_control
 from entropy_kernels.trainer.model import Policy
@@ -158,7 +157,7 @@ class RolloutMetrics(Probe):
                 ek.losses.kl_estimate(rollout.old_logprob - rollout.ref_logprob), rollout.completed
             )
         if bool(rollout.mask.any()):
-            step.row |= {**covariance_columns(rollout, config), **value_columns(rollout)}
+            step.row |= covariance_columns(rollout, config)
         if not step.last:
             note_unscored(config.out / "unscored.jsonl", step.number, rollout.unscored)
 

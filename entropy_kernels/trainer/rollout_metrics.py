@@ -1,4 +1,4 @@
-"""Columns of the log that describe a rollout: lengths, rewards, groups, advantages; log.py defines each name."""
+"""Columns of the log that describe a rollout: lengths, rewards, advantages, values; log.py defines each name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def rollout_columns(rollout: Rollout) -> dict[str, float]:
         **lengths(rollout),
         **rewards(rollout.sampled_rewards),
         **spread("advantage", rollout.advantages[rollout.mask]),
+        **value_columns(rollout),
     }
 
 
@@ -40,6 +41,16 @@ def rewards(given: Tensor) -> dict[str, float]:
         found["reward_group_std"] = float(given.double().std(dim=1).mean())
     groups = {"right": right.all(dim=1), "wrong": ~right.any(dim=1), "mixed": mixed}
     return found | {f"groups_{name}": float(which.float().mean()) for name, which in groups.items()}
+
+
+def value_columns(rollout: Rollout) -> dict[str, float]:
+    """Of the critic's values and what it learns, over the tokens that count; {} without a critic or such a token."""
+    if rollout.values is None or rollout.returns is None or not bool(rollout.mask.any()):
+        return {}
+    values, returns = rollout.values[rollout.mask].double(), rollout.returns[rollout.mask].double()
+    unexplained = (returns - values).var(correction=0) / returns.var(correction=0)  # NaN of equal returns
+    columns = spread("value", values, std=False) | spread("return", returns, std=False)
+    return columns | {"explained_variance": float(1 - unexplained)}
 
 
 def spread(name: str, values: Tensor, *, std: bool = True) -> dict[str, float]:
