@@ -20,6 +20,7 @@ from entropy_kernels.trainer.probes import Update, update_metrics
 from entropy_kernels.trainer.rollout import Rollout
 from entropy_kernels.trainer.rollout_metrics import rollout_columns, spread
 from entropy_kernels.trainer.samples import COMPLETIONS, PROMPTS, SAMPLES, Answers, Samples, keep_before
+from entropy_kernels.trainer.scoring import Unscored
 from entropy_kernels.trainer.tasks import Prompt
 from entropy_kernels.trainer.trackers import scalars
 from trainer_setup import SHORT, EasyTask, config, easy, rows_without_times, trained_run  # noqa: F401  (fixtures)
@@ -177,14 +178,15 @@ def test_samples_are_few_and_whole(tmp_path: Path) -> None:
     shown = Samples(5, "val")
     for number in range(PROMPTS + 3):
         text: Any = chat if number else "plain"
-        shown(Answers(Prompt(text), ["a"] * 6, [0.5] * 6, range(6), [False, True] * 3))
+        shown(Answers(Prompt(text), ["a"] * 6, [0.5, Unscored("odd")] * 3, [0.0] * 6, range(6), [False, True] * 3))
     shown.append_to(tmp_path / SAMPLES)
     found = samples_of(tmp_path)
     assert len(found) == PROMPTS * COMPLETIONS and found[0]["prompt"] == "plain" and found[-1]["prompt"] == chat
     assert found[1] == {
-        "step": 5, "validation": "val", "prompt_number": 0, "prompt": "plain", "completion": "a", "reward": 0.5,
-        "length": 1, "truncated": True,
+        "step": 5, "validation": "val", "prompt_number": 0, "prompt": "plain", "completion": "a", "score": 0.0,
+        "reward": 0.0, "unscored": "odd", "length": 1, "truncated": True,
     }  # fmt: skip
+    assert found[2]["score"] == 0.5 and "unscored" not in found[2]
 
 
 @pytest.mark.parametrize("cut", [False, True])

@@ -18,7 +18,7 @@ from entropy_kernels.trainer.model import Completions, Encoded, Policy
 from entropy_kernels.trainer.samples import Answers
 from entropy_kernels.trainer.scoring import Unscored
 from entropy_kernels.trainer.tasks import Prompt, Task, prompts_of
-from entropy_kernels.trainer.workers import verify_all
+from entropy_kernels.trainer.workers import reward_of, scores_of
 
 #: Validation uses the same held-out prompts at every step, so that its curve shows the policy and not the prompts.
 VALIDATION_SEED = 0
@@ -235,12 +235,13 @@ def evaluate(
         part = problems[start : start + at_once]
         _, completions = sample_groups(policy, task, config, part, samples, generator)
         texts = policy.decode(completions)
-        rewards = verify_all(task, part, texts, partial_credit=config.partial_credit)
+        scores = scores_of(task, part, texts)
+        rewards = [reward_of(score, config.partial_credit) for score in scores]
         unscored += sum(isinstance(reward, Unscored) for reward in rewards)
         lengths, cut = completions.mask.sum(dim=1).tolist(), (~completions.ended).tolist()
         for i in range(len(part)):
             group = slice(i * samples, (i + 1) * samples)
-            answers = Answers(part[i], texts[group], rewards[group], lengths[group], cut[group])
+            answers = Answers(part[i], texts[group], scores[group], rewards[group], lengths[group], cut[group])
             good = [text for text, reward in zip(answers.texts, answers.rewards, strict=True) if reward >= 1.0]
             right.append(len(good))
             distinct.append(len(set(good)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_kernels.trainer.files import write_bytes
+from entropy_kernels.trainer.scoring import Unscored
 from entropy_kernels.trainer.tasks import Prompt
 
 #: In the directory of a run.
@@ -23,20 +25,19 @@ class Answers:
 
     prompt: Prompt
     texts: Sequence[str]
-    rewards: Sequence[float]
+    scores: Sequence[float]  # of the task's verifier
+    rewards: Sequence[float]  # by these: 0 or 1, or the score itself under partial_credit
     lengths: Sequence[int]  # tokens, the end token included
     truncated: Sequence[bool]  # cut off at max_new_tokens
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """What is kept of them."""
-        answers = zip(self.texts, self.rewards, self.lengths, self.truncated, strict=True)
-        for number, (text, reward, length, truncated) in enumerate(answers):
-            if number == COMPLETIONS:
-                return
-            unscored = {"unscored": reason} if (reason := getattr(reward, "reason", None)) else {}
+        answers = zip(self.texts, self.scores, self.rewards, self.lengths, self.truncated, strict=True)
+        for text, score, reward, length, truncated in itertools.islice(answers, COMPLETIONS):
+            unscored = {"unscored": score.reason} if isinstance(score, Unscored) else {}
             yield {
-                "prompt": self.prompt.text, "completion": text, "reward": float(reward), **unscored,
-                "length": length, "truncated": truncated,
+                "prompt": self.prompt.text, "completion": text, "score": float(score), "reward": float(reward),
+                **unscored, "length": length, "truncated": truncated,
             }  # fmt: skip
 
 

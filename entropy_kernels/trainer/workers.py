@@ -254,9 +254,14 @@ def asked(task: Task, config: TrainerConfig) -> Iterator[None]:
 def verify_all(
     task: Task, prompts: Sequence[Prompt], completions: Sequence[str], *, partial_credit: bool = False
 ) -> list[float]:
-    """Rewards of completions; completion i belongs to prompt i // (completions per prompt).
+    """Rewards of completions, by their scores: see :func:`scores_of`."""
+    return [reward_of(score, partial_credit) for score in scores_of(task, prompts, completions)]
 
-    A verifier that raises, hangs or returns no finite number does not end the run: the reward is :class:`Unscored`
+
+def scores_of(task: Task, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    """What the task's verifier says of completions; completion i belongs to prompt i // (completions per prompt).
+
+    A verifier that raises, hangs or returns no finite number does not end the run: the score is :class:`Unscored`
     then. Outside of :func:`asked` it is asked in this process, without a limit on the time.
     """
     if not prompts or len(completions) % len(prompts):
@@ -264,7 +269,7 @@ def verify_all(
     per_prompt = len(completions) // len(prompts)
     questions = [task._question(prompts[i // per_prompt], text) for i, text in enumerate(completions)]
     scorers = task._scorers or Inside(task._scorer(), seconds=None)
-    return [reward_of(score, partial_credit) for score in scorers.ask(questions)]
+    return list(scorers.ask(questions))
 
 
 def reward_of(score: float, partial_credit: bool) -> float:
