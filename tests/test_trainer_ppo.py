@@ -417,12 +417,15 @@ def test_only_the_critic_learns_at_first(tmp_path: Path, kind: str) -> None:
     after = saved(tmp_path / "run")
     assert all(torch.equal(after[key], value) for key, value in start.items())
     assert bool((after["/modules/critic/head.weight"] != 0).any())
-    ppo.train(config(tmp_path / "run", target_entropy="0:4.5,3:4.2", **{**settings, "steps": 3, "resume": True}))
+    whole = {**settings, "steps": 3, "target_entropy": "0:4.5,3:4.2"}
+    ppo.train(config(tmp_path / "run", **whole, resume=True))
     row = rows_without_times(tmp_path / "run")[2]
     assert row["target_entropy"] == pytest.approx(4.3) and "planned_dh" in row
-    assert any(not torch.equal(saved(tmp_path / "run")[key], value) for key, value in start.items())
-    controller = checkpoint.load_checkpoint(tmp_path / "run" / checkpoint.CHECKPOINT)["controller"]
-    assert controller["calls"] == 3
+    ppo.train(config(tmp_path / "whole", **whole))
+    for out in (tmp_path / "run", tmp_path / "whole"):
+        assert any(not torch.equal(saved(out)[key], value) for key, value in start.items())
+        assert checkpoint.load_checkpoint(out / checkpoint.CHECKPOINT)["controller"]["calls"] == 3
+    assert rows_without_times(tmp_path / "run") == rows_without_times(tmp_path / "whole")
 
 
 def test_another_estimator_on_resume_begins_its_critic_anew(tmp_path: Path) -> None:
@@ -432,12 +435,12 @@ def test_another_estimator_on_resume_begins_its_critic_anew(tmp_path: Path) -> N
     ppo.train(config(out, **{**gae, "steps": 2, "resume_changes": ("advantage",)}))
     rows = rows_without_times(out)
     assert "value_mean" not in rows[0] and rows[1]["value_mean"] == 0 and rows[1]["value_loss"] > 0  # type: ignore[operator]
-    ppo.train(config(out, **{**gae, "steps": 3, "critic_lr": 5e-4, "resume_changes": ("critic_lr",)}))
+    changed = {"critic_lr": 5e-4, "weight_decay": 0.01}
+    ppo.train(config(out, **{**gae, **changed, "steps": 3, "resume_changes": tuple(changed)}))
     row = rows_without_times(out)[2]
     assert row["critic_lr"] == 5e-4 and row["value_mean"] != 0
-    assert (
-        checkpoint.load_checkpoint(out / checkpoint.CHECKPOINT)["optimizers"]["critic"]["param_groups"][0]["lr"] == 5e-4
-    )
+    (group,) = checkpoint.load_checkpoint(out / checkpoint.CHECKPOINT)["optimizers"]["critic"]["param_groups"]
+    assert group["lr"] == 5e-4 and group["weight_decay"] == 0.01
 
 
 def test_mixed_precision_keeps_the_critic_in_float32(tmp_path: Path) -> None:
