@@ -25,7 +25,8 @@ Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' c
 5. The PPO clip is 0.2 / 0.2; the authors' scripts for Clip-Cov set it to 1.
 6. No KL to a reference model, no length penalty, no dynamic sampling; groups of equal rewards stay in the batch with
    advantage 0.
-7. Advantages are divided by the group's standard deviation (the paper's GRPO does this; some of its successors do not).
+7. Advantages are divided by the group's standard deviation (the paper's GRPO does this; some of its successors do not)
+   and not whitened; there is no critic.
 8. Sampling and scoring both use temperature 1 with no truncation. Validation samples the same way.
 9. Old log-probs come from a full forward of the sampling weights in the shapes of training, not from the sampling pass.
 10. AdamW at a constant 0.0003 with betas 0.9 and 0.999, no weight decay, gradient norm 1; 4 updates of a rollout.
