@@ -41,6 +41,8 @@ def test_flags_are_read_as_their_fields_are_annotated() -> None:
     words = ["--cov-low", "-1e-3", "--cov-high=-1E+2", "--kl-coef", "-3"]
     changed = dataclasses.replace(config, cov_low=-1e-3, cov_high=-100.0, kl_coef=-3.0)
     assert parse(config, words, PROG, "") == (changed, {"cov_low", "cov_high", "kl_coef"})
+    for word, value in (("False", False), ("true", True), ("none", None)):
+        assert parse(config, ["--whiten-advantages", word], PROG, "")[0].whiten_advantages is value
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,7 @@ def test_flags_are_read_as_their_fields_are_annotated() -> None:
         (["--steps", "five"], ("--steps: expected an integer, got 'five'", "--steps INT")),
         (["--lr", "fast"], ("--lr: expected a number, got 'fast'", "--lr FLOAT")),
         (["--cov-ratio", "x"], ("--cov-ratio: expected a number or none, got 'x'", "--cov-ratio FLOAT|none")),
+        (["--whiten-advantages", "no"], ("--whiten-advantages: expected true, false or none, got 'no'", "true|false|")),
         (["--steps"], ("--steps", "Expected 1 value")),
         (["--method", "KL-Cov"], ("--method", "'KL-Cov'", "did you mean kl_cov?")),
         (["--head", "logit"], ("--head: expected one of linear, logits, torch,", "'logit'", "logits?")),
@@ -102,6 +105,8 @@ def test_a_flag_that_does_nothing_is_refused(tmp_path: Path, capsys: pytest.Capt
         (["--warm-steps", "0", "--warm-lr", "1"], "--warm-lr: does nothing with --warm-steps = 0"),
         (["--model", "smollm2", "--num-layers", "3"], "--num-layers: does nothing with the model smollm2"),
         (["--head", "torch", "--memory-budget", "9"], "--memory-budget: does nothing under head = torch"),
+        (["--gae-lambda", "0.9"], "--gae-lambda: does nothing under advantage = grpo"),
+        (["--advantage", "gae", "--value-coef", "2"], "--value-coef: does nothing with a separate critic"),
         (["reproduce", "--seed", "5"], "--seed: expected none where seeds names those of the runs (0, 1, 2), got 5"),
     ):
         assert main([*words, "--out", str(tmp_path / "x")]) == 2, words

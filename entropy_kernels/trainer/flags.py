@@ -71,18 +71,33 @@ def _values(tyro: Any, info: Any) -> Any:
         if choices and word not in choices:
             raise ValueError(f"expected one of {', '.join(choices)}, got {word!r}{did_you_mean(word, choices)}")
         try:
-            return Path(word).expanduser() if kind is Path else kind(word)
+            return {Path: _path, bool: _boolean}.get(kind, kind)(word)
         except ValueError:
-            expected = {int: "an integer", float: "a number"}[kind] + " or none" * optional
+            expected = {int: "an integer", float: "a number", bool: "true, false"}[kind] + " or none" * optional
             raise ValueError(f"expected {expected}, got {word!r}") from None
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar=f"{{{','.join(choices)}}}" if choices else kind.__name__.upper() + "|none" * optional,
+        metavar=f"{{{','.join(choices)}}}"
+        if choices
+        else _METAVARS.get(kind, kind.__name__.upper()) + "|none" * optional,
         instance_from_str=read,
         is_instance=lambda value: isinstance(value, kind) or (optional and value is None),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
+
+
+_METAVARS = {bool: "true|false"}
+
+
+def _path(word: str) -> Path:
+    return Path(word).expanduser()
+
+
+def _boolean(word: str) -> bool:
+    if word.lower() not in ("true", "false"):
+        raise ValueError
+    return word.lower() == "true"
 
 
 def _option(word: str) -> tuple[str, Any]:
