@@ -246,6 +246,32 @@ def test_a_prompt_longer_than_the_model_is_an_error() -> None:
         policy.sample(sampled_of, max_new_tokens=9, **options)
 
 
+class Chats(Uneven):
+    """Prompts that are chats."""
+
+    def prompts(self, count: int, *, seed: int, split: str) -> list[Prompt]:  # type: ignore[override]
+        return [Prompt([{"role": "user", "content": "7" * (i % 3)}]) for i in range(count)]  # type: ignore[arg-type]
+
+
+def test_a_rollout_of_chats(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("<s> $A", chat=LLAMA3)
+    begin, turn = tokenizer.convert_tokens_to_ids(["<s>", "<|eot|>"])
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    llama = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), **shape, eos_token_id=[0, turn], initializer_range=0.001
+    )
+    transformers.LlamaForCausalLM(llama).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = dataclasses.replace(TINY, model=str(tmp_path / "base"), system_prompt="Be brief.", prompts_per_step=4)
+    policy = build_policy(settings, Chats())
+    assert policy.end_ids == (turn, tokenizer.eos_token_id, 0)
+    rollout = ppo.collect(policy, Chats(), settings, step=0, generator=torch.Generator().manual_seed(0))
+    assert rollout.sampling_gap < 1e-5
+    rows = [ids[mask] for ids, mask in zip(rollout.prompts.ids, rollout.prompts.mask.bool(), strict=True)]
+    assert all(ids[0] == begin and (ids == begin).sum() == 1 for ids in rows)
+    assert read(tokenizer, rows[8].tolist()) == "<s><|system|>Be brief.<|eot|><|user|>77<|eot|><|assistant|>"
+
+
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 LORA: dict[str, Any] = {**SHORT, "lora_rank": 2, "warm_steps": 2, "warm_batch": 4, "save_every": 1}
