@@ -250,7 +250,7 @@ class Chats(Uneven):
     """Prompts that are chats."""
 
     def prompts(self, count: int, *, seed: int, split: str) -> list[Prompt]:  # type: ignore[override]
-        return [Prompt([{"role": "user", "content": "7" * (i % 3)}]) for i in range(count)]  # type: ignore[arg-type]
+        return [Prompt([{"role": "user", "content": "7" * (1 + i % 3)}]) for i in range(count)]  # type: ignore[arg-type]
 
 
 def test_a_rollout_of_chats(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_rollout_of_chats(tmp_path: Path) -> None:
     assert rollout.sampling_gap < 1e-5
     rows = [ids[mask] for ids, mask in zip(rollout.prompts.ids, rollout.prompts.mask.bool(), strict=True)]
     assert all(ids[0] == begin and (ids == begin).sum() == 1 for ids in rows)
-    assert read(tokenizer, rows[8].tolist()) == "<s><|system|>Be brief.<|eot|><|user|>77<|eot|><|assistant|>"
+    assert read(tokenizer, rows[8].tolist()) == "<s><|system|>Be brief.<|eot|><|user|>777<|eot|><|assistant|>"
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
