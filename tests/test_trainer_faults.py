@@ -183,7 +183,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 def test_a_reward_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verify_all = groups.verify_all
-    monkeypatch.setattr(groups, "verify_all", lambda *args: [*verify_all(*args)[:-1], float("nan")])
+    nan = float("nan")
+    monkeypatch.setattr(groups, "verify_all", lambda *args, **options: [*verify_all(*args, **options)[:-1], nan])
     with pytest.raises(NonFinite, match=r"step 0: expected finite rewards, got nan for the completion in row 15; no"):
         ppo.train(config(tmp_path, **SHORT))
 

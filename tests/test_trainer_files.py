@@ -86,7 +86,7 @@ def test_what_cannot_start_removes_nothing(run: Path) -> None:
 
 def forget(folder: Path) -> None:
     """Leave what a version without records would have, whose checkpoints were torch's."""
-    for name in (".entropy_kernels*", "checkpoint.previous.safetensors"):
+    for name in (".entropy_kernels*", "checkpoint.previous.safetensors", "samples.jsonl"):
         for path in folder.rglob(name):
             path.unlink()
     for path in folder.rglob("checkpoint.safetensors"):

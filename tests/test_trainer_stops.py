@@ -1,14 +1,19 @@
-"""SIGTERM, kill -9 and a full disk: what is kept, and that a run that goes on is one that was never stopped."""
+"""kill -9, SIGTERM and a full disk: what is kept, and that a run that goes on is one that was never stopped."""
 
 from __future__ import annotations
 
+import json
+import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,8 +24,11 @@ import trainer_setup
 from entropy_kernels.trainer import checkpoint, ppo, sweep
 from entropy_kernels.trainer import run as run_module
 from entropy_kernels.trainer.__main__ import main
-from entropy_kernels.trainer.files import write_json
+from entropy_kernels.trainer.files import Unwritable, write_json, writing
+from entropy_kernels.trainer.log import MetricsLog
+from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.probes import Probe, Step
+from entropy_kernels.trainer.samples import Samples
 from entropy_kernels.trainer.signals import Terminated
 from trainer_setup import SHORT, again, config, contents, easy, rows_without_times  # noqa: F401
 
@@ -44,6 +52,24 @@ def sigterm() -> None:
     signal.raise_signal(signal.SIGTERM)
 
 
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """Each run goes on from what the one before left: the rows, weights and files of one that was never killed."""
+    found = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("kill_runs.py")), str(tmp_path), "0", "20"],
+        stdout=subprocess.PIPE,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+    )
+    told = json.loads(found.stdout)
+    assert told["whole"] == 0 and set(told["codes"]) == {0, -signal.SIGKILL}
+    assert told["codes"].count(-signal.SIGKILL) == 20
+    for out in map(Path, told["runs"]):
+        assert_as_whole(out, tmp_path / "whole")
+
+
 # --- SIGTERM ---------------------------------------------------------------------------------------------------------
 
 
@@ -60,7 +86,10 @@ def assert_as_whole(out: Path, whole: Path) -> None:
     assert rows_without_times(out) == rows_without_times(whole)
     one, other = (path / "model" / "model.safetensors" for path in (out, whole))
     assert one.read_bytes() == other.read_bytes()
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (out, whole)]
+    assert names[0] - {"checkpoint.previous.safetensors"} == names[1] - {"checkpoint.previous.safetensors"}
+    states = [checkpoint.load_checkpoint(path / "checkpoint.safetensors") for path in (out, whole)]
+    assert repr(states[0]["optimizers"]) == repr(states[1]["optimizers"])
 
 
 @pytest.mark.parametrize("moment", ["before_step", "after_rollout", "after_update", "after_step"])
@@ -146,3 +175,74 @@ def test_a_sweep_waits_for_its_runs_and_not_for_ever(monkeypatch: pytest.MonkeyP
     assert time.monotonic() - started < 10
     for process in processes:
         process.stdout.close()  # type: ignore[union-attr]
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_file_larger(size: int) -> Iterator[None]:
+    """Within: as if the disk were full, of what is written beyond so many bytes of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("name", "owner", "method", "room"),
+    [
+        ("checkpoint.safetensors", ppo.checkpoint, "save_checkpoint", 5000),
+        ("metrics.jsonl", MetricsLog, "write", 5),
+        ("model", Policy, "save", 5000),
+        ("samples.jsonl", Samples, "append_to", 5),
+    ],
+)
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str, owner: Any, method: str, room: int
+) -> None:
+    path, write = run / "checkpoint.safetensors", getattr(owner, method)
+    before = path.read_bytes()
+
+    def full(*args: Any, **options: Any) -> Any:
+        appended = (run / name).stat().st_size if name.endswith(".jsonl") else 0
+        with no_file_larger(appended + room):
+            return write(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, full)
+        with pytest.raises(
+            Unwritable, match=rf"{name}: cannot be written \(File too large\); .*; --resume goes on from the last"
+        ) as told:
+            again(run)
+    assert "\n" not in str(told.value)
+    if name in ("model", "samples.jsonl"):  # which are written after the last one
+        assert checkpoint.load_checkpoint(path)["step"] == 4
+    else:
+        assert path.read_bytes() == before
+    assert not [path for path in run.rglob("*") if "tmp" in path.name]
+    again(run)
+    rows = [row["step"] for row in rows_without_times(run)]
+    assert rows == [0, 1, 2, 3, 4]
+
+
+def test_what_libraries_say_of_a_full_disk_is_told_in_our_words(tmp_path: Path) -> None:
+    for error in (OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")):
+        with pytest.raises(Unwritable) as told, writing(tmp_path / "x"):
+            raise error
+        assert (
+            str(told.value) == f"{tmp_path / 'x'}: cannot be written (No space left on device); what was there is kept"
+        )
+    with pytest.raises(Unwritable) as told, writing(tmp_path / "y"), writing(tmp_path / "x"):
+        raise error
+    assert str(told.value).count("cannot be written") == 1
+    with pytest.raises(KeyError), writing(tmp_path / "x"):
+        raise KeyError
+
+
+def test_a_checkpoint_has_the_rights_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("x")
+    checkpoint.save_tree(tmp_path / "x.safetensors", {})
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.files import OwnFiles, read_json
+from entropy_kernels.trainer.files import OwnFiles, read_json, writing
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.reference import REFERENCE
 from entropy_kernels.trainer.tensorfile import Damaged, load_tree, save_tree
@@ -67,10 +67,7 @@ def save_checkpoint(
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    try:
-        save_tree(path, state, keep_old=previous_of(path))
-    except OSError as error:
-        raise OSError(f"{error}; with space to write, --resume continues from it") from error
+    save_tree(path, state, keep_old=previous_of(path))
 
 
 def weights_of(module: Weights) -> Mapping[str, Tensor]:
@@ -211,12 +208,14 @@ def put_back(module: Weights, saved: Mapping[str, Tensor]) -> None:
 
 #: Where lines of the log that are no rows are kept.
 BROKEN = "metrics.broken"
+#: The first answers that could not be judged.
+UNSCORED = "unscored.jsonl"
 #: A batch that could not be learned from.
 NONFINITE = "nonfinite.safetensors"
 #: What a run writes besides its folders, and whatever a driver that starts it adds.
 RUN_FILES = (
     *("config.json", "metrics.jsonl", CHECKPOINT, previous_of(Path(CHECKPOINT)).name, BROKEN),
-    *("unscored.jsonl", "samples.jsonl", NONFINITE, REFERENCE),
+    *(UNSCORED, "samples.jsonl", NONFINITE, REFERENCE),
 )
 DRIVER_FILES = ("request.json", "run.log")
 #: What earlier versions wrote, which goes with their runs.
@@ -347,5 +346,5 @@ def note_unscored(path: Path, step: int, unscored: list[dict[str, Any]]) -> None
         reason = unscored[0]["reason"]
         warnings.warn(f"an answer could not be judged, its reward is 0 ({reason}); see {path}", stacklevel=2)
     if unscored and kept < _KEPT:
-        with open(path, "a", encoding="utf-8") as file:
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in unscored[: _KEPT - kept])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels.trainer.checkpoint import CHECKPOINT, NONFINITE, Weights, weights_of
+from entropy_kernels.trainer.checkpoint import NONFINITE, Weights, weights_of
 from entropy_kernels.trainer.files import OwnFiles
 from entropy_kernels.trainer.tensorfile import save_tree
 
@@ -154,14 +154,13 @@ def kept(run: Run, step: Step, *, rows: Tensor | None = None, seed: int = 0) -> 
             **error.batch,
         }
         place = f"step {step.number}" + ("" if rows is None else f", update {len(step.updates) + 1}")
-        goes_on = "; --resume goes on from the last checkpoint" if (step.config.out / CHECKPOINT).exists() else ""
         try:
             save_tree(path, batch)
             command = f"python -m entropy_kernels.trainer replay {shlex.quote(str(path))}"
             told = f"the batch is kept, and this replays it: {command}"
         except OSError as failed:
             told = f"the batch could not be kept ({failed})"
-        raise NonFinite(f"{place}: {error}; no weight was changed; {told}{goes_on}") from error
+        raise NonFinite(f"{place}: {error}; no weight was changed; {told}") from error
 
 
 def _fields(value: Any) -> dict[str, Any]:

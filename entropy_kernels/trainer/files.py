@@ -30,34 +30,77 @@ def scratch_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, keep_old: Path | None = None) -> None:
-    """Call `write` on a temporary file beside `path`, flush it to disk, and move it into place.
+class Unwritable(OSError):
+    """A file cannot be written: which, why, and what is kept."""
 
-    If `write` raises, or the process dies at any point, `path` still holds what it held before. What it held before
-    becomes `keep_old`, if that is given.
+
+@contextmanager
+def writing(path: Path, kept: str = "what was there is kept") -> Iterator[None]:
+    """Within: an error of the system becomes :class:`Unwritable`, which names `path` and says what is `kept`."""
+    try:
+        yield
+    except Unwritable:
+        raise
+    except Exception as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))  # of libraries in Rust: safetensors, tokenizers
+        if code is None and not isinstance(error, OSError):
+            raise
+        reason = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or error
+        raise Unwritable(f"{path}: cannot be written ({reason}); {kept}") from error
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """:func:`make_atomic`, where `write` writes into an open file."""
+
+    def make(name: Path) -> None:
+        with open(name, "wb") as file:
+            write(file)
+
+    make_atomic(path, make)
+
+
+def make_atomic(path: Path, make: Callable[[Path], object], *, keep_old: Path | None = None) -> None:
+    """Let `make` write a file of the name that it is given, flush it to disk, and move it to `path`.
+
+    If `make` raises, or the process dies at any point, `path` still holds what it held before. What it held before
+    becomes `keep_old`, if that is given. The file is made in a folder of its own, for whatever else a library leaves.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = scratch_of(path)
+    _remove(scratch)
     try:
-        with open(scratch, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_old is not None and path.exists():
-            # a second name for the old file first: at no moment is there none under `path`
-            link = scratch_of(keep_old)
-            link.unlink(missing_ok=True)
-            try:
-                os.link(path, link)
-            except OSError:  # a file system without hard links
-                os.replace(path, link)
-            os.replace(link, keep_old)
-        os.replace(scratch, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror or error}); what was there is kept") from error
+        with writing(path):
+            scratch.mkdir()
+            made = scratch / path.name
+            make(made)
+            made.chmod(scratch.stat().st_mode & 0o666)  # as open() makes files; a library may make private ones
+            with open(made, "rb") as file:
+                os.fsync(file.fileno())
+            if keep_old is not None and path.exists():
+                _keep_old(path, keep_old)
+            os.replace(made, path)
+            _sync_folder(path.parent)
     finally:
-        scratch.unlink(missing_ok=True)
+        _remove(scratch)
+
+
+def _remove(path: Path) -> None:
+    """A file, or a folder with what is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _keep_old(path: Path, keep_old: Path) -> None:
+    """Give the file a second name, so that at no moment there is none under `path`."""
+    link = scratch_of(keep_old)
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without hard links
+        os.replace(path, link)
+    os.replace(link, keep_old)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -271,7 +314,7 @@ class OwnFiles:
                 if not match or _alive(int(match["pid"])):
                     continue
                 if (folder / match["name"]).relative_to(self.folder).as_posix() in own | {RECORD}:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+                    _remove(path)
         there = {name for name in own if os.path.lexists(self.folder / name)}
         if there != own:
             self._write(there)

@@ -17,7 +17,7 @@ from typing import Any
 from entropy_kernels._progress import ProgressBoard, in_words
 from entropy_kernels.trainer.checkpoint import BROKEN, CHECKPOINT
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
-from entropy_kernels.trainer.files import write_text
+from entropy_kernels.trainer.files import write_text, writing
 from entropy_kernels.trainer.methods import METHODS, TARGET_ROW
 from entropy_kernels.trainer.trackers import Trackers
 
@@ -197,7 +197,7 @@ def rows_before(path: Path, step: int, last: dict[str, Any] | None) -> list[dict
         )
     if broken:
         aside = path.with_name(BROKEN)
-        with open(aside, "ab") as file:
+        with writing(aside), open(aside, "ab") as file:
             file.write(b"".join(line + b"\n" for line in broken.values()))
         numbers = ", ".join(map(str, broken))
         warnings.warn(f"{path}: line {numbers} is no row and is left out; kept in {aside.name}", stacklevel=3)
@@ -236,7 +236,7 @@ class MetricsLog:
         rows = rows_before(path, keep_before, last) if keep_before else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self.last = rows[-1] if rows else None
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+        self._path, self._file = path, open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         self._trackers = trackers
 
     def write(self, row: dict[str, Any]) -> None:
@@ -246,15 +246,17 @@ class MetricsLog:
             raise ValueError(f"row: expected names from DEFINITIONS, got {', '.join(unknown)}")
         # NaN is no JSON; null reads back as missing
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
         self.last = clean
         if self._trackers is not None:
             self._trackers.write(row)
 
     def close(self) -> None:
         """Flush and close the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
 
 
 # --- the terminal: what is shown of a row beside a bar of _progress.py ------------------------------------------------

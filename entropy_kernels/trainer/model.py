@@ -35,7 +35,7 @@ from entropy_kernels.trainer.causal_lm import (
     save_model,
 )
 from entropy_kernels.trainer.encoding import Encoder, Messages
-from entropy_kernels.trainer.files import OwnFiles, scratch_of
+from entropy_kernels.trainer.files import OwnFiles, scratch_of, writing
 
 #: Label of masked tokens: the ops return 0 for them and do not read what the model gives there.
 IGNORE = -100
@@ -335,14 +335,8 @@ class Policy:
         scratch = scratch_of(files.folder / "config.json")
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            if self._base is self.model:
-                save_model(self.model, scratch)
-            else:
-                with lora.merged(self.model) as state:
-                    save_model(self._base, scratch, state)
-                # False: the hub is not asked whether the vocabulary has grown
-                self.model.save_pretrained(scratch / "adapter", save_embedding_layers=False)
-            self.tokenizer.save_pretrained(scratch)
+            with writing(files.folder):
+                self._export(scratch)
             names = {str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()}
             files.claim(*names)
             files.remove("config.json", *(files.names - names))
@@ -351,6 +345,17 @@ class Policy:
                 os.replace(scratch / name, files.folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _export(self, folder: Path) -> None:
+        """Model and tokenizer, by their own means."""
+        if self._base is self.model:
+            save_model(self.model, folder)
+        else:
+            with lora.merged(self.model) as state:
+                save_model(self._base, folder, state)
+            # False: the hub is not asked whether the vocabulary has grown
+            self.model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        self.tokenizer.save_pretrained(folder)
 
 
 def model_inputs(prompts: Encoded, ids: Tensor, mask: Tensor) -> dict[str, Tensor | None]:

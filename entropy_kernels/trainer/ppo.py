@@ -52,8 +52,8 @@ from entropy_kernels.trainer.advantages import advantages_of, rewards_of_tokens
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import Critic
 from entropy_kernels.trainer.data import data_task
-from entropy_kernels.trainer.faults import check_sampled, clip_gradients, kept
-from entropy_kernels.trainer.files import check_path, locked
+from entropy_kernels.trainer.faults import NonFinite, check_sampled, clip_gradients, kept
+from entropy_kernels.trainer.files import Unwritable, check_path, locked
 from entropy_kernels.trainer.groups import sample_step
 from entropy_kernels.trainer.methods import part_of, surrogate_of
 from entropy_kernels.trainer.model import Policy, loss_of_stats
@@ -156,8 +156,13 @@ def _train(config: TrainerConfig, task: Task, tell: Report, probes: Sequence[Pro
     """Begin the run, or take it up, and let it go on until its end or SIGTERM."""
     run = open_run(config, task, tell, trackers)
     tell("train", run.first, config.steps, {})
-    with closing(run.log), stopped_after_a_step() as stop:
-        _loop(run, config, task, tell, probes, stop)
+    try:
+        with closing(run.log), stopped_after_a_step() as stop:
+            _loop(run, config, task, tell, probes, stop)
+    except (NonFinite, Unwritable) as error:
+        if not (config.out / checkpoint.CHECKPOINT).exists():
+            raise
+        raise type(error)(f"{error}; --resume goes on from the last checkpoint") from error
     return config.out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels._memory import peak_allocated
-from entropy_kernels.trainer.checkpoint import note_unscored
+from entropy_kernels.trainer.checkpoint import UNSCORED, note_unscored
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
 from entropy_kernels.trainer.log import COVARIANCE_COLUMNS
 from entropy_kernels.trainer.methods import controller_of, surrogate_of, without_control
@@ -159,7 +159,7 @@ class RolloutMetrics(Probe):
         if bool(rollout.mask.any()):
             step.row |= covariance_columns(rollout, config)
         if not step.last:
-            note_unscored(config.out / "unscored.jsonl", step.number, rollout.unscored)
+            note_unscored(config.out / UNSCORED, step.number, rollout.unscored)
 
 
 def covariance_columns(rollout: Rollout, config: TrainerConfig) -> dict[str, float]:

@@ -23,7 +23,6 @@ from entropy_kernels.trainer.methods import controller_of, target_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.rollout import Rollout
 from entropy_kernels.trainer.start import first_policy
-from entropy_kernels.trainer.tasks import Task
 from entropy_kernels.trainer.tensorfile import Damaged, load_tree
 
 #: Of what is listed, so many are shown.
@@ -75,7 +74,7 @@ def load_batch(path: Path) -> dict[str, Any]:
     return batch
 
 
-def replay(path: Path, flags: Flags, *, task: Task | None = None) -> Iterator[str]:
+def replay(path: Path, flags: Flags, *, task: Any = None) -> Iterator[str]:
     """The lines of the report; the last begins with "finite" or "not finite". `task`: of a run that was given one.
 
     Raises as :func:`load_batch`, and ValueError for a configuration that cannot work here.
@@ -83,10 +82,9 @@ def replay(path: Path, flags: Flags, *, task: Task | None = None) -> Iterator[st
     batch = load_batch(path)
     config = TrainerConfig.from_dict(batch["config"])
     asked = {name: value for name, value in vars(flags).items() if value is not None}
-    config = dataclasses.replace(config, **asked)
-    config.validate()
+    config, task = ppo.prepared(dataclasses.replace(config, **asked), task)
     torch.set_num_threads(config.threads)
-    policy = first_policy(config, task or ppo.task_of(config))
+    policy = first_policy(config, task)
     checkpoint.put_back(policy, batch["modules"]["policy"])
     as_before = not asked.keys() & {"head", "dtype", "device"}
     kept = _on(batch["rollout"], policy.device)

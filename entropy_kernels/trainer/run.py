@@ -135,7 +135,8 @@ def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers
     # before anything is changed: another run's log is refused
     last = None if saved is None else saved["row"]
     log = MetricsLog(config.out, keep_before=first, last=last, trackers=trackers)
-    keep_before(config.out / SAMPLES, first)
+    for name in (SAMPLES, checkpoint.UNSCORED):
+        keep_before(config.out / name, first)
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
     about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}

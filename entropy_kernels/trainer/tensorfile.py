@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from entropy_kernels.trainer.files import write_atomic
+from entropy_kernels.trainer.files import make_atomic
 
 #: Of the metadata: an object with the checksum, first, and the tree.
 _KEY = "entropy_kernels"
@@ -51,24 +50,19 @@ def save_tree(path: Path, tree: dict[str, Any], *, keep_old: Path | None = None)
     Tensors that lie in memory in one piece are written from where they are. OSError where there is no space: `path` is
     as it was then. TypeError for a value that no tree holds.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     about = json.dumps({"sha256": _UNSEALED, "tree": _packed(tree, "", tensors, {})})
 
-    def write(file: BinaryIO) -> None:
-        try:
-            save_file(tensors, file.name, {_KEY: about})
-        except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error)) from error
-        with open(file.name, "r+b") as written:
+    def make(name: Path) -> None:
+        save_file(tensors, name, {_KEY: about})
+        with open(name, "r+b") as written:
             place, digest = _checksum(written)
             written.seek(place.start(1))
             written.write(digest.encode())
 
-    write_atomic(path, write, keep_old=keep_old)
+    make_atomic(path, make, keep_old=keep_old)
 
 
 def load_tree(path: Path) -> dict[str, Any]:
