@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from verl import DataProto
 from verl.trainer.config import AlgoConfig
 from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.ray_trainer import apply_kl_penalty
 
+import entropy_kernels as ek
 from entropy_kernels.trainer.advantages import advantages_of
+from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import value_loss
+from entropy_kernels.trainer.reference import loss_penalty, reward_penalty
 
 ROWS, LENGTH, SAMPLES = 24, 11, 4
 #: Of prompts, as verl has it.
@@ -114,3 +120,41 @@ def test_value_loss_of_micro_batches(parts: int) -> None:
         for part in rows
     )  # fmt: skip
     torch.testing.assert_close(added, whole, rtol=1e-9, atol=0)
+
+
+# --- the KL divergence from a reference ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_penalty_in_the_reward(seed: int, estimator: str) -> None:
+    given = drawn(seed)
+    mask, logprob, ref_logprob = given["mask"], given["values"] * given["mask"], given["returns"] * given["mask"]
+    batch = {
+        "response_mask": mask.double(), "token_level_scores": given["token_rewards"], "old_log_probs": given["values"],
+        "ref_log_prob": given["returns"],
+    }  # fmt: skip
+    controller = core_algos.FixedKLController(kl_coef=0.3)
+    theirs, metrics = apply_kl_penalty(DataProto.from_dict(tensors=batch), controller, kl_penalty=estimator)
+    config = TrainerConfig(ref_kl_coef=0.3, ref_kl_in="reward", ref_kl_estimator=estimator)
+    ours = given["token_rewards"] - reward_penalty(config, logprob, ref_logprob)
+    torch.testing.assert_close(ours, theirs.batch["token_level_rewards"], rtol=1e-12, atol=1e-12)
+    assert metrics["actor/reward_kl_penalty"] != 0
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+"])
+def test_a_penalty_in_the_loss(estimator: str, mode: str) -> None:
+    given = drawn(0)
+    mask = given["mask"]
+    logprob, other = (given["values"].clone().requires_grad_() for _ in range(2))
+    rollout: Any = SimpleNamespace(ref_logprob=given["returns"])
+    config = TrainerConfig(ref_kl_coef=0.3, ref_kl_estimator=estimator)
+    penalty = loss_penalty(config, rollout, torch.arange(ROWS))
+    ek.policy_loss(
+        logprob, logprob.detach(), torch.zeros(ROWS, LENGTH), mask, loss_agg_mode=mode, **penalty
+    ).loss.backward()
+    kld = core_algos.kl_penalty(other, given["returns"], kl_penalty=estimator)
+    (0.3 * core_algos.agg_loss(loss_mat=kld, loss_mask=mask.double(), loss_agg_mode=mode)).backward()
+    # verl adds 1e-8 to the length of a sequence
+    torch.testing.assert_close(logprob.grad, other.grad, rtol=3e-8, atol=1e-12)
