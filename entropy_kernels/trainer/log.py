@@ -83,6 +83,7 @@ DEFINITIONS = {
     "clipfrac": "share of tokens that the surrogate's clip stops, mean over updates",
     "clipfrac_low": "of these, those with a negative advantage (under ppo clipped from below), mean over updates",
     "clipfrac_high": "those with a positive one (clipped from above), mean over updates",
+    "clipfrac_lower": "share of tokens that the dual clip stops, or another bound of the surrogate, mean over updates",
     "ppo_kl": "mean of old minus new log-prob, mean over updates",
     "ppo_kl_abs": "mean of |old minus new log-prob|, mean over updates",
     "ratio_mean": "mean probability ratio, mean over updates",

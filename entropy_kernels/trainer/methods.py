@@ -162,9 +162,9 @@ def _has_clip(options: Mapping[str, Any]) -> bool:
 def surrogate_of(config: TrainerConfig, controller: ek.Controller | None) -> dict[str, Any]:
     """What a loss takes for its surrogate: the name, its options, and the clips that it reads; PPO's clip is the one
     that the method counts with."""
-    counted = controller is not None and config.surrogate == PPO
+    counted = None if controller is None or config.surrogate != PPO else controller.options
     clips = {
-        name: controller.options[name] if counted else getattr(config, name)
+        name: getattr(config, name) if counted is None else counted[name]
         for name in ek.surrogates()[config.surrogate].clips
     }
     return {"surrogate": config.surrogate, **clips, **config.surrogate_options}

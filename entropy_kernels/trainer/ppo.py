@@ -5,9 +5,10 @@ decide about its tokens and update (:func:`update`); with a target entropy all u
 the first.
 What is measured hangs on the loop as probes and changes nothing.
 Read on in this order: methods.py (what may be done to tokens, one table), rollout.py (sampling, old log-probs),
-advantages.py (estimators, a table too), critic.py and reference.py (what some of them need), model.py (the policy and
-its head), probes.py (what is measured), tasks.py, start.py (where RL starts), run.py (what a step leaves to the next),
-checkpoint.py and files.py (what is written), config.py (every setting). sweep.py runs methods × seeds for report.py.
+advantages.py (estimators, a table too), critic.py and reference.py (what some of them need), groups.py (whose
+completions), model.py (the policy and its head), probes.py (what is measured), tasks.py, start.py (where RL starts),
+run.py (what a step leaves to the next), checkpoint.py and files.py (what is written), config.py (every setting).
+sweep.py runs methods × seeds for report.py.
 
 Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' code, with the configuration's defaults
 (a test compares the numbers):
@@ -23,8 +24,8 @@ Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' c
    candidates, open covariance range (1 to 5), at least one token, value and gradient of dropped tokens zeroed while the
    denominator counts them. KL-Cov likewise: no PPO clip, penalty beta |log p - log p_old|.
 5. The PPO clip is 0.2 / 0.2; the authors' scripts for Clip-Cov set it to 1.
-6. No KL to a reference model, no length penalty, no dynamic sampling; groups of equal rewards stay in the batch with
-   advantage 0.
+6. No KL to a reference model and no dynamic sampling, which there are (ref_kl_coef, dynamic_sampling); no length
+   penalty, which there is not. Groups of equal rewards stay in the batch with advantage 0.
 7. Advantages are divided by the group's standard deviation (the paper's GRPO does this; some of its successors do not)
    and not whitened; there is no critic.
 8. Sampling and scoring both use temperature 1 with no truncation. Validation samples the same way.

@@ -196,8 +196,8 @@ class UpdateMetrics(Probe):
 
 #: Metrics of the losses that the log keeps.
 _LOSS_METRICS = (
-    "clipfrac", "clipfrac_low", "clipfrac_high", "ppo_kl", "ppo_kl_abs", "ratio_mean", "ratio_max", "nonfinite_tokens",
-    "value_clipfrac",
+    "clipfrac", "clipfrac_low", "clipfrac_high", "clipfrac_lower", "ppo_kl", "ppo_kl_abs", "ratio_mean",
+    "ratio_max", "nonfinite_tokens", "value_clipfrac",
 )  # fmt: skip
 #: Those that are normalised by the whole minibatch: its parts add up.
 _SUMMED = ("pg_loss", "value_loss")
