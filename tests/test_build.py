@@ -179,7 +179,7 @@ def test_the_docs_name_the_window_and_what_an_extra_installs() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|", page, re.MULTILINE))
     extras = re.search(r"\[project\.optional-dependencies\](.*?)\n\[", PROJECT, re.DOTALL)[1]  # type: ignore[index]
     listed = dict(re.findall(r"^(\w+) = \[(.*?)\](?:$| #)", extras, re.MULTILINE | re.DOTALL))
-    documented = ["triton", "analysis", "train", "lora", "trackers", "smollm2", "bench"]
+    documented = ["triton", "analysis", "train", "lora", "trackers", "smollm2", "math", "bench"]
     assert list(listed) == [*documented, "dev"] and set(rows) == set(listed)
     for name in documented:
         for requirement in re.findall(r'"([\w-]+)', listed[name]):

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("tyro")
 
 from entropy_kernels._console import print_text
-from entropy_kernels.trainer import sweep
+from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig, idle
 from entropy_kernels.trainer.files import write_json
@@ -152,7 +152,7 @@ def test_a_run_says_what_it_does_and_for_how_long(tmp_path: Path, capsys: pytest
     assert re.fullmatch(
         r"GRPO on walk, model tiny: 240 steps after 800 of a supervised start into runs/single; about \d+ \w+ on 1 "
         r"idle core\. Ctrl-C stops; --resume goes on from the last checkpoint, one every 60 steps\.",
-        announced(TrainerConfig()),
+        announced(ppo.prepared(TrainerConfig())[0]),
     )
     other = TrainerConfig(model="smollm2", target_entropy="0.4", warm_steps=0, save_every=0, device="cpu")
     assert announced(other) == (

@@ -391,7 +391,7 @@ def test_the_recorded_call_is_the_call(command: str, tmp_path: Path, monkeypatch
     seed = "--seeds" if sweep.SWEEPS[command].flags.seeds else "--seed"
     asked = ["--out", str(tmp_path / "a b"), seed, "3", "--steps", "5", "--reuse", "--no-control"]
     assert main([command, *asked, "--torch-ops", "none"]) == 0
-    assert main(shlex.split(sweep.command_line(command, seen[0], TrainerConfig()))[3:]) == 0
+    assert main(shlex.split(sweep.command_line(command, seen[0], TrainerConfig(warm_steps=800)))[3:]) == 0
     assert seen[1] == dataclasses.replace(seen[0], warm_steps=800, eval_every=seen[0].eval_every or 8)
 
 

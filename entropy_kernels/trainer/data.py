@@ -35,9 +35,7 @@ def check_names(config: TrainerConfig) -> None:
     if config.data is None:
         for name in ("reward", "eval_data"):
             if getattr(config, name) is not None:
-                raise ValueError(
-                    f"{name}: expected none without data, got {getattr(config, name)}; --data FILE names it"
-                )
+                raise ValueError(f"{name}: expected none without data (--data FILE), got {getattr(config, name)}")
     elif not isinstance(config.reward, str):
         raise ValueError(f"reward: expected {KINDS} beside data = {config.data}, got {config.reward or 'none'}")
     elif config.task != "walk":
