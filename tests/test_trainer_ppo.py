@@ -247,9 +247,9 @@ def test_explained_variance_by_hand() -> None:
 def rollout_of(settings: TrainerConfig, *, double: bool = False) -> tuple[Rollout, Policy, Critic | None]:
     policy = build_policy(settings, EasyTask())
     critic = critic_of(settings, policy)
-    for module in (policy.model, critic):
-        if double and module is not None:
-            module.double()
+    for learner in (policy.model, critic.module if critic else None):
+        if double and learner is not None:
+            learner.double()
     generator = torch.Generator().manual_seed(0)
     return ppo.collect(policy, EasyTask(), settings, step=0, generator=generator, critic=critic), policy, critic
 
@@ -282,7 +282,7 @@ def test_an_update_is_adamw_on_policy_and_value_gradients(kind: str, micro_batch
     rollout = moved_rollout(rollout, policy, critic, settings)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr, weight_decay=0.0)
     rows = torch.tensor([3, 0, 9, 12, 6, 5])
-    before = {id(p): p.detach().clone() for module in (policy.model, critic) for p in module.parameters()}
+    before = {id(p): p.detach().clone() for module in (policy.model, critic.module) for p in module.parameters()}
 
     # by hand: everything from the model's own logits and hidden states
     prompts, ids, mask = rollout.prompts[rows], rollout.ids[rows], rollout.mask[rows]
@@ -296,7 +296,7 @@ def test_an_update_is_adamw_on_policy_and_value_gradients(kind: str, micro_batch
     ratio = (logp.gather(-1, ids[..., None])[..., 0] - rollout.old_logprob[rows]).exp()
     advantages = rollout.advantages[rows]
     surrogate = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
-    trunk = policy.model.model if kind == "shared" else critic.backbone  # type: ignore[union-attr]
+    trunk = policy.model.model if kind == "shared" else critic.module["backbone"]
     hidden = trunk(**inputs)[0][:, -length - 1 : -1]
     values = hidden @ critic.head.weight[0] + critic.head.bias[0]
     old, returns = rollout.values[rows], rollout.returns[rows]  # type: ignore[index]
@@ -304,7 +304,7 @@ def test_an_update_is_adamw_on_policy_and_value_gradients(kind: str, micro_batch
     squares = torch.maximum((values - returns) ** 2, (near - returns) ** 2)
     policy_loss, critic_loss = surrogate[mask].sum() / mask.sum(), 0.5 * squares[mask].sum() / mask.sum()
     total = policy_loss + (0.7 if kind == "shared" else 1.0) * critic_loss
-    weights = [[*policy.model.parameters()], [*critic.parameters()]]
+    weights = [[*policy.model.parameters()], [*critic.module.parameters()]]
     grads = torch.autograd.grad(total, [p for group in weights for p in group])
     clipped = (squares - (values - returns) ** 2 > 0) & mask
     assert clipped.any() and not clipped[mask].all() and (ratio[mask] > 1.2).any() and (ratio[mask] < 0.8).any()
@@ -441,6 +441,25 @@ def test_another_estimator_on_resume_begins_its_critic_anew(tmp_path: Path) -> N
     assert row["critic_lr"] == 5e-4 and row["value_mean"] != 0
     (group,) = checkpoint.load_checkpoint(out / checkpoint.CHECKPOINT)["optimizers"]["critic"]["param_groups"]
     assert group["lr"] == 5e-4 and group["weight_decay"] == 0.01
+
+
+def test_a_critic_beside_an_adapter_shares_what_is_not_trained(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    settings = {**kind_of("gae-separate"), "lora_rank": 2}
+    ppo.train(config(tmp_path / "whole", **settings))
+    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 2}))
+    ppo.train(config(tmp_path / "halves", **settings, resume=True))
+    one, other = saved(tmp_path / "whole"), saved(tmp_path / "halves")
+    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+    kept = {key.removeprefix("/modules/critic/") for key in one if key.startswith("/modules/critic/")}
+    assert all("lora" in key or key in ("head.weight", "head.bias", "frozen_weights") for key in kept)
+    assert any("lora" in key for key in kept)
+    policy = build_policy(config(tmp_path, **settings), EasyTask())
+    critic = critic_of(config(tmp_path, **settings), policy)
+    assert critic is not None
+    ours, policys = ({id(p): p for p in module.parameters()} for module in (critic.module, policy.model))
+    assert {p.requires_grad for key, p in ours.items() if key in policys} == {False}
+    assert all(p.requires_grad for key, p in ours.items() if key not in policys)
 
 
 def test_mixed_precision_keeps_the_critic_in_float32(tmp_path: Path) -> None:

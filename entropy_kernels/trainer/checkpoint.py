@@ -17,6 +17,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.critic import Critic
 from entropy_kernels.trainer.files import OwnFiles, read_json, writing
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.reference import REFERENCE
@@ -28,7 +29,7 @@ FORMAT = 3
 CHECKPOINT, _EARLIER = "checkpoint.safetensors", "checkpoint.pt"
 
 #: What a checkpoint has the tensors of: a module, a policy, or a state dict of those that are trained.
-Weights = torch.nn.Module | Policy | Mapping[str, Tensor]
+Weights = torch.nn.Module | Policy | Critic | Mapping[str, Tensor]
 
 
 def previous_of(path: Path) -> Path:

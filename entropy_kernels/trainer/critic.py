@@ -10,6 +10,7 @@ A critic is in the checkpoint and nowhere else: what a run exports is the policy
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import entropy_kernels as ek
 from entropy_kernels.trainer.advantages import ESTIMATORS
 from entropy_kernels.trainer.causal_lm import base_of, call, in_training_mode
+from entropy_kernels.trainer.lora import load_trained_state, trained_state
 from entropy_kernels.trainer.model import Encoded, Policy, model_inputs
 
 if TYPE_CHECKING:
@@ -39,25 +41,34 @@ def check_critic(config: TrainerConfig) -> None:
         )
 
 
-class Critic(nn.Module):
+class Critic:
     """A value head on hidden states that subclasses give, and its optimizer."""
 
     #: Coefficient of the loss.
     coefficient = 1.0
 
     def __init__(self, config: TrainerConfig, policy: Policy) -> None:
-        super().__init__()
         self.config = config
         width = base_of(policy.model).config.get_text_config().hidden_size
         self.head = nn.utils.skip_init(nn.Linear, width, 1, device=policy.device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self._build(policy)
-        self.optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+        #: All that is the critic's own, by name.
+        self.module = nn.ModuleDict({"head": self.head, **self._beside(policy)})
+        self.optimizer = torch.optim.AdamW([p for p in self.module.parameters() if p.requires_grad])
         self.set_options()
 
-    def _build(self, policy: Policy) -> None:
+    def _beside(self, policy: Policy) -> dict[str, nn.Module]:
         """What there is beside the head."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it."""
+        return trained_state(self.module)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state_dict`. Raises RuntimeError for the state of another critic."""
+        load_trained_state(self.module, state)
 
     def set_options(self) -> None:
         """Give the optimizer the configuration's options."""
@@ -104,22 +115,26 @@ class Critic(nn.Module):
 class SharedCritic(Critic):
     """On the policy's own hidden states."""
 
-    def _build(self, policy: Policy) -> None:
-        self.coefficient = self.config.value_coef
+    def __init__(self, config: TrainerConfig, policy: Policy) -> None:
+        super().__init__(config, policy)
+        self.coefficient = config.value_coef
 
     def hidden(self, policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor, outputs: Tensor) -> Tensor:
         return outputs
 
 
 class SeparateCritic(Critic):
-    """On those of a copy of the policy's network."""
+    """On those of a copy of the policy's network; weights that are not trained, those below an adapter, are shared."""
 
-    def _build(self, policy: Policy) -> None:
-        self.backbone = copy.deepcopy(ek.hf.causal_lm_parts(base_of(policy.model)).backbone)
+    def _beside(self, policy: Policy) -> dict[str, nn.Module]:
+        backbone = ek.hf.causal_lm_parts(base_of(policy.model)).backbone
+        shared = {id(p): p for p in backbone.parameters() if not p.requires_grad}
+        return {"backbone": copy.deepcopy(backbone, shared)}
 
     def hidden(self, policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor, outputs: Tensor) -> Tensor:
-        with policy.precision(), in_training_mode(self.backbone):
-            found: Tensor = call(self.backbone, **model_inputs(prompts, ids, mask), use_cache=False)[0]
+        backbone = self.module["backbone"]
+        with policy.precision(), in_training_mode(backbone):
+            found: Tensor = call(backbone, **model_inputs(prompts, ids, mask), use_cache=False)[0]
         return found[:, -ids.shape[1] - 1 : -1]
 
 

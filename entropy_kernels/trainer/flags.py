@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -71,7 +71,7 @@ def _values(tyro: Any, info: Any) -> Any:
         if choices and word not in choices:
             raise ValueError(f"expected one of {', '.join(choices)}, got {word!r}{did_you_mean(word, choices)}")
         try:
-            return {Path: _path, bool: _boolean}.get(kind, kind)(word)
+            return _READERS.get(kind, kind)(word)
         except ValueError:
             expected = {int: "an integer", float: "a number", bool: "true, false"}[kind] + " or none" * optional
             raise ValueError(f"expected {expected}, got {word!r}") from None
@@ -87,7 +87,7 @@ def _values(tyro: Any, info: Any) -> Any:
     )
 
 
-_METAVARS = {bool: "true|false"}
+_METAVARS: dict[Any, str] = {bool: "true|false"}
 
 
 def _path(word: str) -> Path:
@@ -98,6 +98,9 @@ def _boolean(word: str) -> bool:
     if word.lower() not in ("true", "false"):
         raise ValueError
     return word.lower() == "true"
+
+
+_READERS: dict[Any, Callable[[str], Any]] = {Path: _path, bool: _boolean}
 
 
 def _option(word: str) -> tuple[str, Any]:

@@ -7,7 +7,7 @@ exported is the model with the adapter merged into copies of its weights, and th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,24 @@ def merged(model: Any) -> Iterator[dict[str, Tensor]]:
         with torch.no_grad():
             for key, p in weights.items():
                 p.copy_(before[key])
+
+
+def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The state of a model but for weights that are not trained, of which a fingerprint stands there."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    state = {name: value for name, value in model.state_dict().items() if name not in frozen}
+    return {**state, FROZEN: fingerprint(model)} if frozen else state
+
+
+def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The inverse of :func:`trained_state`. Raises RuntimeError for the state of another model."""
+    state, own = dict(state), trained_state(model)
+    frozen, ours = state.pop(FROZEN, None), own.pop(FROZEN, None)
+    if own.keys() != state.keys():
+        raise RuntimeError("state: expected that of this model, got one of other parameters")
+    if ours is not None and not torch.allclose(ours, frozen, rtol=1e-9, atol=1e-9):  # type: ignore[arg-type]
+        raise RuntimeError("state: expected an adapter of this model, got one of a model with other weights")
+    model.load_state_dict(state, strict=False)
 
 
 @torch.no_grad()

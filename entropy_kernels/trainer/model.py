@@ -150,21 +150,12 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: its state but for weights that are not trained, of which a fingerprint
-        stands there."""
-        frozen = {n for n, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        state = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
-        return {**state, lora.FROZEN: lora.fingerprint(self.model)} if frozen else state
+        """What a checkpoint holds of the model."""
+        return lora.trained_state(self.model)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`state_dict`. Raises RuntimeError for the state of another model."""
-        state, own = dict(state), self.state_dict()
-        frozen, ours = state.pop(lora.FROZEN, None), own.pop(lora.FROZEN, None)
-        if own.keys() != state.keys():
-            raise RuntimeError("state: expected that of this model, got one of other parameters")
-        if ours is not None and not torch.allclose(ours, frozen, rtol=1e-9, atol=1e-9):  # type: ignore[arg-type]
-            raise RuntimeError("state: expected an adapter of this model, got one of a model with other weights")
-        self.model.load_state_dict(state, strict=False)
+        lora.load_trained_state(self.model, state)
 
     @property
     def backend(self) -> str:

@@ -340,7 +340,7 @@ def update(
         )  # fmt: skip
         losses.append(ek.PolicyLoss(result.loss.detach(), result.metrics))
         controls.append(control)
-    learners = {"policy": policy.model, **({} if critic is None else {"critic": critic})}
+    learners = {"policy": policy.model, **({} if critic is None else {"critic": critic.module})}
     norms = clip_gradients(learners, losses, config.grad_clip)  # what is not finite ends here
     for each in optimizers:
         each.step()

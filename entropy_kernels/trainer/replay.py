@@ -153,7 +153,7 @@ def _update(
     critic, modules = critic_of(config, policy), {"policy": policy.model}
     if critic is not None:
         checkpoint.put_back(critic, batch["modules"]["critic"])
-        critic.optimizer, modules["critic"] = Still(critic), critic  # type: ignore[assignment]
+        critic.optimizer, modules["critic"] = Still(critic.module), critic.module  # type: ignore[assignment]
     try:
         made = ppo.update(
             policy, optimizer, rollout, rows, config, decides, seed=batch["seed"], plan=plan, critic=critic,
