@@ -18,9 +18,11 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
-from entropy_kernels.trainer import causal_lm, ppo, start  # noqa: E402
+from entropy_kernels.trainer import causal_lm, checkpoint, ppo, start  # noqa: E402
 from entropy_kernels.trainer.checkpoint import CHECKPOINT, load_checkpoint  # noqa: E402
 from entropy_kernels.trainer.config import TrainerConfig, idle  # noqa: E402
+from entropy_kernels.trainer.critic import critic_of  # noqa: E402
+from entropy_kernels.trainer.data import Row, data_task  # noqa: E402
 from entropy_kernels.trainer.encoding import Encoder, end_ids_of  # noqa: E402
 from entropy_kernels.trainer.model import Policy  # noqa: E402
 from entropy_kernels.trainer.start import build_policy, load_model, load_policy, word_tokenizer  # noqa: E402
@@ -603,3 +605,30 @@ def test_a_start_from_before_tokenizers_had_the_begin_token(tmp_path: Path) -> N
         == [[1, 14, 59]]
         == build_policy(TINY, EasyTask()).encode(["12 57"]).ids.tolist()
     )
+
+
+def test_prompts_of_data_are_measured_before_training(tmp_path: Path) -> None:
+    class Data(Uneven):
+        def known(self) -> list[Prompt]:  # type: ignore[override]
+            return [Prompt("1 2"), Row(" ".join(["7"] * 60), {}, "rows.jsonl, line 3")]
+
+    settings = dataclasses.replace(TINY, model=".", max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"at most 60 tokens, .* got 61 in '<bos> 7 .* \(rows.jsonl, line 3\)"):
+        start._finish(make("llama"), word_tokenizer(WORDS, end=True), settings, Data())
+    start._finish(
+        make("llama"), word_tokenizer(WORDS, end=True), dataclasses.replace(settings, max_new_tokens=3), Data()
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    task = data_task(dataclasses.replace(TINY, data=str(tmp_path / "rows.jsonl"), reward="exact"))
+    assert sorted(prompt.text for prompt in task.known()) == ["a", "b"]
+
+
+def test_a_critic_on_adapters_is_checkpointed_without_the_weights_below(tmp_path: Path) -> None:
+    policy = policy_of(lora_rank=2)
+    critic = critic_of(dataclasses.replace(TINY, advantage="gae", critic="separate"), policy)
+    assert critic is not None
+    saved = checkpoint.weights_of(critic)
+    assert all("lora_" in name or name.startswith("head.") or name == "frozen_weights" for name in saved)
+    checkpoint.put_back(critic, {name: value.clone() for name, value in saved.items()})
+    with pytest.raises(RuntimeError, match="other weights"):
+        checkpoint.put_back(critic, {**saved, "frozen_weights": saved["frozen_weights"] + 1})

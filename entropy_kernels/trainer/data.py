@@ -163,6 +163,10 @@ class DataTask(Task):
         run, step = divmod(seed, SEED_STRIDE)
         return [self._rows[i] for i in self._stream(run, step * count, count)]
 
+    def known(self) -> Sequence[Prompt]:
+        """All rows."""
+        return [*self._rows, *self._held]
+
     def _stream(self, run: int, first: int, count: int) -> Iterator[int]:
         for position in range(first, first + count):
             epoch, place = divmod(position, len(self._rows))

@@ -107,12 +107,13 @@ def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> N
     frozen, ours = state.pop(FROZEN, None), own.pop(FROZEN, None)
     if own.keys() != state.keys():
         raise RuntimeError("state: expected that of this model, got one of other parameters")
-    if ours is not None and not torch.allclose(ours, frozen, rtol=1e-9, atol=1e-9):  # type: ignore[arg-type]
+    same = frozen is not None and ours is not None and ours.shape == frozen.shape
+    if ours is not None and not (same and torch.allclose(ours, frozen, rtol=1e-9, atol=1e-9)):
         raise RuntimeError("state: expected an adapter of this model, got one of a model with other weights")
     model.load_state_dict(state, strict=False)
 
 
 @torch.no_grad()
-def fingerprint(model: Any) -> Tensor:
-    """One number per weight that is not trained, float64, on the CPU: an adapter fits onto no other model."""
-    return torch.stack([p.sum(dtype=torch.float64).cpu() for p in model.parameters() if not p.requires_grad])
+def fingerprint(module: torch.nn.Module) -> Tensor:
+    """One number per weight that is not trained, float64, on the CPU: what is trained fits onto no other model."""
+    return torch.stack([p.sum(dtype=torch.float64).cpu() for p in module.parameters() if not p.requires_grad])

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,8 +37,13 @@ from entropy_kernels.trainer.causal_lm import (
 from entropy_kernels.trainer.encoding import Encoder, Messages
 from entropy_kernels.trainer.files import OwnFiles, scratch_of, writing
 
+if TYPE_CHECKING:
+    from entropy_kernels.trainer.tasks import Prompt
+
 #: Label of masked tokens: the ops return 0 for them and do not read what the model gives there.
 IGNORE = -100
+#: More tokens than a chat template puts around a prompt, a system prompt not counted.
+_OF_TEMPLATE = 400
 
 
 @dataclass
@@ -210,7 +215,18 @@ class Policy:
         """Text of completions, without special tokens."""
         return self.encoder.decode(completions.ids, completions.mask)
 
-    def _check_room(self, prompts: Encoded, max_new_tokens: int) -> None:
+    def check_lengths(self, prompts: Iterable[Prompt], max_new_tokens: int) -> None:
+        """Raise ValueError for the first prompt that leaves too little room for a completion."""
+        longest = longest_of(self._base)
+        for prompt in prompts:
+            # a token is a byte at least, and a character has four at most: most need not be encoded
+            if (
+                longest is not None
+                and 4 * len(f"{self.encoder.system_prompt}{prompt.text}") + _OF_TEMPLATE > longest - max_new_tokens
+            ):
+                self._check_room(self.encode([prompt.text]), max_new_tokens, getattr(prompt, "place", ""))
+
+    def _check_room(self, prompts: Encoded, max_new_tokens: int, place: str = "") -> None:
         """Raise ValueError if a prompt and its completion would be longer than what the model was made for."""
         longest, lengths = longest_of(self._base), prompts.mask.sum(1)
         if longest is not None and prompts.ids.shape[1] + max_new_tokens > longest:
@@ -219,7 +235,7 @@ class Policy:
             raise ValueError(
                 f"prompt, max_new_tokens: expected a prompt of at most {longest - max_new_tokens} tokens, as the model "
                 f"has {longest} positions and completions have up to {max_new_tokens}, got {int(lengths[row])} in "
-                f"{text!r:.80}"
+                f"{text!r:.80}{place and f' ({place})'}"
             )
 
     def outputs(self, prompts: Encoded, ids: Tensor, mask: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def _finish(model: Any, tokenizer: Any, config: TrainerConfig, task: Task) -> Po
         mixed=config.dtype == "mixed",
     )
     policy.encoder.check()
+    policy.check_lengths(task.known(), config.max_new_tokens or task.max_new_tokens)
     check_policy(policy, checkpointing=config.gradient_checkpointing)
     return policy
 

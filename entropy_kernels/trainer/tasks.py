@@ -11,7 +11,7 @@ import ast
 import difflib
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -86,6 +86,10 @@ class Task:
     def words(self) -> list[str] | None:
         """The words of a word-level tokenizer that covers the task, or None if the task needs a general one."""
         return None
+
+    def known(self) -> Sequence[Prompt]:
+        """All prompts, where they are not made as they are asked for: their lengths are looked at before training."""
+        return ()
 
     def _scorer(self) -> Callable[..., Any]:
         """What is asked in this process."""
