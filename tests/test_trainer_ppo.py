@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from entropy_kernels.trainer import checkpoint, ppo
+from entropy_kernels.trainer import checkpoint, ppo, sweep
 from entropy_kernels.trainer.advantages import ESTIMATORS, advantages_of, rewards_of_tokens, whitened
 from entropy_kernels.trainer.config import TrainerConfig, idle
 from entropy_kernels.trainer.critic import Critic, critic_of, value_loss
@@ -471,6 +471,13 @@ def test_mixed_precision_keeps_the_critic_in_float32(tmp_path: Path) -> None:
         assert {value.dtype for value in kept.values()} == {torch.float32} and bool(
             kept["/modules/critic/head.weight"].any()
         )
+
+
+def test_the_experiment_at_the_start_of_a_sweep_has_a_critic_too(tmp_path: Path) -> None:
+    settings = config(tmp_path, advantage="gae")
+    build_policy(settings, EasyTask()).save(tmp_path / "model")
+    found = sweep.start_experiment(settings, tmp_path / "model")
+    assert len(found["predicted"]) == len(found["measured"]) > 0
 
 
 # --- the configuration -----------------------------------------------------------------------------------------------

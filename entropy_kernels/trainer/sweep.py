@@ -381,6 +381,7 @@ def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoar
 
 def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[float]]:
     """Measured and predicted entropy change with the logits of the start as parameters; see `logits_as_parameters`."""
+    from entropy_kernels.trainer.critic import critic_of
     from entropy_kernels.trainer.ppo import collect
     from entropy_kernels.trainer.probes import logits_as_parameters
 
@@ -389,7 +390,7 @@ def start_experiment(config: TrainerConfig, directory: Path) -> dict[str, list[f
     policy = load_policy(directory, config, task)
     sampler = torch.Generator(policy.device).manual_seed(config.seed)
     with asked(task, config):
-        rollout = collect(policy, task, config, step=0, generator=sampler)
+        rollout = collect(policy, task, config, step=0, generator=sampler, critic=critic_of(config, policy))
     row = 8 * rollout.ids.shape[1] * policy.vocab_size  # bytes of its logits
     rows = max(1, min(128, _EXPERIMENT_BYTES // row))
     return logits_as_parameters(policy, rollout, temperature=config.temperature, rows=rows)
