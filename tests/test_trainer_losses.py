@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer import run as trainer_run
+from entropy_kernels.trainer.advantages import advantages_of
 from entropy_kernels.trainer.config import HEADS, TrainerConfig, check_resumable, idle
 from entropy_kernels.trainer.groups import ROUND_STRIDE
 from entropy_kernels.trainer.methods import controller_of, options_of, surrogate_of
@@ -347,6 +348,29 @@ def test_a_penalty_in_the_reward_by_hand(tmp_path: Path, estimator: str) -> None
                 torch.testing.assert_close(got, expected[:, None].expand_as(got), rtol=1e-3, atol=1e-3)
         assert rows[i]["ref_kl"] == pytest.approx(float(kl_by_hand(difference, "k3")[rollout.mask].mean()), abs=1e-6)
     assert rows[0]["ref_kl"] == 0 and rows[2]["ref_kl"] > 1e-4
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"])
+def test_a_penalty_in_the_reward_reaches_every_estimator(tmp_path: Path, advantage: str) -> None:
+    kept = Keeps()
+    changes = {"ref_kl_coef": 0.5, "ref_kl_in": "reward", "ref_kl_estimator": "k1", "lr": 0.03, "advantage": advantage}
+    ppo.train(config(tmp_path / "run", **{**SHORT, **changes}), probes=[kept])
+    rollout, length = kept.rollouts[1], kept.rollouts[1].ids.shape[1]
+    now, then = (logprob_of(model, rollout)[0].detach().float() for model in reversed(kept.models[:2]))
+    rewards = -0.5 * (now - then)
+    assert float(rewards.abs().max()) > 1e-3
+    rewards[:, length - 1] += rollout.rewards.flatten()  # all are of one length
+    made = advantages_of(advantage, rewards, rollout.mask, samples=4, values=rollout.values)
+    torch.testing.assert_close(rollout.advantages, made.advantages, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "mixed"}, {"gradient_checkpointing": True}, {"head": "torch"}, {"micro_batches": 2}]
+)
+def test_a_reference_is_the_policy_at_first_however_it_is_trained(tmp_path: Path, changes: dict[str, Any]) -> None:
+    ppo.train(config(tmp_path / "run", **SHORT, ref_kl_coef=0.5, **changes))
+    rows = rows_without_times(tmp_path / "run")
+    assert rows[0]["ref_kl"] == 0 and rows[1]["ref_kl"] > 0
 
 
 @pytest.mark.parametrize("place", ["loss", "reward"])
