@@ -14,8 +14,8 @@ RIGHT = 1.0
 def rollout_columns(rollout: Rollout) -> dict[str, float]:
     """All of them, in float64. What would describe no token, or no completion, is left out."""
     return {
-        **lengths(rollout),
         **rewards(rollout.sampled_rewards),
+        **lengths(rollout),
         **spread("advantage", rollout.advantages[rollout.mask]),
         **value_columns(rollout),
     }
@@ -35,7 +35,7 @@ def lengths(rollout: Rollout) -> dict[str, float]:
 def rewards(given: Tensor) -> dict[str, float]:
     """Of rewards (prompts, samples): how far they are apart, and in how many groups there is something to learn."""
     right, mixed = given >= RIGHT, (given != given[:, :1]).any(dim=1)
-    found = spread("reward", given) | {"reward": float(given.mean())}
+    found = {"reward": float(given.mean()), **spread("reward", given)}
     del found["reward_mean"]  # the same
     if given.shape[1] > 1:
         found["reward_group_std"] = float(given.double().std(dim=1).mean())
