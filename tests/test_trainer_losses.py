@@ -20,6 +20,7 @@ from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer import run as trainer_run
 from entropy_kernels.trainer.advantages import advantages_of
 from entropy_kernels.trainer.config import HEADS, TrainerConfig, check_resumable, idle
+from entropy_kernels.trainer.faults import NonFinite
 from entropy_kernels.trainer.groups import ROUND_STRIDE
 from entropy_kernels.trainer.methods import controller_of, options_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded, Policy
@@ -203,7 +204,10 @@ def test_decisions_count_the_clip_of_ppo_alone() -> None:
         ({"surrogate_options": {"delta": "x"}}, r"surrogate_options: delta: expected a number, got str"),
         ({"dual_clip": 1.0}, r"dual_clip: expected > 1 or None, got 1.0"),
         ({"surrogate": "cispo_trl"}, r"clip_high: expected above 1 under cispo_trl.*got 0.2"),
-        ({"surrogate": "gspo", "method": "kl_cov"}, r"surrogate: expected ppo under kl_cov, whose .*, got gspo"),
+        (
+            {"surrogate": "gspo", "method": "kl_cov"},
+            r"surrogate: expected ppo under kl_cov, whose .*, got gspo; leave one out",
+        ),
         ({"surrogate": "gspo", "method": "random_penalized"}, r"surrogate: expected ppo under random_penalized"),
         (
             {"surrogate": "gpg", "method": "clip_cov", "method_options": {"preset": "paper"}},
@@ -417,6 +421,13 @@ def with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
         return ppo.train(config(tmp_path_factory.mktemp("reference") / "run", **SHORT, ref_kl_coef=0.5))
+
+
+def test_a_reference_that_is_not_finite_stops_the_run(tmp_path: Path, with_reference: Path) -> None:
+    out = Path(shutil.copytree(with_reference, tmp_path / "run"))
+    save_tree(out / REFERENCE, {n: torch.full_like(x, torch.nan) for n, x in load_tree(out / REFERENCE).items()})
+    with pytest.raises(NonFinite, match=r"step 1: log-probs of 112 tokens under the reference are not finite"):
+        ppo.train(config(out, **{**SHORT, "ref_kl_coef": 0.5, "steps": 2, "resume": True}))
 
 
 def test_a_run_without_a_reference_has_none_to_go_on_with(run: Path) -> None:  # noqa: F811

@@ -234,7 +234,8 @@ def _check_beside(name: str, config: TrainerConfig) -> None:
         preset = config.method_options.get("preset", "")
         if not _has_clip({**of_method.options, **of_method.presets.get(preset, {})}):
             raise ValueError(
-                f"surrogate: expected {PPO} under {config.method}, whose own loss is -A r without a clip, got {name}"
+                f"surrogate: expected {PPO} under {config.method}, whose own loss is -A r without a clip, got {name}; "
+                "leave one out"
             )
     beside = sorted({*CLIPS} & config.method_options.keys())
     if beside:

@@ -258,6 +258,7 @@ def collect(
     if reference is not None:
         parts, scored = row_slices(config, len(encoded.ids)), (encoded, completions.ids, completions.mask)
         ref_logprob = reference.logprob(parts, *scored, temperature=config.temperature)
+        check_sampled(encoded, completions, ref_logprob, "under the reference")
     seconds = dict(
         zip(("sample", "verify", "score"), (*sampled.groups.seconds, time.perf_counter() - started), strict=True)
     )
