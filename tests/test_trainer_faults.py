@@ -19,7 +19,7 @@ from entropy_kernels.trainer.critic import Critic
 from entropy_kernels.trainer.faults import NonFinite
 from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.probes import Probe, Step
-from entropy_kernels.trainer.start import build_policy
+from entropy_kernels.trainer.start import build_policy, warm_start
 from entropy_kernels.trainer.tensorfile import load_tree, save_tree
 from trainer_setup import SHORT, TINY, EasyTask, config, contents, easy, rows_without_times  # noqa: F401
 
@@ -179,6 +179,15 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
             config(tmp_path, **{**SETTINGS, "steps": 2, "save_every": 0, "resume": True}), probes=[Late(NORM, 1.0)]
         )
     assert contents(tmp_path)["checkpoint.safetensors"] == saved
+
+
+def test_a_supervised_start_that_is_not_finite_ends(tmp_path: Path) -> None:
+    policy, settings = build_policy(TINY, EasyTask()), dataclasses.replace(TINY, warm_steps=3, warm_batch=4)
+    dict(policy.model.named_parameters())[NORM].data[0] = float("nan")
+    with pytest.raises(
+        FloatingPointError, match=r"^warm_lr: .* with finite losses, got nan after 3 steps at 0\.003; take"
+    ):
+        warm_start(policy, EasyTask(), settings)
 
 
 def test_a_reward_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

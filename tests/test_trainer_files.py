@@ -31,7 +31,9 @@ trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
 # --- the user's files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["thesis.txt", "model.txt", "notes/metrics.jsonl", ".checkpoint.safetensors.tmp"])
+@pytest.mark.parametrize(
+    "name", ["thesis.txt", "model.txt", "notes/metrics.jsonl", ".checkpoint.safetensors.tmp", "checkpoint.pt"]
+)
 def test_files_beside_a_run_stay(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("x")
@@ -396,8 +398,11 @@ def test_leftovers_of_the_living_and_of_others_stay(tmp_path: Path) -> None:
     ]
     for name in gone + stay:
         (tmp_path / name).write_text("half")
+    (tmp_path / f".checkpoint.safetensors.{dead + 1}.tmp").mkdir()  # with what a library writes on its way
+    (tmp_path / f".checkpoint.safetensors.{dead + 1}.tmp" / ".tmpAbCdEf").write_text("half")
     files.tidy()
     assert set(contents(tmp_path)) == set(stay)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "csv"]
 
 
 def test_a_name_that_was_claimed_and_not_used_is_the_users_again(tmp_path: Path) -> None:

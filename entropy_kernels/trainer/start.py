@@ -186,8 +186,15 @@ def warm_start(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if on_step is not None and (step % 10 == 9 or step == steps - 1):
-            on_step(step + 1, float(loss.detach()))
+        if step % 10 == 9 or step == steps - 1:
+            told = float(loss.detach())
+            if not math.isfinite(told):
+                raise FloatingPointError(
+                    f"warm_lr: expected a supervised start with finite losses, got {told:g} after {step + 1} steps at "
+                    f"{config.warm_lr:g}; take a lower one"
+                )
+            if on_step is not None:
+                on_step(step + 1, told)
 
 
 def _rate(step: int, steps: int, config: TrainerConfig) -> float:
