@@ -281,6 +281,15 @@ def test_data_trains_and_goes_on_bit_for_bit(folder: Path, model: Path) -> None:
     assert rows_without_times(folder / "inside") == whole
 
 
+def test_a_prompt_that_the_model_cannot_take_is_found_before_its_step(folder: Path, model: Path) -> None:
+    chat = {"prompt": [{"role": "user", "content": "3 + 4 ="}], "answer": "7"}
+    (folder / "data.jsonl").write_text(write_data(folder / "data.jsonl", 60).read_text() + json.dumps(chat) + "\n")
+    config = small(model, data=Path("data.jsonl"), reward="exact", chat_template=False)
+    with pytest.raises(ValueError, match=r"prompt: expected text, as the model's tokenizer has no chat template"):
+        ppo.train(config)
+    assert not (folder / "run" / "metrics.jsonl").exists()
+
+
 def test_answers_that_cannot_be_scored_are_counted_and_kept(folder: Path, model: Path) -> None:
     write_data(folder / "data.jsonl")
     (folder / "reward.py").write_text("def reward(**fields):\n    return None\n")

@@ -18,7 +18,7 @@ from entropy_kernels._console import did_you_mean
 from entropy_kernels._require import require_installed
 from entropy_kernels.trainer import rewards
 from entropy_kernels.trainer.scoring import Parameters, Source
-from entropy_kernels.trainer.tasks import SEED_STRIDE, Prompt, Split, Task, problem_of
+from entropy_kernels.trainer.tasks import SEED_STRIDE, Prompt, Split, Task, Text, problem_of
 from entropy_kernels.trainer.workers import Question, Scorers
 
 if TYPE_CHECKING:
@@ -178,6 +178,14 @@ class DataTask(Task):
             random.Random(seed).shuffle(order)
             self._order = (seed, order)
         return self._order[1]
+
+    def _kinds(self) -> list[Text]:
+        """Text, and chats by the roles of their turns."""
+        return list({self._roles(row.text): row.text for row in (*self._rows, *self._held)}.values())
+
+    @staticmethod
+    def _roles(text: Text) -> tuple[str, ...]:
+        return () if isinstance(text, str) else tuple(turn["role"] for turn in text)
 
     def verify(self, prompt: Prompt, completion: str) -> Any:
         """The reward's score, asked in this process."""

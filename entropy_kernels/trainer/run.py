@@ -89,6 +89,8 @@ def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     policy = first_policy(config, task)
+    if kinds := task._kinds():
+        policy.encode(kinds)  # an error now, and not at the step that gets such a prompt
     target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
     steps = warm_steps_of(config, task)
     if config.warm_start_from is None and saved is None and steps:

@@ -99,6 +99,10 @@ class Task:
         """What the scorer is called with."""
         return (prompt, completion), {}
 
+    def _kinds(self) -> list[Text]:
+        """A prompt of each kind, which a model has to take; none where they are not known beforehand."""
+        return []
+
     def _begin(self, scorers: Scorers) -> None:
         """Before anything is trained: ValueError, with the reason, if these cannot be asked."""
 
