@@ -44,7 +44,7 @@ from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # no
         ({"cov_band": "quantile"}, r"cov_low, cov_high: expected quantiles in \[0, 1\]"),
         ({"cov_ratio": 2.0}, r"cov_ratio: expected a fraction in \(0, 1\], got 2.0"),
         ({"head": "hidden"}, r"head: expected one of linear, logits, torch, got 'hidden'"),
-        ({"dtype": "float16"}, r"dtype: expected float32 or mixed, got 'float16'"),
+        ({"dtype": "float16"}, r"dtype: expected float32 or mixed \(which keeps float32 weights .*, got 'float16'"),
         ({"dtype": "bfloat16"}, r"dtype: expected float32 or mixed \(which keeps float32 weights.*, got 'bfloat16'"),
         ({"memory_budget": 0}, r"memory_budget: expected a number of bytes > 0, got 0"),
         ({"samples_per_prompt": 1}, r"samples_per_prompt: expected at least 2"),

@@ -35,11 +35,13 @@ USAGE = """Type one of
   {prog} from-config FILE [flags]
       one run from the config.json of another (or from its folder), with changes
   {prog} replay FILE [flags]
-      an update whose loss or gradient was not finite, once more from what its run kept
+      an update whose loss or gradient was not finite, once more from its batch
 
 The first three have flags of their own: quickstart --help.
 
-Ctrl-C stops any of them at once, SIGTERM a run after its step, with a checkpoint; they say what goes on from there."""
+Ctrl-C stops any of them at once, SIGTERM a run after its step.
+
+They say what is kept and what goes on from there."""
 
 
 _REPLAY = """An update, or a rollout, that was not finite, from the file that its run kept. The exit code is 1 if it is
