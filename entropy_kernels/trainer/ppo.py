@@ -6,9 +6,10 @@ the first.
 What is measured hangs on the loop as probes and changes nothing.
 Read on in this order: methods.py (what may be done to tokens, one table), rollout.py (sampling, old log-probs),
 advantages.py (estimators, a table too), critic.py and reference.py (what some of them need), groups.py (whose
-completions), model.py (the policy and its head), probes.py (what is measured), tasks.py and data.py, workers.py (who
-scores), start.py (where RL starts), run.py (what a step leaves to the next), checkpoint.py and files.py (what is
-written), config.py (every setting). sweep.py runs methods × seeds for report.py.
+completions), model.py (the policy and its head; causal_lm.py, encoding.py and lora.py: what is asked of models,
+tokenizers and peft), probes.py (what is measured), tasks.py and data.py, workers.py (who scores), start.py (where RL
+starts), run.py (what a step leaves to the next), checkpoint.py and files.py (what is written), config.py (every
+setting). sweep.py runs methods × seeds for report.py.
 
 Deviations from the paper (Cui et al. 2025, arXiv 2505.22617) and its authors' code, with the configuration's defaults
 (a test compares the numbers):
