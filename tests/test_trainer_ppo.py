@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def test_methods_take_an_advantage_per_token(method: str) -> None:
     """And decide over the whole minibatch, as with one per completion."""
     settings = dataclasses.replace(TINY, method=method, advantage="gae", cov_low=-9.0, cov_high=9.0)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
-    rollout = rollout_of(settings)[0]
+    rollout = a_rollout()
     noise = torch.randn(rollout.mask.shape, generator=generator)
     rollout = dataclasses.replace(rollout, advantages=noise, collision=rollout.entropy.exp(), vocab_covariance=noise)
 
@@ -226,8 +227,7 @@ def test_gradient_of_the_value_loss_by_differences(clip: float) -> None:
 
 
 def test_explained_variance_by_hand() -> None:
-    rollout = rollout_of(dataclasses.replace(TINY, advantage="gae"))[0]
-    given = errors(6)
+    rollout, given = a_rollout(), errors(6)
     mask, values, returns = given["mask"], given["values"], given["returns"]
     found = value_columns(dataclasses.replace(rollout, mask=mask, completed=mask, values=values, returns=returns))
     v, r = values[mask].tolist(), returns[mask].tolist()
@@ -252,6 +252,11 @@ def rollout_of(settings: TrainerConfig, *, double: bool = False) -> tuple[Rollou
             learner.double()
     generator = torch.Generator().manual_seed(0)
     return ppo.collect(policy, EasyTask(), settings, step=0, generator=generator, critic=critic), policy, critic
+
+
+@functools.cache
+def a_rollout() -> Rollout:
+    return rollout_of(dataclasses.replace(TINY, advantage="gae"))[0]
 
 
 def moved_rollout(rollout: Rollout, policy: Policy, critic: Critic, settings: TrainerConfig) -> Rollout:
@@ -340,7 +345,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "gae-separate": {"critic": "separate", "samples_per_prompt": 1, "prompts_per_step": 16, "critic_warmup": 1},
 }  # fmt: skip
-RUN = {**SHORT, "steps": 3, "eval_every": 0, "final_eval_prompts": 1, "final_eval_samples": 1, "epochs": 2}
+RUN = {**SHORT, "steps": 2, "eval_every": 0, "final_eval_prompts": 1, "final_eval_samples": 1, "epochs": 2}
 
 
 def kind_of(name: str) -> dict[str, Any]:
@@ -368,7 +373,7 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_resumed_is_the_whole_bit_for_bit(whole: tuple[str, Path], tmp_path: Path) -> None:
     """Also where the second half computes activations anew."""
     name, out = whole
-    ppo.train(config(tmp_path / "halves", **{**kind_of(name), "steps": 2}))
+    ppo.train(config(tmp_path / "halves", **{**kind_of(name), "steps": 1}))
     ppo.train(config(tmp_path / "halves", **kind_of(name), resume=True, gradient_checkpointing=True))
     assert rows_without_times(tmp_path / "halves") == rows_without_times(out)
     one, other = saved(out), saved(tmp_path / "halves")
@@ -447,7 +452,7 @@ def test_a_critic_beside_an_adapter_shares_what_is_not_trained(tmp_path: Path) -
     pytest.importorskip("peft")
     settings = {**kind_of("gae-separate"), "lora_rank": 2}
     ppo.train(config(tmp_path / "whole", **settings))
-    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 2}))
+    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 1}))
     ppo.train(config(tmp_path / "halves", **settings, resume=True))
     one, other = saved(tmp_path / "whole"), saved(tmp_path / "halves")
     assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())

@@ -107,8 +107,9 @@ def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> N
     frozen, ours = state.pop(FROZEN, None), own.pop(FROZEN, None)
     if own.keys() != state.keys():
         raise RuntimeError("state: expected that of this model, got one of other parameters")
-    same = frozen is not None and ours is not None and ours.shape == frozen.shape
-    if ours is not None and not (same and torch.allclose(ours, frozen, rtol=1e-9, atol=1e-9)):
+    if ours is not None and not (
+        frozen is not None and ours.shape == frozen.shape and torch.allclose(ours, frozen, rtol=1e-9, atol=1e-9)
+    ):
         raise RuntimeError("state: expected an adapter of this model, got one of a model with other weights")
     model.load_state_dict(state, strict=False)
 
