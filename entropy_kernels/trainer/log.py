@@ -115,7 +115,7 @@ DEFINITIONS = {
     "target_saturated": "1: no plan could bring the entropy as high as wanted, or max_change holds it back; -1: none "
     "as low; 0: neither",
     "method/": "method/NAME: what the method, or the target entropy, remembers after the step, by its own names: those "
-    "of its options (adaptive_entropy's coef, repo's zeta, the step of entrocraft), or of docs/control.md",
+    "of its options, or of docs/control.md",
     "lr": "learning rate of the step, of its schedule and warm-up",
     "updates": "optimizer updates of the step; fewer than minibatches x epochs where mask_truncated leaves a minibatch "
     "without a token",
