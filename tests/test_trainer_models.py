@@ -242,7 +242,7 @@ def test_a_prompt_longer_than_the_model_is_an_error() -> None:
     options = {"temperature": 1.0, "generator": torch.Generator().manual_seed(0)}
     policy.sample(sampled_of, max_new_tokens=8, **options)
     message = (
-        r"prompt, max_new_tokens: expected .* at most 55 tokens, as the model has 64 positions and .* 9, got 56 in '"
+        r"prompt: expected at most 55 tokens, as the model has 64 positions and .* 9 \(max_new_tokens\), got 56 in '"
     )
     with pytest.raises(ValueError, match=message + "<bos> 7 7"):
         policy.sample(sampled_of, max_new_tokens=9, **options)

@@ -104,14 +104,16 @@ def trained_state(model: torch.nn.Module) -> dict[str, Tensor]:
 def load_trained_state(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """The inverse of :func:`trained_state`. Raises RuntimeError for the state of another model."""
     state, own = dict(state), trained_state(model)
-    frozen, ours = state.pop(FROZEN, None), own.pop(FROZEN, None)
     if own.keys() != state.keys():
         raise RuntimeError("state: expected that of this model, got one of other parameters")
-    if ours is not None and not (
-        frozen is not None and ours.shape == frozen.shape and torch.allclose(ours, frozen, rtol=1e-9, atol=1e-9)
-    ):
+    frozen, ours = state.pop(FROZEN, None), own.pop(FROZEN, None)
+    if ours is not None and frozen is not None and not _same(ours, frozen):
         raise RuntimeError("state: expected an adapter of this model, got one of a model with other weights")
     model.load_state_dict(state, strict=False)
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()

@@ -233,8 +233,8 @@ class Policy:
             row = int(lengths.argmax())
             text = self.tokenizer.decode(prompts.ids[row][prompts.mask[row].bool()])
             raise ValueError(
-                f"prompt, max_new_tokens: expected a prompt of at most {longest - max_new_tokens} tokens, as the model "
-                f"has {longest} positions and completions have up to {max_new_tokens}, got {int(lengths[row])} in "
+                f"prompt: expected at most {longest - max_new_tokens} tokens, as the model has {longest} positions and "
+                f"completions up to {max_new_tokens} (max_new_tokens), got {int(lengths[row])} in "
                 f"{text!r:.80}{place and f' ({place})'}"
             )
 
