@@ -26,17 +26,21 @@ from entropy_kernels.trainer.start import build_policy
 from trainer_setup import SHORT, EasyTask, config
 
 SETTINGS = {**SHORT, "steps": 4, "save_every": 1, "method": "adaptive_entropy"}
-#: Audit events of a process's dealings with files.
-EVENTS = {"open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.listdir", "os.truncate"}
-_count = {"events": 0, "until": -1}
+#: Audit events of a process's dealings with files, and what these are called, "" for any.
+EVENTS = {"open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
+FILES = ("checkpoint.safetensors", "metrics.jsonl", "model/", "")
+_seen = dict.fromkeys(FILES, 0)
+_last = ["", -1]  # which file, and its how manieth event is the process's last
 
 
 def watch(event: str, args: tuple[object, ...]) -> None:
     """The audit hook: a process dies at its n-th event."""
     if event in EVENTS:
-        _count["events"] += 1
-        if _count["events"] == _count["until"]:
-            os.kill(os.getpid(), signal.SIGKILL)
+        for name in FILES:
+            if any(name in str(arg) for arg in args):
+                _seen[name] += 1
+                if [name, _seen[name]] == _last:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def forked(run: Callable[[], object], *, seconds: float | None = None) -> int:
@@ -56,9 +60,10 @@ def forked(run: Callable[[], object], *, seconds: float | None = None) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def train(out: Path, until: int = -1) -> None:
+def train(out: Path, name: str = "", until: int = -1) -> None:
     """As a user goes on: from the checkpoint if there is one, else anew."""
-    _count.update(events=0, until=until)
+    _seen.update(dict.fromkeys(FILES, 0))
+    _last[:] = name, until
     goes_on = checkpoint.has_checkpoint(out)
     ppo.train(config(out, **SETTINGS, resume=goes_on, overwrite=not goes_on))
 
@@ -69,15 +74,16 @@ def main(folder: Path, seed: int, kills: int) -> dict[str, object]:
     build_policy(TrainerConfig(), EasyTask())  # imports what is imported late
     sys.addaudithook(watch)
     draw, out, codes, moments, started = random.Random(seed), folder / "killed", [], [], time.monotonic()
-    whole = forked(lambda: (train(folder / "whole"), (folder / "events").write_text(str(_count["events"]))))
+    whole = forked(lambda: (train(folder / "whole"), (folder / "events").write_text(json.dumps(_seen))))
     seconds = time.monotonic() - started
-    events = int((folder / "events").read_text())
+    events = json.loads((folder / "events").read_text())
     finished = 0
     while len(moments) < kills:
         # most moments are early: a run that goes on has less to do each time
         moment = draw.random() * (1 if len(moments) % 4 == 0 else 0.4)
-        if draw.random() < 0.5:
-            code = forked(partial(train, out, 1 + int(moment * events)))
+        if draw.random() < 0.7:
+            name = draw.choice(FILES)
+            code = forked(partial(train, out, name, 1 + int(moment * events[name])))
         else:
             code = forked(partial(train, out), seconds=moment * seconds)
         codes.append(code)
