@@ -23,6 +23,7 @@ from benchmarks.control_numbers import Run, beside, interval, read_at, targets
 from benchmarks.control_report import Experiment
 from benchmarks.seeds import holm
 from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.ppo import prepared
 
 TINY = {
     "steps": 2, "warm_steps": 1, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2,
@@ -50,7 +51,7 @@ def test_every_run_of_the_table_is_one_that_the_trainer_takes(tmp_path: Path) ->
 
 def test_common_settings_name_what_the_trainer_would_do_anyway() -> None:
     """So that a later default changes no run, and no key."""
-    defaults = TrainerConfig().to_dict()
+    defaults = prepared(TrainerConfig())[0].to_dict()
     own = {"eval_prompts", "eval_samples", "device"}
     assert {k: v for k, v in control.COMMON.items() if defaults[k] != v and k not in own} == {}
     # what stands in no key: whoever changes such a default gives COMMON the old value
