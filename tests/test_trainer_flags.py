@@ -17,7 +17,8 @@ pytest.importorskip("tyro")
 from entropy_kernels._console import print_text
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
-from entropy_kernels.trainer.config import TrainerConfig, idle
+from entropy_kernels.trainer.checks import idle
+from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import write_json
 from entropy_kernels.trainer.flags import as_typed, parse
 from entropy_kernels.trainer.log import RunProgress, announced, read_rows
@@ -254,3 +255,19 @@ def test_train_may_stand_before_the_command(tmp_path: Path, capsys: pytest.Captu
     assert "error: --temperature: expected a finite number > 0" in capsys.readouterr().err
     assert main(["train", "compare", "--out", str(tmp_path / "x")]) == 2
     assert "--config: expected a JSON FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("steps", 2.5, "an integer >= 0"),
+        ("minibatches", True, "an integer >= 1"),
+        ("lr", "3e-4", "a finite number > 0"),
+        ("cov_ratio", "0.02", r"a fraction in \(0, 1\]"),
+        ("gamma", None, r"a number in \[0, 1\]"),
+        ("memory_budget", 1e6, "a number of bytes > 0"),
+    ],
+)
+def test_values_of_another_type_are_refused(field: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: expected {expected}, got {value!r}"):
+        TrainerConfig(**{field: value}).validate()  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer import run as trainer_run
 from entropy_kernels.trainer.advantages import advantages_of
-from entropy_kernels.trainer.config import HEADS, TrainerConfig, check_resumable, idle
+from entropy_kernels.trainer.checks import idle
+from entropy_kernels.trainer.config import HEADS, TrainerConfig, check_resumable
 from entropy_kernels.trainer.faults import NonFinite
 from entropy_kernels.trainer.groups import ROUND_STRIDE
 from entropy_kernels.trainer.methods import controller_of, options_of, surrogate_of

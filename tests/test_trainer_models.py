@@ -20,7 +20,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from entropy_kernels.trainer import causal_lm, checkpoint, ppo, start  # noqa: E402
 from entropy_kernels.trainer.checkpoint import CHECKPOINT, load_checkpoint  # noqa: E402
-from entropy_kernels.trainer.config import TrainerConfig, idle  # noqa: E402
+from entropy_kernels.trainer.checks import idle  # noqa: E402
+from entropy_kernels.trainer.config import TrainerConfig  # noqa: E402
 from entropy_kernels.trainer.critic import critic_of  # noqa: E402
 from entropy_kernels.trainer.data import Row, data_task  # noqa: E402
 from entropy_kernels.trainer.encoding import Encoder, end_ids_of  # noqa: E402

@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 
 from entropy_kernels.trainer import checkpoint, ppo, sweep
 from entropy_kernels.trainer.advantages import ESTIMATORS, advantages_of, rewards_of_tokens, whitened
-from entropy_kernels.trainer.config import TrainerConfig, idle
+from entropy_kernels.trainer.checks import idle
+from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import Critic, critic_of, value_loss
 from entropy_kernels.trainer.methods import METHODS, controller_of
 from entropy_kernels.trainer.model import Policy

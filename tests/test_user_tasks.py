@@ -19,7 +19,8 @@ pytest.importorskip("tyro")
 
 from entropy_kernels.trainer import ppo
 from entropy_kernels.trainer.__main__ import main
-from entropy_kernels.trainer.config import TrainerConfig, check_resumable, idle
+from entropy_kernels.trainer.checks import idle
+from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.data import data_task, hold_out, read_data, reward_source
 from entropy_kernels.trainer.start import WARM_STEPS, warm_steps_of
 from entropy_kernels.trainer.tasks import SEED_STRIDE, Prompt, Task, WalkTask, as_task, prompts_of

@@ -101,7 +101,7 @@ def _main(call: Call) -> int:
 
 def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, about: str) -> int:
     from entropy_kernels._progress import ProgressBoard
-    from entropy_kernels.trainer.config import idle
+    from entropy_kernels.trainer.checks import idle
     from entropy_kernels.trainer.log import RunProgress, announced
     from entropy_kernels.trainer.ppo import prepared, train
 

@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import entropy_kernels as ek
-from entropy_kernels._console import did_you_mean
 from entropy_kernels.trainer import model, reference
 from entropy_kernels.trainer.advantages import ESTIMATORS
-from entropy_kernels.trainer.critic import CRITICS, check_critic
-from entropy_kernels.trainer.data import check_names
+from entropy_kernels.trainer.checks import check, expect
+from entropy_kernels.trainer.critic import CRITICS
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import (
     BASELINE,
-    CLIPS,
     METHODS,
     PPO,
     TARGET,
     TARGETS,
-    check_options,
-    controller_of,
-    counted_clips,
     options_of,
-    surrogate_of,
 )
-from entropy_kernels.trainer.schedule import DECAYS, Schedule, check_lr_schedule, lr_factor
-from entropy_kernels.trainer.start import WARM_STEPS, check_model
+from entropy_kernels.trainer.schedule import DECAYS, Schedule, lr_factor
+from entropy_kernels.trainer.start import WARM_START_FIELDS
 from entropy_kernels.trainer.trackers import SERVICES
 
 HEADS = tuple(model.HEADS)
@@ -69,14 +60,6 @@ _BEFORE = {"head": "logits"}
 
 #: What config.json has beside the fields.
 NOT_FIELDS = ("command", "versions", "changes", "run_id")
-
-#: Fields that decide the start of RL; two runs that agree in them share one start.
-WARM_START_FIELDS = (
-    "task", "model", "chat_template", "system_prompt", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-    "lora_rank", "lora_alpha", "lora_targets", "dtype", "head", "memory_budget", "warm_steps", "warm_batch", "warm_lr",
-    "warm_weight_decay", "warm_warmup_steps",
-    "warm_wrong_fraction", "warm_seed",
-)  # fmt: skip
 
 #: Annotation of a field -> what its value in a JSON file may be.
 _JSON_KINDS: dict[str, tuple[type, ...]] = {
@@ -350,56 +333,9 @@ class TrainerConfig:
 
         Raises:
             ValueError: a value that cannot work: the field, what was expected and what came.
+            FileNotFoundError, NotADirectoryError: a folder of a model that is not there, or lacks a file.
         """
-        for names, expected, holds in _RULES:
-            for name in names.split():
-                _expect(holds(getattr(self, name)), name, expected, getattr(self, name))
-        hints = get_type_hints(TrainerConfig).items()
-        choices = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
-        choices["method"] = tuple(METHODS)  # some may come from outside
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                near = did_you_mean(value, allowed)
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{near}")
-        why = (
-            " (which keeps float32 weights and makes its products in bfloat16: weights in half precision are rounded "
-            "to 3 digits, and an update of 5e-6 is lost for nearly all of them)"
-        )
-        half = ("bfloat16", "bf16", "float16", "fp16", "half")
-        expected = "float32 or mixed" + (why if self.dtype in half else "")
-        _expect(self.dtype in ("float32", "mixed"), "dtype", expected, self.dtype)
-        if self.model not in ("tiny", "smollm2"):
-            check_model(self.model)
-        low, high = self.cov_low, self.cov_high
-        _expect(low < high, "cov_low", f"less than cov_high = {high}", low)
-        quantiles = self.cov_band != "quantile" or (low >= 0 and high <= 1)
-        _expect(quantiles, "cov_low, cov_high", "quantiles in [0, 1] under cov_band = quantile", (low, high))
-        check_critic(self)
-        needed, samples = 1 + ESTIMATORS[self.advantage].groups, self.samples_per_prompt
-        groups = not self.dynamic_sampling or ESTIMATORS[self.advantage].groups
-        expected = f"0 under advantage = {self.advantage}, which learns from groups of equal rewards, too"
-        _expect(groups, "dynamic_sampling", expected, self.dynamic_sampling)
-        _expect(samples >= needed, "samples_per_prompt", f"at least {needed}, a group to compare within", samples)
-        heads = self.num_heads
-        _expect(self.hidden_size % heads == 0, "hidden_size", f"a multiple of num_heads = {heads}", self.hidden_size)
-        sequences = self.prompts_per_step * self.samples_per_prompt
-        parts = self.minibatches * self.micro_batches
-        _expect(
-            sequences % parts == 0,
-            "minibatches, micro_batches",
-            f"a product that divides prompts_per_step * samples_per_prompt = {sequences}",
-            f"{self.minibatches} * {self.micro_batches} = {parts}",
-        )
-        _expect(not (self.resume and self.overwrite), "resume, overwrite", "at most one of them", "both")
-        fixed = {*WARM_START_FIELDS, "warm_start_from"} - {"task", "chat_template", "system_prompt"}
-        known = {f.name for f in dataclasses.fields(self)} - fixed
-        strange = [name for name in self.resume_changes if name not in known]
-        _expect(not strange, "resume_changes", "fields that are not those of model and start", ", ".join(strange))
-        check_lr_schedule(self.lr_schedule)
-        reference.check_reference(self)
-        check_options(self)
-        check_names(self)
+        check(self)
 
     @property
     def decides_late(self) -> bool:
@@ -509,7 +445,7 @@ class TrainerConfig:
             if kinds and field.name in values:
                 value = values[field.name]
                 fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-                _expect(fits, f"config: {field.name}", "a list" if list in kinds else str(field.type), value)
+                expect(fits, f"config: {field.name}", "a list" if list in kinds else str(field.type), value)
         values = dict(values)
         for name in ("out", "warm_start_from", "data", "eval_data"):
             if values.get(name) is not None:
@@ -581,119 +517,5 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
     ]
     if unnamed:
         raise ValueError("resume: the checkpoint was made with another configuration; " + "; ".join(unnamed))
-    _expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
+    expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
     return different
-
-
-def idle(config: TrainerConfig) -> dict[str, str]:
-    """The fields that are not at their defaults and do nothing under this configuration, each with the reason.
-
-    Not those that agree with the others by doing nothing, as normalize_std = False does under rloo.
-    """
-    tiny, targeted = config.model == "tiny", config.target_entropy is not None
-    walk = config.task.partition("?")[0] == "walk" and config.data is None
-    started = bool(config.warm_steps) or (config.warm_steps is None and tiny and config.data is None)
-    method = "a target entropy" if targeted else config.method
-    decides = METHODS[config.method].decides is not None and not targeted
-    sizes = "hidden_size intermediate_size num_layers num_heads"
-    others = " ".join({*sum((row.reads for row in ESTIMATORS.values()), ())} - {*ESTIMATORS[config.advantage].reads})
-    start = "warm_batch warm_lr warm_weight_decay warm_warmup_steps warm_wrong_fraction"
-    reasons = (
-        ("resume_changes", not config.resume, "without --resume"),
-        ("chat_template", tiny, "with the tiny model, whose tokenizer has none"),
-        (sizes, not tiny, f"with the model {config.model}: it is of the tiny one"),
-        (f"warm_seed {sizes} {start}", config.warm_start_from is not None, "beside warm_start_from"),
-        ("warm_steps", config.warm_start_from is not None and bool(config.warm_steps), "beside warm_start_from"),
-        (start, not started, "with warm_steps = 0"),
-        ("lora_alpha lora_targets", not config.lora_rank, "with lora_rank = 0"),
-        ("memory_budget", config.head != "linear", f"under head = {config.head}"),
-        ("partial_credit", walk, "on walk, whose rewards are 0 and 1"),
-        ("scoring_seconds scoring_workers", walk, "on walk, which the trainer's own process scores"),
-        ("target_method", not targeted, "without target_entropy"),
-        ("ref_kl_in ref_kl_estimator", config.ref_kl_coef == 0, "with ref_kl_coef = 0"),
-        (others, True, f"under advantage = {config.advantage}"),
-        ("value_coef", config.critic == "separate", "with a separate critic"),
-        ("cov_ratio kl_coef selection_logprob", not decides, f"under {method}"),
-    )
-    usual = TrainerConfig()
-    usual.warm_steps = WARM_STEPS if config.warm_steps == WARM_STEPS else None
-    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(usual, f.name)}
-    found: dict[str, str] = {}
-    for names, holds, reason in reasons:
-        for name in changed & {*names.split()} if holds else ():
-            found.setdefault(name, reason)
-    for name in changed & ({"cov_ratio", "kl_coef", *CLIPS} if decides else {*CLIPS}):
-        if _acts(config) == _acts(dataclasses.replace(config, **{name: getattr(usual, name)})):
-            beside = " with these method_options" if config.method_options else ""
-            surrogate = "" if config.surrogate == PPO else f" and surrogate = {config.surrogate}"
-            found[name] = f"under {method}{beside}{surrogate}"
-    return found
-
-
-def _acts(config: TrainerConfig) -> tuple[dict[str, Any], ...]:
-    """What decides about tokens, and what the loss makes of them."""
-    if config.target_entropy is not None:
-        return counted_clips(config), surrogate_of(config, None)
-    return options_of(config), surrogate_of(config, controller_of(config))
-
-
-def _expect(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
-
-
-def _usable(device: str) -> bool:
-    if device == "auto":
-        return True
-    try:
-        return torch.empty(0, device=device).device.type != "meta"
-    except (RuntimeError, AssertionError):  # torch without CUDA asserts
-        return False
-
-
-#: Fields, what their values must be, and whether one is.
-_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    (
-        "threads warm_batch prompts_per_step samples_per_prompt minibatches epochs micro_batches eval_prompts "
-        "eval_samples final_eval_prompts final_eval_samples eval_batch hidden_size intermediate_size num_layers "
-        "num_heads",
-        "an integer >= 1",
-        lambda value: value >= 1,
-    ),
-    (
-        "lora_rank steps save_every scoring_workers warm_warmup_steps lr_warmup_steps eval_every first_order_every "
-        "critic_warmup dynamic_sampling",
-        "an integer >= 0",
-        lambda value: value >= 0,
-    ),
-    ("warm_steps", "an integer >= 0, or none", lambda value: value is None or value >= 0),
-    (
-        "temperature lr warm_lr critic_lr scoring_seconds",
-        "a finite number > 0",
-        lambda value: math.isfinite(value) and value > 0,
-    ),
-    (
-        "grad_clip weight_decay warm_weight_decay kl_coef ref_kl_coef clip_low clip_high value_clip value_coef",
-        "a finite number >= 0",
-        lambda value: math.isfinite(value) and value >= 0,
-    ),
-    ("adam_beta1 adam_beta2", "a number in [0, 1)", lambda value: 0 <= value < 1),
-    ("warm_wrong_fraction gamma gae_lambda", "a number in [0, 1]", lambda value: 0 <= value <= 1),
-    (
-        "lora_alpha",
-        "a finite number > 0",
-        lambda value: value is None or (math.isfinite(value) and value > 0),
-    ),
-    (
-        "trackers",
-        f"some of {', '.join(SERVICES)}, each once",
-        lambda value: {*value} <= {*SERVICES} and len({*value}) == len(value),
-    ),
-    ("cov_ratio", "a fraction in (0, 1]", lambda value: value is None or 0 < value <= 1),
-    ("memory_budget", "a number of bytes > 0", lambda value: value is None or value > 0),
-    (
-        "device",
-        "auto or a torch device that is there" + " (this torch is a CPU build)" * (not torch.backends.cuda.is_built()),
-        _usable,
-    ),
-)

@@ -136,6 +136,13 @@ def _transformers() -> Any:
 
 # --- supervised start -------------------------------------------------------------------------------------------------
 
+#: Fields that decide the start of RL; two runs that agree in them share one start.
+WARM_START_FIELDS = (
+    "task", "model", "chat_template", "system_prompt", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+    "lora_rank", "lora_alpha", "lora_targets", "dtype", "head", "memory_budget", "warm_steps", "warm_batch", "warm_lr",
+    "warm_weight_decay", "warm_warmup_steps", "warm_wrong_fraction", "warm_seed",
+)  # fmt: skip
+
 #: Supervised steps of the tiny model, where the configuration has no number.
 WARM_STEPS = 800
 #: Steps of demonstrations that are generated and tokenised together.
