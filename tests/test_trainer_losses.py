@@ -27,7 +27,7 @@ from entropy_kernels.trainer.methods import controller_of, options_of, surrogate
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.probes import Probe, RolloutMetrics, Step, Update, UpdateMetrics, default_probes
 from entropy_kernels.trainer.reference import REFERENCE
-from entropy_kernels.trainer.rollout import Rollout, score
+from entropy_kernels.trainer.rollout import Rollout, all_tokens, score
 from entropy_kernels.trainer.start import word_tokenizer
 from entropy_kernels.trainer.tasks import Prompt
 from entropy_kernels.trainer.tensorfile import load_tree, save_tree
@@ -606,6 +606,45 @@ def test_a_completion_that_was_cut_off_keeps_its_reward_and_its_length(
     same = ("entropy", "reward", "tokens", "sampling_gap", "truncated", "length_mean", "length_max", "groups_mixed")
     assert {name: row[name] for name in same} == {name: other[name] for name in same}
     assert row["truncated"] == float(rollout.truncated.double().mean())
+
+
+def test_advantages_are_whitened_over_what_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ending(monkeypatch, range(30, 60))
+    kept = Keeps()
+    ppo.train(config(tmp_path / "run", **CUT, advantage="reinforce_plus_plus_baseline"), probes=[kept])
+    rollout = kept.rollouts[0]
+    plain = (rollout.rewards - rollout.rewards.mean(1, keepdim=True)).double().view(-1, 1).expand(rollout.mask.shape)
+    learned = plain[rollout.mask]
+    assert bool(rollout.truncated.any()) and float(learned.var()) > 0 and float(learned.mean()) != 0
+    torch.testing.assert_close(
+        rollout.advantages[rollout.mask].double(), (learned - learned.mean()) / learned.std(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_constant_norm_is_that_of_the_longest_completion_there_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending(monkeypatch, range(97))  # of one token each, where three are the most
+    kept = Keeps()
+    ppo.train(
+        config(tmp_path / "run", **SHORT, model="smollm2", loss_agg_mode="seq-mean-token-sum-norm"), probes=[kept]
+    )
+    assert kept.rollouts[0].ids.shape[1] == 1 and kept.rollouts[0].longest == 3
+
+
+def test_the_constant_norm_divides_losses_and_weights_of_tokens() -> None:
+    policy = policy_of()
+    whole = rollout_of(policy)
+    settings = settings_of(loss_agg_mode="seq-mean-token-sum-norm")
+    losses, weights = [], []
+    for longest in (0, 20):
+        given = dataclasses.replace(whole, longest=longest)
+        made, _ = updated(policy, given, settings)
+        losses.append(float(made.losses[0].loss))
+        weights.append(all_tokens(given, [ROWS], settings).coefficient)
+    assert losses[0] == pytest.approx(4 * losses[1], rel=1e-6) != 0  # L is 5
+    torch.testing.assert_close(weights[0], 4 * weights[1])
+    assert float(weights[1][0, 0]) == pytest.approx(1 / 8 / 20)
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])

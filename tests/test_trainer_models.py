@@ -221,6 +221,25 @@ def test_padding_with_an_end_token_masks_no_end() -> None:
     assert ids.tolist() == [[7, 8, 96], [9, 96, 96]] and mask.tolist() == [[True] * 3, [True, True, False]]
 
 
+def test_a_tokenizer_and_an_embedding_of_different_sizes() -> None:
+    tokenizer = word_tokenizer(WORDS, end=True)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["<new>"]})  # 97 and 98
+    model = make("llama")
+    settings = dataclasses.replace(TINY, model=".")
+    policy = start._finish(model, tokenizer, settings, Uneven())
+    assert policy.encoder.pad_id == 96 and policy.encode(["1 2", "3"]).ids.max() < 97
+    for make_ids in (lambda: policy.encode(["1", "2 <new>"]), lambda: policy.encode_completions(["<new>"])):
+        with pytest.raises(ValueError, match=r"model: expected a row .*got 97 rows, and '<new>', token 98 of the tok"):
+            make_ids()
+
+
+def test_rows_that_no_token_has_are_no_text() -> None:
+    few = transformers.ByT5Tokenizer(extra_ids=0)  # a slow one, which raises for ids beyond its own
+    encoder = Encoder(few, end_ids=[1])
+    ids = torch.tensor([[75, 76, 300, 77, 1]])
+    assert encoder.decode(ids, torch.ones_like(ids).bool()) == ["HIJ"]
+
+
 def test_a_tokenizer_without_an_end_token() -> None:
     settings = dataclasses.replace(TINY, model=".")
     policy = start._finish(make("llama"), word_tokenizer(WORDS), settings, Uneven())

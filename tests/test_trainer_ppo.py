@@ -274,6 +274,19 @@ def moved_rollout(rollout: Rollout, policy: Policy, critic: Critic, settings: Tr
     )  # fmt: skip
 
 
+def test_a_value_head_learns_whatever_reaches_the_policy() -> None:
+    settings = dataclasses.replace(TINY, advantage="gae", critic="shared", value_coef=0.0)
+    rollout, policy, critic = rollout_of(settings)
+    assert critic is not None
+    with torch.no_grad():
+        critic.head.weight.fill_(0.1)
+    alone = dataclasses.replace(rollout, advantages=torch.zeros_like(rollout.advantages))
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=settings.lr, weight_decay=0.0)
+    made = ppo.update(policy, optimizer, alone, torch.arange(8), settings, None, seed=0, critic=critic)
+    assert made.grad_norm == 0 and made.critic_grad_norm is not None and made.critic_grad_norm > 0
+    assert not torch.equal(critic.head.weight, torch.full_like(critic.head.weight, 0.1))
+
+
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_an_update_is_adamw_on_policy_and_value_gradients(kind: str, micro_batches: int) -> None:
@@ -311,7 +324,10 @@ def test_an_update_is_adamw_on_policy_and_value_gradients(kind: str, micro_batch
     policy_loss, critic_loss = surrogate[mask].sum() / mask.sum(), 0.5 * squares[mask].sum() / mask.sum()
     total = policy_loss + (0.7 if kind == "shared" else 1.0) * critic_loss
     weights = [[*policy.model.parameters()], [*critic.module.parameters()]]
-    grads = torch.autograd.grad(total, [p for group in weights for p in group])
+    grads = [
+        *torch.autograd.grad(total, weights[0], retain_graph=True),
+        *torch.autograd.grad(critic_loss, weights[1]),
+    ]
     clipped = (squares - (values - returns) ** 2 > 0) & mask
     assert clipped.any() and not clipped[mask].all() and (ratio[mask] > 1.2).any() and (ratio[mask] < 0.8).any()
 

@@ -120,6 +120,7 @@ def advantages_of(
     samples: int,
     values: Tensor | None = None,
     whiten: bool | None = None,
+    counted: Tensor | None = None,
     normalize_std: bool = True,
     gamma: float = 1.0,
     gae_lambda: float = 1.0,
@@ -147,6 +148,8 @@ def advantages_of(
     whiten : bool, optional
         Divide by the standard deviation over all valid tokens once the mean is taken off; None: as verl does for this
         estimator (all but grpo and rloo are).
+    counted : Tensor, optional
+        (B, L) bool, the tokens that are learned from, which mean and deviation are of; None: all valid ones.
 
     Returns
     -------
@@ -164,7 +167,7 @@ def advantages_of(
     advantages = torch.where(mask, row.advantages(scored), 0)
     returns = None if values is None else torch.where(mask, advantages + values, 0)
     if row.whitened if whiten is None else whiten:
-        advantages = whitened(advantages, mask)
+        advantages = whitened(advantages, mask if counted is None else counted)
     return Advantages(advantages, returns)
 
 

@@ -219,7 +219,7 @@ class TrainerConfig:
     value_clip: float = 0.5
     """How far a value may move within a step before its error counts as larger; 0 turns clipping off."""
     value_coef: float = 1.0
-    """Coefficient of a shared critic's loss in the policy's gradient."""
+    """Coefficient of a shared critic's loss in the policy's gradient; at 0 the value head alone learns from it."""
     minibatches: int = 4
     """Optimizer updates per epoch over a rollout. With one, log-probs equal the old ones and KL-Cov is inert."""
     epochs: int = 1

@@ -44,9 +44,6 @@ def check_critic(config: TrainerConfig) -> None:
 class Critic:
     """A value head on hidden states that subclasses give, and its optimizer."""
 
-    #: Coefficient of the loss.
-    coefficient = 1.0
-
     def __init__(self, config: TrainerConfig, policy: Policy) -> None:
         self.config = config
         width = base_of(policy.model).config.get_text_config().hidden_size
@@ -107,20 +104,20 @@ class Critic:
             loss_agg_mode=self.config.loss_agg_mode,
             batch_num_tokens=tokens,
             global_batch_size=sequences,
+            loss_scale_factor=rollout.longest,
         )
-        (self.coefficient * loss).backward()
+        loss.backward()
         return {"value_loss": loss.detach(), "value_clipfrac": clipped}
 
 
 class SharedCritic(Critic):
     """On the policy's own hidden states."""
 
-    def __init__(self, config: TrainerConfig, policy: Policy) -> None:
-        super().__init__(config, policy)
-        self.coefficient = config.value_coef
-
     def hidden(self, policy: Policy, prompts: Encoded, ids: Tensor, mask: Tensor, outputs: Tensor) -> Tensor:
-        return outputs
+        own = outputs.view_as(outputs)
+        if own.requires_grad:  # the coefficient is of what reaches the policy; the head learns by its own rate
+            own.register_hook(lambda grad: self.config.value_coef * grad)
+        return own
 
 
 class SeparateCritic(Critic):

@@ -7,6 +7,7 @@ before a text (its begin token, if it has that habit), and never with an end tok
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -35,6 +36,8 @@ class Encoder:
         Text of a system turn for chats that have none.
     chat_template : bool
         False: the tokenizer's is not used.
+    rows : int, optional
+        Of the model's embedding, which a tokenizer may have more tokens than; None: it has not.
     """
 
     def __init__(
@@ -44,13 +47,16 @@ class Encoder:
         end_ids: Iterable[int] = (),
         system_prompt: str | None = None,
         chat_template: bool = True,
+        rows: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._rows = math.inf if rows is None else rows
+        self._known = 1 + max(tokenizer.get_vocab().values())  # a model may have more rows than that
         self.chats = chat_template and bool(tokenizer.chat_template)
         self.end_ids = tuple(end_ids)
         self.system_prompt = system_prompt
-        #: Fills what is masked: any token does.
-        self.pad_id = next((i for i in (tokenizer.pad_token_id, *self.end_ids) if i is not None), 0)
+        #: Fills what is masked: any token of the model does.
+        self.pad_id = next((i for i in (tokenizer.pad_token_id, *self.end_ids) if i is not None and i < self._rows), 0)
 
     def check(self) -> None:
         """Raise ValueError, with the reason, for a chat template that does not take a prompt or the system prompt."""
@@ -78,7 +84,7 @@ class Encoder:
         """The ids of a prompt: text, or the turns of a chat up to the one that the model is to write."""
         if self.chats:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return [int(i) for i in self._template(messages, tokenize=True)]
+            return self._of_model([int(i) for i in self._template(messages, tokenize=True)])
         if not isinstance(prompt, str):
             raise ValueError(
                 "prompt: expected text, as the model's tokenizer has no chat template or chat_template is False, got "
@@ -89,17 +95,29 @@ class Encoder:
         ids = plain if plain[: len(begin)] == begin else begin + plain
         if not ids:
             raise ValueError(f"prompt: expected text of at least one token, got {prompt!r}")
-        return ids
+        return self._of_model(ids)
 
     def completion_ids(self, text: str) -> list[int]:
         """The ids of a completion, with the end token if there is one."""
-        return self._ids(text) + list(self.end_ids[:1])
+        return self._of_model(self._ids(text)) + list(self.end_ids[:1])
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         """The text of completions (B, L), without special tokens."""
-        rows = [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+        kept = mask & (ids < self._known)  # rows that fill up an embedding have no text
+        rows = [row[there].tolist() for row, there in zip(ids.cpu(), kept.cpu(), strict=True)]
         texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
+
+    def _of_model(self, ids: list[int]) -> list[int]:
+        """The ids; ValueError for one that the model's embedding has no row for."""
+        beyond = max(ids, default=0)
+        if beyond >= self._rows:
+            raise ValueError(
+                f"model: expected a row of the embedding for every token, got {self._rows} rows, and "
+                f"{self.tokenizer.convert_ids_to_tokens(beyond)!r}, token {beyond} of the tokenizer, in "
+                f"{self.tokenizer.decode(ids)!r:.80}; resize the embedding, or take the token out"
+            )
+        return ids
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -33,6 +33,7 @@ from entropy_kernels.trainer.causal_lm import (
     longest_of,
     new_cache,
     save_model,
+    vocab_size_of,
 )
 from entropy_kernels.trainer.encoding import Encoder, Messages
 from entropy_kernels.trainer.files import OwnFiles, scratch_of, writing
@@ -124,6 +125,7 @@ class Policy:
         self.model = model
         self.encoder = Encoder(
             tokenizer, end_ids=end_ids, system_prompt=system_prompt, chat_template=chat_template,
+            rows=vocab_size_of(base_of(model)),
         )  # fmt: skip
         self.mixed = mixed
         self._memory_budget = memory_budget

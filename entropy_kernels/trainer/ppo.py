@@ -267,6 +267,7 @@ def collect(
     # advantages: a completion's reward stands at its last token, and a penalty for leaving the reference at each
     rewards = sampled.groups.rewards().to(policy.device)
     penalty = reward_penalty(config, stats.logprob, ref_logprob)
+    counted = completions.mask & completions.ended[:, None] if config.mask_truncated else completions.mask
     made = advantages_of(
         config.advantage,
         rewards_of_tokens(rewards.flatten(), completions.mask) - penalty,
@@ -274,6 +275,7 @@ def collect(
         samples=config.samples_per_prompt,
         values=values,
         whiten=config.whiten_advantages,
+        counted=counted,
         normalize_std=config.normalize_std,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
@@ -281,7 +283,7 @@ def collect(
     return Rollout(
         prompts=encoded,
         ids=completions.ids,
-        mask=completions.mask & completions.ended[:, None] if config.mask_truncated else completions.mask,
+        mask=counted,
         rewards=rewards,
         advantages=made.advantages,
         old_logprob=stats.logprob,
@@ -297,6 +299,7 @@ def collect(
         truncated=~completions.ended,
         values=values,
         returns=made.returns,
+        longest=config.max_new_tokens or task.max_new_tokens,
     )
 
 
@@ -419,6 +422,7 @@ def backward(
             "loss_agg_mode": config.loss_agg_mode,
             "batch_num_tokens": tokens,
             "global_batch_size": sequences,
+            "loss_scale_factor": rollout.longest,
             "control": control,
             **loss_penalty(config, rollout, rows),
             **surrogate,

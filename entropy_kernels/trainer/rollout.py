@@ -53,6 +53,7 @@ class Rollout:
     truncated: Tensor = None  # type: ignore[assignment]  # (B,) bool: ran into max_new_tokens; None: none
     values: Tensor | None = None  # (B, L) float32, the critic's, of the weights that sampled; None without a critic
     returns: Tensor | None = None  # (B, L) float32, what it learns
+    longest: int = 0  # tokens that a completion may have, whatever these have; 0: L
 
     def __post_init__(self) -> None:
         if self.completed is None:
@@ -61,6 +62,7 @@ class Rollout:
             self.sampled_rewards = self.rewards
         if self.truncated is None:
             self.truncated = torch.zeros_like(self.completed[:, 0])
+        self.longest = self.longest or self.ids.shape[1]
 
     @property
     def lengths(self) -> Tensor:
@@ -169,7 +171,7 @@ def known_tokens(
             rows[:, None] * length + torch.arange(length, device=rows.device),
             old_logprob=rollout.old_logprob[rows],
             old_entropy=rollout.entropy[rows],
-            coefficient=_coefficient(mask, config, tokens, sequences),
+            coefficient=_coefficient(mask, config, tokens, sequences, rollout.longest),
             temperature=config.temperature,
             **known,
         )
@@ -183,7 +185,7 @@ def all_tokens(rollout: Rollout, order: Sequence[Tensor], config: TrainerConfig)
     """
     coefficient = torch.zeros(rollout.mask.shape, dtype=torch.float64, device=rollout.mask.device)
     for rows in order:
-        weight = _coefficient(rollout.mask[rows], config, *rollout.counts(rows))
+        weight = _coefficient(rollout.mask[rows], config, *rollout.counts(rows), rollout.longest)
         coefficient[rows] += weight.view(len(rows), -1) / config.epochs
     return ek.TokenBatch(
         rollout.old_logprob,
@@ -198,13 +200,15 @@ def all_tokens(rollout: Rollout, order: Sequence[Tensor], config: TrainerConfig)
     )
 
 
-def _coefficient(mask: Tensor, config: TrainerConfig, tokens: int, sequences: int) -> Tensor:
+def _coefficient(mask: Tensor, config: TrainerConfig, tokens: int, sequences: int, longest: int) -> Tensor:
     """The weight of each token in the loss, (b, L), or (b,) where it is that of all tokens of a sequence."""
     if config.loss_agg_mode == "token-mean":
         return torch.full((len(mask),), 1 / max(tokens, 1), dtype=torch.float64, device=mask.device)
     with torch.enable_grad():
         ones = torch.ones(mask.shape, device=mask.device, requires_grad=True)
-        total = ek.aggregate(ones, mask, loss_agg_mode=config.loss_agg_mode, global_batch_size=sequences)
+        total = ek.aggregate(
+            ones, mask, loss_agg_mode=config.loss_agg_mode, global_batch_size=sequences, loss_scale_factor=longest
+        )
         return torch.autograd.grad(total, ones)[0]
 
 
