@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +22,7 @@ from entropy_kernels.trainer.scoring import Source, Unscored, judge, parameters_
 from entropy_kernels.trainer.workers import Inside, Question, Workers
 
 REWARD = """
-import ctypes, os, sys, threading, time
+import ctypes, os, signal, sys, threading, time
 HOME = os.getcwd()
 
 def hang():
@@ -45,7 +48,10 @@ ACTIONS = {
     "none": lambda: None, "text": lambda: "yes", "nan": lambda: float("nan"), "list": lambda: [1.0],
     "closes files": lambda: os.closerange(3, 100), "prints": lambda: print("x" * 1_000_000) or 0.25,
     "moves": lambda: os.chdir("/") or 0.25, "closes": lambda: close() or 0.25,
-    "dies later": lambda: die_later() or 0.25,
+    "dies later": lambda: die_later() or 0.25, "forks": lambda: 0.25 if os.fork() == 0 else time.sleep(0.1) or 0.75,
+    "sets an alarm": lambda: signal.setitimer(signal.ITIMER_REAL, 0.05) and 0.25,
+    "outlives it": lambda: time.sleep(0.1) or 1,
+    "large": lambda: 1e300,
     "at home": lambda: float(os.getcwd() == HOME), "torch": lambda: float("torch" in sys.modules),
     "wrong": lambda: -1.5, "right": lambda: 1,
 }
@@ -64,11 +70,15 @@ CONTAINED = {
     "crashes": "ended its process (SIGSEGV)",
     "interrupts": "raised KeyboardInterrupt",
     "grows": "raised MemoryError",
-    "none": "expected a finite number as score, got None",
-    "text": "expected a finite number as score, got 'yes'",
-    "nan": "expected a finite number as score, got nan",
-    "list": "expected a finite number as score, got [1.0]",
+    "none": "expected a finite number (at most 1e+15) as score, got None",
+    "text": "expected a finite number (at most 1e+15) as score, got 'yes'",
+    "nan": "expected a finite number (at most 1e+15) as score, got nan",
+    "list": "expected a finite number (at most 1e+15) as score, got [1.0]",
+    "large": "expected a finite number (at most 1e+15) as score, got 1e+300",
     "closes files": "ended its process (exit code 0)",
+    "forks": 0.75,
+    "sets an alarm": 0.25,
+    "outlives it": 1.0,
     "prints": 0.25,
     "moves": 0.25,
     "at home": 1.0,
@@ -221,12 +231,12 @@ def test_a_file_imports_what_lies_beside_it(tmp_path: Path) -> None:
 
 def test_draws_of_a_scorer_are_the_same_in_every_process(tmp_path: Path) -> None:
     (tmp_path / "draws.py").write_text("import random\ndef reward(completion):\n    return random.random()\n")
-    found = []
-    for count in (1, 3):
-        workers = Workers(Source(str(tmp_path / "draws.py"), "reward"), count=count, seconds=10)
-        found.append(workers.ask([question("")] * 6))
-        workers.close()
-    assert found[0] == found[1]
+    source = Source(str(tmp_path / "draws.py"), "reward")
+    state, found = random.getstate(), []
+    for scorers in (*(Workers(source, count=count, seconds=10) for count in (1, 3)), Inside(source.make(), seconds=10)):
+        found.append(scorers.ask([question("")] * 6))
+        scorers.close()
+    assert found[0] == found[1] == found[2] and random.getstate() == state
 
 
 # --- in the trainer's process -----------------------------------------------------------------------------------------
@@ -277,11 +287,22 @@ def test_parameters_of_functions() -> None:
     async def later(completion: str) -> float:
         return 0.0
 
+    async def parts(completion: str) -> Any:
+        yield 0.0
+
+    class Later:
+        async def __call__(self, completion: str) -> float:
+            return 0.0
+
     found = parameters_of(named)
     assert (found.required, found.optional, found.others) == (("prompt", "completion", "answer"), ("weight",), True)
     assert found.problem is None
     for function, problem in (
         (later, "an async function"),
+        (functools.partial(later), "an async function"),
+        (Later(), "an async function"),
+        (parts, "a generator function"),
+        (lambda completion: (yield), "a generator function"),
         (lambda completions, **kwargs: [], "a function of lists"),
         (dict, "which is no function"),
         (3, "a int, which is no function"),

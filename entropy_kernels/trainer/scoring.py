@@ -27,6 +27,8 @@ from typing import Any
 
 #: Seconds after which a scorer that has caught its interruption is interrupted again.
 AGAIN = 0.05
+#: Sizes of scores end here: means and squares of them have to be finite in float32.
+LARGEST = 1e15
 
 
 class Unscored(float):
@@ -52,17 +54,19 @@ def too_late(seconds: float) -> Unscored:
 def judge(ask: Callable[[], object], *, seconds: float | None = None) -> float:
     """The finite number that `ask` returns; :class:`Unscored` if it raises, takes longer or returns anything else.
 
-    The time is limited in the main thread only. The folder that the process works in stays the same.
+    The time is limited in the main thread only. The folder that the process works in stays the same, and a scorer that
+    draws finds the same draws for every answer, in whatever process.
     """
-    late, started, folder = True, time.monotonic(), _folder()
+    late, started, folder, draws = True, time.monotonic(), _folder(), random.getstate()
     try:
+        random.seed(0)
         with time_limit(seconds):
-            score = ask()
+            score = number_of(ask())
             late = False
         # a scorer that catches everything goes on when its time is up
         if seconds is not None and (late or time.monotonic() - started > seconds):
             return too_late(seconds)
-        return number_of(score)
+        return score
     except KeyboardInterrupt:
         raise
     except SystemExit as error:
@@ -74,6 +78,7 @@ def judge(ask: Callable[[], object], *, seconds: float | None = None) -> float:
     except BaseException as error:  # those of extensions in Rust are no Exception
         return Unscored(f"raised {described(error)}")
     finally:
+        random.setstate(draws)
         if folder is not None and _folder() != folder:
             with suppress(OSError):
                 os.chdir(folder)
@@ -84,9 +89,9 @@ def number_of(score: Any) -> float:
     if isinstance(score, Unscored):
         return score
     value = score.item() if getattr(score, "ndim", None) == 0 else score  # a scalar of numpy or torch
-    if isinstance(value, (numbers.Real, Decimal)) and abs(float(value)) < float("inf"):  # NaN is not
+    if isinstance(value, (numbers.Real, Decimal)) and abs(float(value)) <= LARGEST:  # NaN is not
         return float(value)
-    return Unscored(f"expected a finite number as score, got {score!r:.80}")
+    return Unscored(f"expected a finite number (at most {LARGEST:g}) as score, got {score!r:.80}")
 
 
 def described(error: BaseException) -> str:
@@ -225,6 +230,16 @@ class Parameters:
     problem: str | None  # why it cannot be called by names
 
 
+def never_a_number(function: Any) -> str | None:
+    """What a function is that returns something else before it has run; None for others."""
+    called = function if inspect.isroutine(function) else getattr(function, "func", type(function).__call__)
+    if inspect.iscoroutinefunction(called):
+        return "an async function"
+    if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+        return "a generator function (it has a yield)"
+    return None
+
+
 def parameters_of(function: Any) -> Parameters:
     """Of a reward function."""
     kinds = inspect.Parameter
@@ -235,10 +250,8 @@ def parameters_of(function: Any) -> Parameters:
     except (ValueError, TypeError):
         return Parameters((), (), False, (), "a function whose parameters cannot be seen")
     named = [p for p in found if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
-    problem = None
-    if inspect.iscoroutinefunction(function):
-        problem = "an async function"
-    elif {"prompts", "completions"} & {p.name for p in named}:
+    problem = never_a_number(function)
+    if {"prompts", "completions"} & {p.name for p in named}:
         problem = "a function of lists (prompts, completions), as TRL's are"
     elif any(p.kind is kinds.POSITIONAL_ONLY for p in found):
         problem = "a function with parameters that have no name"
@@ -270,10 +283,9 @@ def serve(connection: Any) -> None:
     with suppress(Exception):
         pickle.loads(sample)
     connection.send(hello)
-    scorer = scorer_of(made) if hello[0] == "ready" else None
+    scorer, here = scorer_of(made) if hello[0] == "ready" else None, os.getpid()
     while scorer is not None:
         question = connection.recv_bytes()
-        random.seed(0)  # a scorer that draws gives an answer the same score in every process
 
         def ask(question: bytes = question) -> object:
             args, named = pickle.loads(question)
@@ -283,6 +295,9 @@ def serve(connection: Any) -> None:
             score = judge(ask)
         except BaseException as error:
             score = Unscored(f"raised {described(error)}")
+        if os.getpid() != here:  # a fork of the scorer's that came back: its parent answers
+            return
+        signal.alarm(0)  # one that is left would end the next answer
         connection.send((score.reason, score.late) if isinstance(score, Unscored) else float(score))
 
 
