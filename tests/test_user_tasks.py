@@ -207,6 +207,15 @@ def test_the_name_and_the_defaults_of_a_task() -> None:
     assert task.demonstrations(3, seed=0, wrong_fraction=0.0) == []
 
 
+def test_a_class_of_the_users_is_a_task_by_its_name(folder: Path) -> None:
+    """As the object itself is: it need not know of Task; what is a task already is one."""
+    (folder / "duck.py").write_text(
+        "class Duck:\n    def prompts(self, count, *, seed, split): return []\n    def verify(self, p, c): return 1.0\n"
+    )
+    task = ppo.task_of(small("tiny", task="duck.py:Duck"))
+    assert task.name == "Duck" and task.verify(Prompt("x"), "y") == 1.0 and as_task(task) is task
+
+
 def test_supervised_steps_are_as_many_as_there_are_demonstrations_for() -> None:
     walk, without = WalkTask(), as_task(Duck())
     tiny, other = TrainerConfig(), TrainerConfig(model="other")

@@ -123,7 +123,8 @@ def as_task(made: Any) -> Task:
     if isinstance(made, type):
         raise ValueError(f"{expected}the class {made.__name__} and no object of it: {made.__name__}()")
     for name in ("prompts", "verify"):
-        if not callable(getattr(made, name, None)) or getattr(type(made), name, None) is getattr(Task, name):
+        found = getattr(made, name, None)
+        if not callable(found) or getattr(found, "__func__", None) is getattr(Task, name):
             raise ValueError(f"{expected}a {type(made).__name__} without {name}")
     task = made if isinstance(made, Task) else _Completed(made)
     task.name = task.name or type(task).__name__
