@@ -41,7 +41,15 @@ def close():
 def die_later():
     threading.Timer(0.05, os._exit, (1,)).start()
 
+def end_a_child():
+    (there, here), child = os.pipe(), os.fork()
+    while not child: os.write(here, b"x"), time.sleep(1000)
+    os.read(there, 1)
+    os.kill(child, 15)
+    return float(os.waitpid(child, 0)[1] == 15)
+
 ACTIONS = {
+    "is told to end": lambda: os.kill(os.getpid(), 15) or 0.25, "ends a child": end_a_child,
     "raises": lambda: 1 / 0, "hangs": hang, "hangs in C": lambda: ctypes.PyDLL(None).sleep(1000),
     "sleeps": lambda: time.sleep(1000), "exits": lambda: os._exit(3), "calls exit": sys.exit,
     "crashes": lambda: ctypes.string_at(0), "interrupts": lambda: os.kill(os.getpid(), 2), "grows": grow,
@@ -75,6 +83,8 @@ CONTAINED = {
     "nan": "expected a finite number (at most 1e+15) as score, got nan",
     "list": "expected a finite number (at most 1e+15) as score, got [1.0]",
     "large": "expected a finite number (at most 1e+15) as score, got 1e+300",
+    "is told to end": 0.25,  # as all processes of a job are: the trainer finishes its step first
+    "ends a child": 1.0,
     "closes files": "ended its process (exit code 0)",
     "forks": 0.75,
     "sets an alarm": 0.25,

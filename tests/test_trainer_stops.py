@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
 import trainer_setup
-from entropy_kernels.trainer import checkpoint, ppo, sweep
+from entropy_kernels.trainer import checkpoint, ppo, signals, sweep
 from entropy_kernels.trainer import run as run_module
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.files import Unwritable, write_json, writing
@@ -106,7 +106,8 @@ def test_sigterm_ends_a_run_after_its_step_with_a_checkpoint(tmp_path: Path, mom
     assert_as_whole(tmp_path, whole)
 
 
-def test_a_second_sigterm_ends_it_at_once(run: Path) -> None:
+def test_a_second_sigterm_ends_it_at_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "TOGETHER", 0.0)
     before = contents(run)["checkpoint.safetensors"]
     with pytest.raises(Terminated):
         ppo.train(
@@ -115,6 +116,35 @@ def test_a_second_sigterm_ends_it_at_once(run: Path) -> None:
         )
     assert contents(run)["checkpoint.safetensors"] == before
     again(run)
+
+
+def test_sigterms_that_come_together_are_one(tmp_path: Path, whole: Path) -> None:
+    """A scheduler's to all processes of a job, and that of the sweep that has got it, too."""
+    settings = {**SHORT, "steps": 3}
+    probes = [
+        At(1, "after_update", lambda: (sigterm(), sigterm())),
+        *ppo.default_probes(config(tmp_path, **settings), ppo.backward),
+    ]
+    with pytest.raises(Terminated):
+        ppo.train(config(tmp_path, **settings), probes=probes)
+    ppo.train(config(tmp_path, **settings, resume=True))
+    assert_as_whole(tmp_path, whole)
+
+
+def test_the_log_is_on_disk_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut between the two leaves no checkpoint whose rows are lost."""
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def noted(number: int) -> None:
+        flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{number}")))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    ppo.train(config(tmp_path, **{**SHORT, "steps": 2, "save_every": 1}))
+    checkpoints = [i for i, name in enumerate(flushed) if name == "checkpoint.safetensors"]
+    assert len(checkpoints) == 2 and all(flushed[i - 1] == "metrics.jsonl" for i in checkpoints)
+    assert "samples.jsonl" in flushed[: checkpoints[0]]
 
 
 def test_sigterm_in_the_last_round(tmp_path: Path, whole: Path) -> None:
@@ -146,7 +176,7 @@ def test_a_command_that_got_sigterm_says_how_it_goes_on(
     monkeypatch.setattr(ppo, "default_probes", lambda *_: [At(1, "after_rollout", sigterm)])
     assert main(["from-config", str(tmp_path / "c.json")]) == 143
     said = capfd.readouterr().err
-    assert said.startswith("\nSIGTERM: stops after this step, with a checkpoint; a second one stops at once\n")
+    assert said.startswith("\nSIGTERM: stops after this step, with a checkpoint; another one stops at once\n")
     assert (
         "the log and the last checkpoint. To go on from there:\n  python -m entropy_kernels.trainer from-config" in said
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import Critic
-from entropy_kernels.trainer.files import OwnFiles, read_json, writing
+from entropy_kernels.trainer.files import OwnFiles, append, read_json
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.reference import REFERENCE
 from entropy_kernels.trainer.tensorfile import Damaged, load_tree, save_tree
@@ -347,5 +347,4 @@ def note_unscored(path: Path, step: int, unscored: list[dict[str, Any]]) -> None
         reason = unscored[0]["reason"]
         warnings.warn(f"an answer could not be judged, its reward is 0 ({reason}); see {path}", stacklevel=2)
     if unscored and kept < _KEPT:
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **answer}) + "\n" for answer in unscored[: _KEPT - kept])
+        append(path, "".join(json.dumps({"step": step, **answer}) + "\n" for answer in unscored[: _KEPT - kept]))

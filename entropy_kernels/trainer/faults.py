@@ -31,7 +31,7 @@ FORMAT = 1
 
 
 class NonFinite(FloatingPointError):
-    """A loss, gradient, log-prob, reward or weight is not finite, in words; with what a kept batch has of its own."""
+    """A loss, gradient, log-prob or weight is not finite, in words; with what a kept batch has of its own."""
 
     def __init__(self, what: str, **batch: Any) -> None:
         super().__init__(what)
@@ -121,13 +121,6 @@ def check_sampled(prompts: Encoded, completions: Completions, logprob: Tensor, w
     )
 
 
-def check_rewards(rewards: Sequence[float]) -> None:
-    """Raise :class:`NonFinite` for a reward that is not finite."""
-    for row, reward in enumerate(rewards):
-        if not math.isfinite(reward):
-            raise NonFinite(f"expected finite rewards, got {reward:g} for the completion in row {row}")
-
-
 @contextmanager
 def kept(run: Run, step: Step, *, rows: Tensor | None = None, seed: int = 0) -> Iterator[None]:
     """Within: a rollout, or an update on its `rows`. If that raises :class:`NonFinite`, what it was made of is kept in
@@ -137,7 +130,7 @@ def kept(run: Run, step: Step, *, rows: Tensor | None = None, seed: int = 0) -> 
     try:
         yield
     except NonFinite as error:
-        path = OwnFiles(step.config.out, "run").file(NONFINITE)
+        path = step.config.out / NONFINITE
         batch = {
             "kind": "batch",
             "format": FORMAT,
@@ -155,7 +148,7 @@ def kept(run: Run, step: Step, *, rows: Tensor | None = None, seed: int = 0) -> 
         }
         place = f"step {step.number}" + ("" if rows is None else f", update {len(step.updates) + 1}")
         try:
-            save_tree(path, batch)
+            save_tree(OwnFiles(step.config.out, "run").file(NONFINITE), batch)
             command = f"python -m entropy_kernels.trainer replay {shlex.quote(str(path))}"
             told = f"the batch is kept, and this replays it: {command}"
         except OSError as failed:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 try:
     import fcntl
@@ -110,6 +110,19 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def append(path: Path, text: str) -> None:
+    """Add UTF-8 text to a file, which is made if need be, and flush it to disk."""
+    with writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        to_disk(file)
+
+
+def to_disk(file: IO[Any]) -> None:
+    """What was written into an open file survives a power cut from now on."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.faults import check_rewards, check_sampled
+from entropy_kernels.trainer.faults import check_sampled
 from entropy_kernels.trainer.model import Completions, Encoded, Policy
 from entropy_kernels.trainer.rollout import sample_groups
 from entropy_kernels.trainer.scoring import Unscored
@@ -81,7 +81,6 @@ def sample_round(policy: Policy, task: Task, config: TrainerConfig, *, seed: int
     sampled = time.perf_counter()
     texts = policy.decode(completions)
     given = verify_all(task, prompts, texts, partial_credit=config.partial_credit)
-    check_rewards(given)
     return Groups(prompts, encoded, completions, texts, given, (sampled - started, time.perf_counter() - sampled))
 
 

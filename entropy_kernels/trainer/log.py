@@ -17,7 +17,7 @@ from typing import Any
 from entropy_kernels._progress import ProgressBoard, in_words
 from entropy_kernels.trainer.checkpoint import BROKEN, CHECKPOINT
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
-from entropy_kernels.trainer.files import write_text, writing
+from entropy_kernels.trainer.files import to_disk, write_text, writing
 from entropy_kernels.trainer.methods import METHODS, TARGET_ROW
 from entropy_kernels.trainer.trackers import Trackers
 
@@ -36,7 +36,8 @@ DEFINITIONS = {
     "groups_right": "share of these prompts whose completions are all right (reward >= 1)",
     "groups_wrong": "share of these prompts of whose completions none is right",
     "groups_sampled": "groups that dynamic_sampling has sampled for the step, its own included",
-    "unscored": "answers of the rollout that their verifier could not judge (reward 0); the first in unscored.jsonl",
+    "unscored": "answers of what was sampled that their verifier could not judge (reward 0); the first in "
+    "unscored.jsonl",
     "unscored_late": "of these, answers whose score took longer than scoring_seconds",
     "groups_mixed": "share of these prompts whose completions got different rewards (under the "
     "estimators that compare within a prompt, the others have advantage 0)",
@@ -253,6 +254,11 @@ class MetricsLog:
         self.last = clean
         if self._trackers is not None:
             self._trackers.write(row)
+
+    def keep(self) -> None:
+        """Flush it to disk: a checkpoint is to follow, of which it is the log."""
+        with writing(self._path):
+            to_disk(self._file)
 
     def close(self) -> None:
         """Flush and close the file."""

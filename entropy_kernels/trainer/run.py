@@ -60,6 +60,7 @@ class Run:
     def save(self, step: int, config: TrainerConfig) -> None:
         """Write the checkpoint after `step` steps."""
         check_weights(self.modules, step)
+        self.log.keep()
         checkpoint.save_checkpoint(
             config.out / checkpoint.CHECKPOINT,
             step=step,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from entropy_kernels.trainer.files import write_bytes, writing
+from entropy_kernels.trainer.files import append, write_bytes
 from entropy_kernels.trainer.scoring import Unscored
 from entropy_kernels.trainer.tasks import Prompt
 
@@ -58,8 +58,7 @@ class Samples:
 
     def append_to(self, path: Path) -> None:
         """Add them to a file. What a prompt holds beside text and what JSON has is written as Python shows it."""
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, default=repr) + "\n" for line in self.lines)
+        append(path, "".join(json.dumps(line, default=repr) + "\n" for line in self.lines))
 
 
 def keep_before(path: Path, step: int) -> None:

@@ -302,19 +302,33 @@ def serve(connection: Any) -> None:
 
 
 def _confine(memory: int, trainer: int) -> None:
-    """End with the trainer, take no more than `memory` bytes, and be the first to go if the machine has none left."""
+    """End with the trainer and not before, take no more than `memory` bytes, and be the first to go if the machine has
+    none left."""
     with suppress(Exception):  # Linux
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != trainer:
         os._exit(1)
+    _outlast_sigterm()
     with suppress(Exception):
         Path("/proc/self/oom_score_adj").write_text("1000")
     with suppress(Exception):
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _outlast_sigterm() -> None:
+    """Schedulers send it to all processes of a job: the trainer then finishes a step, for which it needs scores."""
+    own = os.getpid()
+
+    def terminated(number: int, frame: Any) -> None:
+        if os.getpid() != own:  # one that the scorer has forked
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, terminated)  # no SIG_IGN, which programs that the scorer starts would inherit
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ Signals reach the main thread; elsewhere nothing is changed. Handlers are put ba
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,11 @@ from typing import Any
 
 class Terminated(SystemExit):
     """By a signal, whose number its code has; told apart from a verifier that calls exit()."""
+
+
+#: Seconds within which signals count as one: a scheduler sends them to a sweep and to its runs, which get another one
+#: from the sweep.
+TOGETHER = 2.0
 
 
 class Stop:
@@ -48,15 +55,17 @@ def stopped_at_once() -> Iterator[None]:
 
 @contextmanager
 def stopped_after_a_step() -> Iterator[Stop]:
-    """Within: the first SIGTERM asks to stop, the second is an exception."""
-    stop = Stop()
+    """Within: the first SIGTERM asks to stop, a later one is an exception."""
+    stop, first = Stop(), math.inf
 
     def asked(number: int, frame: Any) -> None:
-        if stop.asked:
+        nonlocal first
+        if time.monotonic() - first >= TOGETHER:
             raise Terminated(128 + number)
-        stop.asked = True
-        # not print(), which the signal may have interrupted
-        os.write(2, b"\nSIGTERM: stops after this step, with a checkpoint; a second one stops at once\n")
+        if not stop.asked:
+            stop.asked, first = True, time.monotonic()
+            # not print(), which the signal may have interrupted
+            os.write(2, b"\nSIGTERM: stops after this step, with a checkpoint; another one stops at once\n")
 
     with _handling(asked):
         yield stop
