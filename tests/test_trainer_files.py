@@ -24,7 +24,7 @@ from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, locked, write_text
 from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.start import build_policy
-from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times  # noqa: F401
+from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times, without_drawing  # noqa: F401
 
 trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
 
@@ -203,7 +203,8 @@ def test_out_with_a_tilde_is_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def instant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a sweep in this process."""
+    """Runs of a sweep in this process; no picture is drawn."""
+    without_drawing(monkeypatch)
 
     class Done:
         def __init__(self, command: list[str], **_: Any) -> None:

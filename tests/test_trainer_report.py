@@ -30,7 +30,7 @@ from entropy_kernels.trainer.report import write_report
 from entropy_kernels.trainer.report_numbers import PHASES, behind, courses, criteria, disturbance, over_seeds
 from entropy_kernels.trainer.report_page import markdown
 from entropy_kernels.trainer.report_text import dashed, label, limits, lines, look, verdict, verdict_lines
-from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
+from trainer_setup import TINY, EasyTask, config, easy, rows_without_times, without_drawing  # noqa: F401
 
 # --- configuration and command line ----------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
 
 
-def test_runs_that_ended_early_or_broke_are_told(tmp_path: Path) -> None:
+def test_runs_that_ended_early_or_broke_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing has no sign, and the runs that it is missing of are named."""
     runs = {run: found for run, found in report_runs.logs(1).items() if run in ("grpo", "clip_cov", "kl_cov")}
     (grpo,), (clip,), (kl,) = runs.values()
@@ -255,6 +255,7 @@ def test_runs_that_ended_early_or_broke_are_told(tmp_path: Path) -> None:
     assert not re.search(r"\bnan\b", (tmp_path / "report.md").read_text())
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
     assert any(said.startswith("Clip-Cov: the paper's") for said in record["limits"])
+    without_drawing(monkeypatch)
     del runs["clip_cov"]
     assert not any("Clip-Cov" in said for said in written(runs)["limits"]), "of a method that did not run"
     early = written({"grpo": [grpo[:60]], "kl_cov": report_runs.logs(1)["kl_cov"]})
@@ -322,6 +323,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert first["kl_cov"]["entropy"] == pytest.approx(first["kl_cov_torch_ops"]["entropy"], abs=1e-3)
     assert json.loads((out / "kl_cov_torch_ops" / "config.json").read_text())["head"] == "torch"
     # a run that is complete stays as it is, and a method that was not asked for before is added
+    without_drawing(monkeypatch)
     before = (out / "grpo" / "metrics.jsonl").stat().st_mtime_ns
     assert main([*flags, "--steps", "3", "--reuse", "--progress", "--methods", "grpo", "clip_cov"]) == 0
     printed, checks = capsys.readouterr().out, json.loads((out / "summary.json").read_text())["criteria"]

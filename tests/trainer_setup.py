@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
+from entropy_kernels.analysis import plots
 from entropy_kernels.trainer import ppo
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.log import read_rows
@@ -59,6 +60,11 @@ def rows_without_times(out: Path) -> list[dict[str, object]]:
     rows = read_rows(out / "metrics.jsonl")
     assert rows, "no rows were logged"
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of reports are made and not drawn, which takes seconds: for reports that nobody looks at."""
+    monkeypatch.setattr(plots, "png", lambda figure, **options: b"a picture")
 
 
 SHORT = {"steps": 1, "measure_memory": False, "first_order_every": 0, "measure_entropy_change": False}
