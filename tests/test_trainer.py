@@ -175,7 +175,9 @@ def test_resume_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint at"):
         ppo.train(config(tmp_path / "none", resume=True))
     ppo.train(config(tmp_path / "run", steps=1))
-    with pytest.raises(ValueError, match=r"another configuration; lr: expected 0.003 \(as saved\), got 0.1"):
+    with pytest.raises(
+        ValueError, match=r"another configuration; lr: expected 0.003 \(as saved\), got 0.1\. from-config"
+    ):
         ppo.train(config(tmp_path / "run", steps=2, resume=True, lr=0.1))
     with pytest.raises(FileExistsError, match=r"out: expected a directory without a run.*--resume to continue"):
         ppo.train(config(tmp_path / "run", steps=1))

@@ -177,9 +177,36 @@ class Odd(NoVerify):
         return 0.0
 
 
+def odd(**members: Any) -> Odd:
+    """With other members than the class."""
+    return type("Odd", (Odd,), members)([Prompt("x")] * 4)  # type: ignore[no-any-return]
+
+
+async def later(prompt: Prompt, completion: str) -> float:
+    return 0.0
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
+        (
+            odd(prompts=lambda self, count, seed: []),
+            r"task: expected a method prompts\(count, \*, seed, split\) of Odd, got one with \(count, seed\) \(",
+        ),
+        (odd(prompts=lambda self, count, *, seed, split: (yield)), r"of Odd, got a generator function"),
+        (odd(verify=lambda self, prompt: 1.0), r"verify\(prompt, completion\) of Odd, got one with \(prompt\)"),
+        (odd(verify=staticmethod(later)), r"verify\(prompt, completion\) of Odd, got an async function$"),
+        (
+            odd(demonstrations=lambda self: []),
+            r"demonstrations\(count, \*, seed, wrong_fraction\) of Odd, got one with",
+        ),
+        (
+            odd(prompts=lambda self, count, *, seed, split: 1 / 0),
+            r"expected 4 prompts from Odd, got ZeroDivisionError: division by zero \(test_user_tasks.py, line \d+\)$",
+        ),
+        (odd(scoring_seconds="3"), r"task: expected scoring_seconds of Odd to be a number > 0 or None, got '3'$"),
+        (odd(scoring_seconds=float("nan")), r"got nan$"),
+        (Odd([Prompt([{"role": "\ud800", "content": "x"}])] * 4), r"got text that is no Unicode \(half a surrogate"),
         (object(), r"task: expected an object with the methods prompts and verify, got a object without prompts$"),
         (NoVerify(), r"got a NoVerify without verify$"),
         (Duck, r"got the class Duck and no object of it: Duck\(\)$"),
@@ -199,6 +226,29 @@ def test_objects_that_are_no_tasks(task: Any, message: str, folder: Path) -> Non
     with pytest.raises(ValueError, match=message):
         ppo.train(small("tiny"), task=task)
     assert not list(folder.iterdir()), "something was written"
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([("a", "b")], r"task: expected \d+ demonstrations from Duck, pairs of prompt and completion, got 1$"),
+        ([("x", 3)] * 50, r"got \('x', 3\)$"),
+        (3, r"got a int$"),
+    ],
+)
+def test_demonstrations_that_are_none(folder: Path, model: Path, found: Any, message: str) -> None:
+    task = Duck()
+    task.demonstrations = lambda count, *, seed, wrong_fraction: found  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=message):
+        ppo.train(small(model, warm_steps=2, warm_batch=25), task=task)
+
+
+def test_words_that_are_not_those_of_the_prompts(folder: Path) -> None:
+    task = Duck()
+    task.words = lambda: ["a", "b"]  # type: ignore[attr-defined]
+    task.prompts = lambda count, *, seed, split: [Prompt("c")] * count  # type: ignore
+    with pytest.raises(ValueError, match=r"model: expected text that its tokenizer takes .*got 'c' \(WordLevel error"):
+        ppo.train(small("tiny"), task=task)
 
 
 def test_the_name_and_the_defaults_of_a_task() -> None:
@@ -320,8 +370,11 @@ FULL = '{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n'
     [
         (b"", r"data: expected a file with a JSON object on each line, got data.jsonl, which is empty$"),
         (b"\n \n", r"which is empty$"),
-        (FULL.encode() + b"\n{\n", r"data: data.jsonl, line 4: expected a JSON object, got no JSON \(.*\)$"),
-        (b"[1]\n", r"line 1: expected a JSON object with a prompt, got a list$"),
+        (
+            FULL.encode() + b"\n{\n",
+            r"data: data.jsonl, line 4: expected a JSON object, whole on this line, got no JSON \(.* at character 2\)$",
+        ),
+        (b"[1]\n", r"line 1: expected a JSON object with a prompt, one on each line, got a list$"),
         (b'{"question": "a", "answer": 1}', r"line 1: expected the field prompt, got question, answer$"),
         (b"{}", r"line 1: expected the field prompt, got no fields$"),
         (b'{"prompt": 3}', r"line 1: expected text or chat messages as prompt, got a int: 3$"),
@@ -330,7 +383,7 @@ FULL = '{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n'
         (b'{"prompt": [{"role": "user", "content": null}]}', r"got a NoneType: None$"),
         (b'{"prompt": "\\ud800"}', r"line 1: .*got text that is no Unicode \(half a surrogate pair\)"),
         (FULL.encode() + b'{"prompt": "\xff"}', r"line 3: expected UTF-8, got the byte 0xff at 12$"),
-        (b"[" * 100_000, r"line 1: expected a JSON object, got (one that is nested too deeply|no JSON .*)$"),
+        (b"[" * 100_000, r"line 1: expected a JSON object, (got one that is nested too deeply|.*got no JSON .*)$"),
         (b'{"prompt": "a"}\n{"prompt": "a"}', r"data: expected at least two different prompts.*--eval-data FILE"),
     ],
 )
@@ -434,6 +487,15 @@ def test_errors_are_one_line_on_the_command_line(folder: Path, capsys: pytest.Ca
         told = capsys.readouterr().err
         assert said in told and told.count("\n") == 1, told
     assert not (folder / "run").exists()
+
+
+def test_a_closed_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("entropy_kernels.trainer.__main__._main", closed)
+    with pytest.raises(BrokenPipeError):  # the command's main is silent about it
+        main([])
 
 
 def test_exact_and_math_verify(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     try:
         with stopped_at_once():
             return _main(call)
+    except BrokenPipeError:  # `| head` closed it, which is told by who calls
+        raise
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2

@@ -516,6 +516,9 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
         if name not in now.resume_changes
     ]
     if unnamed:
-        raise ValueError("resume: the checkpoint was made with another configuration; " + "; ".join(unnamed))
+        raise ValueError(
+            f"resume: the checkpoint was made with another configuration; {'; '.join(unnamed)}. from-config "
+            f"{now.out} --out {now.out} --resume takes the run's own; --resume-changes FIELD ... names what may differ"
+        )
     expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
     return different

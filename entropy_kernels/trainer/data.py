@@ -115,12 +115,14 @@ def _row(line: bytes, number: int, place: str) -> Row | str:
         values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         return f"expected UTF-8, got the byte {error.object[error.start]:#04x} at {error.start}"
-    except ValueError as error:
-        return f"expected a JSON object, got no JSON ({error})"
+    except json.JSONDecodeError as error:
+        return f"expected a JSON object, whole on this line, got no JSON ({error.msg} at character {error.colno})"
+    except ValueError as error:  # an integer of thousands of digits
+        return f"expected a JSON object, got what cannot be read ({error})"
     except RecursionError:
         return "expected a JSON object, got one that is nested too deeply"
     if not isinstance(values, dict):
-        return f"expected a JSON object with a prompt, got a {type(values).__name__}"
+        return f"expected a JSON object with a prompt, one on each line, got a {type(values).__name__}"
     if "prompt" not in values:
         return f"expected the field prompt, got {', '.join(values) or 'no fields'}"
     text = values.pop("prompt")

@@ -120,7 +120,13 @@ class Encoder:
         return ids
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        try:
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # of the tokenizers library, of no narrower class
+            raise ValueError(
+                f"model: expected text that its tokenizer takes (the words of the task, for the tiny model), got "
+                f"{text!r:.80} ({' '.join(str(error).split())})"
+            ) from error
 
     def _begin(self, text: str, plain: list[int]) -> list[int]:
         """What the tokenizer puts before a text by itself; what it may put behind it is no part of a prompt."""

@@ -230,8 +230,8 @@ class Parameters:
     problem: str | None  # why it cannot be called by names
 
 
-def never_a_number(function: Any) -> str | None:
-    """What a function is that returns something else before it has run; None for others."""
+def never_a_value(function: Any) -> str | None:
+    """What a function is that returns before it has run, and then no value of use; None for others."""
     called = function if inspect.isroutine(function) else getattr(function, "func", type(function).__call__)
     if inspect.iscoroutinefunction(called):
         return "an async function"
@@ -250,7 +250,7 @@ def parameters_of(function: Any) -> Parameters:
     except (ValueError, TypeError):
         return Parameters((), (), False, (), "a function whose parameters cannot be seen")
     named = [p for p in found if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
-    problem = never_a_number(function)
+    problem = never_a_value(function)
     if {"prompts", "completions"} & {p.name for p in named}:
         problem = "a function of lists (prompts, completions), as TRL's are"
     elif any(p.kind is kinds.POSITIONAL_ONLY for p in found):

@@ -22,11 +22,11 @@ from entropy_kernels.trainer.encoding import end_ids_of
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.lora import with_adapter
 from entropy_kernels.trainer.model import Policy
+from entropy_kernels.trainer.tasks import Task, demonstrations_of, made_by
 from entropy_kernels.trainer.tensorfile import damage
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.config import TrainerConfig
-    from entropy_kernels.trainer.tasks import Task
 
 
 def build_policy(config: TrainerConfig, task: Task) -> Policy:
@@ -151,7 +151,7 @@ _CHUNK = 25
 
 def warm_steps_of(config: TrainerConfig, task: Task) -> int:
     """Supervised steps before RL; ValueError for a number of them on a task without demonstrations."""
-    there = bool(task.demonstrations(1, seed=config.warm_seed, wrong_fraction=0.0))
+    there = bool(made_by(task, "demonstrations", 1, seed=config.warm_seed, wrong_fraction=0.0))
     if config.warm_steps is None:
         return WARM_STEPS if there and config.model == "tiny" else 0
     if config.warm_steps and not there and config.warm_start_from is None:
@@ -176,7 +176,8 @@ def warm_start(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config))
     for step in range(steps):
         if step % _CHUNK == 0:
-            pairs = task.demonstrations(
+            pairs = demonstrations_of(
+                task,
                 min(_CHUNK, steps - step) * config.warm_batch,
                 seed=config.warm_seed * 1_000_003 + step,
                 wrong_fraction=config.warm_wrong_fraction,

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
+import math
 import random
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from entropy_kernels._console import did_you_mean
 from entropy_kernels._require import require
 from entropy_kernels.trainer import rewards
 from entropy_kernels.trainer.rewards import ReasoningGymScorer
-from entropy_kernels.trainer.scoring import Source
+from entropy_kernels.trainer.scoring import Source, described, never_a_value
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.workers import Question, Scorers
@@ -117,6 +120,15 @@ class _Completed(Task):
                 setattr(self, name, getattr(task, name))
 
 
+#: How the methods of a task are called: as documented, and a call.
+_CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "prompts": ("count, *, seed, split", (1,), {"seed": 0, "split": "train"}),
+    "verify": ("prompt, completion", (Prompt(""), ""), {}),
+    "demonstrations": ("count, *, seed, wrong_fraction", (1,), {"seed": 0, "wrong_fraction": 0.0}),
+    "words": ("", (), {}),
+}
+
+
 def as_task(made: Any) -> Task:
     """The task that an object is, which has at least ``prompts`` and ``verify``; ValueError naming what is missing."""
     expected = "task: expected an object with the methods prompts and verify, got "
@@ -127,11 +139,29 @@ def as_task(made: Any) -> Task:
         if not callable(found) or getattr(found, "__func__", None) is getattr(Task, name):
             raise ValueError(f"{expected}a {type(made).__name__} without {name}")
     task = made if isinstance(made, Task) else _Completed(made)
-    task.name = task.name or type(task).__name__
-    if type(task.max_new_tokens) is not int or task.max_new_tokens < 1:
-        got = repr(task.max_new_tokens)
-        raise ValueError(f"task: expected max_new_tokens of {task.name} to be an integer >= 1, got {got}")
+    task.name = str(task.name or type(task).__name__)
+    longest, limit = task.max_new_tokens, task.scoring_seconds
+    if type(longest) is not int or longest < 1:
+        raise ValueError(f"task: expected max_new_tokens of {task.name} to be an integer >= 1, got {longest!r}")
+    if limit is not None and not (isinstance(limit, (int, float)) and 0 < limit < math.inf):
+        raise ValueError(f"task: expected scoring_seconds of {task.name} to be a number > 0 or None, got {limit!r}")
+    for name, (form, args, named) in _CALLS.items():
+        if problem := never_a_value(getattr(task, name)) or _refuses(getattr(task, name), args, named):
+            raise ValueError(f"task: expected a method {name}({form}) of {task.name}, got {problem}")
     return task
+
+
+def _refuses(method: Any, args: tuple[Any, ...], named: dict[str, Any]) -> str | None:
+    """Why something cannot be called like this; None if it can, or if that cannot be seen."""
+    try:
+        signature = inspect.signature(method)
+    except (ValueError, TypeError):
+        return None
+    try:
+        signature.bind(*args, **named)
+    except TypeError as error:
+        return f"one with {signature} ({error})"
+    return None
 
 
 class WalkTask(Task):
@@ -404,7 +434,7 @@ def _pairs_of(query: str) -> list[tuple[str, str]]:
 
 def prompts_of(task: Task, count: int, *, seed: int, split: Split) -> list[Prompt]:
     """A task's prompts; ValueError for others than were asked for."""
-    found = task.prompts(count, seed=seed, split=split)
+    found = made_by(task, "prompts", count, seed=seed, split=split)
     strange = [prompt for prompt in found if not isinstance(prompt, Prompt)] if isinstance(found, list) else [found]
     if strange:
         within = " in it" * isinstance(found, list)
@@ -419,6 +449,30 @@ def prompts_of(task: Task, count: int, *, seed: int, split: Split) -> list[Promp
     return found
 
 
+def demonstrations_of(task: Task, count: int, *, seed: int, wrong_fraction: float) -> list[tuple[Text, str]]:
+    """A task's demonstrations; ValueError for others than were asked for."""
+    found: list[tuple[Text, str]] = made_by(task, "demonstrations", count, seed=seed, wrong_fraction=wrong_fraction)
+    expected = f"task: expected {count} demonstrations from {task.name}, pairs of prompt and completion, got "
+    if not isinstance(found, list) or len(found) != count:
+        raise ValueError(expected + (f"{len(found)}" if isinstance(found, list) else f"a {type(found).__name__}"))
+    for pair in found:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], str)) or problem_of(pair[0]):
+            raise ValueError(f"{expected}{pair!r:.80}")
+    return found
+
+
+def made_by(task: Task, method: str, count: int, **named: Any) -> Any:
+    """What a method of a task makes; ValueError, with the place in the user's file, if it raises."""
+    try:
+        return getattr(task, method)(count, **named)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise ValueError(
+            f"task: expected {count} {method} from {task.name}, got {described(error)} ({place})"
+        ) from error
+
+
 def problem_of(text: Any) -> str | None:
     """Why a model cannot be shown this; None if it can."""
     messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
@@ -430,8 +484,9 @@ def problem_of(text: Any) -> str | None:
         content = message.get("content")
         if not isinstance(content, str):
             return f"a {type(content).__name__}: {content!r:.80}"
-        if max(content, default="") >= "\ud800" and not _is_unicode(content):
-            return f"text that is no Unicode (half a surrogate pair): {content!r:.80}"
+        for part in (content, message["role"]):
+            if max(part, default="") >= "\ud800" and not _is_unicode(part):
+                return f"text that is no Unicode (half a surrogate pair): {part!r:.80}"
     if not any(message["content"].strip() for message in messages):
         return "an empty one"
     return None
