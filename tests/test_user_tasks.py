@@ -9,6 +9,7 @@ import random
 import re
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,20 @@ def test_data_trains_and_goes_on_bit_for_bit(folder: Path, model: Path) -> None:
     inside = dataclasses.replace(base, out=Path("inside"), scoring_workers=0)
     ppo.train(inside)
     assert rows_without_times(folder / "inside") == whole
+
+
+def test_files_that_change_while_a_run_is_stopped_are_told(folder: Path, model: Path) -> None:
+    write_data(folder / "data.jsonl")
+    (folder / "reward.py").write_text("def reward(completion):\n    return 0.0\n")
+    config = small(model, data=Path("data.jsonl"), reward="reward.py:reward", steps=1)
+    ppo.train(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ppo.train(dataclasses.replace(config, steps=2, resume=True))
+    (folder / "reward.py").write_text("def reward(completion):\n    return 1.0\n")
+    with pytest.warns(UserWarning, match=r"^reward.py has changed since the run was last started"):
+        ppo.train(dataclasses.replace(config, steps=3, resume=True))
+    assert TrainerConfig.from_json(folder / "run").reward == config.reward
 
 
 def test_a_prompt_that_the_model_cannot_take_is_found_before_its_step(folder: Path, model: Path) -> None:

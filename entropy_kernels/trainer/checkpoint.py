@@ -286,7 +286,7 @@ def adopt_unrecorded(files: OwnFiles, kind: str) -> None:
 
 def model_files(folder: Path) -> OwnFiles:
     """The files of a shared start's folder; its stamp proves that it is ours where there is no record."""
-    stamp = _fields(folder / STAMP)
+    stamp = fields_of(folder / STAMP)
     ours = {"warm_seed", "warm_steps", "threads", "torch"} <= stamp.keys()
     files = OwnFiles(folder, "model", alone=not ours)
     if ours and not files.names:
@@ -299,7 +299,7 @@ def report_files(out: Path, kind: str, *names: str) -> OwnFiles:
     """The files of an experiment with its reports, `names`; summary.json proves that earlier ones are ours."""
     files = OwnFiles(out, kind)
     command = f"python -m entropy_kernels.trainer {kind} "
-    if not files.names and str(_fields(out / "summary.json").get("command")).startswith(command):
+    if not files.names and str(fields_of(out / "summary.json").get("command")).startswith(command):
         files.adopt(*names)
     files.tidy()
     files.claim(*names)
@@ -307,18 +307,18 @@ def report_files(out: Path, kind: str, *names: str) -> OwnFiles:
 
 
 def _has_run(out: Path) -> bool:
-    versions = _fields(out / "config.json").get("versions")
+    versions = fields_of(out / "config.json").get("versions")
     return isinstance(versions, dict) and "entropy_kernels" in versions
 
 
 def _was_asked_for(out: Path) -> bool:
     """Whether a driver has written a request for the run, with all fields of a configuration at that time."""
-    request = _fields(out / "request.json")
+    request = fields_of(out / "request.json")
     fields = {"out", "seed", "steps", "method", "warm_start_from", "overwrite", "resume", "progress"}
     return fields <= request.keys() and Path(str(request["out"])).name == out.name
 
 
-def _fields(path: Path) -> dict[str, Any]:
+def fields_of(path: Path) -> dict[str, Any]:
     """Of an object in a JSON file; none if it holds something else."""
     try:
         value = read_json(path)

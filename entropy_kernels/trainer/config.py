@@ -59,7 +59,7 @@ RESUMABLE_FIELDS = frozenset(
 _BEFORE = {"head": "logits"}
 
 #: What config.json has beside the fields.
-NOT_FIELDS = ("command", "versions", "changes", "run_id")
+NOT_FIELDS = ("command", "versions", "changes", "run_id", "inputs")
 
 #: Annotation of a field -> what its value in a JSON file may be.
 _JSON_KINDS: dict[str, tuple[type, ...]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,19 @@ def reward_source(name: str) -> Source:
     if place.endswith(".py") and not Path(place).expanduser().is_file():
         raise FileNotFoundError(f"reward: expected a file, got {place}, which does not exist")
     return Source(place, function, argument="reward")
+
+
+def inputs_of(config: TrainerConfig, task: Task, before: Any) -> dict[str, str]:
+    """Checksums of the user's files that prompts and scores come from; a warning for each that was another `before`."""
+    place = task._source.place if task._source is not None else ""
+    own = place if place.endswith(".py") and place != rewards.__file__ else None
+    names = [str(name) for name in (config.data, config.eval_data, own) if name is not None]
+    found = {name: f"{zlib.crc32(Path(name).expanduser().read_bytes()):08x}" for name in names}
+    for name, value in found.items():
+        if isinstance(before, dict) and before.get(name, value) != value:
+            told = f"{name} has changed since the run was last started: it goes on with what is there now"
+            warnings.warn(told, stacklevel=2)
+    return found
 
 
 @dataclass(frozen=True)

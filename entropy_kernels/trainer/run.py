@@ -13,6 +13,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import checkpoint
 from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.critic import Critic, critic_of
+from entropy_kernels.trainer.data import inputs_of
 from entropy_kernels.trainer.faults import check_weights
 from entropy_kernels.trainer.files import write_json
 from entropy_kernels.trainer.log import MetricsLog
@@ -143,6 +144,8 @@ def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
     about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
+    before = checkpoint.fields_of(config.out / "config.json").get("inputs") if saved is not None else None
+    about |= {"inputs": inputs} if (inputs := inputs_of(config, task, before)) else {}
     about |= {} if trackers.run_id is None else {"run_id": trackers.run_id}
     write_json(config.out / "config.json", {**again, **about})
     return Run(policy, optimizer, critic, generators, controller, target, reference, log, first, changes)
