@@ -227,7 +227,8 @@ class TrainerConfig:
     micro_batches: int = 1
     """Parts in which a minibatch goes through the model. Selection and normalisation see the whole minibatch."""
     lr: float = 3e-4
-    """Learning rate of AdamW."""
+    """Learning rate of AdamW. The default is the tiny model's; a pretrained one takes about 1e-6, and 1e-5 to 1e-4 with
+    lora_rank."""
     lr_schedule: str | None = None
     """Factor of lr over the steps: cosine or linear fall to 0 at the end of the run; or points STEP:FACTOR with
     straight lines between, where 0:1,120:1,120:2 doubles at step 120. None: constant."""
