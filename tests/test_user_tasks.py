@@ -252,6 +252,12 @@ def test_words_that_are_not_those_of_the_prompts(folder: Path) -> None:
         ppo.train(small("tiny"), task=task)
 
 
+def test_paths_and_names_may_be_written_as_in_a_file() -> None:
+    written = TrainerConfig(out="a", data="b", lora_targets=["q_proj"])  # type: ignore[arg-type]
+    assert written == TrainerConfig(out=Path("a"), data=Path("b"), lora_targets=("q_proj",))
+    assert TrainerConfig.from_dict(written.to_dict()) == written
+
+
 def test_the_name_and_the_defaults_of_a_task() -> None:
     task = as_task(Duck())
     assert (task.name, task.max_new_tokens, task.fixed_length, task.words()) == ("Duck", 256, False, None)

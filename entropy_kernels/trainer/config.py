@@ -328,6 +328,13 @@ class TrainerConfig:
             value: Any = getattr(self, name)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(self, name, str(value))
+        for names, written, kind in (
+            (("out", "warm_start_from", "data", "eval_data"), str, Path),
+            (("resume_changes", "lora_targets", "trackers"), list, tuple),
+        ):
+            for name in names:  # as in a file, or by who writes Python without types
+                if isinstance(getattr(self, name), written):
+                    setattr(self, name, kind(getattr(self, name)))
 
     def validate(self) -> None:
         """Refuse values that cannot work.
@@ -447,12 +454,6 @@ class TrainerConfig:
                 value = values[field.name]
                 fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
                 expect(fits, f"config: {field.name}", "a list" if list in kinds else str(field.type), value)
-        values = dict(values)
-        for name in ("out", "warm_start_from", "data", "eval_data"):
-            if values.get(name) is not None:
-                values[name] = Path(values[name])
-        for name in ("resume_changes", "lora_targets", "trackers"):
-            values[name] = tuple(values.get(name, ()))
         return cls(**values)
 
     @classmethod
