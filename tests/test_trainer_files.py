@@ -406,6 +406,17 @@ def test_leftovers_of_the_living_and_of_others_stay(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "csv"]
 
 
+@pytest.mark.parametrize("name", ["unscored.jsonl", "nonfinite.safetensors", "reference.safetensors", "metrics.broken"])
+def test_a_run_owns_no_file_that_it_did_not_write(run: Path, name: str) -> None:
+    """Of a name that it might have written, but had no reason to."""
+    (run / name).write_text("the user's")
+    before = contents(run)
+    for changes in ({"resume": True, "steps": 4}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match=rf"expected no {name} in"):
+            ppo.train(config(run, **{**SHORT, **changes}))
+        assert contents(run) == before
+
+
 def test_a_name_that_was_claimed_and_not_used_is_the_users_again(tmp_path: Path) -> None:
     OwnFiles(tmp_path, "run").claim("config.json", "metrics.jsonl")
     write_text(tmp_path / "config.json", "ours")

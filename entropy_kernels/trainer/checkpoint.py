@@ -253,7 +253,7 @@ def prepare_directory(config: TrainerConfig) -> OwnFiles:
 
 
 def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
-    """The files of a run's directory with `names` among them, once leftovers of killed processes are removed.
+    """The files of a run's directory, where `names` are ours or not there; leftovers of killed processes are removed.
 
     What a run left before there were records of files is ours too, as its config.json or a driver's request proves;
     its checkpoint also if it could be `loaded`.
@@ -266,7 +266,7 @@ def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
         files.adopt(CHECKPOINT)
     if ran:
         files.adopt("config.json", "metrics.jsonl", _EARLIER)
-    files.claim(*names)
+    files.check(*names)
     files.tidy()
     for name in _FOLDERS:
         if (out / name).exists():
@@ -274,7 +274,6 @@ def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
             if ran:
                 adopt_unrecorded(inner, name)
             inner.tidy()
-    files.claim(*names)  # once more: names of files that are not there yet are forgotten by tidy
     return files
 
 
@@ -302,7 +301,8 @@ def report_files(out: Path, kind: str, *names: str) -> OwnFiles:
     if not files.names and str(fields_of(out / "summary.json").get("command")).startswith(command):
         files.adopt(*names)
     files.tidy()
-    files.claim(*names)
+    files.check(*names)
+    files.claim()  # no other command's from now on
     return files
 
 

@@ -113,7 +113,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add UTF-8 text to a file, which is made if need be, and flush it to disk."""
+    """Add UTF-8 text to a file of ours, which is made if need be, and flush it to disk."""
+    OwnFiles(path.parent).claim(path.name)
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
         to_disk(file)
@@ -278,15 +279,19 @@ class OwnFiles:
         return self.folder / name
 
     def claim(self, *names: str) -> None:
-        """Make `names` ours. FileExistsError for one that is there and was not written by us."""
+        """Make `names` ours, right before they are written; without names the folder. Raises as :meth:`check`."""
+        self.check(*names)
+        if set(names) - self.names or not (self.folder / RECORD).exists():
+            self._write(self.names | set(names))
+
+    def check(self, *names: str) -> None:
+        """FileExistsError for one of `names` that is there and was not written by us."""
         own = self.names
         for name in names:
             path = self.folder / name
             blocked = path.is_dir() and not path.is_symlink()
             if blocked or (os.path.lexists(path) and name not in own) or path.parent.is_file():
                 raise _not_ours(self.folder, name, self.argument)
-        if set(names) - own:
-            self._write(own | set(names))
 
     def adopt(self, *names: str) -> None:
         """Make ours what is there of `names`, since we know by other means that we wrote it."""

@@ -17,7 +17,7 @@ from typing import Any
 from entropy_kernels._progress import ProgressBoard, in_words
 from entropy_kernels.trainer.checkpoint import BROKEN, CHECKPOINT
 from entropy_kernels.trainer.config import HEADS, TrainerConfig
-from entropy_kernels.trainer.files import to_disk, write_text, writing
+from entropy_kernels.trainer.files import OwnFiles, to_disk, write_text, writing
 from entropy_kernels.trainer.methods import METHODS, TARGET_ROW
 from entropy_kernels.trainer.trackers import Trackers
 
@@ -198,7 +198,7 @@ def rows_before(path: Path, step: int, last: dict[str, Any] | None) -> list[dict
             f"step {last['step']} differs; move it away, and the log begins anew"
         )
     if broken:
-        aside = path.with_name(BROKEN)
+        aside = OwnFiles(path.parent).file(BROKEN)
         with writing(aside), open(aside, "ab") as file:
             file.write(b"".join(line + b"\n" for line in broken.values()))
         numbers = ", ".join(map(str, broken))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
+from entropy_kernels.trainer.files import OwnFiles
 from entropy_kernels.trainer.tensorfile import Damaged, load_tree, save_tree
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def reference_of(config: TrainerConfig, policy: Policy, *, resumed: bool) -> Ref
 def keep_reference(reference: Reference | None, out: Path) -> None:
     """Write it into the folder of a run that begins."""
     if reference is not None:
-        save_tree(out / REFERENCE, dict(reference.weights))
+        save_tree(OwnFiles(out, "run").file(REFERENCE), dict(reference.weights))
 
 
 def check_reference(config: TrainerConfig) -> None:

@@ -15,7 +15,7 @@ from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.critic import Critic, critic_of
 from entropy_kernels.trainer.data import inputs_of
 from entropy_kernels.trainer.faults import check_weights
-from entropy_kernels.trainer.files import write_json
+from entropy_kernels.trainer.files import OwnFiles, write_json
 from entropy_kernels.trainer.log import MetricsLog
 from entropy_kernels.trainer.methods import controller_of, target_of
 from entropy_kernels.trainer.model import Policy
@@ -61,9 +61,11 @@ class Run:
     def save(self, step: int, config: TrainerConfig) -> None:
         """Write the checkpoint after `step` steps."""
         check_weights(self.modules, step)
+        path = config.out / checkpoint.CHECKPOINT
+        OwnFiles(config.out, "run").claim(path.name, *([checkpoint.previous_of(path).name] if path.exists() else []))
         self.log.keep()
         checkpoint.save_checkpoint(
-            config.out / checkpoint.CHECKPOINT,
+            path,
             step=step,
             config=config.to_dict(),
             modules=self.modules,
@@ -136,6 +138,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers
         critic.set_options()
     if target is not None and max(first, config.critic_first):  # its course is over the run's steps, wherever it begins
         target.load_state_dict({**target.state_dict(), "calls": max(first, config.critic_first)})
+    files.claim("config.json", "metrics.jsonl")
     # before anything is changed: another run's log is refused
     last = None if saved is None else saved["row"]
     log = MetricsLog(config.out, keep_before=first, last=last, trackers=trackers)
