@@ -454,6 +454,9 @@ def test_another_estimator_on_resume_begins_its_critic_anew(tmp_path: Path) -> N
     out = tmp_path / "run"
     ppo.train(config(out, **{**RUN, "steps": 1}))
     gae = {**RUN, "advantage": "gae", "resume": True}
+    told = "critic_warmup: expected 0, or more than the 1 finished steps, since .*got 1"
+    with pytest.raises(ValueError, match=told):
+        ppo.train(config(out, **{**gae, "critic_warmup": 1, "resume_changes": ("advantage", "critic_warmup")}))
     ppo.train(config(out, **{**gae, "steps": 2, "resume_changes": ("advantage",)}))
     rows = rows_without_times(out)
     assert "value_mean" not in rows[0] and rows[1]["value_mean"] == 0 and rows[1]["value_loss"] > 0  # type: ignore[operator]

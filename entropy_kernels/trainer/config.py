@@ -16,7 +16,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import model, reference
 from entropy_kernels.trainer.advantages import ESTIMATORS
 from entropy_kernels.trainer.checks import check, expect
-from entropy_kernels.trainer.critic import CRITICS
+from entropy_kernels.trainer.critic import CRITICS, check_resumed_warmup
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.methods import (
     BASELINE,
@@ -523,4 +523,5 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
             f"{now.out} --out {now.out} --resume takes the run's own; --resume-changes FIELD ... names what may differ"
         )
     expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
+    check_resumed_warmup(now, different, finished=finished)
     return different

@@ -10,7 +10,7 @@ A critic is in the checkpoint and nowhere else: what a run exports is the policy
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,15 @@ def check_critic(config: TrainerConfig) -> None:
         raise ValueError(
             f"critic: expected separate under head = {config.head}, whose passes give logits and not the hidden states "
             "that a shared critic reads, got shared; take --critic separate or --head linear"
+        )
+
+
+def check_resumed_warmup(config: TrainerConfig, changed: Iterable[str], *, finished: int) -> None:
+    """Raise ValueError for steps of the critic alone that are over before a critic that begins anew has learned."""
+    if {"advantage", "critic", "critic_warmup"} & {*changed} and 0 < config.critic_first <= finished:
+        raise ValueError(
+            f"critic_warmup: expected 0, or more than the {finished} finished steps, since steps are counted from the "
+            f"run's first, got {config.critic_warmup} (--resume-changes critic_warmup)"
         )
 
 
