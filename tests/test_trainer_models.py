@@ -501,6 +501,29 @@ def test_a_step_of_every_kind_of_model(family: str, lora_rank: int, tmp_path: Pa
     torch.testing.assert_close(logits_of(loaded), after, rtol=0, atol=1e-5 if lora_rank else 0)
 
 
+@pytest.mark.parametrize(("critic", "head"), [("shared", "linear"), ("separate", "logits")])
+def test_a_critic_of_a_network_that_projects_its_states(critic: str, head: str) -> None:
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 48, "num_attention_heads": 2, "vocab_size": 97}
+    model = transformers.OPTForCausalLM(  # as OPT-350m is
+        transformers.OPTConfig(**sizes, num_hidden_layers=1, do_layer_norm_before=False, eos_token_id=2)
+    )
+    settings = dataclasses.replace(TINY, model=".", advantage="gae", critic=critic, head=head)
+    policy = start._finish(model, word_tokenizer(WORDS, end=True), settings, Uneven())
+    made = critic_of(settings, policy)
+    assert made is not None and made.head.in_features == 16
+    generator = torch.Generator().manual_seed(0)
+    rollout = ppo.collect(policy, Uneven(), settings, step=0, generator=generator, critic=made)
+    assert rollout.values is not None and rollout.values.shape == rollout.ids.shape
+
+
+def test_a_critic_of_a_model_without_a_network_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(head="logits")
+    monkeypatch.setattr(policy.model, "get_output_embeddings", lambda: None)
+    told = r"advantage: expected, for gae, a model whose network can be told from its head, got Llama.* \(.*output head"
+    with pytest.raises(ValueError, match=told):
+        critic_of(dataclasses.replace(TINY, advantage="gae", head="logits"), policy)
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [

@@ -55,8 +55,7 @@ class Critic:
 
     def __init__(self, config: TrainerConfig, policy: Policy) -> None:
         self.config = config
-        width = base_of(policy.model).config.get_text_config().hidden_size
-        self.head = nn.utils.skip_init(nn.Linear, width, 1, device=policy.device, dtype=torch.float32)
+        self.head = nn.utils.skip_init(nn.Linear, _width(policy), 1, device=policy.device, dtype=torch.float32)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         #: All that is the critic's own, by name.
@@ -133,7 +132,7 @@ class SeparateCritic(Critic):
     """On those of a copy of the policy's network; weights that are not trained, those below an adapter, are shared."""
 
     def _beside(self, policy: Policy) -> dict[str, nn.Module]:
-        backbone = ek.hf.causal_lm_parts(base_of(policy.model)).backbone
+        backbone = _network(policy)
         shared = {id(p): p for p in backbone.parameters() if not p.requires_grad}
         return {"backbone": copy.deepcopy(backbone, shared)}
 
@@ -142,6 +141,27 @@ class SeparateCritic(Critic):
         with policy.precision(), in_training_mode(backbone):
             found: Tensor = call(backbone, **model_inputs(prompts, ids, mask), use_cache=False)[0]
         return found[:, -ids.shape[1] - 1 : -1]
+
+
+def _network(policy: Policy) -> nn.Module:
+    """The policy's, without its head; ValueError for a model of which it cannot be told."""
+    base = base_of(policy.model)
+    try:
+        network: nn.Module = ek.hf.causal_lm_parts(base).backbone
+    except TypeError as error:
+        raise ValueError(
+            f"advantage: expected, for gae, a model whose network can be told from its head, got {type(base).__name__} "
+            f"({' '.join(str(error).split())[:200]}); take an estimator without a critic"
+        ) from error
+    return network
+
+
+@torch.no_grad()
+def _width(policy: Policy) -> int:
+    """Of the network's hidden states, which some project before the head."""
+    token = torch.zeros((1, 1), dtype=torch.long, device=policy.device)
+    inputs = model_inputs(Encoded(token, token + 1), token[:, :0], token[:, :0].bool())
+    return int(call(_network(policy), **inputs, use_cache=False)[0].shape[-1])
 
 
 #: By the configuration's names.
