@@ -271,3 +271,16 @@ def test_train_may_stand_before_the_command(tmp_path: Path, capsys: pytest.Captu
 def test_values_of_another_type_are_refused(field: str, value: object, expected: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}: expected {expected}, got {value!r}"):
         TrainerConfig(**{field: value}).validate()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr_schedule": [1]}, r"config: lr_schedule: expected str \| None, got \[1\]"),
+        ({"resume_changes": [1]}, r"config: resume_changes: expected a list of words, got \[1\]"),
+    ],
+)
+def test_a_files_values_of_another_kind_are_told(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainerConfig.from_dict(values)
+    assert TrainerConfig.from_dict({"lr_schedule": 1}).lr_schedule == "1"

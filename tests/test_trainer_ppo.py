@@ -350,6 +350,32 @@ def test_an_update_is_adamw_on_policy_and_value_gradients(kind: str, micro_batch
     assert sum(told["value_loss"]) == pytest.approx(float(critic_loss.detach()), rel=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_a_critic_counts_tokens_as_the_policys_loss_does(mode: str) -> None:
+    settings = dataclasses.replace(TINY, advantage="gae", critic="shared", loss_agg_mode=mode)  # type: ignore[arg-type]
+    rollout, policy, critic = rollout_of(settings)
+    assert critic is not None
+    rollout = moved_rollout(rollout, policy, critic, settings)
+    rollout.mask = rollout.mask & (torch.arange(16) % 3 > 0)[:, None]  # the others were cut off
+    rollout.longest, rows = 20, torch.arange(12)
+    outputs = policy.outputs(rollout.prompts[rows], rollout.ids[rows], rollout.completed[rows]).detach()
+    made = [
+        critic.backward(policy, rollout, part, outputs[part], tokens=rollout.counts(rows)[0], sequences=8)
+        for part in rows.chunk(3)
+    ]
+    assert rollout.values is not None and rollout.returns is not None and rollout.counts(rows)[1] == 8
+    returns, old = rollout.returns[rows], rollout.values[rows]  # its values are 0
+    squares = [torch.maximum(r**2, ((-o).clamp(-0.5, 0.5) + o - r) ** 2) for r, o in zip(returns, old, strict=True)]
+    each = [0.5 * square[kept] for square, kept in zip(squares, rollout.mask[rows], strict=True) if bool(kept.any())]
+    expected = {
+        "token-mean": torch.cat(each).mean(),
+        "seq-mean-token-sum": sum(x.sum() for x in each) / 8,
+        "seq-mean-token-mean": sum(x.mean() for x in each) / 8,
+        "seq-mean-token-sum-norm": sum(x.sum() for x in each) / 8 / 20,
+    }[mode]
+    assert sum(float(part["value_loss"]) for part in made) == pytest.approx(float(expected), rel=1e-6)
+
+
 # --- trained runs ----------------------------------------------------------------------------------------------------
 
 #: Estimator and critic; those that compare no completions have one of each prompt.

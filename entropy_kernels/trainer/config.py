@@ -65,6 +65,7 @@ NOT_FIELDS = ("command", "versions", "changes", "run_id", "inputs")
 _JSON_KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "dict[str, Any]": (dict,),
     "int | None": (int, type(None)), "Path | None": (str, Path, type(None)),
+    "str | None": (str, int, float, type(None)),  # a constant course may be a number
     "bool | None": (bool, type(None)), "tuple[str, ...]": (list, tuple), "tuple[TrackerName, ...]": (list, tuple),
 }  # fmt: skip
 
@@ -453,7 +454,9 @@ class TrainerConfig:
             if kinds and field.name in values:
                 value = values[field.name]
                 fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-                expect(fits, f"config: {field.name}", "a list" if list in kinds else str(field.type), value)
+                if list in kinds and fits:
+                    fits = all(isinstance(word, str) for word in value)
+                expect(fits, f"config: {field.name}", "a list of words" if list in kinds else str(field.type), value)
         return cls(**values)
 
     @classmethod
