@@ -258,6 +258,14 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(
     assert rows == [0, 1, 2, 3, 4]
 
 
+def test_a_disk_that_is_full_from_the_start(tmp_path: Path) -> None:
+    with no_file_larger(0), pytest.raises(
+        Unwritable, match=r"run/\.entropy_kernels\.lock: cannot be written \(File too large\); nothing was begun$"
+    ):  # fmt: skip
+        ppo.train(config(tmp_path / "run", **SHORT))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_libraries_say_of_a_full_disk_is_told_in_our_words(tmp_path: Path) -> None:
     for error in (OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")):
         with pytest.raises(Unwritable) as told, writing(tmp_path / "x"):

@@ -206,10 +206,11 @@ def locked(folder: Path, argument: str = "out") -> Iterator[None]:
         os.lseek(descriptor, 0, os.SEEK_SET)
         if not _HOLDER.fullmatch(os.read(descriptor, 1000)):
             raise _not_ours(folder, LOCK, argument)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
         try:
+            with writing(folder / LOCK, "nothing was begun"):
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
             yield
         except BaseException:
             with suppress(OSError):  # not empty, or gone
