@@ -28,7 +28,7 @@ from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.probes import Probe, RolloutMetrics, Step, Update, UpdateMetrics, default_probes
 from entropy_kernels.trainer.reference import REFERENCE
 from entropy_kernels.trainer.rollout import Rollout, all_tokens, score
-from entropy_kernels.trainer.start import word_tokenizer
+from entropy_kernels.trainer.start import build_policy, word_tokenizer
 from entropy_kernels.trainer.tasks import Prompt
 from entropy_kernels.trainer.tensorfile import load_tree, save_tree
 from hf_models import make
@@ -549,6 +549,23 @@ def test_a_run_that_replaces_groups_resumes_bit_for_bit(tmp_path: Path) -> None:
         ppo.train(dataclasses.replace(parts, resume=True))
     assert rows_without_times(whole.out) == rows_without_times(parts.out)
     assert len({row["groups_sampled"] for row in rows_without_times(whole.out)}) > 1
+
+
+def test_answers_of_every_round_that_could_not_be_judged_are_told() -> None:
+    class FailsAtFirst(EasyTask):
+        calls = 0
+
+        def verify(self, prompt: Prompt, completion: str) -> float:
+            self.calls += 1
+            if self.calls <= 16:
+                raise ValueError("no verdict")
+            return float(self.calls % 2)
+
+    settings = settings_of(dynamic_sampling=1)
+    task = FailsAtFirst()
+    policy = build_policy(settings, task)
+    rollout = ppo.collect(policy, task, settings, step=0, generator=torch.Generator().manual_seed(0))
+    assert len(rollout.unscored) == 16 and rollout.rewards.mean() == 0.5
 
 
 def test_an_estimator_that_learns_from_equal_groups_has_none_replaced() -> None:
