@@ -559,3 +559,14 @@ def test_math_verify_wants_one_of_two_fields(folder: Path) -> None:
     (folder / "data.jsonl").write_text(FULL + '{"prompt": "c", "Answer": 3}\n')
     with pytest.raises(ValueError, match=r"which needs a field answer or solution; data.jsonl, line 3, has none$"):
         ppo.train(small("tiny", data=Path("data.jsonl"), reward="reward.py:reward"))
+
+
+def test_names_of_the_package() -> None:
+    from entropy_kernels import trainer
+    from entropy_kernels.trainer import config, ppo, tasks
+
+    found = {name: getattr(trainer, name) for name in trainer.__all__}
+    of = {"Prompt": tasks.Prompt, "Task": tasks.Task, "TrainerConfig": config.TrainerConfig, "train": ppo.train}
+    assert found == of
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        trainer.nothing  # noqa: B018
