@@ -93,7 +93,7 @@ def test_zeros_of_a_power_failure_and_nesting_without_end(tmp_path):
     (fit,) = fitted(path)
     check(fit, np.delete(h, 9), np.delete(r, 9))
     assert "lines 10, 11 of log.jsonl: bytes that are not UTF-8 text were replaced" in fit.notes
-    path.write_text('{"step": 0, "x": ' + '{"x": ' * 800 + "1" + "}" * 801)
+    path.write_text('{"step": 0, "x": ' + '{"x": ' * 20_000 + "1" + "}" * 20_001)
     with pytest.raises(LogError, match=r"nested too deeply|not JSON"):
         logs.read_logs([path])
 

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("tyro")
 
 from entropy_kernels._console import print_text
-from entropy_kernels.trainer import ppo, sweep
+from entropy_kernels.trainer import ppo, signals, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.checks import idle
 from entropy_kernels.trainer.config import TrainerConfig
@@ -189,6 +189,7 @@ def test_a_run_that_is_stopped_says_what_goes_on(
                 signal.raise_signal(stop)
 
     monkeypatch.setattr(RunProgress, "__call__", stopped)
+    monkeypatch.setattr(signals, "TOGETHER", 0.0)  # else the second is the first's echo
     write_json(tmp_path / "c.json", {**config(tmp_path / "run").to_dict(), **SHORT, "steps": 4})
     code, start = 130 if stop is KeyboardInterrupt else 143, ["from-config", str(tmp_path / "c.json")]
 
