@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
 
 
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """What an error says, in one line of at most so many characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def print_table(
     title: str,
     rows: Sequence[Sequence[str]],

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from entropy_kernels._console import Parser, print_text
+from entropy_kernels._console import Parser, one_line, print_text
 from entropy_kernels._require import missing
 from entropy_kernels._version import __version__
 
@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace, prog: str) -> int:
         raise
     except (ValueError, OSError, ImportError) as error:
         # Expected failures (a wrong path, a column that is not there) are one line; a bug keeps its traceback.
-        print_text(f"{prog} {arguments.command}: error: {' '.join(str(error).split())}", sys.stderr)
+        print_text(f"{prog} {arguments.command}: error: {one_line(error)}", sys.stderr)
         return 2
 
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from entropy_kernels._console import one_line
 from entropy_kernels._require import require
-from entropy_kernels.analysis.log_text import NAN, Advance, Lines, Table, as_float, broken_lines, one_line, read_text
+from entropy_kernels.analysis.log_text import NAN, Advance, Lines, Table, as_float, broken_lines, read_text
 from entropy_kernels.analysis.metric_names import LogError
 
 

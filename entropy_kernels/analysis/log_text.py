@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from entropy_kernels._console import one_line
 from entropy_kernels._require import require
 from entropy_kernels.analysis.metric_names import ENTROPY, TRAINING, VALIDATION, LogError
 
@@ -77,10 +78,6 @@ def listed(numbers: Sequence[float | str], limit: int = 5) -> str:
     """``3, 17, 40 and 12 more``."""
     more = f" and {len(numbers) - limit} more" if len(numbers) > limit else ""
     return ", ".join(n if isinstance(n, str) else f"{n:.15g}" for n in numbers[:limit]) + more
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -171,6 +171,11 @@ def advantages_of(
     return Advantages(advantages, returns)
 
 
+def differ(rewards: Tensor) -> Tensor:
+    """Of groups (G, n), which have completions with different rewards, and so something to compare: (G,) bool."""
+    return (rewards != rewards[:, :1]).any(dim=1)
+
+
 def rewards_of_tokens(rewards: Tensor, mask: Tensor) -> Tensor:
     """Rewards of completions (B,) at their last valid tokens: (B, L); of a row without one, at its first position."""
     found = torch.zeros(mask.shape, dtype=rewards.dtype, device=rewards.device)

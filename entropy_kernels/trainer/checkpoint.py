@@ -18,10 +18,10 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import Critic
-from entropy_kernels.trainer.files import OwnFiles, append, read_json
+from entropy_kernels.trainer.files import OwnFiles, append, fields_of
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.reference import REFERENCE
-from entropy_kernels.trainer.tensorfile import Damaged, load_tree, save_tree
+from entropy_kernels.trainer.tensorfile import read_tree, save_tree
 
 #: Number of the checkpoint's layout; goes up when the meaning of a saved field changes. 1 and 2 were files of torch.
 FORMAT = 3
@@ -84,19 +84,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     expect_checkpoint(path)
     expected = f"resume: expected a checkpoint at {path}, got "
-    try:
-        state = load_tree(path)
-        if type(state.get("format")) is int and state["format"] > FORMAT:
-            raise ValueError(
-                f"{expected}one of format {state['format']}, from a newer version: this one reads format {FORMAT}; "
-                "update entropy_kernels"
-            )
-        if not _is_whole(state):
-            raise Damaged("a file of another program")
-    except Damaged as error:
-        raise ValueError(f"{expected}{error}; {_way_out(path)}") from error
-    except OSError as error:
-        raise OSError(f"{expected}a file that cannot be read ({error.strerror})") from error
+    state = read_tree(path, expected, f"; {_way_out(path)}")
+    if type(state.get("format")) is int and state["format"] > FORMAT:
+        raise ValueError(
+            f"{expected}one of format {state['format']}, from a newer version: this one reads format {FORMAT}; "
+            "update entropy_kernels"
+        )
+    if not _is_whole(state):
+        raise ValueError(f"{expected}a file of another program; {_way_out(path)}")
     return state
 
 
@@ -316,15 +311,6 @@ def _was_asked_for(out: Path) -> bool:
     request = fields_of(out / "request.json")
     fields = {"out", "seed", "steps", "method", "warm_start_from", "overwrite", "resume", "progress"}
     return fields <= request.keys() and Path(str(request["out"])).name == out.name
-
-
-def fields_of(path: Path) -> dict[str, Any]:
-    """Of an object in a JSON file; none if it holds something else."""
-    try:
-        value = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def remove_run(files: OwnFiles) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import entropy_kernels as ek
+from entropy_kernels._console import one_line
 from entropy_kernels.trainer.advantages import ESTIMATORS
 from entropy_kernels.trainer.causal_lm import base_of, call, in_training_mode
 from entropy_kernels.trainer.lora import load_trained_state, trained_state
@@ -151,7 +152,7 @@ def _network(policy: Policy) -> nn.Module:
     except TypeError as error:
         raise ValueError(
             f"advantage: expected, for gae, a model whose network can be told from its head, got {type(base).__name__} "
-            f"({' '.join(str(error).split())[:200]}); take an estimator without a critic"
+            f"({one_line(error, 200)}); take an estimator without a critic"
         ) from error
     return network
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from entropy_kernels._console import one_line
 from entropy_kernels.trainer.causal_lm import vocab_size_of
 
 #: A chat, a dictionary with role and content per turn.
@@ -125,7 +126,7 @@ class Encoder:
         except Exception as error:  # of the tokenizers library, of no narrower class
             raise ValueError(
                 f"model: expected text that its tokenizer takes (the words of the task, for the tiny model), got "
-                f"{text!r:.80} ({' '.join(str(error).split())})"
+                f"{text!r:.80} ({one_line(error)})"
             ) from error
 
     def _begin(self, text: str, plain: list[int]) -> list[int]:
@@ -149,7 +150,7 @@ class Encoder:
                 turns, tokenize=tokenize, add_generation_prompt=True, return_dict=False
             )
         except Exception as error:  # whatever the template's author raises
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             if given:
                 raise ValueError(
                     f"system_prompt: expected a chat template that takes a system turn, got one that refuses ({reason}"

@@ -149,6 +149,15 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def fields_of(path: Path) -> dict[str, Any]:
+    """Of an object in a JSON file; none if it holds something else."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def check_path(path: Path, argument: str = "out") -> None:
     """OSError or ValueError, which name the argument, for a path that the system cannot have."""
     try:

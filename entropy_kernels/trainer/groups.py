@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from entropy_kernels.trainer.advantages import differ
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.faults import check_sampled
 from entropy_kernels.trainer.model import Completions, Encoded, Policy
@@ -45,8 +46,7 @@ class Groups:
 
     def with_signal(self) -> list[bool]:
         """Of each group, whether its completions have different rewards."""
-        rewards = self.rewards()
-        found: list[bool] = (rewards != rewards[:, :1]).any(dim=1).tolist()
+        found: list[bool] = differ(self.rewards()).tolist()
         return found
 
     def unscored(self) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._console import did_you_mean
+from entropy_kernels._console import did_you_mean, one_line
 from entropy_kernels._require import require
 from entropy_kernels.trainer.causal_lm import base_of
 
@@ -45,7 +45,7 @@ def with_adapter(model: Any, config: TrainerConfig) -> Any:
         try:
             adapted = peft.get_peft_model(model, options)
         except ValueError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise ValueError(f"lora_targets: expected layers that peft can put an adapter into ({reason})") from error
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight

@@ -74,7 +74,7 @@ from entropy_kernels.trainer.rollout import (
 from entropy_kernels.trainer.run import Report, Run, open_run
 from entropy_kernels.trainer.signals import Stop, Terminated, stopped_after_a_step
 from entropy_kernels.trainer.start import warm_steps_of
-from entropy_kernels.trainer.tasks import Task, as_task, make_task
+from entropy_kernels.trainer.tasks import SEED_STRIDE, Task, as_task, make_task
 from entropy_kernels.trainer.trackers import Trackers
 from entropy_kernels.trainer.workers import asked
 
@@ -209,7 +209,7 @@ def _loop(run: Run, config: TrainerConfig, task: Task, tell: Report, probes: Seq
 
             # 3. several updates per rollout: from the second on, log-probs differ from the old ones
             for rows in order:
-                seed = (config.seed * 1_000_003 + number) * 10_007 + 2 * len(step.updates)
+                seed = (config.seed * SEED_STRIDE + number) * 10_007 + 2 * len(step.updates)
                 with kept(run, step, rows=rows, seed=seed):
                     made = update(
                         policy, run.optimizer, step.rollout, rows, config, decides, seed=seed, plan=step.plan,

@@ -26,7 +26,7 @@ from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.rollout import Rollout, evaluate, fresh_stats, known_tokens, mean_over, row_slices, score
 from entropy_kernels.trainer.rollout_metrics import rollout_columns
 from entropy_kernels.trainer.samples import SAMPLES, Samples
-from entropy_kernels.trainer.tasks import Task
+from entropy_kernels.trainer.tasks import SEED_STRIDE, Task
 
 #: Fraction of an update at which the network's first order must hold: the rest is the step's curvature.
 SMALL = 0.1
@@ -125,7 +125,7 @@ class Validation(Probe):
 
     def _validate(self, step: Step, prefix: str, prompts: int, samples: int) -> None:
         started = time.perf_counter()
-        generator = torch.Generator(step.policy.device).manual_seed(step.config.seed * 1_000_003 + step.number)
+        generator = torch.Generator(step.policy.device).manual_seed(step.config.seed * SEED_STRIDE + step.number)
         shown = Samples(step.number, prefix)
         metrics = evaluate(
             step.policy, step.task, step.config, prompts=prompts, samples=samples, generator=generator, each=shown

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 from entropy_kernels.trainer.files import OwnFiles
-from entropy_kernels.trainer.tensorfile import Damaged, load_tree, save_tree
+from entropy_kernels.trainer.tensorfile import read_tree, save_tree
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.config import TrainerConfig
@@ -73,10 +73,7 @@ def reference_of(config: TrainerConfig, policy: Policy, *, resumed: bool) -> Ref
     expected = f"ref_kl_coef: expected the reference of this run in {path}, got "
     if not path.is_file():
         raise FileNotFoundError(f"{expected}none: a run that began with ref_kl_coef = 0 kept none, and goes on so")
-    try:
-        weights = load_tree(path)
-    except Damaged as error:
-        raise ValueError(f"{expected}{error}; without it the run cannot go on as it was") from error
+    weights = read_tree(path, expected, "; without it the run cannot go on as it was")
     if {n: p.shape for n, p in trained.items()} != {n: getattr(x, "shape", None) for n, x in weights.items()}:
         raise ValueError(f"{expected}that of another model")
     return Reference(policy, {name: x.to(policy.device) for name, x in weights.items()})

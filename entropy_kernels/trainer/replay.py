@@ -23,7 +23,7 @@ from entropy_kernels.trainer.methods import controller_of, target_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.rollout import Rollout
 from entropy_kernels.trainer.start import first_policy
-from entropy_kernels.trainer.tensorfile import Damaged, load_tree
+from entropy_kernels.trainer.tensorfile import read_tree
 
 #: Of what is listed, so many are shown.
 _SHOWN = 5
@@ -61,12 +61,7 @@ def load_batch(path: Path) -> dict[str, Any]:
     expected = f"replay: expected a batch that a run kept ({checkpoint.NONFINITE}), got {path}, "
     if not path.exists():
         raise FileNotFoundError(f"{expected}which does not exist")
-    try:
-        batch = load_tree(path)
-    except Damaged as error:
-        raise ValueError(f"{expected}{error}") from error
-    except OSError as error:
-        raise OSError(f"{expected}which cannot be read ({error.strerror})") from error
+    batch = read_tree(path, expected)
     if batch.get("kind") != "batch":
         raise ValueError(f"{expected}which holds something else")
     if batch["format"] > faults.FORMAT:

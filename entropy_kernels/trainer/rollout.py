@@ -18,7 +18,7 @@ from entropy_kernels.trainer.model import Completions, Encoded, Policy
 from entropy_kernels.trainer.samples import Answers
 from entropy_kernels.trainer.scoring import Unscored
 from entropy_kernels.trainer.tasks import Prompt, Task, prompts_of
-from entropy_kernels.trainer.workers import reward_of, scores_of
+from entropy_kernels.trainer.workers import RIGHT, reward_of, scores_of
 
 #: Validation uses the same held-out prompts at every step, so that its curve shows the policy and not the prompts.
 VALIDATION_SEED = 0
@@ -246,7 +246,7 @@ def evaluate(
         for i in range(len(part)):
             group = slice(i * samples, (i + 1) * samples)
             answers = Answers(part[i], texts[group], scores[group], rewards[group], lengths[group], cut[group])
-            good = [text for text, reward in zip(answers.texts, answers.rewards, strict=True) if reward >= 1.0]
+            good = [text for text, reward in zip(answers.texts, answers.rewards, strict=True) if reward >= RIGHT]
             right.append(len(good))
             distinct.append(len(set(good)))
             if each is not None:

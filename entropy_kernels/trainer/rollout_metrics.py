@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entropy_kernels.trainer.advantages import differ
 from entropy_kernels.trainer.rollout import Rollout
-
-#: What a reward has to be for a completion to count as right.
-RIGHT = 1.0
+from entropy_kernels.trainer.workers import RIGHT
 
 
 def rollout_columns(rollout: Rollout) -> dict[str, float]:
@@ -34,12 +33,12 @@ def lengths(rollout: Rollout) -> dict[str, float]:
 
 def rewards(given: Tensor) -> dict[str, float]:
     """Of rewards (prompts, samples): how far they are apart, and in how many groups there is something to learn."""
-    right, mixed = given >= RIGHT, (given != given[:, :1]).any(dim=1)
+    right = given >= RIGHT
     found = {"reward": float(given.mean()), **spread("reward", given)}
     del found["reward_mean"]  # the same
     if given.shape[1] > 1:
         found["reward_group_std"] = float(given.double().std(dim=1).mean())
-    groups = {"right": right.all(dim=1), "wrong": ~right.any(dim=1), "mixed": mixed}
+    groups = {"right": right.all(dim=1), "wrong": ~right.any(dim=1), "mixed": differ(given)}
     return found | {f"groups_{name}": float(which.float().mean()) for name, which in groups.items()}
 
 

@@ -15,13 +15,13 @@ from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.critic import Critic, critic_of
 from entropy_kernels.trainer.data import inputs_of
 from entropy_kernels.trainer.faults import check_weights
-from entropy_kernels.trainer.files import OwnFiles, write_json
+from entropy_kernels.trainer.files import OwnFiles, fields_of, write_json
 from entropy_kernels.trainer.log import MetricsLog
 from entropy_kernels.trainer.methods import controller_of, target_of
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.reference import Reference, keep_reference, reference_of
 from entropy_kernels.trainer.samples import SAMPLES, keep_before
-from entropy_kernels.trainer.start import first_policy, versions, warm_start, warm_steps_of
+from entropy_kernels.trainer.start import first_policy, versions, warm_start
 from entropy_kernels.trainer.tasks import Task
 from entropy_kernels.trainer.trackers import Trackers
 
@@ -96,7 +96,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers
     if kinds := task._kinds():
         policy.encode(kinds)  # an error now, and not at the step that gets such a prompt
     target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
-    steps = warm_steps_of(config, task)
+    steps = config.warm_steps or 0
     if config.warm_start_from is None and saved is None and steps:
         tell("supervised start", 0, steps, {})
         warm_start(
@@ -147,7 +147,7 @@ def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
     about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
-    before = checkpoint.fields_of(config.out / "config.json").get("inputs") if saved is not None else None
+    before = fields_of(config.out / "config.json").get("inputs") if saved is not None else None
     about |= {"inputs": inputs} if (inputs := inputs_of(config, task, before)) else {}
     about |= {} if trackers.run_id is None else {"run_id": trackers.run_id}
     write_json(config.out / "config.json", {**again, **about})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import entropy_kernels as ek
+from entropy_kernels._console import one_line
 from entropy_kernels._require import missing, require, require_installed
 from entropy_kernels._torch import Dropout
 from entropy_kernels.trainer.causal_lm import base_of, check_policy, enable_checkpointing
@@ -22,7 +23,7 @@ from entropy_kernels.trainer.encoding import end_ids_of
 from entropy_kernels.trainer.files import read_json
 from entropy_kernels.trainer.lora import with_adapter
 from entropy_kernels.trainer.model import Policy
-from entropy_kernels.trainer.tasks import Task, demonstrations_of, made_by
+from entropy_kernels.trainer.tasks import SEED_STRIDE, Task, demonstrations_of, made_by
 from entropy_kernels.trainer.tensorfile import damage
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def warm_start(
             pairs = demonstrations_of(
                 task,
                 min(_CHUNK, steps - step) * config.warm_batch,
-                seed=config.warm_seed * 1_000_003 + step,
+                seed=config.warm_seed * SEED_STRIDE + step,
                 wrong_fraction=config.warm_wrong_fraction,
             )
         first = (step % _CHUNK) * config.warm_batch
@@ -395,7 +396,7 @@ def _load_adapter(folder: Path, argument: str) -> tuple[Any, Any]:
     except ImportError:
         raise
     except Exception as error:
-        raise ValueError(f"{expected}which cannot ({' '.join(str(error).split())[:300]})") from error
+        raise ValueError(f"{expected}which cannot ({one_line(error, 300)})") from error
 
 
 def load_tokenizer(source: str) -> Any:

@@ -33,7 +33,7 @@ Split = Literal["train", "validation"]
 #: What a model is shown: text, or chat messages with ``role`` and ``content``.
 Text: TypeAlias = str | list[dict[str, str]]
 
-#: Step k of a run asks for prompts under the seed ``config.seed * SEED_STRIDE + k``.
+#: Step k of a run has the seed ``config.seed * SEED_STRIDE + k``: under it prompts are asked for.
 SEED_STRIDE = 1_000_003
 
 

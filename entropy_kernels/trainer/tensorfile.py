@@ -96,6 +96,16 @@ def load_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
+def read_tree(path: Path, expected: str, way_out: str = "") -> dict[str, Any]:
+    """:func:`load_tree`; its errors are ValueError or OSError, a sentence that begins as is `expected`."""
+    try:
+        return load_tree(path)
+    except Damaged as error:
+        raise ValueError(f"{expected}{error}{way_out}") from error
+    except OSError as error:
+        raise OSError(f"{expected}a file that cannot be read ({error.strerror})") from error
+
+
 def _checksum(file: BinaryIO) -> tuple[re.Match[bytes], str]:
     """Where a file's checksum stands, and what it should be; ValueError if there is none."""
     head = file.read(8)

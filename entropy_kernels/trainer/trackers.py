@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from entropy_kernels._console import one_line
 from entropy_kernels._require import require, require_installed
-from entropy_kernels.trainer.files import OwnFiles, read_json
+from entropy_kernels.trainer.files import OwnFiles, fields_of
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.config import TrainerConfig
@@ -49,7 +50,7 @@ class Tracker:
             call()
         except Exception as error:
             if not self._told:
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = one_line(error, 200)
                 warnings.warn(
                     f"{self.name} did not take {what} ({reason}); the run goes on, and metrics.jsonl has everything",
                     stacklevel=4,
@@ -108,10 +109,7 @@ class Trackers:
 
 
 def _known_id(config: TrainerConfig) -> str | None:
-    try:
-        found = read_json(config.out / "config.json")["run_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = fields_of(config.out / "config.json").get("run_id")
     return found if isinstance(found, str) and found.isalnum() else None
 
 
@@ -130,7 +128,7 @@ def _begin(name: str, config: TrainerConfig, run_id: str, *, resumed: bool) -> T
     try:
         run = module.init(**about)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300)
         way_out = "set WANDB_MODE=offline to log without its server, or leave it out" if wandb else "leave it out"
         raise ValueError(f"trackers: expected {name} to begin a run, got an error ({reason}); {way_out}") from error
 

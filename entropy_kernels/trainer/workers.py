@@ -272,6 +272,10 @@ def scores_of(task: Task, prompts: Sequence[Prompt], completions: Sequence[str])
     return list(scorers.ask(questions))
 
 
+#: What a score, and so a reward, has to be for a completion to count as right.
+RIGHT = 1.0
+
+
 def reward_of(score: float, partial_credit: bool) -> float:
     """The reward for a score: 1 for a full one (1 or more), else 0; under `partial_credit` the score itself."""
-    return score if partial_credit or isinstance(score, Unscored) else float(score >= 1)
+    return score if partial_credit or isinstance(score, Unscored) else float(score >= RIGHT)
