@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,19 +17,21 @@ def peak_allocated(call: Callable[[], Any], device: torch.device) -> int:
     """Bytes that torch hands out at once during ``call``, above what was held before; its results are counted.
 
     On a GPU the allocator's own peak. Elsewhere from torch's profiler, which slows the call down and sees nothing that
-    C++ code allocates by itself; what this library would keep for the next call comes from torch meanwhile.
+    C++ code allocates by itself; what this library would keep for the next call comes from torch meanwhile. Python's
+    collector waits: garbage of before that it freed meanwhile would count as room that the call had.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        output = call()
+        with _no_collection():
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            output = call()
         torch.cuda.synchronize(device)
         del output
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-    with _quiet(), reused_memory.from_torch(), profiler as profile:
+    with _no_collection(), _quiet(), reused_memory.from_torch(), profiler as profile:
         output = call()
     del output
     held = peak = 0
@@ -37,6 +40,18 @@ def peak_allocated(call: Callable[[], Any], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, Python's collector does not run."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -128,3 +128,31 @@ def test_a_measured_peak_sees_large_blocks(capfd):
     assert peak_allocated(call, torch.device("cpu")) == pytest.approx(size + size // 3, abs=1024)
     assert reused_memory.empty(LARGE, torch.float32).data_ptr() == address, "measuring took the block away"
     assert capfd.readouterr().err == "", "the profiler talks"
+
+
+def test_garbage_of_before_is_no_room_of_the_call() -> None:
+    """A cycle that an earlier measured call left, and that Python's collector finds during this one: 4 KB are freed
+    that this call never had."""
+    collections: list[str] = []
+
+    def seen(phase: str, info: object) -> None:
+        collections.append(phase)
+
+    def leaves_a_cycle() -> None:
+        cycle: list[object] = [torch.zeros(1024)]
+        cycle.append(cycle)
+
+    def call() -> torch.Tensor:
+        made = [[] for _ in range(3 * gc.get_threshold()[0])]  # enough objects for collections of the youngest
+        return torch.zeros(1024 + 0 * len(made))
+
+    gc.callbacks.append(seen)
+    try:
+        assert peak_allocated(leaves_a_cycle, torch.device("cpu")) == 4096
+        collections.clear()
+        assert peak_allocated(call, torch.device("cpu")) == 4096
+        assert not collections and gc.isenabled()
+        call()
+    finally:
+        gc.callbacks.remove(seen)
+    assert collections, "nothing would have been collected"
