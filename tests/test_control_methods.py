@@ -150,7 +150,7 @@ def check(micros: list[Micro], method: str, options: dict[str, Any], expected: A
 @every_row
 @pytest.mark.parametrize("ties", (False, True), ids=("", "ties"))
 def test_random_batches(method: str, options: dict[str, Any], expected: Any, ties: bool) -> None:
-    for seed in range(3):
+    for seed in range(1 if ties else 2):
         single = [micro(4, 30, seed, ties=ties)]
         (alone,) = check(single, method, options, expected)
         seedless = {name: x for name, x in options.items() if name != "seed"}
@@ -165,8 +165,8 @@ def test_random_batches(method: str, options: dict[str, Any], expected: Any, tie
 
 
 @every_row
-def test_four_thousand_tokens(method: str, options: dict[str, Any], expected: Any) -> None:
-    check([micro(16, 256, 5), micro(8, 64, 6)], method, options, expected)
+def test_two_thousand_tokens(method: str, options: dict[str, Any], expected: Any) -> None:
+    check([micro(8, 224, 5), micro(4, 64, 6)], method, options, expected)
 
 
 @every_row
@@ -235,19 +235,22 @@ FIELDS = ("logprob", "old_logprob", "advantages", "entropy", "old_entropy", "voc
 def test_a_valid_token_that_is_not_finite(method: str, options: dict[str, Any], expected: Any) -> None:
     """Metrics that it enters are NaN; it is treated only where H or H_old decides, as NaN is in no range."""
     row = ek.methods()[method]
-    for field in FIELDS:
-        for value in (NAN, INF, -INF):
-            if value != value or field not in ("logprob", "old_logprob") or value < 0:
-                check_nonfinite(method, row, options, field, value)
-
-
-def check_nonfinite(method: str, row: ek.Method, options: dict[str, Any], field: str, value: float) -> None:
     given = micro(4, 10, 2)
     given["mask"][1, 3] = True
     for name in FIELDS:
         given[name][1, 3] = -0.5
     plain = ek.control(method, one(given), **options)
-    given[field][1, 3] = value
+    for field in FIELDS:
+        for value in (NAN, INF, -INF):
+            if value != value or field not in ("logprob", "old_logprob") or value < 0:
+                changed = {**given, field: given[field].clone()}
+                changed[field][1, 3] = value
+                check_nonfinite(method, row, options, field, value, changed, plain)
+
+
+def check_nonfinite(
+    method: str, row: ek.Method, options: dict[str, Any], field: str, value: float, given: Micro, plain: ek.Control
+) -> None:
     found = ek.control(method, one(given), **options)
     others = given["mask"].clone()
     others[1, 3] = False

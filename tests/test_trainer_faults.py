@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("step 1, update 1: the loss of micro-batch 1")
     assert said[1] == f"weights that are not finite: 1: {NORM}"
-    assert said[2].startswith("tokens that are not finite, of 56: 56: row ") and "log-prob nan" in said[2]
+    assert said[2].startswith("tokens that are not finite, of 32: 32: row ") and "log-prob nan" in said[2]
     assert f"loss of micro-batch 1 of {parts}: nan (was nan, the same bits)" in said
     assert said[-2].startswith("parameters whose gradient is not finite: ") and said[-1] == "not finite again"
     ppo.train(config(out, **{**SETTINGS, **changes, "resume": True}))
@@ -122,7 +122,7 @@ def test_a_gradient_alone_that_is_not_finite(
     assert error.startswith(f"step 1, update 1: the gradient of {weight} is not finite; no weight was changed; ")
     assert main(["replay", str(out / "nonfinite.safetensors")]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[1] == "weights that are not finite: none" and said[2] == "tokens that are not finite, of 56: none"
+    assert said[1] == "weights that are not finite: none" and said[2] == "tokens that are not finite, of 32: none"
     assert said[3] == "log-ratio of the others: 0 to 0" or said[3].startswith("log-ratio of the others: ")
     assert all(line.endswith(", the same bits)") for line in said[4:6]) and "nan" not in said[4]
     assert said[6:] == ["parameters whose gradient is not finite: none", "finite: no step was made"]
@@ -155,13 +155,13 @@ def test_log_probs_that_are_not_finite_end_a_rollout(
 ) -> None:
     error = broken(tmp_path / "run", Break(NORM, value, "before_step"), head=head)
     assert re.match(
-        r"step 1: log-probs of 112 tokens while sampling are not finite, first nan in row 0, position 0; no weight was",
+        r"step 1: log-probs of 64 tokens while sampling are not finite, first nan in row 0, position 0; no weight was",
         error,
     )
     assert main(["replay", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().out.splitlines()
     assert said[2].startswith(
-        "tokens that are not finite, of 112: 112: row 0, position 0 (log-prob nan, while sampling nan)"
+        "tokens that are not finite, of 64: 64: row 0, position 0 (log-prob nan, while sampling nan)"
     )
     assert said[-1] == "not finite again"
 

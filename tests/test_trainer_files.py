@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import trainer_setup
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig
-from entropy_kernels.trainer.files import OwnFiles, locked, write_text
+from entropy_kernels.trainer.files import OwnFiles, locked, scratch_of, write_text
 from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.start import build_policy
 from trainer_setup import SHORT, TINY, EasyTask, again, config, contents, easy, rows_without_times, without_drawing  # noqa: F401
@@ -31,15 +30,14 @@ trained_run, run = trainer_setup.trained_run, trainer_setup.run  # fixtures
 # --- the user's files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["thesis.txt", "model.txt", "notes/metrics.jsonl", ".checkpoint.safetensors.tmp", "checkpoint.pt"]
-)
-def test_files_beside_a_run_stay(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("x")
+def test_files_beside_a_run_stay(tmp_path: Path) -> None:
+    mine = ["thesis.txt", "model.txt", "notes/metrics.jsonl", ".checkpoint.safetensors.tmp", "checkpoint.pt"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
     for overwrite in (False, True):
         ppo.train(config(tmp_path, overwrite=overwrite, **SHORT))
-        assert (tmp_path / name).read_text() == "x"
+        assert all((tmp_path / name).read_text() == "x" for name in mine)
 
 
 @pytest.mark.parametrize(
@@ -301,16 +299,7 @@ def test_saving_a_policy_keeps_the_users_files(tmp_path: Path) -> None:
 
 # --- two processes, and killed ones ----------------------------------------------------------------------------------
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from entropy_kernels.trainer.files import locked, scratch_of
-with locked(Path(sys.argv[1])):
-    for name in sys.argv[2:]:
-        scratch_of(Path(sys.argv[1]) / name).write_text("half")
-    print("held", flush=True)
-    time.sleep(600)
-"""
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -318,22 +307,24 @@ def hold() -> Iterator[Any]:
     """A process that has a folder, and is in the midst of writing the files named."""
     held = []
 
-    def start(folder: Path, *names: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(folder), *names],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-        )
-        held.append(process)
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        return process
+    def in_process(folder: Path, names: tuple[str, ...], told: Any) -> None:
+        with locked(folder):
+            for name in names:
+                scratch_of(folder / name).write_text("half")
+            told.set()
+            signal.pause()
+
+    def start(folder: Path, *names: str) -> Any:
+        told = FORK.Event()
+        held.append(FORK.Process(target=in_process, args=(folder, names, told)))
+        held[-1].start()
+        assert told.wait(60)
+        return held[-1]
 
     yield start
     for process in held:
         process.kill()
-        process.wait()
-        process.stdout.close()
+        process.join()
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(run: Path, hold: Any) -> None:
@@ -351,8 +342,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(run: Path, hold: An
     ):
         pass
     assert contents(run) == before
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     again(run)
     assert sorted(path.name for path in run.glob(".*.tmp")) == [f".thesis.txt.{process.pid}.tmp"]
 

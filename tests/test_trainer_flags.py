@@ -165,7 +165,7 @@ def test_a_run_says_what_it_does_and_for_how_long(tmp_path: Path, capsys: pytest
         "GRPO, Clip-Cov, KL-Cov, Target entropy, Random tokens dropped: 5 runs of 240 steps after 800 supervised ones "
         f"that they share, 2 at a time, into {tmp_path}, with report.html at the end; about "
     )
-    write_json(tmp_path / "c.json", {**config(tmp_path / "run").to_dict(), "progress": True})
+    write_json(tmp_path / "c.json", {**config(tmp_path / "run").to_dict(), "measure_memory": True, "progress": True})
     assert main(["from-config", str(tmp_path / "c.json")]) == 0
     first, begin, *lines, memory, run = capsys.readouterr().out.splitlines()
     assert first.startswith("GRPO on walk, model tiny: 3 steps into") and begin == "train: 0/3"

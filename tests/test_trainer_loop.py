@@ -21,7 +21,7 @@ from entropy_kernels.trainer.methods import METHODS, PAPER, Method
 from entropy_kernels.trainer.probes import Probe, Step, default_probes
 from entropy_kernels.trainer.start import WARM_STEPS, build_policy
 from entropy_kernels.trainer.tasks import WalkTask
-from trainer_setup import TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
+from trainer_setup import SHORT, EasyTask, config, easy, rows_without_times  # noqa: F401
 
 TRAINER = Path(ppo.__file__).parent
 
@@ -38,27 +38,34 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert all(torch.equal(value, other_file[name]) for name, value in one_file.items())
 
 
-@pytest.mark.parametrize("changes", [{}, {"micro_batches": 2, "epochs": 2, "head": "logits"}])
-@pytest.mark.parametrize("method", ["grpo", "clip_cov", "kl_cov"])
+#: Every probe measures, in each of two steps.
+MEASURED = {"steps": 2, "eval_every": 1, "first_order_every": 1, "measure_memory": True}
+PARTS = {"micro_batches": 2, "epochs": 2, "head": "logits"}
+
+
+@pytest.mark.parametrize(("method", "changes"), [("grpo", PARTS), ("clip_cov", {}), ("kl_cov", PARTS)])
 def test_a_run_without_probes_has_the_same_weights(tmp_path: Path, method: str, changes: dict[str, object]) -> None:
-    settings = {"method": method, "cov_low": -9.0, "cov_high": 9.0, "cov_ratio": 0.1, "eval_every": 1, **changes}
+    settings = {**MEASURED, "method": method, "cov_low": -9.0, "cov_high": 9.0, "cov_ratio": 0.1, **changes}
     ppo.train(config(tmp_path / "measured", **settings))
     ppo.train(config(tmp_path / "bare", **settings), probes=())
     assert_same_state(tmp_path / "measured", tmp_path / "bare")
-    assert rows_without_times(tmp_path / "bare") == [{"step": step} for step in range(4)]
+    assert rows_without_times(tmp_path / "bare") == [{"step": step} for step in range(3)]
     assert len(rows_without_times(tmp_path / "measured")[0]) > 30
 
 
-@pytest.mark.parametrize("probe", range(7))
-def test_each_probe_alone_leaves_the_run_as_it_is(tmp_path: Path, probe: int) -> None:
+def test_each_probe_alone_leaves_the_run_as_it_is(tmp_path: Path) -> None:
     """None needs another one, and what it logs it logs in their company too."""
-    settings = {"method": "clip_cov", "steps": 2}
-    assert len(default_probes(TINY, ppo.backward)) == 7
-    for name, hung in (("all", None), ("one", [default_probes(TINY, ppo.backward)[probe]])):
-        ppo.train(config(tmp_path / name, **settings), probes=hung)
-    assert_same_state(tmp_path / "all", tmp_path / "one")
-    for alone, among in zip(*(rows_without_times(tmp_path / name) for name in ("one", "all")), strict=True):
-        assert alone.items() <= among.items()
+    settings = {**MEASURED, "method": "clip_cov"}
+    whole = config(tmp_path / "all", **settings)
+    ppo.train(whole)
+    alone = default_probes(whole, ppo.backward)
+    assert len(alone) == 7
+    for probe in alone:
+        out = tmp_path / type(probe).__name__
+        ppo.train(config(out, **settings), probes=[probe])
+        assert_same_state(tmp_path / "all", out)
+        for row, among in zip(rows_without_times(out), rows_without_times(tmp_path / "all"), strict=True):
+            assert row.items() <= among.items(), out.name
 
 
 def test_a_probe_sees_every_stage_of_a_step(tmp_path: Path) -> None:
@@ -80,8 +87,8 @@ def test_a_probe_sees_every_stage_of_a_step(tmp_path: Path) -> None:
 
     ppo.train(config(tmp_path / "run", steps=1, epochs=2), probes=[Watch()])
     updates = [(0, "update", n) for n in (1, 2, 3, 4)]
-    first = [(0, "before", None), (0, "rollout", (16, 7)), *updates, (0, "after", 4)]
-    assert seen == [*first, (1, "before", None), (1, "rollout", (16, 7))]
+    first = [(0, "before", None), (0, "rollout", (16, 4)), *updates, (0, "after", 4)]
+    assert seen == [*first, (1, "before", None), (1, "rollout", (16, 4))]
     assert rows_without_times(tmp_path / "run") == [{"step": 0, "reward": 0.5}, {"step": 1}]
 
 
@@ -99,10 +106,10 @@ def test_a_method_from_outside_trains(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(METHODS, "surprise", Method("Surprise", row, {"ratio": 0.2}))
     for micro_batches in (1, 2):
         out = tmp_path / str(micro_batches)
-        ppo.train(config(out, method="surprise", steps=2, micro_batches=micro_batches))
+        ppo.train(config(out, **SHORT, method="surprise", micro_batches=micro_batches))
         rows = rows_without_times(out)
-        assert rows[0]["tokens_dropped"] == 2 * math.floor(0.2 * 56) and rows[0]["tokens_penalized"] == 0
-    ppo.train(config(tmp_path / "grpo", steps=2))
+        assert rows[0]["tokens_dropped"] == 2 * math.floor(0.2 * 32) and rows[0]["tokens_penalized"] == 0
+    ppo.train(config(tmp_path / "grpo", **SHORT))
     rows = rows_without_times(tmp_path / "grpo")
     assert rows[0]["tokens_touched"] == rows[0]["decrease_share"] == 0 and rows[0]["control_dh"] == rows[0]["free_dh"]
     weights = [

@@ -147,7 +147,7 @@ def test_every_surrogate_under_every_head(surrogate: str, method: str) -> None:
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
 def test_micro_batches_are_one_update_under_a_sequences_ratio(surrogate: str, mode: str) -> None:
     found = []
-    for parts in (1, 2, 4):
+    for parts in (1, 4):
         policy = policy_of()
         settings = settings_of(surrogate=surrogate, micro_batches=parts, loss_agg_mode=mode)
         found.append(updated(policy, rollout_of(policy), settings))
@@ -296,8 +296,13 @@ def kl_by_hand(d: Tensor, estimator: str) -> Tensor:
     return value if name == estimator else value.detach() + d.detach() * (d - d.detach())
 
 
-@pytest.mark.parametrize(("head", "method"), PAIRS)
-@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3", "k1+", "abs+", "k3+"])
+@pytest.mark.parametrize(
+    ("estimator", "head", "method"),
+    [
+        *((estimator, "linear", "grpo") for estimator in ("k1", "abs", "k2", "k3", "k1+", "abs+", "k3+")),
+        *((estimator, *pair) for estimator in ("k2", "k3+") for pair in PAIRS if pair != ("linear", "grpo")),
+    ],
+)
 def test_a_penalty_in_the_loss_by_hand(estimator: str, head: str, method: str) -> None:
     policy = policy_of(head)
     rollout = rollout_of(policy, noise=0.1)
@@ -430,7 +435,7 @@ def with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reference_that_is_not_finite_stops_the_run(tmp_path: Path, with_reference: Path) -> None:
     out = Path(shutil.copytree(with_reference, tmp_path / "run"))
     save_tree(out / REFERENCE, {n: torch.full_like(x, torch.nan) for n, x in load_tree(out / REFERENCE).items()})
-    with pytest.raises(NonFinite, match=r"step 1: log-probs of 112 tokens under the reference are not finite"):
+    with pytest.raises(NonFinite, match=r"step 1: log-probs of 64 tokens under the reference are not finite"):
         ppo.train(config(out, **{**SHORT, "ref_kl_coef": 0.5, "steps": 2, "resume": True}))
 
 
@@ -538,7 +543,7 @@ def test_without_groups_to_replace_a_run_is_the_same_bit_for_bit(
 def test_a_run_that_replaces_groups_resumes_bit_for_bit(tmp_path: Path) -> None:
     class Rare(EasyTask):  # a group has signal now and then
         def verify(self, prompt: Prompt, completion: str) -> float:
-            return float(sum(map(len, completion.split())) in (12, 15))
+            return float(sum(map(len, completion.split())) in (6, 9))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: Rare())
@@ -664,8 +669,17 @@ def test_the_constant_norm_divides_losses_and_weights_of_tokens() -> None:
     assert float(weights[1][0, 0]) == pytest.approx(1 / 8 / 20)
 
 
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
-@pytest.mark.parametrize(("head", "method"), [*PAIRS, ("linear", "clip_cov")])
+@pytest.mark.parametrize(
+    ("head", "method", "mode"),
+    [
+        *(("linear", "grpo", mode) for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")),
+        ("logits", "grpo", "seq-mean-token-mean"),
+        ("torch", "grpo", "token-mean"),
+        ("linear", "exact_cov", "token-mean"),
+        ("linear", "exact_cov", "seq-mean-token-mean"),
+        ("linear", "clip_cov", "seq-mean-token-sum"),
+    ],
+)
 def test_what_was_cut_off_takes_no_part_in_an_update(head: str, method: str, mode: str) -> None:
     policy = policy_of(head)
     whole = rollout_of(policy)

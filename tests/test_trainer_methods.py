@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.methods import METHODS, PAPER, controller_of, options_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded
-from entropy_kernels.trainer.probes import Probe, Step, UpdateMetrics
+from entropy_kernels.trainer.probes import Probe, RolloutMetrics, Step, UpdateMetrics
 from entropy_kernels.trainer.rollout import Rollout, known_tokens
 from entropy_kernels.trainer.tensorfile import save_tree
 from trainer_setup import SHORT, TINY, config, easy, rows_without_times  # noqa: F401
@@ -207,13 +208,12 @@ def test_options_stay_with_their_method() -> None:
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("method", list(ek.methods()))
 def test_every_method_trains(tmp_path: Path, method: str, micro_batches: int) -> None:
-    how = {"selection_logprob": "old"} if micro_batches == 2 else {}
-    settings = config(
-        tmp_path / "run", **{**SHORT, "steps": 2, "method": method, "micro_batches": micro_batches, **how}
-    )
-    ppo.train(settings)
+    # a second step where the method may remember the first
+    how = {"selection_logprob": "old"} if micro_batches == 2 else {"steps": 2}
+    settings = config(tmp_path / "run", **{**SHORT, "method": method, "micro_batches": micro_batches, **how})
+    ppo.train(settings, probes=[RolloutMetrics(), UpdateMetrics()])
     rows = rows_without_times(tmp_path / "run")
-    assert METHODS[method].label and [row["step"] for row in rows] == [0, 1, 2]
+    assert METHODS[method].label and [row["step"] for row in rows] == list(range(settings.steps + 1))
     for row in rows[:-1]:
         tokens, share = row["tokens_touched"], row["decrease_share"]
         assert 0 <= tokens <= row["tokens"] and 0 <= share <= 1  # type: ignore[operator]
@@ -233,10 +233,10 @@ REMEMBERING = {
 @pytest.mark.parametrize("method", list(REMEMBERING))
 def test_a_method_with_memory_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**SHORT, "method": method, "method_options": REMEMBERING[method]}
-    ppo.train(config(tmp_path / "whole", **{**settings, "steps": 4}))
-    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 2}))
-    ppo.train(config(tmp_path / "forgot", **{**settings, "steps": 2}))
-    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 4, "resume": True}))
+    ppo.train(config(tmp_path / "whole", **{**settings, "steps": 3}))
+    ppo.train(config(tmp_path / "halves", **settings))
+    shutil.copytree(tmp_path / "halves", tmp_path / "forgot")
+    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 3, "resume": True}))
     whole, halves = (rows_without_times(tmp_path / name) for name in ("whole", "halves"))
     assert whole == halves
     states = [checkpoint.load_checkpoint(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "halves")]
@@ -247,7 +247,7 @@ def test_a_method_with_memory_resumes_bit_for_bit(tmp_path: Path, method: str, m
     )
     # the test sees the memory: without it the second half is another one
     monkeypatch.setattr(ek.Controller, "load_state_dict", lambda self, state: None)
-    ppo.train(config(tmp_path / "forgot", **{**settings, "steps": 4, "resume": True}))
+    ppo.train(config(tmp_path / "forgot", **{**settings, "steps": 3, "resume": True}))
     assert rows_without_times(tmp_path / "forgot") != whole
 
 

@@ -23,7 +23,7 @@ from entropy_kernels.trainer.samples import COMPLETIONS, PROMPTS, SAMPLES, Answe
 from entropy_kernels.trainer.scoring import Unscored
 from entropy_kernels.trainer.tasks import Prompt
 from entropy_kernels.trainer.trackers import scalars
-from trainer_setup import SHORT, EasyTask, config, easy, rows_without_times, trained_run  # noqa: F401  (fixtures)
+from trainer_setup import SHORT, EasyTask, config, easy, rows_without_times  # noqa: F401  (fixture)
 
 # --- columns of a rollout --------------------------------------------------------------------------------------------
 
@@ -134,9 +134,21 @@ def test_a_row_has_what_the_method_remembers(tmp_path: Path, options: dict[str, 
     assert all(defined(name) for row in rows for name in row)
 
 
-def test_a_fit_finds_its_columns_among_them(trained_run: Path) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps with validations before, within and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
+        return ppo.train(config(tmp_path_factory.mktemp("whole") / "run", **VALIDATED, steps=3))
+
+
+#: With a checkpoint after each step.
+VALIDATED = {name: value for name, value in SHORT.items() if name != "steps"} | {"eval_every": 2, "save_every": 1}
+
+
+def test_a_fit_finds_its_columns_among_them(whole: Path) -> None:
     """In the log, and under the names that dashboards export."""
-    rows = read_rows(trained_run / "metrics.jsonl")
+    rows = read_rows(whole / "metrics.jsonl")
     for prefix, named in (("", rows[0]), ("train/", scalars(rows[0]))):
         assert find_entropy([*named]).columns == (f"{prefix}entropy",)
         found = find_performance([*named])
@@ -152,9 +164,9 @@ def samples_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / SAMPLES).read_text().splitlines()]
 
 
-def test_samples_are_the_first_answers_of_each_validation(trained_run: Path) -> None:  # noqa: F811
-    found = samples_of(trained_run)
-    rows = read_rows(trained_run / "metrics.jsonl")
+def test_samples_are_the_first_answers_of_each_validation(whole: Path) -> None:
+    found = samples_of(whole)
+    rows = read_rows(whole / "metrics.jsonl")
     validations = [(row["step"], kind) for row in rows for kind in ("val", "final") if f"{kind}_pass1" in row]
     assert validations == [(0, "val"), (2, "val"), (3, "val"), (3, "final")]
     shown = list(dict.fromkeys((line["step"], line["validation"]) for line in found))
@@ -166,7 +178,7 @@ def test_samples_are_the_first_answers_of_each_validation(trained_run: Path) -> 
         assert [line["prompt_number"] for line in lines] == [i for i in range(4) for _ in range(samples)]
         row = rows[step]
         assert sum(line["reward"] for line in lines) / len(lines) == pytest.approx(row[f"{kind}_reward"])
-        assert {line["length"] for line in lines} == {row[f"{kind}_length"]} == {7}
+        assert {line["length"] for line in lines} == {row[f"{kind}_length"]} == {4}
         assert row[f"{kind}_truncated"] == 0 and not any(line["truncated"] for line in lines)
         for line in lines:
             prompt = prompts[line["prompt_number"]]
@@ -190,16 +202,16 @@ def test_samples_are_few_and_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_resumed_run_has_the_samples_of_one_never_stopped(tmp_path: Path, trained_run: Path, cut: bool) -> None:  # noqa: F811
+def test_a_resumed_run_has_the_samples_of_one_never_stopped(tmp_path: Path, whole: Path, cut: bool) -> None:
     """Stopped after two of three steps, with the validation of step 2 behind it, whole or in part."""
-    options, out = {**SHORT, "save_every": 1}, tmp_path / "run"
-    ppo.train(config(out, **{**options, "steps": 2}))
+    out = tmp_path / "run"
+    ppo.train(config(out, **VALIDATED, steps=2))
     if cut:
         with open(out / SAMPLES, "ab") as file:
             file.write(b'{"step": 2, "validation": "val", "pro')
-    ppo.train(config(out, **{**options, "steps": 3}, resume=True))
-    assert rows_without_times(out) == rows_without_times(trained_run)
-    assert (out / SAMPLES).read_bytes() == (trained_run / SAMPLES).read_bytes()
+    ppo.train(config(out, **VALIDATED, steps=3, resume=True))
+    assert rows_without_times(out) == rows_without_times(whole)
+    assert (out / SAMPLES).read_bytes() == (whole / SAMPLES).read_bytes()
 
 
 def test_lines_that_are_no_samples_are_left_alone(tmp_path: Path) -> None:

@@ -267,7 +267,7 @@ def moved_rollout(rollout: Rollout, policy: Policy, critic: Critic, settings: Tr
     def noise(scale: float) -> Tensor:
         return scale * torch.randn(rollout.mask.shape, generator=generator, dtype=torch.float64)
 
-    mask = torch.arange(rollout.ids.shape[1]) < 3 + torch.arange(len(rollout.ids))[:, None] % 5
+    mask = torch.arange(rollout.ids.shape[1]) < 1 + torch.arange(len(rollout.ids))[:, None] % 4
     return dataclasses.replace(
         rollout, mask=mask, completed=mask, old_logprob=rollout.old_logprob.double() + noise(0.3),
         advantages=noise(1.0), values=noise(0.2), returns=noise(1.0),

@@ -120,7 +120,7 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     for method in methods:
         ppo.train(
             config(tmp_path / method, method=method, steps=6, eval_every=1, first_order_every=1, eval_samples=8,
-                   final_eval_samples=8, warm_start_from=start)
+                   final_eval_samples=8, measure_memory=True, warm_start_from=start)
         )  # fmt: skip
     logs = sweep.load_runs({method: tmp_path / method for method in methods})
     write_report(

@@ -20,6 +20,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
+import kill_runs
 import trainer_setup
 from entropy_kernels.trainer import checkpoint, ppo, signals, sweep
 from entropy_kernels.trainer import run as run_module
@@ -57,13 +58,9 @@ def sigterm() -> None:
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     """Each run goes on from what the one before left: the rows, weights and files of one that was never killed."""
-    found = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("kill_runs.py")), str(tmp_path), "0", "20"],
-        stdout=subprocess.PIPE,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-    )
-    told = json.loads(found.stdout)
+    path = tmp_path / "told"
+    assert kill_runs.forked(lambda: path.write_text(json.dumps(kill_runs.main(tmp_path, 0, 20)))) == 0
+    told = json.loads(path.read_text())
     assert told["whole"] == 0 and set(told["codes"]) == {0, -signal.SIGKILL}
     assert told["codes"].count(-signal.SIGKILL) == 20
     for out in map(Path, told["runs"]):
@@ -141,7 +138,7 @@ def test_the_log_is_on_disk_before_its_checkpoint(tmp_path: Path, monkeypatch: p
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", noted)
-    ppo.train(config(tmp_path, **{**SHORT, "steps": 2, "save_every": 1}))
+    ppo.train(config(tmp_path, **{**SHORT, "steps": 2, "save_every": 1, "eval_every": 1}))
     checkpoints = [i for i, name in enumerate(flushed) if name == "checkpoint.safetensors"]
     assert len(checkpoints) == 2 and all(flushed[i - 1] == "metrics.jsonl" for i in checkpoints)
     assert "samples.jsonl" in flushed[: checkpoints[0]]

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from urllib.parse import parse_qsl
 
 from entropy_kernels._console import did_you_mean
@@ -203,7 +203,7 @@ class WalkTask(Task):
             )
         low, _, high = goals.partition("-")
         self.goals = range(int(low), int(high) + 1) if low.isdecimal() and high.isdecimal() else range(0)
-        if len({split for split, pair in self._pairs()}) < 2:
+        if not all(any(there == split for there, _ in self._pairs()) for split in get_args(Split)):
             raise ValueError(
                 f"task: expected goals=LOW-HIGH within 0-{self.limit - 1} that walks lead to, in training and in "
                 f"validation, got goals={goals}"
