@@ -14,8 +14,9 @@ help: ## list the targets
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt setuptools pybind11 ninja numpy torch
-	ENTROPY_KERNELS_SKIP_CPP=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -q --no-compile -c constraints.txt setuptools pybind11 ninja numpy torch
+	ENTROPY_KERNELS_SKIP_CPP=1 $(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # as pip would, on all cores
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(CSRC)
