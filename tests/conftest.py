@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import gc
 import importlib.util
@@ -195,6 +196,18 @@ def loss_on(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, for
         stub_gpu.serve_auto_with(monkeypatch, on.backend)
         monkeypatch.setattr(loss_cases.OnDevice, "device", on.device)
     return on
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Python's collector leaves alone what is there before the first test: millions of objects, and they stay."""
+    atexit.register(gc.unfreeze)  # else nanobind tells what of triton is left at the end
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
