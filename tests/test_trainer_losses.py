@@ -271,6 +271,34 @@ def test_a_word_that_is_no_course_is_an_error() -> None:
         settings_of(lr_warmup_steps=-1)
 
 
+def test_a_rise_that_is_over_when_a_run_goes_on_is_refused() -> None:
+    before = settings_of(steps=3).to_dict()
+
+    def resumed(**changes: Any) -> dict[str, Any]:
+        now = settings_of(steps=9, resume=True, **changes)
+        return check_resumable(before, dataclasses.replace(now, resume_changes=("steps", *changes)), finished=3)
+
+    told = (
+        r"lr_warmup_steps: expected 0, or more than the 3 finished steps, since .*, got 3 \(--resume-changes lr_warmup"
+    )
+    with pytest.raises(ValueError, match=told):
+        resumed(lr_warmup_steps=3)
+    assert {*resumed(lr_warmup_steps=4)} == {"lr_warmup_steps"}
+    assert "lr_warmup_steps" in resumed(lr_warmup_steps=3, lr_schedule="linear")  # which falls from its end on
+
+
+def test_numbers_that_adamw_does_not_have(tmp_path: Path) -> None:
+    """Of those that it has, a step that leaves float32 ends the run as any other does."""
+    for name, value in {"lr": 1e39, "warm_lr": 1e39, "critic_lr": 1e39, "weight_decay": 1e39}.items():
+        with pytest.raises(ValueError, match=rf"^{name}: expected at most 1e\+10, got 1e\+39$"):
+            settings_of(**{name: value})
+    with pytest.raises(ValueError, match=r"^lr_schedule: expected factors of at most 1e\+10, got '1e39'$"):
+        settings_of(lr_schedule="1e39")
+    largest = {"lr": 1e10, "critic_lr": 1e10, "weight_decay": 1e10, "lr_schedule": "1e10", "advantage": "gae"}
+    with pytest.raises(NonFinite, match=r"^step 0, update 2: the gradient of "):
+        ppo.train(config(tmp_path / "run", **SHORT, **largest))
+
+
 def test_more_steps_of_a_falling_course_have_to_be_named() -> None:
     before = settings_of(lr_schedule="cosine", steps=3)
     after = dataclasses.replace(before, steps=6, resume=True)

@@ -461,7 +461,8 @@ def test_only_the_critic_learns_at_first(tmp_path: Path, kind: str) -> None:
     """And the course of a target entropy begins where the steps are, not where it is first asked."""
     settings = {**kind_of("gae-separate"), "critic": kind, "steps": 2, "critic_warmup": 2}
     start = {f"/modules/policy/{k}": v for k, v in build_policy(TINY, EasyTask()).model.state_dict().items()}
-    ppo.train(config(tmp_path / "run", target_entropy="0:4.5,3:4.2", **settings))
+    with pytest.warns(UserWarning, match=r"^critic_warmup = 2: in all 2 steps the critic learns alone, and the policy"):
+        ppo.train(config(tmp_path / "run", target_entropy="0:4.5,3:4.2", **settings))
     after = saved(tmp_path / "run")
     assert all(torch.equal(after[key], value) for key, value in start.items())
     assert bool((after["/modules/critic/head.weight"] != 0).any())

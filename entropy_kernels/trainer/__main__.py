@@ -129,6 +129,8 @@ def _one_run(call: Call, default: TrainerConfig, words: list[str], prog: str, ab
         if progress.memory is not None:
             print(f"{progress.memory} --head chooses; results agree up to rounding.")
         print(f"run: {out}")
+    else:  # nothing has been shown
+        print(f"run: {out}  {progress.told}".rstrip())
     return 0
 
 

@@ -29,7 +29,7 @@ from entropy_kernels.trainer.methods import (
     surrogate_of,
 )
 from entropy_kernels.trainer.reference import check_reference
-from entropy_kernels.trainer.schedule import check_lr_schedule
+from entropy_kernels.trainer.schedule import LARGEST, check_lr_schedule
 from entropy_kernels.trainer.start import WARM_START_FIELDS, WARM_STEPS, check_model
 from entropy_kernels.trainer.trackers import SERVICES
 
@@ -208,6 +208,7 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "a finite number >= 0",
         lambda value: _finite(value) and value >= 0,
     ),
+    ("lr warm_lr critic_lr weight_decay warm_weight_decay", f"at most {LARGEST:g}", lambda value: value <= LARGEST),
     ("adam_beta1 adam_beta2", "a number in [0, 1)", lambda value: _finite(value) and 0 <= value < 1),
     ("warm_wrong_fraction gamma gae_lambda", "a number in [0, 1]", lambda value: _finite(value) and 0 <= value <= 1),
     (

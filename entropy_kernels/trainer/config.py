@@ -26,7 +26,7 @@ from entropy_kernels.trainer.methods import (
     TARGETS,
     options_of,
 )
-from entropy_kernels.trainer.schedule import DECAYS, Schedule, lr_factor
+from entropy_kernels.trainer.schedule import DECAYS, Schedule, check_resumed_rise, lr_factor
 from entropy_kernels.trainer.start import WARM_START_FIELDS
 from entropy_kernels.trainer.trackers import SERVICES
 
@@ -527,4 +527,5 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
         )
     expect(now.steps >= finished, "steps", f"at least the {finished} that the checkpoint has finished", now.steps)
     check_resumed_warmup(now, different, finished=finished)
+    check_resumed_rise(now, different, finished=finished)
     return different

@@ -279,6 +279,8 @@ class RunProgress:
         self.trained = False
         #: The measured peak memory with either head, as a sentence, once it is known.
         self.memory: str | None = None
+        #: What is shown of the latest row.
+        self.told = ""
 
     def __call__(self, phase: str, done: int, total: int, row: Mapping[str, Any]) -> None:
         if self._announced:
@@ -288,7 +290,8 @@ class RunProgress:
         if "val_pass1" in row:
             self._validated = row
         self.memory = describe_memory(row) or self.memory
-        self.board.update(phase, done, total, describe_row(row, self._validated))
+        self.told = describe_row(row, self._validated)
+        self.board.update(phase, done, total, self.told)
 
 
 def announced(config: TrainerConfig, remark: str = "") -> str:

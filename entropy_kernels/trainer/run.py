@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,12 @@ def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers
             checkpoint.remove_run(files)
         keep_reference(reference, config.out)
     critic = critic_of(config, policy)
+    if 0 < config.steps <= config.critic_first:
+        warnings.warn(
+            f"critic_warmup = {config.critic_warmup}: in all {config.steps} steps the critic learns alone, and the "
+            "policy stays as it is",
+            stacklevel=1,
+        )
     if critic is not None and saved is not None and not {"advantage", "critic"} & different.keys():
         checkpoint.restore(
             saved, path, modules={"critic": critic}, optimizers={"critic": critic.optimizer}, generators={}

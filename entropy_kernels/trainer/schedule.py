@@ -5,10 +5,17 @@ the learning rate, which may also be ``cosine`` or ``linear``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from entropy_kernels._console import did_you_mean
+
+if TYPE_CHECKING:
+    from entropy_kernels.trainer.config import TrainerConfig
+
+#: What learning rate, its factor and weight decay may be: AdamW's products of the three are to be numbers of float32.
+LARGEST = 1e10
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,21 @@ def check_lr_schedule(text: str | None) -> None:
         points = Schedule.parse("lr_schedule", text).points
     except ValueError as error:
         raise ValueError(f"{error}; or one of {', '.join(DECAYS)}{did_you_mean(text, DECAYS)}") from None
-    if min(factor for _, factor in points) < 0:
-        raise ValueError(f"lr_schedule: expected factors >= 0, got {text!r}")
+    factors = [factor for _, factor in points]
+    if min(factors) < 0 or max(factors) > LARGEST:
+        raise ValueError(
+            f"lr_schedule: expected factors {'>= 0' if min(factors) < 0 else f'of at most {LARGEST:g}'}, got {text!r}"
+        )
+
+
+def check_resumed_rise(config: TrainerConfig, changed: Iterable[str], *, finished: int) -> None:
+    """Raise ValueError for a rise of the learning rate that is over before the run goes on, and so would do nothing."""
+    falls = config.lr_schedule in DECAYS  # from the end of the rise on
+    if "lr_warmup_steps" in changed and 0 < config.lr_warmup_steps <= finished and not falls:
+        raise ValueError(
+            f"lr_warmup_steps: expected 0, or more than the {finished} finished steps, since steps are counted from "
+            f"the run's first, got {config.lr_warmup_steps} (--resume-changes lr_warmup_steps)"
+        )
 
 
 def lr_factor(text: str | None, step: int, *, steps: int, warmup: int) -> float:
