@@ -127,10 +127,12 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make(family: str) -> Any:
+def make(family: str, **changes: Any) -> Any:
     config, model, options = {**FAMILIES, **OTHERS}[family]
     torch.manual_seed(0)
-    made = getattr(transformers, model)(getattr(transformers, config)(**options, attn_implementation="eager"))
+    made = getattr(transformers, model)(
+        getattr(transformers, config)(**{**options, **changes}, attn_implementation="eager")
+    )
     with torch.no_grad():
         for parameter in made.parameters():  # as they are initialised, all tokens are nearly equally likely
             parameter.add_(0.1 * torch.randn_like(parameter))

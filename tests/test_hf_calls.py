@@ -22,6 +22,7 @@ from hf_models import make, transformers
 
 BUDGET = 97 * 4 * 8 * 3  # three tiles
 BANNED = torch.arange(30, 41)
+SHALLOW = {"num_hidden_layers": 1}  # of which less is traced
 
 
 def ids() -> Tensor:
@@ -104,7 +105,7 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("how", PLAIN)
 def test_a_head_that_is_its_weight_is_not_called(how: str) -> None:
-    model = make("llama")
+    model = make("llama", **SHALLOW)
     PLAIN[how](model)
     assert isinstance(ek.hf.causal_lm_parts(model).weight, Tensor)
     assert_as_the_model(model)
@@ -287,7 +288,7 @@ HARMLESS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("how", HARMLESS)
 def test_what_leaves_logits_as_they_are_is_not(how: str) -> None:
-    assert_as_the_model(HARMLESS[how](make("llama")))
+    assert_as_the_model(HARMLESS[how](make("llama", **SHALLOW)))
 
 
 def test_mixed_precision_of_accelerate() -> None:
@@ -324,7 +325,7 @@ def test_a_function_that_is_called_forward_is_no_call_of_the_model() -> None:
 
 
 def test_a_forward_that_is_compiled_may_call_us() -> None:
-    model = make("llama")
+    model = make("llama", **SHALLOW)
     want = ek.hf.causal_lm_logprob_entropy(model, ids())
     model.__class__ = Scores
     torch.testing.assert_close(torch.compile(model, backend="eager")(ids()), want)

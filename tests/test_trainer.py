@@ -244,7 +244,8 @@ def test_micro_batches_share_a_trajectory(tmp_path: Path, method: str, mode: str
         for name, value in one.items():
             if name == "sampling_gap":
                 continue
-            assert four[name] == pytest.approx(value, rel=2e-3, abs=2e-5), (one["step"], name)
+            tiny = name in ("control_dh", "free_dh")  # by their size: the learning rate is a factor
+            assert four[name] == pytest.approx(value, rel=2e-3, abs=1e-9 if tiny else 2e-5), (one["step"], name)
     for row in logs[4][:-1]:
         selected = row["tokens_dropped"] + row["tokens_penalized"]  # type: ignore[operator]
         assert (selected > 0) == (method != "grpo")

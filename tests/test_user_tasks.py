@@ -335,14 +335,14 @@ def test_what_is_held_out(folder: Path) -> None:
 def test_data_trains_and_goes_on_bit_for_bit(folder: Path, model: Path) -> None:
     write_data(folder / "data.jsonl")
     (folder / "reward.py").write_text("def reward(prompt, completion, answer):\n    return len(completion) % 2\n")
-    base = small(model, data=Path("data.jsonl"), reward="reward.py:reward", steps=3)
+    base = small(model, data=Path("data.jsonl"), reward="reward.py:reward", steps=2)
     ppo.train(base)
     whole = rows_without_times(folder / "run")
     assert whole[0]["groups_mixed"] > 0 and whole[0]["unscored"] == 0, "the test shows nothing"  # type: ignore[operator]
-    halves = dataclasses.replace(base, out=Path("halves"), steps=2)
+    halves = dataclasses.replace(base, out=Path("halves"), steps=1)
     ppo.train(halves)
-    ppo.train(dataclasses.replace(halves, steps=3, resume=True, scoring_workers=2))
-    assert rows_without_times(folder / "halves")[:3] == whole[:3]
+    ppo.train(dataclasses.replace(halves, steps=2, resume=True, scoring_workers=2))
+    assert rows_without_times(folder / "halves")[:2] == whole[:2]
     inside = dataclasses.replace(base, out=Path("inside"), scoring_workers=0)
     ppo.train(inside)
     assert rows_without_times(folder / "inside") == whole
