@@ -1,6 +1,7 @@
 // The threads of an emulated launch: a fiber each, resumed in random order.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -19,12 +20,15 @@ namespace entropy_kernels::cuda {
 
 constexpr int kFibersOfWarp = 32;
 
+// Begun by its context, and from then on entered and left by jumps: a swap of contexts asks the kernel for the signals
+// that are blocked, which takes longer than what most fibers do between two barriers.
 struct Fiber {
   ucontext_t context;
+  jmp_buf left_at;
   std::unique_ptr<char[]> stack;
   std::function<void()> body;
   std::function<bool()> ready;  // empty: at once
-  bool done = false;
+  bool begun = false, done = false;
 };
 
 // All threads of the blocks that run together: one block, or a cluster.
@@ -40,48 +44,52 @@ class Scheduler {
     getcontext(&fiber->context);
     fiber->context.uc_stack.ss_sp = fiber->stack.get();
     fiber->context.uc_stack.ss_size = kStack;
-    fiber->context.uc_link = &main_;
+    fiber->context.uc_link = nullptr;
     makecontext(&fiber->context, reinterpret_cast<void (*)()>(&Scheduler::enter), 0);
     fibers_.push_back(std::move(fiber));
   }
   // Called by a fiber: goes on when `ready` says so.
   void wait(std::function<bool()> ready) {
     current_->ready = std::move(ready);
-    swapcontext(&current_->context, &main_);
+    if (_setjmp(current_->left_at) == 0) _longjmp(main_, 1);
   }
   // Something that the hardware does by itself, some time.
   void later(std::function<void()> event) { events_.push_back(std::move(event)); }
 
   void run() {
-    std::vector<int> order(fibers_.size());
-    std::iota(order.begin(), order.end(), 0);
-    for (bool all_done = false; !all_done;) {
+    std::vector<int> everyone(fibers_.size()), lanes(kFibersOfWarp);
+    std::iota(everyone.begin(), everyone.end(), 0);
+    std::size_t done = 0;
+    bool stuck = false;
+    while (done < fibers_.size()) {
+      // mostly one warp runs, so that warps get as far apart as their barriers let them; one that is stuck would be so
+      // until another runs
+      bool other = false, all_run = false;
+      do {
+        other = random_() % 16 == 0;
+        if (other) favourite_ = random_() % (fibers_.size() / kFibersOfWarp);
+        all_run = random_() % 16 == 0;
+      } while (stuck && !other && !all_run);
+      if (!all_run) std::iota(lanes.begin(), lanes.end(), favourite_ * kFibersOfWarp);
+      std::vector<int>& order = all_run ? everyone : lanes;
       std::shuffle(order.begin(), order.end(), random_);
-      if (random_() % 16 == 0) favourite_ = random_() % (fibers_.size() / kFibersOfWarp);
-      const bool all_run = random_() % 16 == 0;
+      const std::size_t rarity = std::max<std::size_t>(1, 64 * order.size() / fibers_.size());  // of an event
       bool progress = false;
-      all_done = true;
       for (const int i : order) {
-        if (!events_.empty() && random_() % 64 == 0) happen();
+        if (!events_.empty() && random_() % rarity == 0) happen();
         Fiber& fiber = *fibers_[i];
         if (fiber.done) continue;
-        all_done = false;
-        // mostly one warp runs, so that warps get as far apart as their barriers let them
-        if (!all_run && i / kFibersOfWarp != favourite_) {
-          progress = true;
-          continue;
-        }
         // one block starts only when the others can do nothing without it
         if (i / threads_ == held_back_) continue;
         if (fiber.ready && !fiber.ready()) continue;
         fiber.ready = nullptr;
-        running_ = this;
-        current_ = &fiber;
-        swapcontext(&main_, &fiber.context);
+        resume(fiber);
         if (error_) std::rethrow_exception(error_);
+        done += fiber.done;
         progress = true;
       }
-      if (!progress && !all_done) {  // in a pass in which all could run
+      stuck = !progress;
+      if (all_run && stuck && done < fibers_.size()) {
         if (!events_.empty()) {
           happen();
         } else if (held_back_ >= 0) {
@@ -98,6 +106,15 @@ class Scheduler {
   static constexpr std::size_t kStack = 64 << 10;
   static inline Scheduler* running_;
 
+  // Until it waits or ends.
+  void resume(Fiber& fiber) {
+    running_ = this;
+    current_ = &fiber;
+    if (_setjmp(main_) != 0) return;
+    if (fiber.begun) _longjmp(fiber.left_at, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+  }
   static void enter() {
     Fiber& fiber = *running_->current_;
     try {
@@ -106,6 +123,7 @@ class Scheduler {
       running_->error_ = std::current_exception();
     }
     fiber.done = true;
+    _longjmp(running_->main_, 1);
   }
   void happen() {
     const std::size_t i = random_() % events_.size();
@@ -117,7 +135,7 @@ class Scheduler {
   std::mt19937_64& random_;
   int threads_;  // of a block
   int held_back_;
-  ucontext_t main_;
+  jmp_buf main_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<std::function<void()>> events_;
   Fiber* current_ = nullptr;

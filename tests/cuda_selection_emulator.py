@@ -6,14 +6,13 @@ Needs a C++ compiler, no toolkit and no GPU.
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cuda_emulator import COMPILER, HERE
+from cuda_emulator import compiled
 from entropy_kernels.backends.radix_select import Band, Count
 
 WARP_TOKENS = 128  # 4 for each lane
@@ -32,14 +31,7 @@ class _Call(ctypes.Structure):
 
 
 def compile_library(folder: Path) -> ctypes.CDLL:
-    library = folder / "cuda_selection_emulator.so"
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-    source = HERE / "cuda_selection_emulator.cpp"
-    subprocess.run([COMPILER, *flags, f"-I{HERE.parent / 'csrc'}", str(source), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
-    for function in (loaded.emulate_selection, loaded.emulate_budget, loaded.emulate_covariance):
-        function.argtypes, function.restype = [ctypes.POINTER(_Call)], ctypes.c_char_p
-    return loaded
+    return compiled("cuda_selection_emulator", folder, "emulate_selection", "emulate_budget", "emulate_covariance")
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

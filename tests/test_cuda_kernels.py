@@ -12,6 +12,7 @@ import itertools
 import math
 import mmap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ ALL = bits(*NAMES)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return cuda_emulator.compile_library(tmp_path_factory.mktemp("cuda_emulator"))
+def library(folder_of_run: Path) -> ctypes.CDLL:
+    return cuda_emulator.compile_library(folder_of_run)
 
 
 @pytest.fixture(params=WAYS)  # indirectly: some of them

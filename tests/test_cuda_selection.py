@@ -5,7 +5,9 @@ On a GPU test_selection*.py run on the kernels themselves; what those do not ask
 
 from __future__ import annotations
 
+import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,8 +45,8 @@ BANDS = [
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return emulator.compile_library(tmp_path_factory.mktemp("emulator"))
+def library(folder_of_run: Path) -> Any:
+    return emulator.compile_library(folder_of_run)
 
 
 @pytest.fixture(params=BLOCKS)
@@ -135,9 +137,21 @@ def test_numbers_in_memory(kernels: emulator.Emulated, tokens: int) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_seed_by_value(library: Any) -> None:
+    score, count, band = torch.randn(700), Count(0.1, None, True), Band(-1.0, 1.0, False, False)
+    for seed in (0, -1, 2**62 + 5):
+        masks = [
+            emulator.Emulated(library, 2, seed_by_value=by_value).clip_cov_mask(
+                score, None, None, None, torch.tensor(seed), count, band
+            )
+            for by_value in (False, True)
+        ]
+        assert masks[0].any() and torch.equal(*masks)
+
+
+@emulated
+@pytest.mark.parametrize(("blocks", "tokens"), [*itertools.product((1, 3), TOKENS), (16, 33), (16, 2000)])
 @pytest.mark.parametrize("levels", [None, 1])
-@pytest.mark.parametrize("blocks", [1, 3, 16])
 def test_budgets(library: Any, tokens: int, levels: int | None, blocks: int) -> None:
     data = batch(tokens, levels, seed=tokens + blocks)
     score, *masks = data.values()
