@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import gpu_smoke
-from conftest import needs_fake_gpu
+from conftest import BackendDevice, needs_fake_gpu
 from entropy_kernels.backends import registry, verdict
 from entropy_kernels.backends.verdict import Pair, Verdict
 from entropy_kernels.smoke_matrix import Family
@@ -232,77 +232,107 @@ def test_what_is_verified(tmp_path: Path, events: list[Any], state: str, race: s
 
 # ---- the rehearsal ---------------------------------------------------------------------------------------------------
 
+# The whole of smoke; what comes after it has programs in the place of families and of machine() that say that all is
+# right: these have been seen.
 PROGRAM = """
+import json
 import sys
 import gpu_smoke
 import waiting
 from entropy_kernels import verify
+
 gpu_smoke.time = verify.time = waiting.Clock()  # nothing runs out of time
-kept = ("cuda/forward-parts", "cuda/selection-grid")
-verify.FAMILIES = {name: verify.FAMILIES[name] for name in kept}
+verify.FAMILIES = {name: verify.FAMILIES[name] for name in ("cuda/forward-parts", "cuda/selection-grid")}
 gpu_smoke.has_gpu_tests = lambda path: path.name == "test_hardware.py"
-sys.exit(gpu_smoke.main(sys.argv[1:]))
+gpu = gpu_smoke.find_gpu()
+gpu_smoke.find_gpu = lambda: gpu
+codes = []
+for arguments in json.loads(sys.argv[1]):
+    codes.append(gpu_smoke.main(arguments))
+    verify._CHILD = "print('{\\"begin\\": \\"a\\"}'); print('{\\"call\\": \\"a\\", \\"wrong\\": \\"\\"}')"
+    gpu_smoke._MACHINE = "print('{}')"
+print("exit codes", codes)
 """
-HANGS = "test_no_path_waits_for_the_device[cuda-losses]"
-FAMILY_FAULTS = {"cuda/selection-grid": "wrong"}  # what hangs and what loses the device: test_verify.py
+TIMINGS = "--scale 4096 --only selection"
+BENCHMARK = "--ops kl_cov_mask --impl ours-cuda --tokens 1000 --repeats 1 --no-memory --cache hot"
+COURSES = [
+    ["smoke", "--timings", TIMINGS],
+    ["verify", "--pytest", "-k 'cuda and (5000 or waits)' --timeout 300 -n 1"],
+    ["bench", "--bench", BENCHMARK, "--pytest", "-k 'is_that_of_the_cpu and 5000 and torch' -n 0"],
+]
+IN_WRONG_TEST = "test_selection_is_that_of_the_cpu[5000-cuda]"
 
 
-def rehearse(tmp_path: Path, faults: dict[str, str], *arguments: str) -> tuple[int, str]:
-    variables = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "COMMIT": "abc"}
-    variables["PATH"] = f"{HERE / 'fake_gpu' / 'bin'}:{os.environ['PATH']}"
-    command = ("-c", PROGRAM, *arguments, "--no-build", "--out", tmp_path / "out")
-    done = run_on_fake_gpu(*command, paths=(ROOT / "tools", HERE), faults=faults, **variables)
-    return done.returncode, done.stdout + done.stderr
+def state_of(found: list[dict[str, Any]]) -> dict[str, str]:
+    return {record["name"]: record["state"] for record in found if record["record"] == "step"}
+
+
+def test_all_files_with_gpu_tests_are_found(request: pytest.FixtureRequest) -> None:
+    """By their text: a file that is passed over would count as verified. As far as they are part of this run."""
+    assert gpu_smoke.has_gpu_tests(ROOT / "tests" / "test_hardware.py")
+    assert not gpu_smoke.has_gpu_tests(ROOT / "tests" / "test_cli.py")
+    for item in request.session.items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        # on a GPU, what runs on a backend and device here does so there
+        if item.get_closest_marker("gpu") or any(isinstance(value, BackendDevice) for value in parameters):
+            assert gpu_smoke.has_gpu_tests(item.path), item.nodeid
 
 
 @pytest.mark.slow
 @needs_fake_gpu
-def test_all_files_with_gpu_tests_are_found() -> None:
-    """By their text, as a GPU would collect them: a file that is passed over would count as verified."""
-    done = run_on_fake_gpu("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu")
-    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert {"tests/test_hardware.py", "tests/test_losses_cases.py"} <= collected, done.stdout[-2000:]
-    assert {name for name in collected if not gpu_smoke.has_gpu_tests(ROOT / name)} == set()
+def test_rehearsal(tmp_path: Path) -> None:
+    """All courses, each to its end: planted wrong results of a family and of a test are named, and hinder nothing."""
+    courses = [[*course, "--seconds", "400", "--no-build", "--out", str(tmp_path / "out")] for course in COURSES]
+    faults = {"cuda/selection-grid": "wrong", IN_WRONG_TEST: "wrong"}
+    path = f"{HERE / 'fake_gpu' / 'bin'}:{os.environ['PATH']}"
+    paths = (ROOT / "tools", HERE)
+    done = run_on_fake_gpu("-c", PROGRAM, json.dumps(courses), paths=paths, faults=faults, COMMIT="abc", PATH=path)
+    output = done.stdout + done.stderr
+    assert done.stdout.endswith("exit codes [1, 1, 0]\n"), output
+    smoke, verification, bench = (records(tmp_path / "out", name) for name, *_ in COURSES)
 
-
-@pytest.mark.slow
-@needs_fake_gpu
-def test_rehearsal_of_smoke(tmp_path: Path) -> None:
-    """A planted wrong result is named, and the course goes on to its end."""
-    timings = ("--timings", "--scale 4096 --only selection")
-    code, output = rehearse(tmp_path, FAMILY_FAULTS, "smoke", "--seconds", "400", *timings)
-    assert code == 1, output
-    found = records(tmp_path / "out")
-    assert found[0]["commit"] == "abc"
-    families = {r["family"]: r for r in found if r["record"] == "family"}
+    assert smoke[0]["commit"] == "abc"
+    families = {r["family"]: r for r in smoke if r["record"] == "family"}
     states = {name: family["state"] for name, family in families.items()}
     assert states == {"cuda/forward-parts": "passed", "cuda/selection-grid": "wrong"}
     assert " differ" in families["cuda/selection-grid"]["detail"]
-    assert [r["family"] for r in found if r["record"] == "memcheck"] == ["cuda/forward-parts"]
-    steps = {r["name"]: r for r in found if r["record"] == "step"}
-    assert {name: step["state"] for name, step in steps.items()} == {
+    assert [r["family"] for r in smoke if r["record"] == "memcheck"] == ["cuda/forward-parts"]
+    assert any("median_us" in r for r in smoke if r["record"] == "timings")
+    assert state_of(smoke) == {
         "machine": "passed", "families": "failed", "memcheck": "passed", "timings": "passed", "profile": "passed",
     }, output  # fmt: skip
-    for name in FAMILY_FAULTS:
-        assert name in output and name in steps["families"]["note"]
+    assert any("cuda/selection-grid" in r["note"] for r in smoke if r["record"] == "step")
 
-
-@needs_fake_gpu
-@pytest.mark.slow
-def test_rehearsal_of_verify(tmp_path: Path) -> None:
-    name = "test_selection_is_that_of_the_cpu[{}]"
-    faults = {name.format("1-cuda"): "lost", name.format("5000-cuda"): "wrong", HANGS: "hang"}
-    pytest_arguments = "-k 'cuda and (is_that_of_the_cpu or waits) and not 524 and not 1000003' --timeout 300 -n 1"
-    code, output = rehearse(tmp_path, faults, "verify", "--seconds", "400", "--pytest", pytest_arguments)
-    assert code == 1, output
-    found = records(tmp_path / "out", "verify")
-    tests = {(r["event"], r["test"].rpartition("::")[2]) for r in found if r["record"] == "test"}
-    assert ("device_lost", name.format("1-cuda")) in tests and ("end", name.format("5000-cuda")) in tests, output
-    assert any(test == HANGS for _, test in tests), output
-    steps = {r["name"]: r["state"] for r in found if r["record"] == "step"}
-    assert list(steps) == ["machine", "families", "tests-cuda-none", "racecheck", "verified"]
-    assert steps["families"] == steps["racecheck"] == "passed" and steps["verified"] == "failed"
+    tests = {(r["event"], r["test"].rpartition("::")[2]) for r in verification if r["record"] == "test"}
+    assert tests == {("end", IN_WRONG_TEST)}, output
+    assert state_of(verification) == {
+        "machine": "passed", "families": "passed", "tests-cuda-none": "failed", "racecheck": "passed",
+        "verified": "failed",
+    }, output  # fmt: skip
     document = json.loads((tmp_path / "out" / "verification.json").read_text())
     assert document["commit"] == "abc"
     right = {pair["op"] for pair in document["pairs"] if pair["verified"]}
-    assert right == {"token_stats", "linear_token_stats"}, "faults were planted in tests of other ops"
+    assert right == {"token_stats", "linear_token_stats"}, "the fault was planted in a test of other ops"
+
+    assert list(state_of(bench).items()) == [
+        ("machine", "passed"), ("families", "passed"), ("benchmark", "passed"), ("synccheck", "passed"),
+        ("initcheck", "passed"), ("tests-triton-torch", "passed"),
+    ], output  # fmt: skip
+    assert (tmp_path / "out" / "benchmark" / "bench.json").exists()
+
+
+def test_what_tests_leave_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is no result of a test that ended well."""
+    run = course(tmp_path)
+    log = tmp_path / "logs" / "smoke-tests-cuda-none.jsonl"
+    begun = end("hung")[:1]
+    lost = [{"event": "device_lost", "test": "lost", "error": "x"}]
+    uncollected = [{"event": "collect_failed", "file": "test_x.py", "error": "x"}]
+    events = [*end("good"), *end("bad", "failed"), *begun, *lost, *uncollected]
+    run.arguments.pytest = []
+    monkeypatch.setattr(run, "run", lambda *_, **__: log.write_text("".join(json.dumps(e) + "\n" for e in events)))
+    assert gpu_smoke.tests(run, "cuda,none", 60) == log
+    found = [(r["event"], r.get("test", r.get("file"))) for r in records(tmp_path) if r["record"] == "test"]
+    assert found == [
+        ("end", "bad"), ("device_lost", "lost"), ("collect_failed", "test_x.py"), ("begun and not ended", "hung")
+    ]  # fmt: skip

@@ -9,7 +9,6 @@ import fcntl
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 
 class Clock:
@@ -24,28 +23,6 @@ class Clock:
 
     perf_counter = monotonic
     sleep = staticmethod(time.sleep)
-
-
-def only_hangs_reach_limits(verify: Any) -> None:
-    """In :mod:`entropy_kernels.verify`, on the fake GPU: time passes only while every process that runs hangs."""
-    running: list[Any] = []
-    start, ended = verify._Process.start, verify._Process.ended
-
-    def started(process: Any) -> None:
-        running.append(process)
-        start(process)
-
-    def is_over(process: Any, late: bool) -> bool:
-        over = ended(process, late)
-        if over:
-            running.remove(process)
-        return over
-
-    def event() -> bool:
-        return bool(running) and all("fake GPU: hangs" in process._words for process in running)
-
-    verify._Process.start, verify._Process.ended = started, is_over
-    verify.time = Clock(event, verify.CALL_LIMIT + 1)
 
 
 def lives(path: Path) -> str:
