@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import gpu_timings
 from conftest import needs_fake_gpu
 from stub_gpu import run_on_fake_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOL = ("-m", "benchmarks.gpu_timings")
-# A verdict on the CUDA kernels only, few shapes of which one is too large, switches that can be looked at.
+# A verdict on the CUDA kernels only, one of the steps that differ in sizes alone, shapes of which one is too large,
+# switches that can be looked at; then with each fault.
 PROGRAM = """
-import sys
+import os
 import torch
 from benchmarks import gpu_timings
 from entropy_kernels.backends import native, registry, verdict
 
 pairs = [verdict.Pair(op, "cuda", 1, {}) for op in registry.OPS]
 verdict.write(verdict.Verdict(verdict.machine(torch.device("cuda", 0)), "2026-01-01", pairs))
-gpu_timings.ROWS, gpu_timings.VOCABS = (8192, 1), (128256, 151937, 3 * 10**9)
-gpu_timings.SAMPLES = 3
+gpu_timings.ROWS, gpu_timings.VOCABS = (8192,), (128256, 3 * 10**9)
+gpu_timings.SAMPLES, gpu_timings.WARM = 3, 1
+kinds = {}
+for step in gpu_timings.steps():
+    too_large = step[2] == gpu_timings.VOCABS[1]
+    kinds.setdefault((step[0], too_large, *(word for word in step[1:] if not isinstance(word, int))), step)
+gpu_timings.steps = kinds.values
 torch.cuda.mem_get_info = lambda *_: (2 * 10**8, 10**9)
 switches = {"cluster_tokens": 96 * 1024, "backward_reversed": 0}
 seen = {name: set() for name in switches}
@@ -35,34 +42,36 @@ def set_cuda_switch(name, value):
     return before
 
 native.set_cuda_switch = set_cuda_switch
-code = gpu_timings.main(sys.argv[1:])
+print("code", gpu_timings.main(["--seconds", "9999", "--scale", "1000"]), flush=True)
 assert switches == {"cluster_tokens": 96 * 1024, "backward_reversed": 0}
-if "forward" not in sys.argv:
-    assert seen == {"cluster_tokens": {0, 2**62, 96 * 1024}, "backward_reversed": {0, 1}}, seen
-sys.exit(code)
+assert seen == {"cluster_tokens": {0, 2**62, 96 * 1024}, "backward_reversed": {0, 1}}, seen
+for fault in ("wrong", "lost"):
+    os.environ["PYTEST_CURRENT_TEST"] = f"with the fault {fault}"  # planted there
+    print("code", gpu_timings.main(["--scale", "4000", "--only", "forward"]), flush=True)
 """
-pytestmark = needs_fake_gpu
 
 
-def run(folder: Path, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     return run_on_fake_gpu(*command, paths=(ROOT,), XDG_CACHE_HOME=str(folder), OMP_NUM_THREADS="1", **options)
 
 
-def lines(done: subprocess.CompletedProcess[str], code: int = 0) -> list[dict[str, Any]]:
-    assert done.returncode == code, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.mark.slow
-def test_every_group_is_timed_and_nothing_unverified(tmp_path: Path) -> None:
-    done = run(tmp_path, "-c", PROGRAM, "--seconds", "9999", "--scale", "1000")
-    machine, *found = lines(done)
+@needs_fake_gpu
+def test_every_group_is_timed_and_nothing_unverified_or_wrong(tmp_path: Path) -> None:
+    """A wrong result is not timed, and a lost device ends the run."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = run(tmp_path, tmp_path / "program.py", faults={f"fault {name}": name for name in ("wrong", "lost")})
+    right, code, wrong, wrong_code, lost, lost_code = re.split(r"^code (\d)\n", done.stdout, flags=re.M)[:-1]
+    assert (done.returncode, code, wrong_code, lost_code) == (0, "0", "1", "1"), done.stderr
+    machine, *found = lines(right)
     assert machine["machine"]["gpu"] == "Fake H100"
     assert not [line for line in found if "error" in line]
     timed = [line for line in found if "median_us" in line]
-    groups = [line["group"] for line in timed]
-    first = {group: groups.index(group) for group in ("forward", "backward", "selection", "losses", "linear")}
-    assert max(first.values()) < 60  # of several hundred at full size
+    assert {line["group"] for line in timed} == {"roofline", *gpu_timings.EVERY}
     for line in timed:
         assert len(line["samples_us"]) == 3 and line["p10_us"] <= line["median_us"] <= line["p90_us"], line
         expected = {"roofline": {"torch"}, "losses": {"cuda", "torch"}}.get(line["group"], {"cuda"})
@@ -91,29 +100,27 @@ def test_every_group_is_timed_and_nothing_unverified(tmp_path: Path) -> None:
     assert {line["backend"] for line in skipped if "backend" in line} == {"triton"}
     assert any("GB are free" in line["skipped"] for line in skipped if "backend" not in line)
     assert "rows reversed" in done.stderr and "not verified" in done.stderr
+    for text in (wrong, lost):
+        assert not [line for line in lines(text) if "median_us" in line and line["group"] == "forward"]
+    errors = [line["error"] for line in lines(wrong) if "error" in line]
+    assert errors and all("wrong, so not timed" in error for error in errors)
+    assert len([line for line in lines(lost) if "error" in line]) == 1
+    assert "illegal memory access" in lines(lost)[-1]["lost"]
 
 
-@pytest.mark.parametrize("fault", ["wrong", "lost"])
-def test_a_wrong_result_is_not_timed_and_a_lost_device_ends_the_run(tmp_path: Path, fault: str) -> None:
-    faults = {"--only forward": fault}
-    done = run(tmp_path, "-c", PROGRAM, "--scale", "4000", "--only", "forward", faults=faults)
-    _, *found = lines(done, code=1)
-    assert not [line for line in found if "median_us" in line and line["group"] == "forward"]
-    errors = [line["error"] for line in found if "error" in line]
-    if fault == "lost":
-        assert len(errors) == 1 and "illegal memory access" in found[-1]["lost"]
-    else:
-        assert errors and all("wrong, so not timed" in error for error in errors)
-
-
+@needs_fake_gpu
 def test_it_stops_by_itself(tmp_path: Path) -> None:
-    done = run(tmp_path, *TOOL, "--seconds", "0", "--scale", "1000")
-    assert lines(done)[-1]["stopped"] == "no time left"
+    done = run(tmp_path, "-m", "benchmarks.gpu_timings", "--seconds", "0", "--scale", "1000")
+    assert done.returncode == 0 and lines(done.stdout)[-1]["stopped"] == "no time left", done.stderr
 
 
-def test_profile_and_list(tmp_path: Path) -> None:
-    assert lines(run(tmp_path, *TOOL, "--profile", "--scale", "1000")) == []
-    listed = run(tmp_path, *TOOL, "--list", "--only", "selection,linear").stdout.splitlines()
-    assert listed[:2] == ["selection 65536 cuda", "products 8192 4096 128256"]
-    refused = run(tmp_path, *TOOL, "--only", "forwards")
-    assert refused.returncode == 2 and "expected some of forward, backward" in refused.stderr
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first few are of every group: a run may be cut off."""
+    assert gpu_timings.main(["--list"]) == 0
+    first = [line.split()[0] for line in capsys.readouterr().out.splitlines()[:4]]
+    assert {group for step in first for group in gpu_timings.GROUPS[getattr(gpu_timings, step)]} == {*gpu_timings.EVERY}
+    assert gpu_timings.main(["--list", "--only", "selection,linear"]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == ["selection 65536 cuda", "products 8192 4096 128256"]
+    with pytest.raises(SystemExit):
+        gpu_timings.main(["--only", "forwards"])
+    assert "expected some of forward, backward" in capsys.readouterr().err
