@@ -6,6 +6,7 @@ On a machine without a GPU it runs in Triton's interpreter (conftest.py), so sha
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,8 +81,14 @@ def test_values_without_logits(name: str, dtype: torch.dtype, monkeypatch: pytes
     judge(case, run(case, grad=(), backend="triton"))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ("plain", "ignored", "padding", "softcap"))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in ("plain", "ignored", "padding", "softcap")),
+        ("padding", torch.bfloat16), ("softcap", torch.float16),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_gradients_from_its_state(name: str, dtype: torch.dtype) -> None:
     """The recomputing backward pass starts from the state that the kernel has left."""
     case = CASES[name](dtype).to(DEVICE)
@@ -124,26 +131,40 @@ def test_only_who_names_the_backend_gets_it(monkeypatch: pytest.MonkeyPatch, for
 # ---- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("softcap", (0.0, 3.0))
-@pytest.mark.parametrize("rows", (40, 150))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("target", HARDWARE)
-def test_every_tiling(
-    target: str, dtype: torch.dtype, rows: int, softcap: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def tilings(itemsize: int, rows: int, softcap: bool) -> list[tuple[bool, LinearTiling]]:
+    """(described, tiling): all candidates of the GPU, or of all targets those that differ in more than what the
+    interpreter knows nothing of, the stages and the warps that do not tell how many are resident.
+    """
+    found = {}
+    for on in HARDWARE.values() if DEVICE == "cpu" else (HARDWARE["sm_90"],):
+        for described in (True, False) if on.descriptors and itemsize == 2 else (False,):
+            for cut in tiling.linear_candidates(itemsize, rows, described, softcap, on):
+                known: Any = cut if DEVICE == "cuda" else (cut.rows, cut.columns, cut.features, cut.resident)
+                found.setdefault((described, known), replace(cut, group=2))
+    return [(described, cut) for (described, _), cut in found.items()]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "softcap"),
+    [
+        *((dtype, rows, cap) for dtype in (torch.bfloat16, torch.float32) for rows in (40, 130) for cap in (0.0, 3.0)),
+        (torch.float16, 40, 3.0), (torch.float16, 130, 0.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_tiling(dtype: torch.dtype, rows: int, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some tiles of rows, in groups that do not divide them; parts of one and of several tiles, the last one short."""
-    on = HARDWARE[target]
-    if DEVICE == "cuda" and target != "sm_90":
-        pytest.skip("cut for another GPU")
-    monkeypatch.setattr(tiling, "hardware", lambda device: on)
-    case = inputs(rows, 80, 1100, dtype)
-    options = RowOptions(softcap, -100, 0, 1090)
-    expected = exact(*case, options, ALL)
-    for described in (True, False) if on.descriptors and dtype.itemsize == 2 else (False,):
-        monkeypatch.setattr(kernels, "_described", lambda *_, described=described: described)
-        for cut in tiling.linear_candidates(dtype.itemsize, rows, described, softcap != 0, on):
-            cut = LinearTiling(cut.rows, cut.columns, cut.features, cut.warps, cut.stages, group=2)
-            close(kernels.forward(cut, *case, options, ALL, torch.float32, 1 << 20), expected)
+    monkeypatch.setattr(tiling, "hardware", lambda device: HARDWARE["sm_90"])
+    cuts = tilings(dtype.itemsize, rows, softcap != 0)
+    for columns in sorted({cut.columns for _, cut in cuts}):
+        vocab = 4 * columns + 76
+        case = inputs(rows, 80, vocab, dtype)
+        options = RowOptions(softcap, -100, 0, vocab - 10)
+        expected = exact(*case, options, ALL)
+        for described, cut in cuts:
+            if cut.columns == columns:
+                monkeypatch.setattr(kernels, "_described", lambda *_, described=described: described)
+                close(kernels.forward(cut, *case, options, ALL, torch.float32, 1 << 20), expected)
 
 
 def test_parts() -> None:
