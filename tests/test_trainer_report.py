@@ -156,7 +156,8 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     assert "![policy entropy, pass@1 and pass@8 over training steps](x.png)" in text
 
 
-def test_a_target_is_drawn_and_judged(tmp_path: Path) -> None:
+def test_a_target_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_drawing(monkeypatch)
     for name, target in (("grpo", None), ("target", "0:4.6,20:4.56")):
         changes = {"steps": 20, "eval_every": 10, "first_order_every": 0, "target_entropy": target}
         ppo.train(config(tmp_path / name, **changes, measure_memory=False))
@@ -237,6 +238,7 @@ def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
 
 def test_runs_that_ended_early_or_broke_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing has no sign, and the runs that it is missing of are named."""
+    without_drawing(monkeypatch)
     runs = {run: found for run, found in report_runs.logs(1).items() if run in ("grpo", "clip_cov", "kl_cov")}
     (grpo,), (clip,), (kl,) = runs.values()
     clip.loc[clip["step"] > 100, [name for name in clip if name == "entropy" or name.startswith("val_")]] = np.nan
@@ -255,7 +257,6 @@ def test_runs_that_ended_early_or_broke_are_told(tmp_path: Path, monkeypatch: py
     assert not re.search(r"\bnan\b", (tmp_path / "report.md").read_text())
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
     assert any(said.startswith("Clip-Cov: the paper's") for said in record["limits"])
-    without_drawing(monkeypatch)
     del runs["clip_cov"]
     assert not any("Clip-Cov" in said for said in written(runs)["limits"]), "of a method that did not run"
     early = written({"grpo": [grpo[:60]], "kl_cov": report_runs.logs(1)["kl_cov"]})
@@ -305,6 +306,7 @@ class Here:
 
 @pytest.mark.slow
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    without_drawing(monkeypatch)
     values = {**TINY.to_dict(), "warm_steps": 2, "warm_batch": 8, "dtype": "mixed", "steps": 4, "measure_memory": False}
     write_json(tmp_path / "tiny.json", {**values, "command": ["what a run adds"]})
     flags = ["compare", "--config", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "out")]
@@ -323,7 +325,6 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert first["kl_cov"]["entropy"] == pytest.approx(first["kl_cov_torch_ops"]["entropy"], abs=1e-3)
     assert json.loads((out / "kl_cov_torch_ops" / "config.json").read_text())["head"] == "torch"
     # a run that is complete stays as it is, and a method that was not asked for before is added
-    without_drawing(monkeypatch)
     before = (out / "grpo" / "metrics.jsonl").stat().st_mtime_ns
     assert main([*flags, "--steps", "3", "--reuse", "--progress", "--methods", "grpo", "clip_cov"]) == 0
     printed, checks = capsys.readouterr().out, json.loads((out / "summary.json").read_text())["criteria"]

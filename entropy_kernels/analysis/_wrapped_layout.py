@@ -50,5 +50,5 @@ def _set_above(ax: Any, title: Text, note: Text) -> None:
 
 
 def _title_and_note(ax: Any) -> tuple[Text, ...]:
-    texts = {text.get_gid(): text for text in ax.findobj(Text)}
+    texts = {text.get_gid(): text for text in ax.get_children() if isinstance(text, Text)}
     return tuple(texts[name] for name in (style.TITLE, style.NOTE)) if style.TITLE in texts else ()

@@ -42,7 +42,7 @@ def png(figure: Figure, *, dpi: int = 150) -> bytes:
     """The figure as PNG bytes, of 256 colours: a third of the size."""
     image = require("PIL.Image", "a plot")
     buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"compress_level": 0})  # it is read back at once
     picture = image.open(buffer).convert("RGB").quantize(256, dither=image.Dither.NONE)
     picture.save(small, format="png", optimize=True, dpi=(dpi, dpi))
     return small.getvalue()
