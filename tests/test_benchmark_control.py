@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,26 @@ def some(*names: str, seeds: tuple[int, ...] = (7,)) -> list[Spec]:
     return [spec for spec in control.equal_specs(seeds, TINY, all_strengths=False) if spec.name in names]
 
 
-def run_all(specs: list[Spec], folder: Path) -> list[str]:
+class Here(Executor):
+    """In the place of the pool: runs take place in this process. Another one imports transformers for five seconds."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments, **keywords))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def run_all(specs: list[Spec], folder: Path, pool: type[Executor] = Here) -> list[str]:
     (folder / "work").mkdir(exist_ok=True)
-    return control.run_all(specs, out=folder / "out", work=folder / "work", workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(control, "ProcessPoolExecutor", pool)
+        return control.run_all(specs, out=folder / "out", work=folder / "work", workers=1)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -92,7 +110,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_a_run_is_a_line_with_its_course_and_validations(ran: Path) -> None:
     records = control.read(ran / "out" / "runs.jsonl")
     grpo, exact, target = (records[spec.key] for spec in some("grpo", "exact_cov", "target"))
@@ -105,7 +122,6 @@ def test_a_run_is_a_line_with_its_course_and_validations(ran: Path) -> None:
     assert [path.name for path in (ran / "work").glob("run-*")] == [], "what a run wrote is gone"
 
 
-@pytest.mark.slow
 def test_what_is_there_is_not_run_again_and_what_is_missing_is(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, specs = ran / "out" / "runs.jsonl", some("grpo", "exact_cov", "target")
     before = path.read_text()
@@ -121,7 +137,6 @@ def test_what_is_there_is_not_run_again_and_what_is_missing_is(ran: Path, capsys
     assert all(json.loads(again[2])[name] == json.loads(lines[2])[name] for name in kept), "the same bits"
 
 
-@pytest.mark.slow
 def test_runs_of_another_start_are_not_put_beside(ran: Path) -> None:
     """Pairs share their start; another machine makes another one."""
     path, specs = ran / "out" / "runs.jsonl", some("grpo", "exact_cov", "target")
@@ -147,7 +162,6 @@ def test_what_a_call_without_words_does(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked == [{"equal", "loop"}, (tmp_path, False), {"equal", "loop"}, (tmp_path, True), {"loop"}]
 
 
-@pytest.mark.slow
 def test_a_change_at_half_time_is_one_run(tmp_path: Path) -> None:
     (spec,) = (s for s in control.loop_specs((7,), TINY) if s.name == "task")
     (tmp_path / "work" / "run-cut-off").mkdir(parents=True)
@@ -160,9 +174,10 @@ def test_a_change_at_half_time_is_one_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    """In processes of their own, as ever but in these tests."""
     good, bad = some("clip_higher", "steer")
     broken = Spec(**{**vars(bad), "settings": {**bad.settings, "method_options": {"no": 1}}})
-    (failure,) = run_all([broken, good], tmp_path)
+    (failure,) = run_all([broken, good], tmp_path, ProcessPoolExecutor)
     assert "steer" in failure and "no" in failure
     assert [*control.read(tmp_path / "out" / "runs.jsonl")] == [good.key]
 
@@ -299,7 +314,8 @@ def test_a_disturbance_is_what_it_moved_against_the_same_seed_without() -> None:
     assert "| lr x 2 at half-time | +0.000 [+0.000, +0.000] | -0.120 [-0.145, -0.095] |" in text
 
 
-def test_a_report_says_how_much_of_it_is_there(tmp_path: Path) -> None:
+def test_a_report_says_how_much_of_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_report, "save", lambda figure, path: path.touch())  # test_figures.py lays them out
     specs = table([*PARTS], quick=False)
     with pytest.raises(FileNotFoundError, match="expected runs"):
         control_report.write_report(tmp_path, Experiment(specs, {}, EQUAL, LOOP, WITHOUT_FEEDBACK))

@@ -16,6 +16,7 @@ import torch
 
 from entropy_kernels import cli, doctor
 from entropy_kernels._console import print_table, print_text
+from entropy_kernels.analysis import plots
 from entropy_kernels.analysis.entropy_law import fit_entropy_law
 from entropy_kernels.backends import registry
 from entropy_kernels.integrations._patch import Patch
@@ -80,24 +81,45 @@ def test_fit_prints_the_law_and_saves_the_plot(log):
     assert str(plot) in result.stdout
 
 
-def test_a_piped_log_is_read_and_a_plot_without_suffix_is_named_as_it_is(log, tmp_path, monkeypatch):
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots without anything on them, which are written as others are: for tests that do not look at them."""
+    monkeypatch.setattr(plots, "fit_figure", lambda *arguments, **keywords: matplotlib.figure.Figure())
+
+
+@pytest.fixture
+def piped():
+    """A function that pipes a text into this process."""
+    before = os.dup(0)
+
+    def pipe(text):
+        reader, writer = os.pipe()
+        with os.fdopen(writer, "w") as file:  # what a pipe holds is more than what the tests write
+            file.write(text)
+        os.dup2(reader, 0)
+        os.close(reader)
+
+    yield pipe
+    os.dup2(before, 0)
+    os.close(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plot"), [(["-", "--output", "mine"], "mine.png"), (["/dev/stdin"], "entropy-law.png")]
+)
+def test_a_piped_log_is_read_and_a_plot_without_suffix_is_named_as_it_is(
+    log, tmp_path, monkeypatch, capsys, piped, undrawn, arguments, plot
+):
     monkeypatch.chdir(tmp_path)
-    results = [
-        subprocess.run(
-            [sys.executable, "-m", "entropy_kernels.cli", "fit", *arguments],
-            input=log.read_text() if text is None else text,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
-        )
-        for arguments, text in ((["-", "--output", "mine"], None), (["/dev/stdin"], None), (["-"], ""))
-    ]
-    assert [result.returncode for result in results] == [0, 0, 2], results
-    for result, plot in zip(results, ("mine.png", "entropy-law.png"), strict=False):
-        assert f"R² {law_of_log().r2:.4f}" in " ".join(result.stdout.split())
-        assert result.stdout.endswith(f"plot: {plot}\n")
-        assert (tmp_path / plot).exists()
-    assert "/dev/stdin is empty" in results[2].stderr
+    piped(log.read_text())
+    assert cli.main(["fit", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert f"R² {law_of_log().r2:.4f}" in " ".join(out.split())
+    assert out.endswith(f"plot: {plot}\n")
+    assert (tmp_path / plot).exists()
+    piped("")
+    assert cli.main(["fit", arguments[0]]) == 2
+    assert "/dev/stdin is empty" in capsys.readouterr().err
 
 
 def test_fit_json_equals_the_library(log, tmp_path, capsys):
@@ -187,7 +209,7 @@ def test_fit_errors_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("name", ["plot.png", "plot.svg", "plot.pdf", "metrics.entropy-law.png", "metrics.jsonl"])
-def test_a_plot_replaces_an_earlier_one_and_no_other_file(log, name, capsys):
+def test_a_plot_replaces_an_earlier_one_and_no_other_file(log, name, capsys, undrawn):
     plot = log.with_name(name)
     arguments = ["fit", str(log), *([] if "law" in name else ["--output", str(plot)])]
     if name != "metrics.jsonl":
@@ -202,7 +224,7 @@ def test_a_plot_replaces_an_earlier_one_and_no_other_file(log, name, capsys):
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "svgz", "pdf", "eps", "jpg", "tif", "webp"])
-def test_a_plot_of_any_kind_is_known_by_its_metadata(log, kind, capsys):
+def test_a_plot_of_any_kind_is_known_by_its_metadata(log, kind, capsys, undrawn):
     plot = log.with_name(f"plot.{kind}")
     arguments = ["fit", str(log), "--output", str(plot)]
     assert cli.main(arguments) == cli.main(arguments) == 0, capsys.readouterr().err
