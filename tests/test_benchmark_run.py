@@ -100,7 +100,7 @@ def test_the_document_is_written_after_every_group(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(run, "run_group", looked)
     monkeypatch.setattr(run, "WRITE_EVERY", 0.0)
-    main([*SMALL, "--impl", "topk", "--output", str(tmp_path)])
+    main([*SMALL, "--impl", "topk", "--ops", "tokens_roofline,kl_cov_mask", "--output", str(tmp_path)])
     assert seen == sorted(seen) and seen[-1] >= 2
 
 
