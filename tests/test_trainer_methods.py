@@ -205,11 +205,18 @@ def test_options_stay_with_their_method() -> None:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+#: Options under which what the method remembers shows in a run of a few steps.
+REMEMBERING = {
+    "adaptive_entropy": {"target": 9.0, "delta": 0.05, "coef": 0.1},
+    "repo": {"target": "initial", "zeta": 0.01},
+    "entrocraft": {"low": 0.1, "high": 0.2, "low_end": 9.0, "high_end": 9.5, "total_steps": 6},
+}
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("method", list(ek.methods()))
 def test_every_method_trains(tmp_path: Path, method: str, micro_batches: int) -> None:
-    # a second step where the method may remember the first
-    how = {"selection_logprob": "old"} if micro_batches == 2 else {"steps": 2}
+    how = {"selection_logprob": "old"} if micro_batches == 2 else {"steps": 1 + (method in REMEMBERING)}
     settings = config(tmp_path / "run", **{**SHORT, "method": method, "micro_batches": micro_batches, **how})
     ppo.train(settings, probes=[RolloutMetrics(), UpdateMetrics()])
     rows = rows_without_times(tmp_path / "run")
@@ -220,14 +227,6 @@ def test_every_method_trains(tmp_path: Path, method: str, micro_batches: int) ->
         assert all(math.isfinite(row[name]) for name in ("control_dh", "free_dh", "loss", "grad_norm"))  # type: ignore
         assert row["tokens_dropped"] in (0, tokens) and row["tokens_penalized"] in (0, tokens)
         assert ("entropy_coef" in row) == (METHODS[method].effect == "entropy_coef")
-
-
-#: Options under which what the method remembers shows in a run of a few steps.
-REMEMBERING = {
-    "adaptive_entropy": {"target": 9.0, "delta": 0.05, "coef": 0.1},
-    "repo": {"target": "initial", "zeta": 0.01},
-    "entrocraft": {"low": 0.1, "high": 0.2, "low_end": 9.0, "high_end": 9.5, "total_steps": 6},
-}
 
 
 @pytest.mark.parametrize("method", list(REMEMBERING))
