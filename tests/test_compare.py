@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,7 @@ VOCABULARIES = (97, 151_936)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@functools.cache
 def make(dtype: torch.dtype, vocab: int, **kwargs: object) -> tuple[Sample, Bound, dict[str, Tensor]]:
     sample = plain(dtype, "cpu", rows=3, vocab=vocab, **({"temperature": 0.7} | kwargs))
     sample.logits[:, -1] = 8.0  # the tail of a row is where a kernel forgets something, so let it matter

@@ -40,7 +40,7 @@ def test_every_surrogate_is_judged() -> None:
 def test_surrogate_equals_the_reference(case: tuple[str, dict[str, Any]], dtype: torch.dtype) -> None:
     """Padding holds NaN and infinities, a third of the batches has weights, a sixth a reference KL with its ratio."""
     name, options = case
-    for seed in range(BATCHES):
+    for seed in range(0, BATCHES, 1 if dtype == torch.float64 else 7):
         batch = surrogate_batch(seed, dtype)
         weight = weights_of(seed, batch) if seed % 3 == 0 else None
         _, whole = random_options(seed, batch.mask)
@@ -68,7 +68,7 @@ def test_log_ratios_of_100(case: tuple[str, dict[str, Any]], dtype: torch.dtype)
     name, options = case
     largest = torch.finfo(dtype).max
     finite = 0
-    for seed in range(30):
+    for seed in range(0, 30, 5 if dtype == torch.float64 else 1):  # e^100 is beyond fp32 alone
         batch = far_off(surrogate_batch(seed, dtype), seed)
         expected = ref.loss(name, *batch.arrays(), options=options, mode="token-sum")
         each = ref.loss(name, *batch.arrays(), options=options, mode="none")
