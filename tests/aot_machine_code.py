@@ -1,4 +1,4 @@
-"""What a kernel that Triton compiled takes, read off its machine code: for aot_triton.py."""
+"""What a kernel that Triton compiled takes, read off its code: for aot_triton.py."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Loop:
 class Usage:
     """What a compiled kernel takes; ``spilled`` are bytes of the stack, ``wide`` counts 16-byte global loads.
 
-    ``products``, ``blocks``: instructions for tensor cores, and for copies of whole blocks. None, as ``wide`` and
-    ``loop``, where the machine code was not read.
+    ``products``, ``blocks``: instructions for tensor cores, and for copies of whole blocks. These three are counted in
+    PTX, where an instruction is wide or for tensor cores as it is in the machine code; AMD's is the machine code.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Usage:
     spilled: int
     shared: int  # bytes
     resident: int  # programs that a multiprocessor holds at a time
-    wide: int | None = None
-    loop: Loop | None = None
-    products: int | None = None
-    blocks: int | None = None
+    wide: int
+    products: int
+    blocks: int
+    loop: Loop | None = None  # where the machine code was read
 
 
-def usage(name: str, target: str, kernel: Any, code: bool) -> Usage:
-    """``code``: read the machine code, too. NVIDIA's disassembler takes as long as many a kernel's compiler."""
-    return _amd(name, target, kernel) if target.startswith("gfx") else _nvidia(name, target, kernel, code)
+def usage(name: str, target: str, kernel: Any, loop: bool) -> Usage:
+    """``loop``: read the machine code's. NVIDIA's disassembler takes as long as many a kernel's compiler."""
+    return _amd(name, target, kernel) if target.startswith("gfx") else _nvidia(name, target, kernel, loop)
 
 
 def _resident(target: str, kernel: Any, registers: int) -> int:
@@ -59,7 +59,7 @@ def _resident(target: str, kernel: Any, registers: int) -> int:
     return min(by_registers, _SHARED[target] // (kernel.metadata.shared + 1024), 64 // warps)
 
 
-def _nvidia(name: str, target: str, kernel: Any, read_code: bool) -> Usage:
+def _nvidia(name: str, target: str, kernel: Any, read_loop: bool) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(kernel.asm["cubin"])
@@ -68,17 +68,16 @@ def _nvidia(name: str, target: str, kernel: Any, read_code: bool) -> Usage:
             path = str(_TOOLS / command[0])
             return subprocess.run([path, *command[1:], str(binary)], capture_output=True, text=True, check=True).stdout
 
-        report, code = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c") if read_code else None
+        report, code = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c", "-ndf") if read_loop else None
     used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
     resident, spilled = _resident(target, kernel, used["REG"]), used["STACK"] + used["LOCAL"]
-    if code is None:
-        return Usage(name, used["REG"], spilled, kernel.metadata.shared, resident)
-    wide = len(re.findall(r"\bLDG\.E[.\w]*128", code)) + len(re.findall(r"\bLDGSTS[.\w]*128", code))
-    loop = _loop(
-        code, r"^(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)", r"LDG\.E[.\w]*128", r"LDGSTS[.\w]*128", "MUFU.EX2"
-    )
-    products, blocks = len(re.findall(r"\b(?:H|HG|UTCH)MMA\b", code)), code.count("UTMALDG")
-    return Usage(name, used["REG"], spilled, kernel.metadata.shared, resident, wide, loop, products, blocks)
+    ptx = kernel.asm["ptx"]
+    wide = len(re.findall(r"\bld\.global[.:\w]*\.v(?:4\.\w32|2\.\w64)|\bcp\.async\.cg\.shared\.global", ptx))
+    products = len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx))
+    blocks = ptx.count("cp.async.bulk.tensor")
+    label, branch, load, copy = r"^(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)", r"LDG\.E[.\w]*128", r"LDGSTS[.\w]*128"
+    loop = None if code is None else _loop(code, label, branch, load, copy, "MUFU.EX2")
+    return Usage(name, used["REG"], spilled, kernel.metadata.shared, resident, wide, products, blocks, loop)
 
 
 def _amd(name: str, target: str, kernel: Any) -> Usage:
@@ -94,7 +93,7 @@ def _amd(name: str, target: str, kernel: Any) -> Usage:
     resident = _resident(target, kernel, field("vgpr_count"))
     shared = field("group_segment_fixed_size")
     wide, products = len(re.findall(load, code)), code.count("v_mfma")
-    return Usage(name, field("vgpr_count"), spilled, shared, resident, wide, loop, products, 0)
+    return Usage(name, field("vgpr_count"), spilled, shared, resident, wide, products, 0, loop)
 
 
 def _loop(code: str, label: str, branch: str, load: str, copy: str, exponential: str) -> Loop | None:

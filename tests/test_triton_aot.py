@@ -16,22 +16,23 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 HERE = Path(__file__).parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # On one target every variant; on the others one kernel of each kind, and the linear tilings, which are cut for what the
-# target has of shared and tensor memory: all would take a minute, and the tuner, which is opt-in, drops what fails.
+# target has of shared and tensor memory. Few candidates: the tuner, which is opt-in, drops what fails.
 OVER_ROWS = ("forward-bf16", "forward-fp32-softcap", "merge-fp32", "backward-bf16", "backward-fp32-softcap")
 OVER_TOKENS = (
     "extremes-mask", "sums-mask", "apply-mask", "value-keys", "random-keys", "key-histogram", "weight-histogram",
     "index-histogram", "find-digit", "mask",
 )  # fmt: skip
 LINEAR = (
-    "linear-bf16", "linear-bf16-entropy", "linear-bf16-softcap", "linear-bf16-addresses", "linear-bf16-few",
-    "linear-fp32",
+    "linear-bf16", "linear-bf16-entropy", "linear-bf16-softcap", "linear-bf16-addresses-softcap",
+    "linear-fp16-few-softcap", "linear-fp32-softcap",
 )  # fmt: skip
-SOME = OVER_ROWS + OVER_TOKENS + LINEAR
-CANDIDATES = ("forward-bf16", "forward-fp32-softcap", "backward-bf16", "backward-fp32-softcap")
+# Where no hardware copies blocks, all of 128 rows have one tiling, which takes the most registers with a softcap.
+SAME = ("linear-bf16", "linear-bf16-entropy")
+CANDIDATES = ("forward-bf16-candidate-2", "backward-bf16-candidate-2", "linear-bf16-candidate-1")
 KILOBYTE = 1024
 # Where a compiler older than the pinned one takes more registers: bytes spilled; KB in flight where 40 are wanted
 RELEASE = ".".join(triton.__version__.split(".")[:2])
-SPILLED = {("3.6", "sm_80"): {"linear-fp32": 8}}
+SPILLED = {("3.6", "sm_80"): {"linear-fp32-softcap": 8}}
 IN_FLIGHT = {("3.6", "gfx942"): 32}
 
 
@@ -45,9 +46,14 @@ def aot(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def some(target: str) -> list[str]:
+    same = () if target in ("sm_90", "sm_100") else SAME
+    return [name for name in OVER_ROWS + OVER_TOKENS + LINEAR if name not in same]
+
+
 @functools.cache
 def compiled(target: str) -> dict[str, dict]:
-    names = () if target == "sm_90" else (*SOME, *(f"linear-bf16-candidate-{i}" for i in range(1, 6)))
+    names = () if target == "sm_90" else (*some(target), *(CANDIDATES[2:] if target == "sm_100" else ()))
     return {usage["name"]: usage for usage in aot(target, *names)}
 
 
@@ -55,7 +61,7 @@ def compiled(target: str) -> dict[str, dict]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_without_spills(target: str) -> None:
     kernels = compiled(target)
-    assert set(kernels) >= {*SOME, *(f"{name}-candidate-1" for name in CANDIDATES if target == "sm_90")}
+    assert set(kernels) >= {*some(target), *(CANDIDATES if target == "sm_90" else ())}
     print("\n".join(str(usage) for usage in kernels.values()))
     spilled = {name: usage["spilled"] for name, usage in kernels.items() if usage["spilled"]}
     assert spilled == SPILLED.get((RELEASE, target), {})
@@ -120,14 +126,15 @@ def test_products_are_for_tensor_cores(target: str) -> None:
     kernels = compiled(target)
     described = target in ("sm_90", "sm_100")
     for name in LINEAR:
+        if name not in kernels:
+            continue
         assert (kernels[name]["products"] > 0) == ("fp32" not in name) or target == "gfx942", name
         assert (kernels[name]["blocks"] > 0) == (described and "fp32" not in name and "addresses" not in name), name
         print(target, kernels[name])
-    assert kernels["linear-bf16"]["products"] > 0
+    assert kernels["linear-bf16-softcap"]["products"] > 0
     if described:  # where all defaults are cut for a number of resident programs
-        for name in ("linear-bf16", "linear-bf16-entropy", "linear-fp16"):
-            if name in kernels:
-                assert kernels[name]["resident"] >= (2 if target == "sm_90" else 1), name
+        for name in ("linear-bf16", "linear-bf16-entropy"):
+            assert kernels[name]["resident"] >= (2 if target == "sm_90" else 1), name
 
 
 def test_no_runtime_value_is_a_constant() -> None:

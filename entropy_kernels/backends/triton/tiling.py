@@ -1,8 +1,8 @@
 """How the Triton kernels of token_stats and linear_token_stats cut their work: the candidates of tuning.py.
 
 The first candidate is the choice without a measurement; it comes from counts of registers, instructions and bytes in
-flight (docs/gpu.md, "Triton"), as does the reason beside each of the others. All candidates of a class are compiled
-for spills in tests/test_triton_aot.py.
+flight (docs/gpu.md, "Triton"), as does the reason beside each of the others. tests/test_triton_aot.py compiles the
+first of each class for spills; tests/aot_triton.py all.
 """
 
 from __future__ import annotations
