@@ -87,7 +87,9 @@ def test_masks(budget_on: BackendDevice, shape: tuple[int, ...], kind: dict[str,
     data = scores(shape, **kind)
     options = [{}, {"mask": data["mask"]}, data]
     for i, amount in enumerate(amounts(data)):
-        for given_masks in options if not budget_on.interpreted else options[i % 3 :: 3]:
+        for given_masks in (
+            options if data["score"].numel() < 300 and not budget_on.interpreted else options[i % 3 :: 3]
+        ):
             check(budget_on, **{"score": data["score"], **given_masks, **amount})
 
 
@@ -122,6 +124,8 @@ def test_any_number(budget_on: BackendDevice, form: str) -> None:
         if form == "budget":
             assert int(selected.sum()) == (0 if not number > 0 else 1 if number <= 3 else 2 if number <= 5 else
                                            4 if number <= 9 else 6)  # fmt: skip
+        if budget_on.interpreted:  # which makes the same tensor of a number
+            continue
         given = torch.tensor(number, dtype=torch.float64, device=budget_on.device)
         assert torch.equal(
             ek.budget_tokens(EVERYTHING.to(budget_on.device), **{form: given}, backend=budget_on.backend).cpu(),
@@ -180,9 +184,10 @@ def test_nothing_counts(budget_on: BackendDevice) -> None:
 def test_magnitudes(budget_on: BackendDevice, scale: float) -> None:
     """Denormal scores, and the largest."""
     score = torch.linspace(-1, 1, 41) * scale
-    for share in (1e-12, 0.1, 0.6, 1.0):
+    for i, share in enumerate((1e-12, 0.1, 0.6, 1.0)):
         budget = share * float(score.double().clamp(min=0).sum())
-        for amount in ({"budget": budget}, {"limit": -budget}, {"share": share}):
+        ways = ({"budget": budget}, {"limit": -budget}, {"share": share})
+        for amount in ways if not budget_on.interpreted else ways[i % 3 :: 3]:
             check(budget_on, score, **amount)
 
 
@@ -222,8 +227,8 @@ def test_large_batches(budget_on: BackendDevice, kind: dict[str, Any]) -> None:
     lonely[[12_345, 150_000]] = torch.tensor([0.5, 1e-3])
     for score in (data["score"], lonely):
         placed = {name: moved(x, budget_on.device) for name, x in {**data, "score": score}.items()}
-        for amount in amounts({**data, "score": score}):
-            for names in (["score"], ["score", "mask"], list(data)):
+        for i, amount in enumerate(amounts({**data, "score": score})):
+            for names in (["score"], ["score", "mask"], list(data))[i % 3 :: 3]:
                 got = ek.budget_tokens(**{name: placed[name] for name in names}, **amount, backend=budget_on.backend)
                 right = reference.budget_tokens(**{**{n: data[n] for n in names}, "score": score}, **amount)
                 assert torch.equal(got.cpu(), right), (amount, names)
