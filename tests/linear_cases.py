@@ -152,11 +152,20 @@ def terms(case: Linear, names: tuple[str, ...]) -> dict[str, Tensor]:
     return _products(size.masked_fill(found.nothing, 0), hidden.abs(), weight.abs())
 
 
-def judge(case: Linear, results: dict[str, Tensor], names: tuple[str, ...] = DIFFERENTIABLE) -> None:
+References = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]
+
+
+def references(case: Linear, names: tuple[str, ...] = DIFFERENTIABLE) -> References:
+    """What :func:`judge` compares with: exact, in the case's dtype, and the size of the terms."""
+    return dense(case, torch.float64, names), dense(case, case.hidden.dtype, names), terms(case, names)
+
+
+def judge(
+    case: Linear, results: dict[str, Tensor], names: tuple[str, ...] = DIFFERENTIABLE, by: References | None = None
+) -> None:
     """``results`` of :func:`run` are within the errors of the same-dtype computation."""
     dtype = case.hidden.dtype
-    exact, baseline = dense(case, torch.float64, names), dense(case, dtype, names)
-    added = terms(case, names)
+    exact, baseline, added = by or references(case, names)
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     # sums of H products of a few units: what their order can do to a logit, and so to every result
     noise = 16 * eps * case.hidden.shape[-1] ** 0.5

@@ -12,7 +12,7 @@ import entropy_kernels as ek
 import linear_cases
 from calls import same_bits
 from conftest import BackendDevice, backend_devices
-from linear_cases import ALL, Linear, budgets, dense, judge, make, run
+from linear_cases import ALL, Linear, budgets, dense, judge, make, references, run
 from sample import INF, NAN
 
 
@@ -93,10 +93,10 @@ def test_every_mode(name: str, dtype: torch.dtype, on: BackendDevice) -> None:
     case = CASES[name](dtype).to(on.device)
     modes = list(budgets(case))
     assert modes[0][0].startswith("keep") and (case.target.numel() < 20 or len(case.weight) < 800 or len(modes) > 1)
+    by = references(case)
     for _, budget in modes[:2] if on.interpreted else modes:
-        judge(case, run(case, memory_budget=budget, backend=on.backend))
-    values = run(case, grad=(), backend=on.backend)
-    judge(case, values)
+        judge(case, run(case, memory_budget=budget, backend=on.backend), by=by)
+    judge(case, run(case, grad=(), backend=on.backend), by=by)
 
 
 def test_modes_are_equal() -> None:
