@@ -11,31 +11,28 @@ import numpy as np
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean of a value per seed, and the ends of Student's 95 % interval: NaN for one value, all three for none."""
-    from scipy.special import stdtrit
+    from scipy.stats import t
 
     n = len(values)
     if n < 2:
         return values[0] if n else math.nan, math.nan, math.nan
     mean = statistics.fmean(values)
-    reach = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    reach = float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return mean, mean - reach, mean + reach
 
 
 def holm(samples: Sequence[Sequence[float]]) -> list[bool]:
     """Which means differ from zero at 5 % for all samples together: t tests, p values after Holm."""
-    from scipy.special import stdtr
+    from scipy.stats import t
+    from statsmodels.stats.multitest import multipletests
 
-    p: dict[int, float] = {}
+    p = {}
     for i, sample in enumerate(samples):
         if len({*sample}) > 1:
             size = abs(statistics.fmean(sample)) / (statistics.stdev(sample) / math.sqrt(len(sample)))
-            p[i] = 2 * float(stdtr(len(sample) - 1, -size))
-    differs: set[int] = set()
-    for i in sorted(p, key=p.__getitem__):  # up to the first that does not
-        if p[i] > 0.05 / (len(p) - len(differs)):
-            break
-        differs.add(i)
-    return [i in differs for i in range(len(samples))]
+            p[i] = 2 * float(t.sf(size, len(sample) - 1))
+    differs = dict(zip(p, multipletests([*p.values()], alpha=0.05, method="holm")[0], strict=True)) if p else {}
+    return [bool(differs.get(i, False)) for i in range(len(samples))]
 
 
 def window_means(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:

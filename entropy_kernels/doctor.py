@@ -28,7 +28,7 @@ from entropy_kernels.integrations._patch import Patch, patches
 from entropy_kernels.smoke_matrix import DOCTOR, Call, compare
 
 _PACKAGES = (
-    "torch", "numpy", "triton", "scipy", "pandas", "matplotlib", "tensorboard", "transformers", "rich",
+    "torch", "numpy", "triton", "scipy", "statsmodels", "pandas", "matplotlib", "tensorboard", "transformers", "rich",
 )  # fmt: skip
 _SWITCHES = ("ENTROPY_KERNELS_", "TRITON_INTERPRET", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 

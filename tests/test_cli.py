@@ -260,7 +260,7 @@ def test_a_missing_package_names_the_extra(log, monkeypatch, capsys):
     assert cli.main(["fit", str(log)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("entropy-kernels fit: error: reading a log needs pandas, which is not installed: pip ")
-    assert message.endswith("pip install scipy pandas matplotlib tensorboard rich\n")
+    assert message.endswith("pip install scipy statsmodels pandas matplotlib tensorboard rich\n")
 
 
 def test_usage_errors_and_help(capsys):

@@ -60,7 +60,7 @@ ROOMS = {
 ABOVE_THE_PUBLIC_FUNCTIONS = 3
 # Private parts that the rooms above may not touch: they use what `entropy_kernels` exports.
 PRIVATE = ("entropy_kernels.ops", "entropy_kernels.backends", "entropy_kernels._C")
-OPTIONAL = ("triton", "transformers", "matplotlib", "scipy", "pandas", "tyro", "rich", "tensorboard",
+OPTIONAL = ("triton", "transformers", "matplotlib", "scipy", "pandas", "statsmodels", "tyro", "rich", "tensorboard",
             "verl", "trl", "gguf", "reasoning_gym", "jinja2")  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def test_hints_name_the_packages_of_an_extra(installed: bool, monkeypatch: pytes
 
     if not installed:
         monkeypatch.setattr(importlib.metadata, "requires", none)
-    plain = "pip install scipy pandas matplotlib tensorboard rich"
+    plain = "pip install scipy statsmodels pandas matplotlib tensorboard rich"
     if installed or sys.version_info >= (3, 11):  # from when on Python reads TOML
         assert _require.install("analysis", "pandas") == plain
         command = _require.install("smollm2", "gguf")

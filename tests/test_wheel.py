@@ -148,7 +148,7 @@ def test_it_runs_elsewhere(python: Path) -> None:
 
 
 ALL = {
-    "analysis": ["scipy", "pandas", "matplotlib", "tensorboard", "rich"],
+    "analysis": ["scipy", "statsmodels", "pandas", "matplotlib", "tensorboard", "rich"],
     "train": ["matplotlib", "'transformers>=4.56'", "'tyro>=1.0'", "jinja2"],
 }
 HINTS = """

@@ -285,7 +285,7 @@ def fit_entropy_law(
     Raises:
         ValueError: lengths differ; fewer than 3 points are left; an infinite value; an entropy above 100 or below
             -0.2 nats; the same entropy everywhere; a fraction or level outside (0, 1).
-        ImportError: scipy is missing (extra ``analysis``).
+        ImportError: statsmodels or scipy is missing (extra ``analysis``).
 
     Source:
         arXiv 2505.22617, Eq. 6; docs/entropy-law.md.
@@ -314,24 +314,22 @@ def fit_entropy_law(
 
 
 def _fit(h: np.ndarray, r: np.ndarray, dropped: int, confidence: float, standard_errors: str) -> EntropyLaw:
+    api = require("statsmodels.api", "fit_entropy_law")
     x = np.exp(h)
     if np.ptp(x) <= 1e-9 * np.max(x):
         raise ValueError(f"entropy: expected values that differ, got {len(h)} times {h[0]:.6g}")
     # design (-e^H, 1), scaled: e^H of a sum over tokens would leave the 1 below rounding
     scale = np.array([np.max(x), 1.0])
-    design = np.column_stack([-x, np.ones_like(x)]) / scale  # (n, 2)
-    inverse, coefficients, residual = _least_squares(design, r)
-    spread = inverse @ inverse.T * (residual @ residual) / (len(h) - 2)
-    if standard_errors == "hac":  # Newey-West: neighbours up to so many steps apart, ever less the farther they are
-        scores, lags = residual[:, None] * inverse.T, int(4 * (len(h) / 100) ** (2 / 9))
-        spread = scores.T @ scores
-        for lag in range(1, lags + 1):
-            along = scores[lag:].T @ scores[:-lag]
-            spread += (1 - lag / (lags + 1)) * (along + along.T)
-        spread *= len(h) / (len(h) - 2)
-    a, b = (float(v) for v in coefficients / scale)
-    covariance = spread / np.outer(scale, scale)
-    _, line, straight = _least_squares(np.column_stack([h, np.ones_like(h)]), r)
+    model = api.OLS(r, np.column_stack([-x, np.ones_like(x)]) / scale)
+    if standard_errors == "hac":
+        lags = int(4 * (len(h) / 100) ** (2 / 9))
+        result = model.fit(cov_type="HAC", cov_kwds={"maxlags": lags, "use_correction": True})
+    else:
+        result = model.fit()
+    a, b = (float(v) for v in result.params / scale)
+    covariance = np.asarray(result.cov_params(), dtype=np.float64) / np.outer(scale, scale)
+    straight = api.OLS(r, np.column_stack([h, np.ones_like(h)])).fit()
+    residual = np.asarray(result.resid)
 
     ceiling = b - a
     # the ceiling is the linear form (-1, 1)·(a, b), so the delta method is exact
@@ -350,10 +348,10 @@ def _fit(h: np.ndarray, r: np.ndarray, dropped: int, confidence: float, standard
         ceiling_interval=(ceiling - half, ceiling + half),
         n=len(h),
         dropped=dropped,
-        r2_linear=_r2(straight, r),
-        rmse_linear=_rms(straight),
-        slope_linear=float(line[0]),
-        intercept_linear=float(line[1]),
+        r2_linear=_r2(np.asarray(straight.resid), r),
+        rmse_linear=_rms(np.asarray(straight.resid)),
+        slope_linear=float(straight.params[0]),
+        intercept_linear=float(straight.params[1]),
         covariance=covariance,
         residual_sd=math.sqrt(squares / (len(h) - 2)),
         durbin_watson=float(np.sum(np.diff(residual) ** 2) / squares) if squares > 0 else math.nan,
@@ -361,13 +359,6 @@ def _fit(h: np.ndarray, r: np.ndarray, dropped: int, confidence: float, standard
         confidence=confidence,
         standard_errors="hac" if standard_errors == "hac" else "ols",
     )
-
-
-def _least_squares(design: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pseudoinverse (2, n) of a design (n, 2), the coefficients (2,) and the residuals (n,)."""
-    inverse = np.linalg.pinv(design)
-    coefficients = inverse @ r
-    return inverse, coefficients, r - design @ coefficients
 
 
 def _r2(residual: np.ndarray, r: np.ndarray) -> float:
@@ -383,8 +374,8 @@ def _rms(residual: np.ndarray) -> float:
 def _quantile(confidence: float, degrees: int) -> float:
     if not 0 < number("confidence", confidence, torch.float64) < 1:
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence!r}")
-    special = require("scipy.special", "an interval of the entropy law")  # scipy.stats takes a second to import
-    return float(special.stdtrit(degrees, 0.5 + confidence / 2))
+    stats = require("scipy.stats", "an interval of the entropy law")
+    return float(stats.t.ppf(0.5 + confidence / 2, degrees))
 
 
 def _array(values: Any, name: str) -> np.ndarray:

@@ -187,7 +187,7 @@ def planned(name: str, flags: Flags, base: TrainerConfig | None = None) -> Plan:
     """
     sweep = SWEEPS[name]
     # now, and not after minutes of training
-    require_installed(("matplotlib", "pandas", "scipy"), "the report", "train")
+    require_installed(("matplotlib", "pandas", "scipy", "statsmodels"), "the report", "train")
     if base is None:
         if sweep.configured and flags.config is None:
             raise ValueError("--config: expected a JSON FILE of what the runs have in common, got none")
