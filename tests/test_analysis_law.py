@@ -247,6 +247,20 @@ def test_hac_standard_errors_grow_with_serial_correlation():
     assert hac.standard_errors == "hac"
 
 
+def test_hac_covariance_is_newey_and_wests():
+    """Summed over pairs of points: of residuals that are up to two apart, with weights of thirds."""
+    x, law = np.exp(H), ek.fit_entropy_law(H, R, standard_errors="hac")
+    design, residual = np.column_stack([-x, np.ones(8)]), np.asarray(R) - law.predict(H)
+    bread = np.linalg.inv(design.T @ design)
+    meat = sum(
+        max(0, 1 - abs(i - j) / 3) * residual[i] * residual[j] * np.outer(design[i], design[j])
+        for i in range(8)
+        for j in range(8)
+    )
+    assert law.covariance == pytest.approx(bread @ meat @ bread * 8 / 6, rel=1e-9)
+    assert (law.a_se, law.b_se) == pytest.approx(tuple(np.sqrt(np.diag(law.covariance))))
+
+
 def test_performance_whose_squares_underflow_has_a_law():
     law, tiny = (ek.fit_entropy_law(H, np.asarray(R) * scale) for scale in (1.0, 1e-200))
     assert tiny.a == pytest.approx(1e-200 * law.a, rel=1e-6) and math.isnan(tiny.r2)
@@ -316,7 +330,7 @@ def test_predict_refuses_what_would_overflow():
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "statsmodels.api", None)
+    monkeypatch.setitem(sys.modules, "statsmodels.regression.linear_model", None)
     with pytest.raises(ImportError, match="fit_entropy_law needs statsmodels, which is not installed: pip install "):
         ek.fit_entropy_law(H, R)
 

@@ -314,13 +314,13 @@ def fit_entropy_law(
 
 
 def _fit(h: np.ndarray, r: np.ndarray, dropped: int, confidence: float, standard_errors: str) -> EntropyLaw:
-    api = require("statsmodels.api", "fit_entropy_law")
+    linear_model = require("statsmodels.regression.linear_model", "fit_entropy_law")
     x = np.exp(h)
     if np.ptp(x) <= 1e-9 * np.max(x):
         raise ValueError(f"entropy: expected values that differ, got {len(h)} times {h[0]:.6g}")
     # design (-e^H, 1), scaled: e^H of a sum over tokens would leave the 1 below rounding
     scale = np.array([np.max(x), 1.0])
-    model = api.OLS(r, np.column_stack([-x, np.ones_like(x)]) / scale)
+    model = linear_model.OLS(r, np.column_stack([-x, np.ones_like(x)]) / scale)
     if standard_errors == "hac":
         lags = int(4 * (len(h) / 100) ** (2 / 9))
         result = model.fit(cov_type="HAC", cov_kwds={"maxlags": lags, "use_correction": True})
@@ -328,7 +328,7 @@ def _fit(h: np.ndarray, r: np.ndarray, dropped: int, confidence: float, standard
         result = model.fit()
     a, b = (float(v) for v in result.params / scale)
     covariance = np.asarray(result.cov_params(), dtype=np.float64) / np.outer(scale, scale)
-    straight = api.OLS(r, np.column_stack([h, np.ones_like(h)])).fit()
+    straight = linear_model.OLS(r, np.column_stack([h, np.ones_like(h)])).fit()
     residual = np.asarray(result.resid)
 
     ceiling = b - a
