@@ -115,6 +115,10 @@ SCENARIOS: dict[str, tuple[Callable[[torch.dtype], Sample], Callable | None, tor
 }  # fmt: skip
 
 
+# Scenarios that the interpreter, which is slow, runs in place too
+SLOW_IN_PLACE = ("equal bf16", "unequal", "poisoned", "batched")
+
+
 def shard_of(sample: Sample, widths: list[int], rank: int) -> tuple[torch.Tensor, int]:
     start = sum(widths[:rank])
     return sample.logits[..., start : start + widths[rank]], start
@@ -136,7 +140,7 @@ def shard_results(rank: int, world: int, backend: str) -> dict[str, Any]:
         kwargs = sample.kwargs | ({"vocab_start": start} if explicit else {})
         names = ["logprob", "entropy", "collision"][: 2 if function == "logprob_entropy" else 3]
         grads = upstream(sample, *names)
-        for inplace in (False, True):
+        for inplace in (False, True) if backend != "triton" or name in SLOW_IN_PLACE else (False,):
             logits = shard.clone().requires_grad_()
             outputs = getattr(ek, function)(
                 logits * 1 if inplace else logits,
@@ -188,7 +192,8 @@ def test_shards_equal_the_whole(name: str, world: int, on: BackendDevice) -> Non
     whole = torch.cat([gradient for _, gradient in ranks], -1)
     references.check_gradient(whole, **upstream(sample, *names))
     for result in all_results(on.backend, world):
-        assert same_bits(result[f"{name} in place"][1], result[name][1]), "in place differs"
+        if f"{name} in place" in result:
+            assert same_bits(result[f"{name} in place"][1], result[name][1]), "in place differs"
 
 
 # ---- what is not a matter of values ---------------------------------------------------------------------------------
