@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 # The fork server has imported torch once and has no threads, so a rank starts in milliseconds and forks safely. Without
-# the compiler's parts each rank would import them by itself, in 3 s: use_deterministic_algorithms and compiled calls do.
+# parts of the compiler each rank would import those, in 3 s: compiled calls and use_deterministic_algorithms do.
 _context = multiprocessing.get_context("forkserver")
 _preloaded = ["torch", "torch.distributed", "entropy_kernels", "torch._dynamo", "torch._dynamo.backends.debugging"]
 _preloaded += ["torch._functorch.aot_autograd", "torch._inductor.config"]
