@@ -44,7 +44,7 @@ def _unlimited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_quick_run_writes_json_table_and_plots(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # figures are made and empty ones written: test_benchmark_run.py draws, and test_figures.py lays out
+    # figures are made and empty ones written: test_figures.py lays them out
     save, blank = plots.save, pytest.importorskip("matplotlib.figure").Figure
     monkeypatch.setattr(plots, "save", lambda figure, path: save(figure and blank(), path))
     # everything but torch.compile, which takes seconds per case

@@ -39,11 +39,13 @@ def without_code(text: str) -> str:
 # --- what is pasted ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/layers.md"])
-def test_python_works_when_pasted(name: str, tmp_path: Path) -> None:
-    """From top to bottom in a session of its own, in an empty folder."""
-    code = "\n".join(blocks((ROOT / name).read_text(), "python"))
-    assert "import entropy_kernels as ek" in code
+def test_python_works_when_pasted(tmp_path: Path) -> None:
+    """Each page from top to bottom, with names of its own, in a fresh process and an empty folder."""
+    code = ""
+    for name in ("README.md", "docs/layers.md"):
+        pasted = "\n".join(blocks((ROOT / name).read_text(), "python"))
+        assert "import entropy_kernels as ek" in pasted
+        code += f"exec(compile({pasted!r}, {name!r}, 'exec'), {{'__name__': '__main__'}})\n"
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -19,6 +19,7 @@ pytest.importorskip("tyro")
 
 import report_runs
 from entropy_kernels._progress import ProgressBoard
+from entropy_kernels.analysis import plots
 from entropy_kernels.analysis.plot_style import styles
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import PROG, main
@@ -119,7 +120,7 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     assert os.stat(again / "model.safetensors").st_mtime_ns == stamp, "an equal warm start was made anew"
     for method in methods:
         ppo.train(
-            config(tmp_path / method, method=method, steps=6, eval_every=1, first_order_every=1, eval_samples=8,
+            config(tmp_path / method, method=method, steps=4, eval_every=1, first_order_every=1, eval_samples=8,
                    final_eval_samples=8, measure_memory=True, warm_start_from=start)
         )  # fmt: skip
     logs = sweep.load_runs({method: tmp_path / method for method in methods})
@@ -212,7 +213,8 @@ def test_runs_side_by_side_reports_a_failure(tmp_path: Path) -> None:
         sweep.run_side_by_side({"broken": broken}, workers=1, board=ProgressBoard(enabled=False))
 
 
-def test_report_of_a_policy_that_is_never_right(tmp_path: Path) -> None:
+def test_report_of_a_policy_that_is_never_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "png", lambda figure, **options: figure.draw_without_rendering() or b"a picture")
     log = pd.DataFrame(
         {
             "step": range(8),
