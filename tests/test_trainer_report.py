@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
 import shlex
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -205,7 +207,22 @@ def test_report_needs_the_baseline(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_runs_side_by_side_reports_a_failure(tmp_path: Path) -> None:
+class Here:
+    """In the place of Popen: the run takes place in this process. Another one imports transformers for five seconds."""
+
+    def __init__(self, command: list[str], *, stdout: IO[bytes], **options: Any) -> None:
+        log = io.StringIO()
+        with redirect_stdout(log), redirect_stderr(log):
+            self.code = main(command[command.index("from-config") :])
+        stdout.write(log.getvalue().encode())
+        stdout.flush()
+
+    def poll(self) -> int:
+        return self.code
+
+
+def test_runs_side_by_side_reports_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.subprocess, "Popen", Here)  # one in a process of its own is in test_compare
     broken = config(tmp_path / "broken", warm_start_from=tmp_path / "nowhere")
     with pytest.raises(
         RuntimeError, match=r"run broken: expected exit code 0, got 2; [\s\S]*warm_start_from: expected"
@@ -294,16 +311,6 @@ def test_runs_from_a_start_that_was_made_anew_are_run_again(tmp_path: Path) -> N
     (tmp_path / "start" / "warm_start.json").unlink()
     start()
     assert sweep.unfinished({"run": settings}) == {"run": settings}
-
-
-class Here:
-    """In the place of Popen: the run takes place in this process. Another one imports transformers for five seconds."""
-
-    def __init__(self, command: list[str], **options: Any) -> None:
-        self.code = main(command[command.index("from-config") :])
-
-    def poll(self) -> int:
-        return self.code
 
 
 @pytest.mark.slow
