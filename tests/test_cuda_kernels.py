@@ -71,8 +71,10 @@ def all_grads(rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case: Case, on: BackendDevice, kernels: Emulated) -> None:
-    plain_way = not kernels.bulk and kernels.parts == 1
-    for dtype in case.dtypes if plain_way else case.slow_dtypes:
+    """Each way with each dtype in some cases, and in each case with one at least; hardware has all of them."""
+    whole = not kernels.bulk and kernels.parts == 1
+    half = case.slow_dtypes[kernels.parts % 2 ^ kernels.bulk :: 2]
+    for dtype in case.slow_dtypes if whole or not half else half:
         check(case.build(dtype, "cpu"), on, "logprob", "entropy", "collision")
 
 
@@ -126,9 +128,14 @@ class TestExp2:
 
 
 # Not fp64: over so many terms the float64 reference itself is off by the whole bound.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("vocab", [32_000, 151_936])
+@pytest.mark.parametrize(
+    ("vocab", "softcap", "dtype"),
+    [
+        (32_000, None, torch.bfloat16), (32_000, 20.0, torch.float16),
+        (151_936, None, torch.float32), (151_936, 20.0, torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_long_rows(vocab: int, softcap: float | None, dtype: torch.dtype, on: BackendDevice) -> None:
     """Every stage of the pipeline is refilled several times; sums of many tiles."""
     check(plain(dtype, "cpu", rows=2, vocab=vocab, temperature=0.8, softcap=softcap), on, "logprob", "entropy")

@@ -31,8 +31,7 @@ hardware = [
 emulated = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 INF, NAN = math.inf, math.nan
-# Alone, two, as many as leave some without tokens. An emulated launch takes as long as its blocks together: where they
-# are many, each band meets one count, and not two
+# Alone, two, as many as leave some without tokens
 BLOCKS = [1, 2, 3, 16]
 TOKENS = [1, 31, 33, 500, 2000]
 COUNTS = [Count(0.05, None, True), Count(None, 7, True), Count(1.0, None, True), Count(1e-4, None, False)]
@@ -88,10 +87,10 @@ def check(kernels: emulator.Emulated, tokens: tuple, count: Count, seed: int, ba
 def test_masks(kernels: emulator.Emulated, tokens: int, levels: int | None) -> None:
     data = batch(tokens, levels, seed=tokens)
     everything = (data["covariance"], data["mask"], data["exclude"], data["token_index"])
-    selected, each = 0, 2 if kernels.blocks < 16 else 4
-    for number, count in enumerate(COUNTS):
+    selected = 0
+    for number, count in enumerate(COUNTS):  # each band meets one of them, another one for other blocks and tokens
         kernels.order = number
-        selected += check(kernels, everything, count, number - 2, BANDS[number % each :: each])
+        selected += check(kernels, everything, count, number - 2, BANDS[(number + kernels.blocks + tokens) % 4 :: 4])
     selected += check(kernels, (data["covariance"], None, None, None), Count(0.3, None, True), 2**62, BANDS[2:5])
     selected += check(kernels, (data["covariance"], data["mask"], None, None), COUNTS[0], -1, BANDS[::5])
     assert selected > tokens
@@ -126,12 +125,12 @@ def test_nothing_to_select(kernels: emulator.Emulated) -> None:
 def test_numbers_in_memory(kernels: emulator.Emulated, tokens: int) -> None:
     """Ratio, k, low and high from memory, also what no number may be."""
     data, selected = tuple(batch(tokens, 1, seed=4).values()), 0
-    for values in (
+    for i, values in enumerate((
         (0.05, NAN, 0.5, 3.0), (NAN, 7.5, 0.25, 0.9), (5.0, NAN, 0.2, 7.0), (-1.0, NAN, 2.0, 1.0), (NAN, INF, NAN, 1.0),
         (NAN, -2.0, -INF, INF), (NAN, NAN, -1e300, 1e300),
-    ):  # fmt: skip
-        numbers = torch.tensor(values, dtype=torch.float64)
-        bands = [Band(NAN, NAN, quantile, closed, numbers) for quantile in (False, True) for closed in (False, True)]
+    )):  # fmt: skip
+        numbers, closed = torch.tensor(values, dtype=torch.float64), (i + kernels.blocks) % 2 == 0
+        bands = [Band(NAN, NAN, quantile, closed, numbers) for quantile in (False, True)]
         selected += check(kernels, data, Count(None, None, True, numbers), 3, bands)
     assert selected > tokens
 
@@ -162,7 +161,9 @@ def test_budgets(library: Any, tokens: int, levels: int | None, blocks: int) -> 
         numbers = torch.full((3,), NAN, dtype=torch.float64)
         numbers[place] = amount if place == 2 else amount * gain
         kernels = emulator.Emulated(library, blocks, number)
-        for given in ((score, *masks), (score, masks[0], None, None), (score * 1e-42, None, None, None))[number % 2 :]:
+        for given in ((score, *masks), (score, masks[0], None, None), (score * 1e-42, None, None, None))[
+            number % 3 :: 2
+        ]:
             expected = eager.budget_mask(*given, numbers, "")
             assert torch.equal(kernels.budget_mask(*given, numbers), expected), (amount, place)
             selected += int(expected.sum())
