@@ -66,8 +66,9 @@ def batch(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 # 16384 columns are a part of a row, and from 256 rows on a thread has whole rows. The width is odd, so that every row
 # is aligned differently, and its gradient from 262 rows of fp32 on too large for the caches.
-@pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "softcap"), [*((dtype, None) for dtype in DTYPES), *((dtype, 20.0) for dtype in DTYPES[:2])], ids=str
+)
 def test_number_of_rows_and_place(backend: str, dtype: torch.dtype, softcap: float | None) -> None:
     rows, vocab = (300, 16_389) if backend == "cpu" else (260, 8_195)
     logits, target, grads = batch(rows, vocab, dtype)
@@ -101,7 +102,6 @@ def test_layout_and_threads(backend: str, dtype: torch.dtype, threads: Callable[
     logits, target, grads = batch(rows, vocab, dtype)
     threads(1)
     expected = results(backend, logits, target, grads, temperature=1.5)
-    threads(2)
     wide = torch.full((rows, vocab + 9), 99.0, dtype=dtype)
     wide[:, 3 : vocab + 3] = logits
     # (rows, vocab) of each, whatever its shape
@@ -118,6 +118,7 @@ def test_layout_and_threads(backend: str, dtype: torch.dtype, threads: Callable[
     for name, layout in layouts.items():
         labels_, temperature = target.view(layout.shape[:-1]), torch.full(layout.shape[:-1], 1.5)
         given = temperature.double() if dtype == torch.float64 else temperature
+        threads(2 if name in ("same", "(B, L, V)") else 1)
         ours = results(backend, layout, labels_, grads, temperature=given)
         for key, value in ours.items():
             assert same_bits(value.reshape(expected[key].shape), expected[key]), (name, key)
@@ -167,7 +168,7 @@ def test_entropy_of_a_large_vocabulary_to_1e_6_nats(backend: str, dtype: torch.d
         exact = -(logp.exp() * logp).sum()
         # torch multiplies e and d in fp32: one more rounding that is the same for all
         most = 1.5e-6 if backend == "torch" and name.startswith("equal") else 1e-6
-        for rows in (1, 200, 1000) if backend == "cpu" else (1, 2):
+        for rows in (1, 20, 260) if backend == "cpu" else (1, 2):
             entropy = ek.logprob_entropy(row.expand(rows, vocab), torch.zeros(rows, dtype=torch.long), backend=backend)[
                 1
             ]
