@@ -257,7 +257,7 @@ TIMINGS = "--scale 4096 --only selection"
 BENCHMARK = "--ops kl_cov_mask --impl ours-cuda --tokens 1000 --repeats 1 --no-memory --cache hot"
 COURSES = [
     ["smoke", "--timings", TIMINGS],
-    ["verify", "--pytest", "-k 'cuda and (5000 or waits)' --timeout 300 -n 1"],
+    ["verify", "--pytest", "-k 'cuda and (5000 or waits)' --timeout 300 -n 0"],
     ["bench", "--bench", BENCHMARK, "--pytest", "-k 'is_that_of_the_cpu and 5000 and torch' -n 0"],
 ]
 IN_WRONG_TEST = "test_selection_is_that_of_the_cpu[5000-cuda]"
