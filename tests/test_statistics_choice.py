@@ -63,7 +63,10 @@ def test_each_alone(statistic: Statistic, options: dict[str, Any], on: BackendDe
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_all_of_each_case(case: Case, on: BackendDevice) -> None:
     """Within the bound of what rounding alone can do, whatever the rows hold."""
-    for dtype in case.slow_dtypes if on.interpreted else case.dtypes:
+    few = case.slow_dtypes
+    if on.interpreted:  # where test_token_stats_cases.py has the others
+        few = (torch.float32,) if torch.float32 in few else few
+    for dtype in few if on.device == "cpu" else case.dtypes:
         sample = case.build(dtype, on.device)
         found = ek.token_stats(
             sample.logits, sample.target, statistics=ek.STATISTICS, backend=on.backend, **sample.kwargs

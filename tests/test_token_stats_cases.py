@@ -12,12 +12,15 @@ from sample import Case
 
 
 def everything() -> list:
-    """(on, case, dtype): all that the contract promises; in Triton's interpreter the dtypes that add something."""
+    """(on, case, dtype): all that the contract promises; in Triton's interpreter the dtypes that add something, without
+    fp32, in which the next test has each case, and test_statistics_choice.py all its statistics.
+    """
     params = []
     for param in backend_devices():
         on = param.values[0]
         for case in CASES:
-            for dtype in case.slow_dtypes if on.interpreted else case.dtypes:
+            slow = [dtype for dtype in case.slow_dtypes if dtype != torch.float32] or case.slow_dtypes
+            for dtype in slow if on.interpreted else case.dtypes:
                 if dtype in on.dtypes:
                     name = f"{on}-{case}-{str(dtype).removeprefix('torch.')}"
                     params.append(pytest.param(on, case, dtype, marks=param.marks, id=name))
