@@ -72,8 +72,14 @@ def forward(*arguments: Any, logits: torch.dtype = torch.float32, scratch: int =
 # ---- through the public functions ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype) for name in CASES for dtype in DTYPES
+        if DEVICE == "cuda" or dtype != torch.float16 or name in ("plain", "softcap", "masked")
+    ],
+    ids=str,
+)  # fmt: skip
 def test_values_without_logits(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the errors of materialised logits, and not a single product outside of the kernel."""
     case = CASES[name](dtype).to(DEVICE)
@@ -85,7 +91,7 @@ def test_values_without_logits(name: str, dtype: torch.dtype, monkeypatch: pytes
     ("name", "dtype"),
     [
         *((name, torch.float32) for name in ("plain", "ignored", "padding", "softcap")),
-        ("padding", torch.bfloat16), ("softcap", torch.float16),
+        ("softcap", torch.bfloat16),
     ],
     ids=str,
 )  # fmt: skip
@@ -148,7 +154,7 @@ def tilings(itemsize: int, rows: int, softcap: bool) -> list[tuple[bool, LinearT
     ("dtype", "rows", "softcap"),
     [
         *((dtype, rows, cap) for dtype in (torch.bfloat16, torch.float32) for rows in (40, 130) for cap in (0.0, 3.0)),
-        (torch.float16, 40, 3.0), (torch.float16, 130, 0.0),
+        (torch.float16, 40, 3.0), *([(torch.float16, 130, 0.0)] if DEVICE == "cuda" else []),
     ],
     ids=str,
 )  # fmt: skip
