@@ -189,7 +189,6 @@ def decide(given, on):
     return found
 
 
-decide(there, "cuda")
 torch.cuda.set_sync_debug_mode("error")
 found = decide(there, "cuda")
 torch.cuda.set_sync_debug_mode("default")

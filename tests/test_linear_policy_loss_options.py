@@ -294,7 +294,7 @@ def test_compiled(name: str, products: list[int]) -> None:
     first = 0
     for i, clip in enumerate((0.2, 0.1, 0.05)):
         made = []
-        numbers = [x if floats else torch.tensor(x, dtype=torch.float64) for x in (clip, 0.01 + clip)]
+        numbers: list[Any] = [x if floats else torch.tensor(x, dtype=torch.float64) for x in (clip, 0.01 + clip)]
         for function in (step, compiled):
             leaves = case.leaves()
             buffer = torch.zeros_like(case.weight) if buffered else None
