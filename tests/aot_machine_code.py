@@ -74,7 +74,7 @@ def _nvidia(name: str, target: str, kernel: Any, read_loop: bool) -> Usage:
     ptx = kernel.asm["ptx"]
     wide = len(re.findall(r"\bld\.global[.:\w]*\.v(?:4\.\w32|2\.\w64)|\bcp\.async\.cg\.shared\.global", ptx))
     products = len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b", ptx))
-    blocks = ptx.count("cp.async.bulk.tensor")
+    blocks = len(re.findall(r"\bcp\.async\.bulk\.tensor\.\w+\.shared", ptx))  # into shared memory
     label, branch, load, copy = r"^(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)", r"LDG\.E[.\w]*128", r"LDGSTS[.\w]*128"
     loop = None if code is None else _loop(code, label, branch, load, copy, "MUFU.EX2")
     return Usage(name, used["REG"], spilled, kernel.metadata.shared, resident, wide, products, blocks, loop)

@@ -25,7 +25,7 @@ from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.start import build_policy
 from trainer_setup import SHORT, EasyTask, config
 
-SETTINGS = {**SHORT, "steps": 3, "save_every": 1, "method": "adaptive_entropy"}
+SETTINGS = {**SHORT, "steps": 3, "save_every": 1, "eval_every": 1, "method": "adaptive_entropy"}
 #: Audit events of a process's dealings with files, and what these are called, "" for any.
 EVENTS = {"open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
 FILES = ("checkpoint.safetensors", "metrics.jsonl", "model/", "")

@@ -273,8 +273,9 @@ def test_all_files_with_gpu_tests_are_found(request: pytest.FixtureRequest) -> N
     assert not gpu_smoke.has_gpu_tests(ROOT / "tests" / "test_cli.py")
     for item in request.session.items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        # on a GPU, what runs on a backend and device here does so there
-        if item.get_closest_marker("gpu") or any(isinstance(value, BackendDevice) for value in parameters):
+        # on a GPU, what runs on a backend and device here does so there, as does what picks its device by itself
+        on_device = hasattr(item.module, "DEVICE") or any(isinstance(value, BackendDevice) for value in parameters)
+        if on_device or item.get_closest_marker("gpu"):
             assert gpu_smoke.has_gpu_tests(item.path), item.nodeid
 
 

@@ -29,7 +29,7 @@ from entropy_kernels.trainer.files import Unwritable, write_json, writing
 from entropy_kernels.trainer.log import MetricsLog
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.probes import Probe, Step
-from entropy_kernels.trainer.samples import Samples
+from entropy_kernels.trainer.samples import SAMPLES, Samples
 from entropy_kernels.trainer.signals import Terminated
 from trainer_setup import SHORT, again, config, contents, easy, rows_without_times  # noqa: F401
 
@@ -79,8 +79,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_as_whole(out: Path, whole: Path) -> None:
-    """The same rows and the same weights."""
+    """The same rows, samples and weights."""
     assert rows_without_times(out) == rows_without_times(whole)
+    assert (out / SAMPLES).read_bytes() == (whole / SAMPLES).read_bytes()
     one, other = (path / "model" / "model.safetensors" for path in (out, whole))
     assert one.read_bytes() == other.read_bytes()
     names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (out, whole)]
