@@ -472,9 +472,8 @@ def gradients_of(policy: Policy, recomputed: Callable[[], None] = lambda: None) 
     return [p.grad.clone() for p in policy.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize(
-    ("family", "lora_rank"), [*((family, 0) for family in KINDS), ("llama, tied", 2), ("gpt2", 2), ("mixtral", 2)]
-)
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("family", KINDS)
 def test_a_step_of_every_kind_of_model(family: str, lora_rank: int, tmp_path: Path) -> None:
     plain, policy = (policy_of(family, lora_rank=lora_rank, gradient_checkpointing=on) for on in (False, True))
     # layers are run again in the backward pass, for the same bits
