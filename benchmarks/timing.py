@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.cases import Case, HiddenShape, LogitsShape, TokensShape
 from benchmarks.ours import Prepared, available_bytes
-from entropy_kernels._memory import peak_allocated
+from entropy_kernels._memory import peak_allocated, without_collection
 from entropy_kernels.backends import reused_memory
 
 WARM_UP = 2  # calls before the first round, after the checked one
@@ -182,10 +182,8 @@ def interleave(
     samples: list[list[float]] = [[] for _ in calls]
     order = list(range(len(calls)))
     shuffle = random.Random(seed).shuffle
-    collecting = gc.isenabled()
     gc.collect()
-    gc.disable()  # a collection inside a timed call would be charged to whoever happens to run
-    try:
+    with without_collection():  # one inside a timed call would be charged to whoever happens to run
         for done in range(repeats):
             if done and time.monotonic() > deadline:
                 break
@@ -196,9 +194,6 @@ def interleave(
                 samples[index].extend(clock.time(calls[index]) for _ in range(turns[index]))
                 tick()
             gc.collect(1)  # what a round left behind; a full collection takes longer than many a call
-    finally:
-        if collecting:
-            gc.enable()
     return samples
 
 

@@ -1,4 +1,4 @@
-"""The memory that a call needs at its peak, as torch's allocators count it."""
+"""The memory that a call needs at its peak, as torch's allocators count it; calls without Python's collector."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def peak_allocated(call: Callable[[], Any], device: torch.device) -> int:
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        with _no_collection():
+        with without_collection():
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             output = call()
@@ -31,7 +31,7 @@ def peak_allocated(call: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-    with _no_collection(), _quiet(), reused_memory.from_torch(), profiler as profile:
+    with without_collection(), _quiet(), reused_memory.from_torch(), profiler as profile:
         output = call()
     del output
     held = peak = 0
@@ -43,8 +43,8 @@ def peak_allocated(call: Callable[[], Any], device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Inside, Python's collector does not run."""
+def without_collection() -> Iterator[None]:
+    """Inside, Python's collector of cycles does not run by itself."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -149,6 +149,14 @@ def large_memory() -> Iterator[Callable[[float], None]]:
             torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark's figures are made, and empty ones written: test_figures.py lays them out."""
+    plots, blank = pytest.importorskip("benchmarks.plots"), pytest.importorskip("matplotlib.figure").Figure
+    save = plots.save
+    monkeypatch.setattr(plots, "save", lambda figure, path: save(figure and blank(), path))
+
+
 @pytest.fixture(scope="session")
 def folder_of_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all processes of this run of pytest share, for what takes long to make."""

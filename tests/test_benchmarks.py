@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ours, plots, results, targets, timing
+from benchmarks import ours, results, targets, timing
 from benchmarks.cases import OPS, QUICK, STATED, Case, Group, LogitsShape, TokensShape, groups
 from benchmarks.measure import Settings, run_group
 from benchmarks.ours import REGISTRY, Implementation, Prepared
@@ -42,11 +42,8 @@ def _unlimited(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_quick_run_writes_json_table_and_plots(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], blank_figures: None
 ) -> None:
-    # figures are made and empty ones written: test_figures.py lays them out
-    save, blank = plots.save, pytest.importorskip("matplotlib.figure").Figure
-    monkeypatch.setattr(plots, "save", lambda figure, path: save(figure and blank(), path))
     # everything but torch.compile, which takes seconds per case
     chosen = ",".join(name for name in ours.names() if name != "compile")
     arguments = ["--quick", "--shape", "6,97", "--tokens", "5000", "--repeats", "2", "--threads", "1"]

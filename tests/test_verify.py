@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +216,21 @@ def test_nothing_is_left_behind(tmp_path: Path, how: signal.Signals) -> None:
     assert was_ended(path)
 
 
-def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful_registry: None) -> None:
-    """What raised runs again alone; what was not judged is no verdict; nothing is lost where nothing can be kept."""
+@pytest.fixture
+def families(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful_registry: None) -> Any:
+    """A function that takes the names of all there are on a stub GPU, and what is called to run them."""
     add_stub_gpu(monkeypatch, kernels="")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def are(names: Iterable[str], run: Callable[..., list[Outcome]]) -> None:
+        monkeypatch.setattr(verify, "FAMILIES", {name: FAMILIES[name] for name in names})
+        monkeypatch.setattr(verify, "run_families", run)
+
+    return are
+
+
+def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, families: Any) -> None:
+    """What raised runs again alone; what was not judged is no verdict; nothing is lost where nothing can be kept."""
     states = {
         "cuda/forward-plain": ("passed", ""),
         "cuda/covariance": ("raised", "CUDA out of memory"),
@@ -235,8 +247,7 @@ def test_what_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forgetful
         said = {name: ("passed", "") if again and name == "cuda/fp64" else state for name, state in states.items()}
         return [Outcome(f, said[f.name][0], 2, said[f.name][1], between=f.name == "cuda/fp64") for f in families]
 
-    monkeypatch.setattr(verify, "FAMILIES", {name: FAMILIES[name] for name in states})
-    monkeypatch.setattr(verify, "run_families", run)
+    families(states, run)
     found, where, outcomes = verify.verify(GPU, at_once=4)
     assert [set(names) for names in ran] == [{*states, "4"}, {"cuda/covariance", "cuda/fp64", "1"}] and len(
         outcomes
@@ -275,15 +286,11 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--at-once: expected 1 or more, got 0" in capsys.readouterr().err
 
 
-def test_the_command(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], forgetful_registry: None
-) -> None:
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], families: Any) -> None:
     """One family wrong, one that hangs, one that loses the device: each is named, auto takes what is right.
 
     The rehearsal in test_gpu_smoke.py runs real families.
     """
-    add_stub_gpu(monkeypatch, kernels="")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     states = {
         "cuda/backward-strided": ("wrong", "token_stats of 300 rows: 3 of 7 off"),
         "cuda/selection-grid": ("hung", "nothing heard for 25 s in 'selection of 600001 tokens'"),
@@ -298,8 +305,7 @@ def test_the_command(
             ended(outcome)
         return outcomes
 
-    monkeypatch.setattr(verify, "FAMILIES", {name: FAMILIES[name] for name in states})
-    monkeypatch.setattr(verify, "run_families", run)
+    families(states, run)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert cli.main(["verify", "--at-once", "3"]) == 1
     told = capsys.readouterr()

@@ -6,11 +6,9 @@ have to do with each other, is decided in logs.py.
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from entropy_kernels._console import one_line
+from entropy_kernels._memory import without_collection
 from entropy_kernels._require import require
 from entropy_kernels.analysis.log_text import NAN, Advance, Lines, Table, as_float, broken_lines, read_text
 from entropy_kernels.analysis.metric_names import LogError
@@ -95,7 +94,8 @@ def read(source: Source, advance: Advance) -> list[Table]:
 
     :class:`LogError` if nothing in it can be read.
     """
-    with _without_collection():
+    # rows have no cycles, and for millions of them the search takes as long as all the rest
+    with without_collection():
         if source.kind == "tensorboard":
             tables = [_read_tensorboard(source.path, advance)]
         elif source.kind == "mlflow":
@@ -110,18 +110,6 @@ def read(source: Source, advance: Advance) -> list[Table]:
         table.name, table.asked = table.name or source.name, source.asked
         table.settings = {**settings, **table.settings}
     return tables
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """No search for cycles of objects: rows have none, and for millions of them it takes as long as all the rest."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _settings(path: Path) -> dict[str, Any]:
