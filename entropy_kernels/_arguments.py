@@ -7,8 +7,8 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ def process_group_of(name: Any) -> Any:
         ) from error
 
 
+Kind = TypeVar("Kind")
 INT64 = 1 << 63  # ints that tensors and operators hold are below it, and not below its negative
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -83,6 +84,20 @@ def integer(name: str, value: Any) -> Any:
             raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
     if not -INT64 <= value < INT64:
         raise ValueError(f"{name}: expected an int of at most 64 bits with its sign, got one of {value.bit_length()}")
+    return value
+
+
+def of_type(name: str, value: Any, kind: type[Kind]) -> Kind:
+    """``value``; raises TypeError, naming the argument, for anything else: as a bool a word like "no" would be true."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+def word(name: str, value: Any, known: Collection[str]) -> str:
+    """``value``; raises ValueError, naming the argument, for anything but a str among those ``known``."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
     return value
 
 

@@ -26,13 +26,16 @@ from entropy_kernels._arguments import (
     group_name,
     integer,
     number,
+    of_type,
     scalar_tensor,
+    word,
 )
 from entropy_kernels.backends.radix_select import ALL_TOKENS, Band, Count
 from entropy_kernels.ops import selection as op
 
 _SAFE = 1e30  # bounds between whose negative and itself fp32 holds, if they are not next to each other
 _CPU = torch.device("cpu")
+BANDS = ("absolute", "quantile")
 _Number = float | Tensor | None
 _Tokens = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -159,6 +162,7 @@ def request(
     """The record of a selection; arguments, errors: :func:`random_tokens`. ``default``: the ratio without both."""
     if k is not None or type(ratio) is not float or not 0 < ratio <= 1:
         ratio, k = _checked_count(ratio, k, default)
+    word("band", band, BANDS)
     plain = type(low) is float and type(high) is float and band == "absolute"
     if not plain or not -_SAFE < low < high < _SAFE or high - low < 1e-6 * (abs(low) + abs(high)):
         low, high = _checked_bounds(low, high, band)
@@ -176,8 +180,9 @@ def request(
         seed = torch.full((), seed, dtype=torch.int64, device=_CPU)
     elif seed is not None:
         seed = seed_tensor(seed, device)
-    size = Count(ratio, k, bool(at_least_one), numbers)
-    bounds = None if seed is None else Band(low, high, band == "quantile", bool(closed), numbers)
+    of_type("backend", backend, str)
+    size = Count(ratio, k, of_type("at_least_one", at_least_one, bool), numbers)
+    bounds = None if seed is None else Band(low, high, band == "quantile", of_type("closed", closed, bool), numbers)
     return Request(seed, size, bounds, "" if group is None else group_name(group), backend)
 
 
@@ -275,8 +280,6 @@ def _checked_count(ratio: Any, k: Any, default: float | None) -> tuple[_Number, 
 
 def _checked_bounds(low: Any, high: Any, band: str) -> tuple[float | Tensor, float | Tensor]:
     """The same of the bounds of a range."""
-    if band not in ("absolute", "quantile"):
-        raise ValueError(f"band: expected 'absolute' or 'quantile', got {band!r}")
     least, most = (0.0, 1.0) if band == "quantile" else (-math.inf, math.inf)
     least = number("low", _known("low", low, least), torch.float64)
     most = number("high", _known("high", high, most), torch.float64)

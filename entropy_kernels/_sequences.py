@@ -72,8 +72,8 @@ def per_token_or_sequence(name: str, value: Tensor, logprob: Tensor, sequences: 
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     if name == "token_weight" and value.dtype == torch.bool:
         value = value.to(torch.float32)
-    if not value.is_floating_point() and value.dtype != torch.bool:
-        value = value.double()  # few operators know all kinds of integers
+    if value.dtype != torch.bool and not (value.is_floating_point() and value.itemsize > 1):
+        value = value.double()  # few operators know all kinds of integers, or of floats of a byte
     if sequences is not None and sequences.lengths is not None and value.dim() > 0 and value.shape != logprob.shape:
         count = sequences.lengths.numel()
         if value.shape not in ((count,), (count, 1)):

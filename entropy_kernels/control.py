@@ -14,7 +14,15 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import Options, check_scalar, group_name, integer, number, scalar_tensor
+from entropy_kernels._arguments import (
+    Options,
+    check_scalar,
+    group_name,
+    integer,
+    number,
+    of_type,
+    scalar_tensor,
+)
 from entropy_kernels._selection_request import SeedCounter, seed_tensor
 from entropy_kernels.batch import TokenBatch, WholeBatch
 from entropy_kernels.methods import CLIP_BOUNDS, Method, decrease_of, entropy_decrease, find
@@ -147,9 +155,7 @@ def _checked_option(name: str, value: Any, default: Any, row: Method, device: to
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, words))}, got {got}")
         return value
     if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-        return value
+        return of_type(name, value, bool)
     if isinstance(value, Tensor):
         device = value.device if device is None else device
         check_scalar(name, value, device)
@@ -296,6 +302,7 @@ class SelectionBatch:
 
     def __init__(self, batch_group: Any = None, *, backend: str = "auto") -> None:
         group_name(batch_group)
+        of_type("backend", backend, str)
         self._group = batch_group
         self._backend = backend
         self._added: list[TokenBatch] = []
@@ -459,6 +466,7 @@ class Controller:
         self._seeds = SeedCounter(seed)
         self._group, self._backend = batch_group, backend
         group_name(batch_group)
+        of_type("backend", backend, str)
         self.options = _checked(method, self._row, options, None)
         self.needs = self._row.reads(self.options)
         self.effect: str = self.options["effect"]

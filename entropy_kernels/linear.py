@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from entropy_kernels import _fsdp as fsdp
-from entropy_kernels._arguments import check_own_memory, check_tensor, integer, refuse_forward_mode, share_memory
+from entropy_kernels._arguments import (
+    check_own_memory,
+    check_tensor,
+    integer,
+    of_type,
+    refuse_forward_mode,
+    share_memory,
+)
 from entropy_kernels._dtensor import as_whole, local_head
 from entropy_kernels._rows import ENTROPY, LOGPROB, UNBOUNDED, RowArguments, RowOptions
 from entropy_kernels._torch import constant_when_compiled
@@ -184,6 +191,8 @@ def linear_plan(
         docs/linear.md.
     """
     check_tensor("hidden", hidden)
+    of_type("policy_loss", policy_loss, bool)
+    of_type("selects", selects, bool)
     target = hidden.new_empty(hidden.shape[:-1], dtype=torch.int64)
     validate_rows("hidden", hidden, target)
     row = RowArguments(vocab_group=vocab_group, vocab_start=vocab_start, vocab_size=vocab_size)
@@ -444,7 +453,7 @@ def _logits_dtype(logits_dtype: Any, product: torch.dtype) -> torch.dtype:
     if logits_dtype is None:
         return product
     allowed = (torch.float64,) if product == torch.float64 else _LOGITS_DTYPES
-    if logits_dtype not in allowed:
+    if not isinstance(logits_dtype, torch.dtype) or logits_dtype not in allowed:
         raise TypeError(
             f"logits_dtype: expected None or one of {', '.join(map(str, allowed))} for products in {product}, "
             f"got {logits_dtype}"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import Options
+from entropy_kernels._arguments import Options, of_type
 from entropy_kernels.backends.radix_select import ALL_TOKENS
 from entropy_kernels.batch import WholeBatch
 from entropy_kernels.selection import TokenMoments
@@ -61,7 +61,7 @@ class Method:
             and when to choose it.
 
     Raises:
-        TypeError: a score or rule that is no function.
+        TypeError: a score or rule that is no function, another field that is not of its type.
         ValueError: effects that are none, options that are arguments of :func:`entropy_kernels.control`, a penalty
             without ``kl_coef``.
 
@@ -89,6 +89,10 @@ class Method:
         for name in ("score", "rule"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name}: expected a function, got {type(getattr(self, name)).__name__}")
+        of_type("needs", self.needs, tuple)
+        of_type("draws", self.draws, bool)
+        for name in ("defaults", "bounds", "words", "presets", "needs_with"):
+            of_type(name, getattr(self, name), dict)
         if not isinstance(self.effects, tuple) or not self.effects or any(name not in EFFECTS for name in self.effects):
             raise ValueError(f"effects: expected a tuple of some of {', '.join(EFFECTS)}, got {self.effects!r}")
         for name in self.options:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from entropy_kernels._arguments import check_float, group_name, poisoned
+from entropy_kernels._arguments import check_float, group_name, of_type, poisoned
 from entropy_kernels._selection_request import SeedCounter, boolean_of, budget_numbers, per_token, request, tokens_of
 from entropy_kernels.ops import selection as op
 from entropy_kernels.ops.token_moments import token_moments as moments_op
@@ -68,6 +68,7 @@ def token_covariance(
     check_float("logprob", logprob)
     advantages = per_token("advantages", advantages, logprob)
     mask, wrong = boolean_of("mask", mask, "logprob", logprob)
+    of_type("backend", backend, str)
     return covariance_of(poisoned(logprob.detach(), wrong), advantages.detach(), mask, group_name(batch_group), backend)
 
 
@@ -117,8 +118,7 @@ def token_moments(
         docs/math.md §3.
     """
     check_float("values", values)
-    if not isinstance(std, bool):
-        raise TypeError(f"std: expected a bool, got {type(std).__name__}")
+    of_type("std", std, bool)
     mask, wrong = boolean_of("mask", mask, "values", values)
     flat = poisoned(values.detach(), wrong).double().reshape(1, -1)
     found = moments_op(flat, None if mask is None else mask.reshape(-1), std, group_name(batch_group))
@@ -332,6 +332,7 @@ def budget_tokens(
     """
     tokens = tokens_of("score", score, mask, exclude, token_index)
     numbers = budget_numbers(score.device, budget=budget, limit=limit, share=share)
+    of_type("backend", backend, str)
     return op.budget_mask(*tokens, numbers, group_name(batch_group), backend)
 
 
@@ -376,4 +377,6 @@ def _selected(
 ) -> Tensor:
     """The tokens that a function above selects by its argument ``name``; ``default``: its ratio without one."""
     tokens = tokens_of(name, score, mask, exclude, token_index)
+    if given.get("seed", 0) is None:  # without the word a request is one for the largest
+        raise ValueError("seed: expected an int or a 0-d int64 tensor, got None; ek.SeedCounter counts calls")
     return request(score.device, default=default, group=group, **given)(*tokens)

@@ -17,6 +17,7 @@ from entropy_kernels._arguments import (
     integer,
     is_dtensor,
     number,
+    of_type,
 )
 from entropy_kernels._dtensor import local_logits
 from entropy_kernels._rows import ENTROPY, LOGPROB, NAMES, UNBOUNDED, RowArguments, RowOptions, bits, wanted
@@ -304,11 +305,9 @@ def validate_rows(name: str, rows: Any, target: Any) -> None:
 
 
 def validate_options(inplace_backward: Any, given: RowArguments) -> None:
-    if not isinstance(inplace_backward, bool):
-        raise TypeError(f"inplace_backward: expected a bool, got {type(inplace_backward).__name__}")
+    of_type("inplace_backward", inplace_backward, bool)
     group_name(given.vocab_group, "vocab_group")
-    if not isinstance(given.backend, str):
-        raise TypeError(f"backend: expected a str, got {type(given.backend).__name__}")
+    of_type("backend", given.backend, str)
     integer("ignore_index", given.ignore_index)
 
 
@@ -382,6 +381,8 @@ def _vocabulary(name: str, width: int, given: RowArguments) -> tuple[int, int, s
     if size is not None and not 1 <= size <= UNBOUNDED:
         raise ValueError(f"vocab_size: expected >= 1 and <= {UNBOUNDED}, got {size}")
     if group is None:
+        if not width:
+            raise ValueError(f"{name}: expected a vocabulary of at least one id, got one of 0")
         if start:
             raise ValueError(f"vocab_start: expected None without a vocab_group, got {start}")
         if size is not None and size > width:

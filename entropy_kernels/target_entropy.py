@@ -25,6 +25,7 @@ from entropy_kernels._arguments import (
     number,
     scalar_tensor,
     traced,
+    word,
 )
 from entropy_kernels.batch import TokenBatch, WholeBatch
 from entropy_kernels.control import Control, Controller, SelectionBatch, _decided, _shown_group
@@ -153,9 +154,7 @@ class TargetEntropy(Controller):
         max_change: float = 0.03,
         **options: Any,
     ) -> None:
-        if not isinstance(method, str) or method not in _ACTUATORS:
-            raise ValueError(f"method: expected one of {', '.join(map(repr, _ACTUATORS))}, got {method!r}")
-        row, fixed, known = _ACTUATORS[method]
+        row, fixed, known = _ACTUATORS[word("method", method, _ACTUATORS)]
         for name in options:
             if name not in known:
                 raise TypeError(f"{name}: expected an option of TargetEntropy's {method!r} ({', '.join(known)})")
@@ -224,7 +223,7 @@ class TargetEntropy(Controller):
                 raise TypeError(f"{name}: expected a number or a 0-d tensor, got {value.dtype} of {tuple(value.shape)}")
             if not _readable(value):
                 return value
-        checked = float(value) if isinstance(value, Tensor) else number(name, value, torch.float64)
+        checked = value.item() if isinstance(value, Tensor) else number(name, value, torch.float64)
         if not 0 <= checked < math.inf:
             raise ValueError(f"{name}: expected an entropy >= 0 in nats, got {checked}")
         if self._most is not None and checked > self._most:
@@ -492,7 +491,7 @@ def _learning_rate(lr: Any, device: torch.device) -> Tensor:
             raise TypeError(f"lr: expected a number or a 0-d tensor, got {lr.dtype} of {tuple(lr.shape)}")
         if not _readable(lr):
             return lr.detach().to(device=device, dtype=torch.float64, non_blocking=True)
-    value = float(lr) if isinstance(lr, Tensor) else number("lr", lr, torch.float64)
+    value = lr.item() if isinstance(lr, Tensor) else number("lr", lr, torch.float64)
     if not 0 <= value < math.inf:
         raise ValueError(f"lr: expected a finite number >= 0, got {value}")
     return scalar_tensor(value, torch.float64, device)

@@ -155,7 +155,7 @@ def test_intervals_are_those_of_simple_regression():
         assert high - law.predict(0.6) == pytest.approx(stats.t.ppf(0.9, n - 2) * se, rel=1e-8)
         assert law.predict(0.6) - low == pytest.approx(high - law.predict(0.6))
     assert law.interval(0.0, kind="mean") == pytest.approx(law.ceiling_interval)
-    with pytest.raises(ValueError, match="kind: expected 'prediction' or 'mean', got 'both'"):
+    with pytest.raises(ValueError, match="kind: expected one of 'prediction', 'mean', got 'both'"):
         law.interval(0.1, kind="both")
 
 
@@ -316,7 +316,7 @@ def test_clear_errors(arguments, message):
         ({"fit_fraction": 15}, r"fit_fraction: expected a number in \(0, 1\), got 15"),
         ({"fit_fraction": 0.15}, "fit_fraction: expected at least 3 points in the first part, got 1"),
         ({"confidence": 95}, r"confidence: expected a number in \(0, 1\), got 95"),
-        ({"standard_errors": "white"}, "standard_errors: expected 'ols' or 'hac', got 'white'"),
+        ({"standard_errors": "white"}, "standard_errors: expected one of 'ols', 'hac', got 'white'"),
     ],
 )
 def test_clear_errors_of_options(keywords, message):

@@ -346,5 +346,5 @@ def test_pairs_takes_series_and_refuses_other_modes():
     pairs = logs.pairs(log, log["entropy"] * 2, log["val_pass1"])
     assert pairs["entropy"].tolist() == [0.8]
     assert len(logs.pairs(frame({0: 0.1}, {}))) == 0
-    with pytest.raises(ValueError, match="align: expected 'last' or 'mean', got 'nearest'"):
+    with pytest.raises(ValueError, match="align: expected one of 'last', 'mean', got 'nearest'"):
         logs.pairs(log, align="nearest")

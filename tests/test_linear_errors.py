@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -29,6 +30,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "weight of another dtype": (
         {"weight": torch.randn(V, H).bfloat16()}, TypeError, "weight", "bfloat16; cast .* torch.autocast",
     ),
+    "no vocabulary": ({"weight": torch.empty(0, H)}, ValueError, "weight", "0"),
     "weight on meta": ({"weight": torch.randn(V, H, device="meta")}, ValueError, "weight", "meta"),
     "bias a number": ({"bias": 1.0}, TypeError, "bias", "float"),
     "bias too long": ({"bias": torch.randn(V + 1)}, ValueError, "bias", r"\(12,\)"),
@@ -51,6 +53,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str, str]] = {
     "vocab_group a number": ({"vocab_group": 2}, TypeError, "vocab_group", "int"),
     "logits_dtype fp64": ({"logits_dtype": torch.float64}, TypeError, "logits_dtype", "float64"),
     "logits_dtype a string": ({"logits_dtype": "fp32"}, TypeError, "logits_dtype", "fp32"),
+    "logits_dtype an array": ({"logits_dtype": np.ones(2)}, TypeError, "logits_dtype", "1. 1."),
     "memory_budget negative": ({"memory_budget": -1}, ValueError, "memory_budget", "-1"),
     "memory_budget float": ({"memory_budget": 1e9}, TypeError, "memory_budget", "float"),
     "memory_budget too small": ({"memory_budget": 100}, ValueError, "memory_budget", "100"),

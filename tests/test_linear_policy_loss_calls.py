@@ -200,7 +200,7 @@ ERRORS: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "weights of a wrong shape": (ValueError, "token_weight: expected logprob's shape", {"token_weight": torch.ones(L)}),
     "sequences that end early": (ValueError, "cu_seqlens: expected numbers that rise",
                                  {"cu_seqlens": torch.tensor([0, 7])}),
-    "no rule for what is not finite": (ValueError, "nonfinite: expected 'propagate' or 'drop', got",
+    "no rule for what is not finite": (ValueError, "nonfinite: expected one of 'propagate', 'drop', got",
                                        {"nonfinite": "keep"}),
 }  # fmt: skip
 

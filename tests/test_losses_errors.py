@@ -74,7 +74,7 @@ SHARED = [
     ({"global_batch_size": "4"}, TypeError, "global_batch_size: expected a number, got str"),
     ({"loss_scale_factor": 0}, ValueError, "loss_scale_factor: expected > 0, got 0"),
     ({"batch_group": "world"}, TypeError, "batch_group: expected a torch.distributed process group or None, got str"),
-    ({"nonfinite": "ignore"}, ValueError, "nonfinite: expected 'propagate' or 'drop', got 'ignore'"),
+    ({"nonfinite": "ignore"}, ValueError, "nonfinite: expected one of 'propagate', 'drop', got 'ignore'"),
     ({"surrogate": "grpo2"}, ValueError, "surrogate: expected an ek.Surrogate or one of ppo, gspo.*got 'grpo2'"),
     ({"surrogate": "sapo", "tau": 1.0}, TypeError,
      "tau: expected one of the loss's keywords.*tau_pos, tau_neg; got tau"),
@@ -113,7 +113,7 @@ CLIP = [
     ({"ratio": 1.1}, ValueError, "ratio: expected a fraction"),
     ({"k": -1}, ValueError, "k: expected >= 0, got -1"),
     ({"low": 5.0}, ValueError, "low: expected < high"),
-    ({"band": "relative"}, ValueError, "band: expected 'absolute' or 'quantile', got 'relative'"),
+    ({"band": "relative"}, ValueError, "band: expected one of 'absolute', 'quantile', got 'relative'"),
     ({"band": "quantile"}, ValueError, r"low, high: expected shares in \[0, 1\] with band='quantile', got low=None"),
     ({"band": "quantile", "low": 0.1, "high": 2.0}, ValueError, "high: expected a share"),
     ({"token_index": MASK}, TypeError, "token_index: expected dtype torch.int64"),
@@ -244,6 +244,14 @@ def test_numbers_of_numpy_are_numbers(function: Any) -> None:
     from_numpy = {name: np.asarray(value)[()] for name, value in options.items()}
     assert all(isinstance(value, np.generic) for value in from_numpy.values())
     assert torch.equal(call(function, **options).loss, call(function, **from_numpy).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float8_e5m2])
+def test_advantages_of_few_bits_are_their_values(dtype: torch.dtype) -> None:
+    advantages = torch.tensor([[1.0, 2.0, 0.0], [3.0, 1.0, 4.0]])
+    expected, found = (ek.policy_loss(LP, 1.1 * LP, x, None) for x in (advantages, advantages.to(dtype)))
+    assert torch.equal(found.loss, expected.loss)
+    assert all(torch.equal(x, expected.metrics[name]) for name, x in found.metrics.items())
 
 
 def test_counts_of_any_integer_dtype() -> None:

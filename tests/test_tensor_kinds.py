@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -107,6 +109,42 @@ def test_other_kinds_are_refused_by_name(name: str, kind: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert not refusals(name, kind, *KINDS[kind])
+
+
+# What a call needs beside one batch's tensors: of some the name means something else, or nothing
+BESIDE: dict[str, dict[str, Any]] = {
+    "Controller": {"method": "kl_cov"},
+    "Method": {"score": len, "rule": len},
+    "Surrogate": {"fn": len},
+    "TargetEntropy": {"target": 0.3},
+    "budget_tokens": {"share": 0.3},
+    "clip_cov_loss": {"seed": 1},
+    "control": {"method": "kl_cov", "batch": ek.TokenBatch(*(torch.ones(2, 3) for _ in range(3)), None)},
+    "fit_entropy_law": {"entropy": [0.1, 0.2, 0.3], "performance": [0.3, 0.2, 0.1]},
+    "random_tokens": {"k": 2},
+    "top_tokens": {"k": 2},
+}
+TEXTS = ("formula", "source", "users", "when")  # for the documentation
+WORDS = [
+    (name, parameter.name)
+    for name in ek.__all__
+    if callable(made := getattr(ek, name))
+    for parameter in inspect.signature(made).parameters.values()
+    if name != "EntropyLaw"
+    and type(parameter.default) in (bool, str)
+    and parameter.name not in ("clip_low", "clip_high", *TEXTS)  # a word or a number
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), WORDS)
+def test_a_flag_is_a_bool_and_a_word_is_one_of_those_known(name: str, argument: str) -> None:
+    """Not what is true or false by Python's rules: a word like "no" is true, and a tensor would be read back."""
+    required = [p.name for p in inspect.signature(getattr(ek, name)).parameters.values() if p.default is p.empty]
+    given = {p: x for p, x in (tensors() | BESIDE.get(name, {})).items() if p in (*required, *BESIDE.get(name, ()))}
+    for odd in (None, [], {}, b"auto", np.ones(2), torch.ones(2), torch.tensor(True), 1):
+        error = error_of(lambda odd=odd: getattr(ek, name)(**{**given, argument: odd}))
+        assert isinstance(error, (TypeError, ValueError)), (odd, error)
+        assert re.match(f"{argument}: expected", str(error)), (odd, error)
 
 
 def test_logits_of_a_head_are_plain() -> None:

@@ -63,7 +63,7 @@ ERRORS: dict[str, tuple[dict[str, Any], tuple[type[Exception], ...], str, str]] 
         "target",
         "7",
     ),
-    "no vocabulary": ({"logits": torch.empty(N, 0)}, (ValueError, IndexError), "logits|target", "0"),
+    "no vocabulary": ({"logits": torch.empty(N, 0)}, (ValueError,), "logits", "0"),
     "temperature 0": ({"temperature": 0.0}, (ValueError,), "temperature", "0"),
     "temperature int 0": ({"temperature": 0}, (ValueError,), "temperature", "0"),
     "temperature negative": ({"temperature": -1.0}, (ValueError,), "temperature", "-1"),

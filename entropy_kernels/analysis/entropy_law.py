@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from entropy_kernels._arguments import number
+from entropy_kernels._arguments import number, word
 from entropy_kernels._require import require
 
 MIN_POINTS = 3
@@ -155,8 +155,7 @@ class EntropyLaw:
             ValueError: as in :meth:`predict`; another kind, a level outside (0, 1).
             ImportError: scipy is missing (extra ``analysis``).
         """
-        if kind not in ("prediction", "mean"):
-            raise ValueError(f"kind: expected 'prediction' or 'mean', got {kind!r}")
+        word("kind", kind, ("prediction", "mean"))
         h = _entropy_array(entropy)
         x = -np.exp(h)
         # Var(a·x + b) for the row (x, 1) of the design
@@ -290,8 +289,7 @@ def fit_entropy_law(
     Source:
         arXiv 2505.22617, Eq. 6; docs/entropy-law.md.
     """
-    if standard_errors not in ("ols", "hac"):
-        raise ValueError(f"standard_errors: expected 'ols' or 'hac', got {standard_errors!r}")
+    word("standard_errors", standard_errors, ("ols", "hac"))
     _quantile(confidence, 1)  # validates the level before anything is computed
     h, r, dropped = _pairs(entropy, performance)
     note = f" ({dropped} pairs with NaN left out)" if dropped else ""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from entropy_kernels._arguments import word
 from entropy_kernels._require import require
 from entropy_kernels.analysis.log_files import CONSOLE, Source, passed_over, read, sources
 from entropy_kernels.analysis.log_text import IDENTITY, Table, as_float, listed
@@ -156,8 +157,7 @@ def pairs(
         log: as :func:`read_log` returns it: a ``step`` column, rows of ascending step.
         entropy, performance: column names, or Series on the log's index.
     """
-    if align not in ("last", "mean"):
-        raise ValueError(f"align: expected 'last' or 'mean', got {align!r}")
+    word("align", align, ("last", "mean"))
     pd = require("pandas", "pairing a log")
     steps = log["step"].to_numpy(float)
     h = (log[entropy] if isinstance(entropy, str) else entropy).to_numpy(float)

@@ -19,7 +19,7 @@ _CANONICAL = {alias: name for name, (aliases, _) in KL_ESTIMATORS.items() for al
 
 def check_estimator(argument: str, name: str) -> str:
     """The canonical name, with its '+' if it has one."""
-    plain = name.removesuffix("+") if isinstance(name, str) else name
+    plain = name.removesuffix("+") if isinstance(name, str) else ""
     if plain not in _CANONICAL:
         raise ValueError(f"{argument}: expected one of {', '.join(sorted(_CANONICAL))}, or with '+', got {name!r}")
     return _CANONICAL[plain] + name[len(plain) :]

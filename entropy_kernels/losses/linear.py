@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import check_float, check_place, check_tensor, integer, keywords, refuse_mapped, traced
+from entropy_kernels._arguments import (
+    check_float,
+    check_place,
+    check_tensor,
+    integer,
+    keywords,
+    refuse_mapped,
+    traced,
+    word,
+)
 from entropy_kernels._rows import ENTROPY, LOGPROB, RowArguments
 from entropy_kernels._sequences import Sequences
 from entropy_kernels.linear import Final, LinearArguments, changes_of, linear_loss, stats_of
@@ -147,8 +156,7 @@ def linear_policy_loss(
 
 def _keywords(method: Any, given: dict[str, Any]) -> dict[str, Any]:
     """All keywords of the loss ``method``, those of its surrogate apart."""
-    if not isinstance(method, str) or method not in LOSSES:
-        raise ValueError(f"method: expected one of {', '.join(map(repr, LOSSES))}, got {method!r}")
+    word("method", method, LOSSES)
     if "entropy" in given:
         raise TypeError("linear_policy_loss: expected no entropy, got entropy (entropy is computed here)")
     known = _KEYWORDS[method]

@@ -25,9 +25,11 @@ from entropy_kernels._arguments import (
     group_name,
     integer,
     number,
+    of_type,
     scalar_tensor,
+    word,
 )
-from entropy_kernels._selection_request import IN_COMMON, Request, SeedCounter, request
+from entropy_kernels._selection_request import BANDS, IN_COMMON, Request, SeedCounter, request
 from entropy_kernels._sequences import packed_sequences, per_token_or_sequence
 from entropy_kernels.control import Control
 from entropy_kernels.losses import surrogates
@@ -203,9 +205,7 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
     preset: Any = None
     if method != "ppo":
         known: Any = CLIP_COV if method == "clip_cov" else KL_COV
-        if given["preset"] not in known:
-            raise ValueError(f"preset: expected one of {', '.join(map(repr, known))}, got {given['preset']!r}")
-        preset = known[given["preset"]]
+        preset = known[word("preset", given["preset"], known)]
         for name in ("clip_low", "clip_high"):
             if isinstance(given[name], str):
                 if given[name] != "preset":
@@ -233,9 +233,6 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
                 continue  # an option of a surrogate that is no number
             if value is not None or default is not None:
                 numbers[name] = _checked_number(name, value, device, name in surrogate.divisors)
-    if given["nonfinite"] not in ("propagate", "drop"):
-        raise ValueError(f"nonfinite: expected 'propagate' or 'drop', got {given['nonfinite']!r}")
-    estimator = given["kl_estimator"]
     effect: Effect = "none"
     selection, penalty = None, "abs"
     if method != "ppo":
@@ -246,9 +243,9 @@ def make(method: str, given: dict[str, Any], device: Any) -> LossOptions:
         aggregation=aggregation(given, device),
         entropy_coef=coefficients["entropy_coef"],
         ref_kl_coef=coefficients["ref_kl_coef"],
-        kl_estimator=estimator if estimator == "k3" else check_estimator("kl_estimator", estimator),
-        ref_kl_importance=bool(given["ref_kl_importance"]),
-        drop_nonfinite=given["nonfinite"] == "drop",
+        kl_estimator=check_estimator("kl_estimator", given["kl_estimator"]),
+        ref_kl_importance=of_type("ref_kl_importance", given["ref_kl_importance"], bool),
+        drop_nonfinite=word("nonfinite", given["nonfinite"], ("propagate", "drop")) == "drop",
         effect=effect,
         given=_GIVEN.get(method, ""),
         treats=method != "ppo" or any(given.get(name) is not None for name in ("dropped", "detached", "penalized")),
@@ -321,8 +318,7 @@ def controlled(method: str, given: dict[str, Any]) -> dict[str, Any]:
 def aggregation(given: dict[str, Any], device: Any) -> Aggregation:
     """The record of the keywords of the aggregation; raises as :func:`make`."""
     mode, group, dp_size = given["loss_agg_mode"], given["batch_group"], given["dp_size"]
-    if mode not in AGG_MODES and mode != "none":
-        raise ValueError(f"loss_agg_mode: expected one of {', '.join(map(repr, AGG_MODES))}, 'none', got {mode!r}")
+    word("loss_agg_mode", mode, (*AGG_MODES, "none"))
     name = "" if group is None else group_name(group)
     dp_size = dp_size if type(dp_size) is int and dp_size < INT64 else integer("dp_size", dp_size)
     if dp_size < 1:
@@ -408,11 +404,12 @@ def _effect(
             "seed: expected an int or a 0-d int64 tensor (or a mask as `dropped`), got None; "
             "ek.SeedCounter and ek.ClipCovLoss count calls where nobody counts steps"
         )
+    band = preset.band if band is None else word("band", band, BANDS)
     if band == "quantile" and (low is None or high is None):
         raise ValueError(f"low, high: expected shares in [0, 1] with band='quantile', got low={low}, high={high}")
     chosen |= {
         "low": preset.low if low is None else low, "high": preset.high if high is None else high,
-        "band": preset.band if band is None else band, "closed": preset.closed,
+        "band": band, "closed": preset.closed,
     }  # fmt: skip
     if isinstance(seed, SeedCounter):
         seed = torch.empty((), dtype=torch.int64, device=device)  # its place, which seeded() gives a seed

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from entropy_kernels._arguments import Options as SurrogateOptions
+from entropy_kernels._arguments import of_type, word
 
 # value, derivative, clipped (bool or None) and, where there is a second clip, which tokens that one stops
 Result = tuple[Tensor, Tensor, Tensor | None] | tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -54,8 +55,8 @@ class Surrogate:
         formula, source, users: for the documentation: the loss of a token, the paper it is from, who has it.
 
     Raises:
-        TypeError, ValueError: a fn that is no function, another level or reduce, defaults that are no dict; what only
-            a level "sequence" can have.
+        TypeError, ValueError: a fn that is no function, another level or reduce, a field that is not of its type; what
+            only a level "sequence" can have.
 
     Source:
         docs/losses.md.
@@ -76,12 +77,12 @@ class Surrogate:
     def __post_init__(self) -> None:
         if not callable(self.fn):
             raise TypeError(f"fn: expected a function, got {type(self.fn).__name__}")
-        if self.level not in ("token", "sequence"):
-            raise ValueError(f"level: expected 'token' or 'sequence', got {self.level!r}")
-        if self.reduce not in ("mean", "sum"):
-            raise ValueError(f"reduce: expected 'mean' or 'sum', got {self.reduce!r}")
-        if not isinstance(self.defaults, dict):
-            raise TypeError(f"defaults: expected a dict, got {type(self.defaults).__name__}")
+        word("level", self.level, ("token", "sequence"))
+        word("reduce", self.reduce, ("mean", "sum"))
+        of_type("local", self.local, bool)
+        of_type("defaults", self.defaults, dict)
+        for name in ("divisors", "clips"):
+            of_type(name, getattr(self, name), tuple)
         if self.level == "token" and (self.local or self.contribution is not None or self.reduce != "mean"):
             raise ValueError("local, contribution, reduce: expected with level='sequence', got level='token'")
 

@@ -113,7 +113,7 @@ def checked(given: dict[str, Any], options: LossOptions) -> Checked:
         if kind == "index":
             value = check_token_index(value, "logprob", logprob)
         elif kind == "per token":
-            usual = value.device == device and value.is_floating_point()
+            usual = value.device == device and value.is_floating_point() and value.itemsize > 1
             if usual and sequences is None and value.shape == (*shape[:-1], 1):
                 value = value.expand(shape)
             elif not usual or value.shape != shape:
