@@ -64,7 +64,7 @@ def train(out: Path, name: str = "", until: int = -1) -> None:
     """As a user goes on: from the checkpoint if there is one, else anew."""
     _seen.update(dict.fromkeys(FILES, 0))
     _last[:] = name, until
-    goes_on = checkpoint.has_checkpoint(out)
+    goes_on = (out / checkpoint.CHECKPOINT).exists()
     ppo.train(config(out, **SETTINGS, resume=goes_on, overwrite=not goes_on))
 
 

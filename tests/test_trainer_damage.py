@@ -23,7 +23,7 @@ import trainer_setup
 from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.trainer import checkpoint, sweep
 from entropy_kernels.trainer.__main__ import main
-from entropy_kernels.trainer.config import TrainerConfig, as_saved
+from entropy_kernels.trainer.config import TrainerConfig, check_resumable
 from entropy_kernels.trainer.files import LOCK, OwnFiles
 from entropy_kernels.trainer.log import MetricsLog, read_rows
 from entropy_kernels.trainer.start import build_policy, check_model, load_policy
@@ -356,10 +356,10 @@ def test_a_warm_start_that_is_damaged_is_made_anew(tmp_path: Path) -> None:
         assert path.read_bytes() == good
 
 
-def test_fields_that_came_later_are_as_they_were() -> None:
-    old = {"task": "reasoning_gym:chain_sum", "lr": 1.0}
-    assert as_saved(old)["partial_credit"] is True and as_saved({})["partial_credit"] is False
-    assert set(as_saved(old)) == set(TrainerConfig().to_dict())
+def test_fields_that_came_later_were_at_their_defaults() -> None:
+    assert check_resumable({}, TrainerConfig(), finished=0) == {}
+    with pytest.raises(ValueError, match=r"lr: expected 0\.0003 \(as saved\), got 1"):
+        check_resumable({}, TrainerConfig(lr=1.0), finished=0)
 
 
 def test_lock_files_are_no_part_of_the_record(run: Path) -> None:

@@ -19,7 +19,6 @@ pytest.importorskip("transformers")
 import trainer_setup
 from entropy_kernels.trainer import ppo, sweep
 from entropy_kernels.trainer.__main__ import main
-from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.files import OwnFiles, locked, scratch_of, write_text
 from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.start import build_policy
@@ -82,68 +81,6 @@ def test_what_cannot_start_removes_nothing(run: Path) -> None:
         with pytest.raises((ValueError, OSError)):
             ppo.train(config(run, overwrite=True, **wrong, **SHORT))
         assert contents(run) == before
-
-
-def forget(folder: Path) -> None:
-    """Leave what a version without records would have, whose checkpoints were torch's."""
-    for name in (".entropy_kernels*", "checkpoint.previous.safetensors", "samples.jsonl"):
-        for path in folder.rglob(name):
-            path.unlink()
-    for path in folder.rglob("checkpoint.safetensors"):
-        path.rename(path.with_name("checkpoint.pt"))
-
-
-def test_a_run_from_before_there_were_records_is_ours(run: Path) -> None:
-    mine = ["thesis.txt", "model_card.md", "tokenizer_notes.txt", "modelling.ipynb", "model.safetensors.bak"]
-    mine = ["run.log", *(f"model/{name}" for name in mine)]
-    for name in mine:
-        (run / name).write_text("x")
-    saved = (run / "checkpoint.safetensors").read_bytes()
-    forget(run)
-    (run / "checkpoint.safetensors").write_bytes(saved)
-    again(run)  # what could be loaded is ours
-    forget(run)
-    ppo.train(config(run, overwrite=True, **SHORT))
-    assert all((run / name).read_text() == "x" for name in mine)
-
-
-def test_a_checkpoint_of_an_earlier_version_is_told_and_goes_with_its_run(run: Path) -> None:
-    forget(run)
-    before = contents(run)
-    message = (
-        r"resume: expected a checkpoint at .*checkpoint\.safetensors, got only checkpoint\.pt, made by an earlier "
-        r"version of entropy_kernels, which resumes it; or start again with --overwrite"
-    )
-    with pytest.raises(FileNotFoundError, match=message):
-        again(run)
-    assert contents(run) == before
-    # a sweep that goes on does not replace it in silence
-    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().partition("\n")[0] + "\n")
-    settings = dataclasses.replace(TrainerConfig.from_json(run), out=run)
-    (run / "config.json").write_text(json.dumps({**settings.to_dict(), "versions": {"entropy_kernels": "0"}}))
-    assert sweep.unfinished({"run": settings})["run"].resume
-    ppo.train(config(run, overwrite=True, **SHORT))
-    assert not (run / "checkpoint.pt").exists() and (run / "checkpoint.safetensors").exists()
-    (run / "checkpoint.pt").write_text("x")  # the user's
-    ppo.train(config(run, overwrite=True, **SHORT))
-    assert (run / "checkpoint.pt").read_text() == "x"
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["unscored.jsonl", "metrics.broken", "checkpoint.safetensors", "checkpoint.previous.safetensors", "samples.jsonl",
-     "nonfinite.safetensors", "reference.safetensors", "model"],
-)  # fmt: skip
-def test_names_that_came_later_are_not_an_earlier_runs(run: Path, name: str) -> None:
-    forget(run)
-    if name == "model":
-        (run / "config.json").unlink()  # and with it the proof
-    else:
-        (run / name).write_text("x")
-    before = contents(run)
-    with pytest.raises(FileExistsError, match=r"^out: expected "):
-        ppo.train(config(run, overwrite=True, **SHORT))
-    assert contents(run) == before
 
 
 def test_a_users_log_and_checkpoint_are_not_taken_for_a_run(tmp_path: Path) -> None:
@@ -249,29 +186,6 @@ def test_sweeps_refuse_files_in_their_way_before_they_begin(tmp_path: Path, name
     with pytest.raises(OSError, match=r"^out: expected "):
         compare_in(tmp_path)
     assert contents(tmp_path) == {name: b"x"}
-
-
-def test_an_experiment_from_before_there_were_records_goes_on(tmp_path: Path, instant: None) -> None:
-    compare_in(tmp_path)
-    forget(tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    summary["command"] = "python -m entropy_kernels.trainer compare --config x"
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    mine = ["warm_start/model_card.md", "grpo/notes.md", "report.txt"]
-    for name in mine:
-        (tmp_path / name).write_text("x")
-    compare_in(tmp_path, seed=1)
-    assert all((tmp_path / name).read_text() == "x" for name in mine)
-    forget(tmp_path)
-    for path in (tmp_path / "csv", tmp_path):  # interrupted within a run
-        for left in (*path.glob("*.csv"), *path.glob("*.png"), *path.glob("*.html"), *path.glob("*.md"),
-                     *path.glob("summary.json"), *path.glob("grpo/metrics.jsonl")):  # fmt: skip
-            left.unlink()
-    compare_in(tmp_path, reuse=True, seed=1)
-    forget(tmp_path)
-    (tmp_path / "summary.json").write_text('{"command": "mine"}')
-    with pytest.raises(FileExistsError, match=r"expected no report\.html"):
-        compare_in(tmp_path)
 
 
 def test_a_sweep_does_not_replace_a_run_of_the_users(run: Path, instant: None) -> None:

@@ -637,19 +637,6 @@ def test_an_export_keeps_tokenizer_template_and_generation_config(tmp_path: Path
     assert tokenizer("a")["input_ids"] == tokenizer_of("<s> $A")("a")["input_ids"]
 
 
-def test_a_start_from_before_tokenizers_had_the_begin_token(tmp_path: Path) -> None:
-    policy = build_policy(TINY, EasyTask())
-    policy.tokenizer.backend_tokenizer.post_processor = None
-    policy.save(tmp_path / "model")
-    assert 'post_processor": null' in (tmp_path / "model" / "tokenizer.json").read_text()
-    old = load_policy(tmp_path / "model", TINY, EasyTask())
-    assert (
-        old.encode(["12 57"]).ids.tolist()
-        == [[1, 14, 59]]
-        == build_policy(TINY, EasyTask()).encode(["12 57"]).ids.tolist()
-    )
-
-
 def test_prompts_of_data_are_measured_before_training(tmp_path: Path) -> None:
     class Data(Uneven):
         def known(self) -> list[Prompt]:  # type: ignore[override]

@@ -294,6 +294,12 @@ def test_complete_runs_are_kept_and_others_continued(tmp_path: Path) -> None:
     longer = dataclasses.replace(settings, steps=3)
     assert sweep.unfinished({"run": settings}) == {}
     assert sweep.unfinished({"run": longer}) == {"run": longer}
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    del saved["ref_kl_coef"]  # a field that came later
+    for text, kept in ((json.dumps(saved), True), ("{", False)):
+        (tmp_path / "run" / "config.json").write_text(text)
+        assert (sweep.unfinished({"run": settings}) == {}) is kept
+    ppo.train(dataclasses.replace(settings, overwrite=True))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     assert sweep.unfinished({"run": settings}) == {"run": dataclasses.replace(settings, resume=True)}

