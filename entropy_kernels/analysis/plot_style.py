@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -189,27 +190,27 @@ def legend(target: Any, **keywords: Any) -> None:
 
 def wrap(text: Text, given: str, width: float) -> None:
     """Show what was given in lines of at most `width` pixels, broken at blanks, or within words that are wider."""
-    words = given.split()
-    lines = [""]
 
     def fits(line: str) -> bool:
         text.set_text(line)
         return text.get_window_extent().width <= width
 
-    while words:
-        word = words.pop(0)
-        longer = f"{lines[-1]} {word}".strip()
-        if fits(longer):
-            lines[-1] = longer
-        elif lines[-1]:
-            words.insert(0, word)
-            lines.append("")
+    def most(parts: Sequence[str], glue: str) -> int:
+        """How many of the first parts fit into a line."""
+        return bisect_left(range(1, len(parts) + 1), True, key=lambda n: not fits(glue.join(parts[:n])))
+
+    words, lines = given.split(), []
+    while words and not fits(" ".join(words)):
+        if count := most(words, " "):
+            lines.append(" ".join(words[:count]))
+            words = words[count:]
         else:
-            part = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), len(word))
-            lines[-1] = word[:part]
-            words[:0] = [word[part:]] if word[part:] else []
-            lines += [""] if words else []
-    text.set_text("\n".join(lines))
+            word = words.pop(0)
+            count = most(word[:-1], "")
+            count = count if count > 1 else len(word)
+            lines.append(word[:count])
+            words[:0] = [word[count:]] if word[count:] else []
+    text.set_text("\n".join([*lines, " ".join(words)] if words else lines))
 
 
 def shared_legend(fig: Figure, axes: Sequence[Axes], **keywords: Any) -> None:
