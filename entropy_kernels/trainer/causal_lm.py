@@ -6,8 +6,9 @@ tried on a few tokens before anything is trained (:func:`check_policy`).
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +29,26 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _arguments(model: Any) -> Mapping[str, Any]:
+    """Of its forward. To look at a signature takes as long as a small layer."""
+    return _parameters(getattr(model.forward, "__func__", model.forward))
+
+
+@functools.lru_cache(maxsize=16)
+def _parameters(forward: Any) -> Mapping[str, Any]:
+    return inspect.signature(forward).parameters
+
+
 def call(module: Any, **inputs: Any) -> Any:
     """What the forward of a model or backbone gives; positions are left out where it makes them from the mask."""
-    if "position_ids" not in inspect.signature(module.forward).parameters:
+    if "position_ids" not in _arguments(module):
         del inputs["position_ids"]
     return module(**inputs)
 
 
 def last_logits(model: Any, count: int, **inputs: Any) -> Tensor:
     """Logits of the last `count` positions, (B, count, V), and of no others where the model can leave them out."""
-    names = inspect.signature(model.forward).parameters
+    names = _arguments(model)
     keep = next((name for name in ("logits_to_keep", "num_logits_to_keep") if name in names), None)
     logits: Tensor = call(model, **inputs, **({} if keep is None else {keep: count})).logits
     return logits[:, -count:]
@@ -47,7 +58,7 @@ def new_cache(model: Any) -> dict[str, Any]:
     """An empty key-value cache, as the argument of the forward that it is."""
     from transformers import DynamicCache
 
-    names = inspect.signature(model.forward).parameters
+    names = _arguments(model)
     # "cache" from transformers 5.24 on, which warns of the name before
     name = next((name for name in ("cache", "past_key_values") if name in names), None)
     if name is None:

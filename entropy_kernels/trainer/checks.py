@@ -7,6 +7,7 @@ check_names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -55,14 +56,20 @@ def check(config: TrainerConfig) -> None:
 
 
 def _check_choices(config: TrainerConfig) -> None:
-    hints = get_type_hints(type(config)).items()
-    choices = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
-    choices["method"] = tuple(METHODS)  # some may come from outside
+    choices = {**_choices(), "method": tuple(METHODS)}  # some may come from outside
     for name, allowed in choices.items():
         value = getattr(config, name)
         if value not in allowed:
             near = did_you_mean(value, allowed)
             raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{near}")
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    from entropy_kernels.trainer.config import TrainerConfig
+
+    hints = get_type_hints(TrainerConfig).items()
+    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
 
 def _check_precision(config: TrainerConfig) -> None:
