@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,14 +35,14 @@ class Run:
 
     policy: Policy
     optimizer: torch.optim.Optimizer
-    critic: Critic | None  # with an optimizer of its own
     generators: dict[str, torch.Generator]  # sampler and shuffler
     controller: ek.Controller | None  # of the method, with what it remembers
     target: ek.TargetEntropy | None  # in its place
     reference: Reference | None  # the policy where RL starts; in a file of its own
-    log: MetricsLog
-    first: int  # step
-    changes: list[dict[str, Any]]  # of the configuration, with the steps at which it was resumed under them
+    critic: Critic | None = None  # with an optimizer of its own
+    log: MetricsLog = field(init=False)
+    first: int = 0  # step
+    changes: list[dict[str, Any]] = field(default_factory=list)  # of the configuration, with the steps of them
 
     @property
     def modules(self) -> dict[str, checkpoint.Weights]:
@@ -80,82 +80,94 @@ class Run:
 
 def open_run(config: TrainerConfig, task: Task, tell: Report, trackers: Trackers) -> Run:
     """The policy where RL starts, optimizer and generators, all from a checkpoint if the run goes on; and the log."""
-    path = config.out / checkpoint.CHECKPOINT
-    saved = checkpoint.load_checkpoint(path) if config.resume else None
-    changes: list[dict[str, Any]] = []
-    different: dict[str, Any] = {}
-    if saved is not None:
-        different = check_resumable(saved["config"], config, finished=saved["step"])
-        changes = saved["changes"] + ([{"step": saved["step"], **different}] if different else [])
-        if {"method", "method_options", "target_method"} & different.keys():
-            saved["controller"] = None  # what another method remembers
+    saved = checkpoint.load_checkpoint(config.out / checkpoint.CHECKPOINT) if config.resume else None
+    different = {} if saved is None else check_resumable(saved["config"], config, finished=saved["step"])
     files = checkpoint.prepare_directory(config)
     trackers.begin(goes_on=saved is not None and not different)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    policy = first_policy(config, task)
-    if kinds := task._kinds():
-        policy.encode(kinds)  # an error now, and not at the step that gets such a prompt
-    target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
-    steps = config.warm_steps or 0
-    if config.warm_start_from is None and saved is None and steps:
-        tell("supervised start", 0, steps, {})
-        warm_start(
-            policy, task, config,
-            on_step=lambda done, loss: tell("supervised start", done, steps, {"loss": loss}),
-        )  # fmt: skip
-    reference = reference_of(config, policy, resumed=saved is not None)
-    adam: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.weight_decay,
-    }
-    optimizer = torch.optim.AdamW(policy.parameters(), **adam)
-    generators = {"sampler": torch.Generator(policy.device), "shuffler": torch.Generator()}
-    for generator in generators.values():
-        generator.manual_seed(config.seed)
-    controller = controller_of(config)
-    first = 0
+    run = _begun(config, task, tell, resumed=saved is not None)
     if saved is not None:
-        first = checkpoint.restore(
-            saved,
-            path,
-            modules={"policy": policy},
-            optimizers={"policy": optimizer},
-            generators=generators,
-            controller=target or controller,
-        )
-        for group in optimizer.param_groups:
-            group.update(adam)  # which may have changed
+        _take_up(run, saved, different, config)
     else:
         if config.overwrite:
             checkpoint.remove_run(files)
-        keep_reference(reference, config.out)
-    critic = critic_of(config, policy)
+        keep_reference(run.reference, config.out)
+        run.critic = critic_of(config, run.policy)
     if 0 < config.steps <= config.critic_first:
         warnings.warn(
             f"critic_warmup = {config.critic_warmup}: in all {config.steps} steps the critic learns alone, and the "
             "policy stays as it is",
             stacklevel=1,
         )
-    if critic is not None and saved is not None and not {"advantage", "critic"} & different.keys():
+    begins = max(run.first, config.critic_first)
+    if run.target is not None and begins:  # its course is over the run's steps, wherever it begins
+        run.target.load_state_dict({**run.target.state_dict(), "calls": begins})
+    files.claim("config.json", "metrics.jsonl")
+    # before anything is changed: another run's log is refused
+    last = None if saved is None else saved["row"]
+    run.log = MetricsLog(config.out, keep_before=run.first, last=last, trackers=trackers)
+    for name in (SAMPLES, checkpoint.UNSCORED):
+        keep_before(config.out / name, run.first)
+    _write_config(run, config, task, trackers)
+    return run
+
+
+def _begun(config: TrainerConfig, task: Task, tell: Report, *, resumed: bool) -> Run:
+    """A run where RL starts, without a critic: the policy after the supervised start, if that is to be made here."""
+    policy = first_policy(config, task)
+    if kinds := task._kinds():
+        policy.encode(kinds)  # an error now, and not at the step that gets such a prompt
+    target = target_of(config, vocab_size=policy.vocab_size, backend=policy.backend)
+    steps = config.warm_steps or 0
+    if config.warm_start_from is None and not resumed and steps:
+        tell("supervised start", 0, steps, {})
+        warm_start(
+            policy, task, config,
+            on_step=lambda done, loss: tell("supervised start", done, steps, {"loss": loss}),
+        )  # fmt: skip
+    reference = reference_of(config, policy, resumed=resumed)
+    optimizer = torch.optim.AdamW(policy.parameters(), **_adam(config))
+    generators = {"sampler": torch.Generator(policy.device), "shuffler": torch.Generator()}
+    for generator in generators.values():
+        generator.manual_seed(config.seed)
+    return Run(policy, optimizer, generators, controller_of(config), target, reference)
+
+
+def _adam(config: TrainerConfig) -> dict[str, Any]:
+    """The options of the policy's optimizer."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    return {"lr": config.lr, "betas": betas, "weight_decay": config.weight_decay}
+
+
+def _take_up(run: Run, saved: dict[str, Any], different: dict[str, Any], config: TrainerConfig) -> None:
+    """Let the run go on from a checkpoint, of which `different` fields were others."""
+    path = config.out / checkpoint.CHECKPOINT
+    run.changes = saved["changes"] + ([{"step": saved["step"], **different}] if different else [])
+    if {"method", "method_options", "target_method"} & different.keys():
+        saved["controller"] = None  # what another method remembers
+    run.first = checkpoint.restore(
+        saved, path, modules={"policy": run.policy}, optimizers={"policy": run.optimizer}, generators=run.generators,
+        controller=run.target or run.controller,
+    )  # fmt: skip
+    for group in run.optimizer.param_groups:
+        group.update(_adam(config))  # which may have changed
+    run.critic = critic = critic_of(config, run.policy)
+    if critic is not None and not {"advantage", "critic"} & different.keys():
         checkpoint.restore(
             saved, path, modules={"critic": critic}, optimizers={"critic": critic.optimizer}, generators={}
         )
         critic.set_options()
-    if target is not None and max(first, config.critic_first):  # its course is over the run's steps, wherever it begins
-        target.load_state_dict({**target.state_dict(), "calls": max(first, config.critic_first)})
-    files.claim("config.json", "metrics.jsonl")
-    # before anything is changed: another run's log is refused
-    last = None if saved is None else saved["row"]
-    log = MetricsLog(config.out, keep_before=first, last=last, trackers=trackers)
-    for name in (SAMPLES, checkpoint.UNSCORED):
-        keep_before(config.out / name, first)
+
+
+def _write_config(run: Run, config: TrainerConfig, task: Task, trackers: Trackers) -> None:
+    """config.json: from it the run is started again, and it says what it was made of."""
+    path = config.out / "config.json"
     # how the run was started is not part of what it is: from-config starts another one
     again = {**config.to_dict(), "resume": False, "resume_changes": [], "overwrite": False}
-    about = {"command": sys.argv, "versions": versions(), **({"changes": changes} if changes else {})}
-    before = fields_of(config.out / "config.json").get("inputs") if saved is not None else None
-    about |= {"inputs": inputs} if (inputs := inputs_of(config, task, before)) else {}
-    about |= {} if trackers.run_id is None else {"run_id": trackers.run_id}
-    write_json(config.out / "config.json", {**again, **about})
-    return Run(policy, optimizer, critic, generators, controller, target, reference, log, first, changes)
+    before = fields_of(path).get("inputs") if config.resume else None
+    about = {
+        "command": sys.argv, "versions": versions(), "changes": run.changes, "run_id": trackers.run_id,
+        "inputs": inputs_of(config, task, before),
+    }  # fmt: skip
+    write_json(path, {**again, **{name: value for name, value in about.items() if value}})
