@@ -22,7 +22,7 @@ from entropy_kernels.trainer.probes import FirstOrder
 from entropy_kernels.trainer.rollout import Rollout
 from entropy_kernels.trainer.start import build_policy
 from entropy_kernels.trainer.tasks import WalkTask
-from trainer_setup import EasyTask
+from trainer_setup import whole_rollout, with_task
 
 SMALL: dict[str, Any] = {
     "method": "grpo", "minibatches": 1, "steps": 3, "warm_steps": 2, "warm_batch": 8, "hidden_size": 16,
@@ -37,11 +37,10 @@ def small_rollout(lengths: list[int]) -> Rollout:
     mask = torch.arange(3) < torch.tensor(lengths)[:, None]
     draw = lambda: torch.where(mask, torch.randn(4, 3, generator=generator), torch.nan)  # noqa: E731
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[:, None].expand(4, 3).contiguous()
-    return Rollout(
-        prompts=None, ids=torch.zeros(4, 3).long(), mask=mask, rewards=torch.tensor([[1.0, 0.0], [1.0, 1.0]]),
-        advantages=advantages, old_logprob=-draw().abs(), entropy=draw().abs(), collision=draw(),
-        vocab_covariance=draw(), sampling_gap=0.0,
-    )  # type: ignore[arg-type]  # fmt: skip
+    return whole_rollout(
+        mask, (-draw().abs(), draw().abs(), draw(), draw()), prompts=None, ids=torch.zeros(4, 3).long(),
+        rewards=torch.tensor([[1.0, 0.0], [1.0, 1.0]]), advantages=advantages,
+    )  # fmt: skip
 
 
 def test_quantities_by_hand() -> None:
@@ -162,7 +161,7 @@ def test_report_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 def test_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
+    with_task(monkeypatch)
     monkeypatch.setattr(figure8, "QUICK", SMALL)
     monkeypatch.setattr(figure8, "WINDOWS", (1, 2))
     monkeypatch.setattr(figure8, "BLOCK", 2)

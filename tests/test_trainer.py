@@ -13,7 +13,6 @@ import torch
 pytest.importorskip("transformers")
 
 import safetensors.torch
-from safetensors.torch import load_file
 
 from entropy_kernels.trainer import checkpoint, ppo
 from entropy_kernels.trainer.advantages import advantages_of, pass_at_k, rewards_of_tokens
@@ -28,7 +27,7 @@ from entropy_kernels.trainer.report_numbers import agreement
 from entropy_kernels.trainer.rollout import evaluate, score
 from entropy_kernels.trainer.start import _finish, build_policy, load_policy, word_tokenizer
 from entropy_kernels.trainer.tasks import Prompt, WalkTask
-from trainer_setup import SHORT, TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
+from trainer_setup import SHORT, TINY, EasyTask, assert_same_run, config, easy, rows_without_times  # noqa: F401
 
 # --- tokenizer and policy --------------------------------------------------------------------------------------------
 
@@ -150,14 +149,11 @@ def test_two_runs_of_one_seed_agree_bit_for_bit(tmp_path: Path, method: str) -> 
     settings = {"steps": 2, "method": method, "cov_low": -9.0, "cov_high": 9.0, "cov_ratio": 0.1}
     for name in ("a", "b"):
         ppo.train(config(tmp_path / name, **settings))
-    a, b = rows_without_times(tmp_path / "a"), rows_without_times(tmp_path / "b")
-    assert a == b
-    assert [row["step"] for row in a] == [0, 1, 2]
-    weights = [load_file(tmp_path / n / "checkpoint.safetensors") for n in ("a", "b")]
-    for name, value in weights[0].items():
-        assert torch.equal(value, weights[1][name]), name
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    rows = rows_without_times(tmp_path / "a")
+    assert [row["step"] for row in rows] == [0, 1, 2]
     ppo.train(config(tmp_path / "c", **{**settings, "steps": 1}, seed=1))
-    assert rows_without_times(tmp_path / "c")[0] != a[0]
+    assert rows_without_times(tmp_path / "c")[0] != rows[0]
 
 
 @pytest.mark.parametrize("method", ["clip_cov", "kl_cov"])
@@ -169,7 +165,7 @@ def test_resume_continues_bit_for_bit(tmp_path: Path, method: str) -> None:
     with open(tmp_path / "halves" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 2, "entropy": 9.9}) + '\n{"step": 3, "ent')
     ppo.train(config(tmp_path / "halves", steps=3, resume=True, **settings))
-    assert rows_without_times(tmp_path / "halves") == rows_without_times(tmp_path / "whole")
+    assert_same_run(tmp_path / "halves", tmp_path / "whole")
 
 
 def test_resume_errors(tmp_path: Path) -> None:

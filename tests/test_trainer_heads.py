@@ -16,16 +16,15 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 import entropy_kernels as ek
-from entropy_kernels.trainer import checkpoint, model, ppo, probes
+from entropy_kernels.trainer import model, ppo, probes
 from entropy_kernels.trainer.config import HEADS, METHODS, TrainerConfig
 from entropy_kernels.trainer.log import describe_memory
 from entropy_kernels.trainer.methods import PAPER, controller_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
-from entropy_kernels.trainer.tensorfile import save_tree
 from hf_models import FAMILIES, make
-from trainer_setup import TINY, config, easy, rows_without_times  # noqa: F401
+from trainer_setup import TINY, config, easy, rows_without_times, whole_rollout  # noqa: F401
 
 OTHERS = [head for head in HEADS if head != "linear"]
 SETTINGS = dataclasses.replace(TINY, temperature=0.7, entropy_coef=0.05, minibatches=1)
@@ -50,9 +49,8 @@ def rollout_of(policy: Policy, rows: int = 6, padded: bool = True) -> Rollout:
     stats = score(policy, SETTINGS, prompts, completions, mask)
     noise = 0.2 * torch.randn(mask.shape, generator=generator)
     advantages = torch.randn((rows, 1), generator=generator).expand(mask.shape)
-    return Rollout(
-        prompts, completions, mask, torch.zeros(rows, 1), advantages, (stats.logprob + noise) * mask, *stats[1:], 0.0
-    )
+    given = {"prompts": prompts, "ids": completions, "rewards": torch.zeros(rows, 1), "advantages": advantages}
+    return whole_rollout(mask, ((stats.logprob + noise) * mask, *stats[1:]), **given)
 
 
 def step(
@@ -314,14 +312,6 @@ def test_what_is_measured_is_the_step_as_it_runs(
     assert calls == {"linear_policy_loss": 1 - late, "linear_logprob_entropy": late, "linear_token_stats": 0}
 
 
-def test_measuring_leaves_the_run_as_it_is(tmp_path: Path) -> None:
-    for measured in (True, False):
-        ppo.train(config(tmp_path / str(measured), steps=2, measure_memory=measured, method="clip_cov"))
-    with_it, without = rows_without_times(tmp_path / "True"), rows_without_times(tmp_path / "False")
-    added = {name: with_it[0].pop(name) for name in ("memory/linear", "memory/logits", "memory/torch", "head_gap")}
-    assert all(added.values()) and with_it == without
-
-
 def test_logits_that_ek_hf_does_not_know_are_refused() -> None:
     policy = policy_of()
     policy.model.config.final_logit_softcapping = 0.5  # which its code does not look at
@@ -372,23 +362,6 @@ def test_memory_as_a_sentence() -> None:
     assert describe_memory({"memory/logits": 2.34e6, "memory/linear": 1e6}) == (
         "Peak memory of a micro-batch's forward, loss and backward, by head: linear 1.0 MB, logits 2.3 MB."
     )
-
-
-# --- runs from before there was a choice -----------------------------------------------------------------------------
-
-
-def test_a_run_from_before_the_linear_head_resumes_under_logits(tmp_path: Path) -> None:
-    ppo.train(config(tmp_path / "whole", steps=2, head="logits", measure_memory=True))
-    ppo.train(config(tmp_path / "old", steps=1, head="logits"))
-    path = tmp_path / "old" / "checkpoint.safetensors"
-    state = checkpoint.load_checkpoint(path)
-    for name in ("head", "memory_budget", "measure_memory"):
-        del state["config"][name]
-    save_tree(path, state)
-    with pytest.raises(ValueError, match=r"head: expected 'logits' \(as saved\), got 'linear'"):
-        ppo.train(config(tmp_path / "old", steps=2, resume=True, measure_memory=True))
-    ppo.train(config(tmp_path / "old", steps=2, resume=True, head="logits", measure_memory=True))
-    assert rows_without_times(tmp_path / "old")[1:] == rows_without_times(tmp_path / "whole")[1:]
 
 
 def test_sampling_names_the_cache_as_the_model_does(monkeypatch: pytest.MonkeyPatch) -> None:

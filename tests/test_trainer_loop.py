@@ -12,30 +12,20 @@ import torch
 
 pytest.importorskip("transformers")
 
-from safetensors.torch import load_file
 
 import entropy_kernels as ek
-from entropy_kernels.trainer import checkpoint, ppo
+from entropy_kernels.trainer import ppo
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.methods import METHODS, PAPER, Method
 from entropy_kernels.trainer.probes import Probe, Step, default_probes
 from entropy_kernels.trainer.start import WARM_STEPS, build_policy
 from entropy_kernels.trainer.tasks import WalkTask
-from trainer_setup import SHORT, EasyTask, config, easy, rows_without_times  # noqa: F401
+from trainer_setup import SHORT, EasyTask, assert_same_state, config, easy, policy_weights, rows_without_times  # noqa: F401
 
 TRAINER = Path(ppo.__file__).parent
 
 
 # --- probes ----------------------------------------------------------------------------------------------------------
-
-
-def assert_same_state(one: Path, other: Path) -> None:
-    """Weights, optimizer and generators, bit for bit."""
-    a, b = (checkpoint.load_checkpoint(path / "checkpoint.safetensors") for path in (one, other))
-    assert a["modules"].keys() == b["modules"].keys() and a["optimizers"].keys() == b["optimizers"].keys()
-    one_file, other_file = (load_file(path / "checkpoint.safetensors") for path in (one, other))
-    assert one_file.keys() == other_file.keys()
-    assert all(torch.equal(value, other_file[name]) for name, value in one_file.items())
 
 
 #: Every probe measures, in each of two steps.
@@ -112,9 +102,7 @@ def test_a_method_from_outside_trains(tmp_path: Path, monkeypatch: pytest.Monkey
     ppo.train(config(tmp_path / "grpo", **SHORT))
     rows = rows_without_times(tmp_path / "grpo")
     assert rows[0]["tokens_touched"] == rows[0]["decrease_share"] == 0 and rows[0]["control_dh"] == rows[0]["free_dh"]
-    weights = [
-        checkpoint.load_checkpoint(tmp_path / n / "checkpoint.safetensors")["modules"]["policy"] for n in ("1", "grpo")
-    ]
+    weights = [policy_weights(tmp_path / n) for n in ("1", "grpo")]
     assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 

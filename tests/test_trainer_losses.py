@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 import entropy_kernels as ek
-from entropy_kernels.trainer import checkpoint, ppo
+from entropy_kernels.trainer import ppo
 from entropy_kernels.trainer import run as trainer_run
 from entropy_kernels.trainer.advantages import advantages_of
 from entropy_kernels.trainer.checks import idle
@@ -40,9 +40,13 @@ from trainer_setup import (  # noqa: F401
     config,
     contents,
     easy,
+    resumed,
     rows_without_times,
     run,
+    trained,
     trained_run,
+    whole_rollout,
+    with_task,
 )
 
 ONE = dataclasses.replace(TINY, minibatches=1, grad_clip=0.0, selection_logprob="old")
@@ -70,7 +74,8 @@ def rollout_of(policy: Policy, noise: float = 0.3) -> Rollout:
     moved = noise * torch.randn(mask.shape, generator=generator, dtype=torch.float64)
     advantages = torch.randn((8, 1), generator=generator, dtype=torch.float64).expand(mask.shape)
     old = (stats.logprob + moved).clamp(max=0) * mask
-    return Rollout(prompts, ids, mask, torch.zeros(2, 4), advantages, old, *stats[1:], 0.0)
+    given = {"prompts": prompts, "ids": ids, "rewards": torch.zeros(2, 4), "advantages": advantages}
+    return whole_rollout(mask, (old, *stats[1:]), **given)
 
 
 def updated(policy: Policy, rollout: Rollout, settings: TrainerConfig) -> tuple[Update, dict[str, Tensor]]:
@@ -417,17 +422,9 @@ def test_a_reference_is_the_policy_at_first_however_it_is_trained(tmp_path: Path
 @pytest.mark.parametrize("place", ["loss", "reward"])
 def test_a_run_with_a_reference_resumes_bit_for_bit(tmp_path: Path, place: str) -> None:
     changes = {"ref_kl_coef": 0.5, "ref_kl_in": place, "lr": 0.01, "save_every": 2, "warm_steps": 3, "warm_batch": 8}
-    changes["eval_every"] = 0
-    whole, parts = (config(tmp_path / name, **{**SHORT, **changes, "steps": 3}) for name in ("whole", "parts"))
-    ppo.train(whole)
-    ppo.train(dataclasses.replace(parts, steps=2))
-    begun = (parts.out / REFERENCE).read_bytes()
-    ppo.train(dataclasses.replace(parts, resume=True))
-    assert rows_without_times(whole.out) == rows_without_times(parts.out)
-    assert (parts.out / REFERENCE).read_bytes() == begun == (whole.out / REFERENCE).read_bytes()
-    weights = [checkpoint.load_checkpoint(c.out / checkpoint.CHECKPOINT)["modules"]["policy"] for c in (whole, parts)]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    kls = [row["ref_kl"] for row in rows_without_times(whole.out)]
+    whole, halves = resumed(tmp_path, 2, steps=3, **changes)
+    assert (halves / REFERENCE).read_bytes() == (whole / REFERENCE).read_bytes()
+    kls = [row["ref_kl"] for row in rows_without_times(whole)]
     assert kls[0] == 0 and min(kls[1:]) > 0
 
 
@@ -456,9 +453,7 @@ def test_a_reference_that_is_not_whole_stops_a_resumption(
 
 @pytest.fixture(scope="module")
 def with_reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
-        return ppo.train(config(tmp_path_factory.mktemp("reference") / "run", **SHORT, ref_kl_coef=0.5))
+    return trained(tmp_path_factory, ref_kl_coef=0.5)
 
 
 def test_a_reference_that_is_not_finite_stops_the_run(tmp_path: Path, with_reference: Path) -> None:
@@ -478,18 +473,12 @@ def test_a_run_without_a_reference_has_none_to_go_on_with(run: Path) -> None:  #
 def test_an_adapters_reference_is_the_adapter_where_rl_starts(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     changes = {"lora_rank": 2, "ref_kl_coef": 0.5, "lr": 0.03, "save_every": 1, "warm_steps": 3, "warm_batch": 8}
-    whole, parts = (
-        config(tmp_path / name, **{**SHORT, **changes, "steps": 2, "eval_every": 0}) for name in ("whole", "parts")
-    )
-    ppo.train(whole)
-    weights = load_tree(whole.out / REFERENCE)
+    whole, _ = resumed(tmp_path, 1, steps=2, **changes)
+    weights = load_tree(whole / REFERENCE)
     assert weights and all("lora_" in name for name in weights)
     assert any(float(x.abs().max()) > 0 for name, x in weights.items() if "lora_B" in name)  # the start trained it
-    kls = [row["ref_kl"] for row in rows_without_times(whole.out)]
+    kls = [row["ref_kl"] for row in rows_without_times(whole)]
     assert kls[0] == 0 and min(kls[1:]) > 0
-    ppo.train(dataclasses.replace(parts, steps=1))
-    ppo.train(dataclasses.replace(parts, resume=True))
-    assert rows_without_times(whole.out) == rows_without_times(parts.out)
 
 
 def test_what_a_penalty_cannot_be() -> None:
@@ -544,7 +533,7 @@ def test_groups_without_signal_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: list[list[bool]], most: int, places: Any, sampled: int
 ) -> None:
     task = Told({(step, number): mine for step in range(2) for number, mine in enumerate(rounds)})
-    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: task)
+    with_task(monkeypatch, lambda: task)
     kept = Keeps()
     settings = config(tmp_path / "run", **SHORT, dynamic_sampling=most)
     ppo.train(settings, probes=[kept, RolloutMetrics()])
@@ -562,27 +551,21 @@ def test_groups_without_signal_are_replaced(
 def test_without_groups_to_replace_a_run_is_the_same_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: Told({(s, 0): ALL for s in range(3)}))
+    with_task(monkeypatch, lambda: Told({(step, 0): ALL for step in range(3)}))
     for name, most in (("none", 0), ("some", 2)):
         ppo.train(config(tmp_path / name, **{**SHORT, "steps": 2}, dynamic_sampling=most))
     none, some = (rows_without_times(tmp_path / name) for name in ("none", "some"))
     assert [{**row, "groups_sampled": 4} for row in none] == some
 
 
-def test_a_run_that_replaces_groups_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_that_replaces_groups_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Rare(EasyTask):  # a group has signal now and then
         def verify(self, prompt: Prompt, completion: str) -> float:
             return float(sum(map(len, completion.split())) in (6, 9))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: Rare())
-        changes = {**SHORT, "steps": 4, "save_every": 2, "dynamic_sampling": 3}
-        whole, parts = (config(tmp_path / name, **changes) for name in ("whole", "parts"))
-        ppo.train(whole)
-        ppo.train(dataclasses.replace(parts, steps=2))
-        ppo.train(dataclasses.replace(parts, resume=True))
-    assert rows_without_times(whole.out) == rows_without_times(parts.out)
-    assert len({row["groups_sampled"] for row in rows_without_times(whole.out)}) > 1
+    with_task(monkeypatch, Rare)
+    whole, _ = resumed(tmp_path, 2, steps=4, save_every=2, dynamic_sampling=3)
+    assert len({row["groups_sampled"] for row in rows_without_times(whole)}) > 1
 
 
 def test_answers_of_every_round_that_could_not_be_judged_are_told() -> None:
@@ -627,7 +610,7 @@ class Ending(EasyTask):
 
 def ending(monkeypatch: pytest.MonkeyPatch, end_ids: Iterable[int], head: str = "linear") -> None:
     """Runs of a model whose vocabulary has such end tokens."""
-    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: Ending())
+    with_task(monkeypatch, Ending)
     policy = lambda config, task: Policy(make("llama"), word_tokenizer(WORDS), end_ids=end_ids, head=config.head)  # noqa: E731
     monkeypatch.setattr(trainer_run, "first_policy", policy)
 
@@ -688,12 +671,12 @@ def test_the_constant_norm_divides_losses_and_weights_of_tokens() -> None:
     whole = rollout_of(policy)
     settings = settings_of(loss_agg_mode="seq-mean-token-sum-norm")
     losses, weights = [], []
-    for longest in (0, 20):
+    for longest in (5, 20):
         given = dataclasses.replace(whole, longest=longest)
         made, _ = updated(policy, given, settings)
         losses.append(float(made.losses[0].loss))
         weights.append(all_tokens(given, [ROWS], settings).coefficient)
-    assert losses[0] == pytest.approx(4 * losses[1], rel=1e-6) != 0  # L is 5
+    assert losses[0] == pytest.approx(4 * losses[1], rel=1e-6) != 0
     torch.testing.assert_close(weights[0], 4 * weights[1])
     assert float(weights[1][0, 0]) == pytest.approx(1 / 8 / 20)
 

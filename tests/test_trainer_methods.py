@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from entropy_kernels.trainer.model import Encoded
 from entropy_kernels.trainer.probes import Probe, RolloutMetrics, Step, UpdateMetrics
 from entropy_kernels.trainer.rollout import Rollout, known_tokens
 from entropy_kernels.trainer.tensorfile import save_tree
-from trainer_setup import SHORT, TINY, config, easy, rows_without_times  # noqa: F401
+from trainer_setup import SHORT, TINY, config, easy, resumed, rows_without_times, whole_rollout  # noqa: F401
 
 
 def under(method: str, **changes: object) -> TrainerConfig:
@@ -39,9 +38,10 @@ def rollout_of() -> Rollout:
 
     mask = torch.rand(shape, generator=generator) < 0.9
     logprob = -3 * torch.rand(shape, generator=generator)
-    return Rollout(
-        Encoded(torch.zeros(16, 1), torch.ones(16, 1)), torch.zeros(shape, dtype=torch.int64), mask, torch.zeros(4, 4),
-        (2 * noise(16, 1)).expand(shape), logprob, noise().abs(), noise().abs(), 0.1 * noise(), 0.0,
+    advantages, stats = (2 * noise(16, 1)).expand(shape), (logprob, noise().abs(), noise().abs(), 0.1 * noise())
+    return whole_rollout(
+        mask, stats, prompts=Encoded(torch.zeros(16, 1), torch.ones(16, 1)), ids=torch.zeros(shape, dtype=torch.int64),
+        rewards=torch.zeros(4, 4), advantages=advantages,
     )  # fmt: skip
 
 
@@ -232,22 +232,11 @@ def test_every_method_trains(tmp_path: Path, method: str, micro_batches: int) ->
 @pytest.mark.parametrize("method", list(REMEMBERING))
 def test_a_method_with_memory_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**SHORT, "method": method, "method_options": REMEMBERING[method]}
-    ppo.train(config(tmp_path / "whole", **{**settings, "steps": 3}))
-    ppo.train(config(tmp_path / "halves", **settings))
-    shutil.copytree(tmp_path / "halves", tmp_path / "forgot")
-    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 3, "resume": True}))
-    whole, halves = (rows_without_times(tmp_path / name) for name in ("whole", "halves"))
-    assert whole == halves
-    states = [checkpoint.load_checkpoint(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "halves")]
-    assert states[0]["controller"] == states[1]["controller"] and states[0]["controller"]["memory"]
-    assert all(
-        torch.equal(value, states[1]["modules"]["policy"][name])
-        for name, value in states[0]["modules"]["policy"].items()
-    )
+    whole, _ = resumed(tmp_path, 1, **{**settings, "steps": 3})
     # the test sees the memory: without it the second half is another one
     monkeypatch.setattr(ek.Controller, "load_state_dict", lambda self, state: None)
-    ppo.train(config(tmp_path / "forgot", **{**settings, "steps": 3, "resume": True}))
-    assert rows_without_times(tmp_path / "forgot") != whole
+    ppo.train(config(tmp_path / "stopped", **{**settings, "steps": 3, "resume": True}))
+    assert rows_without_times(tmp_path / "stopped") != rows_without_times(whole)
 
 
 def test_a_checkpoint_with_the_state_of_another_program_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from entropy_kernels.trainer.samples import COMPLETIONS, PROMPTS, SAMPLES, Answe
 from entropy_kernels.trainer.scoring import Unscored
 from entropy_kernels.trainer.tasks import Prompt
 from entropy_kernels.trainer.trackers import scalars
-from trainer_setup import SHORT, EasyTask, config, easy, rows_without_times  # noqa: F401  (fixture)
+from trainer_setup import SHORT, EasyTask, config, easy, rows_without_times, trained, whole_rollout  # noqa: F401  (fixture)
 
 # --- columns of a rollout --------------------------------------------------------------------------------------------
 
@@ -42,10 +42,10 @@ def made_up(rewards: list[list[float]] = REWARDS, masked: tuple[int, ...] = ()) 
     advantages = torch.where(mask, torch.arange(30.0).view(shape).sin(), 0)
     values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     prompts = (torch.arange(7) >= 7 - torch.tensor(PROMPT_LENGTHS)[:, None]).long()
-    return Rollout(
-        prompts=Encoded(torch.zeros_like(prompts), prompts), ids=torch.zeros(shape, dtype=torch.int64), mask=mask,
-        rewards=torch.tensor(rewards), advantages=advantages, old_logprob=-values, entropy=values, collision=values,
-        vocab_covariance=values, sampling_gap=0.0, completed=completed, truncated=torch.tensor(CUT),
+    return whole_rollout(
+        mask, (-values, values, values, values), prompts=Encoded(torch.zeros_like(prompts), prompts),
+        ids=torch.zeros(shape, dtype=torch.int64), rewards=torch.tensor(rewards), advantages=advantages,
+        completed=completed, truncated=torch.tensor(CUT),
     )  # fmt: skip
 
 
@@ -137,9 +137,7 @@ def test_a_row_has_what_the_method_remembers(tmp_path: Path, options: dict[str, 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps with validations before, within and after."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
-        return ppo.train(config(tmp_path_factory.mktemp("whole") / "run", **VALIDATED, steps=3))
+    return trained(tmp_path_factory, **VALIDATED, steps=3)
 
 
 #: With a checkpoint after each step.

@@ -19,7 +19,6 @@ peft = pytest.importorskip("peft")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
 from entropy_kernels.trainer import causal_lm, checkpoint, ppo, start  # noqa: E402
-from entropy_kernels.trainer.checkpoint import CHECKPOINT, load_checkpoint  # noqa: E402
 from entropy_kernels.trainer.checks import idle  # noqa: E402
 from entropy_kernels.trainer.config import TrainerConfig  # noqa: E402
 from entropy_kernels.trainer.critic import critic_of  # noqa: E402
@@ -29,7 +28,17 @@ from entropy_kernels.trainer.model import Policy  # noqa: E402
 from entropy_kernels.trainer.start import build_policy, load_model, load_policy, word_tokenizer  # noqa: E402
 from entropy_kernels.trainer.tasks import Prompt  # noqa: E402
 from hf_models import make  # noqa: E402
-from trainer_setup import SHORT, TINY, EasyTask, config, easy, rows_without_times  # noqa: E402, F401
+from trainer_setup import (  # noqa: E402, F401
+    SHORT,
+    TINY,
+    EasyTask,
+    assert_same_state,
+    config,
+    easy,
+    policy_weights,
+    rows_without_times,
+    trained,
+)
 
 # --- tokenizers as models have them, over bytes ----------------------------------------------------------------------
 
@@ -299,23 +308,15 @@ def test_a_rollout_of_chats(tmp_path: Path) -> None:
 LORA: dict[str, Any] = {**SHORT, "lora_rank": 2, "warm_steps": 2, "warm_batch": 4, "save_every": 1}
 
 
-def weights_of(out: Path) -> dict[str, Tensor]:
-    return dict(load_checkpoint(out / CHECKPOINT)["modules"]["policy"])
-
-
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
-        return ppo.train(
-            config(tmp_path_factory.mktemp("lora") / "run", **{**LORA, "steps": 2, "measure_memory": True})
-        )
+    return trained(tmp_path_factory, **{**LORA, "steps": 2, "measure_memory": True})
 
 
 def adapted(run: Path) -> Policy:
     """The policy at the end of a run."""
     policy = build_policy(TrainerConfig.from_json(run), EasyTask())
-    policy.load_state_dict(weights_of(run))
+    policy.load_state_dict(policy_weights(run))
     return policy
 
 
@@ -326,7 +327,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def test_only_the_adapter_is_trained_and_checkpointed(lora_run: Path) -> None:
-    saved = weights_of(lora_run)
+    saved = policy_weights(lora_run)
     assert all(".lora_" in name or name == "frozen_weights" for name in saved) and len(saved) == 2 * 7 + 1
     row = rows_without_times(lora_run)[0]
     assert row["head_gap"] < 1e-5 and row["grad_norm"] > 0  # type: ignore[operator]
@@ -367,12 +368,11 @@ def test_a_run_with_adapters_resumes_bit_for_bit(lora_run: Path, tmp_path: Path)
     ppo.train(config(out, **{**LORA, "steps": 1, "measure_memory": True}))
     ppo.train(config(out, **{**LORA, "steps": 2, "measure_memory": True, "resume": True}))
     assert rows_without_times(out)[1:] == rows_without_times(lora_run)[1:]
-    whole, halves = weights_of(lora_run), weights_of(out)
-    assert whole.keys() == halves.keys() and all(torch.equal(value, halves[name]) for name, value in whole.items())
+    assert_same_state(lora_run, out)
 
 
 def test_an_adapter_is_not_put_onto_another_model(lora_run: Path) -> None:
-    saved = weights_of(lora_run)
+    saved = policy_weights(lora_run)
     for changes in ({"lora_rank": 0}, {"lora_rank": 3}, {"warm_seed": 1}, {"lora_targets": ("q_proj",)}):
         other = build_policy(dataclasses.replace(TrainerConfig.from_json(lora_run), **changes), EasyTask())  # type: ignore
         with pytest.raises(RuntimeError):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from safetensors.torch import load_file
+
 from entropy_kernels.trainer import checkpoint, ppo, sweep
 from entropy_kernels.trainer.advantages import ESTIMATORS, advantages_of, rewards_of_tokens, whitened
 from entropy_kernels.trainer.checks import idle
@@ -24,7 +26,7 @@ from entropy_kernels.trainer.model import Policy
 from entropy_kernels.trainer.rollout import Rollout, known_tokens
 from entropy_kernels.trainer.rollout_metrics import value_columns
 from entropy_kernels.trainer.start import build_policy
-from trainer_setup import SHORT, TINY, EasyTask, config, easy, rows_without_times  # noqa: F401
+from trainer_setup import SHORT, TINY, EasyTask, assert_same_run, config, easy, resumed, rows_without_times, trained  # noqa: F401
 
 GAMMA, LAMBDA = 0.9, 0.7
 
@@ -395,22 +397,13 @@ def kind_of(name: str) -> dict[str, Any]:
     return {**RUN, "advantage": name.partition("-")[0], **KINDS[name]}
 
 
-def tensors(state: Any, place: str = "") -> dict[str, Tensor]:
-    if isinstance(state, Tensor):
-        return {place: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
-    return {name: x for key, value in items for name, x in tensors(value, f"{place}/{key}").items()}
-
-
 def saved(out: Path) -> dict[str, Tensor]:
-    return tensors(checkpoint.load_checkpoint(out / checkpoint.CHECKPOINT))
+    return load_file(out / checkpoint.CHECKPOINT)
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
-        return request.param, ppo.train(config(tmp_path_factory.mktemp("whole") / "run", **kind_of(request.param)))
+    return request.param, trained(tmp_path_factory, **kind_of(request.param))
 
 
 def test_resumed_is_the_whole_bit_for_bit(whole: tuple[str, Path], tmp_path: Path) -> None:
@@ -418,10 +411,8 @@ def test_resumed_is_the_whole_bit_for_bit(whole: tuple[str, Path], tmp_path: Pat
     name, out = whole
     ppo.train(config(tmp_path / "halves", **{**kind_of(name), "steps": 1}))
     ppo.train(config(tmp_path / "halves", **kind_of(name), resume=True, gradient_checkpointing=True))
-    assert rows_without_times(tmp_path / "halves") == rows_without_times(out)
-    one, other = saved(out), saved(tmp_path / "halves")
-    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
-    assert any(key.startswith("/optimizers/critic") for key in one) == name.startswith("gae")
+    assert_same_run(tmp_path / "halves", out)
+    assert any(key.startswith("optimizers/critic") for key in saved(out)) == name.startswith("gae")
 
 
 def test_micro_batches_share_the_trajectory(whole: tuple[str, Path], tmp_path: Path) -> None:
@@ -453,19 +444,19 @@ def test_what_a_run_with_a_critic_tells_and_exports(whole: tuple[str, Path]) -> 
         exported = set(file.keys())
     _, report = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert exported == {key.removeprefix("/modules/policy/") for key in saved(out) if key.startswith("/modules/policy")}
+    assert exported == {key.removeprefix("modules/policy/") for key in saved(out) if key.startswith("modules/policy")}
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 def test_only_the_critic_learns_at_first(tmp_path: Path, kind: str) -> None:
     """And the course of a target entropy begins where the steps are, not where it is first asked."""
     settings = {**kind_of("gae-separate"), "critic": kind, "steps": 2, "critic_warmup": 2}
-    start = {f"/modules/policy/{k}": v for k, v in build_policy(TINY, EasyTask()).model.state_dict().items()}
+    start = {f"modules/policy/{k}": v for k, v in build_policy(TINY, EasyTask()).model.state_dict().items()}
     with pytest.warns(UserWarning, match=r"^critic_warmup = 2: in all 2 steps the critic learns alone, and the policy"):
         ppo.train(config(tmp_path / "run", target_entropy="0:4.5,3:4.2", **settings))
     after = saved(tmp_path / "run")
     assert all(torch.equal(after[key], value) for key, value in start.items())
-    assert bool((after["/modules/critic/head.weight"] != 0).any())
+    assert bool((after["modules/critic/head.weight"] != 0).any())
     whole = {**settings, "steps": 3, "target_entropy": "0:4.5,3:4.2"}
     ppo.train(config(tmp_path / "run", **whole, resume=True))
     row = rows_without_times(tmp_path / "run")[2]
@@ -498,12 +489,8 @@ def test_another_estimator_on_resume_begins_its_critic_anew(tmp_path: Path) -> N
 def test_a_critic_beside_an_adapter_shares_what_is_not_trained(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     settings = {**kind_of("gae-separate"), "lora_rank": 2}
-    ppo.train(config(tmp_path / "whole", **settings))
-    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 1}))
-    ppo.train(config(tmp_path / "halves", **settings, resume=True))
-    one, other = saved(tmp_path / "whole"), saved(tmp_path / "halves")
-    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
-    kept = {key.removeprefix("/modules/critic/") for key in one if key.startswith("/modules/critic/")}
+    one = saved(resumed(tmp_path, 1, **settings)[0])
+    kept = {key.removeprefix("modules/critic/") for key in one if key.startswith("modules/critic/")}
     assert all("lora" in key or key in ("head.weight", "head.bias", "frozen_weights") for key in kept)
     assert any("lora" in key for key in kept)
     policy = build_policy(config(tmp_path, **settings), EasyTask())
@@ -519,9 +506,9 @@ def test_mixed_precision_keeps_the_critic_in_float32(tmp_path: Path) -> None:
         out = ppo.train(
             config(tmp_path / kind, **{**kind_of("gae-shared"), "critic": kind, "steps": 1, "dtype": "mixed"})
         )
-        kept = {key: value for key, value in saved(out).items() if key.startswith("/modules/critic")}
+        kept = {key: value for key, value in saved(out).items() if key.startswith("modules/critic")}
         assert {value.dtype for value in kept.values()} == {torch.float32} and bool(
-            kept["/modules/critic/head.weight"].any()
+            kept["modules/critic/head.weight"].any()
         )
 
 

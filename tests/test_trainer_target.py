@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -23,20 +22,21 @@ from entropy_kernels.trainer.probes import Probe, Step
 from entropy_kernels.trainer.rollout import all_tokens
 from entropy_kernels.trainer.schedule import Schedule
 from test_trainer_methods import rollout_of
-from trainer_setup import SHORT, TINY, config, easy, rows_without_times  # noqa: F401
+from trainer_setup import (  # noqa: F401
+    SHORT,
+    TINY,
+    assert_same_run,
+    assert_same_state,
+    config,
+    easy,
+    policy_weights,
+    resumed,
+    rows_without_times,
+)
 
 #: About where the untrained policy is, so that the loop has something to do both ways.
 START = "4.58"
 TARGET = {**SHORT, "steps": 4, "target_entropy": START}
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    states = [checkpoint.load_checkpoint(out / "checkpoint.safetensors") for out in (one, other)]
-    assert repr(states[0]["controller"]) == repr(states[1]["controller"])  # a NaN is none other
-    assert all(
-        torch.equal(value, states[1]["modules"]["policy"][name])
-        for name, value in states[0]["modules"]["policy"].items()
-    )
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_the_learning_rate_follows_its_schedule(tmp_path: Path) -> None:
 def test_a_factor_of_one_changes_nothing(tmp_path: Path) -> None:
     ppo.train(config(tmp_path / "none", steps=2))
     ppo.train(config(tmp_path / "one", steps=2, lr_schedule="1"))
-    assert_same_weights(tmp_path / "none", tmp_path / "one")
+    assert_same_state(tmp_path / "none", tmp_path / "one")
     rows, scheduled = (rows_without_times(tmp_path / name) for name in ("none", "one"))
     assert scheduled == rows
 
@@ -160,9 +160,7 @@ def test_micro_batches_share_a_trajectory_under_a_target(tmp_path: Path, changes
         ppo.train(
             config(tmp_path / str(micro_batches), **{**TARGET, "steps": 2, **changes}, micro_batches=micro_batches)
         )
-    one, four = (
-        checkpoint.load_checkpoint(tmp_path / n / "checkpoint.safetensors")["modules"]["policy"] for n in ("1", "4")
-    )
+    one, four = (policy_weights(tmp_path / n) for n in ("1", "4"))
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=0, atol=2e-5)
     rows = [rows_without_times(tmp_path / n) for n in ("1", "4")]
@@ -173,8 +171,8 @@ def test_a_target_that_cannot_bind_leaves_the_run_as_it_is(tmp_path: Path) -> No
     """Far below the entropy no token is touched: the same weights as without a target, bit for bit."""
     ppo.train(config(tmp_path / "none", steps=2, epochs=2))
     ppo.train(config(tmp_path / "low", steps=2, epochs=2, target_entropy="0.1"))
-    one, other = (checkpoint.load_checkpoint(tmp_path / n / "checkpoint.safetensors") for n in ("none", "low"))
-    assert all(torch.equal(value, other["modules"]["policy"][name]) for name, value in one["modules"]["policy"].items())
+    one, other = (policy_weights(tmp_path / n) for n in ("none", "low"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
     free, held = (rows_without_times(tmp_path / name) for name in ("none", "low"))
     for without, row in zip(free, held, strict=True):
         added = {"target_entropy", "wanted_dh", "planned_dh", "target_gain", "target_saturated"} & row.keys()
@@ -202,16 +200,11 @@ def test_one_more_forward_is_made_once(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("method", TARGETS)
 def test_a_run_with_a_target_resumes_bit_for_bit(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**TARGET, "target_entropy": "0:4.6,4:4.57", "target_method": method}
-    ppo.train(config(tmp_path / "whole", **settings))
-    ppo.train(config(tmp_path / "halves", **{**settings, "steps": 2}))
-    shutil.copytree(tmp_path / "halves", tmp_path / "forgot")
-    ppo.train(config(tmp_path / "halves", **settings, resume=True))
-    assert rows_without_times(tmp_path / "whole") == rows_without_times(tmp_path / "halves")
-    assert_same_weights(tmp_path / "whole", tmp_path / "halves")
+    whole, _ = resumed(tmp_path, 2, **settings)
     # the test sees the state: without it the second half is another one
     monkeypatch.setattr(ek.TargetEntropy, "load_state_dict", lambda self, state: None)
-    ppo.train(config(tmp_path / "forgot", **settings, resume=True))
-    assert rows_without_times(tmp_path / "forgot") != rows_without_times(tmp_path / "whole")
+    ppo.train(config(tmp_path / "stopped", **settings, resume=True))
+    assert rows_without_times(tmp_path / "stopped") != rows_without_times(whole)
 
 
 def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
@@ -225,8 +218,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ppo.train(settings, probes=[*probes.default_probes(settings, ppo.backward), Killed()])
     ppo.train(dataclasses.replace(settings, resume=True))
-    assert rows_without_times(tmp_path / "whole") == rows_without_times(tmp_path / "killed")
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_resumed_run_keeps_its_target(tmp_path: Path) -> None:
@@ -269,8 +261,7 @@ def test_a_change_that_nobody_made_changes_nothing(tmp_path: Path) -> None:
     ppo.train(config(tmp_path / "whole", **TARGET))
     ppo.train(config(tmp_path / "halves", **{**TARGET, "steps": 2}))
     ppo.train(config(tmp_path / "halves", **TARGET, resume=True, resume_changes=("lr", "task")))
-    assert rows_without_times(tmp_path / "whole") == rows_without_times(tmp_path / "halves")
-    assert_same_weights(tmp_path / "whole", tmp_path / "halves")
+    assert_same_run(tmp_path / "whole", tmp_path / "halves")
     assert "changes" not in json.loads((tmp_path / "halves" / "config.json").read_text())
 
 

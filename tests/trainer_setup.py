@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 pytest.importorskip("transformers")
 pytest.importorskip("tyro")
 
+from safetensors.torch import load_file
+
 from entropy_kernels.analysis import plots
-from entropy_kernels.trainer import ppo
+from entropy_kernels.trainer import causal_lm, checkpoint, ppo, start
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.log import read_rows
-from entropy_kernels.trainer.tasks import Prompt, WalkTask
+from entropy_kernels.trainer.model import Policy
+from entropy_kernels.trainer.rollout import Rollout
+from entropy_kernels.trainer.tasks import Prompt, Task, WalkTask
 
 TINY = TrainerConfig(
     steps=3,
@@ -50,19 +58,78 @@ class EasyTask(WalkTask):
         return float(sum(map(ord, completion)) % 2)
 
 
+#: Kinds of the tiny model that were tried before their training, in this process.
+_tried: set[tuple[object, ...]] = set()
+
+
+def with_task(patch: pytest.MonkeyPatch, make: Callable[[], Task] = EasyTask) -> None:
+    """Runs have this task, whatever they name. That a tiny model can be trained is looked at once of each kind."""
+    check = causal_lm.check_policy
+
+    def check_once(policy: Policy, *, checkpointing: bool = False) -> None:
+        kind = type(policy.model), policy.head_name, policy.mixed, checkpointing, len(policy.tokenizer)
+        if kind not in _tried or causal_lm.base_of(policy.model).config.hidden_size != TINY.hidden_size:
+            check(policy, checkpointing=checkpointing)
+            _tried.add(kind)
+
+    patch.setattr(start, "check_policy", check_once)
+    patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: make())
+
+
 @pytest.fixture(autouse=True)
 def easy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
+    with_task(monkeypatch)
 
 
 def config(out: Path, **changes: object) -> TrainerConfig:
     return dataclasses.replace(TINY, out=out, **changes)  # type: ignore[arg-type]
 
 
+def whole_rollout(mask: Tensor, stats: Iterable[Tensor], **given: Any) -> Rollout:
+    """One of which nothing was cut off and no group replaced, where `given` says nothing else. `stats`: old log-probs,
+    entropies, collisions and covariances."""
+    names = ("old_logprob", "entropy", "collision", "vocab_covariance")
+    usual = {"mask": mask, "completed": mask, "truncated": torch.zeros_like(mask[:, 0]), "longest": mask.shape[1]}
+    usual |= {"sampling_gap": 0.0, "sampled_rewards": given["rewards"], **dict(zip(names, stats, strict=True))}
+    return Rollout(**{**usual, **given})
+
+
 def rows_without_times(out: Path) -> list[dict[str, object]]:
     rows = read_rows(out / "metrics.jsonl")
     assert rows, "no rows were logged"
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def policy_weights(out: Path) -> dict[str, Tensor]:
+    """Of a run's checkpoint."""
+    return dict(checkpoint.load_checkpoint(out / checkpoint.CHECKPOINT)["modules"]["policy"])
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Two runs' checkpoints: weights, optimizers, generators and what the method remembers, bit for bit."""
+    states = [checkpoint.load_checkpoint(out / checkpoint.CHECKPOINT) for out in (one, other)]
+    for part in ("optimizers", "controller"):  # a NaN is none other
+        assert repr(states[0][part]) == repr(states[1][part])
+    a, b = (load_file(out / checkpoint.CHECKPOINT) for out in (one, other))
+    assert a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two runs' rows, but for times, and their checkpoints."""
+    assert rows_without_times(one) == rows_without_times(other)
+    assert_same_state(one, other)
+
+
+def resumed(folder: Path, at: int, **changes: object) -> tuple[Path, Path]:
+    """A run, and one that stopped after `at` steps and went on, which are found to be the same; their folders. As it
+    was when it had stopped it is in `folder` / stopped."""
+    whole, halves = folder / "whole", folder / "halves"
+    ppo.train(config(whole, **{**SHORT, **changes}))
+    ppo.train(config(halves, **{**SHORT, **changes, "steps": at}))
+    shutil.copytree(halves, folder / "stopped")
+    ppo.train(config(halves, **{**SHORT, **changes, "resume": True}))
+    assert_same_run(whole, halves)
+    return whole, halves
 
 
 def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,12 +140,17 @@ def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
 SHORT = {"steps": 1, "eval_every": 0, "first_order_every": 0, "measure_entropy_change": False}
 
 
+def trained(folders: pytest.TempPathFactory, **changes: object) -> Path:
+    """A run for all tests of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        with_task(patch)
+        return ppo.train(config(folders.mktemp("trained") / "run", **{**SHORT, **changes}))
+
+
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps with a checkpoint after each; tests work on copies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "make_task", lambda name, max_new_tokens=None: EasyTask())
-        return ppo.train(config(tmp_path_factory.mktemp("trained") / "run", **{**SHORT, "steps": 3, "save_every": 1}))
+    return trained(tmp_path_factory, steps=3, save_every=1)
 
 
 @pytest.fixture

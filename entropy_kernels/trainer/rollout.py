@@ -45,24 +45,15 @@ class Rollout:
     collision: Tensor  # (B, L) float32
     vocab_covariance: Tensor  # (B, L) float32
     sampling_gap: float  # largest |log-prob while sampling - log-prob of the full forward|
+    sampled_rewards: Tensor  # (groups, samples) of all that were sampled
+    completed: Tensor  # (B, L) bool: all tokens of the completions
+    truncated: Tensor  # (B,) bool: ran into max_new_tokens
+    longest: int  # tokens that a completion may have, whatever these have
     seconds: dict[str, float] = field(default_factory=dict)  # of sample, verify, score
     unscored: list[dict[str, Any]] = field(default_factory=list)  # prompt, completion, reason, late
-    sampled_rewards: Tensor = None  # type: ignore[assignment]  # (groups, samples) of all that were sampled; None: rewards
     ref_logprob: Tensor | None = None  # (B, L) float32, of the reference, where there is one
-    completed: Tensor = None  # type: ignore[assignment]  # (B, L) bool: all tokens of the completions; None: the mask
-    truncated: Tensor = None  # type: ignore[assignment]  # (B,) bool: ran into max_new_tokens; None: none
     values: Tensor | None = None  # (B, L) float32, the critic's, of the weights that sampled; None without a critic
     returns: Tensor | None = None  # (B, L) float32, what it learns
-    longest: int = 0  # tokens that a completion may have, whatever these have; 0: L
-
-    def __post_init__(self) -> None:
-        if self.completed is None:
-            self.completed = self.mask
-        if self.sampled_rewards is None:
-            self.sampled_rewards = self.rewards
-        if self.truncated is None:
-            self.truncated = torch.zeros_like(self.completed[:, 0])
-        self.longest = self.longest or self.ids.shape[1]
 
     @property
     def lengths(self) -> Tensor:
