@@ -14,16 +14,8 @@ _LARGE = 0.1  # the paper's ratios are 2e-4 and 2e-3
 
 
 def try_out(controller: ek.Controller) -> None:
-    """Let a controller decide about two tokens: every value that it will read is read. It is not to be used after.
-
-    Args:
-        controller: a fresh one.
-
-    Returns:
-        Nothing.
-
-    Raises:
-        TypeError, ValueError: an option out of range, by its name.
+    """Let a fresh controller decide about two tokens, so that every value that it will read is read, and refused by its
+    name. It is not to be used after.
     """
     one = torch.zeros(1, 2)
     known = dict.fromkeys(("entropy", "old_entropy"), one + 1e6) | {"vocab_covariance": one, "collision": one}
@@ -35,27 +27,12 @@ def try_out(controller: ek.Controller) -> None:
 
 
 def statistics_of(controller: ek.Controller) -> tuple[str, ...]:
-    """What a trainer has to read for a controller, of one policy or of two.
-
-    Args:
-        controller: any.
-
-    Returns:
-        Names of statistics beside the log-prob: "entropy", "vocab_covariance", "collision". Raises nothing.
-    """
+    """The statistics beside the log-prob that a trainer has to read for a controller, of one policy or of two."""
     return tuple(dict.fromkeys("entropy" if name == "old_entropy" else name for name in controller.needs))
 
 
 def warn_of_percent(method: str | None, options: Mapping[str, Any]) -> None:
-    """Warn of a ratio that is probably a percentage; the paper's own code has it as one.
-
-    Args:
-        method: a name of :func:`entropy_kernels.methods`, or None.
-        options: of the method.
-
-    Returns:
-        Nothing. Raises nothing.
-    """
+    """Warn of a ratio that is probably a percentage; the paper's own code has it as one."""
     ratio = options.get("ratio")
     if method in ("clip_cov", "kl_cov") and ratio is not None and ratio > _LARGE:
         warnings.warn(

@@ -21,11 +21,7 @@ __all__ = ["Patch", "PatchRefused", "patches"]
 
 
 class PatchRefused(RuntimeError):
-    """A target that is not what a :class:`Patch` was made for: the message says what was expected and what came.
-
-    Source:
-        docs/integrations.md.
-    """
+    """A target that is not what a :class:`Patch` was made for: the message says what was expected and what came."""
 
 
 @dataclass(eq=False)
@@ -76,13 +72,9 @@ class Patch:
         return bool(self._places)
 
     def refusal(self, *, any_version: bool = False) -> str | None:
-        """Why this cannot be applied here, judged by version alone: nothing is imported. Raises nothing.
+        """Why this cannot be applied here, judged by version alone: nothing is imported.
 
-        Args:
-            any_version: whether an untested version is no reason.
-
-        Returns:
-            A sentence, or None.
+        ``any_version``: a version that was never tested is no reason.
         """
         try:
             version = importlib.metadata.version(self.package)
@@ -98,14 +90,8 @@ class Patch:
     def apply(self, *, any_version: bool = False) -> Patch:
         """Put ours in place; where it is already, nothing happens.
 
-        Args:
-            any_version: also where the version was never tested. The signature must be known all the same.
-
-        Returns:
-            This patch.
-
-        Raises:
-            PatchRefused: another version, or another signature.
+        ``any_version``: also where the version was never tested. The signature must be known all the same; else, and
+        for another version, PatchRefused.
         """
         if self.active:
             return self
@@ -137,8 +123,7 @@ class Patch:
     def undo(self) -> None:
         """Put the original back, also where ours was imported meanwhile; where ours is not in place, nothing happens.
 
-        Raises:
-            PatchRefused: somebody else has replaced ours meanwhile; nothing is changed.
+        PatchRefused, and nothing is changed, where somebody else has replaced ours meanwhile.
         """
         if not self.active:
             return
@@ -197,17 +182,7 @@ def signature_of(function: Any) -> str:
 
 
 def patches() -> list[Patch]:
-    """Every patch that an integration has, applied or not; imports none of the packages they are about.
-
-    Returns:
-        A list of :class:`Patch`.
-
-    Raises:
-        ImportError: none of ours is missing.
-
-    Source:
-        docs/integrations.md.
-    """
+    """Every patch that an integration has, applied or not; imports none of the packages they are about."""
     return [
         patch
         for name in ("verl", "trl")

@@ -19,17 +19,7 @@ NAMES = ("entropy", "collision", "vocab_covariance")
 
 
 class Collected:
-    """The statistics left by the calls inside a :func:`collect`, in their order.
-
-    Args:
-        names: of the statistics wanted, of "entropy", "collision", "vocab_covariance".
-
-    Attributes:
-        reads: name -> tensor, one dict for each call.
-
-    Source:
-        docs/integrations.md.
-    """
+    """The statistics left by the calls inside a :func:`collect`, in their order; ``reads``: a dict for each call."""
 
     def __init__(self, *names: str) -> None:
         for name in names:
@@ -52,17 +42,7 @@ _collecting: ContextVar[Collected | None] = ContextVar("entropy_kernels_collecti
 
 @contextlib.contextmanager
 def collect(*names: str) -> Iterator[Collected]:
-    """Collect statistics of what is read inside.
-
-    Args:
-        names: of the statistics wanted.
-
-    Returns:
-        A context that gives a :class:`Collected`.
-
-    Raises:
-        ValueError: another name.
-    """
+    """Collect the statistics of these names of what is read inside."""
     inside = Collected(*names)
     token = _collecting.set(inside)
     try:

@@ -117,17 +117,7 @@ def patch_head(*, any_version: bool = False) -> Patch:
 
 @contextlib.contextmanager
 def head(*, any_version: bool = False) -> Iterator[Patch]:
-    """Ours in place inside; a patch that was there before stays.
-
-    Args:
-        any_version: as in :func:`patch_head`.
-
-    Returns:
-        A context that gives the patch.
-
-    Raises:
-        PatchRefused: as in :func:`patch_head`.
-    """
+    """Ours in place inside; a patch that was there before stays. Arguments and errors: :func:`patch_head`."""
     was_active, served = HEAD.active, HEAD.calls
     HEAD.apply(any_version=any_version).calls = served  # one count over all forwards
     try:

@@ -38,14 +38,7 @@ class Statistics(NamedTuple):
 
 
 def check(config: Any) -> None:
-    """Refuse what would be ignored, or what TRL's loss cannot express.
-
-    Args:
-        config: with the fields of our ``GRPOConfig``.
-
-    Raises:
-        TypeError, ValueError: a field that is wrong, or wrong beside another.
-    """
+    """Refuse what would be ignored, or what TRL's loss cannot express; ``config``: as our ``GRPOConfig``."""
     if config.plan_from not in ("auto", "old", "fresh"):
         raise ValueError(f"plan_from: expected 'auto', 'old' or 'fresh', got {config.plan_from!r}")
     if config.target_method not in (held_by := ek.TargetEntropy.methods()):
@@ -148,7 +141,7 @@ def _check_penalty(config: Any, what: str) -> None:
 
 
 def _check_no_clip(config: Any) -> None:
-    what = f"{config.method} (preset {_preset(config)})"
+    what = f"{config.method} (preset {_preset(config)[0]})"
     if config.loss_type not in PPO:
         raise ValueError(f"loss_type: expected one of {', '.join(PPO)} for {what}, got {config.loss_type!r}")
     given = {"epsilon": config.epsilon, "epsilon_high": config.epsilon_high, "delta": config.delta}
@@ -158,28 +151,23 @@ def _check_no_clip(config: Any) -> None:
         )
 
 
-def _preset(config: Any) -> str:
-    return (config.method_options or {}).get("preset") or config.preset or "verl"
+def _preset(config: Any) -> tuple[str, Mapping[str, Any]]:
+    """Name and numbers of the method's preset; of a method without presets, and of another name, no numbers."""
+    options, row = _options(config), ek.methods().get(config.method)
+    known = {} if row is None else row.presets
+    name = options.get("preset", next(iter(known), ""))
+    return name, known.get(str(name), {})
 
 
 def _has_clip(config: Any) -> bool:
     """Whether TRL's own clip stays."""
-    return not (config.method == "kl_cov" or (config.method == "clip_cov" and _preset(config) == "paper"))
+    return _preset(config)[1].get("clip_low", 0.0) is not None
 
 
 def controller_of(config: Any, *, batch_group: Any = None, vocab_size: int | None = None) -> ek.Controller:
     """The controller that a configuration names, its options checked.
 
-    Args:
-        config: with the fields of our ``GRPOConfig``.
-        batch_group: torch.distributed process group over all ranks, or None.
-        vocab_size: of the model; makes a target above its logarithm an error.
-
-    Returns:
-        An :class:`entropy_kernels.Controller`.
-
-    Raises:
-        TypeError, ValueError: an unknown name, or a value out of range.
+    ``batch_group``: over all ranks, or None; ``vocab_size``: of the model, makes a target above its logarithm an error.
     """
     options = _options(config)
     clips: dict[str, Any] = dict.fromkeys(_CLIPS)
@@ -250,9 +238,6 @@ def coefficients(
 
     Returns:
         (B, T) fp32, 0 where masked.
-
-    Raises:
-        KeyError: a loss type that is none of TRL's.
     """
     mask = mask_of(inputs).float()
     rows, tokens = len(mask), mask.sum()
@@ -270,18 +255,9 @@ def coefficients(
 
 
 def placed(read: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:
-    """What the head has left, (N,), at the completion tokens, (B, T): TRL reads all positions, or those that count.
+    """What the head has left, (N,) in the order of positions, at the completion tokens, (B, ``tokens``); else 0.
 
-    Args:
-        read: (N,) in the order of positions.
-        attention_mask: (B, P + T).
-        tokens: T.
-
-    Returns:
-        (B, T), 0 where nothing was read.
-
-    Raises:
-        RuntimeError: another number of positions.
+    TRL reads all positions of ``attention_mask``, (B, P + T), or those that count.
     """
     counts = attention_mask.bool().clone()
     counts[:, :-tokens] = False
@@ -297,23 +273,11 @@ def placed(read: Tensor, attention_mask: Tensor, tokens: int) -> Tensor:
 class Planner:
     """Asks the controller, and puts its control into TRL's micro-batches: advantages per token, and a penalty.
 
-    Args:
-        config: our ``GRPOConfig``.
-        batch_group: process group over all ranks, or None.
-        ranks: their number.
-        vocab_size: of the model.
-
     Attributes:
         controller: what decides, an :class:`entropy_kernels.Controller`.
         names: statistics that are needed beside the log-prob.
         old: whether the rollout's own statistics are needed.
         plans: how many were made.
-
-    Raises:
-        TypeError, ValueError: as :func:`controller_of`.
-
-    Source:
-        docs/integrations.md.
     """
 
     def __init__(self, config: Any, *, batch_group: Any, ranks: int, vocab_size: int | None) -> None:
@@ -340,19 +304,13 @@ class Planner:
     def plan(
         self, micro: Sequence[dict[str, Any]], now: Sequence[Statistics], *, lr: float, temperature: float
     ) -> dict[str, float]:
-        """Decide about micro-batches together, and put the control into them.
+        """Decide about micro-batches together, and put the control into them; the metrics by name.
 
         Args:
             micro: TRL's dicts; ``advantages`` becomes (B, T), ``ek_penalty`` may be added.
             now: their statistics.
             lr: of the coming updates.
             temperature: of the softmax.
-
-        Returns:
-            Metrics by name, numbers.
-
-        Raises:
-            TypeError, ValueError: as :func:`entropy_kernels.control`.
         """
         whole = ek.SelectionBatch(self._group)
         for inputs, read in zip(micro, now, strict=True):
@@ -405,12 +363,7 @@ class Planner:
 def penalty(inputs: Mapping[str, Any], logprob: Tensor) -> Tensor:
     """KL-Cov's |log p - log p_old| of the penalised tokens, as TRL's loss sums it up; 0-d.
 
-    Args:
-        inputs: a micro-batch with ``ek_penalty``.
-        logprob: (B, T) of the policy that is trained, with its gradient.
-
-    Returns:
-        What is to be added to TRL's loss. Raises nothing.
+    ``inputs``: a micro-batch with ``ek_penalty``; ``logprob``: (B, T) of the policy that is trained, with its gradient.
     """
     old = inputs.get("old_per_token_logps")
     return (inputs["ek_penalty"] * (logprob - (logprob.detach() if old is None else old)).abs()).sum()

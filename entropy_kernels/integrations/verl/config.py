@@ -109,28 +109,14 @@ class Settings:
         return self.by_token or self.sets_bonus
 
     def controller(self) -> ek.Controller:
-        """A new one; its state is the run's.
-
-        Returns:
-            :class:`entropy_kernels.Controller`, or :class:`entropy_kernels.TargetEntropy`.
-
-        Raises:
-            TypeError, ValueError: an option out of range.
-        """
+        """A new one; its state is the run's."""
         if self.target is not None:
             return ek.TargetEntropy(self.target, method=self.target_method, **self.options)
         assert self.method is not None
         return ek.Controller(self.method, seed=self.seed, **self.options)
 
     def checked(self) -> Settings:
-        """The same, with what its controller reads and does; every value is tried by a call of what will be called.
-
-        Returns:
-            :class:`Settings`.
-
-        Raises:
-            TypeError, ValueError: the first that is wrong, by its name.
-        """
+        """The same, with what its controller reads and does; every value is tried by a call of what will be called."""
         one = torch.zeros(1, 2)
         ek.policy_loss(one, one, one, None, surrogate=self.surrogate, **self.loss)
         if not self.decides:
@@ -142,17 +128,7 @@ class Settings:
 
 
 def settings_of(config: Any) -> Settings | None:
-    """What an ``ActorConfig`` says.
-
-    Args:
-        config: verl's ``ActorConfig``, or what has its attributes.
-
-    Returns:
-        :class:`Settings`; None where the ``loss_mode`` is none of ours.
-
-    Raises:
-        TypeError, ValueError: a key or value that is wrong, by its name and what was expected.
-    """
+    """What verl's ``ActorConfig`` says; None where the ``loss_mode`` is none of ours."""
     known = getattr(config, "ek_settings", None)
     if known is not None:
         return known

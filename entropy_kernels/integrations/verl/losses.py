@@ -56,17 +56,7 @@ def given(known: Given) -> Iterator[None]:
 
 
 def registered(mode: str) -> Callable[..., tuple[Tensor, dict[str, float]]]:
-    """The function that verl's registry has under ``mode``.
-
-    Args:
-        mode: a ``loss_mode`` of :data:`MODES`.
-
-    Returns:
-        A function of verl's signature.
-
-    Source:
-        docs/integrations.md.
-    """
+    """The function of verl's signature that its registry has under ``mode``, a ``loss_mode`` of :data:`MODES`."""
 
     def loss(
         old_log_prob: Tensor,

@@ -94,12 +94,6 @@ def plan_minibatch(settings: Settings, config: Any, engine: Any, data: Any) -> P
         config: verl's ActorConfig, with which the method's memory lives.
         engine: verl's engine.
         data: this rank's rows, to which fields are added.
-
-    Returns:
-        :class:`Plan`.
-
-    Raises:
-        RuntimeError: a statistic that the method reads did not come with the batch.
     """
     from verl.utils import tensordict_utils as tu
 
@@ -114,15 +108,17 @@ def plan_minibatch(settings: Settings, config: Any, engine: Any, data: Any) -> P
     group = _group(engine)
     whole = ek.SelectionBatch(group)
     mask = _mask(data)
-    _add(whole, settings, engine, data, mask, coefficient(config, mask, tu.get(data, "global_batch_size"), group))
+    weight = None
+    if "vocab_covariance" in settings.needs:  # Σ c·F, which metrics have beside it, is all that reads the coefficients
+        weight = coefficient(config, mask, tu.get(data, "global_batch_size"), group)
+    _add(whole, settings, engine, data, mask, weight)
     (control,) = controller_of(settings, config).step(whole)
     return _written(settings, control, data)
 
 
 def plan_rollout(settings: Settings, config: Any, engine: Any, data: Any) -> Plan:
-    """The plan of :class:`entropy_kernels.TargetEntropy` for all mini-batches of a rollout, and all epochs.
-
-    Args, Returns, Raises: as in :func:`plan_minibatch`.
+    """The plan of :class:`entropy_kernels.TargetEntropy` for all mini-batches of a rollout, and all epochs; arguments:
+    :func:`plan_minibatch`.
     """
     from verl.utils import tensordict_utils as tu
 
@@ -182,11 +178,7 @@ def coefficient(config: Any, mask: Tensor, global_batch_size: Any, group: Any) -
 
 
 def statistic(data: Any, name: str, settings: Settings) -> Tensor:
-    """(B, L) of the old policy, from the fields of a batch.
-
-    Raises:
-        RuntimeError: it did not come with the batch.
-    """
+    """(B, L) of the old policy, from the fields of a batch."""
     found = data.get(STATISTIC.format(name), None)
     if found is None:
         wanted = settings.method or "target_entropy"
@@ -202,7 +194,9 @@ def statistic(data: Any, name: str, settings: Settings) -> Tensor:
     return _padded(found)
 
 
-def _add(whole: ek.SelectionBatch, settings: Settings, engine: Any, data: Any, mask: Tensor, weight: Tensor) -> None:
+def _add(
+    whole: ek.SelectionBatch, settings: Settings, engine: Any, data: Any, mask: Tensor, weight: Tensor | None
+) -> None:
     from verl.utils import tensordict_utils as tu
 
     device = mask.device

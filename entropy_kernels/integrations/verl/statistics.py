@@ -9,6 +9,7 @@ logits: the head makes the read, in ``forward_step``. Read from the end: :data:`
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import entropy_kernels as ek
 from entropy_kernels._dtensor import MeanOfGradients
 from entropy_kernels.integrations import _reads
 from entropy_kernels.integrations._patch import Patch
-from entropy_kernels.integrations.verl.versions import VERSIONS
+from entropy_kernels.integrations.verl.versions import patch
 
 __all__ = ["PATCHES", "enable", "enabled", "install"]
 
@@ -29,11 +30,7 @@ _on = False
 
 
 def enabled() -> bool:
-    """Whether our statistics serve verl in this process.
-
-    Source:
-        docs/integrations.md.
-    """
+    """Whether our statistics serve verl in this process."""
     return _on
 
 
@@ -41,37 +38,23 @@ def install() -> None:
     """Put our functions in verl's places, where verl's go on serving until :func:`enable`.
 
     Done when verl is imported, so that who imports one by name, or keeps it, has ours. The methods of the engine are
-    found through its class at each call, and come with :func:`enable`.
-
-    Raises:
-        PatchRefused: verl's version or a signature is not what ours was made for.
-
-    Source:
-        docs/integrations.md.
+    found through its class at each call, and come with :func:`enable`. Errors: :meth:`Patch.apply`.
     """
-    for patch in FUNCTIONS:
-        patch.apply()
+    for each in FUNCTIONS:
+        each.apply()
 
 
 def enable(on: bool = True) -> None:
-    """Serve verl's log-probs, entropies and Σp² by our kernels in this process, or by verl's own again.
+    """Serve verl's log-probs, entropies and Σp² by our kernels in this process, or (``on=False``) by verl's own again.
 
     The plugin puts ours in place when verl is imported, and verl's serve until this is called: from the configuration
-    (docs/integrations.md), or by hand before an engine is built.
-
-    Args:
-        on: False: verl's own.
-
-    Raises:
-        PatchRefused: verl's version or a signature is not what ours was made for; nothing is enabled.
-
-    Source:
-        docs/integrations.md.
+    (docs/integrations.md), or by hand before an engine is built. PatchRefused, and nothing is enabled, where verl's
+    version or a signature is not what ours was made for.
     """
     global _on
     if on:
-        for patch in PATCHES:
-            patch.apply()
+        for each in PATCHES:
+            each.apply()
     _on = on
 
 
@@ -164,34 +147,21 @@ def _statistic(name: str, logits: Tensor, labels: Tensor | None = None, inplace:
     return ek.token_stats(logits, labels, statistics=(name,), inplace_backward=inplace)[0]
 
 
-def _logprobs_from_logits(original: Any) -> Callable[..., Tensor]:
-    def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-        # verl's default is True, for logits that are an operator's output; a leaf is somebody's own
-        inplace = inplace_backward and logits.requires_grad and not logits.is_leaf
-        return _statistic("logprob", logits, labels, inplace)
-
-    return logprobs_from_logits
+# ---- in the place of verl's functions --------------------------------------------------------------------------------
 
 
-def _entropy_from_logits(original: Any) -> Callable[..., Tensor]:
-    def entropy_from_logits(logits: Tensor) -> Tensor:
-        return _statistic("entropy", logits)
-
-    return entropy_from_logits
-
-
-def _entropy_from_logits_with_chunking(original: Any) -> Callable[..., Tensor]:
-    def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-        return _statistic("entropy", logits)  # there are no V-sized temporaries that chunks would bound
-
-    return entropy_from_logits_with_chunking
+def _logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    # verl's default is True, for logits that are an operator's output; a leaf is somebody's own
+    inplace = inplace_backward and logits.requires_grad and not logits.is_leaf
+    return _statistic("logprob", logits, labels, inplace)
 
 
-def _calculate_sum_pi_squared_from_logits(original: Any) -> Callable[..., Tensor]:
-    def calculate_sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
-        return _statistic("collision", logits)
+def _entropy_from_logits(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    return _statistic("entropy", logits)  # there are no V-sized temporaries that chunks would bound
 
-    return calculate_sum_pi_squared_from_logits
+
+def _sum_pi_squared_from_logits(logits: Tensor) -> Tensor:
+    return _statistic("collision", logits)
 
 
 def _head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Any, group: Any = None) -> tuple[Tensor, Tensor]:
@@ -205,35 +175,29 @@ def _head(hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Any, grou
     return found["logprob"], found["entropy"]
 
 
-def _linear_cross_entropy(original: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    def linear_cross_entropy(
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        temperature: float = 1.0,
-        reduction: str = "none",
-        dist_process_group: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        if not isinstance(reduction, str) or reduction.lower() != "none":
-            raise ValueError(
-                f"reduction: expected 'none', which all of verl asks for, got {reduction!r}; reduce the result"
-            )
-        if dist_process_group is not None:
-            # our gradient is whole on each rank, and verl's callers add up what the ranks give
-            hidden = MeanOfGradients.apply(hidden, torch.distributed.get_world_size(dist_process_group))
-        hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-        return _head(hidden, weight, labels, temperature, dist_process_group)
-
-    return linear_cross_entropy
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    if not isinstance(reduction, str) or reduction.lower() != "none":
+        raise ValueError(
+            f"reduction: expected 'none', which all of verl asks for, got {reduction!r}; reduce the result"
+        )
+    if dist_process_group is not None:
+        # our gradient is whole on each rank, and verl's callers add up what the ranks give
+        hidden = MeanOfGradients.apply(hidden, torch.distributed.get_world_size(dist_process_group))
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    return _head(hidden, weight, labels, temperature, dist_process_group)
 
 
-def _fused_linear_for_ppo(original: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    def forward(
-        self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        return _head(hidden_states, vocab_weights, input_ids.to(torch.int64), temperature)
-
-    return forward
+def _fused_linear_for_ppo(
+    self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    return _head(hidden_states, vocab_weights, input_ids.to(torch.int64), temperature)
 
 
 class _Asked(NamedTuple):
@@ -326,34 +290,37 @@ def _packed(engine: Any, value: Tensor, output_args: dict[str, Any], micro_batch
     return torch.nested.nested_tensor_from_jagged(value, offsets)
 
 
-def _patch(
-    target: str, make: Callable[[Any], Any], signature: str, what: str, signature_of: str | None = None
-) -> Patch:
-    return Patch(target, make, signature, "verl", VERSIONS, what, signature_of, when=enabled)
+_patch = functools.partial(patch, when=enabled)
+
+
+def _in_place_of(target: str, ours: Callable[..., Any], signature: str, what: str, **more: Any) -> Patch:
+    """A function of ours that never calls theirs."""
+    return _patch(target, lambda theirs: ours, signature, what=what, **more)
 
 
 _F, _KERNEL = "verl.utils.torch_functional", "verl.utils.kernel.linear_cross_entropy"
 _ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 FUNCTIONS = (
-    _patch(
+    _in_place_of(
         f"{_F}:logprobs_from_logits", _logprobs_from_logits, "(logits, labels, inplace_backward=True)",
         "log-prob, with all else that is asked of the same logits, from one read; fp32",
     ),
-    _patch(f"{_F}:entropy_from_logits", _entropy_from_logits, "(logits)", "entropy from that read; fp32"),
-    _patch(
-        f"{_F}:entropy_from_logits_with_chunking", _entropy_from_logits_with_chunking, "(logits, chunk_size=2048)",
+    _in_place_of(f"{_F}:entropy_from_logits", _entropy_from_logits, "(logits)", "entropy from that read; fp32"),
+    _in_place_of(
+        f"{_F}:entropy_from_logits_with_chunking", _entropy_from_logits, "(logits, chunk_size=2048)",
         "entropy from that read, without chunks",
     ),
-    _patch(
-        f"{_F}:calculate_sum_pi_squared_from_logits", _calculate_sum_pi_squared_from_logits, "(logits)",
+    _in_place_of(
+        f"{_F}:calculate_sum_pi_squared_from_logits", _sum_pi_squared_from_logits, "(logits)",
         "Σp² from that read; fp32",
     ),
-    _patch(
+    _in_place_of(
         f"{_KERNEL}:linear_cross_entropy", _linear_cross_entropy,
         "(ctx, hidden, weight, labels, temperature=1.0, reduction='none', dist_process_group=None)",
-        "fused kernels, impl_backend=triton: any width, CPUs, Σp²", f"{_KERNEL}:LinearCrossEntropy.forward",
+        "fused kernels, impl_backend=triton: any width, CPUs, Σp²",
+        signature_of=f"{_KERNEL}:LinearCrossEntropy.forward",
     ),
-    _patch(
+    _in_place_of(
         "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward", _fused_linear_for_ppo,
         "(self, hidden_states, vocab_weights, input_ids, temperature=1.0)",
         "fused kernels, impl_backend=torch or liger: one pass, Σp²",
@@ -362,12 +329,12 @@ FUNCTIONS = (
 ENGINE = (
     _patch(
         f"{_ENGINE}.forward_step", _forward_step, "(self, micro_batch, loss_function, forward_only)",
-        "collects statistics that verl has no place for (FSDP)",
+        what="collects statistics that verl has no place for (FSDP)",
     ),
     _patch(
         f"{_ENGINE}.prepare_model_outputs", _prepare_model_outputs,
         "(self, output, output_args, micro_batch, logits_processor_func)",
-        "one read of a micro-batch's logits; Σp² with fused kernels (FSDP)",
+        what="one read of a micro-batch's logits; Σp² with fused kernels (FSDP)",
     ),
 )  # fmt: skip
 PATCHES = FUNCTIONS + ENGINE

@@ -26,12 +26,11 @@ from entropy_kernels.integrations._patch import Patch
 from entropy_kernels.integrations.verl import plan, statistics
 from entropy_kernels.integrations.verl.config import Settings, settings_of
 from entropy_kernels.integrations.verl.losses import controller_of
-from entropy_kernels.integrations.verl.versions import VERSIONS
+from entropy_kernels.integrations.verl.versions import patch
 
 __all__ = ["AT_IMPORT", "PATCHES", "install"]
 
 FILE = "entropy_kernels.json"  # beside verl's shards
-_REGISTERED = ".__wrapped__.__wrapped__"  # a method of a worker, below the two decorators of register()
 _log = logging.getLogger(__name__)
 _log.setLevel(os.getenv("VERL_LOGGING_LEVEL", "INFO"))  # as verl's own
 
@@ -58,16 +57,9 @@ def _arrived(keys: dict[str, Any]) -> OwnKeys:
 
 
 def install() -> None:
-    """Put all patches in place in this process; where they are already, nothing happens.
-
-    Raises:
-        PatchRefused: another version of verl, or another signature.
-
-    Source:
-        docs/integrations.md.
-    """
-    for patch in PATCHES:
-        patch.apply()
+    """Put all patches in place in this process; where they are already, nothing happens."""
+    for each in PATCHES:
+        each.apply()
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -290,54 +282,40 @@ def _shown(whose: dict[str, str | None]) -> str:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def _patch(target: str, make: Callable[[Any], Any], signature: str, what: str, below: str = "") -> Patch:
-    return Patch(target, make, signature, "verl", VERSIONS, what, signature_of=target + below if below else None)
-
-
 _CONFIG = "verl.workers.config.actor:"
 _WORKER = "verl.workers.engine_workers:TrainingWorker."
 _SAVE = "(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None)"
 _LOAD = "(self, local_path, hdfs_path=None, del_local_after_load=False)"
 
+
+def _of_worker(name: str, make: Callable[[Any], Any], signature: str, what: str) -> Patch:
+    """A method below the two decorators of register()."""
+    below = f"{_WORKER}{name}.__wrapped__.__wrapped__"
+    return patch(_WORKER + name, make, signature, what=what, signature_of=below)
+
+
 #: What is in place once verl is imported: it only reads a config.
 AT_IMPORT: tuple[Patch, ...] = (
-    _patch(
-        _CONFIG + "PolicyLossConfig.__init__",
-        _takes_own_keys,
+    patch(
+        _CONFIG + "PolicyLossConfig.__init__", _takes_own_keys,
         "(self, _target_='', loss_mode='vanilla', clip_cov_ratio=0.0002, clip_cov_lb=1.0, clip_cov_ub=5.0, "
         "kl_cov_ratio=0.0002, ppo_kl_coef=0.1, dro_beta=None, rollout_correction=<factory>)",
-        "keys of a loss_mode ek_* under policy_loss.ek",
+        what="keys of a loss_mode ek_* under policy_loss.ek",
     ),
-    _patch(_CONFIG + "ActorConfig.__post_init__", _checks, "(self)", "a loss_mode ek_* is checked before training"),
-)
+    patch(_CONFIG + "ActorConfig.__post_init__", _checks, "(self)", what="a loss_mode ek_* is checked before training"),
+)  # fmt: skip
 PATCHES: tuple[Patch, ...] = (
     *AT_IMPORT,
-    _patch(
-        "verl.workers.engine.base:BaseEngine.train_batch",
-        _plans_minibatch,
-        "(self, data, loss_function)",
-        "decisions over the whole mini-batch, not each micro-batch",
+    patch(
+        "verl.workers.engine.base:BaseEngine.train_batch", _plans_minibatch, "(self, data, loss_function)",
+        what="decisions over the whole mini-batch, not each micro-batch",
     ),
-    _patch(
-        _WORKER + "train_mini_batch",
-        _plans_rollout,
-        "(self, data)",
-        "entropy as a set point: one plan per rollout",
-        _REGISTERED,
+    _of_worker("train_mini_batch", _plans_rollout, "(self, data)", "entropy as a set point: one plan per rollout"),
+    _of_worker("infer_batch", _asks_for_statistics, "(self, data)", "statistics of the old policy that a method reads"),
+    _of_worker("save_checkpoint", _saves_memory, _SAVE, "the memory of a method is saved"),
+    _of_worker("load_checkpoint", _loads_memory, _LOAD, "the memory of a method is restored"),
+    patch(
+        "verl.trainer.ppo.ray_trainer:RayPPOTrainer._compute_old_log_prob", _carries_statistics, "(self, batch)",
+        what="statistics travel with the batch (trainer.use_v1=false)",
     ),
-    _patch(
-        _WORKER + "infer_batch",
-        _asks_for_statistics,
-        "(self, data)",
-        "statistics of the old policy that a method reads",
-        _REGISTERED,
-    ),
-    _patch(_WORKER + "save_checkpoint", _saves_memory, _SAVE, "the memory of a method is saved", _REGISTERED),
-    _patch(_WORKER + "load_checkpoint", _loads_memory, _LOAD, "the memory of a method is restored", _REGISTERED),
-    _patch(
-        "verl.trainer.ppo.ray_trainer:RayPPOTrainer._compute_old_log_prob",
-        _carries_statistics,
-        "(self, batch)",
-        "statistics travel with the batch (trainer.use_v1=false)",
-    ),
-)
+)  # fmt: skip
