@@ -8,36 +8,18 @@ from __future__ import annotations
 
 import torch
 
-from sample import CASES, IGNORE, INF, NAN, WIDE, Sample, case, labels, normal, plain
+from sample import CASES, IGNORE, INF, NAN, WIDE, Sample, case, labels, normal, of_plain, of_shape, plain
 
 __all__ = ["CASES"]
 
+
 # ---- 1. nothing, one, all masked ------------------------------------------------------------------------------------
 
-
-@case("no rows at all, in the shape of a flat batch")
-def zero_rows(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, rows=0)
-
-
-@case("a batch of no sequences")
-def zero_sequences(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(torch.empty(0, 3, 97, dtype=dtype, device=device), torch.empty(0, 3, dtype=torch.long, device=device))
-
-
-@case("sequences without tokens")
-def zero_length(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(torch.empty(2, 0, 97, dtype=dtype, device=device), torch.empty(2, 0, dtype=torch.long, device=device))
-
-
-@case("no rows and one temperature per row")
-def zero_rows_temperature(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, rows=0, temperature=torch.empty(0, device=device))
-
-
-@case("one token")
-def one_token(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, rows=1)
+of_plain("zero_rows", "no rows at all, in the shape of a flat batch", rows=0)
+of_shape("zero_sequences", "a batch of no sequences", (0, 3, 97))
+of_shape("zero_length", "sequences without tokens", (2, 0, 97))
+of_plain("zero_rows_temperature", "no rows and one temperature per row", rows=0, temperature=torch.empty(0))
+of_plain("one_token", "one token", rows=1)
 
 
 @case("every token ignored; the rows hold NaN, which must not matter")
@@ -277,31 +259,21 @@ def expanded_labels(dtype: torch.dtype, device: str) -> Sample:
 
 # ---- 10. layouts ----------------------------------------------------------------------------------------------------
 
-
-@case("one row without a batch dimension: 0-d outputs")
-def one_dimension(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(97, dtype=dtype, device=device), torch.tensor(42, device=device))
-
-
-@case("(B, L, V)")
-def three_dimensions(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(2, 3, 97, dtype=dtype, device=device), labels(2, 3, vocab=97, device=device))
-
-
-@case("(A, B, L, V)")
-def four_dimensions(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(2, 1, 3, 97, dtype=dtype, device=device), labels(2, 1, 3, vocab=97, device=device))
-
-
-@case("(A, B, L, V) whose leading dimensions cannot be flattened without a copy")
-def four_dimensions_permuted(dtype: torch.dtype, device: str) -> Sample:
-    logits = normal(2, 2, 2, 97, dtype=dtype, device=device).permute(1, 2, 0, 3)
-    return Sample(logits, labels(2, 2, 2, vocab=97, device=device))
-
-
-@case("the response part of a (B, L, V) batch, shifted by one: logits[:, p-1:-1]")
-def sliced_length(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(2, 6, 97, dtype=dtype, device=device)[:, 2:-1], labels(2, 3, vocab=97, device=device))
+of_shape("one_dimension", "one row without a batch dimension: 0-d outputs", (97,))
+three_dimensions = of_shape("three_dimensions", "(B, L, V)", (2, 3, 97))
+of_shape("four_dimensions", "(A, B, L, V)", (2, 1, 3, 97))
+of_shape(
+    "four_dimensions_permuted",
+    "(A, B, L, V) whose leading dimensions cannot be flattened without a copy",
+    (2, 2, 2, 97),
+    lambda z: z.permute(1, 2, 0, 3),
+)
+of_shape(
+    "sliced_length",
+    "the response part of a (B, L, V) batch, shifted by one: logits[:, p-1:-1]",
+    (2, 6, 97),
+    lambda z: z[:, 2:-1],
+)
 
 
 @case("the first V columns of a padded vocabulary: row stride != V")
@@ -318,63 +290,47 @@ def misaligned(dtype: torch.dtype, device: str) -> Sample:
     return Sample(logits[:, 1:202], labels(4, vocab=201, device=device))
 
 
-@case("contiguous rows from an odd element of the storage")
-def misaligned_flat(dtype: torch.dtype, device: str) -> Sample:
-    flat = normal(3 * 203 + 3, dtype=dtype, device=device)
-    return Sample(flat[3:].view(3, 203), labels(3, vocab=203, device=device))
-
-
-@case("time-major logits seen batch-major: (L, B, V).transpose(0, 1)")
-def transposed_batch(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(3, 2, 97, dtype=dtype, device=device).transpose(0, 1), labels(2, 3, vocab=97, device=device))
-
-
-@case("vocabulary-major logits: the last stride is not 1")
-def transposed_vocabulary(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(203, 5, dtype=dtype, device=device).t(), labels(5, vocab=203, device=device))
-
-
-@case("every second column, in three dimensions")
-def strided_columns(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(2, 3, 194, dtype=dtype, device=device)[..., ::2], labels(2, 3, vocab=97, device=device))
-
-
-@case("every second row and sequence")
-def strided_rows(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(4, 6, 97, dtype=dtype, device=device)[::2, 1::2], labels(2, 3, vocab=97, device=device))
-
-
-@case("one row expanded over the batch (stride 0): reads alias, the gradient must not")
-def expanded_rows(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(1, 97, dtype=dtype, device=device).expand(4, 97), labels(4, vocab=97, device=device))
-
-
-@case("one value expanded over the vocabulary (last stride 0): uniform")
-def expanded_columns(dtype: torch.dtype, device: str) -> Sample:
-    return Sample(normal(4, 1, dtype=dtype, device=device).expand(4, 97), labels(4, vocab=97, device=device))
+of_shape(
+    "misaligned_flat",
+    "contiguous rows from an odd element of the storage",
+    (3 * 203 + 3,),
+    lambda z: z[3:].view(3, 203),
+)
+of_shape(
+    "transposed_batch",
+    "time-major logits seen batch-major: (L, B, V).transpose(0, 1)",
+    (3, 2, 97),
+    lambda z: z.transpose(0, 1),
+)
+of_shape("transposed_vocabulary", "vocabulary-major logits: the last stride is not 1", (203, 5), lambda z: z.t())
+of_shape("strided_columns", "every second column, in three dimensions", (2, 3, 194), lambda z: z[..., ::2])
+of_shape("strided_rows", "every second row and sequence", (4, 6, 97), lambda z: z[::2, 1::2])
+of_shape(
+    "expanded_rows",
+    "one row expanded over the batch (stride 0): reads alias, the gradient must not",
+    (1, 97),
+    lambda z: z.expand(4, 97),
+)
+of_shape(
+    "expanded_columns",
+    "one value expanded over the vocabulary (last stride 0): uniform",
+    (4, 1),
+    lambda z: z.expand(4, 97),
+)
 
 
 # ---- 11. temperature, softcap ---------------------------------------------------------------------------------------
 
-
-@case("temperature below 1")
-def temperature_low(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, temperature=0.3)
-
-
-@case("temperature above 1, a Python int")
-def temperature_int(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, temperature=2)
-
-
-@case("temperature as a 0-d tensor of another dtype")
-def temperature_scalar_tensor(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, temperature=torch.tensor(1.25, dtype=torch.float64, device=device))
-
-
-@case("one temperature per token")
-def temperature_per_token(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, temperature=torch.tensor([0.5, 1.0, 2.0, 0.1, 10.0], device=device))
+of_plain("temperature_low", "temperature below 1", temperature=0.3)
+of_plain("temperature_int", "temperature above 1, a Python int", temperature=2)
+of_plain(
+    "temperature_scalar_tensor",
+    "temperature as a 0-d tensor of another dtype",
+    temperature=torch.tensor(1.25, dtype=torch.float64),
+)
+temperature_per_token = of_plain(
+    "temperature_per_token", "one temperature per token", temperature=torch.tensor([0.5, 1.0, 2.0, 0.1, 10.0])
+)
 
 
 @case("one temperature per sequence, (B, 1) against a target of (B, L)")
@@ -391,24 +347,10 @@ def temperature_per_position(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("tiny temperature: greedy, the gradient vanishes or is large")
-def temperature_tiny(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, temperature=1e-3)
-
-
-@case("1e-6: differences of logits overflow exp's range by far", WIDE)
-def temperature_tinier(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, temperature=1e-6)
-
-
-@case("1e-30: (z - m) / T overflows fp32 itself", WIDE)
-def temperature_tiniest(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, temperature=1e-30)
-
-
-@case("a large temperature: uniform")
-def temperature_large(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, temperature=1e4)
+of_plain("temperature_tiny", "tiny temperature: greedy, the gradient vanishes or is large", temperature=1e-3)
+of_plain("temperature_tinier", "1e-6: differences of logits overflow exp's range by far", WIDE, temperature=1e-6)
+of_plain("temperature_tiniest", "1e-30: (z - m) / T overflows fp32 itself", WIDE, temperature=1e-30)
+of_plain("temperature_large", "a large temperature: uniform", temperature=1e4)
 
 
 @case("an ignored token may have any temperature > 0, and the others keep theirs")
@@ -425,9 +367,9 @@ def softcap(dtype: torch.dtype, device: str) -> Sample:
     return sample
 
 
-@case("softcap under a temperature")
-def softcap_tempered(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, softcap=5.0, temperature=torch.tensor([0.5, 0.7, 1.0, 1.5, 3.0], device=device))
+of_plain(
+    "softcap_tempered", "softcap under a temperature", softcap=5.0, temperature=torch.tensor([0.5, 0.7, 1.0, 1.5, 3.0])
+)
 
 
 @case("a softcap that saturates: logits far beyond it, infinite ones included (tanh(-inf) = -1 is a finite logit)")
@@ -449,20 +391,9 @@ def softcap_poisoned(dtype: torch.dtype, device: str) -> Sample:
 
 # ---- 8. vocabulary --------------------------------------------------------------------------------------------------
 
-
-@case("V = 1: certain, all gradients 0")
-def vocabulary_1(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, vocab=1)
-
-
-@case("V = 2, less than a vector")
-def vocabulary_2(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, vocab=2)
-
-
-@case("more than one tile and no multiple of one")
-def vocabulary_tiles(dtype: torch.dtype, device: str) -> Sample:
-    return plain(dtype, device, rows=3, vocab=9001)
+of_plain("vocabulary_1", "V = 1: certain, all gradients 0", vocab=1)
+of_plain("vocabulary_2", "V = 2, less than a vector", vocab=2)
+of_plain("vocabulary_tiles", "more than one tile and no multiple of one", rows=3, vocab=9001)
 
 
 @case("padded vocabulary: columns from vocab_size on count as -inf, whatever they hold")

@@ -67,3 +67,27 @@ def plain(dtype: torch.dtype, device: str, rows: int = 5, vocab: int = 97, **kwa
     return Sample(
         normal(rows, vocab, dtype=dtype, device=device), labels(rows, vocab=vocab, device=device), dict(kwargs)
     )
+
+
+def of_plain(name: str, reason: str, dtypes: tuple[torch.dtype, ...] = ALL, **given: Any) -> Callable:
+    """The case of a :func:`plain` call; tensors among its arguments are moved to the device."""
+
+    def build(dtype: torch.dtype, device: str) -> Sample:
+        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
+        return plain(dtype, device, **moved)
+
+    build.__name__ = name
+    return case(reason, dtypes)(build)
+
+
+def of_shape(
+    name: str, reason: str, shape: tuple[int, ...], view: Callable[[Tensor], Tensor] = lambda z: z
+) -> Callable:
+    """The case of a view of normal logits."""
+
+    def build(dtype: torch.dtype, device: str) -> Sample:
+        logits = view(normal(*shape, dtype=dtype, device=device))
+        return Sample(logits, labels(*logits.shape[:-1], vocab=logits.shape[-1], device=device))
+
+    build.__name__ = name
+    return case(reason)(build)
