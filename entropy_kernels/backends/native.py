@@ -6,6 +6,7 @@ Both register under the same operators: torch picks by the device of the tensors
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,7 +17,7 @@ from torch import Tensor
 from entropy_kernels import _torch
 from entropy_kernels._rows import RowOptions
 from entropy_kernels.backends import radix_select, reused_memory, switches
-from entropy_kernels.backends.radix_select import Band, Count
+from entropy_kernels.backends.radix_select import Count
 
 _FOLDER = Path(__file__).parent.parent
 _LIBRARY = _FOLDER / "_ops.so"
@@ -98,55 +99,34 @@ class _SelectionSteps:
 _steps = cast(radix_select.Steps, _SelectionSteps())
 
 
-def token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str) -> Tensor:
-    if group:
-        return radix_select.token_covariance(_steps, logprob, advantages, mask, group)
-    return _ops.token_covariance(logprob, advantages, mask)
+def _over_ranks_in_steps(name: str, alone: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel of the contract: ``alone``, or the shared driver over our steps where there is a group of ranks."""
+    shared = getattr(radix_select, name)
+
+    def kernel(*given: Any) -> Tensor:
+        return shared(_steps, *given) if given[-1] else alone(*given[:-1])
+
+    return kernel
 
 
-def clip_cov_mask(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    seed: Tensor,
-    count: Count,
-    band: Band,
-    group: str,
-) -> Tensor:
-    if group:
-        return radix_select.clip_cov_mask(_steps, covariance, mask, exclude, token_index, seed, count, band, group)
-    ratio, k = -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k
-    return _ops.clip_cov_mask(
-        covariance, mask, exclude, token_index, seed, ratio, k, count.at_least_one, *band[:4], count.numbers
-    )
+def _size(count: Count) -> tuple[float, int, bool]:
+    return -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k, count.at_least_one
 
 
-def kl_cov_mask(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    count: Count,
-    group: str,
-) -> Tensor:
-    if group:
-        return radix_select.kl_cov_mask(_steps, covariance, mask, exclude, token_index, count, group)
-    ratio, k = -1.0 if count.ratio is None else count.ratio, -1 if count.k is None else count.k
-    return _ops.kl_cov_mask(covariance, mask, exclude, token_index, ratio, k, count.at_least_one, count.numbers)
+def _clip_cov_mask(*given: Any) -> Tensor:
+    *tokens, seed, count, band = given
+    return _ops.clip_cov_mask(*tokens, seed, *_size(count), *band[:4], count.numbers)
 
 
-def budget_mask(
-    score: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    numbers: Tensor,
-    group: str,
-) -> Tensor:
-    if group:
-        return radix_select.budget_mask(_steps, score, mask, exclude, token_index, numbers, group)
-    return _ops.budget_mask(score, mask, exclude, token_index, numbers)
+def _kl_cov_mask(*given: Any) -> Tensor:
+    *tokens, count = given
+    return _ops.kl_cov_mask(*tokens, *_size(count), count.numbers)
+
+
+token_covariance = _over_ranks_in_steps("token_covariance", lambda *given: _ops.token_covariance(*given))
+clip_cov_mask = _over_ranks_in_steps("clip_cov_mask", _clip_cov_mask)
+kl_cov_mask = _over_ranks_in_steps("kl_cov_mask", _kl_cov_mask)
+budget_mask = _over_ranks_in_steps("budget_mask", lambda *given: _ops.budget_mask(*given))
 
 
 class CpuCapability(NamedTuple):

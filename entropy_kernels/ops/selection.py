@@ -14,6 +14,7 @@ them there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,12 +38,15 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+_Given = tuple[list[Any], tuple[Any, ...]]  # the tokens, flat, and what else a kernel takes
+
+
 def _flat(*tensors: Tensor | None) -> list[Any]:
     """(N,) and contiguous: kernels read bare memory."""
     return [x if x is None or (x.dim() == 1 and x.is_contiguous()) else x.reshape(-1).contiguous() for x in tensors]
 
 
-def _flat_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> list[Any]:
+def _of_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -> _Given:
     if not (logprob.is_floating_point() and advantages.is_floating_point()):
         name, tensor = ("advantages", advantages) if logprob.is_floating_point() else ("logprob", logprob)
         raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
@@ -51,7 +55,7 @@ def _flat_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None) -
     check_tensors(
         logprob.device, ("advantages", advantages, advantages.dtype, shape), ("mask", mask, torch.bool, shape)
     )
-    return _flat(logprob.to(dtype), advantages.to(dtype), mask)
+    return _flat(logprob.to(dtype), advantages.to(dtype), mask), ()
 
 
 def _flat_tokens(
@@ -67,125 +71,59 @@ def _flat_tokens(
     return _flat(score.float(), mask, exclude, token_index)
 
 
-def _flat_selection(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    seed: Tensor | None,
-    numbers: Tensor | None,
-    ratio: float | None,
-    k: int | None,
-) -> list[Any]:
-    """The first four; ``seed`` is None where there is none, and no range."""
-    tokens = _flat_tokens("covariance", covariance, mask, exclude, token_index)
+def _selection(
+    score: Tensor, mask: Any, exclude: Any, token_index: Any, seed: Any, numbers: Any, ratio: Any, k: Any,
+    at_least_one: bool,
+) -> tuple[list[Any], Count]:  # fmt: skip
+    """The flat tokens, and how many; ``seed`` is None where there is none, and no range."""
+    tokens = _flat_tokens("covariance", score, mask, exclude, token_index)
     if seed is not None:
-        check_number("seed", seed, torch.int64, (), covariance.device)
+        check_number("seed", seed, torch.int64, (), score.device)
     if numbers is not None:
-        check_number("numbers", numbers, torch.float64, (2 if seed is None else 4,), covariance.device)
+        check_number("numbers", numbers, torch.float64, (2 if seed is None else 4,), score.device)
     if numbers is None and (ratio is None) == (k is None):
         raise ValueError(f"ratio, k: expected one of them, got ratio={ratio} and k={k}")
     if ratio is not None and not 0 <= ratio <= 1:
         raise ValueError(f"ratio: expected a share in [0, 1], got {ratio}")
     if k is not None and k < 0:
         raise ValueError(f"k: expected >= 0, got {k}")
-    return tokens
+    return tokens, Count(ratio, k, at_least_one, None if numbers is None else numbers.contiguous())
 
 
-def _flat_budget(score: Tensor, mask: Any, exclude: Any, token_index: Any, numbers: Tensor) -> list[Any]:
+def _of_clip_cov(*given: Any) -> _Given:
+    *among, low, high, quantile, closed = given
+    tokens, count = _selection(*among)
+    return tokens, (among[4], count, Band(low, high, quantile, closed, count.numbers))
+
+
+def _of_kl_cov(*given: Any) -> _Given:
+    tokens, count = _selection(*given[:4], None, *given[4:])
+    return tokens, (count,)
+
+
+def _of_budget(score: Tensor, mask: Any, exclude: Any, token_index: Any, numbers: Tensor) -> _Given:
     tokens = _flat_tokens("score", score, mask, exclude, token_index)
     check_number("numbers", numbers, torch.float64, (3,), score.device)
-    return tokens
+    return tokens, (numbers.contiguous(),)
 
 
-def _token_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, group: str, backend: str) -> Tensor:
-    tokens = _flat_covariance(logprob, advantages, mask)
-    kernel = registry.kernel("token_covariance", "token_covariance", backend, tokens[0])
-    return kernel(*tokens, group).view(logprob.shape)
+def _registered(name: str, checked: Callable[..., _Given], dtype: torch.dtype) -> Any:
+    """The operator; ``checked``: its arguments, but for group and backend, as a kernel takes them."""
+
+    def run(like: Tensor, *rest: Any) -> Tensor:
+        *given, group, backend = rest
+        tokens, more = checked(like, *given)
+        return registry.kernel(name, name, backend, tokens[0])(*tokens, *more, group).view(like.shape)
+
+    def fake(like: Tensor, *rest: Any) -> Tensor:
+        checked(like, *rest[:-2])  # here, too: a tensor on meta among others makes this the kernel
+        return like.new_empty(like.shape, dtype=dtype)
+
+    register(_library, name, run, fake)
+    return getattr(torch.ops.entropy_kernels, name).default
 
 
-def _clip_cov_mask(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    seed: Tensor,
-    numbers: Tensor | None,
-    ratio: float | None,
-    k: int | None,
-    at_least_one: bool,
-    low: float,
-    high: float,
-    quantile: bool,
-    closed: bool,
-    group: str,
-    backend: str,
-) -> Tensor:
-    tokens = _flat_selection(covariance, mask, exclude, token_index, seed, numbers, ratio, k)
-    kernel = registry.kernel("clip_cov_mask", "clip_cov_mask", backend, tokens[0])
-    numbers = None if numbers is None else numbers.contiguous()
-    count, band = Count(ratio, k, at_least_one, numbers), Band(low, high, quantile, closed, numbers)
-    return kernel(*tokens, seed, count, band, group).view(covariance.shape)
-
-
-def _kl_cov_mask(
-    covariance: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    numbers: Tensor | None,
-    ratio: float | None,
-    k: int | None,
-    at_least_one: bool,
-    group: str,
-    backend: str,
-) -> Tensor:
-    tokens = _flat_selection(covariance, mask, exclude, token_index, None, numbers, ratio, k)
-    kernel = registry.kernel("kl_cov_mask", "kl_cov_mask", backend, tokens[0])
-    count = Count(ratio, k, at_least_one, None if numbers is None else numbers.contiguous())
-    return kernel(*tokens, count, group).view(covariance.shape)
-
-
-def _budget_mask(
-    score: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    token_index: Tensor | None,
-    numbers: Tensor,
-    group: str,
-    backend: str,
-) -> Tensor:
-    tokens = _flat_budget(score, mask, exclude, token_index, numbers)
-    kernel = registry.kernel("budget_mask", "budget_mask", backend, tokens[0])
-    return kernel(*tokens, numbers.contiguous(), group).view(score.shape)
-
-
-def _fake_covariance(logprob: Tensor, advantages: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
-    _flat_covariance(logprob, advantages, mask)  # here, too: a tensor on meta among others makes this the kernel
-    return logprob.new_empty(logprob.shape, dtype=torch.float32)
-
-
-def _fake_clip(covariance: Tensor, *rest: Any) -> Tensor:
-    _flat_selection(covariance, *rest[:7])
-    return covariance.new_empty(covariance.shape, dtype=torch.bool)
-
-
-def _fake_kl(covariance: Tensor, *rest: Any) -> Tensor:
-    _flat_selection(covariance, *(*rest[:3], None, *rest[3:6]))
-    return covariance.new_empty(covariance.shape, dtype=torch.bool)
-
-
-def _fake_budget(score: Tensor, *rest: Any) -> Tensor:
-    _flat_budget(score, *rest[:4])
-    return score.new_empty(score.shape, dtype=torch.bool)
-
-
-register(_library, "token_covariance", _token_covariance, _fake_covariance)
-register(_library, "clip_cov_mask", _clip_cov_mask, _fake_clip)
-register(_library, "kl_cov_mask", _kl_cov_mask, _fake_kl)
-register(_library, "budget_mask", _budget_mask, _fake_budget)
-
-token_covariance = torch.ops.entropy_kernels.token_covariance.default
-clip_cov_mask = torch.ops.entropy_kernels.clip_cov_mask.default
-kl_cov_mask = torch.ops.entropy_kernels.kl_cov_mask.default
-budget_mask = torch.ops.entropy_kernels.budget_mask.default
+token_covariance = _registered("token_covariance", _of_covariance, torch.float32)
+clip_cov_mask = _registered("clip_cov_mask", _of_clip_cov, torch.bool)
+kl_cov_mask = _registered("kl_cov_mask", _of_kl_cov, torch.bool)
+budget_mask = _registered("budget_mask", _of_budget, torch.bool)
