@@ -97,7 +97,7 @@ def _of_clip_cov(*given: Any) -> _Given:
 
 
 def _of_kl_cov(*given: Any) -> _Given:
-    tokens, count = _selection(*given[:4], None, *given[4:])
+    tokens, count = _selection(*(*given[:4], None, *given[4:]))
     return tokens, (count,)
 
 
