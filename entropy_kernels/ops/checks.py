@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_kernels._arguments import check_tensor, has_own_operators, memory_range
 from entropy_kernels._rows import DIFFERENTIABLE, STATISTICS, RowOptions, state_rows, wanted
-from entropy_kernels._torch import schema_arguments
+from entropy_kernels._torch import below_autograd, schema_arguments
 
 # dtype of logits -> of their statistics, state, temperature and upstream gradients
 RESULT = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float32}
@@ -53,6 +53,28 @@ def register(
 
     library.impl(name, checked(run, no_grad), "CompositeExplicitAutograd")
     torch.library.register_fake(f"entropy_kernels::{name}", checked(fake, False), lib=library)
+
+
+def once_differentiable(library: torch.library.Library, name: str, op: str) -> None:
+    """Autograd of the operator ``op``, a backward pass: what it returns has no derivative, and an error says so."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with below_autograd():
+                return getattr(torch.ops.entropy_kernels, op).default(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(f"{name}: double backward (create_graph=True) is not supported")
+
+    def call(*inputs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return Once.apply(*inputs)
+        with below_autograd():
+            return getattr(torch.ops.entropy_kernels, op).default(*inputs)
+
+    library.impl(op, call, "Autograd")
 
 
 def _check_tensor(name: str, value: Any) -> None:

@@ -16,7 +16,14 @@ from entropy_kernels._arguments import recorded, refuse_forward_mode, refuse_fun
 from entropy_kernels._rows import DIFFERENTIABLE, state_rows, wanted
 from entropy_kernels._torch import below_autograd
 from entropy_kernels.ops import linear_tiles
-from entropy_kernels.ops.checks import check_backward, check_head, check_tensors, check_want, register
+from entropy_kernels.ops.checks import (
+    check_backward,
+    check_head,
+    check_tensors,
+    check_want,
+    once_differentiable,
+    register,
+)
 from entropy_kernels.ops.linear_plan import padded
 from entropy_kernels.ops.linear_tiles import Needs, Numbers
 from entropy_kernels.ops.token_stats import ROW, check_values
@@ -133,11 +140,6 @@ register(_library, "linear_token_stats_backward", _backward, _fake_backward)
 register(_library, "linear_token_stats_backward_", _backward_, _fake_backward)
 
 
-def _backward_op(inplace: bool) -> Any:
-    ops = torch.ops.entropy_kernels
-    return (ops.linear_token_stats_backward_ if inplace else ops.linear_token_stats_backward).default
-
-
 class _LinearTokenStats(torch.autograd.Function):
     """Autograd of the op."""
 
@@ -167,21 +169,10 @@ class _LinearTokenStats(torch.autograd.Function):
         # a compiler traces with tensors of its own types, and plans memory by itself
         inplace = type(logits) is Tensor and not torch.compiler.is_compiling()
         ctx.overwritten = ctx.overwritten or inplace
-        gradients = _backward_op(inplace)(grad, *saved, logits, *ctx.numbers, *needs)
+        ops = torch.ops.entropy_kernels
+        run = ops.linear_token_stats_backward_ if inplace else ops.linear_token_stats_backward
+        gradients = run.default(grad, *saved, logits, *ctx.numbers, *needs)
         return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *rest)
-
-
-class _LinearTokenStatsBackward(torch.autograd.Function):
-    """Only there to say, instead of a silent wrong second derivative, that there is none."""
-
-    @staticmethod
-    def forward(ctx: Any, inplace: bool, *inputs: Any) -> tuple[Tensor, ...]:
-        with below_autograd():
-            return _backward_op(inplace)(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
 
 
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
@@ -195,15 +186,8 @@ def _forward_autograd(*inputs: Any) -> tuple[Tensor, ...]:
         return linear_token_stats(*inputs)
 
 
-def _backward_autograd(*inputs: Any, inplace: bool = False) -> tuple[Tensor, ...]:
-    if torch.is_grad_enabled():
-        return _LinearTokenStatsBackward.apply(inplace, *inputs)
-    with below_autograd():
-        return _backward_op(inplace)(*inputs)
-
-
 _library.impl("linear_token_stats", _forward_autograd, "Autograd")
-_library.impl("linear_token_stats_backward", _backward_autograd, "Autograd")
-_library.impl("linear_token_stats_backward_", lambda *inputs: _backward_autograd(*inputs, inplace=True), "Autograd")
+for _op in ("linear_token_stats_backward", "linear_token_stats_backward_"):
+    once_differentiable(_library, _NAME, _op)
 
 linear_token_stats = torch.ops.entropy_kernels.linear_token_stats.default

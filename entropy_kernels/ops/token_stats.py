@@ -32,7 +32,7 @@ from entropy_kernels._rows import DIFFERENTIABLE, UNBOUNDED, RowOptions, bits, s
 from entropy_kernels._torch import below_autograd, in_transform
 from entropy_kernels.backends import registry
 from entropy_kernels.backends.eager.softmax_state import finalize, merge
-from entropy_kernels.ops.checks import check_backward, check_rows, check_want, register
+from entropy_kernels.ops.checks import check_backward, check_rows, check_want, once_differentiable, register
 
 _NAME = "logprob_entropy / token_stats"
 _library = torch.library.Library("entropy_kernels", "FRAGMENT")
@@ -322,19 +322,6 @@ def _gradient(ctx: Any, grad: Tensor | None, want: int) -> Tensor | None:
     return torch.ops.entropy_kernels.token_stats_backward.default(*arguments)
 
 
-class _TokenStatsBackward(torch.autograd.Function):
-    """Only there to say, instead of a silent wrong second derivative, that there is none."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        with below_autograd():
-            return torch.ops.entropy_kernels.token_stats_backward.default(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{_NAME}: double backward (create_graph=True) is not supported")
-
-
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and inputs[0] is not None and inputs[0].requires_grad:
         refuse_functional_grad(_NAME, inputs[0])
@@ -342,13 +329,6 @@ def _forward_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
     refuse_forward_mode(_NAME, inputs[0])
     with below_autograd():
         return token_stats(*inputs)
-
-
-def _backward_autograd(*inputs: Any) -> Tensor:
-    if torch.is_grad_enabled():
-        return _TokenStatsBackward.apply(*inputs)
-    with below_autograd():
-        return torch.ops.entropy_kernels.token_stats_backward.default(*inputs)
 
 
 def apart(stats: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
@@ -394,6 +374,6 @@ def _eager() -> bool:
 
 
 _library.impl("token_stats", _forward_autograd, "Autograd")
-_library.impl("token_stats_backward", _backward_autograd, "Autograd")
+once_differentiable(_library, _NAME, "token_stats_backward")
 
 token_stats = torch.ops.entropy_kernels.token_stats.default
