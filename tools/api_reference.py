@@ -128,7 +128,7 @@ def members(thing: type) -> dict[str, Any]:
 
 def entry(name: str, thing: Any, text: str | None = None, owner: Entry | None = None) -> Entry:
     """``text``: the docstring, where the thing itself has none."""
-    text = inspect.cleandoc((thing.__doc__ if text is None else text) or "")
+    text = inspect.cleandoc((inspect.getdoc(thing) if text is None else text) or "")
     begins = _parser.titles_re.search(text)
     found = Entry(name, thing, owner, text, text[: begins.start()].strip() if begins else text, {}, [])
     for part in _parser.parse(text).meta:

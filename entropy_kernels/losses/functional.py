@@ -518,18 +518,6 @@ class ClipCovLoss(_LossModule):
     def forward(
         self, logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor | None, **options: Any
     ) -> PolicyLoss:
-        """The loss of a batch.
-
-        Args:
-            logprob, old_logprob, advantages, mask: as in :func:`policy_loss`.
-            options: keyword arguments of the function; those of this call go before those of the module.
-
-        Returns:
-            As :func:`policy_loss`.
-
-        Raises:
-            TypeError, ValueError, NotImplementedError: as in :func:`policy_loss`.
-        """
         if all({**self.options, **options}.get(name) is None for name in ("seed", "dropped")):
             options["seed"] = self.seeds
         return super().forward(logprob, old_logprob, advantages, mask, **options)
