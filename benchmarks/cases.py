@@ -15,12 +15,7 @@ from torch import Tensor
 
 from entropy_kernels.backends.registry import BACKENDS
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 DISTRIBUTIONS = ("normal", "band", "equal")
 
 
@@ -426,14 +421,7 @@ def _linear(shapes: Sequence[HiddenShape], dtypes: Sequence[torch.dtype], device
             yield Group(title, tuple((op, case) for op in ops), cold=False)
 
 
-_HOST = (
-    "logprob_entropy",
-    "logprob_entropy_fwdbwd",
-    "token_stats",
-    "token_covariance",
-    "clip_cov_mask",
-    "kl_cov_mask",
-)
+_HOST = ("logprob_entropy", "logprob_entropy_fwdbwd", "token_stats", "token_covariance", "clip_cov_mask", "kl_cov_mask")
 
 
 def _host(device: torch.device, only: frozenset[str] | None = None) -> Group:

@@ -212,13 +212,7 @@ LOOP: dict[str, Loop] = {
     "long": _free("720 steps", _LONG, seeds=2, rank=2, course=True),
     **{
         f"{name}-free": _free(
-            label,
-            changes,
-            second=then,
-            seeds=3,
-            rank=1,
-            change=label,
-            against=("equal", _METHOD, str(_STRENGTH)),
+            label, changes, second=then, seeds=3, rank=1, change=label, against=("equal", _METHOD, str(_STRENGTH))
         )
         for name, (label, changes, then) in _DISTURBED.items()
     },

@@ -145,11 +145,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def load(
-    module: str,
-    *,
-    bare: Sequence[str],
-    stubbed: Sequence[str],
-    keep: Mapping[str, Mapping[str, Any]] | None = None,
+    module: str, *, bare: Sequence[str], stubbed: Sequence[str], keep: Mapping[str, Mapping[str, Any]] | None = None
 ) -> ModuleType:
     """Import ``module`` from the files of its installed package, with stubs around it.
 

@@ -107,10 +107,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     _add_tune(commands)
 
     for name, text in (
-        (
-            "train",
-            "train a small language model under GRPO, Clip-Cov, KL-Cov and others, and report on them",
-        ),
+        ("train", "train a small language model under GRPO, Clip-Cov, KL-Cov and others, and report on them"),
         ("bench", "measure ours and others' implementations (in a clone)"),
     ):
         commands.add_parser(name, help=text, add_help=False)

@@ -52,10 +52,7 @@ _METHODS = (
 # What stands beside a method, by a word in its name.
 _BESIDE = ((r"random|control", "random tokens"), (r"torch_ops", "torch ops"))
 # Controls that are named by what they do: dropping is Clip-Cov's treatment, the penalty KL-Cov's.
-_CONTROLS = (
-    (r"drop", _BLUE, "Random tokens dropped"),
-    (r"penal", _VERMILION, "Random tokens penalised"),
-)
+_CONTROLS = ((r"drop", _BLUE, "Random tokens dropped"), (r"penal", _VERMILION, "Random tokens penalised"))
 
 
 @dataclass(frozen=True)

@@ -169,14 +169,7 @@ def fit_figure(
     if extrapolated is not None:
         label = f"law of the first {extrapolated.n} points"
         ax.plot(grid, extrapolated.predict(grid), color="#d55e00", linewidth=1.6, linestyle=(0, (5, 2)), label=label)
-        ax.scatter(
-            h[early],
-            r[early],
-            s=70,
-            facecolors="none",
-            edgecolors="#d55e00",
-            zorder=4,
-        )
+        ax.scatter(h[early], r[early], s=70, facecolors="none", edgecolors="#d55e00", zorder=4)
     marks = ax.scatter(
         h[drawn], r[drawn], c=order[drawn], cmap="viridis", s=26, zorder=5, edgecolors="white", linewidths=0.4
     )

@@ -19,14 +19,7 @@ from entropy_kernels._require import require
 from entropy_kernels.analysis.entropy_law import MIN_POINTS, EntropyLaw, LawError, fit_entropy_law
 from entropy_kernels.analysis.log_text import listed
 from entropy_kernels.analysis.logs import Run, pairs, read_logs
-from entropy_kernels.analysis.metric_names import (
-    LogError,
-    Quantity,
-    find_entropy,
-    find_performance,
-    held_by,
-    kl_terms,
-)
+from entropy_kernels.analysis.metric_names import LogError, Quantity, find_entropy, find_performance, held_by, kl_terms
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -223,11 +223,7 @@ def largest_cluster() -> int:
 
 
 # The values that each may have; csrc/cuda/switches.h says what they do.
-CUDA_SWITCHES = {
-    "cluster_tokens": range(2**63),
-    "backward_reversed": range(2),
-    "row_invariant": range(2),
-}
+CUDA_SWITCHES = {"cluster_tokens": range(2**63), "backward_reversed": range(2), "row_invariant": range(2)}
 
 
 def set_cuda_switch(name: str, value: int) -> int:

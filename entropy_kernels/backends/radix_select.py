@@ -520,13 +520,7 @@ def _finish(
 
 
 def _largest(
-    steps: Steps,
-    ranks: Group,
-    keys: Tensor,
-    token_index: Tensor | None,
-    offset: Tensor,
-    valid: Tensor,
-    count: Count,
+    steps: Steps, ranks: Group, keys: Tensor, token_index: Tensor | None, offset: Tensor, valid: Tensor, count: Count
 ) -> Tensor:
     """(N,) bool: the group's n largest keys, ties to the lower token index."""
     if (ordered := _ordered(steps, ranks, keys, token_index)) is not None:
@@ -561,12 +555,7 @@ def _ordered(steps: Steps, ranks: Group, keys: Tensor, token_index: Tensor | Non
 
 
 def _first(
-    steps: Steps,
-    keys: Tensor,
-    token_index: Tensor | None,
-    offset: Tensor,
-    ordered: tuple[Tensor, Tensor],
-    need: Tensor,
+    steps: Steps, keys: Tensor, token_index: Tensor | None, offset: Tensor, ordered: tuple[Tensor, Tensor], need: Tensor
 ) -> Tensor:
     """(N,) bool: the first ``need``, () int64, of the ordered keys."""
     last = (need - 1).clamp(min=0)

@@ -8,13 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import (
-    boolean,
-    check_float,
-    check_place,
-    check_tensor,
-    poisoned,
-)
+from entropy_kernels._arguments import boolean, check_float, check_place, check_tensor, poisoned
 from entropy_kernels._selection_request import check_token_index
 from entropy_kernels._sequences import Sequences, packed_sequences, per_token_or_sequence
 from entropy_kernels.losses.aggregation import Aggregation

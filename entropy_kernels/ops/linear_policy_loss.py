@@ -161,13 +161,7 @@ def _fake_stats(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _grads(
-    logits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    temperature: Tensor,
-    *rest: Any,
+    logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, *rest: Any
 ) -> None:
     """Adds the share of some tokens to the gradients, and writes over their logits.
 
