@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,21 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         and torch.equal(a.isnan(), b.isnan())
         and bool(((a == b) | a.isnan()).all())
     )
+
+
+def checked_mask(on: BackendDevice, function: str, expected: Tensor, **given: Any) -> Tensor:
+    """A public mask on a backend is the expected one; its inputs are unchanged. Returned on the CPU."""
+    there = {name: moved(x, on.device) if isinstance(x, Tensor) else x for name, x in given.items()}
+    before = {name: x.clone() for name, x in there.items() if isinstance(x, Tensor)}
+    mask = getattr(ek, function)(**there, backend=on.backend)
+    assert mask.dtype == torch.bool and mask.shape == expected.shape
+    assert mask.device.type == on.device and mask.is_contiguous()
+    for name, value in before.items():
+        assert same_bits(there[name], value), f"{name} was changed"
+    assert torch.equal(mask.cpu(), expected), (
+        f"{int(mask.sum())} selected, {int(expected.sum())} expected, {int((mask.cpu() ^ expected).sum())} differ"
+    )
+    return mask.cpu()
 
 
 def run(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from control_cases import micro, one
+from control_cases import added, micro, one
 from entropy_kernels.methods import EFFECTS
 
 NAN = math.nan
@@ -150,11 +150,7 @@ def test_a_batch_without_a_finite_entropy_changes_no_memory(
 
 
 def test_a_metric_added_to_one_control_is_not_in_the_next() -> None:
-    batch = ek.SelectionBatch()
-    for _ in range(2):
-        known = micro(2, 5)
-        batch.add(known.pop("logprob"), known.pop("advantages"), known.pop("mask"), **known)
-    first, second = batch.control("clip_b")
+    first, second = added([micro(2, 5)] * 2).control("clip_b")
     first.metrics["loss"] = torch.zeros(())
     assert "loss" not in second.metrics
 
@@ -268,11 +264,7 @@ def test_a_wrong_state_is_named_and_changes_nothing(method: str, state: Any, mes
 
 def test_a_controller_of_a_selection_batch() -> None:
     given = micro(6, 20, 2)
-    parts = [{name: x[i : i + 3] for name, x in given.items()} for i in (0, 3)]
-    batch = ek.SelectionBatch()
-    for part in parts:
-        known = dict(part)
-        batch.add(known.pop("logprob"), known.pop("advantages"), known.pop("mask"), **known)
+    batch = added([{name: x[i : i + 3] for name, x in given.items()} for i in (0, 3)])
     for method, options in (("repo", {"target": 0.3}), ("random", {"ratio": 0.3}), ("adaptive_entropy", {"coef": 0.1})):
         of_parts, of_whole = ek.Controller(method, **options), ek.Controller(method, **options)
         for _ in range(3):
@@ -322,10 +314,7 @@ def test_a_method_from_outside() -> None:
     assert torch.equal(ek.control(method, one(given), effect="detached", margin=0.3).detached, right(0.3))
     weight = ek.control(method, one(given), effect="token_weight", margin=torch.tensor(0.3)).token_weight
     assert torch.equal(weight, torch.where(right(0.3), 0.5, 1.0))
-    batch = ek.SelectionBatch()
-    for rows in (slice(0, 2), slice(2, 5)):
-        known = {name: x[rows] for name, x in given.items()}
-        batch.add(known.pop("logprob"), known.pop("advantages"), known.pop("mask"), **known)
+    batch = added([{name: x[rows] for name, x in given.items()} for rows in (slice(0, 2), slice(2, 5))])
     assert torch.equal(torch.cat([x.dropped for x in batch.control(method)]), right(0.0))
     controller = ek.Controller(method, margin=0.1)
     for step in range(3):
@@ -438,10 +427,7 @@ def test_option_errors(method: str, error: type[Exception], message: str, option
     """From ek.control, SelectionBatch.control and, but for what needs the tokens, Controller as it is made."""
     given = micro(2, 5)
     fails(error, message, ek.control, method, one(given), **options)
-    batch = ek.SelectionBatch()
-    known = dict(given)
-    batch.add(known.pop("logprob"), known.pop("advantages"), known.pop("mask"), **known)
-    fails(error, message, batch.control, method, **options)
+    fails(error, message, added([given]).control, method, **options)
     if not message.startswith(("ratio", "k:", "seed", "high", "mu: expected on", "budget", "share", "limit")):
         options = {name: x for name, x in options.items() if name != "seed"}
         fails(error, message, ek.Controller, method, **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import entropy_kernels as ek
 import reference_selection as reference
-from calls import moved, same_bits
+from calls import checked_mask, same_bits
 from conftest import BackendDevice
 from entropy_kernels.backends import native
 from entropy_kernels.backends.eager import selection as eager
@@ -42,21 +42,9 @@ def covariances(shape: tuple[int, ...], seed: int = 0, levels: int | None = None
 
 
 def check(on: BackendDevice, function: str, covariance: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """The public mask on a backend equals the reference; inputs unchanged. Returns the mask on the CPU."""
+    """The public mask on a backend equals the reference."""
     expected = getattr(reference, function)(covariance, mask, **options)
-    tensors = {"covariance": covariance, "mask": mask, **{k: v for k, v in options.items() if isinstance(v, Tensor)}}
-    there = {k: None if v is None else moved(v, on.device) for k, v in tensors.items()}
-    before = {k: None if v is None else v.clone() for k, v in there.items()}
-    selected = getattr(ek, function + "_mask")(**{**options, **there}, backend=on.backend)
-    assert selected.dtype == torch.bool and selected.shape == covariance.shape
-    assert selected.device.type == on.device and selected.is_contiguous()
-    for name, value in there.items():
-        assert value is None or same_bits(value, before[name]), f"{name} was changed"
-    assert torch.equal(selected.cpu(), expected), (
-        f"{int(selected.sum())} selected, {int(expected.sum())} expected, "
-        f"{int((selected.cpu() ^ expected).sum())} differ"
-    )
-    return selected.cpu()
+    return checked_mask(on, f"{function}_mask", expected, covariance=covariance, mask=mask, **options)
 
 
 def both(on: BackendDevice, covariance: Tensor, mask: Tensor | None = None, **options: Any) -> None:

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import entropy_kernels as ek
 import reference_selection
-from calls import moved, same_bits
+from calls import checked_mask, moved
 from conftest import BackendDevice, backend_devices
 from entropy_kernels import reference
 from entropy_kernels.backends.radix_select import Budget
@@ -34,21 +34,9 @@ def budget_on(request: pytest.FixtureRequest) -> BackendDevice:
 
 
 def check(on: BackendDevice, score: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """The public mask on a backend equals that of fractions; inputs unchanged. Returns it on the CPU."""
+    """The public mask on a backend equals that of fractions."""
     expected = reference_selection.budget(score, mask, **options)
-    tensors = {"score": score, "mask": mask, **{k: v for k, v in options.items() if isinstance(v, Tensor)}}
-    there = {k: None if v is None else moved(v, on.device) for k, v in tensors.items()}
-    before = {k: None if v is None else v.clone() for k, v in there.items()}
-    selected = ek.budget_tokens(**{**options, **there}, backend=on.backend)
-    assert selected.dtype == torch.bool and selected.shape == score.shape
-    assert selected.device.type == on.device and selected.is_contiguous()
-    for name, value in there.items():
-        assert value is None or same_bits(value, before[name]), f"{name} was changed"
-    assert torch.equal(selected.cpu(), expected), (
-        f"{int(selected.sum())} selected, {int(expected.sum())} expected, "
-        f"{int((selected.cpu() ^ expected).sum())} differ"
-    )
-    return selected.cpu()
+    return checked_mask(on, "budget_tokens", expected, score=score, mask=mask, **options)
 
 
 def scores(shape: tuple[int, ...], seed: int = 0, levels: int | None = None, heavy: bool = False) -> dict[str, Tensor]:
