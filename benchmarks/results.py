@@ -36,6 +36,7 @@ import torch
 
 import entropy_kernels as ek
 from entropy_kernels.backends import verdict
+from entropy_kernels.trainer.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -118,12 +119,9 @@ def as_document(head: Mapping[str, Any], measured: Iterable[Measured], outcomes:
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
     """Write JSON so that a reader, or whoever cuts the run off, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = json.dumps(document, indent=1, ensure_ascii=False)
     # a list of samples on one line: a line for each makes a document of a grid hundreds of thousands of lines long
-    scratch.write_text(_NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n")
-    os.replace(scratch, path)
+    write_text(path, _NUMBERS.sub(lambda match: " ".join(match[0].split()), text) + "\n")
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Measured]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import io
 import multiprocessing
 import os
@@ -89,6 +90,30 @@ def run_ranks(world: int, function: Callable, *arguments: Any) -> list[Any]:
                 process.kill()
     assert not failures, "\n".join(failures)
     return results
+
+
+@functools.cache
+def _outcome(world: int, function: Callable, *arguments: Any) -> list[Any] | AssertionError:
+    try:
+        return run_ranks(world, function, *arguments)
+    except AssertionError as error:
+        return error
+
+
+def run_ranks_once(world: int, function: Callable, *arguments: Any) -> list[Any]:
+    """:func:`run_ranks`, once for all tests that look at its results, also where it fails."""
+    if isinstance(found := _outcome(world, function, *arguments), AssertionError):
+        raise found
+    return found
+
+
+def equal_shards(vocab: int, world: int) -> list[int]:
+    """The widths of a vocabulary's shards; also :func:`with_empty_shard`, where rank 1 has nothing."""
+    return [vocab // world] * world
+
+
+def with_empty_shard(vocab: int, world: int) -> list[int]:
+    return [vocab - 7 * (world - 2), 0, *[7] * (world - 2)]
 
 
 def one_result(world: int, function: Callable, *arguments: Any) -> Any:

@@ -237,8 +237,11 @@ def test_compiled_code_breaks_its_graph_there() -> None:
 # ---- DTensor --------------------------------------------------------------------------------------------------------
 
 
-def gathered(rank: int, world: int, vocab: int) -> dict[str, Any]:
-    """Every rank has tokens of its own and a part of the weight, whose gradient is the ranks' mean, as FSDP's are."""
+def of_dtensors(rank: int, world: int, vocab: int, over_vocab: bool) -> dict[str, Any]:
+    """Every rank has a part of the weight. `over_vocab`: it is the vocabulary's, and all ranks have the same tokens.
+
+    Else every rank has tokens of its own, and the gradients of the weight are the ranks' mean, as FSDP's are.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -247,46 +250,29 @@ def gathered(rank: int, world: int, vocab: int) -> dict[str, Any]:
     assert case.bias is not None
     weight = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()
     bias = distribute_tensor(case.bias, mesh, [Shard(0)]).requires_grad_()
-    own = slice(24 // world * rank, 24 // world * (rank + 1))
+    own = slice(None) if over_vocab else slice(24 // world * rank, 24 // world * (rank + 1))
     hidden = case.hidden[own].clone().requires_grad_()
-    out = ek.linear_token_stats(hidden, weight, case.target[own], bias)
+    group = dist.group.WORLD if over_vocab else None
+    out = ek.linear_token_stats(hidden, weight, case.target[own], bias, vocab_group=group)
     up = {name: value[own] for name, value in upstream(case).items()}
     torch.autograd.backward([getattr(out, n) for n in up], list(up.values()))
     found = {name: value.detach() for name, value in out._asdict().items()}
-    whole = {f"d_{n}": world * x.grad.full_tensor() for n, x in (("weight", weight), ("bias", bias))}  # type: ignore
+    ranks = 1 if over_vocab else world
+    whole = {f"d_{n}": ranks * x.grad.full_tensor() for n, x in (("weight", weight), ("bias", bias))}  # type: ignore
     return {"tokens": found | {"d_hidden": hidden.grad}, "whole": whole}
 
 
 @pytest.mark.parametrize("vocab", (800, 803))
 def test_a_dtensor_weight_is_gathered(vocab: int) -> None:
-    ranks = run_ranks(2, gathered, vocab)
+    ranks = run_ranks(2, of_dtensors, vocab, False)
     tokens = {name: torch.cat([rank["tokens"][name] for rank in ranks]) for name in ranks[0]["tokens"]}
     judge(make(24, vocab=vocab), tokens | ranks[0]["whole"])
 
 
-def sharded(rank: int, world: int, vocab: int) -> dict[str, Any]:
-    """All ranks have the same tokens; the weight's shards are the vocabulary's."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (world,))
-    case = make(24, vocab=vocab)
-    assert case.bias is not None
-    weight = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()
-    bias = distribute_tensor(case.bias, mesh, [Shard(0)]).requires_grad_()
-    hidden = case.hidden.clone().requires_grad_()
-    out = ek.linear_token_stats(hidden, weight, case.target, bias, vocab_group=dist.group.WORLD)
-    up = upstream(case)
-    torch.autograd.backward([getattr(out, n) for n in up], list(up.values()))
-    found = {name: value.detach() for name, value in out._asdict().items()}
-    whole = {"d_weight": weight.grad.full_tensor(), "d_bias": bias.grad.full_tensor()}  # type: ignore[union-attr]
-    return found | whole | {"d_hidden": hidden.grad}
-
-
 @pytest.mark.parametrize("vocab", (801, 803))
 def test_a_dtensor_weight_over_the_vocabulary(vocab: int) -> None:
-    for found in run_ranks(3, sharded, vocab):
-        judge(make(24, vocab=vocab), found)
+    for rank in run_ranks(3, of_dtensors, vocab, True):
+        judge(make(24, vocab=vocab), rank["tokens"] | rank["whole"])
 
 
 def test_parameters_of_a_function_in_a_list() -> None:

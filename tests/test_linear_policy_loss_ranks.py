@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import entropy_kernels as ek
 from calls import same_bits
-from gloo import one_result, run_ranks
+from gloo import one_result, run_ranks, run_ranks_once
 from linear_policy_cases import MANY, ONE, SCENARIOS, SELECT, B, Case, V, composed, fused, make
 
 NAMES = (
@@ -51,17 +50,12 @@ def sharded(rank: int, world: int) -> dict[tuple[str, str, bool], Any]:
     return results
 
 
-@functools.cache
-def sharded_results(world: int) -> list[Any]:
-    return run_ranks(world, sharded)
-
-
 @pytest.mark.parametrize("equal", (True, False), ids=("equal", "unequal"))
 @pytest.mark.parametrize("mode", BUDGET)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world", (2, 3, 4))
 def test_a_sharded_vocabulary(world: int, name: str, mode: str, equal: bool) -> None:
-    ranks = [result[name, mode, equal] for result in sharded_results(world)]
+    ranks = [result[name, mode, equal] for result in run_ranks_once(world, sharded)]
     (first, (hidden, *_)), right = ranks[0], composed(SCENARIOS[name]())
     for result, (other, *_) in ranks[1:]:
         assert same_bits(result.loss, first.loss) and same_bits(other, hidden)

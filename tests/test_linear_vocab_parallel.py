@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 
 import entropy_kernels as ek
 from calls import same_bits
-from gloo import one_result, run_ranks
+from gloo import equal_shards, one_result, run_ranks, run_ranks_once, with_empty_shard
 from linear_cases import Linear, judge, make, upstream
 from sample import INF, NAN
 
@@ -21,17 +20,9 @@ WORLDS = (2, 3, 4)
 BUDGETS = {"keep": [1 << 30], "recompute": [40_000], "keep beside recompute": [1 << 30, 40_000]}
 
 
-def equal(vocab: int, world: int) -> list[int]:
-    return [vocab // world] * world
-
-
 def unequal(vocab: int, world: int) -> list[int]:
     widths = [1, *(70 * (i + 1) for i in range(world - 2))]
     return [*widths, vocab - sum(widths)]
-
-
-def with_empty(vocab: int, world: int) -> list[int]:
-    return [vocab - 7 * (world - 2), 0, *[7] * (world - 2)]
 
 
 def padded(dtype: torch.dtype) -> Linear:
@@ -55,7 +46,7 @@ SCENARIOS: dict[str, tuple[Callable[[torch.dtype], Linear], Callable | None, tor
     "equal fp64": (lambda d: make(dtype=d, vocab=1200, temperature=0.4), None, torch.float64),
     "fp32 logits": (lambda d: make(dtype=d, vocab=1200, logits_dtype=torch.float32), None, torch.bfloat16),
     "unequal": (lambda d: make(dtype=d, vocab=1201, bias=False), unequal, torch.float32),
-    "an empty shard": (lambda d: make(dtype=d, vocab=1201), with_empty, torch.float32),
+    "an empty shard": (lambda d: make(dtype=d, vocab=1201), with_empty_shard, torch.float32),
     "padded": (padded, None, torch.float32),
     "padded unequal": (padded, unequal, torch.float32),
     "softcap": (lambda d: make(dtype=d, vocab=1200, softcap=3.0), None, torch.float32),
@@ -65,7 +56,7 @@ SCENARIOS: dict[str, tuple[Callable[[torch.dtype], Linear], Callable | None, tor
 
 
 def widths_of(name: str, case: Linear, world: int) -> list[int]:
-    return (SCENARIOS[name][1] or equal)(case.weight.shape[0], world)
+    return (SCENARIOS[name][1] or equal_shards)(case.weight.shape[0], world)
 
 
 def shard_results(rank: int, world: int) -> dict[tuple[str, str], dict[str, Any]]:
@@ -94,22 +85,11 @@ def shard_results(rank: int, world: int) -> dict[tuple[str, str], dict[str, Any]
     return results
 
 
-@functools.cache
-def all_results(world: int) -> list[dict[tuple[str, str], dict[str, Any]]] | AssertionError:
-    try:
-        return run_ranks(world, shard_results)
-    except AssertionError as error:
-        return error  # so that it is not run again for each scenario
-
-
 @pytest.mark.parametrize("mode", BUDGETS)
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_shards_equal_the_whole(name: str, mode: str, world: int) -> None:
-    results = all_results(world)
-    if isinstance(results, AssertionError):
-        raise results
-    ranks = [result[name, mode] for result in results]
+    ranks = [result[name, mode] for result in run_ranks_once(world, shard_results)]
     build, _, dtype = SCENARIOS[name]
     case = build(dtype)
     for other in ranks[1:]:
@@ -125,9 +105,7 @@ def test_shards_equal_the_whole(name: str, mode: str, world: int) -> None:
 
 def test_the_hidden_gradient_of_one_rank_fails() -> None:
     """The comparison sees a reduction that was left out."""
-    results = all_results(2)
-    assert not isinstance(results, AssertionError)
-    found = dict(results[0]["equal", "keep"])
+    found = dict(run_ranks_once(2, shard_results)[0]["equal", "keep"])
     case = make(vocab=1200)
     alone = ek.linear_token_stats(case.hidden, case.weight[:600], case.target.clamp(max=599), case.bias[:600])  # type: ignore[index]
     for key in ("d_weight", "d_bias"):

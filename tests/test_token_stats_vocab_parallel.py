@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -16,25 +15,16 @@ import entropy_kernels as ek
 from calls import bound, same_bits, upstream
 from cases import CASES
 from conftest import BackendDevice
-from gloo import one_result, run_ranks
+from gloo import equal_shards, one_result, run_ranks, run_ranks_once, with_empty_shard
 from sample import INF, NAN, Sample, normal, plain
 
 WORLDS = (2, 3, 4)
-
-
-def equal(vocab: int, world: int) -> list[int]:
-    return [vocab // world] * world
 
 
 def unequal(vocab: int, world: int) -> list[int]:
     """One column, then ever more."""
     widths = [1, *(5 * (i + 1) for i in range(world - 2))]
     return [*widths, vocab - sum(widths)]
-
-
-def with_empty(vocab: int, world: int) -> list[int]:
-    """A rank that holds no column at all."""
-    return [vocab - 7 * (world - 2), 0, *[7] * (world - 2)]
 
 
 def sample_of(name: str) -> Callable[[torch.dtype], Sample]:
@@ -100,7 +90,7 @@ SCENARIOS: dict[str, tuple[Callable[[torch.dtype], Sample], Callable | None, tor
     "two statistics": (lambda d: plain(d, "cpu", vocab=96), None, torch.float32, "logprob_entropy"),
     "unequal": (lambda d: plain(d, "cpu", vocab=97), unequal, torch.float32, "token_stats"),
     "unequal fp16": (lambda d: plain(d, "cpu", vocab=1500), unequal, torch.float16, "token_stats"),
-    "an empty shard": (lambda d: plain(d, "cpu", vocab=97), with_empty, torch.float32, "token_stats"),
+    "an empty shard": (lambda d: plain(d, "cpu", vocab=97), with_empty_shard, torch.float32, "token_stats"),
     "padded": (padded, None, torch.float32, "token_stats"),
     "padded unequal": (padded, unequal, torch.float32, "token_stats"),
     "empty parts": (empty_parts, None, torch.float32, "token_stats"),
@@ -128,7 +118,7 @@ def scenario(name: str, world: int) -> tuple[Sample, list[int], bool]:
     build, split, dtype, _ = SCENARIOS[name]
     sample = build(dtype)
     vocab = sample.logits.shape[-1]
-    return sample, (split or equal)(vocab, world), split is not None
+    return sample, (split or equal_shards)(vocab, world), split is not None
 
 
 def shard_results(rank: int, world: int, backend: str) -> dict[str, Any]:
@@ -156,21 +146,6 @@ def shard_results(rank: int, world: int, backend: str) -> dict[str, Any]:
     return results
 
 
-@functools.cache
-def _all_results(backend: str, world: int) -> list[dict[str, Any]] | AssertionError:
-    try:
-        return run_ranks(world, shard_results, backend)
-    except AssertionError as error:
-        return error  # so that it is not run again for each scenario
-
-
-def all_results(backend: str, world: int) -> list[dict[str, Any]]:
-    results = _all_results(backend, world)
-    if isinstance(results, AssertionError):
-        raise results
-    return results
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_shards_equal_the_whole(name: str, world: int, on: BackendDevice) -> None:
@@ -178,7 +153,8 @@ def test_shards_equal_the_whole(name: str, world: int, on: BackendDevice) -> Non
         pytest.skip("gloo ranks compute on the CPU")
     if on.interpreted and world != 3:
         pytest.skip("one world size is enough for the slow interpreter: the merge is the same code")
-    ranks = [result[name] for result in all_results(on.backend, world)]
+    results = run_ranks_once(world, shard_results, on.backend)
+    ranks = [result[name] for result in results]
     sample, widths, _ = scenario(name, world)
     references = bound(sample)
     names = ["logprob", "entropy", "collision"][: len(ranks[0][0]) if len(ranks[0][0]) == 2 else 3]
@@ -191,7 +167,7 @@ def test_shards_equal_the_whole(name: str, world: int, on: BackendDevice) -> Non
     assert [gradient.shape[-1] for _, gradient in ranks] == widths
     whole = torch.cat([gradient for _, gradient in ranks], -1)
     references.check_gradient(whole, **upstream(sample, *names))
-    for result in all_results(on.backend, world):
+    for result in results:
         if f"{name} in place" in result:
             assert same_bits(result[f"{name} in place"][1], result[name][1]), "in place differs"
 
@@ -212,7 +188,7 @@ def collectives(rank: int, world: int, backend: str) -> dict[str, Any]:
 
         setattr(dist, name, counted)
     sample = plain(torch.float32, "cpu", vocab=96)
-    logits = shard_of(sample, equal(96, world), rank)[0].clone().requires_grad_()
+    logits = shard_of(sample, equal_shards(96, world), rank)[0].clone().requires_grad_()
     out = ek.token_stats(logits, sample.target, vocab_group=dist.group.WORLD, backend=backend)
     forward = list(calls)
     if rank == 0:
@@ -383,7 +359,7 @@ def test_debugging_asks_for_the_number_of_tokens() -> None:
 
 def compiled(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
     sample = plain(torch.float32, "cpu", vocab=96)
-    logits = shard_of(sample, equal(96, world), rank)[0].clone().requires_grad_()
+    logits = shard_of(sample, equal_shards(96, world), rank)[0].clone().requires_grad_()
     group = dist.group.WORLD
 
     @torch.compile(fullgraph=True, backend="aot_eager")

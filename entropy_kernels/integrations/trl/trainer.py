@@ -11,7 +11,6 @@ import contextlib
 import inspect
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from entropy_kernels.integrations._patch import PatchRefused
 from entropy_kernels.integrations.trl.config import GRPOConfig
 from entropy_kernels.integrations.trl.head import HEAD, head
 from entropy_kernels.integrations.trl.plan import Planner, Statistics, penalty, placed
+from entropy_kernels.trainer.files import write_text
 
 STATE = "entropy_kernels.json"  # beside TRL's files in a checkpoint
 
@@ -221,9 +221,7 @@ class GRPOTrainer(trl.GRPOTrainer):
             return
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         text = json.dumps({**_named(self.args), "state": self._planner.controller.state_dict()}, indent=1)
-        partial = folder / f"{STATE}.partial"
-        partial.write_text(text)
-        os.replace(partial, folder / STATE)
+        write_text(folder / STATE, text)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
