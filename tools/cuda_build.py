@@ -111,7 +111,8 @@ def gencode_flags(names: list[str]) -> list[str]:
 
 
 def sources() -> list[Path]:
-    return sorted(path for kind in ("*.cu", "*.cpp") for path in (ROOT / "csrc" / "cuda").glob(kind))
+    """From the back: first those over rows, which take the longest, so that no core is left alone with one of them."""
+    return sorted((path for kind in ("*.cu", "*.cpp") for path in (ROOT / "csrc" / "cuda").glob(kind)), reverse=True)
 
 
 def _run(command: list[str]) -> str:
