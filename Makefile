@@ -6,24 +6,33 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py tools/build_backend.py tools/cuda_build.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheel train reproduce-toy test test-integrations test-wheel bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format docs clean
+.PHONY: help setup installed-and-built wheel train reproduce-toy test test-integrations test-wheel bench bench-readme control bench-save bench-compare cuda-check gpu-smoke gpu-verify gpu-bench gpu-prebuilt sanitize lint format docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What the C++ is built with and against.
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q --no-compile -c constraints.txt setuptools pybind11 ninja numpy torch
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	ENTROPY_KERNELS_SKIP_CPP=1 $(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # as pip would, on all cores
+	$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib || true # as pip would, on all cores, what is ever imported
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(CSRC)
-	$(PIP) install -q -c constraints.txt --no-build-isolation --no-deps -e .
+$(VENV)/.built: $(VENV)/.torch $(CSRC)
+	mkdir -p build
+	$(BIN)/python setup.py -q build_ext --inplace >build/compiler.log || { cat build/compiler.log; exit 1; }
 	touch $@
 
-setup: $(VENV)/.built ## create .venv and build the C++ extension
+setup: $(VENV)/.torch ## create .venv and build the C++ extension, which takes a core while pip takes the other
+	@$(MAKE) --no-print-directory -j2 installed-and-built
+
+installed-and-built: $(VENV)/.installed $(VENV)/.built
+	@:
 
 wheel: setup ## a wheel for every Python >= 3.10 and torch of the support window, in dist/
 	$(PIP) wheel -q --no-deps --no-build-isolation -w dist .
