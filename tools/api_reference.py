@@ -49,6 +49,11 @@ LAYERS: dict[str, dict[str, str]] = {
         "clip_ratio metric_table surrogate_table",
     },
     "Analysis": {"ek": "fit_entropy_law EntropyLaw predicted_entropy_change", "ek.analysis": "LawError"},
+    "Logs and figures": {
+        "ek.analysis.logs": "read_logs read_log Run pairs",
+        "ek.analysis.plots": "entropy_figure performance_figure law_figure fit_figure fits_figure "
+        "entropy_change_figure covariance_table png",
+    },
     "Hugging Face": {"ek.hf": "causal_lm_logprob_entropy causal_lm_parts CausalLMParts next_tokens"},
     "Definitions in float64": {
         "ek.reference": "statistics gradient token_covariance kl_cov_mask clip_cov_mask budget_tokens in_range "

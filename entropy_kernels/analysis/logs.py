@@ -50,19 +50,26 @@ _NEAR = 0.01
 
 @dataclass
 class Run:
-    """A run of a trainer, out of one log or several."""
+    """A run of a trainer, out of one log or several.
+
+    Attributes:
+        name: as the log, its file or its folder names it; ``name#2`` for the second of a file.
+        frame: float columns with ``step``, one row per step in ascending order; no infinite values.
+        paths: the files and folders that it was read from.
+        notes: what was left out, joined or kept apart, in sentences.
+        not_finite: column → steps whose value is infinite or NaN.
+        settings: those that stand beside the log: of MLflow, of this package's ``config.json``.
+
+    Source:
+        docs/entropy-law.md.
+    """
 
     name: str
-    """As the log, its file or its folder names it; ``name#2`` for the second of a file."""
     frame: DataFrame
-    """Float columns with ``step``, one row per step in ascending order; no infinite values."""
     paths: tuple[Path, ...]
     notes: list[str] = field(default_factory=list)
-    """What was left out, joined or kept apart, in sentences."""
     not_finite: dict[str, list[float]] = field(default_factory=dict)
-    """Column → steps whose value is infinite or NaN."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Settings that stand beside the log: of MLflow, of this package's ``config.json``."""
 
     @property
     def full_name(self) -> str:
@@ -91,8 +98,16 @@ def read_logs(
         run: only the runs of this name, or of a pattern with ``*``.
         progress: called with how much is read and how much there is, in bytes, about.
 
-    Raises :class:`FileNotFoundError`, or :class:`~entropy_kernels.analysis.metric_names.LogError` if nothing in them
-    can be read or ``run`` names none.
+    Returns:
+        The runs, in the order of the logs.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        LogError: a ValueError; nothing in them can be read, or ``run`` names none.
+        ImportError: pandas is missing, or what a format needs (extra ``analysis``).
+
+    Source:
+        docs/entropy-law.md.
     """
     by_path: dict[Path, Source] = {}  # a log that is named twice counts once
     for source in (source for path in map(Path, paths) for source in _sources(path)):
@@ -127,9 +142,20 @@ def read_logs(
 
 
 def read_log(path: str | Path, *, run: str | None = None) -> DataFrame:
-    """The only run of a log, or the one that ``run`` names, as a frame; ``frame.attrs["notes"]`` has its notes.
+    """The only run of a log, or the one that ``run`` names, as a frame.
 
-    Arguments and errors as of :func:`read_logs`; :class:`LogError` with their names if it holds several runs.
+    Args:
+        path: a file or a folder.
+        run: as in :func:`read_logs`.
+
+    Returns:
+        :class:`Run`'s frame; ``frame.attrs["notes"]`` has its notes.
+
+    Raises:
+        LogError: also where it holds several runs, with their names; and what :func:`read_logs` raises.
+
+    Source:
+        docs/entropy-law.md.
     """
     runs = read_logs([path], run=run)
     if len(runs) > 1:
@@ -145,17 +171,30 @@ def pairs(
     *,
     align: Literal["last", "mean"] = "last",
 ) -> DataFrame:
-    """One row (``step``, ``entropy``, ``performance``) per evaluation of a log in which evaluations are sparser.
+    """Each evaluation of a log in which evaluations are sparser, with an entropy.
 
     ``align="last"`` pairs an evaluation with the entropy of its own step or else the latest since the evaluation
     before it; ``"mean"`` with the mean of all entropies since the evaluation before it, which is smoother but lags by
     half an interval. An evaluation before the first entropy (step 0, before training) takes the first entropy after
     it, up to the next evaluation: trainers measure that one on the same, not yet updated policy. Evaluations without
-    any entropy are left out; ``frame.attrs["unpaired"]`` counts them.
+    any entropy are left out.
 
     Args:
-        log: as :func:`read_log` returns it: a ``step`` column, rows of ascending step.
+        log: a ``step`` column, rows of ascending step, as :func:`read_log` returns.
         entropy, performance: column names, or Series on the log's index.
+        align: which entropy: the last one, or the mean.
+
+    Returns:
+        A row (``step``, ``entropy``, ``performance``) per evaluation; ``frame.attrs["unpaired"]`` counts those
+        that are left out.
+
+    Raises:
+        KeyError: the log lacks a column.
+        ValueError: another ``align``.
+        ImportError: pandas is missing (extra ``analysis``).
+
+    Source:
+        docs/entropy-law.md.
     """
     word("align", align, ("last", "mean"))
     pd = require("pandas", "pairing a log")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame, Series
 
-    Run: TypeAlias = DataFrame | Sequence[DataFrame]
+    Logs: TypeAlias = DataFrame | Sequence[DataFrame]
 
 # Mean covariance of the top fractions of tokens at step 1 of Qwen2.5-7B: arXiv 2505.22617, table 1.
 PAPER_COVARIANCE = {0.0002: 5.654, 0.002: 3.112, 0.02: 1.385, 0.2: 0.351, 0.5: 0.152, 1.0: 0.003}
@@ -39,7 +39,21 @@ _MOST_MARKERS, _MOST_NAMED = 3000, 24
 
 
 def png(figure: Figure, *, dpi: int = 150) -> bytes:
-    """The figure as PNG bytes, of 256 colours: a third of the size."""
+    """The figure as PNG bytes, of 256 colours: a third of the size.
+
+    Args:
+        figure: of one of the functions here, or any of matplotlib.
+        dpi: dots per inch.
+
+    Returns:
+        The file's bytes.
+
+    Raises:
+        ImportError: Pillow is missing (extra ``analysis``).
+
+    Source:
+        docs/entropy-law.md.
+    """
     image = require("PIL.Image", "a plot")
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"compress_level": 0})  # it is read back at once
@@ -49,9 +63,26 @@ def png(figure: Figure, *, dpi: int = 150) -> bytes:
 
 
 def entropy_figure(
-    runs: Mapping[str, Run], *, column: str = "entropy", log_scale: bool = False, narrow: bool = False
+    runs: Mapping[str, Logs], *, column: str = "entropy", log_scale: bool = False, narrow: bool = False
 ) -> Figure:
-    """Policy entropy over training steps, one line per run."""
+    """Policy entropy over training steps, one line per run.
+
+    Args:
+        runs: name → log, or the logs of its seeds: DataFrames with a ``step`` column.
+        column: the one to draw; runs without it are left out.
+        log_scale: of the entropies.
+        narrow: for the width of a phone: panels stand one under another.
+
+    Returns:
+        A matplotlib figure, made without pyplot.
+
+    Raises:
+        ValueError: no run has what is to be drawn.
+        ImportError: matplotlib is missing (extra ``analysis``).
+
+    Source:
+        docs/entropy-law.md.
+    """
     style.check_runs(runs, [column])
     fig, (ax,) = style.panels(1, (6.8, 4.2), narrow=narrow)
     _curves(ax, runs, column)
@@ -66,15 +97,27 @@ def entropy_figure(
 
 
 def performance_figure(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Logs],
     *,
     columns: Mapping[str, str] | None = None,
     title: str = "Validation",
     narrow: bool = False,
 ) -> Figure:
-    """Validation performance over steps, one panel per column; ``columns`` maps a column to its panel's title.
+    """Validation performance over steps, one panel per column.
 
-    The default is pass@1 beside pass@8. Columns that no run has are left out; at least one must be there.
+    Args:
+        columns: column → its panel's title; None: pass@1 beside pass@8. Those that no run has are left out.
+        title: stands before the panels' titles.
+        others: as in :func:`entropy_figure`.
+
+    Returns:
+        A figure, as :func:`entropy_figure` gives.
+
+    Raises:
+        ValueError, ImportError: as of :func:`entropy_figure`.
+
+    Source:
+        docs/entropy-law.md.
     """
     columns = {"val_pass1": "pass@1", "val_pass8": "pass@8"} if columns is None else columns
     style.check_runs(runs, list(columns))
@@ -91,7 +134,7 @@ def performance_figure(
 
 
 def law_figure(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Logs],
     *,
     entropy: str = "entropy",
     performance: str = "val_pass1",
@@ -101,9 +144,22 @@ def law_figure(
     """R against H, one panel per run on common axes: points, the law, a straight line in H and the ceiling.
 
     Each evaluation is paired with the entropy of its step, or else the latest before it
-    (:func:`entropy_kernels.analysis.logs.pairs`); darker points are later. Seeds of a run are fitted together. ``laws``
-    gives laws that are already fitted; runs without one are fitted here, and runs with fewer than three points show
-    the points alone.
+    (:func:`entropy_kernels.analysis.logs.pairs`); darker points are later. Seeds of a run are fitted together.
+
+    Args:
+        entropy, performance: columns.
+        laws: name → a law that is already fitted; runs without one are fitted here, and those with fewer than three
+            points show the points alone.
+        others: as in :func:`entropy_figure`.
+
+    Returns:
+        A figure, as :func:`entropy_figure` gives.
+
+    Raises:
+        ValueError, ImportError: as of :func:`entropy_figure`; a fit needs statsmodels and scipy.
+
+    Source:
+        docs/entropy-law.md.
     """
     style.check_runs(runs, [entropy])
     style.check_runs(runs, [performance])
@@ -146,11 +202,26 @@ def fit_figure(
     performance_name: str = "validation performance R",
     title: str = "Entropy law",
 ) -> Figure:
-    """One run's R against H: points coloured by step, the law with its prediction band, the straight line, the
-    ceiling with its interval at H = 0 and, if given, the law of the first points only (``extrapolated``).
+    """One run's R against H: points, the law with its prediction band, the straight line, and the ceiling at H = 0.
 
-    With ``bound=False`` what stands at H = 0 is not called a ceiling. Of more than 3000 points as many are drawn,
-    evenly spaced.
+    Of more than 3000 points as many are drawn, evenly spaced.
+
+    Args:
+        entropy, performance: n numbers each, NaN where there is none; nats, and the law's unit.
+        law: fitted to them; its prediction band and its ceiling's interval are drawn.
+        steps: n numbers that colour the points; None: their order.
+        extrapolated: the law of the first points only, drawn beside it.
+        bound: False: what stands at H = 0 is not called a ceiling.
+        entropy_name, performance_name, title: of the axes and the figure.
+
+    Returns:
+        A figure, as :func:`entropy_figure` gives.
+
+    Raises:
+        ImportError: matplotlib or scipy is missing (extra ``analysis``).
+
+    Source:
+        docs/entropy-law.md.
     """
     h, r = np.asarray(entropy, float), np.asarray(performance, float)
     order = np.arange(len(h)) if steps is None else np.asarray(steps)
@@ -201,11 +272,26 @@ def fits_figure(
     performance_name: str = "validation performance R",
     title: str = "Entropy laws",
 ) -> Figure:
-    """R against H of several runs on one axes: points, the law of each (dotted below the entropies that the run has
-    seen) and its value at H = 0, a diamond where that is a ceiling and a ring where ``bound`` says it is none.
+    """R against H of several runs on one axes: points, the law of each and its value at H = 0.
 
-    ``points`` maps a run's name to its ``entropy`` and ``performance``, ``laws`` to the law fitted to them. The legend
-    names the first 24 runs.
+    A law is dotted below the entropies that the run has seen. The legend names the first 24 runs.
+
+    Args:
+        points: name → a DataFrame with ``entropy`` and ``performance``, as :func:`entropy_kernels.analysis.logs.pairs`
+            gives.
+        laws: name → the law fitted to them.
+        bound: name → whether its value at H = 0 is a ceiling, a diamond, or none, a ring; None: all are.
+        entropy_name, performance_name, title: as in :func:`fit_figure`.
+
+    Returns:
+        A figure, as :func:`entropy_figure` gives.
+
+    Raises:
+        KeyError: a run without a law.
+        ImportError: as of :func:`entropy_figure`.
+
+    Source:
+        docs/entropy-law.md.
     """
     fig, (ax,) = style.panels(1, (7.0, 5.3))
     colors = list(style.PALETTE)[: len(points)]
@@ -246,9 +332,24 @@ def entropy_change_figure(
 ) -> Figure:
     """Measured against predicted ΔH, one panel per entry, with y = x, correlation, slope and share of equal signs.
 
-    An entry is a pair (predicted, measured) of n numbers each, or a log with these two columns. The slope is that of
-    the least-squares line through the origin: 1 where the prediction has the right size. The panels that ``scaleless``
-    names have predictions of arbitrary scale, as those for a unit step: no y = x, no slope, and axes of their own.
+    The slope is that of the least-squares line through the origin: 1 where the prediction has the right size.
+
+    Args:
+        panels: name → a pair (predicted, measured) of n numbers each, in nats, or a log with these two columns.
+        predicted, measured: the columns of logs.
+        scaleless: names of panels whose predictions are of arbitrary scale, as those for a unit step: no y = x, no
+            slope, and axes of their own.
+        narrow: as in :func:`entropy_figure`.
+
+    Returns:
+        A figure, as :func:`entropy_figure` gives.
+
+    Raises:
+        ValueError: no entry, pairs of unequal length, or an unknown name in ``scaleless``.
+        ImportError: as of :func:`entropy_figure`.
+
+    Source:
+        docs/entropy-law.md.
     """
     if not panels:
         raise ValueError("panels: expected at least one entry, got none")
@@ -293,7 +394,7 @@ def _slopes(ax: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
 
 
 def covariance_table(
-    runs: Mapping[str, Run],
+    runs: Mapping[str, Logs],
     columns: Mapping[float, str],
     *,
     step: int | Literal["first", "last"] = "first",
@@ -307,6 +408,16 @@ def covariance_table(
         step: the step to show, or each log's first or last row that has the columns. Runs with one start agree at the
             first; what a method leaves of the covariance shows at the last.
         paper: add the paper's row (Qwen2.5-7B, step 1) for the fractions that it has.
+
+    Returns:
+        A DataFrame of covariances.
+
+    Raises:
+        ValueError: a log lacks a column, or the step.
+        ImportError: pandas is missing (extra ``analysis``).
+
+    Source:
+        arXiv 2505.22617, table 1.
     """
     pd = require("pandas", "the covariance table")
     fractions = sorted(columns)
@@ -321,7 +432,7 @@ def covariance_table(
     return table
 
 
-def _curves(ax: Axes, runs: Mapping[str, Run], column: str) -> None:
+def _curves(ax: Axes, runs: Mapping[str, Logs], column: str) -> None:
     looks = style.styles(list(runs))
     for name, run in runs.items():
         line = style.curve(run, column)
@@ -369,7 +480,7 @@ def _law_lines(ax: Axes, law: EntropyLaw, color: str, bound: bool = True) -> Non
     )  # fmt: skip
 
 
-def _seed_note(runs: Mapping[str, Run]) -> str | None:
+def _seed_note(runs: Mapping[str, Logs]) -> str | None:
     count = max(len(style.seeds(run)) for run in runs.values())
     return f"mean of {count} seeds; band: smallest to largest" if count > 1 else None
 
