@@ -116,6 +116,21 @@ def with_empty_shard(vocab: int, world: int) -> list[int]:
     return [vocab - 7 * (world - 2), 0, *[7] * (world - 2)]
 
 
+def collectives_called() -> list[str]:
+    """On a rank: the names of all collectives from now on, which the list takes up as they are called."""
+    calls: list[str] = []
+    names = ("all_gather_single", "all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "barrier")
+    for name in (name for name in names if hasattr(dist, name)):
+        original = getattr(dist, name)
+
+        def counted(*args: Any, _name: str = name, _original: Callable = original, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    return calls
+
+
 def one_result(world: int, function: Callable, *arguments: Any) -> Any:
     """What :func:`run_ranks` gives, which is to be the same on all ranks."""
     first, *others = run_ranks(world, function, *arguments)

@@ -204,9 +204,8 @@ print("no sync")
 
 
 @needs_fake_gpu
-def test_no_sync_on_the_fake_gpu(tmp_path: Any) -> None:
-    (tmp_path / "program.py").write_text(FAKE)
-    done = run_on_fake_gpu(tmp_path / "program.py", paths=(HERE.parent, HERE))
+def test_no_sync_on_the_fake_gpu() -> None:
+    done = run_on_fake_gpu("-c", FAKE, paths=(HERE.parent, HERE))
     assert done.returncode == 0 and done.stdout.endswith("no sync\n"), done.stderr[-3000:]
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import entropy_kernels as ek
 from calls import same_bits
-from gloo import equal_shards, one_result, run_ranks, run_ranks_once, with_empty_shard
+from gloo import collectives_called, equal_shards, one_result, run_ranks, run_ranks_once, with_empty_shard
 from linear_cases import Linear, judge, make, upstream
 from sample import INF, NAN
 
@@ -118,16 +118,7 @@ def test_the_hidden_gradient_of_one_rank_fails() -> None:
 
 
 def collectives(rank: int, world: int, budgets: list[int]) -> dict[str, Any]:
-    calls: list[str] = []
-    names = ("all_gather_single", "all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "barrier")
-    for name in (name for name in names if hasattr(dist, name)):
-        original = getattr(dist, name)
-
-        def counted(*args: Any, _name: str = name, _original: Callable = original, **kwargs: Any) -> Any:
-            calls.append(_name)
-            return _original(*args, **kwargs)
-
-        setattr(dist, name, counted)
+    calls = collectives_called()
     case = make(vocab=1200)
     found = {}
     for grad in (("hidden", "weight"), ("weight",)):

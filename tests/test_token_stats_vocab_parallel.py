@@ -15,7 +15,7 @@ import entropy_kernels as ek
 from calls import bound, same_bits, upstream
 from cases import CASES
 from conftest import BackendDevice
-from gloo import equal_shards, one_result, run_ranks, run_ranks_once, with_empty_shard
+from gloo import collectives_called, equal_shards, one_result, run_ranks, run_ranks_once, with_empty_shard
 from sample import INF, NAN, Sample, normal, plain
 
 WORLDS = (2, 3, 4)
@@ -177,16 +177,7 @@ def test_shards_equal_the_whole(name: str, world: int, on: BackendDevice) -> Non
 
 def collectives(rank: int, world: int, backend: str) -> dict[str, Any]:
     """Number of collectives, forward and backward; rank 0 alone runs the backward pass."""
-    calls: list[str] = []
-    names = ("all_gather_single", "all_gather_into_tensor", "all_gather", "all_reduce", "broadcast", "barrier")
-    for name in (name for name in names if hasattr(dist, name)):
-        original = getattr(dist, name)
-
-        def counted(*args: Any, _name: str = name, _original: Callable = original, **kwargs: Any) -> Any:
-            calls.append(_name)
-            return _original(*args, **kwargs)
-
-        setattr(dist, name, counted)
+    calls = collectives_called()
     sample = plain(torch.float32, "cpu", vocab=96)
     logits = shard_of(sample, equal_shards(96, world), rank)[0].clone().requires_grad_()
     out = ek.token_stats(logits, sample.target, vocab_group=dist.group.WORLD, backend=backend)
