@@ -23,13 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aot_machine_code import usage
-from entropy_kernels.backends.triton import (
-    linear_token_stats,
-    selection,
-    tiling,
-    token_stats_kernels,
-    tuning,
-)
+from entropy_kernels.backends.triton import linear_token_stats, selection, tiling, token_stats_kernels, tuning
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -109,11 +109,7 @@ def test_any_order_with_token_indices() -> None:
 
 
 # Rows of each rank's micro-batches: unequal, a rank without micro-batches, one with an empty one
-SHARDS = {
-    1: [[[10, 14]]],
-    2: [[[5, 4], [15]], [[], [24]]],
-    4: [[[6], [6], [6], [6]], [[1, 0], [], [20], [3]]],
-}
+SHARDS = {1: [[[10, 14]]], 2: [[[5, 4], [15]], [[], [24]]], 4: [[[6], [6], [6], [6]], [[1, 0], [], [20], [3]]]}
 
 
 def on_rank(rank: int, world: int, indexed: bool) -> list[Found]:

@@ -33,12 +33,7 @@ for reason in (native.load_error, cuda_emulator.missing()):
         pytest.skip(reason, allow_module_level=True)
 
 # The ways to cut a row. Three parts, which the launcher never chooses, are more irregular than two or four.
-WAYS = {
-    "whole": {},
-    "parts": {"parts": 3},
-    "bulk": {"bulk": True},
-    "cluster": {"bulk": True, "parts": 2},
-}
+WAYS = {"whole": {}, "parts": {"parts": 3}, "bulk": {"bulk": True}, "cluster": {"bulk": True, "parts": 2}}
 ALL = bits(*NAMES)
 
 

@@ -197,12 +197,7 @@ GOOD = [*end("a"), *SELECTION, *end("b", backend="triton"), *end("c", backend=""
         ([*GOOD, *end("x", "failed", backend="", ops=""), *FINISH], "passed", "passed", set()),
         (GOOD, "passed", "passed", set()),
         ([*GOOD, {"event": "finish", "exit": 2}], "passed", "passed", set()),
-        (
-            [*GOOD, {"event": "collect_failed", "file": "test_x.py", "error": "x"}, *FINISH],
-            "passed",
-            "passed",
-            set(),
-        ),
+        ([*GOOD, {"event": "collect_failed", "file": "test_x.py", "error": "x"}, *FINISH], "passed", "passed", set()),
         ([MORE, *GOOD, *FINISH], "passed", "passed", set()),
         ([*GOOD, *end("x")[:1], *FINISH], "passed", "passed", set()),
         ([*GOOD, *FINISH], "hung", "passed", {"kl_cov_mask"}),

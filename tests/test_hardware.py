@@ -170,11 +170,7 @@ def losses(on: BackendDevice) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
 
 
 # what a training step calls -> the ops that it is about
-KINDS = {
-    statistics: STATISTICS,
-    selection: SELECTION,
-    losses: SELECTION,
-}
+KINDS = {statistics: STATISTICS, selection: SELECTION, losses: SELECTION}
 every_kind = pytest.mark.parametrize(
     ("kind", "on"),
     [

@@ -200,11 +200,7 @@ def disagreeing(rank: int, world: int) -> dict[str, str]:
         "dp_size": {"dp_size": 1 + last, "batch_num_tokens": 9},
         "batch_num_tokens": {"batch_num_tokens": 9 + last},
         "old_logprob": {"old_logprob": case.old_logprob + last},
-        "old_logprob, composed": {
-            "old_logprob": case.old_logprob + last,
-            "loss_agg_mode": "none",
-            "grad_buffer": None,
-        },
+        "old_logprob, composed": {"old_logprob": case.old_logprob + last, "loss_agg_mode": "none", "grad_buffer": None},
         "advantages": {"advantages": case.advantages * (1 + last)},
         "advantages, in another order": {"advantages": case.advantages.flip(0) if last else case.advantages},
         "advantages, but for their last bits": {"advantages": case.advantages * (1 + 1e-7 * last)},

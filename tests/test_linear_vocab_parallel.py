@@ -126,11 +126,7 @@ def collectives(rank: int, world: int, budgets: list[int]) -> dict[str, Any]:
         leaves = case.copy(*grad)
         weight = leaves.weight[600 * rank : 600 * rank + 600]
         out = ek.linear_token_stats(
-            leaves.hidden,
-            weight,
-            case.target,
-            vocab_group=dist.group.WORLD,
-            memory_budget=budgets[rank % len(budgets)],
+            leaves.hidden, weight, case.target, vocab_group=dist.group.WORLD, memory_budget=budgets[rank % len(budgets)]
         )
         forward = list(calls)
         (out.logprob.sum() + out.collision.sum()).backward()

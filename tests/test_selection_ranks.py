@@ -17,10 +17,7 @@ from gloo import one_result, run_ranks
 WORLD = 4
 TOKENS = 6000
 # Tokens per rank of each group: unequal, with an empty shard in the middle, at the start, one that has nearly all
-SHARDS = {
-    "two": [[2500, 3500], [0, 6000]],
-    "four": [[1000, 2001, 999, 2000], [3, 0, 5990, 7], [0, 0, 0, 6000]],
-}
+SHARDS = {"two": [[2500, 3500], [0, 6000]], "four": [[1000, 2001, 999, 2000], [3, 0, 5990, 7], [0, 0, 0, 6000]]}
 BACKENDS = ("torch", "cpu")
 
 

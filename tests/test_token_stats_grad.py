@@ -55,8 +55,7 @@ def test_expanded_upstream(name: str, on: BackendDevice) -> None:
 def test_strided_upstream(on: BackendDevice) -> None:
     """Upstream gradients that are columns of a wider buffer, a transposed matrix, and reversed by flip's copy."""
     sample = Sample(
-        normal(3, 4, 97, dtype=torch.float32, device=on.device),
-        torch.arange(12, device=on.device).view(3, 4),
+        normal(3, 4, 97, dtype=torch.float32, device=on.device), torch.arange(12, device=on.device).view(3, 4)
     )
     wide = torch.full((3, 4, 5), torch.nan, device=on.device)
     wide[..., 2] = torch.randn(3, 4, device=on.device)

@@ -39,7 +39,7 @@ LAYERS: dict[str, dict[str, str]] = {
     "From hidden states": {"ek": "linear_logprob_entropy linear_token_stats linear_plan LinearPlan"},
     "Selection": {
         "ek": "token_covariance token_moments TokenMoments random_tokens clip_cov_mask top_tokens kl_cov_mask "
-        "budget_tokens SelectionBatch SeedCounter",
+        "budget_tokens SelectionBatch SeedCounter"
     },
     "Control": {"ek": "TokenBatch control Control Controller TargetEntropy methods Method", "ek.batch": "WholeBatch"},
     "Losses": {
@@ -57,7 +57,7 @@ LAYERS: dict[str, dict[str, str]] = {
     "Hugging Face": {"ek.hf": "causal_lm_logprob_entropy causal_lm_parts CausalLMParts next_tokens"},
     "Definitions in float64": {
         "ek.reference": "statistics gradient token_covariance kl_cov_mask clip_cov_mask budget_tokens in_range "
-        "random_keys policy_loss clipped Rows FORMULAS NEED_TARGET",
+        "random_keys policy_loss clipped Rows FORMULAS NEED_TARGET"
     },
     "Trainer": {"ek.trainer.ppo": "train", "ek.trainer.config": "TrainerConfig"},
 }

@@ -40,12 +40,7 @@ def test_another_state_is_refused_and_none_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "held"),
-    [
-        ({}, []),
-        (DRAWN, ["ek/touched"]),
-        (TARGET, ["ek/touched", "ek/target_entropy"]),
-        (REMEMBERED, ["entropy_coef"]),
-    ],
+    [({}, []), (DRAWN, ["ek/touched"]), (TARGET, ["ek/touched", "ek/target_entropy"]), (REMEMBERED, ["entropy_coef"])],
     ids=["stock", "clip_cov", "target", "adaptive_entropy"],
 )
 def test_logs_are_read_as_fit_reads_them(given: dict[str, Any], held: list[str], tmp_path: Path) -> None:
