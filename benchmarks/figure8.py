@@ -24,7 +24,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.plots import save
-from benchmarks.results import RESULTS, ROOT, describe
+from benchmarks.results import RESULTS, ROOT, describe, write
 from benchmarks.seeds import markdown, t_interval, window_means
 from entropy_kernels._progress import ProgressBoard
 from entropy_kernels.analysis import plot_style as style
@@ -182,29 +181,16 @@ def _short(value: float) -> float:
 
 
 def run(out: Path, variants: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> None:
-    """What of the runs is not there yet, a file each.
-
-    Raises
-    ------
-    ValueError
-        A file is of other settings.
-    """
-    out.mkdir(parents=True, exist_ok=True)
+    """What of the runs is not there yet, a file each; ValueError for a file of other settings."""
     for variant, changes in variants.items():
         for seed in seeds:
             path = out / f"{variant}-{seed}.json"
             if not path.exists():
-                write_text(path, as_text(measure(variant, seed, changes)))
+                write(path, measure(variant, seed, changes))
             elif (found := json.loads(path.read_text())["settings"]) != changes:
                 raise ValueError(
                     f"{path}: expected a run of {changes}, got one of {found}; move it away, or take --out"
                 )
-
-
-def as_text(document: Mapping[str, Any]) -> str:
-    """JSON with a line for each list of numbers."""
-    text = json.dumps(document, indent=1)
-    return re.sub(r"\[[^\[\]{}\"]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 # --- what comes of it -------------------------------------------------------------------------------------------------

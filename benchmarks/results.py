@@ -43,7 +43,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 FORMAT = 3
 #: What every document's command begins with.
 COMMAND = "python -m benchmarks.run"
-_NUMBERS = re.compile(r"\[\s+-?[\d.][\d.eE+-]*(?:,\s+-?[\d.][\d.eE+-]*)*\s+\]")
+_NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")
 
 
 @dataclass

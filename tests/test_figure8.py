@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from benchmarks import figure8
+from benchmarks.results import write
 from entropy_kernels.trainer import ppo
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.probes import FirstOrder
@@ -143,7 +144,7 @@ def made_up(variant: str, seed: int, steps: int = 80) -> dict[str, Any]:
 def test_report_of_made_up_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for variant in figure8.VARIANTS:
         for seed in range(3):
-            (tmp_path / f"{variant}-{seed}.json").write_text(figure8.as_text(made_up(variant, seed)))
+            write(tmp_path / f"{variant}-{seed}.json", made_up(variant, seed))
     figure8.main(["--report", "--out", str(tmp_path)])
     text = (tmp_path / "figure8.md").read_text()
     assert text.count("| A·C of tokens, exact | 1.000 [1.000, 1.000] |") == 3  # in short, and of each variant
