@@ -351,7 +351,7 @@ def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 
         raise ValueError(f"tries: expected >= 1, got {tries}")
     if device.type == "cuda":  # the allocator counts exactly
         tries = 1
-    measure = _peak_resident if device.type != "cuda" and _resets_high_water() else _peak_allocated
+    measure = _peak_resident if device.type != "cuda" and resets_high_water() else _peak_allocated
     peaks = []
     for _ in range(tries):
         if prepared.reset is not None:
@@ -362,7 +362,7 @@ def peak_extra_memory(prepared: Prepared, device: torch.device, *, tries: int = 
     return Peak(max(0, min(peak.bytes for peak in peaks)), peaks[0].method)
 
 
-def _resets_high_water() -> bool:
+def resets_high_water() -> bool:
     """Reset it, where the system has it."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
@@ -372,7 +372,8 @@ def _resets_high_water() -> bool:
     return True
 
 
-def _status(key: str) -> int:
+def process_status(key: str) -> int:
+    """Bytes that Linux counts of this process: VmRSS, VmHWM."""
     with open("/proc/self/status") as file:
         for line in file:
             if line.startswith(key + ":"):
@@ -385,10 +386,10 @@ def _peak_resident(call: Callable[[], Any], device: torch.device) -> Peak:
         # glibc keeps freed memory resident: give it back, else a call that needs it again seems to need nothing
         ctypes.CDLL(None).malloc_trim(0)
     reused_memory.release()  # the same for the gradient that our backward pass keeps
-    _resets_high_water()
-    before = _status("VmRSS")
+    resets_high_water()
+    before = process_status("VmRSS")
     output = call()
-    peak = _status("VmHWM") - before
+    peak = process_status("VmHWM") - before
     del output
     return Peak(peak, "resident set high-water mark")
 

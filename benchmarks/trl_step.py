@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.results import RESULTS, describe, slug
 from benchmarks.seeds import markdown, t_interval
+from benchmarks.timing import process_status, resets_high_water
 from entropy_kernels.trainer.start import load_smollm2
 
 #: name -> fields of our GRPOConfig; None: TRL's own classes.
@@ -59,13 +60,12 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")
+            resets_high_water()
 
     def peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        return process_status("VmHWM")
 
     def generating(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **named: Any) -> Any:

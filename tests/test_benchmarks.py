@@ -217,8 +217,8 @@ def test_bandwidth_is_measured_within_the_free_memory(monkeypatch: pytest.Monkey
 def test_peak_memory_sees_temporaries(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call whose temporary of 64 MB is gone when it returns."""
     if method == "profiler":
-        monkeypatch.setattr(timing, "_resets_high_water", lambda: False)
-    elif not timing._resets_high_water():
+        monkeypatch.setattr(timing, "resets_high_water", lambda: False)
+    elif not timing.resets_high_water():
         pytest.skip("no /proc/self/clear_refs here")
 
     def call() -> torch.Tensor:
