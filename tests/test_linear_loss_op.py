@@ -102,15 +102,15 @@ def step(batch: Batch, budget: int, buffer: Tensor | None, kind: dict[str, Any],
 def found(
     run: Callable, batch: Batch, budget: int, buffered: bool = False, head: dict[str, Any] | None = None, **kind: Any
 ) -> Batch:
-    """As :func:`expected`, by ``run``: :func:`step` or what it compiles to."""
+    """As :func:`expected`, by ``run``: :func:`step` or what it compiles to; what was added to a buffer of ones."""
     leaves = [x.clone().requires_grad_() for x in batch[:3]]
-    buffer = torch.zeros_like(batch[1], dtype=batch[4].dtype) if buffered else None
+    buffer = torch.ones_like(batch[1], dtype=batch[4].dtype) if buffered else None
     loss, metrics = run((*leaves, *batch[3:]), budget, buffer, kind, head or {})
     loss.backward()
     assert metrics.shape == (2,) and not metrics.requires_grad
     hidden, weight, bias = (x.grad for x in leaves)
     assert (weight is None) == buffered
-    return loss.detach(), hidden, weight if buffer is None else buffer, bias  # type: ignore[return-value]
+    return loss.detach(), hidden, weight if buffer is None else buffer - 1, bias  # type: ignore[return-value]
 
 
 same = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)

@@ -226,10 +226,10 @@ def test_into_a_buffer(name: str) -> None:
     case.old_logprob.view(-1)[VALID[20]] = float("nan") if "nonfinite" in case.options else -5.0
     _, right = composed(case)
     for budget in EVERY:
-        buffer = torch.zeros_like(case.weight)
+        buffer = torch.ones_like(case.weight)
         _, (hidden, weight, bias) = fused(case, budget, grad_buffer=buffer)
         assert weight is None
-        same_gradients([hidden, buffer, bias], right)
+        same_gradients([hidden, buffer - 1, bias], right)
 
 
 NOT_BUFFERED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -297,7 +297,7 @@ def test_compiled(name: str, products: list[int]) -> None:
         numbers: list[Any] = [x if floats else torch.tensor(x) for x in (clip, 0.01 + clip)]
         for function in (step, compiled):
             leaves = case.leaves()
-            buffer = torch.zeros_like(case.weight) if buffered else None
+            buffer = torch.ones_like(case.weight) if buffered else None
             products.clear()
             # what is compiled grows with the parts, whose code is alike
             more: dict[str, Any] = {"grad_buffer": buffer, "memory_budget": FEW}

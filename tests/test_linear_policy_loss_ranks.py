@@ -110,7 +110,7 @@ def dtensors(rank: int, world: int) -> dict[str, Any]:
 
     results: dict[str, Any] = {
         "gathered": call(None, None).full_tensor(), "shard": call(None, dist.group.WORLD).full_tensor(),
-        "buffer": torch.zeros_like(shard.to_local()).detach(),
+        "buffer": torch.ones_like(shard.to_local()).detach(),
     }  # fmt: skip
     results["untouched"] = call(results["buffer"], dist.group.WORLD) is None
     for name, buffer, group in (
@@ -135,7 +135,7 @@ def test_a_dtensor_head() -> None:
         assert rank["untouched"]
         assert "grad_buffer: expected a plain torch.Tensor" in rank["DTensor"]
         assert "grad_buffer: expected None beside a DTensor" in rank["gathered weight"]
-    torch.testing.assert_close(torch.cat([rank["buffer"] for rank in ranks]), right, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(torch.cat([rank["buffer"] for rank in ranks]) - 1, right, rtol=1e-10, atol=1e-13)
 
 
 N, H, WIDE, NARROW = 1000, 16, 1900, 100
