@@ -9,11 +9,12 @@ import argparse
 import difflib
 import importlib.util
 import itertools
+import os
 import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TextIO
 
@@ -126,6 +127,18 @@ def _plain(
 
 
 # --- command lines ----------------------------------------------------------------------------------------------------
+
+
+def unless_closed(program: Callable[[], int]) -> int:
+    """The exit code of a program; 1, without a word, where `| head` closed the pipe that it prints to."""
+    try:
+        code = program()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # what is still buffered goes nowhere, without a complaint when the interpreter flushes it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
 
 
 def did_you_mean(word: object, known: Iterable[object]) -> str:

@@ -11,14 +11,13 @@ import importlib
 import itertools
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from entropy_kernels._console import Parser, one_line, print_text
+from entropy_kernels._console import Parser, one_line, print_text, unless_closed
 from entropy_kernels._require import missing
 from entropy_kernels._version import __version__
 
@@ -41,20 +40,14 @@ _DISPATCH = {"train": ("entropy_kernels.trainer.__main__", "train"), "bench": ("
 
 def main(argv: list[str] | None = None, prog: str = "entropy-kernels") -> int:
     """Entry point of the ``entropy-kernels`` command; returns the exit code: 0, 1 (a check failed) or 2 (usage)."""
-    argv = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
     try:
-        elsewhere = bool(argv) and argv[0] in _DISPATCH
-        code = _dispatch(argv[0], argv[1:], prog) if elsewhere else _run(_parser(prog).parse_args(argv), prog)
-        sys.stdout.flush()
+        if given and given[0] in _DISPATCH:
+            return unless_closed(lambda: _dispatch(given[0], given[1:], prog))
+        return unless_closed(lambda: _run(_parser(prog).parse_args(given), prog))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # `| head` closed the pipe. What is still buffered goes nowhere, without a complaint when the interpreter
-        # flushes it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code
 
 
 def _run(arguments: argparse.Namespace, prog: str) -> int:

@@ -248,9 +248,10 @@ def test_errors_of_a_process_have_no_traceback(tmp_path):
     assert result.stderr.count("\n") == 1
 
 
-def test_a_closed_pipe_leaves_no_traceback():
-    code = "import sys; from entropy_kernels import cli; sys.exit(cli.main(['doctor', '--no-check']))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("words", ["entropy_kernels doctor --no-check", "entropy_kernels.trainer --help"])
+def test_a_closed_pipe_leaves_no_traceback(words):
+    call = [sys.executable, "-m", *words.split()]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 1

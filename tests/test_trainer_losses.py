@@ -298,11 +298,30 @@ def test_numbers_that_adamw_does_not_have(tmp_path: Path) -> None:
     for name, value in {"lr": 1e39, "warm_lr": 1e39, "critic_lr": 1e39, "weight_decay": 1e39}.items():
         with pytest.raises(ValueError, match=rf"^{name}: expected at most 1e\+10, got 1e\+39$"):
             settings_of(**{name: value})
+    factors = {
+        "ref_kl_coef": {},
+        "value_coef": {"advantage": "gae", "critic": "shared"},
+        "lora_alpha": {"lora_rank": 2},
+    }
+    for name, beside in {**factors, "kl_coef": {"method": "kl_cov"}}.items():
+        assert settings_of(**{name: 1e38}, **beside)
+        with pytest.raises(ValueError, match=rf"^{name}: expected at most 1e\+38, which float32 holds, got 1e\+39$"):
+            settings_of(**{name: 1e39}, **beside)
+    for name in ("seed", "warm_seed"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected an integer within ±2\^40, got 10000000000000"):
+            settings_of(**{name: 10**13})
     with pytest.raises(ValueError, match=r"^lr_schedule: expected factors of at most 1e\+10, got '1e39'$"):
         settings_of(lr_schedule="1e39")
     largest = {"lr": 1e10, "critic_lr": 1e10, "weight_decay": 1e10, "lr_schedule": "1e10", "advantage": "gae"}
     with pytest.raises(NonFinite, match=r"^step 0, update 2: the gradient of "):
         ppo.train(config(tmp_path / "run", **SHORT, **largest))
+
+
+@pytest.mark.parametrize("seed", [1 << 40, -(1 << 40)])
+def test_the_largest_seeds_draw(tmp_path: Path, seed: int) -> None:
+    """Those of draws are ten thousand million times as large, and more than 64 bits have."""
+    ppo.train(config(tmp_path / "run", **SHORT, method="clip_cov", seed=seed))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_more_steps_of_a_falling_course_have_to_be_named() -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from entropy_kernels._console import Call, did_you_mean, print_text
+from entropy_kernels._console import Call, did_you_mean, print_text, unless_closed
 from entropy_kernels._require import missing
 from entropy_kernels.trainer.flags import as_typed, parse
 from entropy_kernels.trainer.signals import Terminated, stopped_at_once
@@ -190,4 +190,4 @@ def _errors_as_typed(typed: set[str]) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(unless_closed(main))

@@ -204,6 +204,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         "an integer >= 0",
         lambda value: _integer(value) and value >= 0,
     ),
+    (
+        "seed warm_seed",
+        "an integer within ±2^40",  # of which those of steps and draws are multiples
+        lambda value: _integer(value) and abs(value) <= 1 << 40,
+    ),
     ("warm_steps", "an integer >= 0, or none", lambda value: value is None or (_integer(value) and value >= 0)),
     (
         "temperature lr warm_lr critic_lr scoring_seconds",
@@ -216,6 +221,11 @@ _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda value: _finite(value) and value >= 0,
     ),
     ("lr warm_lr critic_lr weight_decay warm_weight_decay", f"at most {LARGEST:g}", lambda value: value <= LARGEST),
+    (
+        "kl_coef ref_kl_coef value_coef lora_alpha",
+        "at most 1e+38, which float32 holds",
+        lambda value: value is None or value <= 1e38,
+    ),
     ("adam_beta1 adam_beta2", "a number in [0, 1)", lambda value: _finite(value) and 0 <= value < 1),
     ("warm_wrong_fraction gamma gae_lambda", "a number in [0, 1]", lambda value: _finite(value) and 0 <= value <= 1),
     (

@@ -209,7 +209,7 @@ def _loop(run: Run, config: TrainerConfig, task: Task, tell: Report, probes: Seq
 
             # 3. several updates per rollout: from the second on, log-probs differ from the old ones
             for rows in order:
-                seed = (config.seed * SEED_STRIDE + number) * 10_007 + 2 * len(step.updates)
+                seed = ((config.seed * SEED_STRIDE + number) * 10_007 + 2 * len(step.updates)) % (1 << 64)
                 with kept(run, step, rows=rows, seed=seed):
                     made = update(
                         policy, run.optimizer, step.rollout, rows, config, decides, seed=seed, plan=step.plan,
