@@ -1,7 +1,8 @@
 """Compile Triton kernels ahead of time, without a GPU, and print what they use: run by test_triton_aot*.py.
 
     python tests/aot_triton.py sm_90 [NAME ...]     # one JSON object per kernel; NAME or "candidates": all of the tuner
-    python tests/aot_triton.py parameters           # which arguments are constants
+
+Without a NAME first which arguments of each are constants.
 
 A process of its own, because TRITON_INTERPRET, which the other tests need, is read when a kernel is decorated.
 """
@@ -263,10 +264,9 @@ def _all_kernels_are_compiled() -> None:
 
 
 def main(target_name: str, *names: str) -> None:
-    if target_name == "parameters":
-        _parameters()
-        return
     _all_kernels_are_compiled()
+    if not names:
+        _parameters()
     target = TARGETS[target_name]
     for name in CANDIDATES if names == ("candidates",) else names or VARIANTS:
         build, arguments = (VARIANTS | CANDIDATES)[name]

@@ -55,8 +55,12 @@ def some(target: str) -> list[str]:
 
 
 @functools.cache
+def told(target: str) -> list[dict]:
+    return aot(target, *(() if target == "sm_90" else some(target)))
+
+
 def compiled(target: str) -> dict[str, dict]:
-    return {usage["name"]: usage for usage in aot(target, *(() if target == "sm_90" else some(target)))}
+    return {usage["name"]: usage for usage in told(target) if "name" in usage}
 
 
 @pytest.mark.slow
@@ -139,9 +143,12 @@ def test_products_are_for_tensor_cores(target: str) -> None:
             assert kernels[name]["resident"] >= (2 if target == "sm_90" else 1), name
 
 
+@pytest.mark.slow
 def test_no_runtime_value_is_a_constant() -> None:
     """A kernel is compiled per dtype, flag and tiling, and per alignment of strides: not per shape or setting."""
-    for kernel in aot("parameters"):
+    kernels = [kernel for kernel in told("sm_90") if "kernel" in kernel]
+    assert len(kernels) > 4
+    for kernel in kernels:
         constants = set(kernel["constants"])
         assert constants <= {
             "WANT", "SOFTCAP", "PARTS", "STEPS", "STAGES", "WARPS", "LANES", "WIDTH", "BLOCK", "TILE", "BINS",
