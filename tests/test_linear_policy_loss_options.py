@@ -287,7 +287,7 @@ def test_compiled(name: str, products: list[int]) -> None:
     torch._dynamo.reset()
     case = COMPILED[name]()
     again = int(0.1 * B * L) + HELD_OUT if "ratio" in case.options else 0
-    floats, buffered = name == "Clip-Cov", name in ("Clip-Cov", "weights")
+    floats, buffered = name == "sequences", name in ("Clip-Cov", "weights")
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     first = 0
@@ -301,7 +301,7 @@ def test_compiled(name: str, products: list[int]) -> None:
             products.clear()
             # what is compiled grows with the parts, whose code is alike
             more: dict[str, Any] = {"grad_buffer": buffer, "memory_budget": FEW}
-            more |= {"seed": i} if name == "Clip-Cov" else {}
+            more |= {"seed": torch.tensor(i)} if name == "Clip-Cov" else {}
             loss, metrics = function(leaves, case, *numbers, **more)
             loss.backward()
             made.append((loss, metrics, gradients(leaves), buffer))
