@@ -28,6 +28,7 @@ ROOMS = {
     "_agreement": 0,  # what ranks compare
     "_dtensor": 0,  # what a sharded weight is on this rank
     "_fsdp": 0,  # our functions as the forward of sharded modules
+    "_json_file": 0,  # whole or not there
     "_progress": 0,  # bars and lines, knows nothing of the work
     "_console": 0,  # prints tables, knows nothing of what is in them
     "_machine": 0,  # its name, for reports

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from entropy_kernels import _torch
+from entropy_kernels import _json_file, _torch
 from entropy_kernels._version import __version__
 
 FORMAT = 1
@@ -144,11 +144,9 @@ def write(verdict: Verdict) -> Path:
 
 
 def keep(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON, whole or not at all, whoever else writes or reads."""
+    """Write JSON into the user's cache folder, which is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    _json_file.write(path, document)
 
 
 def read(machine: Machine) -> Verdict | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import entropy_kernels as ek
+from entropy_kernels import _json_file
 from entropy_kernels.integrations._controllers import warn_of_percent
 from entropy_kernels.integrations._patch import Patch
 from entropy_kernels.integrations.verl import plan, statistics
@@ -225,9 +226,7 @@ def _saves_memory(original: Callable[..., Any]) -> Callable[..., Any]:
         if found is not None and found[0].decides:
             state = {**_whose(found[0]), "state": controller_of(*found).state_dict()}
             # equal on all ranks; every one writes, as a node may not see the others' disks
-            part = Path(local_path) / f".{FILE}.{os.uname().nodename}.{os.getpid()}"
-            part.write_text(json.dumps({"entropy_kernels": ek.__version__, **state}))
-            os.replace(part, Path(local_path) / FILE)
+            _json_file.write(Path(local_path) / FILE, {"entropy_kernels": ek.__version__, **state})
         return result
 
     return save_checkpoint
