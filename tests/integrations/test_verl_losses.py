@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 import verl_batches
+from omegaconf import OmegaConf
 from torch import Tensor
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils import losses as verl_losses
 
 import entropy_kernels as ek
-from entropy_kernels.integrations.verl import plan, statistics, worker
+from entropy_kernels.integrations.verl import losses, plan, statistics, worker
 from entropy_kernels.integrations.verl.config import MODES
 from entropy_kernels.integrations.verl.losses import controller_of
 
@@ -272,6 +274,25 @@ def test_the_entropy_of_the_policy_that_is_trained(mode: str, layout: str) -> No
         gradient = torch.cat([leaf.grad for leaf in leaves])
         torch.testing.assert_close(gradient, torch.where(mask, -0.1 / mask.sum(), 0.0))
         assert controller_of(config.ek_settings, config).memory["coef"] == pytest.approx(0.105)
+
+
+@pytest.mark.parametrize("mode", ["ek_ppo", "ek_kl_cov", "ek_adaptive_entropy"])
+def test_a_config_of_omegaconf(mode: str) -> None:
+    """As who calls a registered loss himself has it: it holds no objects, and yet a method's memory lives with it."""
+    row = verl_batches.rows(1, 3)[0]
+    given = {"old_log_prob": row["old_log_probs"], "response_mask": row["response_mask"].bool()}
+    given |= {"log_prob": given["old_log_prob"] - 0.1, "advantages": row["advantages"]}
+    function = get_policy_loss_fn(mode)
+    found = {}
+    policy = {"loss_mode": mode, "kl_cov_ratio": 0.1, "ppo_kl_coef": 0.3}
+    plain = OmegaConf.create({**CLIPS, "policy_loss": policy, "global_batch_info": {}, "entropy_coeff": 0.0})
+    for config in (actor(**{"mode" if key == "loss_mode" else key: x for key, x in policy.items()}), plain):
+        with losses.given(losses.Given(entropy=torch.full((1, len(row["responses"])), 0.1))):
+            for _ in range(2):
+                found[type(config)], metrics = function(**{k: x[None] for k, x in given.items()}, config=config)
+        assert mode != "ek_adaptive_entropy" or metrics["actor/ek_entropy_coef"] == pytest.approx(0.005)
+    one, two = found.values()
+    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("name", ["ek_entropy", "ek_vocab_covariance"])

@@ -18,7 +18,7 @@ from torch import Tensor
 import entropy_kernels as ek
 from entropy_kernels.integrations.verl.config import Settings, settings_of
 
-__all__ = ["Given", "controller_of", "given", "numbers", "registered"]
+__all__ = ["Given", "controller_of", "given", "keep_controller", "numbers", "registered"]
 
 # verl's metric -> ours of the same meaning; of its clip_cov and kl_cov where they mean something else by it
 _METRICS = {"pg_clipfrac": "clipfrac", "ppo_kl": "ppo_kl", "pg_clipfrac_lower": "clipfrac_lower"}
@@ -110,8 +110,14 @@ def controller_of(settings: Settings, config: Any) -> ek.Controller:
     """The one of this actor: it lives as long as its config."""
     found = getattr(config, "ek_controller", None)
     if found is None:
-        found = config.ek_controller = settings.controller()
+        found = settings.controller()
+        keep_controller(config, found)
     return found
+
+
+def keep_controller(config: Any, controller: ek.Controller) -> None:
+    """Beside the fields: verl's config lets nothing be set twice, and OmegaConf's holds no objects."""
+    object.__setattr__(config, "ek_controller", controller)
 
 
 def numbers(metrics: dict[str, Tensor]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from entropy_kernels.integrations._controllers import warn_of_percent
 from entropy_kernels.integrations._patch import Patch
 from entropy_kernels.integrations.verl import plan, statistics
 from entropy_kernels.integrations.verl.config import Settings, settings_of
-from entropy_kernels.integrations.verl.losses import controller_of
+from entropy_kernels.integrations.verl.losses import controller_of, keep_controller
 from entropy_kernels.integrations.verl.versions import patch
 
 __all__ = ["AT_IMPORT", "PATCHES", "install"]
@@ -241,7 +241,7 @@ def _loads_memory(original: Callable[..., Any]) -> Callable[..., Any]:
             controller = _restored(found[0], Path(local_path) / FILE)
         result = original(self, local_path, *args, **kwargs)
         if found is not None and controller is not None:
-            object.__setattr__(found[1], "ek_controller", controller)  # verl's config lets nothing be set twice
+            keep_controller(found[1], controller)
         return result
 
     return load_checkpoint
