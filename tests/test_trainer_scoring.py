@@ -14,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -239,14 +241,28 @@ def test_a_file_imports_what_lies_beside_it(tmp_path: Path) -> None:
     workers.close()
 
 
+def numpy_state() -> str:
+    return repr(np.random.get_bit_generator().state["state"]["key"].tolist())
+
+
 def test_draws_of_a_scorer_are_the_same_in_every_process(tmp_path: Path) -> None:
-    (tmp_path / "draws.py").write_text("import random\ndef reward(completion):\n    return random.random()\n")
-    source = Source(str(tmp_path / "draws.py"), "reward")
-    state, found = random.getstate(), []
+    (tmp_path / "draws.py").write_text(
+        "import random\ndef reward(completion):\n    import numpy\n"
+        "    return random.random() + numpy.random.random() + numpy.random.normal()\n"
+    )
+    source, found = Source(str(tmp_path / "draws.py"), "reward"), []
+    state = random.getstate(), numpy_state()
     for scorers in (*(Workers(source, count=count, seconds=10) for count in (1, 3)), Inside(source.make(), seconds=10)):
         found.append(scorers.ask([question("")] * 6))
         scorers.close()
-    assert found[0] == found[1] == found[2] and random.getstate() == state
+    assert found[0] == found[1] == found[2] and len({*found[0]}) == 1
+    assert state == (random.getstate(), numpy_state())
+
+
+def test_draws_from_torch_are_a_scorers_own() -> None:
+    before = torch.get_rng_state()
+    scores = Inside(lambda: float(torch.rand(())), seconds=None).ask([((), {})] * 2)
+    assert scores[0] == scores[1] and torch.equal(torch.get_rng_state(), before)
 
 
 # --- in the trainer's process -----------------------------------------------------------------------------------------

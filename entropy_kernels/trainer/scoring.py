@@ -1,7 +1,7 @@
 """Asking a scorer, which is somebody else's, about answers that a model wrote: whatever happens, there is a score.
 
 :func:`judge` does it in this process; ``python scoring.py FD`` is a process of its own that does (workers.py starts
-it). It imports the standard library and the scorer alone, not the package that it lies in: torch takes seconds.
+it). It imports the standard library, numpy and the scorer, not the package that it lies in: torch takes seconds.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def judge(ask: Callable[[], object], *, seconds: float | None = None) -> float:
     """The finite number that `ask` returns; :class:`Unscored` if it raises, takes longer or returns anything else.
 
     The time is limited in the main thread only. The folder that the process works in stays the same, and a scorer that
-    draws finds the same draws for every answer, in whatever process.
+    draws finds the same draws for every answer, in whatever process (:func:`draws_apart` keeps those of others).
     """
-    late, started, folder, draws = True, time.monotonic(), _folder(), random.getstate()
+    late, started, folder = True, time.monotonic(), _folder()
     try:
-        random.seed(0)
+        _seed()
         with time_limit(seconds):
             score = number_of(ask())
             late = False
@@ -78,10 +78,33 @@ def judge(ask: Callable[[], object], *, seconds: float | None = None) -> float:
     except BaseException as error:  # those of extensions in Rust are no Exception
         return Unscored(f"raised {described(error)}")
     finally:
-        random.setstate(draws)
         if folder is not None and _folder() != folder:
             with suppress(OSError):
                 os.chdir(folder)
+
+
+def _seed() -> None:
+    """The global generators of Python, and of numpy and torch where they are imported."""
+    random.seed(0)
+    if numpy := sys.modules.get("numpy.random"):
+        numpy.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.manual_seed(0)
+
+
+@contextmanager
+def draws_apart() -> Iterator[None]:
+    """Within: a scorer's draws; afterwards the generators of :func:`_seed` go on as if nothing had been drawn."""
+    numpy, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
+    kept = random.getstate(), numpy and numpy.get_state(), torch and torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        if numpy:
+            numpy.set_state(kept[1])
+        if torch:
+            torch.default_generator.set_state(kept[2])
 
 
 def number_of(score: Any) -> float:
@@ -275,6 +298,8 @@ def serve(connection: Any) -> None:
     source, path, memory, trainer, sample = pickle.loads(connection.recv_bytes())
     sys.path[:] = path
     _confine(memory, trainer)
+    with suppress(ImportError):
+        import numpy.random  # noqa: F401  for a scorer that imports it when it is asked: it is seeded before
     try:
         made = Source(*source).make()
         hello: tuple[str, Any] = ("ready", vars(parameters_of(made)))

@@ -21,7 +21,7 @@ from multiprocessing.connection import Pipe, wait
 from typing import TYPE_CHECKING, Any, Protocol
 
 from entropy_kernels.trainer import scoring
-from entropy_kernels.trainer.scoring import Parameters, Source, Unscored, described, judge, too_late
+from entropy_kernels.trainer.scoring import Parameters, Source, Unscored, described, draws_apart, judge, too_late
 from entropy_kernels.trainer.tasks import SEED_STRIDE, Prompt, Task, prompts_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Inside:
         return scoring.parameters_of(self._scorer)
 
     def ask(self, questions: Sequence[Question]) -> list[float]:
-        return [judge(partial(self._scorer, *args, **named), seconds=self._seconds) for args, named in questions]
+        with draws_apart():
+            return [judge(partial(self._scorer, *args, **named), seconds=self._seconds) for args, named in questions]
 
     def close(self) -> None:
         pass
