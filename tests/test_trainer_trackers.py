@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 import types
 import warnings
@@ -85,8 +86,22 @@ def test_services_get_every_row_and_a_resumed_run_goes_on(
     ppo.train(config(out, **longer))
     assert wandb.begun[1]["id"] == wandb.begun[0]["id"] and wandb.begun[1]["resume"] == "allow"
     assert trackio.begun[1]["resume"] == "allow"
-    assert [step for step, _ in wandb.rows] == [0, 1, 1, 2]
-    ppo.train(config(out, **{**longer, "steps": 3}, lr=1e-4, resume_changes=("lr",)))
+    row = read_rows(out / "metrics.jsonl")[1]
+    for stub in (wandb, trackio):  # of step 1 what its updates added, and of what is done again nothing
+        assert [step for step, _ in stub.rows] == [0, 1, 1, 2]
+        (_, first), (_, second) = stub.rows[1:3]
+        assert not first.keys() & second.keys() and first.keys() | second.keys() >= scalars(row).keys()
+        assert second["train/loss"] == row["loss"]
+    os.replace(out / "checkpoint.previous.safetensors", out / "checkpoint.safetensors")
+    ppo.train(config(out, **longer))
+    assert len(wandb.rows) == len(trackio.rows) == 4
+    os.replace(out / "checkpoint.previous.safetensors", out / "checkpoint.safetensors")
+    ppo.train(config(out, **{**longer, "trackers": ("trackio",)}))
+    ppo.train(config(out, **{**longer, "steps": 3}))  # one that had been left out gets rows whole
+    assert [step for step, _ in wandb.rows[4:]] == [2, 3] and wandb.rows[4][1]["train/entropy"]
+    assert [step for step, _ in trackio.rows[4:]] == [2, 3] and "train/entropy" not in trackio.rows[4][1]
+    del wandb.begun[1:-1], trackio.begun[1:-1]
+    ppo.train(config(out, **{**longer, "steps": 4}, lr=1e-4, resume_changes=("lr",)))
     assert wandb.begun[2]["id"] != wandb.begun[0]["id"]  # another experiment
     assert trackio.begun[2]["resume"] == "never"
     assert json.loads((out / "config.json").read_text())["run_id"] == wandb.begun[2]["id"]

@@ -10,8 +10,9 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,15 @@ class Tracker:
     name: str
     log: Callable[[dict[str, float], int], object]
     finish: Callable[[bool], object]
+    sent: Mapping[int, Collection[str]] = field(default_factory=dict)  # step -> names that it has, of an earlier part
     _told: bool = field(default=False, init=False)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """A row of the log."""
-        self._contained(lambda: self.log(scalars(row), row["step"]), f"the row of step {row['step']}")
+        step, values = row["step"], scalars(row)
+        new = {name: value for name, value in values.items() if name not in self.sent.get(step, ())}
+        if new or step not in self.sent:
+            self._contained(lambda: self.log(new, step), f"the row of step {step}")
 
     def close(self, failed: bool) -> None:
         """End it, whatever is left to send sent."""
@@ -95,10 +100,14 @@ class Trackers:
         """Begin the services' runs; `goes_on`: the run is the one that the directory holds, not another experiment."""
         if not self._config.trackers:
             return
-        known = _known_id(self._config) if goes_on else None
-        self.run_id = known or secrets.token_hex(4)
+        before = fields_of(self._config.out / "config.json") if goes_on else {}
+        known, had = before.get("run_id"), before.get("trackers")
+        self.run_id = known if isinstance(known, str) and known.isalnum() else secrets.token_hex(4)
         for name in self._config.trackers:
-            self._begun.append(_begin(name, self._config, self.run_id, resumed=goes_on))
+            tracker = _begin(name, self._config, self.run_id, resumed=goes_on)
+            if isinstance(had, list) and name in had:  # the log has rows beyond the checkpoint yet
+                tracker.sent = _sent(self._config.out / "metrics.jsonl")
+            self._begun.append(tracker)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """A row of the log, to all. TensorBoard begins with the first, when its folder is no earlier run's any more."""
@@ -108,9 +117,10 @@ class Trackers:
             tracker.write(row)
 
 
-def _known_id(config: TrainerConfig) -> str | None:
-    found = fields_of(config.out / "config.json").get("run_id")
-    return found if isinstance(found, str) and found.isalnum() else None
+def _sent(log: Path) -> dict[int, Collection[str]]:
+    from entropy_kernels.trainer.log import read_rows
+
+    return {row["step"]: scalars(row).keys() for row in read_rows(log)} if log.exists() else {}
 
 
 def _begin(name: str, config: TrainerConfig, run_id: str, *, resumed: bool) -> Tracker:
