@@ -84,7 +84,7 @@ def fit(count: int, title: str) -> Figure:
     law = fit_entropy_law(log["entropy"], log["val_pass1"])
     first = fit_entropy_law(log["entropy"], log["val_pass1"], fit_fraction=0.5)
     return plots.fit_figure(
-        log["entropy"], log["val_pass1"], law, steps=log["step"], extrapolated=first, title=title,
+        log["entropy"], log["val_pass1"], law, steps=log["step"], extrapolated=first, title=title, bound=count > 9,
         performance_name="mean of val-core/openai/gsm8k/acc/mean@32 and 7 metrics",
     )  # fmt: skip
 

@@ -12,9 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-import safetensors.torch
 
-from entropy_kernels.trainer import checkpoint, ppo
+from entropy_kernels.trainer import ppo
 from entropy_kernels.trainer.advantages import advantages_of, pass_at_k, rewards_of_tokens
 from entropy_kernels.trainer.causal_lm import enable_checkpointing
 from entropy_kernels.trainer.config import RESUMABLE_FIELDS, TrainerConfig
@@ -144,7 +143,7 @@ def test_pass_at_k() -> None:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["grpo", "clip_cov", "kl_cov"])
+@pytest.mark.parametrize("method", ["clip_cov", "kl_cov"])
 def test_two_runs_of_one_seed_agree_bit_for_bit(tmp_path: Path, method: str) -> None:
     settings = {"steps": 2, "method": method, "cov_low": -9.0, "cov_high": 9.0, "cov_ratio": 0.1}
     for name in ("a", "b"):
@@ -156,9 +155,8 @@ def test_two_runs_of_one_seed_agree_bit_for_bit(tmp_path: Path, method: str) -> 
     assert rows_without_times(tmp_path / "c")[0] != rows[0]
 
 
-@pytest.mark.parametrize("method", ["clip_cov", "kl_cov"])
-def test_resume_continues_bit_for_bit(tmp_path: Path, method: str) -> None:
-    settings = {"method": method, "cov_low": -9.0, "cov_high": 9.0, "cov_ratio": 0.1}
+def test_resume_continues_bit_for_bit(tmp_path: Path) -> None:
+    settings = {"method": "clip_cov", "cov_low": -9.0, "cov_high": 9.0, "cov_ratio": 0.1}
     ppo.train(config(tmp_path / "whole", steps=3, **settings))
     ppo.train(config(tmp_path / "halves", steps=1, **settings))
     # a crash after the checkpoint leaves rows that the resumed run must write anew, and half a line
@@ -192,23 +190,6 @@ def test_resume_errors(tmp_path: Path) -> None:
     assert {f.name for f in dataclasses.fields(TrainerConfig)} > RESUMABLE_FIELDS
 
 
-def test_interrupted_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ppo.train(config(tmp_path / "run", **{**SHORT, "steps": 1}))
-    path = tmp_path / "run" / "checkpoint.safetensors"
-    before = path.read_bytes()
-
-    def torn(tensors: object, file: str, metadata: object) -> None:
-        Path(file).write_bytes(b"half of a chec")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", torn)
-    with pytest.raises(OSError, match="disk full"):
-        ppo.train(config(tmp_path / "run", **{**SHORT, "steps": 2}, resume=True))
-    assert path.read_bytes() == before
-    assert checkpoint.load_checkpoint(path)["step"] == 1
-    assert [p.name for p in path.parent.iterdir() if p.name.endswith(".tmp")] == []
-
-
 @pytest.mark.parametrize(
     ("method", "mode"),
     [
@@ -222,18 +203,10 @@ def test_interrupted_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch:
 def test_micro_batches_share_a_trajectory(tmp_path: Path, method: str, mode: str) -> None:
     logs = {}
     for n in (1, 4):
-        settings = config(
-            tmp_path / str(n),
-            steps=2,
-            method=method,
-            micro_batches=n,
-            loss_agg_mode=mode,
-            cov_low=-9.0,
-            cov_high=9.0,
-            cov_ratio=0.1,
-            entropy_coef=0.01,
-        )
-        ppo.train(settings)
+        ppo.train(
+            config(tmp_path / str(n), steps=1, method=method, micro_batches=n, loss_agg_mode=mode, cov_low=-9.0,
+                   cov_high=9.0, cov_ratio=0.1, entropy_coef=0.01)
+        )  # fmt: skip
         logs[n] = rows_without_times(tmp_path / str(n))
     for one, four in zip(logs[1], logs[4], strict=True):
         assert one.keys() == four.keys()

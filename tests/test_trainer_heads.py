@@ -19,7 +19,7 @@ import entropy_kernels as ek
 from entropy_kernels.trainer import model, ppo, probes
 from entropy_kernels.trainer.config import HEADS, METHODS, TrainerConfig
 from entropy_kernels.trainer.log import describe_memory
-from entropy_kernels.trainer.methods import PAPER, controller_of, surrogate_of
+from entropy_kernels.trainer.methods import controller_of, surrogate_of
 from entropy_kernels.trainer.model import Encoded, Policy
 from entropy_kernels.trainer.rollout import Rollout, score
 from entropy_kernels.trainer.start import word_tokenizer
@@ -223,7 +223,7 @@ UPDATE = dataclasses.replace(SETTINGS, cov_ratio=0.2, cov_low=-9.0, cov_high=9.0
 #: Method, statistics that it decides by, micro-batches: each effect in one micro-batch and in several.
 UPDATES = [
     (method, *how)
-    for method in (*PAPER, "exact_cov", "steer", "repo", "adaptive_entropy")
+    for method in ("grpo", "clip_cov", "kl_cov", "exact_cov", "steer", "repo", "adaptive_entropy")
     for how in (("new", 1), ("old", 3), *((("old", 1), ("new", 3)) if method in ("grpo", "clip_cov", "kl_cov") else ()))
 ]
 

@@ -47,10 +47,7 @@ from trainer_setup import TINY, EasyTask, config, easy, rows_without_times, with
         ({"cov_band": "quantile"}, r"cov_low, cov_high: expected quantiles in \[0, 1\]"),
         ({"cov_ratio": 2.0}, r"cov_ratio: expected a fraction in \(0, 1\], got 2.0"),
         ({"head": "hidden"}, r"head: expected one of linear, logits, torch, got 'hidden'"),
-        ({"dtype": "float16"}, r"dtype: expected float32 or mixed \(which keeps float32 weights .*, got 'float16'"),
-        ({"dtype": "bfloat16"}, r"dtype: expected float32 or mixed \(which keeps float32 weights.*, got 'bfloat16'"),
         ({"memory_budget": 0}, r"memory_budget: expected a number of bytes > 0, got 0"),
-        ({"samples_per_prompt": 1}, r"samples_per_prompt: expected at least 2"),
         ({"method": "clipcov"}, r"method: expected one of grpo, clip_cov.*got 'clipcov'"),
         ({"num_heads": 3}, r"hidden_size: expected a multiple of num_heads = 3, got 16"),
         ({"steps": -1}, r"steps: expected an integer >= 0, got -1"),
@@ -122,7 +119,7 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
     assert os.stat(again / "model.safetensors").st_mtime_ns == stamp, "an equal warm start was made anew"
     for method in methods:
         ppo.train(
-            config(tmp_path / method, method=method, steps=4, eval_every=1, first_order_every=1, eval_samples=8,
+            config(tmp_path / method, method=method, steps=2, eval_every=1, first_order_every=1, eval_samples=8,
                    final_eval_samples=8, measure_memory=True, warm_start_from=start)
         )  # fmt: skip
     logs = sweep.load_runs({method: tmp_path / method for method in methods})
@@ -161,27 +158,27 @@ def test_report_is_whole_and_self_contained(tmp_path: Path) -> None:
 
 def test_a_target_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_drawing(monkeypatch)
-    for name, target in (("grpo", None), ("target", "0:4.6,20:4.56")):
-        changes = {"steps": 20, "eval_every": 10, "first_order_every": 0, "target_entropy": target}
-        ppo.train(config(tmp_path / name, **changes, measure_memory=False))
-    logs = sweep.load_runs({name: tmp_path / name for name in ("grpo", "target")})
+    made = report_runs.logs(1)
+    runs = {name: made[name] for name in ("grpo", "target")}
+    (log,) = runs["target"]
+    log["target_entropy"] = np.linspace(0.6, 0.56, len(log))
     nothing: dict[str, list[float]] = {"predicted": [], "measured": []}
     record = write_report(
-        tmp_path / "report", {name: [log] for name, log in logs.items()}, base=TINY, experiment=nothing, command="",
-        seeds=[0], seconds=1.0, workers=1, title="", kept=logs,
+        tmp_path / "report", runs, base=TINY, experiment=nothing, command="", seeds=[0], seconds=1.0, workers=1,
+        title="", kept={"target": log},
     )  # fmt: skip
-    gap = (logs["target"]["entropy"] - logs["target"]["target_entropy"]).to_numpy()[10:]
-    means = [abs(gap[i : i + 8].mean()) for i in range(4)]
+    gap = (log["entropy"] - log["target_entropy"]).to_numpy()[len(log) // 2 :]
+    means = [abs(gap[i : i + 8].mean()) for i in range(len(gap) - 7)]
     values = {name: value["mean"] for name, value in record["methods"]["target"].items()}
     assert [values[name] for name in ("target_end", "target_off", "target_worst")] == pytest.approx(
-        [4.56, sum(means) / 4, max(means)]
+        [0.56, sum(means) / len(means), max(means)]
     )
     claims = [check for check in record["criteria"] if "target entropy" in check["claim"]]
-    assert [check["figure"] for check in claims] == [f"{sum(means) / 4:.3f}", f"{max(means):.3f}"]
+    assert [check["figure"] for check in claims] == [f"{sum(means) / len(means):.3f}", f"{max(means):.3f}"]
     page, note = ((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))
     for text in (page, note):
         assert "lose their gradient (Target entropy)" in text
-        assert re.search(r"Target entropy: the run was given a number, 4\.56 nats .* of the tokens dropped", text)
+        assert re.search(r"Target entropy: the run was given a number, 0\.56 nats .* of the tokens dropped", text)
     assert "target_entropy" in (tmp_path / "report" / "csv" / "target.csv").read_text()
     missed = f"{values['target_off']:.2f} nats off its target"
     assert (
