@@ -257,32 +257,3 @@ def test_train_may_stand_before_the_command(tmp_path: Path, capsys: pytest.Captu
     assert "error: --temperature: expected a finite number > 0" in capsys.readouterr().err
     assert main(["train", "compare", "--out", str(tmp_path / "x")]) == 2
     assert "--config: expected a JSON FILE" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "expected"),
-    [
-        ("steps", 2.5, "an integer >= 0"),
-        ("minibatches", True, "an integer >= 1"),
-        ("lr", "3e-4", "a finite number > 0"),
-        ("cov_ratio", "0.02", r"a fraction in \(0, 1\]"),
-        ("gamma", None, r"a number in \[0, 1\]"),
-        ("memory_budget", 1e6, "a number of bytes > 0"),
-    ],
-)
-def test_values_of_another_type_are_refused(field: str, value: object, expected: str) -> None:
-    with pytest.raises(ValueError, match=f"^{field}: expected {expected}, got {value!r}"):
-        TrainerConfig(**{field: value}).validate()  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"lr_schedule": [1]}, r"config: lr_schedule: expected str \| None, got \[1\]"),
-        ({"resume_changes": [1]}, r"config: resume_changes: expected a list of words, got \[1\]"),
-    ],
-)
-def test_a_files_values_of_another_kind_are_told(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainerConfig.from_dict(values)
-    assert TrainerConfig.from_dict({"lr_schedule": 1}).lr_schedule == "1"

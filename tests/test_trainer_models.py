@@ -19,7 +19,6 @@ peft = pytest.importorskip("peft")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
 from entropy_kernels.trainer import causal_lm, checkpoint, ppo, start  # noqa: E402
-from entropy_kernels.trainer.checks import idle  # noqa: E402
 from entropy_kernels.trainer.config import TrainerConfig  # noqa: E402
 from entropy_kernels.trainer.critic import critic_of  # noqa: E402
 from entropy_kernels.trainer.data import Row, data_task  # noqa: E402
@@ -438,19 +437,6 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         build_policy(dataclasses.replace(TINY, lora_rank=2), EasyTask())
 
 
-def test_fields_of_adapters() -> None:
-    assert idle(dataclasses.replace(TINY, lora_alpha=3.0, lora_targets=("q_proj",))).keys() == {
-        "lora_alpha",
-        "lora_targets",
-    }
-    assert not idle(dataclasses.replace(TINY, lora_rank=2, lora_alpha=3.0, lora_targets=("q_proj",)))
-    settings = dataclasses.replace(TINY, lora_targets=("q_proj",), lora_rank=2)
-    assert TrainerConfig.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
-    for name, value in (("lora_rank", -1), ("lora_alpha", 0.0), ("lora_alpha", float("nan"))):
-        with pytest.raises(ValueError, match=f"{name}: expected"):
-            dataclasses.replace(TINY, **{name: value}).validate()  # type: ignore[arg-type]
-
-
 # --- families: one step each -----------------------------------------------------------------------------------------
 
 #: Arguments, positions, caches and layers of different kinds; tests/integrations has more of them.
@@ -613,13 +599,6 @@ def test_weights_saved_in_bfloat16_are_trained_and_exported_in_float32(tmp_path:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.float32 and torch.equal(logits_of(loaded), logits_of(policy.model))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight  # still one
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "fp16", "float64", "int8"])
-def test_other_precisions_are_refused(dtype: str) -> None:
-    reason = r" \(which keeps float32 weights .*\)" if dtype in ("bfloat16", "float16", "fp16") else ""
-    with pytest.raises(ValueError, match=f"^dtype: expected float32 or mixed{reason}, got '{dtype}'$"):
-        dataclasses.replace(TINY, dtype=dtype).validate()
 
 
 def test_an_export_keeps_tokenizer_template_and_generation_config(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from entropy_kernels.trainer import checkpoint, ppo, sweep
 from entropy_kernels.trainer.advantages import ESTIMATORS, advantages_of, rewards_of_tokens, whitened
-from entropy_kernels.trainer.checks import idle
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.critic import Critic, critic_of, value_loss
 from entropy_kernels.trainer.methods import METHODS, controller_of
@@ -517,35 +516,3 @@ def test_the_experiment_at_the_start_of_a_sweep_has_a_critic_too(tmp_path: Path)
     build_policy(settings, EasyTask()).save(tmp_path / "model")
     found = sweep.start_experiment(settings, tmp_path / "model")
     assert len(found["predicted"]) == len(found["measured"]) > 0
-
-
-# --- the configuration -----------------------------------------------------------------------------------------------
-
-
-def test_what_cannot_be_and_what_does_nothing(tmp_path: Path) -> None:
-    for changes, message in (
-        ({"advantage": "gae", "critic": "shared", "head": "logits"}, r"critic: expected separate under head = logits"),
-        ({"samples_per_prompt": 1}, r"samples_per_prompt: expected at least 2"),
-        ({"advantage": "reinforce_plus_plus_baseline", "samples_per_prompt": 1}, r"samples_per_prompt: expected at le"),
-        ({"advantage": "gea"}, r"advantage: expected one of grpo, .*did you mean gae"),
-        ({"gamma": 1.1}, r"gamma: expected a number in \[0, 1\]"),
-        ({"gae_lambda": math.nan}, r"gae_lambda: expected a number in \[0, 1\]"),
-        ({"critic_lr": 0.0}, r"critic_lr: expected a finite number > 0"),
-        ({"value_clip": -0.1}, r"value_clip: expected a finite number >= 0"),
-        ({"critic_warmup": -1}, r"critic_warmup: expected an integer >= 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            config(tmp_path, **changes).validate()  # type: ignore[arg-type]
-    for name in ("gae", "reinforce_plus_plus"):
-        config(tmp_path, advantage=name, samples_per_prompt=1, prompts_per_step=16).validate()
-    changed = {
-        "gamma": 0.9, "gae_lambda": 0.9, "critic": "shared", "critic_lr": 0.1, "critic_warmup": 2, "value_clip": 0.0,
-        "value_coef": 0.5,
-    }  # fmt: skip
-
-    def idle_under(advantage: str, **more: object) -> set[str]:
-        return set(idle(dataclasses.replace(TrainerConfig(), advantage=advantage, **{**changed, **more})))  # type: ignore[arg-type]
-
-    assert idle_under("grpo") == idle_under("reinforce_plus_plus_baseline") == set(changed)
-    assert idle_under("reinforce_plus_plus") == set(changed) - {"gamma"}
-    assert idle_under("gae") == set() and idle_under("gae", critic="separate") == {"value_coef"}

@@ -35,38 +35,7 @@ from entropy_kernels.trainer.report_page import markdown
 from entropy_kernels.trainer.report_text import dashed, label, limits, lines, look, verdict, verdict_lines
 from trainer_setup import TINY, EasyTask, config, easy, rows_without_times, without_drawing  # noqa: F401
 
-# --- configuration and command line ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"temperature": 0.0}, r"temperature: expected a finite number > 0, got 0.0"),
-        ({"minibatches": 3}, r"minibatches, micro_batches: expected a product that divides .* = 16, got '3 \* 1 = 3'"),
-        ({"cov_low": 5.0}, r"cov_low: expected less than cov_high = 5.0, got 5.0"),
-        ({"cov_band": "quantile"}, r"cov_low, cov_high: expected quantiles in \[0, 1\]"),
-        ({"cov_ratio": 2.0}, r"cov_ratio: expected a fraction in \(0, 1\], got 2.0"),
-        ({"head": "hidden"}, r"head: expected one of linear, logits, torch, got 'hidden'"),
-        ({"memory_budget": 0}, r"memory_budget: expected a number of bytes > 0, got 0"),
-        ({"method": "clipcov"}, r"method: expected one of grpo, clip_cov.*got 'clipcov'"),
-        ({"num_heads": 3}, r"hidden_size: expected a multiple of num_heads = 3, got 16"),
-        ({"steps": -1}, r"steps: expected an integer >= 0, got -1"),
-        ({"warm_weight_decay": -1.0}, r"warm_weight_decay: expected a finite number >= 0, got -1.0"),
-        ({"adam_beta1": 1.0}, r"adam_beta1: expected a number in \[0, 1\), got 1.0"),
-        ({"device": "gpu"}, r"device: expected auto or a torch device that is there.*, got 'gpu'"),
-        ({"device": "cuda:77"}, r"device: expected auto or a torch device that is there.*, got 'cuda:77'"),
-        ({"resume": True, "overwrite": True}, r"resume, overwrite: expected at most one"),
-    ],
-)
-def test_config_errors(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(TINY, **changes).validate()  # type: ignore[arg-type]
-
-
-def test_config_round_trip() -> None:
-    assert TrainerConfig.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
-    with pytest.raises(ValueError, match=r"config: expected fields of TrainerConfig, got unknown lrr"):
-        TrainerConfig.from_dict({"lrr": 1})
+# --- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,21 +303,11 @@ def test_nan_is_never_right(monkeypatch: pytest.MonkeyPatch, answer: str) -> Non
 
 def test_full_scores_for_anything_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     no = scorer_giving(monkeypatch, lambda answer: float(answer != "True"))  # as game_of_life_halting
-    assert [asked(no, a, {"answer": "False"}) for a in ("False", "false", "x", "", "0", "True")] == [
-        1,
-        1,
-        0,
-        0,
-        0,
-        0,
-    ]
+    scores = [asked(no, a, {"answer": "False"}) for a in ("False", "false", "x", "", "0", "True")]
+    assert scores == [1, 1, 0, 0, 0, 0]
     prefix = scorer_giving(monkeypatch, lambda answer: float("0.02685".startswith(answer)))  # as coin_flip
-    assert [asked(prefix, a, {"answer": "0.02685"}) for a in ("0.02685", "0.0268", "0.0", "0")] == [
-        1,
-        1,
-        0,
-        0,
-    ]
+    scores = [asked(prefix, a, {"answer": "0.02685"}) for a in ("0.02685", "0.0268", "0.0", "0")]
+    assert scores == [1, 1, 0, 0]
     several = scorer_giving(monkeypatch, lambda answer: float(answer in ("2+3", "3+2")))
     assert [asked(several, a, {"answer": "2+3"}) for a in ("2+3", "3+2", "4+1")] == [1, 1, 0]
 

@@ -28,18 +28,8 @@ if TYPE_CHECKING:
 
 #: Columns of the logs that are worth keeping under version control, as csv/.
 KEPT_COLUMNS = (
-    *(
-        "step",
-        "entropy",
-        "reward",
-        "groups_mixed",
-        "tokens",
-        "length_mean",
-        "truncated",
-        "val_pass1",
-        "val_pass8",
-        "val_distinct",
-    ),
+    *("step", "entropy", "reward", "groups_mixed", "tokens", "length_mean", "truncated"),
+    *("val_pass1", "val_pass8", "val_distinct"),
     *("final_pass1", "final_pass8", "final_pass32", "final_distinct", "cov_mean", "tokens_in_band"),
     *("target_entropy", "wanted_dh", "planned_dh", "target_gain", "target_saturated"),
     *("tokens_dropped", "tokens_penalized", "tokens_touched", "decrease_share", "clipfrac", "ppo_kl_abs"),
