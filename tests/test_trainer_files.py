@@ -140,16 +140,7 @@ def test_out_with_a_tilde_is_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def instant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a sweep in this process; no picture is drawn."""
     without_drawing(monkeypatch)
-
-    class Done:
-        def __init__(self, command: list[str], **_: Any) -> None:
-            self.code = main(command[3:])
-
-        def poll(self) -> int:
-            return self.code
-
-    monkeypatch.setattr(sweep.subprocess, "Popen", Done)
-    monkeypatch.setattr(sweep, "_POLL", 0.0)
+    trainer_setup.runs_here(monkeypatch)
 
 
 def compare_in(out: Path, kind: str = "compare", reuse: bool = False, **changes: Any) -> Path:

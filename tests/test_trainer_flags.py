@@ -23,7 +23,7 @@ from entropy_kernels.trainer.files import write_json
 from entropy_kernels.trainer.flags import as_typed, parse
 from entropy_kernels.trainer.log import RunProgress, announced, read_rows
 from entropy_kernels.trainer.methods import METHODS
-from trainer_setup import SHORT, TINY, config, easy  # noqa: F401
+from trainer_setup import SHORT, TINY, Here, config, easy, runs_here  # noqa: F401
 
 PROG = "python -m entropy_kernels.trainer"
 
@@ -214,17 +214,13 @@ def test_a_run_that_is_stopped_says_what_goes_on(
 def test_a_sweep_that_is_stopped_says_what_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Here:
-        def __init__(self, command: list[str], **_: Any) -> None:
+    class Stopped(Here):
+        def __init__(self, command: list[str], **options: Any) -> None:
             if "kl_cov" in command[-1]:
                 raise KeyboardInterrupt
-            self.code = main(command[3:])
+            super().__init__(command, **options)
 
-        def poll(self) -> int:
-            return self.code
-
-    monkeypatch.setattr(sweep.subprocess, "Popen", Here)
-    monkeypatch.setattr(sweep, "_POLL", 0.0)
+    runs_here(monkeypatch, Stopped)
     write_json(tmp_path / "c.json", {**TINY.to_dict(), **SHORT})
     words = ["compare", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "out"), "--methods", "grpo"]
     assert main([*words, "kl_cov", "--torch-ops", "none"]) == 130

@@ -36,6 +36,7 @@ from trainer_setup import (  # noqa: F401
     TINY,
     EasyTask,
     again,
+    assert_same_gradients,
     config,
     contents,
     easy,
@@ -108,11 +109,7 @@ def assert_same(made: Update, ours: dict[str, Tensor], loss: Tensor, theirs: dic
     torch.testing.assert_close(
         sum(float(part.loss) for part in made.losses), float(loss.detach()), rtol=1e-6, atol=1e-9
     )
-    assert ours.keys() == theirs.keys()
-    for name, gradient in ours.items():
-        scale = float(theirs[name].abs().max())
-        assert scale > 0, name
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-6, atol=1e-7 * scale)
+    assert_same_gradients(ours, theirs, 1e-6, 1e-7)
 
 
 #: A head and a method: all heads, and a method that decides.

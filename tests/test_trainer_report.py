@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
 import shlex
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,7 +31,7 @@ from entropy_kernels.trainer.report import write_report
 from entropy_kernels.trainer.report_numbers import PHASES, behind, courses, criteria, disturbance, over_seeds
 from entropy_kernels.trainer.report_page import markdown
 from entropy_kernels.trainer.report_text import dashed, label, limits, lines, look, verdict, verdict_lines
-from trainer_setup import TINY, EasyTask, config, easy, rows_without_times, without_drawing  # noqa: F401
+from trainer_setup import TINY, EasyTask, config, easy, rows_without_times, runs_here, without_drawing  # noqa: F401
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
@@ -173,22 +171,8 @@ def test_report_needs_the_baseline(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-class Here:
-    """In the place of Popen: the run takes place in this process. Another one imports transformers for five seconds."""
-
-    def __init__(self, command: list[str], *, stdout: IO[bytes], **options: Any) -> None:
-        log = io.StringIO()
-        with redirect_stdout(log), redirect_stderr(log):
-            self.code = main(command[command.index("from-config") :])
-        stdout.write(log.getvalue().encode())
-        stdout.flush()
-
-    def poll(self) -> int:
-        return self.code
-
-
 def test_runs_side_by_side_reports_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep.subprocess, "Popen", Here)  # one in a process of its own is in test_compare
+    runs_here(monkeypatch)  # one in a process of its own is in test_compare
     broken = config(tmp_path / "broken", warm_start_from=tmp_path / "nowhere")
     with pytest.raises(
         RuntimeError, match=r"run broken: expected exit code 0, got 2; [\s\S]*warm_start_from: expected"
@@ -293,7 +277,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     flags = ["compare", "--config", str(tmp_path / "tiny.json"), "--out", str(tmp_path / "out")]
     flags += ["--methods", "grpo", "kl_cov", "--torch-ops", "kl_cov", "--workers", "2", "--no-progress"]
     with monkeypatch.context() as patch:
-        patch.setattr(sweep.subprocess, "Popen", Here)
+        runs_here(patch)
         assert main([*flags, "--steps", "3"]) == 0
     out = tmp_path / "out"
     record = json.loads((out / "summary.json").read_text())

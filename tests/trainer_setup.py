@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ pytest.importorskip("tyro")
 from safetensors.torch import load_file
 
 from entropy_kernels.analysis import plots
-from entropy_kernels.trainer import causal_lm, checkpoint, ppo, start
+from entropy_kernels.trainer import causal_lm, checkpoint, ppo, start, sweep
+from entropy_kernels.trainer.__main__ import main
 from entropy_kernels.trainer.config import TrainerConfig
 from entropy_kernels.trainer.log import read_rows
 from entropy_kernels.trainer.model import Policy
@@ -120,6 +123,15 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert_same_state(one, other)
 
 
+def assert_near(one: Path, other: Path, *apart: str) -> None:
+    """Rows of two runs, but for columns `apart`, up to rounding."""
+    for row, beside in zip(rows_without_times(one), rows_without_times(other), strict=True):
+        assert row.keys() == beside.keys()
+        for name in row.keys() - {"sampling_gap", *apart}:
+            least = 1e-9 if name in ("control_dh", "free_dh") else 2e-5  # the learning rate is a factor of these
+            assert beside[name] == pytest.approx(row[name], rel=2e-3, abs=least), (other.name, row["step"], name)
+
+
 def resumed(folder: Path, at: int, **changes: object) -> tuple[Path, Path]:
     """A run, and one that stopped after `at` steps and went on, which are found to be the same; their folders. As it
     was when it had stopped it is in `folder` / stopped."""
@@ -130,6 +142,40 @@ def resumed(folder: Path, at: int, **changes: object) -> tuple[Path, Path]:
     ppo.train(config(halves, **{**SHORT, **changes, "resume": True}))
     assert_same_run(whole, halves)
     return whole, halves
+
+
+class Here:
+    """In the place of Popen: the run takes place in this process. Another one imports transformers for five seconds."""
+
+    def __init__(self, command: list[str], *, stdout: IO[bytes], **options: Any) -> None:
+        log = io.StringIO()
+        with redirect_stdout(log), redirect_stderr(log):
+            self.code = main(command[command.index("from-config") :])
+        stdout.write(log.getvalue().encode())
+        stdout.flush()
+
+    def poll(self) -> int:
+        return self.code
+
+
+def runs_here(patch: pytest.MonkeyPatch, process: type = Here) -> None:
+    """Runs of sweeps take place in this process, one after the other."""
+    patch.setattr(sweep.subprocess, "Popen", process)
+    patch.setattr(sweep, "_POLL", 0.0)
+
+
+def assert_same_gradients(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], rtol: float, atol: float, where: object = ""
+) -> None:
+    """Of all parameters, each of which has one; `atol` is a share of its largest entry."""
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        scale = float(theirs[name].abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(
+            gradient, theirs[name], rtol=rtol, atol=atol * scale,
+            msg=lambda text, at=(where, name): f"{at}: {text}",
+        )  # fmt: skip
 
 
 def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:

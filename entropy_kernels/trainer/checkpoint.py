@@ -217,7 +217,6 @@ def prepare_directory(config: TrainerConfig) -> OwnFiles:
     there = any((config.out / name).exists() for name in ("metrics.jsonl", CHECKPOINT))
     files = own_files(config.out)
     if there and not (config.overwrite or config.resume):
-        files.tidy()
         resume = "--resume to continue it, " if files.has(CHECKPOINT) else ""
         raise FileExistsError(
             f"out: expected a directory without a run, got {config.out}, which holds one; pass {resume}"
