@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors  # noqa: E402
 
-from entropy_kernels.trainer import causal_lm, checkpoint, ppo, start  # noqa: E402
+from entropy_kernels.trainer import causal_lm, ppo, start  # noqa: E402
 from entropy_kernels.trainer.config import TrainerConfig  # noqa: E402
 from entropy_kernels.trainer.critic import critic_of  # noqa: E402
 from entropy_kernels.trainer.data import Row, data_task  # noqa: E402
@@ -636,8 +636,8 @@ def test_a_critic_on_adapters_is_checkpointed_without_the_weights_below(tmp_path
     policy = policy_of(lora_rank=2)
     critic = critic_of(dataclasses.replace(TINY, advantage="gae", critic="separate"), policy)
     assert critic is not None
-    saved = checkpoint.weights_of(critic)
+    saved = critic.state_dict()
     assert all("lora_" in name or name.startswith("head.") or name == "frozen_weights" for name in saved)
-    checkpoint.put_back(critic, {name: value.clone() for name, value in saved.items()})
+    critic.load_state_dict({name: value.clone() for name, value in saved.items()})
     with pytest.raises(RuntimeError, match="other weights"):
-        checkpoint.put_back(critic, {**saved, "frozen_weights": saved["frozen_weights"] + 1})
+        critic.load_state_dict({**saved, "frozen_weights": saved["frozen_weights"] + 1})

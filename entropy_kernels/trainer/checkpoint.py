@@ -26,8 +26,8 @@ from entropy_kernels.trainer.tensorfile import read_tree, save_tree
 FORMAT = 3
 CHECKPOINT = "checkpoint.safetensors"
 
-#: What a checkpoint has the tensors of: a module, a policy, or a state dict of those that are trained.
-Weights = torch.nn.Module | Policy | Critic | Mapping[str, Tensor]
+#: What a checkpoint has the tensors of.
+Weights = torch.nn.Module | Policy | Critic
 
 
 def previous_of(path: Path) -> Path:
@@ -59,7 +59,7 @@ def save_checkpoint(
         "config": config,
         "row": row,
         "changes": changes or [],
-        "modules": {name: weights_of(module) for name, module in modules.items()},
+        "modules": {name: module.state_dict() for name, module in modules.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "generators": {name: generator.get_state() for name, generator in generators.items()},
         "controller": None if controller is None else controller.state_dict(),
@@ -67,11 +67,6 @@ def save_checkpoint(
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     save_tree(path, state, keep_old=previous_of(path))
-
-
-def weights_of(module: Weights) -> Mapping[str, Tensor]:
-    """The tensors of a module, or of what stands for one."""
-    return module if isinstance(module, Mapping) else module.state_dict()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -151,7 +146,7 @@ def restore(
     try:
         for name, module in modules.items():
             part = "model" if name == "policy" else name
-            put_back(module, state["modules"][name])
+            module.load_state_dict(state["modules"][name])
         for name, optimizer in optimizers.items():
             part = "optimizer" if name == "policy" else f"{name}'s optimizer"
             # a copy: what was loaded may be the pages of the file
@@ -174,18 +169,6 @@ def restore(
             f"{_way_out(path)}"
         ) from error
     return int(state["step"])
-
-
-@torch.no_grad()
-def put_back(module: Weights, saved: Mapping[str, Tensor]) -> None:
-    """Give a module the weights that were saved; RuntimeError or ValueError for other names or shapes."""
-    if not isinstance(module, Mapping):
-        module.load_state_dict(saved)
-        return
-    if {name: x.shape for name, x in module.items()} != {name: x.shape for name, x in saved.items()}:
-        raise ValueError
-    for name, tensor in module.items():
-        tensor.copy_(saved[name])
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import entropy_kernels as ek
-from entropy_kernels.trainer.checkpoint import NONFINITE, Weights, weights_of
+from entropy_kernels.trainer.checkpoint import NONFINITE, Weights
 from entropy_kernels.trainer.files import OwnFiles
 from entropy_kernels.trainer.tensorfile import save_tree
 
@@ -85,9 +85,9 @@ def bad_gradients(modules: Mapping[str, torch.nn.Module]) -> list[str]:
     ]
 
 
-def bad_weights(modules: Mapping[str, Weights]) -> list[str]:
-    """Names of the weights that are not finite."""
-    found = [(_name(module, name), x) for module in modules for name, x in weights_of(modules[module]).items()]
+def bad_weights(modules: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """Names of the weights that are not finite, of the state dict of each module."""
+    found = [(_name(module, name), x) for module, state in modules.items() for name, x in state.items()]
     found = [(name, x) for name, x in found if x.is_floating_point()]
     finite = torch.stack([x.isfinite().all() for _, x in found]).tolist() if found else []
     return [name for (name, _), whole in zip(found, finite, strict=True) if not whole]
@@ -99,7 +99,7 @@ def _name(module: str, name: str) -> str:
 
 def check_weights(modules: Mapping[str, Weights], step: int) -> None:
     """Raise :class:`NonFinite` rather than keep weights that are not finite."""
-    names = bad_weights(modules)
+    names = bad_weights({name: module.state_dict() for name, module in modules.items()})
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise NonFinite(
@@ -139,7 +139,7 @@ def kept(run: Run, step: Step, *, rows: Tensor | None = None, seed: int = 0) -> 
             "update": len(step.updates),
             "seed": seed,
             "config": step.config.to_dict(),
-            "modules": {name: weights_of(module) for name, module in run.modules.items()},
+            "modules": {name: module.state_dict() for name, module in run.modules.items()},
             "rollout": None if step.rollout is None else _fields(step.rollout),
             "rows": rows,
             "plan": None if step.plan is None else step.plan._asdict(),

@@ -80,7 +80,7 @@ def replay(path: Path, flags: Flags, *, task: Any = None) -> Iterator[str]:
     config, task = ppo.prepared(dataclasses.replace(config, **asked), task)
     torch.set_num_threads(config.threads)
     policy = first_policy(config, task)
-    checkpoint.put_back(policy, batch["modules"]["policy"])
+    policy.load_state_dict(batch["modules"]["policy"])
     as_before = not asked.keys() & {"head", "dtype", "device"}
     kept = _on(batch["rollout"], policy.device)
     rows = batch["rows"]
@@ -147,7 +147,7 @@ def _update(
     optimizer: Any = Still(policy.model)
     critic, modules = critic_of(config, policy), {"policy": policy.model}
     if critic is not None:
-        checkpoint.put_back(critic, batch["modules"]["critic"])
+        critic.load_state_dict(batch["modules"]["critic"])
         critic.optimizer, modules["critic"] = Still(critic.module), critic.module  # type: ignore[assignment]
     try:
         made = ppo.update(
