@@ -1,7 +1,7 @@
 """Asking a scorer, which is somebody else's, about answers that a model wrote: whatever happens, there is a score.
 
 :func:`judge` does it in this process; ``python scoring.py FD`` is a process of its own that does (workers.py starts
-it). It imports the standard library, numpy and the scorer, not the package that it lies in: torch takes seconds.
+it). It imports the standard library and the scorer alone, not the package that it lies in: torch takes seconds.
 """
 
 from __future__ import annotations
@@ -298,10 +298,11 @@ def serve(connection: Any) -> None:
     source, path, memory, trainer, sample = pickle.loads(connection.recv_bytes())
     sys.path[:] = path
     _confine(memory, trainer)
-    with suppress(ImportError):
-        import numpy.random  # noqa: F401  for a scorer that imports it when it is asked: it is seeded before
     try:
         made = Source(*source).make()
+        with suppress(Exception):
+            if "numpy" in sys.modules or "numpy" in inspect.getsource(Source(*source).module()):
+                import numpy.random  # noqa: F401  so that it is seeded where a scorer imports it when it is asked
         hello: tuple[str, Any] = ("ready", vars(parameters_of(made)))
     except BaseException as error:
         hello = ("failed", described(error))
