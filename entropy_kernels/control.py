@@ -539,6 +539,8 @@ class Controller:
             got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state: expected a dict of calls (an int) and memory (a dict of numbers), got {got}")
         calls, memory = integer("calls", state["calls"]), self._known("memory", state["memory"])
+        if calls < 0:
+            raise ValueError(f"calls: expected >= 0, got {calls}")
         numbers = {name: float(number(name, x, torch.float64)) for name, x in memory.items()}
         self._seeds.calls.fill_(calls)
         self.memory = {name: torch.tensor(x, dtype=torch.float64) for name, x in numbers.items()}

@@ -93,6 +93,8 @@ class Method:
         of_type("draws", self.draws, bool)
         for name in ("defaults", "bounds", "words", "presets", "needs_with"):
             of_type(name, getattr(self, name), dict)
+        for name, preset in self.presets.items():
+            of_type(f"presets[{name!r}]", preset, dict)
         if not isinstance(self.effects, tuple) or not self.effects or any(name not in EFFECTS for name in self.effects):
             raise ValueError(f"effects: expected a tuple of some of {', '.join(EFFECTS)}, got {self.effects!r}")
         for name in self.options:

@@ -443,8 +443,6 @@ class TargetEntropy(Controller):
         Raises:
             TypeError, ValueError: what is not the state of a TargetEntropy of this method.
         """
-        if isinstance(state, dict) and "calls" in state and integer("calls", state["calls"]) < 0:
-            raise ValueError(f"calls: expected >= 0, got {state['calls']}")
         super().load_state_dict(state)
         self._awaited = self._first = None
         self._begins = all(x == self._start[name] or math.isnan(x) for name, x in state["memory"].items())

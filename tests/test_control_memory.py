@@ -247,6 +247,7 @@ STATES: list[tuple[str, Any, str]] = [
     ("repo", {"calls": 1, "memory": {}, "more": 2}, r"state: .* got \['calls', 'memory', 'more'\]"),
     ("repo", {"calls": 1, "memory": [1]}, "state: "),
     ("repo", {"calls": 1.5, "memory": {}}, "calls: expected an int, got float"),
+    ("clip_cov", {"calls": -1, "memory": {}}, "calls: expected >= 0, got -1"),
     ("repo", {"calls": 1, "memory": {"zeta": "a"}}, "zeta: expected a number, got str"),
     ("repo", {"calls": 1, "memory": {"coef": 0.1}}, "memory: expected names of options .*zeta.*, got coef"),
     ("clip_b", {"calls": 1, "memory": {"mu": 0.1}}, "memory: expected none of a method without memory, got mu"),
@@ -335,6 +336,9 @@ def test_bad_rows() -> None:
         fails(ValueError, "effects: expected a tuple of some of dropped, detached, penalized", own, effects=effects)
     fails(ValueError, "defaults: expected options that are no arguments of ek.control, got seed", own,
           defaults={"seed": 1})  # fmt: skip
+    fails(TypeError, "needs: expected a tuple, got str", own, needs="entropy")
+    fails(TypeError, "bounds: expected a dict, got list", own, bounds=[])
+    fails(TypeError, r"presets\['paper'\]: expected a dict, got float", own, presets={"paper": 0.1})
     fails(ValueError, "defaults: expected kl_coef beside the effect 'penalized'", own, effects=("penalized",))
     batch = one(micro(2, 5))
     for value, got in (
