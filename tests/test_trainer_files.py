@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -90,6 +91,17 @@ def test_a_users_log_and_checkpoint_are_not_taken_for_a_run(tmp_path: Path) -> N
     with pytest.raises(FileExistsError, match=r"expected no checkpoint.safetensors in .* move it away"):
         ppo.train(config(tmp_path, **SHORT))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_a_copy_of_a_run_goes_on_once_its_record_is_there(run: Path) -> None:
+    copy = run.parent / "copy"
+    shutil.copytree(run, copy)
+    (copy / ".entropy_kernels.json").unlink()  # cp -r run/* leaves it behind
+    with pytest.raises(FileExistsError, match=r"copy its \.entropy_kernels\.json, too"):
+        again(copy)
+    assert contents(copy) == contents(run)
+    shutil.copy(run / ".entropy_kernels.json", copy)
+    assert len(read_rows(again(copy) / "metrics.jsonl")) == 4
 
 
 @pytest.mark.parametrize("name", [".entropy_kernels.json", ".entropy_kernels.lock"])

@@ -236,7 +236,7 @@ def locked(folder: Path, argument: str = "out") -> Iterator[None]:
 def _not_ours(folder: Path, name: str, argument: str) -> FileExistsError:
     return FileExistsError(
         f"{argument}: expected no {name} in {folder}, or one written by this program, got one of another origin; move "
-        "it away or choose another folder"
+        f"it away or choose another folder (or, if the folder is a copy of a run's, copy its {RECORD}, too)"
     )
 
 
