@@ -338,6 +338,8 @@ def test_only_the_adapter_is_trained_and_checkpointed(lora_run: Path) -> None:
 
 
 def test_the_export_is_the_merged_model_and_the_adapter_stands_beside_it(lora_run: Path) -> None:
+    files = [path for path in (lora_run / "model").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1, "readable by whom its folder is"
     wanted = logits_of(adapted(lora_run).model)
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(lora_run / "model", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

@@ -351,6 +351,7 @@ class Policy:
             files.remove("config.json", *(files.names - names))
             for name in sorted(names, key=lambda name: name == "config.json"):
                 (files.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (scratch / name).chmod(scratch.stat().st_mode & 0o666)  # safetensors makes files that only we can read
                 os.replace(scratch / name, files.folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
