@@ -29,7 +29,7 @@ def _on_rank(rank: int, world: int) -> tuple[Tensor, ...]:
     hidden, weight, labels = _data()
     hidden.requires_grad_()
     shard = weight.chunk(world)[rank].clone().requires_grad_()
-    function = statistics._linear_cross_entropy(None)
+    function = statistics._linear_cross_entropy
     logprob, entropy = function(hidden, shard, labels, 0.75, "none", dist.group.WORLD)
     _loss(logprob, entropy).backward()
     summed = hidden.grad.clone()
@@ -54,7 +54,7 @@ def test_gradients_add_up_over_ranks() -> None:
 @pytest.mark.parametrize("reduction", [None, "mean", 0])
 def test_a_reduction_is_refused(reduction: object) -> None:
     hidden, weight, labels = _data()
-    function = statistics._linear_cross_entropy(None)
+    function = statistics._linear_cross_entropy
     with pytest.raises(ValueError, match=f"reduction: expected 'none', .* got {reduction!r}"):
         function(hidden, weight, labels, 1.0, reduction)
     assert all(
