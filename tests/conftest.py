@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import functools
 import gc
 import importlib.util
 import os
@@ -24,6 +25,8 @@ if not torch.cuda.is_available():
 if "ATEN_CPU_CAPABILITY" in os.environ:
     cache = f"inductor-{os.getuid()}-{os.environ['ATEN_CPU_CAPABILITY']}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), cache))
+# No pool of compilers: the suite has a process per core.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # cuBLAS reads this when it starts; without it the deterministic mode of poisoned_memory warns at every product
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -92,6 +95,13 @@ def backend_devices(op: str = "token_stats") -> list:
             marks.append(on_gpu(on.backend, *together))
         params.append(pytest.param(on, marks=marks, id=str(on)))
     return params
+
+
+@pytest.fixture
+def inductor() -> Callable[[Callable], Callable]:
+    """torch.compile of a whole function; C++ without vectors, whose headers would take g++ longer than all else."""
+    torch._dynamo.reset()  # the recompilations of the tests before count towards its limit
+    return functools.partial(torch.compile, fullgraph=True, options={"cpp.simdlen": 0})
 
 
 @pytest.fixture(params=backend_devices())

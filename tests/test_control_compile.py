@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -135,15 +135,14 @@ def test_a_controller_in_a_graph(method: str, options: dict[str, Any]) -> None:
     assert counter.frame_count <= 2  # without and with a memory
 
 
-def test_inductor() -> None:
+def test_inductor(inductor: Callable) -> None:
     """The real compiler: masks are the same, values to rounding."""
-    torch._dynamo.reset()
     given = tensors(micro(4, 30, 6))
 
     def both(given: Micro) -> list[Tensor]:
         return call("clip_b", given, {"mu": 0.5}) + call("repo", given, {"zeta": 0.3})
 
-    torch.testing.assert_close(torch.compile(both, fullgraph=True)(given), both(given))
+    torch.testing.assert_close(inductor(both)(given), both(given))
 
 
 # ---- nothing is read back ------------------------------------------------------------------------------------------

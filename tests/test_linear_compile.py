@@ -107,9 +107,9 @@ def test_fullgraph(dtype: torch.dtype, temperature: Any) -> None:
         both(eager, compile_eager(eager), case, temperature)
 
 
-def test_inductor() -> None:
+def test_inductor(inductor: Callable) -> None:
     eager = step(None)
-    both(eager, torch.compile(eager, fullgraph=True), make(24))
+    both(eager, inductor(eager), make(24))
 
 
 def test_compiled_under_autocast() -> None:

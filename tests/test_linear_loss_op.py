@@ -151,11 +151,10 @@ def test_equal_to_autograd(name: str, buffered: bool) -> None:
 
 
 @pytest.mark.slow
-def test_inductor() -> None:
+def test_inductor(inductor: Callable) -> None:
     """With a buffer, which the graph writes to."""
     batch = make(120)
-    compiled = torch.compile(step, fullgraph=True)
-    same(found(compiled, batch, FEW, True, **KINDS["selection"]), expected(batch, **KINDS["selection"]))
+    same(found(inductor(step), batch, FEW, True, **KINDS["selection"]), expected(batch, **KINDS["selection"]))
 
 
 # without a selection 2 3 2 2 3 parts; with one 4 5 4 4 5 of them, which takes twice as long to compile

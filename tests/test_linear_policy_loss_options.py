@@ -329,11 +329,10 @@ def test_schedules_do_not_compile_anew(tensors: bool) -> None:
 
 
 @pytest.mark.slow
-def test_inductor() -> None:
+def test_inductor(inductor: Callable) -> None:
     """In few parts: the code of a part is the same in many, and the compiler's time grows with it."""
-    torch._dynamo.reset()  # the recompilations of the tests before count towards its limit
     case = COMPILED["Clip-Cov"]()
     leaves = case.leaves()
-    torch.compile(step, fullgraph=True)(leaves, case, 0.2, 0.02, seed=3, memory_budget=FEW)[0].backward()
+    inductor(step)(leaves, case, 0.2, 0.02, seed=3, memory_budget=FEW)[0].backward()
     case.options |= {"seed": 3, "entropy_coef": 0.02, "clip_low": 0.2, "clip_high": None}
     same_gradients(gradients(leaves), composed(case)[1], 1e-11)

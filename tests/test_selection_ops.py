@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -106,12 +107,9 @@ def test_compile_with_a_group(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_compile_inductor() -> None:
-    torch._dynamo.reset()
+def test_compile_inductor(inductor: Callable) -> None:
     covariance = torch.linspace(0, 6, 50)
-    compiled = torch.compile(
-        lambda c: ek.clip_cov_mask(c * 2, seed=1, k=5) & ek.kl_cov_mask(c * 2, k=30), fullgraph=True
-    )
+    compiled = inductor(lambda c: ek.clip_cov_mask(c * 2, seed=1, k=5) & ek.kl_cov_mask(c * 2, k=30))
     expected = ek.clip_cov_mask(covariance * 2, seed=1, k=5) & ek.kl_cov_mask(covariance * 2, k=30)
     assert torch.equal(compiled(covariance), expected)
 

@@ -141,12 +141,12 @@ def test_fullgraph_shapes(shape: tuple[int, ...], on: BackendDevice) -> None:
 
 
 @pytest.mark.parametrize("function", (ek.logprob_entropy, ek.token_stats), ids=lambda f: f.__name__)
-def test_inductor(function: Callable, on: BackendDevice) -> None:
+def test_inductor(function: Callable, on: BackendDevice, inductor: Callable) -> None:
     """One test per op with the real compiler: 3 to 4 s a graph."""
     if on.interpreted:
         pytest.skip("the interpreter has no part in what inductor generates")
     eager = step(function, on)
-    both(eager, torch.compile(eager, fullgraph=True), plain(torch.float32, on.device), 0.7)
+    both(eager, inductor(eager), plain(torch.float32, on.device), 0.7)
 
 
 def test_a_new_temperature_does_not_recompile(on: BackendDevice) -> None:
