@@ -109,8 +109,8 @@ class Sweep:
 #: The commands by their names.
 SWEEPS = {
     "quickstart": Sweep(
-        about=f"A tiny model under {_LABELS}, a target entropy and a control, and report.html: three to six minutes on "
-        "two cores.",
+        about=f"A tiny model under {_LABELS}, a target entropy and a control, and report.html: three to nine minutes "
+        "on two cores.",
         title="Clip-Cov, KL-Cov and a target entropy beside GRPO",
         flags=Flags(Path("runs/quickstart"), methods=(*_MAIN, _CONTROLS[0]), target_entropy="0.4", workers=2),
     ),
