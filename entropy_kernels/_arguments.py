@@ -97,7 +97,8 @@ def of_type(name: str, value: Any, kind: type[Kind]) -> Kind:
 def word(name: str, value: Any, known: Collection[str]) -> str:
     """``value``; raises ValueError, naming the argument, for anything but a str among those ``known``."""
     if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+        got = type(value).__name__ if isinstance(value, torch.Tensor) else repr(value)  # to show a tensor reads it back
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {got}")
     return value
 
 

@@ -14,15 +14,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from entropy_kernels._arguments import (
-    Options,
-    check_scalar,
-    group_name,
-    integer,
-    number,
-    of_type,
-    scalar_tensor,
-)
+from entropy_kernels._arguments import Options, check_scalar, group_name, integer, number, of_type, scalar_tensor, word
 from entropy_kernels._selection_request import SeedCounter, seed_tensor
 from entropy_kernels.batch import TokenBatch, WholeBatch
 from entropy_kernels.methods import CLIP_BOUNDS, Method, decrease_of, entropy_decrease, find
@@ -150,10 +142,7 @@ def _checked(method: str | Method, row: Method, given: dict[str, Any], device: t
 def _checked_option(name: str, value: Any, default: Any, row: Method, device: torch.device | None) -> Any:
     words = row.effects if name == "effect" else tuple(row.presets) if name == "preset" else row.words.get(name, ())
     if isinstance(default, str) or (isinstance(value, str) and words):
-        if not isinstance(value, str) or value not in words:
-            got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, words))}, got {got}")
-        return value
+        return word(name, value, words)
     if isinstance(default, bool):
         return of_type(name, value, bool)
     if isinstance(value, Tensor):

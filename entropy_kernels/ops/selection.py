@@ -96,8 +96,8 @@ def _of_clip_cov(*given: Any) -> _Given:
     return tokens, (among[4], count, Band(low, high, quantile, closed, count.numbers))
 
 
-def _of_kl_cov(*given: Any) -> _Given:
-    tokens, count = _selection(*(*given[:4], None, *given[4:]))
+def _of_kl_cov(score: Tensor, mask: Any, exclude: Any, token_index: Any, *how_many: Any) -> _Given:
+    tokens, count = _selection(score, mask, exclude, token_index, None, *how_many)
     return tokens, (count,)
 
 

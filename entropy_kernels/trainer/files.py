@@ -73,7 +73,7 @@ def make_atomic(path: Path, make: Callable[[Path], object], *, keep_old: Path | 
             scratch.mkdir()
             made = scratch / path.name
             make(made)
-            made.chmod(scratch.stat().st_mode & 0o666)  # as open() makes files; a library may make private ones
+            as_opened(made)
             with open(made, "rb") as file:
                 os.fsync(file.fileno())
             if keep_old is not None and path.exists():
@@ -82,6 +82,11 @@ def make_atomic(path: Path, make: Callable[[Path], object], *, keep_old: Path | 
             _sync_folder(path.parent)
     finally:
         _remove(scratch)
+
+
+def as_opened(path: Path) -> None:
+    """Give a file that a library has made the rights that open() would: safetensors makes private ones."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _remove(path: Path) -> None:

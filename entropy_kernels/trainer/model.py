@@ -36,7 +36,7 @@ from entropy_kernels.trainer.causal_lm import (
     vocab_size_of,
 )
 from entropy_kernels.trainer.encoding import Encoder, Messages
-from entropy_kernels.trainer.files import OwnFiles, scratch_of, writing
+from entropy_kernels.trainer.files import OwnFiles, as_opened, scratch_of, writing
 
 if TYPE_CHECKING:
     from entropy_kernels.trainer.tasks import Prompt
@@ -351,7 +351,7 @@ class Policy:
             files.remove("config.json", *(files.names - names))
             for name in sorted(names, key=lambda name: name == "config.json"):
                 (files.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (scratch / name).chmod(scratch.stat().st_mode & 0o666)  # safetensors makes files that only we can read
+                as_opened(scratch / name)
                 os.replace(scratch / name, files.folder / name)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -299,10 +299,11 @@ def serve(connection: Any) -> None:
     sys.path[:] = path
     _confine(memory, trainer)
     try:
-        made = Source(*source).make()
+        asked = Source(*source)
+        made = asked.make()
         with suppress(Exception):
-            if "numpy" in sys.modules or "numpy" in inspect.getsource(Source(*source).module()):
-                import numpy.random  # noqa: F401  so that it is seeded where a scorer imports it when it is asked
+            if "numpy" in sys.modules or "numpy" in inspect.getsource(asked.module()):
+                importlib.import_module("numpy.random")  # to be seeded where a scorer imports it when it is asked
         hello: tuple[str, Any] = ("ready", vars(parameters_of(made)))
     except BaseException as error:
         hello = ("failed", described(error))
